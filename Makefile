@@ -1,0 +1,65 @@
+# Everything runs on the CPU unless JAX_PLATFORMS says otherwise, e.g.
+#   JAX_PLATFORMS=cuda make quickstart        (after: .venv/bin/pip install -e '.[cuda]')
+# PYTHON and PYTHON_KERNELS name the interpreters if the ones found are not the ones you want.
+JAX_PLATFORMS ?= cpu
+export JAX_PLATFORMS
+
+# 3.11 comes first: it is the oldest version supported, and the one that the oracles' torch is for.
+PYTHON ?= $(shell scripts/find_python 3.11 3.12 3.13)
+PYTHON_KERNELS ?= $(shell scripts/find_python 3.12 3.13)
+VENV := .venv
+VENV_KERNELS := .venv312
+PYTEST_ARGS ?=
+
+.PHONY: help env test test-gpu test-kernels lint format quickstart clean
+help:
+	@echo 'make env           environment in $(VENV) with the project and all it needs'
+	@echo 'make quickstart    convert the small model, ask it about a long document'
+	@echo 'make test          the tests (PYTEST_ARGS="-k name" passes options on)'
+	@echo 'make test-kernels  the tests that need no PyTorch, on Python 3.12 and jax 0.11 or newer'
+	@echo 'make test-gpu      the tests marked gpu, on Python 3.12 with jax[cuda]'
+	@echo 'make lint          ruff, format and types;  make format mends what can be mended'
+
+env: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo 'error: no Python 3.11 or newer found; set PYTHON=' >&2; exit 2; }
+	"$(PYTHON)" -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,dev,small]'
+	@touch $@
+
+$(VENV_KERNELS)/.installed: pyproject.toml
+	"$(PYTHON_KERNELS)" -m venv --clear $(VENV_KERNELS)
+	$(VENV_KERNELS)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+test: env
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+# Tests that need PyTorch skip themselves here.
+ifeq ($(PYTHON_KERNELS),)
+test-kernels test-gpu:
+	@echo 'skipped: no Python 3.12 or newer here (set PYTHON_KERNELS=); the kernel needs it'
+else
+test-kernels: $(VENV_KERNELS)/.installed
+	$(VENV_KERNELS)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-gpu: $(VENV_KERNELS)/.installed
+	$(VENV_KERNELS)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[cuda]'
+	JAX_PLATFORMS=cuda,cpu $(VENV_KERNELS)/bin/python -m pytest -m gpu $(PYTEST_ARGS)
+endif
+
+lint: env
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: env
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+quickstart: env
+	$(VENV)/bin/python scripts/quickstart.py
+
+clean:
+	rm -rf $(VENV) $(VENV_KERNELS) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,7 @@
+"""Checkpoint formats: PyTorch folders (safetensors, .bin) to Orbax, and back."""
+
+from convert.cached import converted
+from convert.convert import Report, convert
+from convert.reverse import reverse
+
+__all__ = ["Report", "convert", "converted", "reverse"]

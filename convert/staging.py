@@ -1,0 +1,139 @@
+"""A folder that comes into being whole or not at all.
+
+It is written beside its destination, under a name that nothing loads, and renamed when everything
+is on disk. A run that was killed leaves that sibling behind; the next run for the same destination
+removes it. The sibling is locked while a run lives, so that two runs can't work on it at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from pdllm_jax.checkpoint import CheckpointError
+
+
+class StagedFolder:
+    """Context manager around the making of `destination`.
+
+    `path` is where to write. Leaving the context without `commit` removes what was written.
+
+    overwrite: an existing destination is replaced, provided that `replaceable` says so of it; it
+      stays as it was until `commit`.
+    Raises CheckpointError for a destination that exists, or that another run is writing.
+    """
+
+    def __init__(
+        self, destination: Path, *, overwrite: bool, replaceable: Callable[[Path], bool]
+    ) -> None:
+        self.destination = destination
+        self.path = destination.with_name(f".{destination.name}.partial")
+        self._replaced = destination.with_name(f".{destination.name}.replaced")
+        self._overwrite = overwrite
+        self._replaceable = replaceable
+        self._lock = -1
+
+    def check(self) -> None:
+        """Refuses a destination that can't be written, before any work is done."""
+        target = self.destination
+        if not target.parent.is_dir():
+            raise CheckpointError(f"{target.parent}, which is to hold {target.name}, is no folder")
+        if not os.path.lexists(target):
+            return
+        if not self._overwrite:
+            raise CheckpointError(f"{target} exists (--overwrite replaces it)")
+        # A slip of the pen must not cost somebody a home folder.
+        if target.is_symlink() or not target.is_dir() or not self._replaceable(target):
+            raise CheckpointError(f"{target} is not a checkpoint, so --overwrite leaves it alone")
+
+    def __enter__(self) -> StagedFolder:
+        self.check()
+        self.path.mkdir(exist_ok=True)
+        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            self._acquire()
+        except BaseException:
+            os.close(self._lock)
+            raise
+        try:
+            self._recover()
+            self.check()
+            _clear(self.path)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if self.path.exists() and os.path.samestat(self.path.stat(), os.fstat(self._lock)):
+                shutil.rmtree(self.path, ignore_errors=True)
+        finally:
+            os.close(self._lock)
+
+    def commit(self) -> None:
+        """Makes the folder durable and puts it in its place."""
+        _sync_tree(self.path)
+        if os.path.lexists(self.destination):
+            os.rename(self.destination, self._replaced)
+        try:
+            os.rename(self.path, self.destination)
+        except OSError:
+            if self._replaced.exists():
+                os.rename(self._replaced, self.destination)
+            raise
+        _sync(self.destination.parent)
+        shutil.rmtree(self._replaced, ignore_errors=True)
+
+    def _acquire(self) -> None:
+        busy = CheckpointError(f"another run is writing {self.destination}")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise busy from None
+            # Some network file systems have no locks: two runs at once are the user's affair there.
+        if not self.path.exists() or not os.path.samestat(self.path.stat(), os.fstat(self._lock)):
+            raise busy
+
+    def _recover(self) -> None:
+        """After a run that died in commit: the replaced folder goes back, or away."""
+        if not self._replaced.exists():
+            return
+        if os.path.lexists(self.destination):
+            shutil.rmtree(self._replaced)
+        else:
+            os.rename(self._replaced, self.destination)
+
+
+def _clear(folder: Path) -> None:
+    for entry in list(os.scandir(folder)):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(root, name))
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,34 @@
+"""Attention over a part of the keys, and the exact merge of such parts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Finite, so that a part without any key merges to weight zero instead of NaN.
+EMPTY_LSE = -1e30
+
+
+class Partial(NamedTuple):
+    """Softmax attention restricted to some keys.
+
+    out [B, T, H, D]: weighted mean of those keys' values; zero where there is no key.
+    lse [B, T, H] float32: natural log of the sum of exp(scores); EMPTY_LSE where there is no key.
+    """
+
+    out: Float[Array, "B T H D"]
+    lse: Float[Array, "B T H"]
+
+
+def merge(*parts: Partial) -> Partial:
+    """Attention over the union of the parts' (disjoint) keys: weights exp(lse_i - max lse)."""
+    if len(parts) == 1:
+        return parts[0]
+    top = jnp.stack([part.lse for part in parts]).max(axis=0)
+    weights = [jnp.exp(part.lse - top) for part in parts]
+    total = sum(weights[1:], weights[0])
+    out = sum(w[..., None] * part.out.astype(jnp.float32) for w, part in zip(weights, parts))
+    out = jnp.asarray(out) / total[..., None]
+    return Partial(out.astype(parts[0].out.dtype), top + jnp.log(total))

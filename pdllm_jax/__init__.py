@@ -1,0 +1,51 @@
+"""Long-context inference for the diffusion language model LLaDA (Prefilling-dLLM) in JAX."""
+
+from pdllm_jax.cache import ChunkCache, ChunkPool, LiveCache
+from pdllm_jax.checkpoint import CheckpointError, load_config, load_model
+from pdllm_jax.chunking import ChunkedPrompt, chunk_prompt
+from pdllm_jax.config import (
+    ChunkConfig,
+    ConfigError,
+    DecodeConfig,
+    ModelConfig,
+    RopeScaling,
+    SelectionConfig,
+)
+from pdllm_jax.denoise import DenoiseState, denoise, denoise_step, init_denoise
+from pdllm_jax.generate import GenerationResult, generate, generate_ids
+from pdllm_jax.model import LLaDA
+from pdllm_jax.prefill import Draft, draft_response, prefill
+from pdllm_jax.selection import Selection, select_top_k
+from pdllm_jax.tokenizer import Tokenizer, TokenizerError
+
+__all__ = [
+    "CheckpointError",
+    "ChunkCache",
+    "ChunkConfig",
+    "ChunkPool",
+    "ChunkedPrompt",
+    "ConfigError",
+    "DecodeConfig",
+    "DenoiseState",
+    "Draft",
+    "GenerationResult",
+    "LLaDA",
+    "LiveCache",
+    "ModelConfig",
+    "RopeScaling",
+    "Selection",
+    "SelectionConfig",
+    "Tokenizer",
+    "TokenizerError",
+    "chunk_prompt",
+    "denoise",
+    "denoise_step",
+    "draft_response",
+    "generate",
+    "generate_ids",
+    "init_denoise",
+    "load_config",
+    "load_model",
+    "prefill",
+    "select_top_k",
+]

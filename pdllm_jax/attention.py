@@ -1,0 +1,127 @@
+"""Bidirectional attention over keys that lie together: cuDNN on GPUs, blocked XLA elsewhere.
+
+Nothing here builds a T x S mask: validity is a length per row of the batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import EMPTY_LSE, Partial
+
+DenseImplementation = Literal["cudnn", "xla"]
+
+# Scores of one block of query rows, in elements: bounds memory, and stays near the caches.
+_BLOCK_SCORES = 1 << 24
+
+
+def dense_implementation(dtype: jnp.dtype, head_dim: int) -> DenseImplementation:
+    """What `attention` uses on the default backend for this dtype and head size."""
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    fits = head_dim % 8 == 0 and head_dim <= 128
+    return "cudnn" if jax.default_backend() == "gpu" and half and fits else "xla"
+
+
+def attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G D"],
+    lengths: Int[Array, "B"] | None = None,
+    *,
+    need_lse: bool = False,
+) -> Partial:
+    """Attention of every query row over the first lengths[b] keys (all, where lengths is None).
+
+    Scores are scaled by 1/sqrt(D); softmax in float32; H a multiple of G. `lse` is exact where
+    `need_lse`, and otherwise may be absent (zeros): cuDNN's public, differentiable entry is used.
+    """
+    if dense_implementation(q.dtype, q.shape[-1]) == "xla":
+        return _blocked(q, k, v, lengths)
+    if need_lse:
+        return _cudnn_with_lse(q, k, v, lengths)
+    out = jax.nn.dot_product_attention(
+        q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+    return Partial(out, jnp.zeros(q.shape[:-1], jnp.float32))
+
+
+def _cudnn_with_lse(q: Array, k: Array, v: Array, lengths: Array | None) -> Partial:
+    """cuDNN with its float32 log-sum-exp.
+
+    jax.nn.dot_product_attention(return_residual=True) rounds the residual to q's dtype, which in
+    bfloat16 costs percents in a merge; the function under it does not.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    batch, rows = q.shape[:2]
+    lengths_of = {}
+    mask = cudnn.MaskType.NO_MASK
+    if lengths is not None:
+        mask = cudnn.MaskType.PADDING
+        # A part without keys gives NaN in cuDNN: read one key, and drop the result below.
+        lengths_of = {
+            "q_seqlen": jnp.full((batch,), rows, jnp.int32),
+            "kv_seqlen": jnp.maximum(lengths, 1).astype(jnp.int32),
+        }
+    out, lse = cudnn.dot_product_attention(
+        q, k, v, **lengths_of, scale=q.shape[-1] ** -0.5, mask_type=mask, return_residual=True
+    )
+    lse = lse.reshape(batch, q.shape[2], rows).transpose(0, 2, 1).astype(jnp.float32)
+    if lengths is not None:
+        lse = jnp.where(lengths[:, None, None] > 0, lse, EMPTY_LSE)
+    return Partial(out, lse)
+
+
+def _blocked(q: Array, k: Array, v: Array, lengths: Array | None) -> Partial:
+    """Plain softmax attention, a block of query rows at a time."""
+    batch, rows, heads, dim = q.shape
+    groups = k.shape[2]
+    valid = None if lengths is None else jnp.arange(k.shape[1]) < lengths[:, None]  # [B, S]
+    keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, G, S, D]
+    if valid is not None:
+        values = jnp.where(valid[:, None, :, None], values, 0)
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    product = functools.partial(
+        jnp.einsum, precision=precision, preferred_element_type=jnp.float32
+    )
+
+    def block(query: Array) -> tuple[Array, Array]:
+        """[B, t, H, D] -> out [B, t, H, D], lse [B, t, H]."""
+        t = query.shape[1]
+        query = query.reshape(batch, t, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4)
+        query = query.reshape(batch, groups, -1, dim)
+        scores = product("bgmd,bgsd->bgms", query, keys) * dim**-0.5
+        if valid is not None:
+            scores = jnp.where(valid[:, None, None], scores, EMPTY_LSE)
+        peak = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - peak)
+        total = weights.sum(axis=-1, keepdims=True)
+        out = product("bgms,bgsd->bgmd", weights.astype(v.dtype), values) / total
+        lse = (peak + jnp.log(total))[..., 0]
+        out = out.reshape(batch, groups, heads // groups, t, dim).transpose(0, 3, 1, 2, 4)
+        lse = lse.reshape(batch, groups, heads // groups, t).transpose(0, 3, 1, 2)
+        return out.reshape(batch, t, heads, dim).astype(q.dtype), lse.reshape(batch, t, heads)
+
+    size = max(16, _BLOCK_SCORES // (batch * heads * k.shape[1]))
+    if rows <= size:
+        out, lse = block(q)
+    else:
+        n = -(-rows // size)
+        size = -(-rows // n)
+        padded = jnp.pad(q, ((0, 0), (0, n * size - rows), (0, 0), (0, 0)))
+        blocks = padded.reshape(batch, n, size, heads, dim).swapaxes(0, 1)
+        out, lse = (
+            y.swapaxes(0, 1).reshape(batch, n * size, *y.shape[3:])[:, :rows]
+            for y in lax.map(block, blocks)
+        )
+    if lengths is not None:
+        some = lengths[:, None, None] > 0
+        out = jnp.where(some[..., None], out, 0)
+        lse = jnp.where(some, lse, EMPTY_LSE)
+    return Partial(out, lse)

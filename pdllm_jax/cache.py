@@ -1,0 +1,108 @@
+"""KV state as pytrees: the pool of context chunks, and the live rows around it.
+
+Axes: L layers, N chunks, G KV heads, C chunk length, B batch, S live rows, D head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from pdllm_jax.config import ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChunkPool:
+    """KV of chunks, each [C, D] block of a chunk and head contiguous.
+
+    k: keys rotated at chunk-local positions 0..C-1, so that a chunk can be placed anywhere.
+    lengths: valid rows of each chunk; what lies behind is never attended to.
+    """
+
+    k: Float[Array, "L N G C D"]
+    v: Float[Array, "L N G C D"]
+    lengths: Int[Array, "N"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChunkCache:
+    """What is kept of a document once it went through `prefill`.
+
+    pool: KV of every chunk, encoded on its own behind the prefix (None where only scores were
+      wanted: joint encoding makes its own).
+    tokens [N, C], lengths [N]: the chunks themselves, from which joint encoding starts.
+    prefix_ids [P], prefix_length []: the prefix.
+    prefix_k, prefix_v [L, P, G, D]: its KV, keys rotated at 0..P-1 (None for an empty prefix).
+    """
+
+    pool: ChunkPool | None
+    tokens: Int[Array, "N C"]
+    lengths: Int[Array, "N"]
+    prefix_ids: Int[Array, "P"]
+    prefix_length: Int[Array, ""]
+    prefix_k: Float[Array, "L P G D"] | None
+    prefix_v: Float[Array, "L P G D"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LiveCache:
+    """KV of prefix, query and response, in that order and without gaps, then padding.
+
+    k: keys rotated at their positions in the prompt.
+    """
+
+    k: Float[Array, "L B S G D"]
+    v: Float[Array, "L B S G D"]
+
+
+def init_pool(config: ModelConfig, chunks: int, size: int, dtype: DTypeLike) -> ChunkPool:
+    """An empty pool of `chunks` chunks of `size` rows."""
+    shape = (config.n_layers, chunks, config.n_kv_heads, size, config.head_dim)
+    return ChunkPool(
+        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((chunks,), jnp.int32)
+    )
+
+
+def init_live(config: ModelConfig, batch: int, rows: int, dtype: DTypeLike) -> LiveCache:
+    """An empty live cache of `rows` rows for each of `batch` requests."""
+    shape = (config.n_layers, batch, rows, config.n_kv_heads, config.head_dim)
+    return LiveCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def write_rows(
+    cache: Float[Array, "L B S G D"],
+    layer: int,
+    rows: Float[Array, "B T G D"],
+    start: Int[Array, "B"],
+    keep: Int[Array, "B T"] | None = None,
+) -> Float[Array, "L B S G D"]:
+    """Writes T rows of one layer from start[b] on; rows where `keep` stay as they were."""
+    if keep is not None:
+        old = jax.vmap(lambda c, s: lax.dynamic_slice_in_dim(c, s, rows.shape[1]))(
+            cache[layer], start
+        )
+        rows = jnp.where(keep[..., None, None], old, rows)
+    rows = rows.astype(cache.dtype)
+    for b in range(rows.shape[0]):
+        cache = lax.dynamic_update_slice(cache, rows[None, b : b + 1], (layer, b, start[b], 0, 0))
+    return cache
+
+
+def write_chunks(
+    pool: ChunkPool, layer: int, k: Float[Array, "N C G D"], v: Array, first: Int[Array, ""]
+) -> ChunkPool:
+    """Writes one layer's KV of consecutive chunks from index `first` on."""
+
+    def put(store: Array, rows: Array) -> Array:
+        rows = rows.transpose(0, 2, 1, 3)[None].astype(store.dtype)
+        return lax.dynamic_update_slice(store, rows, (layer, first, 0, 0, 0))
+
+    return dataclasses.replace(pool, k=put(pool.k, k), v=put(pool.v, v))

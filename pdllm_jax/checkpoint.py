@@ -1,0 +1,311 @@
+"""A converted checkpoint: the folder's layout, its manifest, and restoring it as a model.
+
+    FOLDER/pdllm.json     manifest: what the folder holds, written last
+    FOLDER/config.json    the architecture, as the PyTorch checkpoint states it
+    FOLDER/tokenizer.*    the tokenizer's files
+    FOLDER/params/        Orbax checkpoint of nnx.to_pure_dict(nnx.state(model))
+
+The folder is written by `convert`, which renames it into place once it is whole. What is read here
+is checked against the manifest before anything is allocated, so that a folder that was damaged
+afterwards (a file lost or cut short in a copy) is refused by name instead of being loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from pdllm_jax.config import ModelConfig
+from pdllm_jax.model import LLaDA
+
+MANIFEST = "pdllm.json"
+CONFIG = "config.json"
+PARAMS = "params"
+FORMAT = "pdllm-jax checkpoint"
+VERSION = 1
+DTYPES = ("bfloat16", "float16", "float32")
+# Far above any real config or index, and small enough to parse without harm.
+MAX_JSON_BYTES = 100 << 20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that is not what it should be; the message names file and tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRecord:
+    """One parameter of a converted checkpoint.
+
+    path: keys of the pure dict joined by dots, "blocks.0.q_proj.weight".
+    dtype: one of DTYPES, as stored in params/.
+    source: the tensor's name in the PyTorch checkpoint.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    source: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a converted checkpoint holds.
+
+    dtype: of the model, one of DTYPES; where tensors differ, the narrowest that holds them all.
+    files: bytes of every file under params/, by path relative to the checkpoint's folder.
+    """
+
+    dtype: str
+    tensors: tuple[TensorRecord, ...]
+    files: Mapping[str, int]
+
+    def to_json(self) -> str:
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "dtype": self.dtype,
+            "tensors": [dataclasses.asdict(record) for record in self.tensors],
+            "files": dict(self.files),
+        }
+        return json.dumps(content, indent=1) + "\n"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; CheckpointError where it holds none or repeats a key."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON_BYTES + 1)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    if len(content) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes")
+    return parse_json(content, str(path))
+
+
+def parse_json(content: bytes, where: str) -> dict[str, Any]:
+    """Parses a JSON object; CheckpointError, which begins with `where`, on anything else."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            names = [name for name, _ in pairs]
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            raise CheckpointError(f"{where} repeats the key {', '.join(map(repr, repeated))}")
+        return result
+
+    try:
+        result = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not valid JSON: {error}") from None
+    if not isinstance(result, dict):
+        raise CheckpointError(f"{where} does not hold a JSON object")
+    return result
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Reads the manifest of a converted checkpoint and checks every file of params/ against it.
+
+    Raises CheckpointError where the folder is no converted checkpoint, is of another version, or
+    lacks a file or a part of one.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder")
+    if not (folder / MANIFEST).is_file():
+        hint = " (convert it first: scripts/convert_checkpoint.py)" if _is_pytorch(folder) else ""
+        raise CheckpointError(f"{folder} is not a converted checkpoint: no {MANIFEST}{hint}")
+    raw = read_json(folder / MANIFEST)
+    where = folder / MANIFEST
+    if raw.get("format") != FORMAT:
+        raise CheckpointError(f"{where} is not the manifest of a {FORMAT}")
+    if raw.get("version") != VERSION:
+        raise CheckpointError(
+            f"{where} has format version {raw.get('version')!r}, only {VERSION} can be read"
+        )
+    try:
+        manifest = Manifest(
+            dtype=_one_of(raw["dtype"], DTYPES),
+            tensors=tuple(_record(entry) for entry in raw["tensors"]),
+            files={_relative(name): _size(size) for name, size in raw["files"].items()},
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{where} is malformed: {error!r}") from None
+    paths = [record.path for record in manifest.tensors]
+    if not paths or len(set(paths)) != len(paths):
+        raise CheckpointError(f"{where} lists no tensors, or one twice")
+    for name, size in manifest.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        found = file.stat().st_size
+        if found != size:
+            raise CheckpointError(f"{file} has {found} bytes where {size} were written")
+    return manifest
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """The architecture of a converted checkpoint, from its config.json.
+
+    Raises CheckpointError for a folder without one, ConfigError for one that is not implemented.
+    """
+    return ModelConfig.from_dict(read_json(Path(path) / CONFIG))
+
+
+def load_model(path: str | Path, dtype: DTypeLike | None = None) -> LLaDA:
+    """Restores a converted checkpoint.
+
+    path: folder written by scripts/convert_checkpoint.py.
+    dtype: of weights and activations, bfloat16, float16 or float32; None keeps the checkpoint's.
+
+    The arrays are read in pieces and go to JAX's default device one by one: the host never holds
+    the whole model beside the device. Raises CheckpointError for whatever is not a whole converted
+    checkpoint, ConfigError for a config.json that is not implemented.
+    """
+    folder = Path(path).resolve()
+    manifest = read_manifest(folder)
+    config = load_config(folder)
+    name = manifest.dtype if dtype is None else jnp.dtype(dtype).name
+    if name not in DTYPES:
+        raise CheckpointError(f"dtype {name} is not supported ({', '.join(DTYPES)} are)")
+    _check_depth(folder, manifest, config)
+
+    # Shapes alone: no weight is drawn.
+    abstract = nnx.eval_shape(lambda: LLaDA(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(name)))
+    graph, state = nnx.split(abstract)
+    wanted = nnx.to_pure_dict(state)
+    _check_shapes(folder, manifest, dict(_leaves(wanted)))
+    nnx.replace_by_pure_dict(state, _restore(folder / PARAMS, manifest, wanted))
+    return nnx.merge(graph, state)
+
+
+def _restore(params: Path, manifest: Manifest, wanted: dict[str, Any]) -> dict[str, Any]:
+    # The device that JAX would place a new array on, jax.default_device included.
+    sharding = jax.device_put(0).sharding
+    target = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), wanted
+    )
+    # Bounds what is on its way between disk and device; must exceed the largest array.
+    largest = max(record.nbytes for record in manifest.tensors)
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=2 + 2 * largest // 10**9)
+    arguments = ocp.args.PyTreeRestore(
+        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
+    )
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            _check_stored(params, manifest, checkpointer.metadata(params))
+            return checkpointer.restore(params, args=arguments)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # Orbax and TensorStore raise what comes: plain Exception, ValueError, KeyError, OSError.
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise CheckpointError(f"{params} can not be restored: {reason}") from error
+
+
+def _check_depth(folder: Path, manifest: Manifest, config: ModelConfig) -> None:
+    """Before the skeleton is built, which takes time and memory with the number of layers."""
+    layers = {
+        record.path.split(".")[1]
+        for record in manifest.tensors
+        if record.path.startswith("blocks.")
+    }
+    if len(layers) != config.n_layers:
+        raise CheckpointError(
+            f"{folder / CONFIG} says n_layers {config.n_layers}, but the checkpoint holds "
+            f"{len(layers)} layers"
+        )
+
+
+def _check_shapes(folder: Path, manifest: Manifest, wanted: Mapping[str, Any]) -> None:
+    stored = {record.path: record.shape for record in manifest.tensors}
+    problems = [f"{path} is missing" for path in wanted if path not in stored]
+    problems += [f"{path} is not a parameter" for path in stored if path not in wanted]
+    problems += [
+        f"{path} is {list(stored[path])}, not {list(leaf.shape)}"
+        for path, leaf in wanted.items()
+        if path in stored and stored[path] != leaf.shape
+    ]
+    if problems:
+        raise CheckpointError(f"{folder} does not fit its {CONFIG}: {'; '.join(problems)}")
+
+
+def _check_stored(params: Path, manifest: Manifest, metadata: Any) -> None:
+    """The manifest against the shapes and dtypes that params/ itself declares."""
+    stored = {
+        path: (tuple(leaf.shape), np.dtype(leaf.dtype).name)
+        for path, leaf in _leaves(metadata.item_metadata.tree)
+    }
+    expected = {record.path: (record.shape, record.dtype) for record in manifest.tensors}
+    for path in sorted(stored.keys() | expected.keys()):
+        if stored.get(path) != expected.get(path):
+            raise CheckpointError(
+                f"{params} and {MANIFEST} disagree about {path}: "
+                f"{_describe(stored.get(path))} and {_describe(expected.get(path))}"
+            )
+
+
+def _describe(tensor: tuple[tuple[int, ...], str] | None) -> str:
+    return "absent" if tensor is None else f"{tensor[1]}{list(tensor[0])}"
+
+
+def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _is_pytorch(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors*")) or any(folder.glob("pytorch_model*.bin*"))
+
+
+def _record(entry: Mapping[str, Any]) -> TensorRecord:
+    return TensorRecord(
+        path=_text(entry["path"]),
+        shape=tuple(_size(size) for size in entry["shape"]),
+        dtype=_one_of(entry["dtype"], DTYPES),
+        source=_text(entry["source"]),
+    )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a string")
+    return value
+
+
+def _one_of(value: Any, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{value!r} is none of {', '.join(allowed)}")
+    return value
+
+
+def _size(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is not a size")
+    return value
+
+
+def _relative(name: Any) -> str:
+    path = PurePosixPath(_text(name))
+    if path.is_absolute() or ".." in path.parts or path.parts[:1] != (PARAMS,):
+        raise ValueError(f"{name!r} is not a file of {PARAMS}/")
+    return name

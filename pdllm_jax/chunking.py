@@ -1,0 +1,138 @@
+"""Step 1: a prompt as prefix, chunks with anchors, and query, in bucketed shapes.
+
+Runs on the host, in numpy: shapes decide what is compiled, so lengths are rounded up to a bucket
+and the true lengths travel as data. No token is lost, and padding is never attended to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from pdllm_jax.config import ChunkConfig
+
+TokenIds = Sequence[int] | np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChunkedPrompt:
+    """A long prompt cut up; int32 arrays, padded to buckets.
+
+    prefix [P'], prefix_length []: tokens before the document; the first `prefix_length` count.
+    chunks [N', C], chunk_lengths [N']: the document; empty chunks (length 0) come last.
+    query [Q'], query_length []: tokens after the document.
+    """
+
+    prefix: Int[Array, "P"]
+    prefix_length: Int[Array, ""]
+    chunks: Int[Array, "N C"]
+    chunk_lengths: Int[Array, "N"]
+    query: Int[Array, "Q"]
+    query_length: Int[Array, ""]
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks that hold tokens. Fetches from the device: not for use under jit."""
+        return int(np.count_nonzero(np.asarray(self.chunk_lengths)))
+
+    @property
+    def chunk_size(self) -> int:
+        return self.chunks.shape[1]
+
+
+def bucket(n: int, granularity: int = 1) -> int:
+    """Rounds n up to at most 1/8 more: multiples of an eighth of the power of two below it.
+
+    A range of lengths up to n_max thus has about 8 log2(n_max) buckets, and as many compilations.
+    """
+    if n <= 0:
+        return 0
+    step = max(granularity, (1 << (n - 1).bit_length()) // 16)
+    return -(-n // step) * step
+
+
+def check_token_ids(name: str, ids: TokenIds, vocab_size: int) -> np.ndarray:
+    """ids as int32 [n]; ValueError names the first one outside the vocabulary, with its place."""
+    array = np.asarray(ids)
+    if array.size == 0:
+        return np.zeros((0,), np.int32)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} must be a flat list of integer token ids")
+    outside = np.flatnonzero((array < 0) | (array >= vocab_size))
+    if outside.size:
+        at = int(outside[0])
+        raise ValueError(
+            f"{name}[{at}] = {int(array[at])} is outside the vocabulary of {vocab_size} tokens"
+        )
+    return array.astype(np.int32)
+
+
+def split_context(
+    context_ids: TokenIds, config: ChunkConfig, bos_id: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(chunks [N, C], lengths [N]): each piece behind its anchor, zero-padded. Loses no token."""
+    context = np.asarray(context_ids, np.int32)
+    if context.size == 0:
+        raise ValueError("context is empty")
+    anchor = int(config.anchors)
+    if anchor and bos_id is None:
+        raise ValueError("anchors need a BOS token")
+    span = config.chunk_size - anchor
+    n = 1 + max(0, -(-(context.size - span) // config.stride))
+    chunks = np.zeros((n, config.chunk_size), np.int32)
+    lengths = np.zeros((n,), np.int32)
+    if anchor:
+        chunks[:, 0] = bos_id
+    for i in range(n):
+        piece = context[i * config.stride : i * config.stride + span]
+        chunks[i, anchor : anchor + piece.size] = piece
+        lengths[i] = anchor + piece.size
+    return chunks, lengths
+
+
+def pad_to(ids: np.ndarray, size: int) -> np.ndarray:
+    """ids with zeros behind, `size` rows in all."""
+    return np.concatenate([ids, np.zeros((size - len(ids), *ids.shape[1:]), ids.dtype)])
+
+
+def chunk_prompt(
+    prefix_ids: TokenIds,
+    context_ids: TokenIds,
+    query_ids: TokenIds,
+    config: ChunkConfig = ChunkConfig(),
+    *,
+    bos_id: int | None = None,
+) -> ChunkedPrompt:
+    """Cuts a prompt into what `prefill` takes.
+
+    Args:
+      prefix_ids: BOS and instruction; may be empty where there are no anchors.
+      context_ids: the document, at least one token; shorter than a chunk is fine.
+      query_ids: the question and the answer's cue, at least one token.
+      config: chunk size, anchors, overlap.
+      bos_id: token of the anchors; the first token of the prefix by default.
+
+    Raises:
+      ValueError: empty context or query; anchors without BOS or prefix.
+    """
+    prefix, query = np.asarray(prefix_ids, np.int32), np.asarray(query_ids, np.int32)
+    if query.size == 0:
+        raise ValueError("query is empty")
+    if bos_id is None and prefix.size:
+        bos_id = int(prefix[0])
+    chunks, lengths = split_context(context_ids, config, bos_id)
+    n = bucket(len(chunks))
+    return ChunkedPrompt(
+        prefix=jnp.asarray(pad_to(prefix, bucket(prefix.size, 8))),
+        prefix_length=jnp.asarray(prefix.size, jnp.int32),
+        chunks=jnp.asarray(pad_to(chunks, n)),
+        chunk_lengths=jnp.asarray(pad_to(lengths, n)),
+        query=jnp.asarray(pad_to(query, bucket(query.size, 8))),
+        query_length=jnp.asarray(query.size, jnp.int32),
+    )

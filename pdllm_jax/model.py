@@ -1,0 +1,116 @@
+"""LLaDA as a Flax NNX module: stateless, a plain pytree for jax.jit.
+
+The network has one form. What differs between a full forward, the encoding of chunks, the scoring
+of masked query copies and a denoising step is only where attention reads its keys and values, so
+`LLaDA.run` takes that as a function and threads a carry (a cache, say) through the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from pdllm_jax.attention import attention
+from pdllm_jax.config import ModelConfig
+from pdllm_jax.layers import Embedding, Linear, RMSNorm, project
+from pdllm_jax.rope import rotate, rotation
+
+Carry = TypeVar("Carry")
+# (layer, q [B, T, H, D], k [B, T, G, D], v [B, T, G, D], carry) -> (out [B, T, H, D], carry).
+# q and k arrive unrotated.
+Attend = Callable[[int, Array, Array, Array, Any], tuple[Array, Any]]
+
+
+class Block(nnx.Module):
+    """One layer: attention and SwiGLU, each behind an RMSNorm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        model, kv = config.d_model, config.n_kv_heads * config.head_dim
+
+        def linear(size_in: int, size_out: int) -> Linear:
+            return Linear(size_in, size_out, dtype=dtype, rngs=rngs)
+
+        self.attn_norm = RMSNorm(model, config.rms_norm_eps, dtype=dtype)
+        self.q_proj = linear(model, model)
+        self.k_proj = linear(model, kv)
+        self.v_proj = linear(model, kv)
+        self.attn_out = linear(model, model)
+        self.ff_norm = RMSNorm(model, config.rms_norm_eps, dtype=dtype)
+        self.gate_proj = linear(model, config.mlp_hidden_size)
+        self.up_proj = linear(model, config.mlp_hidden_size)
+        self.down_proj = linear(config.mlp_hidden_size, model)
+        self.head_dim = config.head_dim
+
+    def __call__(
+        self, layer: int, x: Float[Array, "B T M"], attend: Attend, carry: Carry
+    ) -> tuple[Float[Array, "B T M"], Carry]:
+        def heads(y: Array) -> Array:
+            return y.reshape(*y.shape[:-1], -1, self.head_dim)
+
+        h = self.attn_norm(x)
+        q, k, v = heads(self.q_proj(h)), heads(self.k_proj(h)), heads(self.v_proj(h))
+        out, carry = attend(layer, q, k, v, carry)
+        x = x + self.attn_out(out.reshape(x.shape))
+        h = self.ff_norm(x)
+        return x + self.down_proj(jax.nn.silu(self.gate_proj(h)) * self.up_proj(h)), carry
+
+
+class LLaDA(nnx.Module):
+    """LLaDA (arXiv 2502.09992): predicts every masked token at its own position.
+
+    Weights are random until a checkpoint is restored over them. `dtype` is that of weights and
+    activations; norms, softmax and rotations are computed in float32.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+        self.config = config
+        self.embedding = Embedding(config.embedding_size, config.d_model, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List(
+            [Block(config, dtype=dtype, rngs=rngs) for _ in range(config.n_layers)]
+        )
+        self.final_norm = RMSNorm(config.d_model, config.rms_norm_eps, dtype=dtype)
+        if not config.weight_tying:
+            self.lm_head = Linear(config.d_model, config.embedding_size, dtype=dtype, rngs=rngs)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.embedding.weight[...].dtype
+
+    def run(
+        self, token_ids: Int[Array, "B T"], attend: Attend, carry: Carry
+    ) -> tuple[Float[Array, "B T M"], Carry]:
+        """The residual stream after the last layer (before the final norm), and the carry."""
+        x = self.embedding(token_ids)
+        for layer, block in enumerate(self.blocks):
+            x, carry = block(layer, x, attend, carry)
+        return x, carry
+
+    def logits(self, hidden: Float[Array, "*rows M"]) -> Float[Array, "*rows V"]:
+        """LM head over rows that went through the final norm; float32."""
+        head = self.embedding if self.config.weight_tying else self.lm_head
+        return project(hidden, head.weight[...], dtype=jnp.float32)
+
+    def encode(
+        self, token_ids: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None
+    ) -> Float[Array, "B T M"]:
+        """Full bidirectional forward without cache, final norm included.
+
+        lengths: tokens that count in each row; what follows is padding that nobody attends to.
+        """
+        by = rotation(self.config, jnp.arange(token_ids.shape[1]))
+
+        def attend(layer: int, q: Array, k: Array, v: Array, carry: None) -> tuple[Array, None]:
+            return attention(rotate(q, by), rotate(k, by), v, lengths).out, None
+
+        x, _ = self.run(token_ids, attend, None)
+        return self.final_norm(x)
+
+    def __call__(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Logits of every position, float32; for T rows by V words, so not on any hot path."""
+        return self.logits(self.encode(token_ids))

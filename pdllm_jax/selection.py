@@ -1,0 +1,78 @@
+"""Step 3: which chunks are kept. Scores in, ascending chunk ids out; pure and jitted."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pdllm_jax.config import SelectionConfig
+
+EMPTY_SLOT = -1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Chunks kept, in document order.
+
+    chunk_ids [*B, K] int32: ascending; EMPTY_SLOT behind them where fewer than K chunks exist.
+    scores [*B, K] float32: the scores of those chunks, -inf for empty slots.
+    """
+
+    chunk_ids: Int[Array, "*B K"]
+    scores: Float[Array, "*B K"]
+
+
+@functools.partial(jax.jit, static_argnames=("k", "keep_first"))
+def select_top_k(
+    scores: Float[Array, "*B N"], k: int, *, keep_first: bool = False
+) -> Selection:
+    """The k chunks with the highest scores, ties to the lower index.
+
+    Args:
+      scores: -inf marks a chunk that is empty or padding; such a chunk is never chosen. NaN ranks
+        below every number.
+      k: chunks to keep; at least N keeps everything. Static: a new value compiles anew.
+      keep_first: chunk 0 is among them, whatever its score.
+
+    Raises:
+      ValueError: k is not positive.
+    """
+    if k <= 0:
+        raise ValueError(f"k must be positive, got {k}")
+    n = scores.shape[-1]
+    exists = scores > -jnp.inf
+    exists |= jnp.isnan(scores)
+    rank_by = jnp.where(jnp.isnan(scores), jnp.finfo(scores.dtype).min, scores)
+    if keep_first:
+        rank_by = rank_by.at[..., 0].set(jnp.where(exists[..., 0], jnp.inf, -jnp.inf))
+    _, ids = jax.lax.top_k(rank_by, min(k, n))
+    found = jnp.take_along_axis(exists, ids, axis=-1)
+    ids = jnp.sort(jnp.where(found, ids, n), axis=-1).astype(jnp.int32)
+    chosen = jnp.take_along_axis(scores, jnp.minimum(ids, n - 1), axis=-1)
+    return Selection(
+        jnp.where(ids == n, EMPTY_SLOT, ids), jnp.where(ids == n, -jnp.inf, chosen)
+    )
+
+
+def control_scores(
+    config: SelectionConfig, exists: Bool[Array, "N"], key: Array | None
+) -> Float[Array, "N"]:
+    """Scores of the controls, which read neither document nor question.
+
+    "all" and "first" prefer early chunks, "last" late ones, "random" takes them at random by key.
+    """
+    index = jnp.arange(exists.shape[0], dtype=jnp.float32)
+    if config.scorer == "random":
+        if key is None:
+            raise ValueError("scorer 'random' needs a key")
+        # One draw per chunk, so that padding the document to a larger bucket changes none of them.
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(exists.shape[0]))
+        scores = jax.vmap(jax.random.uniform)(keys)
+    else:
+        scores = index if config.scorer == "last" else -index
+    return jnp.where(exists, scores, -jnp.inf)

@@ -1,0 +1,131 @@
+"""Text to token ids and back, and the prompt around a document.
+
+Reads tokenizer.json with the `tokenizers` library: data only, nothing from the folder is executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from pdllm_jax.config import ModelConfig
+
+BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
+START_HEADER, END_HEADER, END_TURN = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+
+INSTRUCTION = "Read the document and answer the question about it."
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that is missing, unreadable, or lacks a token that the method needs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A fast tokenizer and the ids of LLaDA's special tokens.
+
+    chat: (start_header, end_header, end_of_turn) ids, or None for a base model without them.
+    """
+
+    backend: tokenizers.Tokenizer
+    bos_id: int
+    mask_id: int
+    eos_id: int
+    chat: tuple[int, int, int] | None
+
+    @classmethod
+    def load(cls, folder: str | Path, config: ModelConfig) -> Tokenizer:
+        """Reads tokenizer.json (and tokenizer_config.json) of a checkpoint.
+
+        Raises:
+          TokenizerError: no readable tokenizer.json; no BOS or mask token; ids that disagree with
+            the model's config.
+        """
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise TokenizerError(f"{path.name} is missing from the checkpoint: text needs it")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"{path.name} cannot be read: {error}") from None
+        named = _named_tokens(Path(folder) / "tokenizer_config.json")
+
+        def find(role: str, default: str) -> int | None:
+            return backend.token_to_id(named.get(role) or default)
+
+        bos, mask, eos = find("bos_token", BOS), find("mask_token", MASK), find("eos_token", EOS)
+        if bos is None:
+            raise TokenizerError(f"the tokenizer has no BOS token ({named.get('bos_token') or BOS})")
+        if mask is None and backend.id_to_token(config.mask_token_id) is None:
+            raise TokenizerError(f"the tokenizer has no mask token ({named.get('mask_token') or MASK})")
+        if mask is not None and mask != config.mask_token_id:
+            raise TokenizerError(
+                f"mask token: {mask} in the tokenizer, {config.mask_token_id} in config.json"
+            )
+        if backend.get_vocab_size() > config.embedding_size:
+            raise TokenizerError(
+                f"the tokenizer has {backend.get_vocab_size()} tokens, the model's embedding "
+                f"{config.embedding_size}"
+            )
+        chat = [backend.token_to_id(name) for name in (START_HEADER, END_HEADER, END_TURN)]
+        # Text is data: special tokens spelt out in a document stay ordinary text.
+        backend.encode_special_tokens = True
+        return cls(
+            backend=backend,
+            bos_id=bos,
+            mask_id=config.mask_token_id,
+            eos_id=config.eos_token_id if eos is None else eos,
+            chat=None if None in chat else tuple(chat),  # type: ignore[arg-type]
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; nothing is added."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text up to the end of turn or of text, special tokens left out."""
+        ends = {self.eos_id, *(self.chat[2:] if self.chat else ())}
+        stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+        return self.backend.decode([int(i) for i in ids[:stop]], skip_special_tokens=True)
+
+    def around_document(
+        self, question: str, instruction: str = INSTRUCTION
+    ) -> tuple[list[int], list[int]]:
+        """(prefix ids, query ids): what comes before and after the document.
+
+        LLaDA's chat template where its tokens exist: BOS, user header, instruction | document |
+        question, end of turn, assistant header. Else BOS, instruction | document | question.
+        """
+        if self.chat is None:
+            return [self.bos_id, *self.encode(f"{instruction}\n\n")], self.encode(f"\n\n{question}\n")
+        start, end, end_of_turn = self.chat
+
+        def header(role: str) -> list[int]:
+            return [start, *self.encode(role), end]
+
+        prefix = [self.bos_id, *header("user"), *self.encode(f"\n\n{instruction}\n\n")]
+        query = [*self.encode(f"\n\n{question}"), end_of_turn, *header("assistant")]
+        return prefix, query + self.encode("\n\n")
+
+
+def _named_tokens(path: Path) -> dict[str, str]:
+    """Special tokens by role from tokenizer_config.json, where it exists."""
+    if not path.is_file():
+        return {}
+    try:
+        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise TokenizerError(f"{path.name} is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise TokenizerError(f"{path.name} must hold an object")
+    named = {}
+    for role in ("bos_token", "eos_token", "mask_token"):
+        value = raw.get(role)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            named[role] = value
+    return named

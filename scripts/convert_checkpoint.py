@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""Converts a PyTorch LLaDA checkpoint to Orbax, or back.
+
+    convert_checkpoint.py SRC DST [--dtype keep|bfloat16|float32] [--verify] [--overwrite]
+    convert_checkpoint.py --reverse SRC DST [--shard-size GB] [--verify] [--overwrite]
+
+Exit status: 0 done, 2 bad input or a full disk (one line on stderr), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from typing import Any, NoReturn
+
+# Conversion is disk work: an accelerator's memory must not be claimed for it.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        description="Converts a PyTorch LLaDA checkpoint (safetensors or .bin) to Orbax, or back."
+    )
+    parser.add_argument("source", metavar="SRC", help="folder to read")
+    parser.add_argument("destination", metavar="DST", help="folder to make")
+    parser.add_argument(
+        "--dtype",
+        choices=("keep", "bfloat16", "float32"),
+        default="keep",
+        help="of the weights in DST (default: keep)",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read DST back and compare it with SRC, bit by bit"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    parser.add_argument(
+        "--reverse", action="store_true", help="SRC is a converted folder; DST gets safetensors"
+    )
+    parser.add_argument(
+        "--shard-size",
+        type=float,
+        metavar="GB",
+        default=5.0,
+        help="largest file that --reverse writes (default: 5)",
+    )
+    options = parser.parse_args(arguments)
+    if options.reverse and options.dtype != "keep":
+        parser.error("--reverse keeps the dtypes, so --dtype can not be given with it")
+    if not options.shard_size > 0:
+        parser.error(f"--shard-size must be positive, got {options.shard_size}")
+    return options
+
+
+class _Bars:
+    """Progress bars on stderr, one for every stage; none where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, Any] = {}
+
+    def __call__(self, stage: str, nbytes: int, total: int) -> None:
+        if not sys.stderr.isatty():
+            return
+        from tqdm import tqdm
+
+        if stage not in self._bars:
+            self._bars[stage] = tqdm(desc=stage, total=total, unit="B", unit_scale=True)
+        self._bars[stage].update(nbytes)
+
+    def close(self) -> None:
+        for bar in self._bars.values():
+            bar.close()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    from convert import convert, reverse
+
+    bars = _Bars()
+    start = time.perf_counter()
+    try:
+        if options.reverse:
+            report = reverse(
+                options.source,
+                options.destination,
+                shard_bytes=int(options.shard_size * 1e9),
+                verify=options.verify,
+                overwrite=options.overwrite,
+                progress=bars,
+            )
+        else:
+            report = convert(
+                options.source,
+                options.destination,
+                dtype=options.dtype,
+                verify=options.verify,
+                overwrite=options.overwrite,
+                progress=bars,
+            )
+    except KeyboardInterrupt:
+        bars.close()
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        bars.close()
+        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+    bars.close()
+    seconds = time.perf_counter() - start
+    verified = ", verified" if options.verify else ""
+    print(
+        f"{options.destination}: {report.tensors} tensors, {report.nbytes / 1e9:.2f} GB, "
+        f"{report.dtype}{verified}, {seconds:.1f} s"
+    )
+    for name in report.ignored:
+        print(f"left out: {name}")
+    return 0
+
+
+if __name__ == "__main__":
+    # A polite kill cleans up like an interrupt.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    sys.exit(main())

@@ -1,0 +1,240 @@
+#!/usr/bin/env python3
+"""Answers a question about a long document with a LLaDA checkpoint.
+
+CHECKPOINT is a converted folder, or a PyTorch folder, which is converted into a cache folder on
+first use. Results go to stdout, progress to stderr. Exit status 2 and one line on bad input.
+
+  scripts/generate.py CHECKPOINT --context-file book.txt --question 'Who lives at Pemberley?'
+  scripts/generate.py CHECKPOINT --prompt-ids ids.json --method dual-cache --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import converted
+from pdllm_jax import (
+    ChunkConfig,
+    DecodeConfig,
+    GenerationResult,
+    LLaDA,
+    SelectionConfig,
+    Tokenizer,
+    generate,
+    generate_ids,
+    load_config,
+    load_model,
+)
+from pdllm_jax.compilation import enable_compilation_cache
+
+DTYPES = {"keep": None, "float32": "float32", "bfloat16": "bfloat16"}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags carry the field's names; defaults are the library's."""
+    chunking, selection, decode = ChunkConfig(), SelectionConfig(), DecodeConfig()
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--context-file", type=Path, metavar="F", help="the document, UTF-8 text")
+    source.add_argument(
+        "--prompt-ids",
+        type=Path,
+        metavar="F",
+        help='JSON {"prefix": [..], "context": [..], "query": [..]}; {"prompt": [..]} for baselines',
+    )
+    p.add_argument("--question", metavar="Q", help="goes with --context-file")
+    p.add_argument("--instruction", metavar="TEXT", help="what comes before the document")
+    p.add_argument(
+        "--method",
+        choices=("prefilling", "plain", "prefix-cache", "dual-cache"),
+        default="prefilling",
+    )
+    g = p.add_argument_group("decoding")
+    g.add_argument("--gen-length", type=int, default=decode.gen_length, help="response tokens")
+    g.add_argument("--block-length", type=int, help="tokens of a block (default: up to 32)")
+    g.add_argument("--steps", type=int, help="evaluations in all (default: one per token)")
+    g.add_argument("--temperature", type=float, default=decode.temperature)
+    g.add_argument(
+        "--remasking", choices=("low_confidence", "random"), default=decode.remasking
+    )
+    g.add_argument("--threshold", type=float, help="unmask every slot at least this probable")
+    g.add_argument("--factor", type=float, help="Fast-dLLM's factor rule")
+    g.add_argument(
+        "--guidance", type=float, default=decode.guidance, help="classifier-free; method plain"
+    )
+    g.add_argument(
+        "--recompute",
+        choices=("block", "response"),
+        default=decode.recompute,
+        help="rows recomputed in a step of method prefilling (default: %(default)s)",
+    )
+    g = p.add_argument_group("chunks and their selection (method prefilling)")
+    g.add_argument("--chunk-size", type=int, default=chunking.chunk_size)
+    g.add_argument("--overlap", type=int, default=chunking.overlap)
+    g.add_argument("--no-anchors", action="store_true", help="no BOS at the head of a chunk")
+    g.add_argument("--top-k", type=int, default=selection.top_k, help="chunks kept")
+    g.add_argument("--encoding", choices=("joint", "independent"), default=selection.encoding)
+    g.add_argument(
+        "--score",
+        choices=("draft", "leave-one-out", "query", "first", "last", "random", "all"),
+        default=selection.scorer,
+        help="how chunks are scored; leave-one-out is draft with a copy for every scored token",
+    )
+    g.add_argument(
+        "--masked-copies", type=int, default=selection.masked_copies, metavar="R",
+        help="copies of the query that ride along with a chunk",
+    )  # fmt: skip
+    g.add_argument("--draft-length", type=int, default=selection.draft_length)
+    g.add_argument("--encode-batch", type=int, default=selection.encode_batch)
+    g.add_argument("--keep-first", action="store_true", help="always keep the first chunk")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--dtype", choices=tuple(DTYPES), default="keep")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    return p
+
+
+def settings(args: argparse.Namespace) -> tuple[ChunkConfig, SelectionConfig, DecodeConfig]:
+    """The command line as the library's configs, which validate it."""
+    exact = args.score == "leave-one-out"
+    block_length = args.block_length
+    if block_length is None:
+        block_length = math.gcd(32, args.gen_length) if args.gen_length > 32 else args.gen_length
+    return (
+        ChunkConfig(args.chunk_size, anchors=not args.no_anchors, overlap=args.overlap),
+        SelectionConfig(
+            top_k=args.top_k,
+            scorer="draft" if exact else args.score,
+            masked_copies=None if exact else args.masked_copies,
+            draft_length=args.draft_length,
+            draft_steps=min(2, args.draft_length),
+            encoding=args.encoding,
+            keep_first=args.keep_first,
+            encode_batch=args.encode_batch,
+        ),
+        DecodeConfig(
+            gen_length=args.gen_length,
+            block_length=block_length,
+            steps=args.steps,
+            temperature=args.temperature,
+            remasking=args.remasking,
+            threshold=args.threshold,
+            factor=args.factor,
+            guidance=args.guidance,
+            recompute="response" if args.guidance else args.recompute,
+        ),
+    )
+
+
+def read_prompt_ids(path: Path, method: str) -> tuple[list[int], list[int], list[int]]:
+    """(prefix, context, query) of a prompt file; a bare prompt is all query."""
+    try:
+        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    parts = ("prefix", "context", "query")
+    if set(raw) == {"prompt"}:
+        if method == "prefilling":
+            raise ValueError(f"{path} holds a bare prompt: method prefilling needs {parts}")
+        raw = {"prefix": [], "context": [], "query": raw["prompt"]}
+    if set(raw) != set(parts):
+        raise ValueError(f"{path} must hold the keys {parts}, or the key prompt; got {tuple(raw)}")
+    for name in parts:
+        ids = raw[name]
+        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+            raise ValueError(f"{path}: {name} must be a list of integers")
+    return raw["prefix"], raw["context"], raw["query"]
+
+
+def load(args: argparse.Namespace) -> tuple[LLaDA, Path]:
+    """The model, and the converted folder that it comes from."""
+    folder = converted(args.checkpoint)
+    print(f"loading {folder}", file=sys.stderr)
+    return load_model(folder, dtype=DTYPES[args.dtype]), folder
+
+
+def run(args: argparse.Namespace) -> GenerationResult:
+    """Everything cheap is checked before the model is loaded."""
+    chunking, selection, decode = settings(args)
+    common = {
+        "method": args.method,
+        "chunking": chunking,
+        "selection": selection,
+        "decode": decode,
+        "seed": args.seed,
+    }
+    if args.prompt_ids is not None:
+        prefix, context, query = read_prompt_ids(args.prompt_ids, args.method)
+        model, folder = load(args)
+        tokenizer = None
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.load(folder, model.config)
+        bos_id = tokenizer.bos_id if tokenizer else model.config.bos_token_id
+        result = generate_ids(model, prefix, context, query, bos_id=bos_id, **common)
+        if tokenizer is not None:
+            return GenerationResult(**{**vars(result), "text": tokenizer.decode(result.tokens)})
+        return result
+    if args.question is None:
+        raise ValueError("--context-file needs --question")
+    try:
+        context = args.context_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{args.context_file} is not UTF-8 text") from None
+    if not context.strip():
+        raise ValueError(f"{args.context_file} is empty")
+    folder = converted(args.checkpoint)
+    tokenizer = Tokenizer.load(folder, load_config(folder))
+    model, _ = load(args)
+    if args.instruction is not None:
+        common["instruction"] = args.instruction
+    return generate(model, tokenizer, context=context, question=args.question, **common)
+
+
+def report(result: GenerationResult) -> str:
+    """What a person wants to see."""
+    lines = [result.text if result.text is not None else " ".join(map(str, result.tokens))]
+    if result.selection is not None:
+        scores = result.selection["scores"]
+        kept = ", ".join(
+            str(i) if scores is None else f"{i} ({scores[i]:.3f})"
+            for i in result.selection["chunks"]
+        )
+        lines.append(f"chunks kept: {kept}")
+    lines.append(f"evaluations: {result.evaluations}")
+    lines.append("seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in result.timings.items()))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, or 2 with one line on stderr for bad input."""
+    args = parser().parse_args(argv)
+    try:
+        enable_compilation_cache()
+        result = run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    if args.json:
+        scores = result.selection["scores"] if result.selection else None
+        assert scores is None or np.isfinite(scores).all()
+        print(json.dumps(result.to_dict()))
+    else:
+        print(report(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The small masked diffusion model: its base, its data, its training and its adapter."""

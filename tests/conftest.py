@@ -1,0 +1,100 @@
+"""Settings and fixtures for all tests.
+
+JAX runs on the CPU unless JAX_PLATFORMS says otherwise, and keeps what it compiled in .cache/jax,
+so that a second run is quicker. PyTorch is imported by fixtures alone: where it is missing, the
+tests that compare with it are skipped and all others run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# In the environment rather than in jax.config, so that the command lines under test see it too.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Nothing in a test may reach a model hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+if TYPE_CHECKING:
+    import torch
+
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips, with a reason, tests marked gpu that were asked for where there is no GPU."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and jax.default_backend() != "gpu":
+        for item in marked:
+            item.add_marker(
+                pytest.mark.skip(reason="no GPU (JAX_PLATFORMS=cuda,cpu makes JAX use it)")
+            )
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+class TinyCheckpoint:
+    """A random LLaDA checkpoint: `folder` on disk, `config` (config.json), `tensors` (PyTorch)."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]):
+        self.folder = folder
+        self.config = config
+        self.tensors = tensors
+
+    def numpy(self) -> dict[str, np.ndarray]:
+        """The tensors in float32."""
+        return {name: tensor.float().numpy() for name, tensor in self.tensors.items()}
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> Callable[..., TinyCheckpoint]:
+    """Writes random checkpoints: call it with what `make` below takes.
+
+    Further keywords go to tests.oracles.checkpoints.tiny_config, e.g. n_kv_heads=2.
+    """
+    torch = pytest.importorskip("torch")
+    from tests.oracles import checkpoints
+
+    made = 0
+
+    def make(
+        *,
+        seed: int = 0,
+        dtype: str = "float32",
+        gain: float = 1.5,
+        shards: int = 1,
+        format: str = "safetensors",
+        tokenizer: bool = False,
+        **changes: Any,
+    ) -> TinyCheckpoint:
+        nonlocal made
+        config = checkpoints.tiny_config(**changes)
+        tensors = checkpoints.random_tensors(config, seed, getattr(torch, dtype), gain)
+        folder = checkpoints.write_checkpoint(
+            tmp_path / f"checkpoint{made}",
+            tensors,
+            config,
+            shards=shards,
+            format=format,
+            tokenizer=tokenizer,
+        )
+        made += 1
+        return TinyCheckpoint(folder, config, tensors)
+
+    return make

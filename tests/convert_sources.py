@@ -1,0 +1,137 @@
+"""PyTorch checkpoints for the converter's tests, made from NumPy alone, whole or broken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
+TOKENIZER = {
+    "tokenizer.json": '{"model": {}}',
+    "tokenizer_config.json": '{"chat_template": "{{ messages }}"}',
+    "special_tokens_map.json": "{}",
+}
+PREFIX = "model.transformer."
+Tensors = dict[str, NDArray[Any]]
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    """A small config.json: two layers, grouped KV heads, sizes that are all different."""
+    return {
+        "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": 24, "n_heads": 4,
+        "n_kv_heads": 2, "n_layers": 2, "mlp_hidden_size": 40, "activation_type": "silu",
+        "block_type": "llama", "rope": True, "rope_theta": 10000.0, "rope_full_precision": True,
+        "layer_norm_type": "rms", "rms_norm_eps": 1e-5, "max_sequence_length": 64,
+        "vocab_size": 50, "embedding_size": 52, "weight_tying": False, "include_bias": False,
+        "include_qkv_bias": False, "mask_token_id": 49, "eos_token_id": 48, "pad_token_id": 48,
+        **changes,
+    }  # fmt: skip
+
+
+def shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes by the published layout, written without the converter's table."""
+    model, hidden = settings["d_model"], settings["mlp_hidden_size"]
+    kv = settings["n_kv_heads"] * model // settings["n_heads"]
+    rows = settings["embedding_size"]
+    result: dict[str, tuple[int, ...]] = {f"{PREFIX}wte.weight": (rows, model)}
+    for layer in range(settings["n_layers"]):
+        block = f"{PREFIX}blocks.{layer}."
+        result |= {
+            f"{block}attn_norm.weight": (model,),
+            f"{block}ff_norm.weight": (model,),
+            f"{block}q_proj.weight": (model, model),
+            f"{block}k_proj.weight": (kv, model),
+            f"{block}v_proj.weight": (kv, model),
+            f"{block}attn_out.weight": (model, model),
+            f"{block}ff_proj.weight": (hidden, model),
+            f"{block}up_proj.weight": (hidden, model),
+            f"{block}ff_out.weight": (model, hidden),
+        }
+    result[f"{PREFIX}ln_f.weight"] = (model,)
+    if not settings["weight_tying"]:
+        result[f"{PREFIX}ff_out.weight"] = (rows, model)
+    return result
+
+
+def tensors(settings: Mapping[str, Any], dtype: str = "float32", seed: int = 0) -> Tensors:
+    """Random values; every tensor differs from every other."""
+    generator = np.random.default_rng(seed)
+    return {
+        name: generator.standard_normal(shape, np.float32).astype(DTYPES[dtype])
+        for name, shape in shapes(settings).items()
+    }
+
+
+def bits(array: NDArray[Any]) -> bytes:
+    """Dtype, shape and bytes, so that equality is exact and NaN equals itself."""
+    return f"{array.dtype.name}{array.shape}".encode() + np.ascontiguousarray(array).tobytes()
+
+
+def write(
+    folder: Path,
+    values: Mapping[str, NDArray[Any]],
+    settings: Mapping[str, Any],
+    *,
+    shards: int | None = None,
+    tokenizer: bool = True,
+) -> Path:
+    """A folder as Hugging Face tools write it: sharded with an index, or one file (None)."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(settings))
+    if shards is None:
+        save_file(dict(values), folder / "model.safetensors")
+    else:
+        names = list(values)
+        weight_map = {}
+        for shard in range(shards):
+            file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+            part = names[shard::shards]
+            save_file({name: values[name] for name in part}, folder / file)
+            weight_map |= dict.fromkeys(part, file)
+        write_index(folder, weight_map)
+    if tokenizer:
+        for name, text in TOKENIZER.items():
+            (folder / name).write_text(text)
+    return folder
+
+
+def write_index(folder: Path, weight_map: Mapping[str, Any]) -> None:
+    text = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+def read_raw(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Header and data of a safetensors file."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def write_raw(path: Path, header: Mapping[str, Any] | bytes, data: bytes) -> None:
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
+
+
+def read_folder(folder: Path) -> Tensors:
+    """All tensors of a folder with safetensors, through the safetensors library."""
+    from safetensors.numpy import load_file
+
+    found: Tensors = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    return found

@@ -1,0 +1,1 @@
+"""Independent PyTorch implementations that the JAX code is compared with; no code is shared."""

@@ -1,0 +1,308 @@
+"""The published generation algorithms for LLaDA, in PyTorch, greedy (temperature 0).
+
+`plain` is LLaDA's (arXiv 2502.09992, section 2.4 and appendix), `prefix_cache` and `dual_cache` are
+Fast-dLLM's (arXiv 2505.22618, sections 3.2 and 3.3). The caches need keys and values in and out, so
+the network's layers are written out here, from the definitions, a third time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+Cache = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class Network:
+    """LLaDA's layers with explicit keys and values.
+
+    tensors: LLaDA checkpoint names -> tensors; config: the contents of config.json, without
+    rope_scaling. Everything is computed in `dtype`.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        config: Mapping[str, Any],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        assert not config.get("rope_scaling"), "only plain RoPE is written out here"
+        self.weights = {
+            name.removeprefix("model.transformer.").removesuffix(".weight"): tensor.to(dtype)
+            for name, tensor in tensors.items()
+        }
+        self.config = config
+        self.heads = config["n_heads"]
+        self.kv_heads = config.get("n_kv_heads") or self.heads
+        self.head_dim = config["d_model"] // self.heads
+
+    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        mean_square = x.square().mean(-1, keepdim=True)
+        return x / torch.sqrt(mean_square + self.config["rms_norm_eps"]) * self.weights[name]
+
+    def _rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Turns the pairs (i, i + D/2) of x [B, H, T, D] by position * theta^(-2i/D)."""
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
+        angles = positions[:, None].double() * self.config["rope_theta"] ** -exponents
+        pairs = torch.complex(*(half.double() for half in x.chunk(2, dim=-1)))
+        turned = pairs * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat((turned.real, turned.imag), dim=-1).to(x.dtype)
+
+    def _split(self, x: torch.Tensor, heads: int) -> torch.Tensor:
+        return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+
+    @torch.no_grad()
+    def rows(
+        self, ids: torch.Tensor, start: int, cache: Cache | None
+    ) -> tuple[torch.Tensor, Cache]:
+        """Recomputes the rows start .. start + T of a sequence whose other rows are in `cache`.
+
+        ids [B, T]. Rows attend to everything before them in the cache, to themselves, and to what
+        the cache holds after them. Returns logits [B, T, E] and the keys and values of all rows.
+        """
+        stop = start + ids.shape[1]
+        positions = torch.arange(start, stop)
+        x = self.weights["wte"][ids]
+        updated: Cache = []
+        for i in range(self.config["n_layers"]):
+            block = f"blocks.{i}."
+            h = self._norm(x, block + "attn_norm")
+            q = self._split(h @ self.weights[block + "q_proj"].T, self.heads)
+            k = self._split(h @ self.weights[block + "k_proj"].T, self.kv_heads)
+            v = self._split(h @ self.weights[block + "v_proj"].T, self.kv_heads)
+            q, k = self._rotate(q, positions), self._rotate(k, positions)
+            if cache is not None:
+                old_k, old_v = cache[i]
+                k = torch.cat((old_k[:, :, :start], k, old_k[:, :, stop:]), dim=2)
+                v = torch.cat((old_v[:, :, :start], v, old_v[:, :, stop:]), dim=2)
+            updated.append((k, v))
+            groups = self.heads // self.kv_heads
+            scores = q @ k.repeat_interleave(groups, dim=1).mT / math.sqrt(self.head_dim)
+            mixed = F.softmax(scores, dim=-1) @ v.repeat_interleave(groups, dim=1)
+            x = x + mixed.transpose(1, 2).flatten(2) @ self.weights[block + "attn_out"].T
+            h = self._norm(x, block + "ff_norm")
+            gate = F.silu(h @ self.weights[block + "ff_proj"].T)
+            up = h @ self.weights[block + "up_proj"].T
+            x = x + (gate * up) @ self.weights[block + "ff_out"].T
+        head = self.weights["wte" if self.config.get("weight_tying") else "ff_out"]
+        return self._norm(x, "ln_f") @ head.T, updated
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [B, T] -> logits [B, T, E], nothing cached."""
+        return self.rows(ids, 0, None)[0]
+
+
+@dataclasses.dataclass
+class Generated:
+    """tokens [B, prompt + gen_length]; evaluations, of which a guided pair counts as one."""
+
+    tokens: torch.Tensor
+    evaluations: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How many predictions become final in one evaluation.
+
+    Without threshold and factor: the linear schedule over `steps` evaluations of a block.
+    """
+
+    steps: int
+    threshold: float | None = None
+    factor: float | None = None
+
+    def schedule(self, masked: int, step: int) -> int:
+        """Tokens due at evaluation `step` of a block that began with `masked` masks."""
+        return masked // self.steps + (step < masked % self.steps)
+
+    def goes_on(self, is_masked: torch.Tensor, masked: list[int], step: int) -> bool:
+        """Whether a block gets an evaluation `step` in `plain`; `masked`: its masks at the start."""
+        if self.threshold is None and self.factor is None:
+            return any(self.schedule(n, step) for n in masked) and step < self.steps
+        assert step <= is_masked.shape[1], "mask tokens predicted: the published loop never ends"
+        return bool(is_masked.any())
+
+    def count(self, confidences: list[float], due: int) -> int:
+        """How many of the candidates, whose confidences are in falling order, become final."""
+        candidates = len(confidences)
+        if candidates == 0:
+            return 0
+        if self.threshold is not None:
+            return max(1, sum(c >= self.threshold for c in confidences))
+        if self.factor is not None:
+            # Candidate i (from 1) may join while its confidence is at least 1 - factor / (i + 1);
+            # the published loop starts with the second and treats the ends of the list like this.
+            found = candidates - 1
+            for i, c in enumerate(confidences):
+                if i > 0 and c < 1 - self.factor / (i + 2):
+                    found = i
+                    break
+            return found + 1 if found in (0, candidates - 1) else found
+        return min(due, candidates)
+
+
+def transfer(
+    x: torch.Tensor,
+    logits: torch.Tensor,
+    candidates: torch.Tensor,
+    rule: Rule,
+    due: list[int],
+) -> torch.Tensor:
+    """Replaces the most confident of the candidate masks by their predictions.
+
+    x [B, T] ids; logits [B, T, E]; candidates [B, T] bool; due: scheduled tokens of every row.
+    """
+    probabilities = F.softmax(logits.double(), dim=-1)
+    prediction = logits.argmax(-1)
+    confidence = probabilities.gather(-1, prediction[..., None])[..., 0]
+    result = x.clone()
+    for b in range(x.shape[0]):
+        slots = candidates[b].nonzero()[:, 0].tolist()
+        slots.sort(key=lambda slot: -confidence[b, slot].item())
+        n = rule.count([confidence[b, slot].item() for slot in slots], due[b])
+        result[b, slots[:n]] = prediction[b, slots[:n]]
+    return result
+
+
+def _start(
+    prompt: torch.Tensor, steps: int, gen_length: int, block_length: int, mask_id: int
+) -> tuple[torch.Tensor, int]:
+    """The prompt with its masks appended, and the evaluations that the schedule gives a block."""
+    assert gen_length % block_length == 0
+    n_blocks = gen_length // block_length
+    assert steps % n_blocks == 0
+    masks = torch.full((prompt.shape[0], gen_length), mask_id)
+    return torch.cat((prompt, masks), dim=1), steps // n_blocks
+
+
+def _masked_per_row(x: torch.Tensor, start: int, stop: int, mask_id: int) -> list[int]:
+    return (x[:, start:stop] == mask_id).sum(1).tolist()
+
+
+def plain(
+    forward: Forward,
+    prompt: torch.Tensor,
+    *,
+    steps: int,
+    gen_length: int,
+    block_length: int,
+    mask_id: int,
+    threshold: float | None = None,
+    factor: float | None = None,
+    cfg_scale: float = 0.0,
+) -> Generated:
+    """LLaDA's generation with low-confidence remasking: every evaluation runs the whole sequence.
+
+    With the fixed schedule a block gets its evaluations whatever they predict: where that is the
+    mask token, a slot stays masked and a later evaluation, of a later block too, may fill it. Left
+    out are those in which nothing is due. Threshold and factor are Fast-dLLM's, without its caches,
+    and go on until the block is full.
+    """
+    x, per_block = _start(prompt, steps, gen_length, block_length, mask_id)
+    rule = Rule(per_block, threshold, factor)
+    is_prompt = torch.zeros_like(x, dtype=torch.bool)
+    is_prompt[:, : prompt.shape[1]] = prompt != mask_id
+    evaluations = 0
+    for start in range(prompt.shape[1], x.shape[1], block_length):
+        stop = start + block_length
+        masked = _masked_per_row(x, start, stop, mask_id)
+        step = 0
+        while rule.goes_on(x[:, start:stop] == mask_id, masked, step):
+            logits = forward(x)
+            if cfg_scale > 0:
+                without = forward(torch.where(is_prompt, mask_id, x))
+                logits = without + (cfg_scale + 1) * (logits - without)
+            candidates = x == mask_id
+            candidates[:, stop:] = False
+            due = [rule.schedule(n, step) for n in masked]
+            x = transfer(x, logits, candidates, rule, due)
+            step += 1
+            evaluations += 1
+    return Generated(x, evaluations)
+
+
+def _cached(
+    network: Network,
+    prompt: torch.Tensor,
+    *,
+    suffix: bool,
+    steps: int,
+    gen_length: int,
+    block_length: int,
+    mask_id: int,
+    threshold: float | None,
+    factor: float | None,
+) -> Generated:
+    x, per_block = _start(prompt, steps, gen_length, block_length, mask_id)
+    rule = Rule(per_block, threshold, factor)
+    evaluations = 0
+    for start in range(prompt.shape[1], x.shape[1], block_length):
+        stop = start + block_length
+        masked = _masked_per_row(x, start, stop, mask_id)
+        logits, cache = network.rows(x, 0, None)
+        candidates = x == mask_id
+        candidates[:, stop:] = False
+        x = transfer(x, logits, candidates, rule, [rule.schedule(n, 0) for n in masked])
+        evaluations += 1
+        step = 1
+        end = x.shape[1] if suffix else stop
+        while (x[:, start:stop] == mask_id).any():
+            # Always from the block's first cache: what later evaluations computed is not kept.
+            logits, _ = network.rows(x[:, start:end], start, cache)
+            candidates = x[:, start:end] == mask_id
+            candidates[:, block_length:] = False
+            due = [rule.schedule(n, step) for n in masked]
+            x[:, start:end] = transfer(x[:, start:end], logits, candidates, rule, due)
+            step += 1
+            evaluations += 1
+            assert step <= block_length, "mask tokens predicted: the published loop never ends"
+    return Generated(x, evaluations)
+
+
+def prefix_cache(
+    network: Network,
+    prompt: torch.Tensor,
+    *,
+    steps: int,
+    gen_length: int,
+    block_length: int,
+    mask_id: int,
+    threshold: float | None = None,
+    factor: float | None = None,
+) -> Generated:
+    """Fast-dLLM's prefix cache.
+
+    A block's first evaluation runs the whole sequence and keeps the keys and values before the
+    block; the others recompute everything from the block's start to the end.
+    """
+    return _cached(
+        network, prompt, suffix=True, steps=steps, gen_length=gen_length,
+        block_length=block_length, mask_id=mask_id, threshold=threshold, factor=factor,
+    )  # fmt: skip
+
+
+def dual_cache(
+    network: Network,
+    prompt: torch.Tensor,
+    *,
+    steps: int,
+    gen_length: int,
+    block_length: int,
+    mask_id: int,
+    threshold: float | None = None,
+    factor: float | None = None,
+) -> Generated:
+    """Fast-dLLM's dual cache: as the prefix cache, but only the block itself is recomputed.
+
+    The masks after the block keep the keys and values of the block's first evaluation.
+    """
+    return _cached(
+        network, prompt, suffix=False, steps=steps, gen_length=gen_length,
+        block_length=block_length, mask_id=mask_id, threshold=threshold, factor=factor,
+    )  # fmt: skip

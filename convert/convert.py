@@ -1,7 +1,7 @@
 """The conversion itself: a PyTorch folder to a folder with Orbax parameters.
 
 Tensors are streamed: one is read and checked while those before it are written, and what is held at
-a time is bounded (`stream.IN_FLIGHT_BYTES`, or the largest tensor). The result appears under its
+a time is bounded (`stream.BUFFER_BYTES`, or the largest tensor). The result appears under its
 name when it is complete, verified (if asked for) and on disk; see `staging`.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -32,7 +33,8 @@ from pdllm_jax.checkpoint import (
     Manifest,
     TensorRecord,
     parse_json,
-    read_json,
+    read_small,
+    reason,
 )
 from pdllm_jax.config import ModelConfig
 
@@ -78,14 +80,14 @@ def convert(
     Raises CheckpointError or ConfigError for bad input, an occupied destination or a full disk;
     nothing is left behind then.
     """
-    folder, target = Path(source), Path(destination).absolute()
+    folder, target = Path(source), Path(os.path.abspath(destination))
     if dtype not in ("keep", "bfloat16", "float32"):
         raise CheckpointError(f"dtype {dtype!r} is not one of keep, bfloat16, float32")
     check_apart(folder, target)
     staged = StagedFolder(target, overwrite=overwrite, replaceable=is_checkpoint)
     staged.check()
     opened = open_source(folder)
-    config_bytes = _read_config(folder)
+    config_bytes = read_small(inside(folder, CONFIG))
     config = ModelConfig.from_dict(parse_json(config_bytes, str(folder / CONFIG)))
     check_depth(opened, config.n_layers)
     wanted = targets(config)
@@ -135,8 +137,8 @@ class _Leaf:
     def nbytes(self) -> int:
         return self.tensor.size * FLOATS[self.dtype].itemsize
 
-    def load(self) -> NDArray[Any]:
-        array = materialize(self.tensor, self.dtype)
+    def load(self, buffer: NDArray[np.uint8]) -> NDArray[Any]:
+        array = materialize(self.tensor, self.dtype, buffer)
         self.done("convert", self.tensor.nbytes)
         return array
 
@@ -212,7 +214,6 @@ def write_errors(destination: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [repr(error)])[0]
         full = isinstance(error, OSError) and error.errno in (
             errno.ENOSPC,
             errno.EDQUOT,
@@ -220,8 +221,10 @@ def write_errors(destination: Path) -> Iterator[None]:
         )
         # TensorStore reports the system's message inside a ValueError.
         if full or any(text in str(error) for text in ("No space left", "File too large", "quota")):
-            raise CheckpointError(f"disk full while writing {destination}: {reason}") from error
-        raise CheckpointError(f"{destination} can not be written: {reason}") from error
+            raise CheckpointError(
+                f"disk full while writing {destination}: {reason(error)}"
+            ) from error
+        raise CheckpointError(f"{destination} can not be written: {reason(error)}") from error
 
 
 def copy_companions(source: Path, destination: Path) -> None:
@@ -229,11 +232,6 @@ def copy_companions(source: Path, destination: Path) -> None:
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(inside(source, name), destination / name)
-
-
-def _read_config(folder: Path) -> bytes:
-    read_json(inside(folder, CONFIG))  # reports a missing, huge or malformed file
-    return (folder / CONFIG).read_bytes()
 
 
 def _target_dtype(source: Source, row: Target, dtype: OutputDtype) -> str:

@@ -65,7 +65,7 @@ def reverse(
     shard_bytes: no file holds more tensor bytes than this, unless one tensor alone does.
     verify, overwrite: as for `convert`. Raises CheckpointError or ConfigError likewise.
     """
-    folder, target = Path(source).absolute(), Path(destination).absolute()
+    folder, target = Path(source).absolute(), Path(os.path.abspath(destination))
     check_apart(folder, target)
     staged = StagedFolder(target, overwrite=overwrite, replaceable=is_checkpoint)
     staged.check()
@@ -130,12 +130,11 @@ def _write_headers(
     shards = _shards(rows, records, shard_bytes)
     for number, members in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # Wide dtypes first keeps every tensor aligned to its own element size.
-        members = sorted(members, key=lambda row: -FLOATS[_NAMES[records[row.path].dtype]].itemsize)
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for row in members:
             record = records[row.path]
+            # An even number of values (d_model is even): float32 stays aligned after bfloat16.
             begin, end = end, end + record.nbytes
             entries[row.source] = {
                 "dtype": _NAMES[record.dtype],

@@ -23,10 +23,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from pdllm_jax.checkpoint import CheckpointError, parse_json
+from pdllm_jax.checkpoint import CheckpointError, parse_json, reason
 
 # The format's own limit (safetensors' Rust implementation refuses larger headers).
 MAX_HEADER_BYTES = 100_000_000
+# The product of a million sizes would take hours.
+MAX_RANK = 64
 
 FLOATS: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -87,7 +89,10 @@ def pread_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> 
     """Fills `buffer` from `offset` on; CheckpointError where the file ends before."""
     done = 0
     while done < len(buffer):
-        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        try:
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        except OSError as error:
+            raise CheckpointError(f"{path} can not be read: {error.strerror}") from None
         if count == 0:
             raise CheckpointError(f"{path} is truncated at byte {offset + done}")
         done += count
@@ -154,13 +159,13 @@ def open_safetensors(path: Path) -> list[SourceTensor]:
 def _safetensors_entry(path: Path, name: str, entry: Any, data: int) -> tuple[SourceTensor, int]:
     """The tensor and the byte of the file at which it ends."""
 
-    def corrupt(reason: str) -> CheckpointError:
-        return CheckpointError(f"{path} is corrupt: tensor {name!r} {reason}")
+    def corrupt(what: str) -> CheckpointError:
+        return CheckpointError(f"{path} is corrupt: tensor {name!r} {what}")
 
     if not isinstance(entry, dict):
         raise corrupt("has no description")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not (isinstance(shape, list) and all(map(_is_size, shape))):
+    if not (isinstance(shape, list) and len(shape) <= MAX_RANK and all(map(_is_size, shape))):
         raise corrupt(f"has the shape {shape!r}")
     if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(_is_size, offsets))):
         raise corrupt(f"has the offsets {offsets!r}")
@@ -203,8 +208,9 @@ def open_bin(path: Path) -> list[SourceTensor]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         # What torch raises depends on what is broken: RuntimeError, UnpicklingError, KeyError, ...
-        reason = (str(error).splitlines() or [repr(error)])[0][:200]
-        raise CheckpointError(f"{path} is corrupt or not a file of weights: {reason}") from None
+        raise CheckpointError(
+            f"{path} is corrupt or not a file of weights: {reason(error)[:200]}"
+        ) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
     names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -261,12 +267,18 @@ def _bin_reader(
         if offset is not None:
             return functools.partial(file_range, path, offset, dtype, tensor.numel())
 
-    def read(start: int, out: NDArray[Any]) -> None:
-        part = tensor.reshape(-1)[start : start + out.size]
-        raw = part.view(torch.int16) if dtype.itemsize == 2 else part
-        out[:] = raw.numpy().view(dtype)
+    @contextlib.contextmanager
+    def in_memory() -> Iterator[Read]:
+        flat = tensor.contiguous().reshape(-1)
+        raw = flat.view(torch.int16) if dtype.itemsize == 2 else flat
+        values = raw.numpy().view(dtype)
 
-    return lambda: contextlib.nullcontext(read)
+        def read(start: int, out: NDArray[Any]) -> None:
+            out[:] = values[start : start + out.size]
+
+        yield read
+
+    return in_memory
 
 
 def _mapped_ranges(path: Path) -> list[tuple[int, int, int]]:

@@ -78,6 +78,7 @@ class StagedFolder:
         try:
             if self.path.exists() and os.path.samestat(self.path.stat(), os.fstat(self._lock)):
                 shutil.rmtree(self.path, ignore_errors=True)
+            self._recover()
         finally:
             os.close(self._lock)
 
@@ -86,14 +87,8 @@ class StagedFolder:
         _sync_tree(self.path)
         if os.path.lexists(self.destination):
             os.rename(self.destination, self._replaced)
-        try:
-            os.rename(self.path, self.destination)
-        except OSError:
-            if self._replaced.exists():
-                os.rename(self._replaced, self.destination)
-            raise
+        os.rename(self.path, self.destination)
         _sync(self.destination.parent)
-        shutil.rmtree(self._replaced, ignore_errors=True)
 
     def _acquire(self) -> None:
         busy = CheckpointError(f"another run is writing {self.destination}")
@@ -107,11 +102,11 @@ class StagedFolder:
             raise busy
 
     def _recover(self) -> None:
-        """After a run that died in commit: the replaced folder goes back, or away."""
-        if not self._replaced.exists():
+        """The folder that was moved aside goes away, or back if no other took its place."""
+        if not os.path.lexists(self._replaced):
             return
         if os.path.lexists(self.destination):
-            shutil.rmtree(self._replaced)
+            shutil.rmtree(self._replaced, ignore_errors=True)
         else:
             os.rename(self._replaced, self.destination)
 

@@ -14,8 +14,7 @@ which only an embedding exceeds, so that large arrays are written and read by se
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,19 +23,76 @@ import numpy as np
 import orbax.checkpoint as ocp
 from numpy.typing import NDArray
 
+from pdllm_jax.checkpoint import quiet_orbax
+
 CHUNK_BYTES = 128 << 20
-# Arrays being written and the one being read, together. At LLaDA-8B's size this lets the two
-# largest, of 1.04 GB in bfloat16, overlap.
-IN_FLIGHT_BYTES = 5 << 29
+# All buffers together. At LLaDA-8B's size the two largest arrays, of 1.04 GB in bfloat16, fit.
+BUFFER_BYTES = 5 << 29
+# Arrays being written while the next one is read; more would only take memory.
+AHEAD_BYTES = 1 << 29
 
 
 class Handle(Protocol):
-    """A leaf that stands for an array."""
+    """A leaf that stands for an array, which `load` puts into a buffer of `nbytes`."""
 
-    order: Any
-    nbytes: int
+    @property
+    def order(self) -> Any: ...
 
-    def load(self) -> NDArray[Any]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+    def load(self, buffer: NDArray[np.uint8]) -> NDArray[Any]: ...
+
+
+class _Buffers:
+    """Lends buffers that are written from in the background.
+
+    They are used again: memory that is fresh from the system costs as much as the reading. A model
+    has few sizes, so that sizes need only match exactly.
+    """
+
+    def __init__(self) -> None:
+        self._lent: list[tuple[NDArray[np.uint8], Any]] = []
+        self._idle: list[NDArray[np.uint8]] = []
+
+    def borrow(self, nbytes: int) -> NDArray[np.uint8]:
+        """A buffer; waits until there is room for it."""
+        while self._lent and self._pending() > max(AHEAD_BYTES, 2 * nbytes):
+            self._collect()
+        for position, buffer in enumerate(self._idle):
+            if buffer.nbytes == nbytes:
+                return self._idle.pop(position)
+        while (self._idle or self._lent) and self._held() + nbytes > BUFFER_BYTES:
+            if not self._idle:
+                self._collect()
+            self._idle.clear()
+        return np.empty(nbytes, np.uint8)
+
+    def lend(self, buffer: NDArray[np.uint8], future: Any) -> None:
+        """The buffer is free again when the future is done."""
+        self._lent.append((buffer, future))
+
+    def finish(self) -> None:
+        while self._lent:
+            self._collect()
+
+    def settle(self) -> None:
+        """Waits for all that is being written, whatever becomes of it."""
+        for _, future in self._lent:
+            with contextlib.suppress(Exception):
+                future.result()
+
+    def _pending(self) -> int:
+        return sum(buffer.nbytes for buffer, _ in self._lent)
+
+    def _held(self) -> int:
+        return self._pending() + sum(buffer.nbytes for buffer in self._idle)
+
+    def _collect(self) -> None:
+        buffer, future = self._lent[0]
+        future.result()
+        del self._lent[0]  # not before: after an interrupt `settle` must find it
+        self._idle.append(buffer)
 
 
 class _Saver(ocp.type_handlers.NumpyHandler):
@@ -49,26 +105,18 @@ class _Saver(ocp.type_handlers.NumpyHandler):
         self, values: Sequence[Handle], infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> list[Any]:
         args = args or [ocp.SaveArgs()] * len(values)
-        pending: list[tuple[int, Any]] = []
-
-        def wait_until(limit: int) -> None:
-            while pending and sum(nbytes for nbytes, _ in pending) > limit:
-                pending[0][1].result()
-                del pending[0]  # not before: an interrupt must find it
-
+        buffers = _Buffers()
         try:
             # Front to back through the source files, whatever the tree's order.
             rows = sorted(zip(values, infos, args, strict=True), key=lambda row: row[0].order)
             for handle, info, arg in rows:
-                wait_until(max(IN_FLIGHT_BYTES - handle.nbytes, 0))
-                futures = await super().serialize([handle.load()], [info], [arg])
-                pending += [(handle.nbytes, future) for future in futures]
-            wait_until(-1)
+                buffer = buffers.borrow(handle.nbytes)
+                (future,) = await super().serialize([handle.load(buffer)], [info], [arg])
+                buffers.lend(buffer, future)
+            buffers.finish()
         finally:
             # Nothing may write on behind the back of whoever clears up after an error.
-            for _, future in pending:
-                with contextlib.suppress(Exception):
-                    future.result()
+            buffers.settle()
         return []
 
 
@@ -94,13 +142,13 @@ def save(path: Path, tree: Any, leaf: type) -> None:
     arguments = ocp.args.PyTreeSave(
         tree, save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     )
-    with _quiet(), ocp.Checkpointer(_handler(leaf, _Saver())) as checkpointer:
+    with quiet_orbax(), ocp.Checkpointer(_handler(leaf, _Saver())) as checkpointer:
         checkpointer.save(path, args=arguments)
 
 
 def restore(path: Path, sink: Callable[[str, NDArray[Any]], None]) -> None:
     """Calls sink(path in the pure dict, joined by dots; array) for every array in turn."""
-    with _quiet(), ocp.Checkpointer(_handler(np.ndarray, _Reader(sink))) as checkpointer:
+    with quiet_orbax(), ocp.Checkpointer(_handler(np.ndarray, _Reader(sink))) as checkpointer:
         checkpointer.restore(path, args=ocp.args.PyTreeRestore())
 
 
@@ -109,15 +157,3 @@ def _handler(leaf: type, handler: Any) -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(
         type_handler_registry=registry, use_ocdbt=False, use_compression=False
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without OCDBT, Orbax warns that there is no OCDBT to merge."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -15,7 +15,7 @@ from pdllm_jax.checkpoint import CheckpointError
 BLOCK = 1 << 20
 
 # An exponent of all ones is Inf or NaN.
-_EXPONENT = {
+_EXPONENT: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
     "BF16": (np.uint16, 0x7F80),
     "F16": (np.uint16, 0x7C00),
     "F32": (np.uint32, 0x7F800000),
@@ -25,10 +25,10 @@ _EXPONENT = {
 def first_not_finite(values: NDArray[Any], dtype: str) -> int | None:
     """Index of the first Inf or NaN of a 1-D array whose dtype has that name in FLOATS."""
     unsigned, mask = _EXPONENT[dtype]
-    exponents = values.view(unsigned) & unsigned(mask)
-    if exponents.size == 0 or exponents.max() != mask:
+    if values.size == 0:
         return None
-    return int(np.argmax(exponents == mask))
+    exponents = values.view(unsigned) & unsigned(mask)
+    return int(np.argmax(exponents == mask)) if exponents.max() == mask else None
 
 
 def blocks(tensor: SourceTensor) -> Iterator[tuple[int, NDArray[Any]]]:
@@ -41,13 +41,17 @@ def blocks(tensor: SourceTensor) -> Iterator[tuple[int, NDArray[Any]]]:
             yield start, block
 
 
-def materialize(tensor: SourceTensor, dtype: str) -> NDArray[Any]:
+def materialize(
+    tensor: SourceTensor, dtype: str, buffer: NDArray[np.uint8] | None = None
+) -> NDArray[Any]:
     """The whole tensor in `dtype` (a name of FLOATS), rounded to nearest even where it is narrower.
 
+    buffer: memory for it, of exactly its bytes.
     Raises CheckpointError, with tensor, file and element, for NaN, Inf, or a value that the dtype
     can't hold.
     """
-    out = np.empty(tensor.size, FLOATS[dtype])
+    kind = FLOATS[dtype]
+    out = np.empty(tensor.size, kind) if buffer is None else buffer.view(kind)
     if tensor.dtype == dtype:
         with tensor.open() as read:
             for start in range(0, tensor.size, BLOCK):

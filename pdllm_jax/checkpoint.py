@@ -12,8 +12,11 @@ afterwards (a file lost or cut short in a copy) is refused by name instead of be
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -87,14 +90,20 @@ class Manifest:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds; CheckpointError where it holds none or repeats a key."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_JSON_BYTES + 1)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
+    return parse_json(read_small(path), str(path))
+
+
+def read_small(path: Path) -> bytes:
+    """A file's contents; CheckpointError where there is no file, or one too large for its kind."""
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    if not path.is_file():  # a pipe, which would never answer
+        raise CheckpointError(f"{path} is not a regular file")
+    with path.open("rb") as file:
+        content = file.read(MAX_JSON_BYTES + 1)
     if len(content) > MAX_JSON_BYTES:
         raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes")
-    return parse_json(content, str(path))
+    return content
 
 
 def parse_json(content: bytes, where: str) -> dict[str, Any]:
@@ -103,9 +112,9 @@ def parse_json(content: bytes, where: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            repeated = sorted({name for name in names if names.count(name) > 1})
-            raise CheckpointError(f"{where} repeats the key {', '.join(map(repr, repeated))}")
+            counts = collections.Counter(name for name, _ in pairs)
+            repeated = [repr(name) for name, number in counts.items() if number > 1]
+            raise CheckpointError(f"{where} repeats the key {', '.join(repeated)}")
         return result
 
     try:
@@ -208,15 +217,34 @@ def _restore(params: Path, manifest: Manifest, wanted: dict[str, Any]) -> dict[s
         item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
     )
     try:
-        with ocp.Checkpointer(handler) as checkpointer:
+        with quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
             _check_stored(params, manifest, checkpointer.metadata(params))
             return checkpointer.restore(params, args=arguments)
     except CheckpointError:
         raise
     except Exception as error:
         # Orbax and TensorStore raise what comes: plain Exception, ValueError, KeyError, OSError.
-        reason = (str(error).splitlines() or [repr(error)])[0]
-        raise CheckpointError(f"{params} can not be restored: {reason}") from error
+        raise CheckpointError(f"{params} can not be restored: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's message, without TensorStore's dump of its settings."""
+    line = next(iter(str(error).splitlines()), "") or repr(error)
+    return line.partition(" [tensorstore_spec=")[0]
+
+
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Without Orbax's own log lines: it warns where nothing is wrong (no OCDBT to merge), and what
+    is wrong is raised as well.
+    """
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _check_depth(folder: Path, manifest: Manifest, config: ModelConfig) -> None:

@@ -86,7 +86,7 @@ class RopeScaling:
             "attention_factor", "beta_fast", "beta_slow", "rope_theta",
         }  # fmt: skip
         unknown = sorted(k for k in set(raw) - known if raw[k] is not None)
-        _require(not unknown, f"rope_scaling keys not implemented: {', '.join(unknown)}")
+        _require(not unknown, f"rope_scaling keys not implemented: {', '.join(map(repr, unknown))}")
         _require("factor" in raw, "rope_scaling lacks its factor")
         optional = {
             k: raw[k] for k in ("attention_factor", "beta_fast", "beta_slow") if raw.get(k) is not None
@@ -96,7 +96,9 @@ class RopeScaling:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 2**63  # beyond any setting's sense, and at last beyond float
+    return isinstance(value, float)
 
 
 # What a config.json may say only in one way; any other value is refused by name.
@@ -247,10 +249,13 @@ class ModelConfig:
         if mlp_hidden is None:
             ratio = get("mlp_ratio")
             _positive_int("d_model", d_model)
-            _require(_is_number(ratio), f"mlp_ratio must be a number, got {ratio!r}")
+            _require(
+                _is_number(ratio) and math.isfinite(ratio),
+                f"mlp_ratio must be a number, got {ratio!r}",
+            )
             mlp_hidden = int(ratio * d_model)
         vocab_size = get("vocab_size")
-        embedding_size = raw.get("embedding_size") or vocab_size
+        embedding_size, n_kv_heads = raw.get("embedding_size"), raw.get("n_kv_heads")
         max_length = get("max_sequence_length")
         _positive_int("max_sequence_length", max_length)
         scaling = raw.get("rope_scaling")
@@ -261,10 +266,10 @@ class ModelConfig:
             d_model=d_model,
             n_layers=get("n_layers"),
             n_heads=n_heads,
-            n_kv_heads=raw.get("n_kv_heads") or n_heads,
+            n_kv_heads=n_heads if n_kv_heads is None else n_kv_heads,
             mlp_hidden_size=mlp_hidden,
             vocab_size=vocab_size,
-            embedding_size=embedding_size,
+            embedding_size=vocab_size if embedding_size is None else embedding_size,
             rope_theta=get("rope_theta"),
             rope_scaling=None if scaling is None else RopeScaling.from_dict(scaling, max_length),
             rms_norm_eps=raw.get("rms_norm_eps", 1e-5),

@@ -81,11 +81,11 @@ class _Bars:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
-    from convert import convert, reverse
-
     bars = _Bars()
     start = time.perf_counter()
     try:
+        from convert import convert, reverse
+
         if options.reverse:
             report = reverse(
                 options.source,
@@ -125,7 +125,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
     # A polite kill cleans up like an interrupt.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

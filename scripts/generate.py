@@ -64,9 +64,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--block-length", type=int, help="tokens of a block (default: up to 32)")
     g.add_argument("--steps", type=int, help="evaluations in all (default: one per token)")
     g.add_argument("--temperature", type=float, default=decode.temperature)
-    g.add_argument(
-        "--remasking", choices=("low_confidence", "random"), default=decode.remasking
-    )
+    g.add_argument("--remasking", choices=("low_confidence", "random"), default=decode.remasking)
     g.add_argument("--threshold", type=float, help="unmask every slot at least this probable")
     g.add_argument("--factor", type=float, help="Fast-dLLM's factor rule")
     g.add_argument(

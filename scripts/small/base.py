@@ -46,6 +46,34 @@ CHAT_TEMPLATE = (
     "{% endif %}"
 )
 
+CONFIG: dict[str, Any] = {
+    "architectures": ["LLaDAModelLM"],
+    "model_type": "llada",
+    "d_model": 576,
+    "n_heads": 9,
+    "n_kv_heads": 3,
+    "n_layers": 30,
+    "mlp_hidden_size": 1536,
+    "mlp_ratio": 1536 / 576,
+    "activation_type": "silu",
+    "block_type": "llama",
+    "rope": True,
+    "rope_theta": 100000.0,
+    "rope_full_precision": True,
+    "layer_norm_type": "rms",
+    "rms_norm_eps": 1e-5,
+    "max_sequence_length": 8192,
+    "vocab_size": 49152,
+    "embedding_size": 49152,
+    "weight_tying": True,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "mask_token_id": MASK_ID,
+    "bos_token_id": BOS_ID,
+    "eos_token_id": EOS_ID,
+    "pad_token_id": EOS_ID,
+}
+
 _BLOCK_NAMES = {
     "attn_norm": "attn_norm",
     "attn_q": "q_proj",
@@ -168,38 +196,22 @@ def read_base(path: Path) -> Base:
                 values = _unpermute(values, heads if part[2] == "attn_q" else kv_heads)
             name = f"blocks.{part[1]}.{_BLOCK_NAMES[part[2]]}"
         tensors[f"model.transformer.{name}.weight"] = values
-    width, hidden = field("llama.embedding_length"), field("llama.feed_forward_length")
-    vocabulary = len(tensors["model.transformer.wte.weight"])
-    config = {
-        "architectures": ["LLaDAModelLM"],
-        "model_type": "llada",
-        "d_model": width,
+    read = {
+        "d_model": field("llama.embedding_length"),
         "n_heads": heads,
         "n_kv_heads": kv_heads,
         "n_layers": field("llama.block_count"),
-        "mlp_hidden_size": hidden,
-        "mlp_ratio": hidden / width,
-        "activation_type": "silu",
-        "block_type": "llama",
-        "rope": True,
+        "mlp_hidden_size": field("llama.feed_forward_length"),
         "rope_theta": field("llama.rope.freq_base"),
-        "rope_full_precision": True,
-        "layer_norm_type": "rms",
-        "rms_norm_eps": 1e-5,
         "max_sequence_length": field("llama.context_length"),
-        "vocab_size": vocabulary,
-        "embedding_size": vocabulary,
-        "weight_tying": True,
-        "include_bias": False,
-        "include_qkv_bias": False,
-        "mask_token_id": MASK_ID,
-        "bos_token_id": BOS_ID,
-        "eos_token_id": EOS_ID,
-        "pad_token_id": EOS_ID,
+        "vocab_size": len(tensors["model.transformer.wte.weight"]),
     }
+    wrong = {name: value for name, value in read.items() if CONFIG[name] != value}
+    if wrong:
+        raise ValueError(f"the GGUF file's sizes are not SmolLM2-135M's: {wrong}")
     tokens, merges = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges")
     reserved = sum(kind == 3 for kind in field("tokenizer.ggml.token_type"))
-    return Base(tensors, config, _tokenizer_files(tokens, merges, reserved))
+    return Base(tensors, CONFIG, _tokenizer_files(tokens, merges, reserved))
 
 
 def _tokenizer_files(
@@ -267,6 +279,29 @@ def _tokenizer_files(
         "tokenizer_config.json": config,
         "special_tokens_map.json": names,
     }
+
+
+def random_tensors(seed: int, config: Mapping[str, Any] = CONFIG) -> dict[str, np.ndarray]:
+    """Random float32 tensors of a config's shapes, to try things out without the GGUF."""
+    rng = np.random.default_rng(seed)
+    width, hidden = config["d_model"], config["mlp_hidden_size"]
+    narrow = width // config["n_heads"] * config["n_kv_heads"]
+    shapes = {
+        "q_proj": (width, width), "k_proj": (narrow, width), "v_proj": (narrow, width),
+        "attn_out": (width, width), "ff_proj": (hidden, width), "up_proj": (hidden, width),
+        "ff_out": (width, hidden),
+    }  # fmt: skip
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32) * np.float32(shape[-1] ** -0.5)
+
+    tensors = {"wte": normal(config["embedding_size"], width), "ln_f": np.ones(width, np.float32)}
+    for layer in range(config["n_layers"]):
+        for norm in ("attn_norm", "ff_norm"):
+            tensors[f"blocks.{layer}.{norm}"] = np.ones(width, np.float32)
+        for name, shape in shapes.items():
+            tensors[f"blocks.{layer}.{name}"] = normal(*shape)
+    return {f"model.transformer.{name}.weight": values for name, values in tensors.items()}
 
 
 def write_json_files(base: Base, folder: Path) -> None:

@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import lzma
+import shutil
 import warnings
 import zlib
 from collections.abc import Iterable
@@ -26,9 +27,7 @@ import numpy as np
 
 TRAIN = ("emma", "mansfieldpark", "northangerabbey", "prideprejudice", "sensesensibility", "bible")
 HELD_OUT = ("persuasion", "pydoc")
-NOISE = (
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-)
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 _RAW = "-raw"  # the same novel with the printed page's line breaks
 
 
@@ -172,6 +171,7 @@ def read_words() -> Words:
 def main() -> None:
     """Command line: builds the folder that `load` reads."""
     import pydoc_data.topics
+
     from tokenizers import Tokenizer
 
     parser = argparse.ArgumentParser(description="tokenise the small model's training texts")
@@ -198,6 +198,7 @@ def main() -> None:
         tokens = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.uint16)
         np.save(args.dest / f"{name}.npy", tokens)
         print(f"{name}: {len(tokens)} tokens")
+    shutil.copyfile(args.tokenizer / "tokenizer.json", args.dest / "tokenizer.json")
     words = read_words()
     record = {"adjectives": words.adjectives, "nouns": words.nouns}
     (args.dest / "words.json").write_text(json.dumps(record), encoding="utf-8")

@@ -12,7 +12,8 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 
 from small.corpus import load
-from small.sequences import Batch, SequenceMaker, training_batch
+from small.masking import Batch, training_batch
+from small.sequences import SequenceMaker
 from small.tasks import Encoder
 
 

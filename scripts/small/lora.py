@@ -28,9 +28,7 @@ def _quantise(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(values / scale).astype(np.int8), np.squeeze(scale, other)
 
 
-def from_trainable(
-    trainable: Params, gain: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def from_trainable(trainable: Params, gain: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Adapter tensors, quantised, from what training holds (see network.merge)."""
     adapter: dict[str, np.ndarray] = {}
     for name in LINEAR:

@@ -34,9 +34,7 @@ class Shape(NamedTuple):
 def shape_of(config: Mapping[str, Any], attention: str = "xla", causal: bool = False) -> Shape:
     """Shape from the contents of config.json."""
     heads, kv_heads = config["n_heads"], config["n_kv_heads"]
-    return Shape(
-        heads, kv_heads, config["rope_theta"], config["rms_norm_eps"], attention, causal
-    )
+    return Shape(heads, kv_heads, config["rope_theta"], config["rms_norm_eps"], attention, causal)
 
 
 def stack(tensors: Mapping[str, np.ndarray], n_layers: int) -> Params:
@@ -73,7 +71,7 @@ def merge(base: Params, trainable: Params, dtype: Any = jnp.bfloat16) -> Params:
     for name, values in trainable["norms"].items():
         params[name] = values.astype(dtype)
     special = trainable["special"].astype(dtype)
-    params["embedding"] = base["embedding"].astype(dtype).at[: len(special)].set(special)
+    params["embedding"] = jnp.asarray(base["embedding"], dtype).at[: len(special)].set(special)
     params.pop("gain")
     return params
 

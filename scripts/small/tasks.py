@@ -146,7 +146,7 @@ def unkeyed_needle(encode: Encoder, name: str, value: str) -> Needle:
 def keyed_needle(
     encode: Encoder, attribute: str, key: tuple[str, str], value: str, *, is_word: bool = False
 ) -> Needle:
-    """" The magic number for amber-fox is 4839201."; the value a number, or else a word."""
+    """A sentence like "The magic number for amber-fox is 4839201."; the value may be a word."""
     middle = (f" {key[0]}", "-", key[1])
     tail = (" is", f" {value}", ".") if is_word else (" is ", *value, ".")
     tokens = encode(f" The {attribute}", *middle, *tail)
@@ -171,9 +171,7 @@ def block_needle(encode: Encoder, items: Sequence[tuple[tuple[str, str], str]]) 
     return Needle(np.concatenate(parts), tuple(facts))
 
 
-def bury(
-    rng: np.random.Generator, text: Text, needles: Sequence[Needle], length: int
-) -> Document:
+def bury(rng: np.random.Generator, text: Text, needles: Sequence[Needle], length: int) -> Document:
     """`length` tokens: a random stretch of `text`, the needles in random places, in their order.
 
     Needles stand after a sentence's end where the stretch has one behind the place drawn.

@@ -122,7 +122,7 @@ class Rule:
         return masked // self.steps + (step < masked % self.steps)
 
     def goes_on(self, is_masked: torch.Tensor, masked: list[int], step: int) -> bool:
-        """Whether a block gets an evaluation `step` in `plain`; `masked`: its masks at the start."""
+        """Whether `plain` gives a block its evaluation `step`; `masked`: its masks at the start."""
         if self.threshold is None and self.factor is None:
             return any(self.schedule(n, step) for n in masked) and step < self.steps
         assert step <= is_masked.shape[1], "mask tokens predicted: the published loop never ends"

@@ -1,0 +1,404 @@
+"""Settings: what a config.json may say, and what the method's own settings may hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdllm_jax.config import (
+    ChunkConfig,
+    ConfigError,
+    DecodeConfig,
+    ModelConfig,
+    RopeScaling,
+    SelectionConfig,
+)
+
+# LLaDA-8B-Instruct's config.json, whole: the keys that it inherited from OLMo belong to the format.
+LLADA_8B = json.loads("""{
+  "activation_type": "silu", "alibi": false, "alibi_bias_max": 8.0,
+  "architectures": ["LLaDAModelLM"], "attention_dropout": 0.0, "attention_layer_norm": false,
+  "attention_layer_norm_with_affine": true,
+  "auto_map": {"AutoConfig": "configuration_llada.LLaDAConfig",
+               "AutoModel": "modeling_llada.LLaDAModelLM",
+               "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM"},
+  "bias_for_layer_norm": false, "block_group_size": 1, "block_type": "llama", "d_model": 4096,
+  "embedding_dropout": 0.0, "embedding_size": 126464, "eos_token_id": 126081,
+  "flash_attention": false, "include_bias": false, "include_qkv_bias": false,
+  "init_cutoff_factor": null, "init_device": "meta", "init_fn": "mitchell", "init_std": 0.02,
+  "input_emb_norm": false, "layer_norm_type": "rms", "layer_norm_with_affine": true,
+  "mask_token_id": 126336, "max_sequence_length": 4096, "mlp_hidden_size": 12288, "mlp_ratio": 4,
+  "model_type": "llada", "multi_query_attention": null, "n_heads": 32, "n_kv_heads": 32,
+  "n_layers": 32, "pad_token_id": 126081, "precision": "amp_bf16", "residual_dropout": 0.0,
+  "rms_norm_eps": 1e-05, "rope": true, "rope_full_precision": true, "rope_theta": 500000.0,
+  "scale_logits": false, "transformers_version": "4.46.3", "use_cache": false,
+  "vocab_size": 126464, "weight_tying": false
+}""")
+
+
+def read(**changes) -> ModelConfig:
+    return ModelConfig.from_dict({**LLADA_8B, **changes})
+
+
+def without(*keys: str) -> dict:
+    return {key: value for key, value in LLADA_8B.items() if key not in keys}
+
+
+def test_llada_8b_config_json_is_the_preset():
+    config = ModelConfig.from_dict(LLADA_8B)
+    # The preset knows the BOS token, which config.json leaves to the tokenizer.
+    assert dataclasses.replace(config, bos_token_id=126080) == ModelConfig.llada_8b()
+    assert config.head_dim == 128
+
+
+def test_from_file(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLADA_8B))
+    assert ModelConfig.from_file(path) == ModelConfig.from_dict(LLADA_8B)
+    assert ModelConfig.from_file(str(path)) == ModelConfig.from_dict(LLADA_8B)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b'{"d_model": 4096,}', b"\xff\xfe", b"[" * 100_000, b"[]", b"null", b'"text"'],
+    ids=["empty", "cut", "trailing comma", "not UTF-8", "deep", "list", "null", "string"],
+)
+def test_malformed_file(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.json") as error:
+        ModelConfig.from_file(path)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(OSError, match=r"config\.json"):
+        ModelConfig.from_file(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_type", "llama"),
+        ("model_type", "Dream"),
+        ("architectures", ["LlamaForCausalLM"]),
+        ("architectures", ["LLaDAModelLM", "Other"]),
+        ("block_type", "sequential"),
+        ("activation_type", "swiglu"),
+        ("activation_type", "gelu"),
+        ("layer_norm_type", "default"),
+        ("layer_norm_type", "gemma_rms"),
+        ("layer_norm_with_affine", False),
+        ("rope", False),
+        ("rope_full_precision", False),
+        ("alibi", True),
+        ("attention_layer_norm", True),
+        ("include_bias", True),
+        ("include_qkv_bias", True),
+        ("bias_for_layer_norm", True),
+        ("scale_logits", True),
+        ("input_emb_norm", True),
+        ("clip_qkv", 8.0),
+        ("block_group_size", 4),
+        ("multi_query_attention", True),
+        # 1 is not true here, nor 0 false: a config that says so was not written by its makers.
+        ("alibi", "false"),
+        ("include_bias", []),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(key, value):
+    with pytest.raises(ConfigError, match=f"not implemented.*{key}="):
+        read(**{key: value})
+
+
+def test_all_refusals_come_at_once():
+    with pytest.raises(ConfigError) as error:
+        read(alibi=True, include_bias=True, block_type="sequential")
+    assert all(key in str(error.value) for key in ("alibi", "include_bias", "block_type"))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "d_model", "n_heads", "n_layers", "vocab_size", "mask_token_id", "max_sequence_length",
+        "rope_theta",
+    ],
+)  # fmt: skip
+def test_missing_keys_are_named(key):
+    with pytest.raises(ConfigError, match=key):
+        ModelConfig.from_dict(without(key))
+    with pytest.raises(ConfigError, match=key):
+        read(**{key: None})
+
+
+def test_keys_with_a_default():
+    assert ModelConfig.from_dict(without("embedding_size")).embedding_size == 126464
+    assert ModelConfig.from_dict(without("n_kv_heads")).n_kv_heads == 32
+    assert read(n_kv_heads=None).n_kv_heads == 32
+    assert ModelConfig.from_dict(without("weight_tying")).weight_tying is False
+    assert ModelConfig.from_dict(without("rms_norm_eps")).rms_norm_eps == 1e-5
+    assert ModelConfig.from_dict(without("pad_token_id")).pad_token_id == 126081
+    assert ModelConfig.from_dict(without("eos_token_id")).eos_token_id == 126081
+    assert read(mlp_hidden_size=None).mlp_hidden_size == 16384
+    with pytest.raises(ConfigError, match="mlp_ratio"):
+        ModelConfig.from_dict(without("mlp_hidden_size", "mlp_ratio"))
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "vocab_size",
+     "embedding_size", "max_sequence_length"],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [0, -1, 2.5, "8", True, [8], float("nan")])
+def test_sizes_that_are_no_sizes(key, value):
+    with pytest.raises(ConfigError) as error:
+        read(**{key: value})
+    assert key in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_heads": 33}, "d_model 4096 is not a multiple of n_heads 33"),
+        ({"n_kv_heads": 5}, "n_heads 32 is not a multiple of n_kv_heads 5"),
+        ({"n_kv_heads": 64}, "n_kv_heads 64"),
+        ({"d_model": 32 * 33, "n_heads": 32}, "head size 33 must be even"),
+        ({"embedding_size": 126463}, "embedding_size 126463 is smaller than vocab_size 126464"),
+        ({"vocab_size": 126336, "embedding_size": 126336}, "mask_token_id 126336"),
+        ({"mask_token_id": 126464}, "mask_token_id 126464"),
+        ({"eos_token_id": -1}, "eos_token_id -1"),
+        ({"pad_token_id": "x"}, "pad_token_id 'x'"),
+        ({"bos_token_id": 1.0}, "bos_token_id 1.0"),
+        ({"rope_theta": 0}, "rope_theta"),
+        ({"rope_theta": "10000"}, "rope_theta"),
+        ({"rope_theta": math.inf}, "rope_theta"),
+        ({"rope_theta": 10**400}, "rope_theta"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
+        ({"weight_tying": "yes"}, "weight_tying"),
+        ({"mlp_hidden_size": None, "mlp_ratio": "4"}, "mlp_ratio"),
+        ({"mlp_hidden_size": None, "mlp_ratio": math.inf}, "mlp_"),
+        ({"mlp_hidden_size": None, "mlp_ratio": 10**400}, "mlp_"),
+        ({"mlp_hidden_size": None, "mlp_ratio": -4}, "mlp_"),
+    ],
+)
+def test_contradictions_are_named(changes, message):
+    with pytest.raises(ConfigError) as error:
+        read(**changes)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("tying", [True, False])
+def test_tying_and_grouping_are_read(tying):
+    config = read(weight_tying=tying, n_kv_heads=8)
+    assert config.weight_tying is tying
+    assert config.n_kv_heads == 8
+
+
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_rope_scaling_kinds(key):
+    assert read(rope_scaling=None).rope_scaling is None
+    assert read(rope_scaling={key: "default"}).rope_scaling is None
+    linear = read(rope_scaling={key: "linear", "factor": 4}).rope_scaling
+    assert (linear.kind, linear.factor) == ("linear", 4)
+    assert read(rope_scaling={key: "ntk", "factor": 8.0}).rope_scaling.kind == "ntk"
+    yarn = read(
+        rope_scaling={
+            key: "yarn",
+            "factor": 16.0,
+            "original_max_position_embeddings": 2048,
+            "attention_factor": 1.1,
+            "beta_fast": 24,
+            "beta_slow": 2,
+        }
+    ).rope_scaling
+    assert yarn == RopeScaling("yarn", 16.0, 2048, 1.1, 24, 2)
+    assert read(rope_scaling={key: "yarn", "factor": 2.0}).rope_scaling == RopeScaling(
+        "yarn", 2.0, 4096
+    )
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "dynamic"),
+        ({"rope_type": "longrope", "factor": 2.0}, "longrope"),
+        ({"rope_type": "llama3", "factor": 8.0}, "llama3"),
+        ({"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}, "mscale"),
+        ({"rope_type": "yarn", "factor": 2.0, "truncate": False}, "truncate"),
+        ({"rope_type": "linear"}, "factor"),
+        ({"rope_type": "linear", "factor": 0.5}, "factor"),
+        ({"rope_type": "linear", "factor": "2"}, "factor"),
+        ({"rope_type": "linear", "factor": math.inf}, "factor"),
+        ({"rope_type": "linear", "factor": 10**400}, "factor"),
+        ({"rope_type": "linear", "factor": 2, "two\nlines": 1}, r"'two\nlines'"),
+        ({"rope_type": "linear", "factor": True}, "factor"),
+        ({"rope_type": "yarn", "factor": 2, "beta_fast": 0}, "beta_fast"),
+        ({"rope_type": "yarn", "factor": 2, "beta_slow": "1"}, "beta_slow"),
+        ({"rope_type": "yarn", "factor": 2, "attention_factor": -1}, "attention_factor"),
+        ({"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": -4}, "original"),
+        ({"rope_type": ["linear"], "factor": 2.0}, "linear"),
+        ("linear", "rope_scaling"),
+        ([2.0], "rope_scaling"),
+    ],
+)
+def test_rope_scaling_that_is_refused(scaling, message):
+    with pytest.raises(ConfigError) as error:
+        read(rope_scaling=scaling)
+    assert message in str(error.value)
+
+
+def test_ultrallada_base_from_its_formula():
+    """Twice 4096 and twice 131,072 tokens through b' = (T' / 2 pi)^(D / d_crit), by hand."""
+    config = ModelConfig.ultrallada_8b()
+    critical = 2 * math.ceil(64 * math.log(8192 / (2 * math.pi)) / math.log(500_000.0))
+    assert critical == 70
+    assert config.rope_theta == pytest.approx((262_144 / (2 * math.pi)) ** (128 / 70), rel=1e-12)
+    assert config.max_sequence_length == 131_072
+
+
+def test_presets_are_hashable_and_distinct():
+    presets = {ModelConfig.llada_8b(), ModelConfig.ultrallada_8b(), ModelConfig.tiny()}
+    assert len(presets) == 3
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+@given(st.sampled_from([*LLADA_8B, "rope_scaling", "clip_qkv", "bos_token_id"]), JSON_VALUES)
+def test_any_value_is_read_or_refused_in_one_line(key, value):
+    """A hostile config.json gets a ConfigError, never another exception."""
+    message = ""
+    try:
+        hash(read(**{key: value}))
+    except ConfigError as error:
+        message = str(error)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "stride"),
+    [
+        ({}, 1023),
+        ({"anchors": False}, 1024),
+        ({"overlap": 100}, 923),
+        ({"chunk_size": 2}, 1),
+        ({"chunk_size": 1, "anchors": False}, 1),
+    ],
+)
+def test_chunk_stride(settings, stride):
+    assert ChunkConfig(**settings).stride == stride
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"chunk_size": -4}, "chunk_size"),
+        ({"chunk_size": 10.0}, "chunk_size"),
+        ({"chunk_size": True}, "chunk_size"),
+        ({"chunk_size": 1}, "chunk_size 1"),
+        ({"chunk_size": 8, "overlap": 7}, "overlap of 7"),
+        ({"chunk_size": 8, "overlap": 8, "anchors": False}, "overlap of 8"),
+        ({"overlap": -1}, "overlap"),
+        ({"overlap": 0.5}, "overlap"),
+    ],
+)
+def test_chunk_config_refuses(settings, message):
+    with pytest.raises(ConfigError) as error:
+        ChunkConfig(**settings)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"scorer": "attention"}, "scorer 'attention'"),
+        ({"encoding": "causal"}, "encoding 'causal'"),
+        ({"masked_copies": 0}, "masked_copies"),
+        ({"draft_length": 0}, "draft_length"),
+        ({"draft_steps": 0}, "draft_steps"),
+        ({"draft_length": 2, "draft_steps": 3}, "draft_steps 3 exceeds draft_length 2"),
+        ({"encode_batch": 0}, "encode_batch"),
+    ],
+)
+def test_selection_config_refuses(settings, message):
+    with pytest.raises(ConfigError) as error:
+        SelectionConfig(**settings)
+    assert message in str(error.value)
+
+
+def test_selection_config_accepts_leave_one_out():
+    assert SelectionConfig(masked_copies=None).masked_copies is None
+
+
+def test_decode_config_counts():
+    assert DecodeConfig(gen_length=96, block_length=32).n_blocks == 3
+    assert DecodeConfig(gen_length=96, block_length=32).steps_per_block == 32
+    assert DecodeConfig(gen_length=96, block_length=32, steps=12).steps_per_block == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gen_length": 0}, "gen_length"),
+        ({"gen_length": -32}, "gen_length"),
+        ({"block_length": 0}, "block_length"),
+        ({"gen_length": 40, "block_length": 32}, "block_length 32 does not divide gen_length 40"),
+        ({"gen_length": 16, "block_length": 32}, "block_length 32 does not divide gen_length 16"),
+        ({"steps": 0}, "steps"),
+        ({"gen_length": 64, "steps": 7}, "steps 7 is not a multiple of the number of blocks 2"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
+        ({"temperature": "0"}, "temperature"),
+        ({"remasking": "entropy"}, "remasking 'entropy'"),
+        ({"threshold": 0.0}, "threshold"),
+        ({"threshold": 1.1}, "threshold"),
+        ({"threshold": math.nan}, "threshold"),
+        ({"factor": 0.0}, "factor"),
+        ({"factor": math.inf}, "factor"),
+        ({"threshold": 0.9, "factor": 1.0}, "exclude each other"),
+        ({"guidance": -1.0, "recompute": "response"}, "guidance"),
+        ({"guidance": 1.0}, "guidance needs recompute='response'"),
+        ({"recompute": "all"}, "recompute 'all'"),
+    ],
+)
+def test_decode_config_refuses(settings, message):
+    with pytest.raises(ConfigError) as error:
+        DecodeConfig(**settings)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig.tiny(),
+        RopeScaling("yarn", 2.0, 64),
+        ChunkConfig(),
+        SelectionConfig(),
+        DecodeConfig(),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_settings_are_frozen_hashable_values(config):
+    """They are static arguments of jitted functions: equal settings must not compile twice."""
+    again = dataclasses.replace(config)
+    assert again == config
+    assert hash(again) == hash(config)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, dataclasses.fields(config)[0].name, 1)

@@ -14,6 +14,7 @@ which only an embedding exceeds, so that large arrays are written and read by se
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,11 +96,17 @@ class _Buffers:
         self._idle.append(buffer)
 
 
+# Orbax before 0.12.5 always copies an array before it writes it, and has no word for not doing so.
+_NO_COPY: dict[str, Any] = {"deepcopy_host_arrays": False}
+if "deepcopy_host_arrays" not in inspect.signature(ocp.type_handlers.NumpyHandler).parameters:
+    _NO_COPY = {}
+
+
 class _Saver(ocp.type_handlers.NumpyHandler):
     """Writes handles as if they were the arrays that they load."""
 
     def __init__(self) -> None:
-        super().__init__(deepcopy_host_arrays=False)
+        super().__init__(**_NO_COPY)
 
     async def serialize(
         self, values: Sequence[Handle], infos: Sequence[Any], args: Sequence[Any] | None = None

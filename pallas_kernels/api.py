@@ -20,9 +20,8 @@ def resolve_implementation(implementation: Implementation | None) -> Implementat
     if implementation is None:
         return "xla"
     if implementation not in get_args(Implementation):
-        raise ValueError(
-            f"implementation {implementation!r} is not known ({', '.join(get_args(Implementation))})"
-        )
+        known = ", ".join(get_args(Implementation))
+        raise ValueError(f"implementation {implementation!r} is not known ({known})")
     return implementation
 
 

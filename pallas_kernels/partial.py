@@ -29,6 +29,8 @@ def merge(*parts: Partial) -> Partial:
     top = jnp.stack([part.lse for part in parts]).max(axis=0)
     weights = [jnp.exp(part.lse - top) for part in parts]
     total = sum(weights[1:], weights[0])
-    out = sum(w[..., None] * part.out.astype(jnp.float32) for w, part in zip(weights, parts))
+    out = sum(
+        w[..., None] * part.out.astype(jnp.float32) for w, part in zip(weights, parts, strict=True)
+    )
     out = jnp.asarray(out) / total[..., None]
     return Partial(out.astype(parts[0].out.dtype), top + jnp.log(total))

@@ -1,4 +1,4 @@
-"""Portable path: one chunk at a time with a running log-sum-exp, never a gathered copy of the KV."""
+"""Portable path: one chunk at a time with a running log-sum-exp, no gathered copy of the KV."""
 
 from __future__ import annotations
 

@@ -60,17 +60,20 @@ def _cudnn_with_lse(q: Array, k: Array, v: Array, lengths: Array | None) -> Part
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     batch, rows = q.shape[:2]
-    lengths_of = {}
-    mask = cudnn.MaskType.NO_MASK
+    q_lengths = kv_lengths = None
     if lengths is not None:
-        mask = cudnn.MaskType.PADDING
         # A part without keys gives NaN in cuDNN: read one key, and drop the result below.
-        lengths_of = {
-            "q_seqlen": jnp.full((batch,), rows, jnp.int32),
-            "kv_seqlen": jnp.maximum(lengths, 1).astype(jnp.int32),
-        }
+        q_lengths = jnp.full((batch,), rows, jnp.int32)
+        kv_lengths = jnp.maximum(lengths, 1).astype(jnp.int32)
     out, lse = cudnn.dot_product_attention(
-        q, k, v, **lengths_of, scale=q.shape[-1] ** -0.5, mask_type=mask, return_residual=True
+        q,
+        k,
+        v,
+        q_seqlen=q_lengths,
+        kv_seqlen=kv_lengths,
+        scale=q.shape[-1] ** -0.5,
+        mask_type=cudnn.MaskType.NO_MASK if lengths is None else cudnn.MaskType.PADDING,
+        return_residual=True,
     )
     lse = lse.reshape(batch, q.shape[2], rows).transpose(0, 2, 1).astype(jnp.float32)
     if lengths is not None:
@@ -87,9 +90,7 @@ def _blocked(q: Array, k: Array, v: Array, lengths: Array | None) -> Partial:
     if valid is not None:
         values = jnp.where(valid[:, None, :, None], values, 0)
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    product = functools.partial(
-        jnp.einsum, precision=precision, preferred_element_type=jnp.float32
-    )
+    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
 
     def block(query: Array) -> tuple[Array, Array]:
         """[B, t, H, D] -> out [B, t, H, D], lse [B, t, H]."""

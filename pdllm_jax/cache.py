@@ -97,7 +97,7 @@ def write_rows(
 
 
 def write_chunks(
-    pool: ChunkPool, layer: int, k: Float[Array, "N C G D"], v: Array, first: Int[Array, ""]
+    pool: ChunkPool, layer: int, k: Float[Array, "N C G D"], v: Array, first: int | Int[Array, ""]
 ) -> ChunkPool:
     """Writes one layer's KV of consecutive chunks from index `first` on."""
 

@@ -81,13 +81,13 @@ def split_context(
     if context.size == 0:
         raise ValueError("context is empty")
     anchor = int(config.anchors)
-    if anchor and bos_id is None:
+    if config.anchors and bos_id is None:
         raise ValueError("anchors need a BOS token")
     span = config.chunk_size - anchor
     n = 1 + max(0, -(-(context.size - span) // config.stride))
     chunks = np.zeros((n, config.chunk_size), np.int32)
     lengths = np.zeros((n,), np.int32)
-    if anchor:
+    if bos_id is not None and config.anchors:
         chunks[:, 0] = bos_id
     for i in range(n):
         piece = context[i * config.stride : i * config.stride + span]

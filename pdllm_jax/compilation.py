@@ -18,6 +18,6 @@ def cache_folder() -> Path:
 
 def enable_compilation_cache() -> None:
     """Keeps compiled functions between runs, unless JAX_COMPILATION_CACHE_DIR decides."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -89,7 +89,9 @@ class RopeScaling:
         _require(not unknown, f"rope_scaling keys not implemented: {', '.join(map(repr, unknown))}")
         _require("factor" in raw, "rope_scaling lacks its factor")
         optional = {
-            k: raw[k] for k in ("attention_factor", "beta_fast", "beta_slow") if raw.get(k) is not None
+            k: raw[k]
+            for k in ("attention_factor", "beta_fast", "beta_slow")
+            if raw.get(k) is not None
         }
         original = raw.get("original_max_position_embeddings") or max_sequence_length
         return cls(kind=kind, factor=raw["factor"], original_max_position=original, **optional)
@@ -283,7 +285,7 @@ class ModelConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> ModelConfig:
-        """Reads config.json; ConfigError says what is wrong with it, OSError that it can't be read."""
+        """Reads config.json; raises ConfigError for what is wrong with it, OSError."""
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -293,7 +295,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ChunkConfig:
-    """How a context is cut: chunks of `chunk_size` tokens, the first one the BOS anchor if `anchors`.
+    """How a context is cut: chunks of `chunk_size` tokens, the first of them BOS if `anchors`.
 
     overlap: context tokens that a chunk repeats from the end of its predecessor.
     """
@@ -333,7 +335,7 @@ class SelectionConfig:
       "all", "first", "last", "random".
     masked_copies: R, copies of the query that ride along, copy r with the slots s % R == r masked;
       None is leave-one-out, one copy for every scored slot.
-    draft_length, draft_steps: d masks appended to prefix and query, of which this many are denoised.
+    draft_length, draft_steps: d masks behind prefix and query, of which this many are denoised.
     encoding: "joint" or "independent".
     keep_first: the first chunk is always kept.
     encode_batch: chunks that go through the network together.
@@ -386,7 +388,7 @@ class DecodeConfig:
     factor: Fast-dLLM's factor rule (arXiv 2505.22618); excludes threshold.
     guidance: classifier-free guidance scale; needs recompute "response" and no context cache.
     recompute: rows that a step recomputes while the rest of the live KV stays as it was at the
-      block's start: "block" (dual cache), "suffix" (prefix cache), or "response" (nothing is stale).
+      block's start: "block" (dual cache), "suffix" (prefix cache), or "response" (none is stale).
     """
 
     gen_length: int = 32

@@ -26,8 +26,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import Implementation, chunk_attention, merge
 from pdllm_jax.attention import attention
-from pdllm_jax.cache import ChunkCache, ChunkPool, LiveCache, init_live, init_pool, write_rows
-from pdllm_jax.cache import write_chunks
+from pdllm_jax.cache import (
+    ChunkCache,
+    ChunkPool,
+    LiveCache,
+    init_live,
+    init_pool,
+    write_chunks,
+    write_rows,
+)
 from pdllm_jax.config import ConfigError, DecodeConfig, Encoding
 from pdllm_jax.model import LLaDA
 from pdllm_jax.rope import rotate, rotation
@@ -191,7 +198,8 @@ def _encode_jointly(model: LLaDA, cache: ChunkCache, state: DenoiseState) -> Den
     own_length = state.query_length + state.tokens.shape[1]
 
     # Rows and positions: each part overwrites the padding of the one before it.
-    own = overlay(jnp.pad(state.query, ((0, 0), (0, state.tokens.shape[1]))), state.query_length, state.tokens)  # fmt: skip
+    own = jnp.pad(state.query, ((0, 0), (0, state.tokens.shape[1])))
+    own = overlay(own, state.query_length, state.tokens)
     rows = jnp.zeros((batch, prefix_rows + context_rows + own_rows), jnp.int32)
     rows = rows.at[:, :prefix_rows].set(cache.prefix_ids)
     positions = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)
@@ -208,8 +216,8 @@ def _encode_jointly(model: LLaDA, cache: ChunkCache, state: DenoiseState) -> Den
     total = own_start + own_length
 
     live_row = jnp.arange(prefix_rows + own_rows)
-    live_from = jnp.where(live_row < state.prefix_length[:, None], live_row, live_row + context[:, None])  # fmt: skip
-    live_from = jnp.minimum(live_from, rows.shape[1] - 1)
+    behind = jnp.where(live_row < state.prefix_length[:, None], 0, context[:, None])
+    live_from = jnp.minimum(live_row + behind, rows.shape[1] - 1)
     chunk_from = jnp.minimum(starts[..., None] + inside, rows.shape[1] - 1).reshape(batch, -1)
 
     def pick(x: Array, index: Array) -> Array:
@@ -384,9 +392,7 @@ def _step(
             x, live = _forward(model, pool, state, rows, start, None, implementation)
             return *decide(model.logits(model.final_norm(x)), block_start), live
         keep = slot < block_start[:, None]
-        x, live = _forward(
-            model, pool, state, state.tokens, response_start, keep, implementation
-        )
+        x, live = _forward(model, pool, state, state.tokens, response_start, keep, implementation)
         hidden = model.final_norm(slices(x, block_start, block_length))
         return *decide(model.logits(hidden), block_start), live
 

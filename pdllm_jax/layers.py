@@ -27,7 +27,7 @@ def project(
 
 
 class Linear(nnx.Module):
-    """y = x W^T without bias; W is [out, in] as in the checkpoints, so that nothing is transposed."""
+    """y = x W^T without bias; W is [out, in] as in the checkpoints, so nothing is transposed."""
 
     def __init__(self, size_in: int, size_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         scale = size_in**-0.5

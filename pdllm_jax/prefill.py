@@ -62,9 +62,7 @@ def draft_response(model: LLaDA, prompt: ChunkedPrompt, config: SelectionConfig)
         guess = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         confidence = jnp.where(draft.confirmed, -jnp.inf, log_probability(logits, guess))
         slot = jnp.where(i == 0, 0, jnp.argmax(confidence))
-        return Draft(
-            draft.tokens.at[slot].set(guess[slot]), draft.confirmed.at[slot].set(True)
-        )
+        return Draft(draft.tokens.at[slot].set(guess[slot]), draft.confirmed.at[slot].set(True))
 
     empty = Draft(jnp.full((d,), mask_id, jnp.int32), jnp.zeros((d,), bool))
     return lax.fori_loop(0, config.draft_steps, step, empty)

@@ -39,7 +39,7 @@ def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
 
 
 def _yarn(dim: int, theta: float, scaling: RopeScaling) -> tuple[np.ndarray, float]:
-    """YaRN (arXiv 2309.00071, section 3.2): interpolate slow planes, keep fast ones, ramp between."""
+    """YaRN (arXiv 2309.00071, section 3.2): slow planes interpolated, fast ones kept, a ramp."""
 
     def plane_of(rotations: float) -> float:
         turns = scaling.original_max_position / (rotations * 2 * math.pi)

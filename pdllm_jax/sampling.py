@@ -52,7 +52,8 @@ def transfer(
     confidence: Float[Array, "G"], step: Int[Array, ""], config: DecodeConfig
 ) -> Bool[Array, "G"]:
     """Slots to unmask now. confidence: log-probability of each slot's prediction, -inf where it is
-    no candidate; step: evaluations already made in this block."""
+    no candidate; step: evaluations already made in this block.
+    """
     rank = jnp.argsort(jnp.argsort(-confidence, stable=True), stable=True)
     candidate = confidence > -jnp.inf
     if config.threshold is not None:

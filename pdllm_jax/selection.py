@@ -28,9 +28,7 @@ class Selection:
 
 
 @functools.partial(jax.jit, static_argnames=("k", "keep_first"))
-def select_top_k(
-    scores: Float[Array, "*B N"], k: int, *, keep_first: bool = False
-) -> Selection:
+def select_top_k(scores: Float[Array, "*B N"], k: int, *, keep_first: bool = False) -> Selection:
     """The k chunks with the highest scores, ties to the lower index.
 
     Args:
@@ -54,9 +52,7 @@ def select_top_k(
     found = jnp.take_along_axis(exists, ids, axis=-1)
     ids = jnp.sort(jnp.where(found, ids, n), axis=-1).astype(jnp.int32)
     chosen = jnp.take_along_axis(scores, jnp.minimum(ids, n - 1), axis=-1)
-    return Selection(
-        jnp.where(ids == n, EMPTY_SLOT, ids), jnp.where(ids == n, -jnp.inf, chosen)
-    )
+    return Selection(jnp.where(ids == n, EMPTY_SLOT, ids), jnp.where(ids == n, -jnp.inf, chosen))
 
 
 def control_scores(

@@ -12,11 +12,11 @@ _COMPILE_EVENTS = "/jax/core/compile/"
 _active: list[list[tuple[float, float]]] = []
 
 
-def _record(event: str, duration: float, **_: object) -> None:
+def _record(event: str, duration_secs: float, **_: str | int) -> None:
     if event.startswith(_COMPILE_EVENTS):
         now = time.perf_counter()
         for spans in _active:
-            spans.append((now - duration, now))
+            spans.append((now - duration_secs, now))
 
 
 jax.monitoring.register_event_duration_secs_listener(_record)

@@ -59,10 +59,16 @@ class Tokenizer:
 
         bos, mask, eos = find("bos_token", BOS), find("mask_token", MASK), find("eos_token", EOS)
         if bos is None:
-            raise TokenizerError(f"the tokenizer has no BOS token ({named.get('bos_token') or BOS})")
-        if mask is None and backend.id_to_token(config.mask_token_id) is None:
-            raise TokenizerError(f"the tokenizer has no mask token ({named.get('mask_token') or MASK})")
-        if mask is not None and mask != config.mask_token_id:
+            raise TokenizerError(
+                f"the tokenizer has no BOS token ({named.get('bos_token') or BOS})"
+            )
+        if mask is None and "mask" in (backend.id_to_token(config.mask_token_id) or "").lower():
+            mask = config.mask_token_id  # under a name of its own
+        if mask is None:
+            raise TokenizerError(
+                f"the tokenizer has no mask token ({named.get('mask_token') or MASK})"
+            )
+        if mask != config.mask_token_id:
             raise TokenizerError(
                 f"mask token: {mask} in the tokenizer, {config.mask_token_id} in config.json"
             )
@@ -101,7 +107,9 @@ class Tokenizer:
         question, end of turn, assistant header. Else BOS, instruction | document | question.
         """
         if self.chat is None:
-            return [self.bos_id, *self.encode(f"{instruction}\n\n")], self.encode(f"\n\n{question}\n")
+            return [self.bos_id, *self.encode(f"{instruction}\n\n")], self.encode(
+                f"\n\n{question}\n"
+            )
         start, end, end_of_turn = self.chat
 
         def header(role: str) -> list[int]:

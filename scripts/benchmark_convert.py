@@ -242,6 +242,7 @@ def main() -> None:
                     "convert_gb_per_s": round(total / converted["seconds"] / 1e9, 3),
                     "convert_peak_resident_gb": converted["peak_resident_gb"],
                     "speed_relative_to_copy": round(seconds / converted["seconds"], 3),
+                    "load_average": round(os.getloadavg()[0], 1),
                 }
             )
             print(json.dumps(pairs[-1]), file=sys.stderr)
@@ -267,7 +268,8 @@ def main() -> None:
             },
             "command": f"python scripts/benchmark_convert.py WORK --layers {options.layers}",
             "conditions": "cold page cache; copy and conversion both end with fsync of every file "
-            "and folder; conversion includes the start of Python; sizes in 1e9 bytes",
+            "and folder; conversion includes the start of Python; load average above 1: other "
+            "work ran on the machine; sizes in 1e9 bytes",
             "layers": options.layers,
             "size_gb": round(total / 1e9, 3),
             "shards": len(list(source.glob("*.safetensors"))),

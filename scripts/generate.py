@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         "--prompt-ids",
         type=Path,
         metavar="F",
-        help='JSON {"prefix": [..], "context": [..], "query": [..]}; {"prompt": [..]} for baselines',
+        help='JSON {"prefix": [..], "context": [..], "query": [..]}; or {"prompt": [..]}',
     )
     p.add_argument("--question", metavar="Q", help="goes with --context-file")
     p.add_argument("--instruction", metavar="TEXT", help="what comes before the document")

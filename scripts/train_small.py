@@ -5,6 +5,8 @@
 
 Corpora come from scripts/small/corpus.py. What is trained (adapter, moments, place in the plan) is
 saved in --state after every stage and when --limit is reached; the same command goes on from there.
+--adapter starts from an adapter file with a fresh optimiser, a warm-up and a plan of its own; give
+it another --seed, and an empty --state: what is saved there comes first.
 small_model/MODEL_CARD.md has the command that made the adapter of this repository.
 """
 
@@ -14,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -30,7 +33,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stages", required=True, help="LENGTH:SECONDSs,... or LENGTH:STEPS,...")
     parser.add_argument("--adapter", type=Path, help="start from this adapter, fresh optimiser")
     parser.add_argument("--full", action="store_true", help="train every weight")
-    parser.add_argument("--rank", type=int, default=48)
+    parser.add_argument("--rank", type=int, help="48, or the rank of --adapter")
     parser.add_argument("--alpha", type=float, default=32.0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.0)
@@ -43,7 +46,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eval-examples", type=int, default=64, help="for each task and stage")
     parser.add_argument("--eval-only", type=int, metavar="LENGTH", help="evaluate and end")
     parser.add_argument("--log-every", type=int, default=20)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.adapter is not None and args.full:
+        parser.error("--full starts from the base: it cannot go on from --adapter")
+    return args
 
 
 def main() -> None:
@@ -67,11 +73,19 @@ def main() -> None:
     params = network.stack(tensors, config["n_layers"])
     shape = network.shape_of(config, "cudnn" if gpu else "xla")
     fields = {field.name for field in dataclasses.fields(training.Options)}
+    adapter, note = None, {}
+    if args.adapter is not None:
+        adapter, note = lora.load(args.adapter), lora.load_note(args.adapter)
+    rank = int(note.get("rank", 48))
+    if adapter is not None and args.rank not in (None, rank):
+        print(f"error: {args.adapter} has rank {rank}, --rank is {args.rank}", file=sys.stderr)
+        sys.exit(2)
+    args.rank = args.rank or rank
     options = training.Options(
         **{key: value for key, value in vars(args).items() if key in fields - {"stages"}},
         stages=training.parse_stages(args.stages),
+        earlier_steps=int(note.get("steps", 0)),
     )
-    adapter = None if args.adapter is None else lora.load(args.adapter)
     trainer = training.Trainer(options, params, shape, dtype, started, adapter)
     trainer.log(event="ready", device=jax.devices()[0].device_kind, arguments=json.dumps(
         {key: str(value) for key, value in vars(args).items()}

@@ -1,4 +1,4 @@
-"""What only a GPU shows: cuDNN's attention in every form that the method uses, and half precision."""
+"""What only a GPU shows: cuDNN's attention as the method uses it, and half precision."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ def test_independent_encoding_is_the_defined_one(model, parts, pads):
 
     The last chunk is short and is among the chosen ones: the query still starts behind its slot.
     """
-    prefix, context, query = parts
+    prefix, _, query = parts
     select = dataclasses.replace(SELECT, encoding="independent", top_k=3, scorer="last")
     decode = DecodeConfig(gen_length=6, block_length=6, recompute="response")
     prompt, cache, chosen, state = prefilling(model, parts, CHUNKS, select, decode, *pads)

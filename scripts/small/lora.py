@@ -106,6 +106,12 @@ def save(path: str | Path, adapter: Mapping[str, np.ndarray], note: Mapping[str,
     save_file(arrays, path, metadata=dict(note))
 
 
+def load_note(path: str | Path) -> dict[str, str]:
+    """The file's metadata, as `save` was given it: "rank" and "steps"."""
+    with safe_open(path, "np") as file:
+        return dict(file.metadata() or {})
+
+
 def load(path: str | Path) -> dict[str, np.ndarray]:
     """Reads an adapter file."""
     with safe_open(path, "np") as file:

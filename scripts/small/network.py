@@ -106,8 +106,12 @@ def _linear(x: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.einsum("bti,oi->bto", x, weight)
 
 
-def encode(params: Params, shape: Shape, tokens: jax.Array) -> jax.Array:
+def encode(
+    params: Params, shape: Shape, tokens: jax.Array, lengths: jax.Array | None = None
+) -> jax.Array:
     """Hidden states after the final norm, [B, T, M]; every token attends to every other.
+
+    lengths: int [B], tokens of each row that are attended to; all of them by default.
 
     Everything but attention and the products themselves is recomputed in the backward pass.
     """
@@ -138,8 +142,9 @@ def encode(params: Params, shape: Shape, tokens: jax.Array) -> jax.Array:
     def block(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
         q, k, v = before(x, layer)
         out = jax.nn.dot_product_attention(
-            q, k, v, is_causal=shape.causal, implementation=shape.attention
-        )
+            q, k, v, is_causal=shape.causal, implementation=shape.attention,
+            key_value_seq_lengths=lengths,
+        )  # fmt: skip
         return after(x, out, layer), None
 
     layers = {name: params[name] for name in LINEAR + NORMS}

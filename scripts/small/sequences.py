@@ -43,7 +43,7 @@ _NEXT_TURN = "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
 MANY_SHARE = 0.65
 TEXT_SHARE = 0.25  # plain text in a batch
 # Dialogues of one question whose needle is not in the document. Only the question is predicted
-# there, from what else it says: a question must be no surer thing than it is without evidence.
+# there, from what else it says: words must be no surer than they are without evidence.
 ABSENT_SHARE = 0.2
 CONTEXT, QUESTION, ANSWER = 0, 1, 2
 

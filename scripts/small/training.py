@@ -53,6 +53,7 @@ class Options:
     workers: int = 4
     limit: float = math.inf
     eval_examples: int = 64
+    earlier_steps: int = 0  # that the adapter to start from has behind it
     log_every: int = 20
 
 
@@ -284,8 +285,9 @@ class Trainer:
         )
 
     def evaluate(self, length: int) -> None:
-        """Exact match on held-out text and keys, with the adapter as it would be stored."""
+        """Exact match and question fit on held-out text, with the adapter as it would be stored."""
         count = min(self.options.eval_examples, 262_144 // length)
+        fitted = min(self.options.eval_examples, 32)
         if not count:
             return
         length = max(length, 1024)  # what the key-value blocks need
@@ -295,7 +297,10 @@ class Trainer:
             stored = lora.from_trainable(jax.device_get(trainable), self.gain)
             trainable = lora.to_trainable(stored, self.gain, len(self.base["attn_norm"]))
         params = jax.jit(network.merge, static_argnums=2)(self.base, trainable, self.dtype)
-        found = self.evaluator(params, length, count)
+        found = {
+            **self.evaluator(params, length, count),
+            **self.evaluator.question_fit(params, fitted),
+        }
         self.log(
             event="evaluation", length=length, **found, seconds=round(time.monotonic() - begun, 1)
         )
@@ -310,7 +315,8 @@ class Trainer:
         partial.replace(folder / "state.safetensors")
         (folder / "meta.json").write_text(json.dumps(self.meta))
         if not self.options.full:
-            note = {"rank": str(self.options.rank), "steps": str(self.meta["step"])}
+            steps = self.options.earlier_steps + self.meta["step"]
+            note = {"rank": str(self.options.rank), "steps": str(steps)}
             adapter = lora.from_trainable(host[0], self.gain)
             for place in {folder, self.options.out or folder}:
                 place.mkdir(parents=True, exist_ok=True)

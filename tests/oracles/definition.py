@@ -102,7 +102,5 @@ class Definition:
         encoded, placed = np.array(encoded_at + own), np.array(placed_at + own)
         is_live = group == 1 + k
         sees = (group == group[:, None]) | (group == 0) | is_live[:, None]
-        offset = np.where(
-            is_live[:, None], placed - placed[:, None], encoded - encoded[:, None]
-        )
+        offset = np.where(is_live[:, None], placed - placed[:, None], encoded - encoded[:, None])
         return self.logits(ids, sees, offset)[-len(live) :]

@@ -10,6 +10,8 @@ PYTHON_KERNELS ?= $(shell scripts/find_python 3.12 3.13)
 VENV := .venv
 VENV_KERNELS := .venv312
 PYTEST_ARGS ?=
+# Bytecode is made when a module is first imported; most of what is installed never is.
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: help env test test-gpu test-kernels lint format quickstart clean
 help:
@@ -25,12 +27,12 @@ env: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo 'error: no Python 3.11 or newer found; set PYTHON=' >&2; exit 2; }
 	"$(PYTHON)" -m venv --clear $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,dev,small]'
+	$(VENV)/bin/python $(INSTALL) -e '.[test,dev,small]'
 	@touch $@
 
 $(VENV_KERNELS)/.installed: pyproject.toml
 	"$(PYTHON_KERNELS)" -m venv --clear $(VENV_KERNELS)
-	$(VENV_KERNELS)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(VENV_KERNELS)/bin/python $(INSTALL) -e '.[test]'
 	@touch $@
 
 test: env
@@ -45,7 +47,7 @@ test-kernels: $(VENV_KERNELS)/.installed
 	$(VENV_KERNELS)/bin/python -m pytest $(PYTEST_ARGS)
 
 test-gpu: $(VENV_KERNELS)/.installed
-	$(VENV_KERNELS)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[cuda]'
+	$(VENV_KERNELS)/bin/python $(INSTALL) -e '.[cuda]'
 	JAX_PLATFORMS=cuda,cpu $(VENV_KERNELS)/bin/python -m pytest -m gpu $(PYTEST_ARGS)
 endif
 

@@ -266,7 +266,8 @@ def main() -> None:
                     for name in ("jax", "numpy", "orbax-checkpoint", "tensorstore")
                 },
             },
-            "command": f"python scripts/benchmark_convert.py WORK --layers {options.layers}",
+            "command": "python scripts/benchmark_convert.py WORK "
+            f"--layers {options.layers} --repeat {options.repeat}",
             "conditions": "cold page cache; copy and conversion both end with fsync of every file "
             "and folder; conversion includes the start of Python; load average above 1: other "
             "work ran on the machine; sizes in 1e9 bytes",

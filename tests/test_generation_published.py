@@ -11,6 +11,7 @@ import pytest
 
 from pdllm_jax.config import DecodeConfig
 from pdllm_jax.denoise import denoise, denoise_step, init_denoise
+from pdllm_jax.generate import generate_ids
 from tests.support import model_from_tensors
 
 torch = pytest.importorskip("torch")
@@ -134,6 +135,19 @@ def test_guidance(pair, guidance):
     guided = pair.check("plain", **settings, guidance=guidance)
     without, _ = pair.published("plain", DecodeConfig(recompute="response", **settings))
     assert not np.array_equal(guided, without)
+
+
+@METHODS
+def test_generate_ids(pair, method):
+    """The public entry on the same network: prefix, context and query together are the prompt."""
+    config = DecodeConfig(gen_length=12, block_length=6, steps=8)
+    want, evaluations = pair.published(method, config)
+    ids = pair.prompts[0].tolist()
+    result = generate_ids(
+        pair.model, ids[:3], ids[3:9], ids[9:], method=method.replace("_", "-"), decode=config
+    )
+    assert result.tokens == want[0].tolist()
+    assert result.evaluations == evaluations[0]
 
 
 def quieten_the_mask(tensors, mask_id: int) -> None:

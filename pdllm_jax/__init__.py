@@ -11,11 +11,12 @@ from pdllm_jax.config import (
     RopeScaling,
     SelectionConfig,
 )
-from pdllm_jax.denoise import DenoiseState, denoise, denoise_step, init_denoise
+from pdllm_jax.denoise import denoise, denoise_step
 from pdllm_jax.generate import GenerationResult, generate, generate_ids
 from pdllm_jax.model import LLaDA
 from pdllm_jax.prefill import Draft, draft_response, prefill
 from pdllm_jax.selection import Selection, select_top_k
+from pdllm_jax.state import DenoiseState, init_denoise
 from pdllm_jax.tokenizer import Tokenizer, TokenizerError
 
 __all__ = [

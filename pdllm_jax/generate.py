@@ -20,10 +20,11 @@ from pdllm_jax.chunking import (
     pad_to,
 )
 from pdllm_jax.config import ChunkConfig, ConfigError, DecodeConfig, Recompute, SelectionConfig
-from pdllm_jax.denoise import denoise, init_denoise
+from pdllm_jax.denoise import denoise
 from pdllm_jax.model import LLaDA
 from pdllm_jax.prefill import draft_response, prefill
 from pdllm_jax.selection import EMPTY_SLOT, select_top_k
+from pdllm_jax.state import init_denoise
 from pdllm_jax.timing import Stopwatch
 from pdllm_jax.tokenizer import INSTRUCTION, Tokenizer
 

@@ -12,11 +12,12 @@ from flax import nnx
 
 from pdllm_jax.chunking import chunk_prompt
 from pdllm_jax.config import ChunkConfig, ConfigError, DecodeConfig, ModelConfig, SelectionConfig
-from pdllm_jax.denoise import denoise, denoise_step, init_denoise
+from pdllm_jax.denoise import denoise, denoise_step
 from pdllm_jax.generate import generate_ids
 from pdllm_jax.model import LLaDA
 from pdllm_jax.prefill import prefill
 from pdllm_jax.selection import select_top_k
+from pdllm_jax.state import init_denoise
 
 MASK = ModelConfig.tiny().mask_token_id
 DECODE = DecodeConfig(gen_length=8, block_length=4)

@@ -12,10 +12,11 @@ from flax import nnx
 
 from pdllm_jax.chunking import chunk_prompt
 from pdllm_jax.config import ChunkConfig, DecodeConfig, ModelConfig, SelectionConfig
-from pdllm_jax.denoise import denoise, denoise_step, init_denoise
+from pdllm_jax.denoise import denoise, denoise_step
 from pdllm_jax.model import LLaDA
 from pdllm_jax.prefill import Draft, draft_response, prefill
 from pdllm_jax.selection import select_top_k
+from pdllm_jax.state import init_denoise
 from tests.oracles.definition import Definition
 
 MASK = ModelConfig.tiny().mask_token_id

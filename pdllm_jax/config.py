@@ -111,6 +111,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "layer_norm_type": ("rms",),
     "rope": (True,),
     "rope_full_precision": (True,),
+    "rope_parameters": (),  # transformers' newer spelling of rope_theta and rope_scaling in one
     "alibi": (False,),
     "attention_layer_norm": (False,),
     "include_bias": (False,),
@@ -261,6 +262,11 @@ class ModelConfig:
         max_length = get("max_sequence_length")
         _positive_int("max_sequence_length", max_length)
         scaling = raw.get("rope_scaling")
+        if isinstance(scaling, Mapping):
+            _require(
+                scaling.get("rope_theta") in (None, get("rope_theta")),
+                f"rope_scaling's rope_theta {scaling.get('rope_theta')!r} is not the model's",
+            )
         eos = raw.get("eos_token_id")
         eos = get("pad_token_id") if eos is None else eos
         pad = raw.get("pad_token_id")

@@ -104,6 +104,7 @@ def test_missing_file(tmp_path):
         ("scale_logits", True),
         ("input_emb_norm", True),
         ("clip_qkv", 8.0),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500000.0}),
         ("block_group_size", 4),
         ("multi_query_attention", True),
         # 1 is not true here, nor 0 false: a config that says so was not written by its makers.
@@ -218,6 +219,7 @@ def test_rope_scaling_kinds(key):
         }
     ).rope_scaling
     assert yarn == RopeScaling("yarn", 16.0, 2048, 1.1, 24, 2)
+    assert read(rope_scaling={key: "linear", "factor": 4, "rope_theta": 5e5}).rope_scaling == linear
     assert read(rope_scaling={key: "yarn", "factor": 2.0}).rope_scaling == RopeScaling(
         "yarn", 2.0, 4096
     )
@@ -243,6 +245,7 @@ def test_rope_scaling_kinds(key):
         ({"rope_type": "yarn", "factor": 2, "attention_factor": -1}, "attention_factor"),
         ({"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": -4}, "original"),
         ({"rope_type": ["linear"], "factor": 2.0}, "linear"),
+        ({"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}, "rope_theta 1000000.0"),
         ("linear", "rope_scaling"),
         ([2.0], "rope_scaling"),
     ],

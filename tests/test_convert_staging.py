@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Runs the command line after replacing `{target}` so that it sends itself a signal.
 STRIKE = """
-import importlib, os
+import importlib, os, signal
+# A shell that starts the tests in the background makes every child ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from scripts import convert_checkpoint
 module = importlib.import_module({module!r})
 place = getattr(module, {owner!r}) if {owner!r} else module

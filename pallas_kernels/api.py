@@ -3,25 +3,61 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.partial import Partial
+from pallas_kernels import compat, mosaic_gpu
+from pallas_kernels.cudnn import chunk_attention_cudnn
+from pallas_kernels.partial import EMPTY_LSE, Partial, merge
 from pallas_kernels.reference import chunk_attention_reference
 from pallas_kernels.xla import chunk_attention_xla
 
-Implementation = Literal["xla", "reference"]
+Implementation = Literal["mosaic_gpu", "cudnn", "xla", "interpret", "reference"]
 
 
-def resolve_implementation(implementation: Implementation | None) -> Implementation:
-    """The implementation that a call will use: the named one, or the best where none is named."""
+class ChunkMass(NamedTuple):
+    """Attention over chosen chunks, and how it was shared out among them.
+
+    attention: as without. mass [B, T, H, K] float32: each slot's share of a row's attention; the
+    shares sum to 1 over the slots, or are all 0 where there is no key.
+    """
+
+    attention: Partial
+    mass: Float[Array, "B T H K"]
+
+
+def resolve_implementation(
+    implementation: Implementation | None,
+    *,
+    dtype: jnp.dtype,
+    head_size: int,
+    chunk_size: int,
+) -> Implementation:
+    """The implementation that a call with such inputs will use on JAX's default backend.
+
+    The named one, or where none is named "mosaic_gpu" if it takes the inputs and the device is a
+    Hopper GPU, else "xla".
+
+    Raises:
+      ValueError: the name is not known, or that implementation does not take the inputs or this
+        GPU, with the reason. Where there is no GPU the kernel may still be lowered for one.
+    """
+    problem = mosaic_gpu.input_problem(dtype, head_size, chunk_size)
     if implementation is None:
-        return "xla"
+        return "xla" if problem or mosaic_gpu.device_problem() else "mosaic_gpu"
     if implementation not in get_args(Implementation):
         known = ", ".join(get_args(Implementation))
         raise ValueError(f"implementation {implementation!r} is not known ({known})")
+    if implementation in ("mosaic_gpu", "interpret") and problem:
+        raise ValueError(f"implementation {implementation!r}: {problem}")
+    if implementation == "mosaic_gpu" and compat.compute_capability() not in (None, "9.0"):
+        raise ValueError(f"implementation 'mosaic_gpu': {mosaic_gpu.device_problem()}")
+    if implementation == "cudnn" and jnp.dtype(dtype).itemsize != 2:
+        raise ValueError(
+            f"implementation 'cudnn': it takes bfloat16 and float16, got {jnp.dtype(dtype).name}"
+        )
     return implementation
 
 
@@ -38,6 +74,9 @@ def chunk_attention(
 ) -> Partial:
     """Softmax attention of every query row over the union of its request's chunks.
 
+    Pure, made to be called under jit; compiles anew for other shapes, not for other ids, lengths or
+    layers. Head counts H and G, rows T and slots K are free.
+
     Args:
       q: query rows. With a K axis, rows[b, j] meet chunk chunk_ids[b, j]: rotated by the row's
         position minus that chunk's offset, they let keys stay rotated at chunk-local positions.
@@ -50,8 +89,14 @@ def chunk_attention(
         whatever it holds.
       layer: index into the leading axis of a stacked pool; may be traced.
       scale: of the scores, 1/sqrt(D) by default.
-      implementation: "xla" (online log-sum-exp, any backend), "reference" (the float32 oracle);
-        None chooses. A named implementation is used or the call fails.
+      implementation: which code runs; a named one is used or the call fails.
+        "mosaic_gpu"  the Hopper kernel: bfloat16 or float16, head size 64 or 128, C a multiple of
+                      64, compute capability 9.0, jax 0.11 or newer; float32 accumulation.
+        "interpret"   the same kernel, interpreted on the CPU; very slow, for tests.
+        "cudnn"       gathers the chunks into a copy for cuDNN.
+        "xla"         any backend and dtype; one chunk at a time, online log-sum-exp.
+        "reference"   the float32 oracle.
+        None          see `resolve_implementation`.
 
     Returns:
       Partial(out [B, T, H, D] in q's dtype, lse [B, T, H] float32), to be merged with attention
@@ -60,16 +105,60 @@ def chunk_attention(
     Raises:
       ValueError: ranks, sizes, dtypes or head counts that do not fit, named; K = 0.
     """
-    implementation = resolve_implementation(implementation)
     _check(q, k, v, chunk_ids, chunk_lengths, layer)
+    implementation = resolve_implementation(
+        implementation, dtype=q.dtype, head_size=q.shape[-1], chunk_size=k.shape[-2]
+    )
     if layer is None:
         k, v, layer = k[None], v[None], 0
     if q.ndim == 4:
-        q = jnp.broadcast_to(q[:, None], (q.shape[0], chunk_ids.shape[1], *q.shape[1:]))
+        q = q[:, None]
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if implementation in ("mosaic_gpu", "interpret"):
+        interpret = compat.interpreter() if implementation == "interpret" else None
+        return mosaic_gpu.chunk_attention_mosaic_gpu(
+            q, k, v, layer, chunk_ids, chunk_lengths, scale, interpret=interpret
+        )
+    q = jnp.broadcast_to(q, (q.shape[0], chunk_ids.shape[1], *q.shape[2:]))
     if implementation == "reference":
         return chunk_attention_reference(q, k[layer], v[layer], chunk_ids, chunk_lengths, scale)
-    return chunk_attention_xla(q, k, v, layer, chunk_ids, chunk_lengths, scale)
+    run = chunk_attention_cudnn if implementation == "cudnn" else chunk_attention_xla
+    return run(q, k, v, layer, chunk_ids, chunk_lengths, scale)
+
+
+def chunk_attention_mass(
+    q: Float[Array, "B T H D"] | Float[Array, "B K T H D"],
+    k: Float[Array, "N G C D"] | Float[Array, "L N G C D"],
+    v: Float[Array, "N G C D"] | Float[Array, "L N G C D"],
+    chunk_ids: Int[Array, "B K"],
+    chunk_lengths: Int[Array, "N"],
+    *,
+    layer: int | Int[Array, ""] | None = None,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+) -> ChunkMass:
+    """`chunk_attention` with every chunk's share of the attention; the same arguments and errors.
+
+    Every slot is attended to as a request of its own; the log-sum-exps say what each is worth.
+    """
+    _check(q, k, v, chunk_ids, chunk_lengths, layer)
+    batch, slots = chunk_ids.shape
+    if q.ndim == 4:
+        q = jnp.broadcast_to(q[:, None], (batch, slots, *q.shape[1:]))
+    parts = chunk_attention(
+        q.reshape(batch * slots, *q.shape[2:]),
+        k,
+        v,
+        chunk_ids.reshape(-1, 1),
+        chunk_lengths,
+        layer=layer,
+        scale=scale,
+        implementation=implementation,
+    )
+    out, lse = (x.reshape(batch, slots, *x.shape[1:]) for x in parts)
+    whole = merge(*(Partial(out[:, i], lse[:, i]) for i in range(slots)))
+    mass = jnp.where(lse > EMPTY_LSE / 2, jnp.exp(lse - whole.lse[:, None]), 0.0)
+    return ChunkMass(whole, mass.transpose(0, 2, 3, 1))
 
 
 def _check(q, k, v, chunk_ids, chunk_lengths, layer) -> None:

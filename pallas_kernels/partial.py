@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ def merge(*parts: Partial) -> Partial:
     """Attention over the union of the parts' (disjoint) keys: weights exp(lse_i - max lse)."""
     if len(parts) == 1:
         return parts[0]
-    top = jnp.stack([part.lse for part in parts]).max(axis=0)
+    # Elementwise over the parts, so that the compiler makes no stacked copy of them.
+    top = functools.reduce(jnp.maximum, [part.lse for part in parts])
     weights = [jnp.exp(part.lse - top) for part in parts]
     total = sum(weights[1:], weights[0])
     out = sum(

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import EMPTY_LSE, Partial
+from pallas_kernels.cudnn import attention_with_lse
 
 DenseImplementation = Literal["cudnn", "xla"]
 
@@ -44,41 +45,11 @@ def attention(
     if dense_implementation(q.dtype, q.shape[-1]) == "xla":
         return _blocked(q, k, v, lengths)
     if need_lse:
-        return _cudnn_with_lse(q, k, v, lengths)
+        return attention_with_lse(q, k, v, lengths, q.shape[-1] ** -0.5)
     out = jax.nn.dot_product_attention(
         q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
     )
     return Partial(out, jnp.zeros(q.shape[:-1], jnp.float32))
-
-
-def _cudnn_with_lse(q: Array, k: Array, v: Array, lengths: Array | None) -> Partial:
-    """cuDNN with its float32 log-sum-exp.
-
-    jax.nn.dot_product_attention(return_residual=True) rounds the residual to q's dtype, which in
-    bfloat16 costs percents in a merge; the function under it does not.
-    """
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    batch, rows = q.shape[:2]
-    q_lengths = kv_lengths = None
-    if lengths is not None:
-        # A part without keys gives NaN in cuDNN: read one key, and drop the result below.
-        q_lengths = jnp.full((batch,), rows, jnp.int32)
-        kv_lengths = jnp.maximum(lengths, 1).astype(jnp.int32)
-    out, lse = cudnn.dot_product_attention(
-        q,
-        k,
-        v,
-        q_seqlen=q_lengths,
-        kv_seqlen=kv_lengths,
-        scale=q.shape[-1] ** -0.5,
-        mask_type=cudnn.MaskType.NO_MASK if lengths is None else cudnn.MaskType.PADDING,
-        return_residual=True,
-    )
-    lse = lse.reshape(batch, q.shape[2], rows).transpose(0, 2, 1).astype(jnp.float32)
-    if lengths is not None:
-        lse = jnp.where(lengths[:, None, None] > 0, lse, EMPTY_LSE)
-    return Partial(out, lse)
 
 
 def _blocked(q: Array, k: Array, v: Array, lengths: Array | None) -> Partial:

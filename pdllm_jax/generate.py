@@ -197,6 +197,12 @@ def _prefilling(
     key: jax.Array,
     implementation: Implementation | None,
 ) -> GenerationResult:
+    path = resolve_implementation(
+        implementation,
+        dtype=model.dtype,
+        head_size=model.config.head_dim,
+        chunk_size=prompt.chunks.shape[1],
+    )
     watch = Stopwatch()
     n = prompt.n_chunks
     k = n if selecting.scorer == "all" else min(selecting.top_k, n)
@@ -228,7 +234,7 @@ def _prefilling(
     if selecting.encoding == "joint":
         cache = None
     with watch.phase("decode"):
-        state = denoise(model, cache, state, config=config, implementation=implementation)
+        state = denoise(model, cache, state, config=config, implementation=path)
         jax.block_until_ready(state)
     chunks = [int(i) for i in np.asarray(chosen.chunk_ids) if i != EMPTY_SLOT]
     scored = None if selecting.scorer == "all" else np.asarray(scores)[:n].tolist()
@@ -240,7 +246,7 @@ def _prefilling(
         timings=_finish(watch),
         paths=_paths(
             model,
-            chunk_attention=resolve_implementation(implementation),
+            chunk_attention=path,
             encoding=selecting.encoding,
             scorer=selecting.scorer,
         ),

@@ -7,18 +7,54 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import EMPTY_LSE, Partial, chunk_attention, merge, resolve_implementation
+from pallas_kernels import (
+    EMPTY_LSE,
+    Partial,
+    chunk_attention,
+    chunk_attention_mass,
+    compat,
+    merge,
+    resolve_implementation,
+)
+from tests.support import relative_error
 
-IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["xla", "reference"])
-TOLERANCE = {jnp.float32: 1e-6, jnp.bfloat16: 8e-3, jnp.float16: 2e-3}
+HALF = {jnp.bfloat16: 8e-3, jnp.float16: 1e-3}
+TOLERANCE = {jnp.float32: 1e-6, **HALF}
+OLD_JAX = pytest.mark.skipif(
+    compat.mosaic_gpu_problem() is not None, reason=str(compat.mosaic_gpu_problem())
+)
+# All run the same cases, the last two on a GPU; "interpret" is the kernel of "mosaic_gpu" on the CPU.
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "implementation",
+    [
+        "xla",
+        "reference",
+        pytest.param("interpret", marks=OLD_JAX),
+        pytest.param("mosaic_gpu", marks=pytest.mark.gpu),
+        pytest.param("cudnn", marks=pytest.mark.gpu),
+    ],
+)
+# Ragged and full chunks, empty ones, ids unsorted and repeated, two requests over one pool.
+IDS, LENGTHS = [[4, 0, 2], [1, 5, 1]], [128, 128, 70, 0, 1, 128]
 
 
-def case(heads=4, groups=2, dim=8, rows=3, size=16, n=6, dtype=jnp.float32, layers=None, seed=0):
-    keys = jax.random.split(jax.random.key(seed), 3)
+def case(implementation, heads=4, groups=2, dim=64, rows=8, size=128, n=6, dtype=None, layers=None):
+    """q, k, v; float32 where the implementation takes it and no dtype is asked for."""
+    dtype = dtype or (jnp.float32 if implementation in ("xla", "reference") else jnp.bfloat16)
+    keys = jax.random.split(jax.random.key(0), 3)
     pool = (n, groups, size, dim) if layers is None else (layers, n, groups, size, dim)
     k, v = (jax.random.normal(key, pool).astype(dtype) for key in keys[:2])
     q = jax.random.normal(keys[2], (2, 3, rows, heads, dim)).astype(dtype)
     return q, k, v
+
+
+def assert_close(got: Partial, want, dtype):
+    """Outputs by the Euclidean norm, to the dtype's rounding; log-sum-exps one by one."""
+    out, lse = want
+    assert got.out.dtype == dtype
+    assert got.lse.dtype == jnp.float32
+    assert relative_error(got.out, out) < {jnp.float32: 2e-6, jnp.bfloat16: 4e-3}.get(dtype, 1e-3)
+    np.testing.assert_allclose(got.lse, lse, atol=2e-5 if dtype == jnp.float32 else 2e-3)
 
 
 def by_hand(q, k, v, ids, lengths):
@@ -49,57 +85,55 @@ def by_hand(q, k, v, ids, lengths):
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize(
-    ("heads", "groups"), [(4, 4), (4, 2), (4, 1)], ids=["MHA", "GQA", "one KV head"]
+    ("heads", "groups", "rows"),
+    [(4, 4, 32), (4, 2, 8), (14, 2, 32), (2, 2, 100)],
+    ids=["MHA", "GQA", "GQA with a last tile that is not full", "rows that fill no tile"],
 )
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["float32", "bfloat16", "float16"])
-def test_against_one_softmax_by_hand(implementation, heads, groups, dtype):
-    """Ragged and full chunks, ids unsorted and repeated, two requests over one pool."""
-    q, k, v = case(heads, groups, dtype=dtype)
-    ids, lengths = [[4, 0, 2], [1, 5, 1]], [16, 16, 7, 0, 1, 16]
+def test_against_one_softmax_by_hand(implementation, heads, groups, rows, dtype):
+    if dtype == jnp.float32 and implementation not in ("xla", "reference"):
+        pytest.skip("takes half precision alone")
+    q, k, v = case(implementation, heads, groups, rows=rows, dtype=dtype)
     got = chunk_attention(
-        q, k, v, jnp.array(ids), jnp.array(lengths), implementation=implementation
+        q, k, v, jnp.array(IDS), jnp.array(LENGTHS), implementation=implementation
     )
-    out, lse = by_hand(q, k, v, ids, lengths)
-    tolerance = TOLERANCE[dtype]
-    assert got.out.dtype == dtype
-    assert got.lse.dtype == jnp.float32
-    np.testing.assert_allclose(got.out.astype(np.float32), out, atol=4 * tolerance)
-    np.testing.assert_allclose(got.lse, lse, atol=4 * tolerance)
+    assert_close(got, by_hand(q, k, v, IDS, LENGTHS), dtype)
 
 
 @IMPLEMENTATIONS
 def test_ids_and_lengths_outside_are_clipped_and_read_nothing(implementation):
     """Ids outside the pool are empty slots; lengths are clipped to the chunk."""
-    q, k, v = case()
+    q, k, v = case(implementation)
     k, v = k.at[0].set(jnp.nan).at[5].set(jnp.nan), v.at[0].set(jnp.nan).at[5].set(jnp.nan)
-    ids, lengths = [[-1, 6, 2], [1, 999, -7]], [16, -3, 99, 16, 16, 16]
+    ids, lengths = [[-1, 6, 2], [1, 999, -7]], [128, -3, 999, 128, 128, 128]
     got = chunk_attention(
         q, k, v, jnp.array(ids), jnp.array(lengths), implementation=implementation
     )
     out, lse = by_hand(q, k, v, ids, lengths)
-    np.testing.assert_allclose(got.out, out, atol=4e-6)
-    np.testing.assert_allclose(got.lse[0], lse[0], atol=4e-6)
+    assert_close(Partial(got.out[:1], got.lse[:1]), (out[:1], lse[:1]), q.dtype.type)
     assert (got.lse[1] == EMPTY_LSE).all()
     assert (got.out[1] == 0).all()
 
 
 @IMPLEMENTATIONS
 def test_nan_in_padding_and_in_other_chunks_changes_nothing(implementation):
-    q, k, v = case()
-    ids, lengths = jnp.array([[4, 2, 3], [2, 4, 2]]), jnp.array([16, 16, 5, 0, 9, 16])
+    q, k, v = case(implementation)
+    lengths = jnp.array([128, 128, 37, 0, 65, 128])
+    ids = jnp.array([[4, 2, 3], [2, 4, 2]])
     clean = chunk_attention(q, k, v, ids, lengths, implementation=implementation)
     used = jnp.array([False, False, True, True, True, False])
-    counts = used[:, None] & (jnp.arange(16) < lengths[:, None])
-    poison = jnp.where(counts[:, None, :, None], 0.0, jnp.nan)
+    counts = used[:, None] & (jnp.arange(128) < lengths[:, None])
+    poison = jnp.where(counts[:, None, :, None], 0.0, jnp.nan).astype(q.dtype)
     dirty = chunk_attention(q, k + poison, v + poison, ids, lengths, implementation=implementation)
+    assert np.isfinite(clean.out.astype(jnp.float32)).all()
     np.testing.assert_array_equal(dirty.out, clean.out)
     np.testing.assert_array_equal(dirty.lse, clean.lse)
 
 
 @IMPLEMENTATIONS
 def test_a_layer_of_a_stacked_pool_and_shared_query_rows(implementation):
-    q, k, v = case(layers=3)
-    ids, lengths = jnp.array([[4, 0, 2], [1, 5, 1]]), jnp.full((6,), 16)
+    q, k, v = case(implementation, layers=3)
+    ids, lengths = jnp.array(IDS), jnp.array(LENGTHS)
     shared = q[:, 0]
 
     def run(layer):
@@ -109,22 +143,39 @@ def test_a_layer_of_a_stacked_pool_and_shared_query_rows(implementation):
 
     got = jax.jit(run)(jnp.int32(1))
     repeated = jnp.broadcast_to(shared[:, None], q.shape)
-    out, lse = by_hand(repeated, k[1], v[1], ids, lengths)
-    np.testing.assert_allclose(got.out, out, atol=4e-6)
-    np.testing.assert_allclose(got.lse, lse, atol=4e-6)
+    assert_close(got, by_hand(repeated, k[1], v[1], IDS, LENGTHS), q.dtype.type)
 
 
-def test_scores_that_overflow_an_exponential():
-    q, k, v = case()
-    ids, lengths = [[4, 0, 2], [1, 5, 1]], [16] * 6
-    got = chunk_attention(q * 100, k * 10, v, jnp.array(ids), jnp.array(lengths))
-    out, _ = by_hand(q * 100, k * 10, v, ids, lengths)
-    np.testing.assert_allclose(got.out, out, atol=2e-3)
+@IMPLEMENTATIONS
+def test_the_share_of_every_chunk(implementation):
+    q, k, v = case(implementation)
+    ids, lengths = jnp.array([[4, 0, 2], [3, -1, 3]]), jnp.array(LENGTHS)
+    got = chunk_attention_mass(q, k, v, ids, lengths, implementation=implementation)
+    whole = chunk_attention(q, k, v, ids, lengths, implementation=implementation)
+    np.testing.assert_allclose(got.attention.lse, whole.lse, atol=1e-5)
+    lse = by_hand(q, k, v, IDS, LENGTHS)[1]
+    for slot in range(3):
+        alone = by_hand(q[:, slot : slot + 1], k, v, [[IDS[0][slot]], [0]], LENGTHS)[1]
+        share = np.exp(alone[0] - lse[0])
+        np.testing.assert_allclose(got.mass[0, ..., slot], share, atol=2e-3)
+    np.testing.assert_allclose(got.mass[0].sum(-1), 1, atol=1e-5)
+    assert (got.mass[1] == 0).all()  # of chunks without keys
+
+
+@IMPLEMENTATIONS
+def test_scores_that_overflow_an_exponential(implementation):
+    q, k, v = case(implementation)
+    lengths = [128] * 6
+    got = chunk_attention(
+        q * 100, k * 10, v, jnp.array(IDS), jnp.array(lengths), implementation=implementation
+    )
+    out, _ = by_hand(q * 100, k * 10, v, IDS, lengths)
+    np.testing.assert_allclose(got.out.astype(jnp.float32), out, atol=2e-2)
 
 
 def test_merge_is_attention_over_the_union():
-    q, k, v = case()
-    ids, lengths = jnp.array([[4, 0, 2], [1, 5, 3]]), jnp.array([16, 3, 7, 16, 1, 16])
+    q, k, v = case("xla")
+    ids, lengths = jnp.array([[4, 0, 2], [1, 5, 3]]), jnp.array([128, 3, 70, 128, 1, 128])
     whole = chunk_attention(q, k, v, ids, lengths)
     parts = [chunk_attention(q[:, j : j + 1], k, v, ids[:, j : j + 1], lengths) for j in range(3)]
     nothing = chunk_attention(q[:, :1], k, v, jnp.full((2, 1), -1), lengths)
@@ -138,7 +189,7 @@ def test_merge_is_attention_over_the_union():
 
 def test_the_chosen_chunks_are_not_gathered():
     """No temporary of the size of the chosen KV: chunks are read one at a time."""
-    q, k, v = case(size=512, n=64, dim=64)
+    q, k, v = case("xla", size=512, n=64)
     ids = jnp.tile(jnp.arange(32), (2, 1))
     q = jnp.tile(q[:, :1], (1, 32, 1, 1, 1))
     run = jax.jit(lambda *x: chunk_attention(*x, implementation="xla"))
@@ -152,12 +203,12 @@ def test_the_chosen_chunks_are_not_gathered():
     ("change", "message"),
     [
         ({"q": jnp.zeros((2, 3, 4))}, "q must be"),
-        ({"q": jnp.zeros((2, 3, 3, 4, 16))}, "head size"),
-        ({"q": jnp.zeros((2, 3, 3, 3, 8))}, "no multiple of 2 KV heads"),
-        ({"q": jnp.zeros((2, 4, 3, 4, 8))}, "4 chunk slots"),
-        ({"q": jnp.zeros((2, 3, 3, 4, 8), jnp.bfloat16)}, "share a dtype"),
-        ({"v": jnp.zeros((6, 2, 15, 8))}, "differ in shape"),
-        ({"k": jnp.zeros((1, 6, 2, 16, 8))}, "without a layer index"),
+        ({"q": jnp.zeros((2, 3, 8, 4, 16))}, "head size"),
+        ({"q": jnp.zeros((2, 3, 8, 3, 64))}, "no multiple of 2 KV heads"),
+        ({"q": jnp.zeros((2, 4, 8, 4, 64))}, "4 chunk slots"),
+        ({"q": jnp.zeros((2, 3, 8, 4, 64), jnp.bfloat16)}, "share a dtype"),
+        ({"v": jnp.zeros((6, 2, 15, 64))}, "differ in shape"),
+        ({"k": jnp.zeros((1, 6, 2, 128, 64))}, "without a layer index"),
         ({"chunk_ids": jnp.zeros((2, 3))}, "chunk_ids must be integers"),
         ({"chunk_ids": jnp.zeros((3, 3), jnp.int32)}, r"chunk_ids must be \[B, K\] with B = 2"),
         ({"chunk_ids": jnp.zeros((2, 0), jnp.int32)}, "no chunk"),
@@ -166,16 +217,36 @@ def test_the_chosen_chunks_are_not_gathered():
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
-    q, k, v = case()
+    q, k, v = case("xla")
     fine = {
         "q": q, "k": k, "v": v,
-        "chunk_ids": jnp.zeros((2, 3), jnp.int32), "chunk_lengths": jnp.full((6,), 16),
+        "chunk_ids": jnp.zeros((2, 3), jnp.int32), "chunk_lengths": jnp.full((6,), 128),
     }  # fmt: skip
     chunk_attention(**fine)
-    with pytest.raises(ValueError, match=message):
-        chunk_attention(**{**fine, **change})
+    for attend in (chunk_attention, chunk_attention_mass):
+        with pytest.raises(ValueError, match=message):
+            attend(**{**fine, **change})
 
 
 def test_the_path_used_can_be_asked_for():
-    assert resolve_implementation(None) == "xla"
-    assert resolve_implementation("reference") == "reference"
+    takes = {"dtype": jnp.bfloat16, "head_size": 128, "chunk_size": 1024}
+    best = "mosaic_gpu" if compat.compute_capability() == "9.0" else "xla"
+    assert resolve_implementation(None, **takes) == best
+    assert resolve_implementation("reference", **takes) == "reference"
+    for change in ({"dtype": jnp.float32}, {"head_size": 96}, {"chunk_size": 1000}):
+        assert resolve_implementation(None, **{**takes, **change}) == "xla"
+
+
+@OLD_JAX
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": jnp.float32}, "bfloat16 and float16, got float32"),
+        ({"head_size": 96}, "head sizes 64 and 128, got 96"),
+        ({"chunk_size": 1000}, "multiples of 64, got 1000"),
+    ],
+)
+def test_a_named_kernel_is_not_replaced(change, message):
+    takes = {"dtype": jnp.bfloat16, "head_size": 128, "chunk_size": 1024, **change}
+    with pytest.raises(ValueError, match=f"'mosaic_gpu'.*{message}"):
+        resolve_implementation("mosaic_gpu", **takes)

@@ -1,0 +1,57 @@
+"""Differences between versions of jax that the kernels meet, in one place.
+
+The GPU kernel is written for Pallas' Mosaic GPU backend as it is from jax 0.11 on. On older
+versions everything else of this package works, and asking for the kernel says why it does not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
+OLDEST = (0, 11)
+
+
+def mosaic_gpu_problem() -> str | None:
+    """Why this version of jax cannot build the kernel, None where it can."""
+    if JAX_VERSION < OLDEST:
+        return f"the Mosaic GPU kernel needs jax 0.11 or newer, this is {jax.__version__}"
+    return None
+
+
+def compute_capability() -> str | None:
+    """Of the default backend's first device, like "9.0"; None where that is no NVIDIA GPU."""
+    if jax.default_backend() != "gpu":
+        return None
+    return getattr(jax.devices()[0], "compute_capability", None)
+
+
+def processors() -> int:
+    """Multiprocessors of the default device; an H100's where there is no GPU."""
+    return getattr(jax.devices()[0], "core_count", None) or 132
+
+
+def interpreter(*, detect_races: bool = False) -> Any:
+    """What `interpret=` of a Mosaic GPU kernel takes to run it on the CPU."""
+    return _mosaic_gpu().InterpretGPUParams(detect_races=detect_races)
+
+
+def load(ref: Any, layout: Any) -> jax.Array:
+    """A reference's values in registers, in that layout (older jax has one argument more)."""
+    return _mosaic_gpu().load(ref, layout=layout)
+
+
+def _mosaic_gpu() -> Any:
+    """The module, untyped: its names differ between the versions that the types are checked on."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    return mosaic_gpu
+
+
+def races_found() -> bool:
+    """Whether the last interpreted kernel with race detection had a race (newer jax raises)."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    return bool(gpu_callbacks.get_races().races_found)

@@ -1,0 +1,144 @@
+"""Around the kernel: what it supports, its launch, and the merge of its splits."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import compat, tuning
+from pallas_kernels.block_table import block_table
+from pallas_kernels.partial import Partial, merge
+
+if TYPE_CHECKING:
+    from pallas_kernels.mosaic_gpu_sm90 import Geometry
+
+DTYPES = (jnp.bfloat16, jnp.float16)
+HEAD_SIZES = (64, 128)
+CHUNK_MULTIPLE = 64
+
+
+def input_problem(dtype: jnp.dtype, head_size: int, chunk_size: int) -> str | None:
+    """Why the kernel does not take such inputs, whatever the device; None where it does."""
+    if (problem := compat.mosaic_gpu_problem()) is not None:
+        return problem
+    if dtype not in DTYPES:
+        return f"the kernel takes bfloat16 and float16, got {jnp.dtype(dtype).name}"
+    if head_size not in HEAD_SIZES:
+        return f"the kernel takes head sizes 64 and 128, got {head_size}"
+    if chunk_size % CHUNK_MULTIPLE:
+        return f"the kernel takes chunk sizes that are multiples of 64, got {chunk_size}"
+    return None
+
+
+def device_problem() -> str | None:
+    """Why this process' default device cannot run the kernel; None where it can."""
+    capability = compat.compute_capability()
+    if capability is None:
+        return f"the kernel runs on NVIDIA GPUs, JAX's backend is {jax.default_backend()}"
+    if capability != "9.0":
+        return f"the kernel needs compute capability 9.0, this device has {capability}"
+    return None
+
+
+def chunk_attention_mosaic_gpu(
+    q: Float[Array, "B K T H D"] | Float[Array, "B 1 T H D"],
+    k: Float[Array, "L N G C D"],
+    v: Float[Array, "L N G C D"],
+    layer: int | Int[Array, ""],
+    chunk_ids: Int[Array, "B K"],
+    chunk_lengths: Int[Array, "N"],
+    scale: float,
+    *,
+    settings: tuning.Tuning | None = None,
+    interpret: Any = None,
+) -> Partial:
+    """Attention over the chosen chunks; q's second axis is 1 where all slots share the rows.
+
+    settings: by default what tuning.py says. interpret: `compat.interpreter()` to run on the CPU.
+    """
+    layer = jnp.asarray(layer, jnp.int32).reshape(1)
+    shape = _geometry(q.shape, k.shape)
+    if settings is None:
+        settings = tuning.choose(
+            batch=shape.batch,
+            slots=chunk_ids.shape[1],
+            columns=shape.kv_heads * shape.groups,
+            chunk_size=k.shape[3],
+            dim=shape.dim,
+            tiles=shape.tiles_per_block,
+            processors=shape.processors,
+        )
+    shape = dataclasses.replace(
+        shape,
+        scale=scale,
+        per_chunk=k.shape[3] // settings.block_keys,
+        block_keys=settings.block_keys,
+        stages=settings.stages,
+        splits=settings.splits,
+    )
+    return _launch(q, k, v, layer, chunk_ids, chunk_lengths, shape=shape, interpret=interpret)
+
+
+def _geometry(q: tuple[int, ...], pool: tuple[int, ...]) -> Geometry:
+    """What follows from the shapes of queries and pool alone."""
+    from pallas_kernels.mosaic_gpu_sm90 import Geometry
+
+    batch, query_slots, rows, heads, dim = q
+    return Geometry(
+        batch=batch,
+        rows=_padded_rows(rows),
+        heads=heads,
+        kv_heads=pool[2],
+        dim=dim,
+        query_slots=query_slots > 1,
+        processors=compat.processors(),
+    )
+
+
+def _padded_rows(rows: int) -> int:
+    """T as tiles of 64 rows can hold it: 8, 16, 32, or a multiple of 64."""
+    if rows > 32:
+        return -(-rows // 64) * 64
+    return max(8, 1 << math.ceil(math.log2(rows)))
+
+
+# A function of its own under jit: lowered once for all layers of a model.
+@functools.partial(jax.jit, static_argnames=("shape", "interpret"))
+def _launch(
+    q: Array,
+    k: Array,
+    v: Array,
+    layer: Array,
+    chunk_ids: Array,
+    chunk_lengths: Array,
+    *,
+    shape: Geometry,
+    interpret: Any,
+) -> Partial:
+    from pallas_kernels.mosaic_gpu_sm90 import build
+
+    n, chunk_size, rows = k.shape[1], k.shape[3], q.shape[2]
+    padding = shape.rows - rows
+    if padding:
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, 0), (0, 0)))
+    inside = (chunk_ids >= 0) & (chunk_ids < n)
+    ids = jnp.where(inside, chunk_ids, 0)
+    table = block_table(
+        ids,
+        jnp.where(inside, jnp.clip(chunk_lengths[ids], 0, chunk_size), 0),
+        chunk_size=chunk_size,
+        block_keys=shape.block_keys,
+        splits=shape.splits,
+    )
+    kernel = build(shape, q.dtype, interpret)
+    out, lse = kernel(q, k, v, table.blocks, table.facts, table.units, layer)
+    lse = lse.swapaxes(2, 3)
+    if padding:
+        out, lse = out[:, :, :rows], lse[:, :, :rows]
+    return merge(*(Partial(*part) for part in zip(out, lse, strict=True)))

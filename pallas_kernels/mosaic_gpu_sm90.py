@@ -1,0 +1,343 @@
+"""The kernel's body for Hopper (sm_90): chosen chunks of a KV pool, read where they lie.
+
+One block of threads a processor, each going through its share of the work items. An item is a unit
+of the block table (a run of key blocks of one request), a KV head and a group of query tiles. One
+warp asks the copy engine for K and V blocks, several ahead, and goes on into the next item; one or
+two warpgroups multiply, each 64 packed query rows, with a running log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import compat
+from pallas_kernels.block_table import FIRST, LAST, SLOT_SHIFT, VALID_BITS
+from pallas_kernels.partial import EMPTY_LSE
+
+ROWS = 64  # of a query tile: what one warpgroup multiplies at once
+_LOG2E = math.log2(math.e)
+_TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Static shape of a launch.
+
+    A query tile holds `heads_per_tile` heads of `rows_per_head` rows each, rows_per_head dividing
+    64; or 64 of a head's rows, where it has more. tiles: of a KV head; tiles_per_block: side by
+    side in one block of threads.
+    """
+
+    batch: int
+    rows: int  # T: 8, 16, 32, or a multiple of 64
+    heads: int
+    kv_heads: int
+    dim: int
+    query_slots: bool  # whether query rows differ from slot to slot
+    processors: int
+    scale: float = 1.0
+    block_keys: int = 64
+    stages: int = 2
+    splits: int = 1
+    per_chunk: int = 1  # key blocks of a chunk
+
+    @property
+    def heads_per_kv(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def rows_per_head(self) -> int:
+        """In one tile."""
+        return min(self.rows, ROWS)
+
+    @property
+    def heads_per_tile(self) -> int:
+        return min(ROWS // self.rows_per_head, self.heads_per_kv)
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.heads_per_kv // self.heads_per_tile) * (self.rows // self.rows_per_head)
+
+    @property
+    def tiles_per_block(self) -> int:
+        return min(self.tiles, 2)
+
+    @property
+    def groups(self) -> int:
+        """Blocks of threads that one unit and KV head needs for all its query tiles."""
+        return -(-self.tiles // self.tiles_per_block)
+
+    @property
+    def items(self) -> int:
+        return self.batch * self.splits * self.kv_heads * self.groups
+
+
+def _mod(x: jax.Array, n: int) -> jax.Array:
+    return lax.rem(x, jnp.int32(n))
+
+
+def _div(x: jax.Array, n: int) -> jax.Array:
+    return lax.div(x, jnp.int32(n))
+
+
+def build(geo: Geometry, dtype: jnp.dtype, interpret):
+    """The callable: q, k, v, blocks, facts, units, layer -> partial outputs and log-sum-exps.
+
+    q [B, K or 1, T, H, D]; k, v [L, N, G, C, D]; the table's arrays; layer int32 [1].
+    Returns out [splits, B, T, H, D] in `dtype` and lse [splits, B, H, T] float32 (natural log).
+    """
+    wgs, stages, keys, dim = geo.tiles_per_block, geo.stages, geo.block_keys, geo.dim
+    units = geo.batch * geo.splits
+    blocks_of_threads = min(geo.items, geo.processors)
+    per_row_tiles = geo.rows // geo.rows_per_head
+
+    def item(index, units_ref):
+        """Work item -> unit's request, split, blocks lo..hi, and KV head and tile group."""
+        unit, rest = _mod(index, units) * 4, _div(index, units)
+        head, group = _div(rest, geo.groups), _mod(rest, geo.groups)
+        return (*(units_ref[unit + i] for i in range(4)), head, group)
+
+    def segments(head, tile):
+        """(tile rows, first row of T, query head, whether it exists) of a tile's pieces."""
+        rows = geo.rows_per_head
+        first_head = _div(tile, per_row_tiles) * geo.heads_per_tile
+        row = _mod(tile, per_row_tiles) * rows
+        for i in range(geo.heads_per_tile):
+            local = first_head + i
+            exists = (local < geo.heads_per_kv) & (tile < geo.tiles)
+            local = jnp.minimum(local, geo.heads_per_kv - 1)
+            yield pl.ds(i * rows, rows), row, head * geo.heads_per_kv + local, exists
+
+    def body(
+        q_gmem, k_gmem, v_gmem, blocks_gmem, facts_gmem, units_gmem, layer_gmem, out_gmem, lse_gmem,
+        q_smem, p_smem, lse_smem, k_smem, v_smem,
+        q_full, k_full, v_full, k_empty, v_empty, v_clean,
+    ):  # fmt: skip
+        cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
+        count = _div(geo.items - 1 - cta, blocks_of_threads) + 1
+
+        def items(body, carry):
+            """Folds body(request, split, lo, hi, head, group, carry) over this block's items."""
+
+            def step(i, carry):
+                return body(*item(cta + i * blocks_of_threads, units_gmem), carry)
+
+            return lax.fori_loop(0, count, step, carry)
+
+        @pl.when(wg == wgs)
+        def _producer():
+            plgpu.set_max_registers(40, action="decrease")
+
+            @plgpu.warp_map
+            def _one_warp(warp):
+                @pl.when(warp == 0)
+                def _():
+                    layer = layer_gmem[0]
+
+                    def load(i, n, head):
+                        stage = _mod(n, stages)
+                        place = blocks_gmem[i]
+                        chunk = _div(place, geo.per_chunk)
+                        rows = pl.ds(_mod(place, geo.per_chunk) * keys, keys)
+                        for gmem, smem, full, empty in (
+                            (k_gmem, k_smem, k_full, k_empty),
+                            (v_gmem, v_smem, v_full, v_empty),
+                        ):
+
+                            @pl.when(n >= stages)
+                            def _(empty=empty):
+                                plgpu.barrier_wait(empty.at[stage])
+
+                            plgpu.copy_gmem_to_smem(
+                                gmem.at[layer, chunk, head, rows], smem.at[stage], full.at[stage]
+                            )
+                        return n + 1
+
+                    def run(request, split, lo, hi, head, group, n):
+                        return lax.fori_loop(lo, hi, lambda i, n: load(i, n, head), n)
+
+                    n = items(run, jnp.int32(0))
+
+                    # No arrival is left over when the kernel ends.
+                    @pl.loop(jnp.maximum(n - stages, 0), n)
+                    def _drain(i):
+                        stage = _mod(i, stages)
+                        plgpu.barrier_wait(k_empty.at[stage])
+                        plgpu.barrier_wait(v_empty.at[stage])
+
+        @pl.when(wg < wgs)
+        def _consumer():
+            plgpu.set_max_registers(232, action="increase")
+            q_tile, p_tile, lse_tile = q_smem.at[wg], p_smem.at[wg], lse_smem.at[wg]
+            q_ready = q_full.at[wg]
+
+            def load_queries(request, slot, head, tile):
+                for rows, row, query_head, _ in segments(head, tile):
+                    plgpu.copy_gmem_to_smem(
+                        q_gmem.at[request, slot, pl.ds(row, geo.rows_per_head), query_head],
+                        q_tile.at[rows],
+                        q_ready,
+                    )
+
+            def clean(stage, valid):
+                """Zeroes V behind the valid keys: 0 x NaN would be NaN."""
+
+                @pl.when(wg == 0)
+                def _():
+                    for start in range(0, keys, ROWS):
+                        part = v_smem.at[stage, pl.ds(start, ROWS)]
+                        values = compat.load(part, plgpu.Layout.WGMMA)
+                        row = plgpu.broadcasted_iota(
+                            jnp.int32, (ROWS, dim), 0, layout=plgpu.Layout.WGMMA
+                        )
+                        zero = jnp.zeros((), dtype)
+                        part[...] = jnp.where(row + start < valid, values, zero)
+                    plgpu.commit_smem()
+                    if wgs > 1:
+                        plgpu.barrier_arrive(v_clean.at[stage])
+
+                if wgs > 1:
+
+                    @pl.when(wg > 0)
+                    def _():
+                        plgpu.barrier_wait(v_clean.at[stage])
+
+            def run(request, split, lo, hi, head, group, n):
+                tile = group * wgs + wg
+                slot = facts_gmem[lo] >> SLOT_SHIFT if geo.query_slots else 0
+
+                @pl.when(lo < hi)
+                def _():
+                    load_queries(request, slot, head, tile)
+
+                def block(i, carry):
+                    peak, total, acc, n = carry
+                    stage = _mod(n, stages)
+                    fact = facts_gmem[i]
+                    valid = fact & VALID_BITS
+                    new = i == lo
+                    if geo.query_slots:
+                        new |= (fact & FIRST) != 0
+
+                    @pl.when(new)
+                    def _():
+                        plgpu.barrier_wait(q_ready)
+
+                    plgpu.barrier_wait(k_full.at[stage])
+
+                    def scores_of(ref):
+                        plgpu.wgmma(ref, q_tile, k_smem.at[stage].transpose((1, 0)))
+                        return ref[...]
+
+                    scores = pl.run_scoped(scores_of, plgpu.ACC((ROWS, keys), jnp.float32))
+                    plgpu.barrier_arrive(k_empty.at[stage])
+                    if geo.query_slots:
+                        # The next slot's rows are on their way while this block is finished.
+                        @pl.when(((fact & LAST) != 0) & (i + 1 < hi))
+                        def _():
+                            load_queries(request, facts_gmem[i + 1] >> SLOT_SHIFT, head, tile)
+
+                    def masked(scores):
+                        key = plgpu.broadcasted_iota(
+                            jnp.int32, (ROWS, keys), 1, layout=plgpu.Layout.WGMMA
+                        )
+                        return jnp.where(key < valid, scores, EMPTY_LSE)
+
+                    scores = lax.cond(valid < keys, masked, lambda x: x, scores)
+                    factor = geo.scale * _LOG2E
+                    new_peak = jnp.maximum(peak, scores.max(axis=1) * factor)
+                    fade = jnp.exp2(peak - new_peak)
+                    weights = jnp.exp2(
+                        scores * factor - lax.broadcast_in_dim(new_peak, scores.shape, [0])
+                    )
+                    total = total * fade + weights.sum(axis=1)
+                    acc = acc * lax.broadcast_in_dim(fade, acc.shape, [0])
+                    p_tile[...] = weights.astype(dtype)
+                    plgpu.commit_smem()
+                    plgpu.barrier_wait(v_full.at[stage])
+
+                    @pl.when(valid < keys)
+                    def _():
+                        clean(stage, valid)
+
+                    def weighted_values(ref):
+                        plgpu.wgmma(ref, p_tile, v_smem.at[stage])
+                        return ref[...]
+
+                    acc += pl.run_scoped(weighted_values, plgpu.ACC((ROWS, dim), jnp.float32))
+                    plgpu.barrier_arrive(v_empty.at[stage])
+                    return new_peak, total, acc, n + 1
+
+                by_row = plgpu.Layout.WGMMA.reduce(1)
+                start = (
+                    plgpu.layout_cast(jnp.full((ROWS,), EMPTY_LSE, jnp.float32), by_row),
+                    plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
+                    plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA),
+                    n,
+                )
+                peak, total, acc, n = lax.fori_loop(lo, hi, block, start)
+                safe = jnp.maximum(total, 1e-30)
+                acc = acc * lax.broadcast_in_dim(1 / safe, acc.shape, [0])
+                # The query tile has been read for the last time: the result leaves from there.
+                q_tile[...] = acc.astype(dtype)
+                lse = (peak + jnp.log(safe) * _LOG2E) * (1 / _LOG2E)
+                lse_tile[...] = jnp.where(total > 0, lse, EMPTY_LSE)
+                plgpu.commit_smem()
+                for rows, row, query_head, exists in segments(head, tile):
+                    target = pl.ds(row, geo.rows_per_head)
+
+                    @pl.when(exists)
+                    def _(rows=rows, target=target, query_head=query_head):
+                        plgpu.copy_smem_to_gmem(
+                            q_tile.at[rows], out_gmem.at[split, request, target, query_head]
+                        )
+                        plgpu.copy_smem_to_gmem(
+                            lse_tile.at[rows], lse_gmem.at[split, request, query_head, target]
+                        )
+
+                plgpu.wait_smem_to_gmem(0)
+                return n
+
+            items(run, jnp.int32(0))
+
+    def tile(rows, columns=dim, count=1):
+        return plgpu.SMEM((count, rows, columns), dtype, transforms=_TILED)
+
+    barriers = plgpu.Barrier
+    return plgpu.kernel(
+        body,
+        out_type=[
+            jax.ShapeDtypeStruct((geo.splits, geo.batch, geo.rows, geo.heads, dim), dtype),
+            jax.ShapeDtypeStruct((geo.splits, geo.batch, geo.heads, geo.rows), jnp.float32),
+        ],
+        scratch_types=[
+            tile(ROWS, count=wgs),
+            tile(ROWS, keys, count=wgs),
+            plgpu.SMEM((wgs, ROWS), jnp.float32),
+            tile(keys, count=stages),
+            tile(keys, count=stages),
+            barriers(num_barriers=wgs, num_arrivals=geo.heads_per_tile),
+            barriers(num_barriers=stages),
+            barriers(num_barriers=stages),
+            barriers(num_barriers=stages, num_arrivals=wgs),
+            barriers(num_barriers=stages, num_arrivals=wgs),
+            barriers(num_barriers=stages),
+        ],
+        grid=(blocks_of_threads,),
+        grid_names=("cta",),
+        num_threads=wgs + 1,
+        thread_name="wg",
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+        ),
+    )

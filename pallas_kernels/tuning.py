@@ -1,0 +1,57 @@
+"""Block sizes of the GPU kernel: a table of what was measured, and a safe rule beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+# Shared memory that a block may ask for on sm_90, less what the compiler takes for itself.
+SHARED_MEMORY = 227 * 1024 - 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How the kernel cuts its work.
+
+    block_keys: keys of a block, 64 or 128.  stages: blocks of K and of V in flight.
+    splits: units that a request's blocks are cut into; their partial results are merged.
+    """
+
+    block_keys: int
+    stages: int
+    splits: int
+
+    def __post_init__(self) -> None:
+        if self.block_keys not in (64, 128):
+            raise ValueError(f"block_keys must be 64 or 128, got {self.block_keys}")
+        if self.stages < 2:
+            raise ValueError(f"stages must be at least 2, got {self.stages}")
+        if self.splits < 1:
+            raise ValueError(f"splits must be positive, got {self.splits}")
+
+
+def shared_memory(block_keys: int, stages: int, tiles: int, dim: int) -> int:
+    """Bytes for K, V, the query tiles of 64 rows and their weights, in half precision."""
+    return 2 * (2 * stages * block_keys * dim + tiles * 64 * (dim + block_keys))
+
+
+def choose(
+    *, batch: int, slots: int, columns: int, chunk_size: int, dim: int, tiles: int, processors: int
+) -> Tuning:
+    """The rule.
+
+    Args:
+      batch, slots: requests, and chunks of each.
+      columns: independent pieces of work for one request: KV heads x groups of query tiles.
+      tiles: query tiles of 64 rows that share the keys in shared memory.
+      processors: of the device.
+    """
+    block_keys = 64
+    stages = 6
+    while shared_memory(block_keys, stages, tiles, dim) > SHARED_MEMORY:
+        stages -= 1
+    if batch > 1 and batch * columns >= processors // 2:
+        # One unit a chunk: requests that share a chunk read it together.
+        return Tuning(block_keys, stages, slots)
+    blocks = slots * chunk_size // block_keys
+    splits = max(1, min(processors // (batch * columns), blocks // 4, 32))
+    return Tuning(block_keys, stages, splits)

@@ -1,0 +1,1 @@
+"""Benchmarks behind scripts/benchmark.py: what is timed, and how."""

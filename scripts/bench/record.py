@@ -1,0 +1,76 @@
+"""Timing on the device, and what a result must say about where it was measured."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Timing(NamedTuple):
+    """Microseconds of one call: median, least and most over repeats."""
+
+    median: float
+    least: float
+    most: float
+
+
+def time_loop(run: Callable[..., Any], args: tuple[Any, ...], calls: int, repeats: int) -> Timing:
+    """Times `run(*args)`, which makes `calls` calls on the device, after a warm-up."""
+    jax.block_until_ready(run(*args))
+    spent = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        jax.block_until_ready(run(*args))
+        spent.append((time.perf_counter() - begun) / calls * 1e6)
+    return Timing(float(np.median(spent)), min(spent), max(spent))
+
+
+def copy_bandwidth(gigabytes: float = 2.0, calls: int = 20) -> float:
+    """Bytes a second, read and written, of x + 1 over a large array."""
+    x = jnp.ones((int(gigabytes * 2**30) // 2,), jnp.bfloat16)
+    run = jax.jit(
+        lambda x: jax.lax.fori_loop(0, calls, lambda _, x: x + jnp.bfloat16(1), x),
+        donate_argnums=0,
+    )
+    best = float("inf")
+    x = jax.block_until_ready(run(x))
+    for _ in range(5):
+        begun = time.perf_counter()
+        x = jax.block_until_ready(run(x))
+        best = min(best, time.perf_counter() - begun)
+    return 2 * x.nbytes * calls / best
+
+
+def conditions() -> dict[str, Any]:
+    """Hardware and versions."""
+    device = jax.devices()[0]
+    record = {
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+    }
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+        record["driver, max SM clock"] = found.splitlines()[0].strip() if found else None
+    return record
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """The record as JSON, replaced as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,151 @@
+"""The Hopper kernel beyond the common suite: its schedule, races, and lowering without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compat, tuning
+from pallas_kernels.block_table import FIRST, LAST, SLOT_SHIFT, VALID_BITS, block_table
+from pallas_kernels.mosaic_gpu import chunk_attention_mosaic_gpu
+from tests.support import relative_error
+from tests.test_kernels import OLD_JAX, by_hand, case
+
+IDS, LENGTHS = [[4, 0, 2], [1, 5, 1]], [128, 128, 70, 0, 1, 128]
+
+
+def test_block_table_holds_every_block_with_keys_once_in_order():
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        batch, slots, splits = (int(rng.integers(1, n)) for n in (4, 6, 7))
+        ids = rng.integers(0, 9, (batch, slots))
+        lengths = rng.choice([0, 1, 63, 64, 65, 200, 256], (batch, slots))
+        table = block_table(
+            jnp.array(ids), jnp.array(lengths), chunk_size=256, block_keys=64, splits=splits
+        )
+        blocks, facts = (np.asarray(x).reshape(batch, -1) for x in (table.blocks, table.facts))
+        units = np.asarray(table.units).reshape(-1, 4)
+        width = slots * 4
+        seen = {(b, s): (lo, hi) for b, s, lo, hi in units.tolist()}
+        assert sorted(seen) == [(b, s) for b in range(batch) for s in range(splits)]
+        for b in range(batch):
+            want = []
+            for slot in range(slots):
+                n = -(-int(lengths[b, slot]) // 64)
+                for block in range(n):
+                    valid = min(64, int(lengths[b, slot]) - 64 * block)
+                    edges = (FIRST if block == 0 else 0) | (LAST if block == n - 1 else 0)
+                    fact = valid | edges | slot << SLOT_SHIFT
+                    want.append((int(ids[b, slot]) * 4 + block, fact))
+            got = list(zip(blocks[b].tolist(), facts[b].tolist(), strict=True))[: len(want)]
+            assert got == want
+            cuts = [seen[b, s] for s in range(splits)]
+            assert cuts[0][0] == b * width
+            assert cuts[-1][1] == b * width + len(want)
+            assert all(one[1] == two[0] for one, two in itertools.pairwise(cuts))
+            sizes = [hi - lo for lo, hi in cuts]
+            assert max(sizes) - min(sizes) <= 1
+        if batch > 1:
+            begins = [blocks.ravel()[min(lo, blocks.size - 1)] for _, _, lo, _ in units.tolist()]
+            assert begins == sorted(begins)
+    assert VALID_BITS >= 128
+
+
+@OLD_JAX
+@pytest.mark.parametrize(
+    ("heads", "rows", "shared", "settings", "processors"),
+    [
+        (4, 32, False, tuning.Tuning(64, 2, 3), 3),
+        (14, 32, False, tuning.Tuning(64, 3, 2), 2),
+        (2, 64, True, tuning.Tuning(128, 2, 1), 5),
+        (2, 128, False, tuning.Tuning(64, 2, 2), 3),
+    ],
+    ids=["three items a block of threads", "two tiles, the last in part", "one unit", "two rows"],
+)
+def test_the_interpreter_finds_no_race(heads, rows, shared, settings, processors, monkeypatch):
+    """Several work items a block of threads, units that begin inside a chunk, partial blocks."""
+    monkeypatch.setattr(compat, "processors", lambda: processors)
+    q, k, v = case("interpret", heads=heads, groups=2, rows=rows, layers=2)
+    queries = q[:, :1] if shared else q
+    got = chunk_attention_mosaic_gpu(
+        queries,
+        k,
+        v,
+        1,
+        jnp.array(IDS),
+        jnp.array(LENGTHS),
+        64**-0.5,
+        settings=settings,
+        interpret=compat.interpreter(detect_races=True),
+    )
+    out, lse = by_hand(jnp.broadcast_to(queries, q.shape), k[1], v[1], IDS, LENGTHS)
+    assert relative_error(got.out, out) < 4e-3
+    np.testing.assert_allclose(got.lse, lse, atol=1e-4)
+    assert not compat.races_found()
+
+
+def lowered(batch, slots, rows, heads, kv_heads, dim, dtype=jnp.bfloat16, shared=False, **more):
+    def spec(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    pool = spec(4, 64, kv_heads, 1024, dim)
+    args = (
+        spec(batch, 1 if shared else slots, rows, heads, dim), pool, pool,
+        spec(batch, slots, dtype=jnp.int32), spec(64, dtype=jnp.int32),
+    )  # fmt: skip
+
+    def run(q, k, v, ids, lengths):
+        return [
+            chunk_attention_mosaic_gpu(q, k, v, layer, ids, lengths, dim**-0.5, **more)
+            for layer in range(4)
+        ]
+
+    return jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",))
+
+
+@OLD_JAX
+@pytest.mark.parametrize("rows", [5, 32, 64, 100, 128])
+@pytest.mark.parametrize("shared", [False, True])
+def test_lowers_for_hopper_at_llada_shapes(rows, shared):
+    """Shared memory, tiles and layouts are checked on the way. One kernel for all layers."""
+    text = lowered(1, 4, rows, 32, 32, 128, shared=shared).as_text()
+    assert text.count("func.func private @_launch") == 1
+
+
+@OLD_JAX
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("batch", "slots", "heads", "kv_heads", "dim"),
+    [(8, 4, 32, 32, 128), (1, 4, 28, 4, 128), (1, 32, 32, 32, 128), (2, 8, 9, 3, 64)],
+    ids=["batch of 8", "28 heads over 4", "32 chunks", "head size 64"],
+)
+def test_lowers_for_other_shapes(batch, slots, heads, kv_heads, dim, dtype):
+    assert "mosaic_gpu" in lowered(batch, slots, 32, heads, kv_heads, dim, dtype).as_text()
+
+
+@pytest.mark.parametrize("rows", [8, 32, 64, 128])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("batch", [1, 2, 8, 64])
+@pytest.mark.parametrize("columns", [1, 4, 8, 32])
+def test_the_rule_for_block_sizes_stays_inside_the_device(rows, dim, batch, columns):
+    for slots in (1, 4, 32):
+        tiles = 2 if rows > 64 else 1
+        settings = tuning.choose(
+            batch=batch, slots=slots, columns=columns, chunk_size=1024, dim=dim, tiles=tiles,
+            processors=132,
+        )  # fmt: skip
+        used = tuning.shared_memory(settings.block_keys, settings.stages, tiles, dim)
+        assert used <= tuning.SHARED_MEMORY
+        assert settings.stages >= 3
+        assert settings.splits <= slots * 1024 // settings.block_keys
+
+
+def test_settings_are_checked():
+    for wrong in ({"block_keys": 32}, {"stages": 1}, {"splits": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            dataclasses.replace(tuning.Tuning(64, 4, 1), **wrong)

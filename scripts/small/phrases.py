@@ -91,8 +91,8 @@ BLOCK_QUESTIONS = (
     'Look up "{X}".',
 )
 COMMON_SHARE = {"pattern": 0.5, "question": 0.7}  # of the first of each list
-EVALUATED_SHARE = 0.04  # of all names; more often would be by heart again
-RELATED_SHARE = 0.12  # names that share a word with an evaluated one: "pass ...", "... string"
+EVALUATED_SHARE = 0.03  # of all names; more often would be by heart again
+RELATED_SHARE = 0.22  # names that share a word with an evaluated one: "pass ...", "... string"
 LOOKALIKE_SHARE = 0.35  # names that share a word with an earlier one of the document
 
 

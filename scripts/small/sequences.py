@@ -44,7 +44,7 @@ MANY_SHARE = 0.65
 TEXT_SHARE = 0.25  # plain text in a batch
 # Dialogues of one question whose needle is not in the document. Only the question is predicted
 # there, from what else it says: words must be no surer than they are without evidence.
-ABSENT_SHARE = 0.2
+ABSENT_SHARE = 0.35
 CONTEXT, QUESTION, ANSWER = 0, 1, 2
 
 
@@ -119,7 +119,7 @@ class SequenceMaker:
             if turn > 0:
                 add(self.encode(_NEXT_TURN)[1:], CONTEXT)  # its <|eot_id|> closed the answer
             add(self.encode(*question_pieces(fact, first=turn == 0)), QUESTION)
-            add(self.encode(QUERY_END), CONTEXT)
+            add(self.encode(QUERY_END), QUESTION)  # scoring masks the template's tokens too
             add(np.append(self.encode(*fact.answer), self.encode.eot), ANSWER)
         if fill:
             last, filled = len(parts[-1]), RESPONSE_LENGTH

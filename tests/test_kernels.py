@@ -23,7 +23,7 @@ TOLERANCE = {jnp.float32: 1e-6, **HALF}
 OLD_JAX = pytest.mark.skipif(
     compat.mosaic_gpu_problem() is not None, reason=str(compat.mosaic_gpu_problem())
 )
-# All run the same cases, the last two on a GPU; "interpret" is the kernel of "mosaic_gpu" on the CPU.
+# All run the same cases, the last two on a GPU; "interpret" is the "mosaic_gpu" kernel on the CPU.
 IMPLEMENTATIONS = pytest.mark.parametrize(
     "implementation",
     [

@@ -5,6 +5,7 @@ from pallas_kernels.api import (
     Implementation,
     chunk_attention,
     chunk_attention_mass,
+    require_device,
     resolve_implementation,
 )
 from pallas_kernels.partial import EMPTY_LSE, Partial, merge
@@ -17,5 +18,6 @@ __all__ = [
     "chunk_attention",
     "chunk_attention_mass",
     "merge",
+    "require_device",
     "resolve_implementation",
 ]

@@ -20,12 +20,12 @@ Implementation = Literal["mosaic_gpu", "cudnn", "xla", "interpret", "reference"]
 class ChunkMass(NamedTuple):
     """Attention over chosen chunks, and how it was shared out among them.
 
-    attention: as without. mass [B, T, H, K] float32: each slot's share of a row's attention; the
+    attention: as without. mass [B, H, T, K] float32: each slot's share of a row's attention; the
     shares sum to 1 over the slots, or are all 0 where there is no key.
     """
 
     attention: Partial
-    mass: Float[Array, "B T H K"]
+    mass: Float[Array, "B H T K"]
 
 
 def resolve_implementation(
@@ -59,6 +59,14 @@ def resolve_implementation(
             f"implementation 'cudnn': it takes bfloat16 and float16, got {jnp.dtype(dtype).name}"
         )
     return implementation
+
+
+def require_device(implementation: Implementation) -> None:
+    """Raises ValueError where JAX's default device cannot run the implementation."""
+    if implementation == "mosaic_gpu" and (problem := mosaic_gpu.device_problem()):
+        raise ValueError(f"implementation 'mosaic_gpu': {problem}")
+    if implementation == "cudnn" and compat.compute_capability() is None:
+        raise ValueError("implementation 'cudnn': it runs on NVIDIA GPUs")
 
 
 def chunk_attention(
@@ -99,7 +107,7 @@ def chunk_attention(
         None          see `resolve_implementation`.
 
     Returns:
-      Partial(out [B, T, H, D] in q's dtype, lse [B, T, H] float32), to be merged with attention
+      Partial(out [B, T, H, D] in q's dtype, lse [B, H, T] float32), to be merged with attention
       over other keys (`pallas_kernels.merge`). Rows without any key give zeros and EMPTY_LSE.
 
     Raises:

@@ -48,7 +48,7 @@ def attention_with_lse(
     )
     if layout == "BNTH":
         out = out.swapaxes(1, 2)
-    lse = lse.reshape(batch, heads, rows).swapaxes(1, 2).astype(jnp.float32)
+    lse = lse.reshape(batch, heads, rows).astype(jnp.float32)
     if lengths is not None:
         lse = jnp.where(lengths[:, None, None] > 0, lse, EMPTY_LSE)
     return Partial(out, lse)
@@ -79,6 +79,6 @@ def chunk_attention_cudnn(
     part = attention_with_lse(rows, gather(k), gather(v), lengths, scale, "BNTH")
     out = part.out.reshape(b, slots, *part.out.shape[1:])
     lse = part.lse.reshape(b, slots, *part.lse.shape[1:])
-    empty = lse[..., None] == EMPTY_LSE
+    empty = (lse == EMPTY_LSE).swapaxes(2, 3)[..., None]
     out = jnp.where(empty, 0, out)
     return merge(*(Partial(out[:, i], lse[:, i]) for i in range(slots)))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat, tuning
 from pallas_kernels.block_table import block_table
-from pallas_kernels.partial import Partial, merge
+from pallas_kernels.partial import Partial
 
 if TYPE_CHECKING:
     from pallas_kernels.mosaic_gpu_sm90 import Geometry
@@ -121,6 +121,7 @@ def _launch(
     shape: Geometry,
     interpret: Any,
 ) -> Partial:
+    from pallas_kernels.mosaic_gpu_merge import build_merge
     from pallas_kernels.mosaic_gpu_sm90 import build
 
     n, chunk_size, rows = k.shape[1], k.shape[3], q.shape[2]
@@ -138,7 +139,7 @@ def _launch(
     )
     kernel = build(shape, q.dtype, interpret)
     out, lse = kernel(q, k, v, table.blocks, table.facts, table.units, layer)
-    lse = lse.swapaxes(2, 3)
-    if padding:
-        out, lse = out[:, :, :rows], lse[:, :, :rows]
-    return merge(*(Partial(*part) for part in zip(out, lse, strict=True)))
+    merged, merged_lse = build_merge(shape, q.dtype, interpret)(out, lse)
+    used = shape.batch * shape.heads * shape.rows
+    lse = merged_lse[:used].reshape(shape.batch, shape.heads, shape.rows)
+    return Partial(merged[:, :rows], lse[..., :rows])

@@ -23,7 +23,7 @@ from pallas_kernels.partial import EMPTY_LSE
 
 ROWS = 64  # of a query tile: what one warpgroup multiplies at once
 _LOG2E = math.log2(math.e)
-_TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,11 @@ class Geometry:
         return -(-self.tiles // self.tiles_per_block)
 
     @property
+    def flat_rows(self) -> int:
+        """Rows (b, h, t) of a split's output, as whole tiles."""
+        return -(-self.batch * self.heads * self.rows // ROWS) * ROWS
+
+    @property
     def items(self) -> int:
         return self.batch * self.splits * self.kv_heads * self.groups
 
@@ -91,7 +96,7 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
     """The callable: q, k, v, blocks, facts, units, layer -> partial outputs and log-sum-exps.
 
     q [B, K or 1, T, H, D]; k, v [L, N, G, C, D]; the table's arrays; layer int32 [1].
-    Returns out [splits, B, T, H, D] in `dtype` and lse [splits, B, H, T] float32 (natural log).
+    Returns out [splits, R, D] in `dtype` and lse [splits, R] float32 (natural log), rows (b, h, t).
     """
     wgs, stages, keys, dim = geo.tiles_per_block, geo.stages, geo.block_keys, geo.dim
     units = geo.batch * geo.splits
@@ -120,6 +125,9 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
         q_smem, p_smem, lse_smem, k_smem, v_smem,
         q_full, k_full, v_full, k_empty, v_empty, v_clean,
     ):  # fmt: skip
+        if interpret is None:  # which knows no launches that overlap
+            plgpu.griddepcontrol_wait()
+            plgpu.griddepcontrol_launch_dependents()
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
         count = _div(geo.items - 1 - cta, blocks_of_threads) + 1
 
@@ -291,16 +299,13 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
                 lse_tile[...] = jnp.where(total > 0, lse, EMPTY_LSE)
                 plgpu.commit_smem()
                 for rows, row, query_head, exists in segments(head, tile):
-                    target = pl.ds(row, geo.rows_per_head)
+                    start = (request * geo.heads + query_head) * geo.rows + row
+                    target = pl.ds(start, geo.rows_per_head)
 
                     @pl.when(exists)
-                    def _(rows=rows, target=target, query_head=query_head):
-                        plgpu.copy_smem_to_gmem(
-                            q_tile.at[rows], out_gmem.at[split, request, target, query_head]
-                        )
-                        plgpu.copy_smem_to_gmem(
-                            lse_tile.at[rows], lse_gmem.at[split, request, query_head, target]
-                        )
+                    def _(rows=rows, target=target):
+                        plgpu.copy_smem_to_gmem(q_tile.at[rows], out_gmem.at[split, target])
+                        plgpu.copy_smem_to_gmem(lse_tile.at[rows], lse_gmem.at[split, target])
 
                 plgpu.wait_smem_to_gmem(0)
                 return n
@@ -308,14 +313,14 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
             items(run, jnp.int32(0))
 
     def tile(rows, columns=dim, count=1):
-        return plgpu.SMEM((count, rows, columns), dtype, transforms=_TILED)
+        return plgpu.SMEM((count, rows, columns), dtype, transforms=TILED)
 
     barriers = plgpu.Barrier
     return plgpu.kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct((geo.splits, geo.batch, geo.rows, geo.heads, dim), dtype),
-            jax.ShapeDtypeStruct((geo.splits, geo.batch, geo.heads, geo.rows), jnp.float32),
+            jax.ShapeDtypeStruct((geo.splits, geo.flat_rows, dim), dtype),
+            jax.ShapeDtypeStruct((geo.splits, geo.flat_rows), jnp.float32),
         ],
         scratch_types=[
             tile(ROWS, count=wgs),

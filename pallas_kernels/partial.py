@@ -16,11 +16,12 @@ class Partial(NamedTuple):
     """Softmax attention restricted to some keys.
 
     out [B, T, H, D]: weighted mean of those keys' values; zero where there is no key.
-    lse [B, T, H] float32: natural log of the sum of exp(scores); EMPTY_LSE where there is no key.
+    lse [B, H, T] float32: natural log of the sum of exp(scores); EMPTY_LSE where there is no key.
+      Heads come before rows, as attention kernels write it.
     """
 
     out: Float[Array, "B T H D"]
-    lse: Float[Array, "B T H"]
+    lse: Float[Array, "B H T"]
 
 
 def merge(*parts: Partial) -> Partial:
@@ -30,9 +31,10 @@ def merge(*parts: Partial) -> Partial:
     # Elementwise over the parts, so that the compiler makes no stacked copy of them.
     top = functools.reduce(jnp.maximum, [part.lse for part in parts])
     weights = [jnp.exp(part.lse - top) for part in parts]
-    total = sum(weights[1:], weights[0])
-    out = sum(
-        w[..., None] * part.out.astype(jnp.float32) for w, part in zip(weights, parts, strict=True)
-    )
-    out = jnp.asarray(out) / total[..., None]
+    total = functools.reduce(jnp.add, weights)
+
+    def weighted(part: Partial, weight: Array) -> Array:
+        return part.out.astype(jnp.float32) * (weight / total).swapaxes(1, 2)[..., None]
+
+    out = functools.reduce(jnp.add, map(weighted, parts, weights))
     return Partial(out.astype(parts[0].out.dtype), top + jnp.log(total))

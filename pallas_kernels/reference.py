@@ -35,4 +35,5 @@ def chunk_attention_reference(
     weights = weights.reshape(scores.shape)
     out = jnp.einsum("btgrkc,bkgcd->btgrd", weights, values, precision="highest")
     lse = jnp.where(jnp.isneginf(lse), EMPTY_LSE, lse)
-    return Partial(out.reshape(b, t, h, d).astype(q.dtype), lse.reshape(b, t, h))
+    lse = lse.reshape(b, t, h).swapaxes(1, 2)
+    return Partial(out.reshape(b, t, h, d).astype(q.dtype), lse)

@@ -71,5 +71,4 @@ def chunk_attention_xla(
     safe = jnp.maximum(total, 1e-30)
     out = (acc / safe[..., None]).reshape(b, g, h // g, t, d).transpose(0, 3, 1, 2, 4)
     lse = jnp.where(total > 0, peak + jnp.log(safe), EMPTY_LSE)
-    lse = lse.reshape(b, g, h // g, t).transpose(0, 3, 1, 2)
-    return Partial(out.reshape(b, t, h, d).astype(q.dtype), lse.reshape(b, t, h))
+    return Partial(out.reshape(b, t, h, d).astype(q.dtype), lse.reshape(b, h, t))

@@ -64,7 +64,7 @@ def _blocked(q: Array, k: Array, v: Array, lengths: Array | None) -> Partial:
     product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
 
     def block(query: Array) -> tuple[Array, Array]:
-        """[B, t, H, D] -> out [B, t, H, D], lse [B, t, H]."""
+        """[B, t, H, D] -> out [B, t, H, D], lse [B, H, t]."""
         t = query.shape[1]
         query = query.reshape(batch, t, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4)
         query = query.reshape(batch, groups, -1, dim)
@@ -77,8 +77,7 @@ def _blocked(q: Array, k: Array, v: Array, lengths: Array | None) -> Partial:
         out = product("bgms,bgsd->bgmd", weights.astype(v.dtype), values) / total
         lse = (peak + jnp.log(total))[..., 0]
         out = out.reshape(batch, groups, heads // groups, t, dim).transpose(0, 3, 1, 2, 4)
-        lse = lse.reshape(batch, groups, heads // groups, t).transpose(0, 3, 1, 2)
-        return out.reshape(batch, t, heads, dim).astype(q.dtype), lse.reshape(batch, t, heads)
+        return out.reshape(batch, t, heads, dim).astype(q.dtype), lse.reshape(batch, heads, t)
 
     size = max(16, _BLOCK_SCORES // (batch * heads * k.shape[1]))
     if rows <= size:
@@ -88,10 +87,9 @@ def _blocked(q: Array, k: Array, v: Array, lengths: Array | None) -> Partial:
         size = -(-rows // n)
         padded = jnp.pad(q, ((0, 0), (0, n * size - rows), (0, 0), (0, 0)))
         blocks = padded.reshape(batch, n, size, heads, dim).swapaxes(0, 1)
-        out, lse = (
-            y.swapaxes(0, 1).reshape(batch, n * size, *y.shape[3:])[:, :rows]
-            for y in lax.map(block, blocks)
-        )
+        out, lse = lax.map(block, blocks)  # [n, B, t, H, D] and [n, B, H, t]
+        out = out.swapaxes(0, 1).reshape(batch, n * size, heads, dim)[:, :rows]
+        lse = jnp.moveaxis(lse, 0, 2).reshape(batch, heads, n * size)[..., :rows]
     if lengths is not None:
         some = lengths[:, None, None] > 0
         out = jnp.where(some[..., None], out, 0)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import Implementation, resolve_implementation
+from pallas_kernels import Implementation, require_device, resolve_implementation
 from pdllm_jax.attention import dense_implementation
 from pdllm_jax.chunking import (
     ChunkedPrompt,
@@ -203,6 +203,7 @@ def _prefilling(
         head_size=model.config.head_dim,
         chunk_size=prompt.chunks.shape[1],
     )
+    require_device(path)
     watch = Stopwatch()
     n = prompt.n_chunks
     k = n if selecting.scorer == "all" else min(selecting.top_k, n)

@@ -154,7 +154,8 @@ def _chunk_attend(
                 prefix_length[None],
                 need_lse=True,
             )
-            seen = merge(seen, Partial(part.out.reshape(q.shape), part.lse.reshape(q.shape[:-1])))
+            lse = part.lse.reshape(heads, group, rows).swapaxes(0, 1)
+            seen = merge(seen, Partial(part.out.reshape(q.shape), lse))
         out = seen.out
         if copies is not None:
             n, t = copies.ids.shape
@@ -164,7 +165,8 @@ def _chunk_attend(
 
             lengths_own = jnp.broadcast_to(copies.length, (group * n,))
             own = attention(own_rows(q), own_rows(k), own_rows(v), lengths_own, need_lse=True)
-            both = merge(Partial(own_rows(seen.out), own_rows(seen.lse)), own).out
+            seen_lse = own_rows(seen.lse.swapaxes(1, 2)).swapaxes(1, 2)
+            both = merge(Partial(own_rows(seen.out), seen_lse), own).out
             out = jnp.concatenate(
                 [out[:, :chunk_size], both.reshape(group, n * t, heads, dim)], axis=1
             )

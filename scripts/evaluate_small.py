@@ -74,6 +74,7 @@ def main() -> int:
     parser.add_argument("--chunk-size", type=int, default=512)
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--threshold", type=float, default=0.9)
+    parser.add_argument("--implementation", choices=("mosaic_gpu", "cudnn", "xla"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     enable_compilation_cache()
@@ -111,6 +112,7 @@ def main() -> int:
                 model, example["prefix"], example["context"], example["query"],
                 method=method if method in ("plain", "dual-cache") else "prefilling",
                 chunking=chunking, decode=decode, bos_id=tokenizer.bos_id, seed=i,
+                implementation=args.implementation,
                 **variants[method],
             )  # fmt: skip
             paths = result.paths

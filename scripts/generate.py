@@ -95,6 +95,11 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--draft-length", type=int, default=selection.draft_length)
     g.add_argument("--encode-batch", type=int, default=selection.encode_batch)
     g.add_argument("--keep-first", action="store_true", help="always keep the first chunk")
+    g.add_argument(
+        "--implementation",
+        choices=("mosaic_gpu", "cudnn", "xla"),
+        help="attention over chosen chunks (default: the Hopper kernel where it runs, else xla)",
+    )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dtype", choices=tuple(DTYPES), default="keep")
     p.add_argument("--json", action="store_true", help="print one JSON object")
@@ -171,6 +176,7 @@ def run(args: argparse.Namespace) -> GenerationResult:
         "selection": selection,
         "decode": decode,
         "seed": args.seed,
+        "implementation": args.implementation,
     }
     if args.prompt_ids is not None:
         prefix, context, query = read_prompt_ids(args.prompt_ids, args.method)

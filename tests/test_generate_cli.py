@@ -130,6 +130,7 @@ BAD = {
     "guidance": (["--guidance", "1"], {}, "guidance is implemented for method 'plain'"),
     "both rules": (["--threshold", "0.5", "--factor", "1"], {}, "exclude each other"),
     "draft": (["--draft-length", "0"], {}, "draft_length must be a positive"),
+    "kernel": (["--implementation", "mosaic_gpu"], {}, "implementation .mosaic_gpu.: the"),
     "unknown key": ([], {"more": []}, "must hold the keys"),
 }
 

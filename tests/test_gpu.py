@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_kernels import merge
+from pallas_kernels import chunk_attention, merge
 from pallas_kernels.partial import EMPTY_LSE
 from pdllm_jax.attention import _blocked, attention, dense_implementation
 from pdllm_jax.config import ChunkConfig, DecodeConfig, ModelConfig, SelectionConfig
@@ -78,6 +78,79 @@ def test_generation_runs_and_repeats(encoding, dtype):
     assert np.isfinite(runs[0].selection["scores"]).all()
     assert runs[1].timings["compile"] == 0
     assert runs[0].paths["attention"] == ("cudnn" if dtype == jnp.bfloat16 else "xla")
+
+
+@pytest.mark.parametrize("encoding", ["joint", "independent"])
+@pytest.mark.parametrize("recompute", ["block", "response"])
+def test_the_kernel_gives_the_tokens_of_the_portable_path(encoding, recompute):
+    """Float16, whose rounding hardly ever decides between two tokens."""
+    config = dataclasses.replace(
+        ModelConfig.tiny(), d_model=256, n_heads=4, n_kv_heads=2, mlp_hidden_size=384
+    )
+    model = LLaDA(config, rngs=nnx.Rngs(0), dtype=jnp.float16)
+    rng = np.random.default_rng(0)
+    prefix, context, query = (rng.integers(0, 250, n) for n in (9, 700, 21))
+    runs = {
+        name: generate_ids(
+            model, prefix, context, query,
+            chunking=ChunkConfig(128), selection=SelectionConfig(top_k=3, encoding=encoding),
+            decode=DecodeConfig(gen_length=32, block_length=16, recompute=recompute),
+            implementation=name,
+        )
+        for name in (None, "xla", "cudnn")
+    }  # fmt: skip
+    assert runs[None].paths["chunk_attention"] == "mosaic_gpu"
+    assert runs[None].tokens == runs["xla"].tokens == runs["cudnn"].tokens
+
+
+def llada_8b_inputs(layers, chunks=4, rows=32):
+    """A pool, selection and query rows at LLaDA-8B's head shapes."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    k, v = (jax.random.normal(key, (layers, 8, 32, 1024, 128), jnp.bfloat16) for key in keys[:2])
+    q = jax.random.normal(keys[2], (1, chunks, rows, 32, 128), jnp.bfloat16)
+    return q, k, v, jnp.array([[6, 1, 3, 0][:chunks]]), jnp.array([1024, 1024, 7, 700] + [1024] * 4)
+
+
+@pytest.mark.parametrize("rows", [32, 64, 128])
+def test_the_kernel_repeats_itself_bit_for_bit(rows):
+    q, k, v, ids, lengths = llada_8b_inputs(1, rows=rows)
+    run = jax.jit(lambda *x: chunk_attention(*x, layer=0, implementation="mosaic_gpu"))
+    first = run(q, k, v, ids, lengths)
+    differs = jnp.zeros((), bool)
+    for _ in range(1000):
+        again = run(q, k, v, ids, lengths)
+        differs |= (again.out != first.out).any() | (again.lse != first.lse).any()
+    assert not differs
+
+
+def test_the_kernel_makes_no_copy_of_the_pool():
+    args = llada_8b_inputs(4)
+
+    def layers(*x):
+        return [chunk_attention(*x, layer=i, implementation="mosaic_gpu").out for i in range(4)]
+
+    compiled = jax.jit(layers).lower(*args).compile()
+    chosen = 2 * 4 * 32 * 1024 * 128 * 2
+    assert compiled.memory_analysis().temp_size_in_bytes < chosen / 10
+
+
+@pytest.mark.slow
+def test_at_llada_8b_shapes_the_kernel_gives_the_tokens_of_the_portable_path():
+    """Random weights decide between near ties, so most tokens and not all must agree."""
+    model = LLaDA(ModelConfig.llada_8b(), rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    rng = np.random.default_rng(0)
+    prefix, context, query = (rng.integers(0, 126_000, n) for n in (16, 8000, 32))
+    runs = {
+        name: generate_ids(
+            model, prefix, context, query,
+            chunking=ChunkConfig(1024), selection=SelectionConfig(top_k=4),
+            decode=DecodeConfig(gen_length=32, block_length=32, steps=1), implementation=name,
+        )
+        for name in ("mosaic_gpu", "xla")
+    }  # fmt: skip
+    assert runs["mosaic_gpu"].selection == runs["xla"].selection
+    same = np.mean(np.array(runs["mosaic_gpu"].tokens) == np.array(runs["xla"].tokens))
+    assert same >= 0.9, same
 
 
 @pytest.mark.parametrize("method", ["plain", "prefix-cache", "dual-cache"])

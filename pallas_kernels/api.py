@@ -78,6 +78,7 @@ def chunk_attention(
     *,
     layer: int | Int[Array, ""] | None = None,
     scale: float | None = None,
+    other: Partial | None = None,
     implementation: Implementation | None = None,
 ) -> Partial:
     """Softmax attention of every query row over the union of its request's chunks.
@@ -97,6 +98,8 @@ def chunk_attention(
         whatever it holds.
       layer: index into the leading axis of a stacked pool; may be traced.
       scale: of the scores, 1/sqrt(D) by default.
+      other: attention of the same rows over other keys (live KV), which the result includes: as
+        `merge` afterwards, but cheaper where the implementation merges parts of its own anyway.
       implementation: which code runs; a named one is used or the call fails.
         "mosaic_gpu"  the Hopper kernel: bfloat16 or float16, head size 64 or 128, C a multiple of
                       64, compute capability 9.0, jax 0.11 or newer; float32 accumulation.
@@ -114,6 +117,8 @@ def chunk_attention(
       ValueError: ranks, sizes, dtypes or head counts that do not fit, named; K = 0.
     """
     _check(q, k, v, chunk_ids, chunk_lengths, layer)
+    if other is not None:
+        _check_other(other, q)
     implementation = resolve_implementation(
         implementation, dtype=q.dtype, head_size=q.shape[-1], chunk_size=k.shape[-2]
     )
@@ -125,13 +130,15 @@ def chunk_attention(
     if implementation in ("mosaic_gpu", "interpret"):
         interpret = compat.interpreter() if implementation == "interpret" else None
         return mosaic_gpu.chunk_attention_mosaic_gpu(
-            q, k, v, layer, chunk_ids, chunk_lengths, scale, interpret=interpret
+            q, k, v, layer, chunk_ids, chunk_lengths, scale, other, interpret=interpret
         )
     q = jnp.broadcast_to(q, (q.shape[0], chunk_ids.shape[1], *q.shape[2:]))
     if implementation == "reference":
-        return chunk_attention_reference(q, k[layer], v[layer], chunk_ids, chunk_lengths, scale)
-    run = chunk_attention_cudnn if implementation == "cudnn" else chunk_attention_xla
-    return run(q, k, v, layer, chunk_ids, chunk_lengths, scale)
+        found = chunk_attention_reference(q, k[layer], v[layer], chunk_ids, chunk_lengths, scale)
+    else:
+        run = chunk_attention_cudnn if implementation == "cudnn" else chunk_attention_xla
+        found = run(q, k, v, layer, chunk_ids, chunk_lengths, scale)
+    return found if other is None else merge(other, found)
 
 
 def chunk_attention_mass(
@@ -167,6 +174,16 @@ def chunk_attention_mass(
     whole = merge(*(Partial(out[:, i], lse[:, i]) for i in range(slots)))
     mass = jnp.where(lse > EMPTY_LSE / 2, jnp.exp(lse - whole.lse[:, None]), 0.0)
     return ChunkMass(whole, mass.transpose(0, 2, 3, 1))
+
+
+def _check_other(other: Partial, q: Array) -> None:
+    batch, (rows, heads, dim) = q.shape[0], q.shape[-3:]
+    want = (batch, rows, heads, dim), (batch, heads, rows)
+    if (other.out.shape, other.lse.shape) != want:
+        raise ValueError(
+            f"other must hold out {want[0]} and lse {want[1]}, "
+            f"got {other.out.shape} and {other.lse.shape}"
+        )
 
 
 def _check(q, k, v, chunk_ids, chunk_lengths, layer) -> None:

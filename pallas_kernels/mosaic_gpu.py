@@ -54,12 +54,14 @@ def chunk_attention_mosaic_gpu(
     chunk_ids: Int[Array, "B K"],
     chunk_lengths: Int[Array, "N"],
     scale: float,
+    other: Partial | None = None,
     *,
     settings: tuning.Tuning | None = None,
     interpret: Any = None,
 ) -> Partial:
     """Attention over the chosen chunks; q's second axis is 1 where all slots share the rows.
 
+    other: attention of the same rows over other keys, merged in the same launch as the splits.
     settings: by default what tuning.py says. interpret: `compat.interpreter()` to run on the CPU.
     """
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
@@ -82,7 +84,9 @@ def chunk_attention_mosaic_gpu(
         stages=settings.stages,
         splits=settings.splits,
     )
-    return _launch(q, k, v, layer, chunk_ids, chunk_lengths, shape=shape, interpret=interpret)
+    return _launch(
+        q, k, v, layer, chunk_ids, chunk_lengths, other, shape=shape, interpret=interpret
+    )
 
 
 def _geometry(q: tuple[int, ...], pool: tuple[int, ...]) -> Geometry:
@@ -117,6 +121,7 @@ def _launch(
     layer: Array,
     chunk_ids: Array,
     chunk_lengths: Array,
+    other: Partial | None,
     *,
     shape: Geometry,
     interpret: Any,
@@ -139,7 +144,16 @@ def _launch(
     )
     kernel = build(shape, q.dtype, interpret)
     out, lse = kernel(q, k, v, table.blocks, table.facts, table.units, layer)
-    merged, merged_lse = build_merge(shape, q.dtype, interpret)(out, lse)
+    extra: tuple[Array, ...] = ()
+    if other is not None:
+        at_end = (0, padding)
+        spare = shape.flat_rows - shape.batch * shape.heads * shape.rows
+        extra = (
+            jnp.pad(other.out.astype(q.dtype), ((0, 0), at_end, (0, 0), (0, 0))),
+            jnp.pad(jnp.pad(other.lse, ((0, 0), (0, 0), at_end)).reshape(-1), (0, spare)),
+        )
+    join = build_merge(shape, q.dtype, with_other=other is not None, interpret=interpret)
+    merged, merged_lse = join(out, lse, *extra)
     used = shape.batch * shape.heads * shape.rows
     lse = merged_lse[:used].reshape(shape.batch, shape.heads, shape.rows)
     return Partial(merged[:, :rows], lse[..., :rows])

@@ -1,4 +1,4 @@
-"""The merge of the kernel's splits in one launch: attention over the union of their keys."""
+"""The merge of the kernel's splits, and of a part over other keys, in one launch."""
 
 from __future__ import annotations
 
@@ -15,19 +15,36 @@ from pallas_kernels.mosaic_gpu_sm90 import ROWS, TILED, Geometry
 _BUFFERS = 8
 
 
-def build_merge(geo: Geometry, dtype: jnp.dtype, interpret):
+def build_merge(geo: Geometry, dtype: jnp.dtype, *, with_other: bool, interpret):
     """The callable: out [splits, R, D], lse [splits, R], both as the kernel leaves them.
 
-    Rows are (b, h, t), R of them, in tiles of 64 with one block of threads each. Returns
+    Rows are (b, h, t), R of them, in tiles of 64 with one block of threads each. `with_other` adds
+    two arguments, a part over other keys: out [B, T, H, D] in `dtype`, lse [R] float32. Returns
     out [B, T, H, D] in `dtype` and lse [R] float32.
     """
     splits, dim = geo.splits, geo.dim
     buffers = min(splits, _BUFFERS)
+    others = int(with_other)
     pieces = ROWS // geo.rows_per_head
     heads = geo.batch * geo.heads
     by_row = plgpu.Layout.WGMMA.reduce(1)
 
-    def body(out_gmem, lse_gmem, merged_gmem, merged_lse_gmem, parts, lses, top_lse, ready, known):
+    def piece(first, i):
+        """(rows of the tile, request, rows of T, head, whether it exists) of a tile's i-th head."""
+        start = first + i * geo.rows_per_head
+        place = lax.div(start, jnp.int32(geo.rows))
+        head = jnp.minimum(place, heads - 1)
+        return (
+            pl.ds(i * geo.rows_per_head, geo.rows_per_head),
+            lax.div(head, jnp.int32(geo.heads)),
+            pl.ds(lax.rem(start, jnp.int32(geo.rows)), geo.rows_per_head),
+            lax.rem(head, jnp.int32(geo.heads)),
+            place < heads,
+        )
+
+    def body(*refs):
+        out_gmem, lse_gmem, *other, merged_gmem, merged_lse_gmem = refs[: 4 + 2 * others]
+        parts, other_part, lses, top_lse, ready, other_ready, known = refs[4 + 2 * others :]
         first = lax.axis_index("tile") * ROWS
 
         def load(split):
@@ -43,8 +60,15 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, interpret):
             plgpu.copy_gmem_to_smem(lse_gmem.at[split, pl.ds(first, ROWS)], lses.at[split], known)
         for split in range(buffers):
             load(split)
+        if with_other:
+            plgpu.copy_gmem_to_smem(other[1].at[pl.ds(first, ROWS)], lses.at[splits], known)
+            for i in range(pieces):
+                rows, request, target, head, _ = piece(first, i)
+                plgpu.copy_gmem_to_smem(
+                    other[0].at[request, target, head], other_part.at[rows], other_ready
+                )
         plgpu.barrier_wait(known)
-        scores = [compat.load(lses.at[split], by_row) for split in range(splits)]
+        scores = [compat.load(lses.at[part], by_row) for part in range(splits + others)]
         top = scores[0]
         for score in scores[1:]:
             top = jnp.maximum(top, score)
@@ -53,8 +77,11 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, interpret):
         for split, score in enumerate(scores):
             weight = jnp.exp(score - top)
             total += weight
-            plgpu.barrier_wait(ready.at[split % buffers])
-            part = compat.load(parts.at[split % buffers], plgpu.Layout.WGMMA)
+            source, barrier = other_part, other_ready
+            if split < splits:
+                source, barrier = parts.at[split % buffers], ready.at[split % buffers]
+            plgpu.barrier_wait(barrier)
+            part = compat.load(source, plgpu.Layout.WGMMA)
             acc += part.astype(jnp.float32) * lax.broadcast_in_dim(weight, acc.shape, [0])
             if split + buffers < splits:
                 plgpu.commit_smem()  # all have read the buffer
@@ -66,21 +93,11 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, interpret):
         top_lse[...] = top + jnp.log(total)
         plgpu.commit_smem()
         for i in range(pieces):
-            start = first + i * geo.rows_per_head
-            head = lax.div(start, jnp.int32(geo.rows))
-            row = lax.rem(start, jnp.int32(geo.rows))
-            request = lax.div(head, jnp.int32(geo.heads))
+            rows, request, target, head, exists = piece(first, i)
 
-            @pl.when(head < heads)
-            def _(i=i, head=head, row=row, request=request):
-                plgpu.copy_smem_to_gmem(
-                    last.at[pl.ds(i * geo.rows_per_head, geo.rows_per_head)],
-                    merged_gmem.at[
-                        request,
-                        pl.ds(row, geo.rows_per_head),
-                        lax.rem(head, jnp.int32(geo.heads)),
-                    ],
-                )
+            @pl.when(exists)
+            def _(rows=rows, request=request, target=target, head=head):
+                plgpu.copy_smem_to_gmem(last.at[rows], merged_gmem.at[request, target, head])
 
         plgpu.copy_smem_to_gmem(top_lse, merged_lse_gmem.at[pl.ds(first, ROWS)])
         plgpu.wait_smem_to_gmem(0)
@@ -93,10 +110,12 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, interpret):
         ],
         scratch_types=[
             plgpu.SMEM((buffers, ROWS, dim), dtype, transforms=TILED),
-            plgpu.SMEM((splits, ROWS), jnp.float32),
+            plgpu.SMEM((ROWS, dim), dtype, transforms=TILED),
+            plgpu.SMEM((splits + others, ROWS), jnp.float32),
             plgpu.SMEM((ROWS,), jnp.float32),
             plgpu.Barrier(num_barriers=buffers),
-            plgpu.Barrier(num_arrivals=splits),
+            plgpu.Barrier(num_arrivals=pieces),
+            plgpu.Barrier(num_arrivals=splits + others),
         ],
         grid=(geo.flat_rows // ROWS,),
         grid_names=("tile",),

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import Implementation, chunk_attention, merge
+from pallas_kernels import Implementation, chunk_attention
 from pdllm_jax.attention import attention
 from pdllm_jax.cache import ChunkCache, ChunkPool, LiveCache, write_rows
 from pdllm_jax.config import DecodeConfig
@@ -67,16 +67,17 @@ def _forward(
             own = attention(rotate(q, by), live.k[layer], live.v[layer], total, need_lse=seen)
         if not seen or pool is None:
             return own.out, live
-        context = chunk_attention(
+        both = chunk_attention(
             rotate(q[:, None], by_chunk),
             pool.k,
             pool.v,
             state.chunk_ids,
             pool.lengths,
             layer=layer,
+            other=own,
             implementation=implementation,
         )
-        return merge(own, context).out, live
+        return both.out, live
 
     return model.run(rows, attend, state.live)
 

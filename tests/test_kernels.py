@@ -147,6 +147,26 @@ def test_a_layer_of_a_stacked_pool_and_shared_query_rows(implementation):
 
 
 @IMPLEMENTATIONS
+@pytest.mark.parametrize("rows", [8, 40])
+def test_other_keys_are_merged_on_the_way(implementation, rows):
+    """As `merge` afterwards; a request without chunks keeps the other part as it is."""
+    q, k, v = case(implementation, heads=6, rows=rows)
+    ids, lengths = jnp.array([[4, 0, 2], [3, -1, 3]]), jnp.array(LENGTHS)
+    keys = jax.random.split(jax.random.key(1), 2)
+    other = Partial(
+        jax.random.normal(keys[0], (2, rows, 6, 64)).astype(q.dtype),
+        jax.random.normal(keys[1], (2, 6, rows)) + 4,
+    )
+    got = chunk_attention(q, k, v, ids, lengths, other=other, implementation=implementation)
+    alone = chunk_attention(q, k, v, ids, lengths, implementation=implementation)
+    assert_close(got, merge(other, alone), q.dtype.type)
+    np.testing.assert_allclose(got.lse[1], other.lse[1], atol=1e-5)
+    assert relative_error(got.out[1], other.out[1]) < 4e-3
+    with pytest.raises(ValueError, match="other must hold out"):
+        chunk_attention(q[:, :, :4], k, v, ids, lengths, other=other)
+
+
+@IMPLEMENTATIONS
 def test_the_share_of_every_chunk(implementation):
     q, k, v = case(implementation)
     ids, lengths = jnp.array([[4, 0, 2], [3, -1, 3]]), jnp.array(LENGTHS)

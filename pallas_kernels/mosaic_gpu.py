@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -106,10 +105,12 @@ def _geometry(q: tuple[int, ...], pool: tuple[int, ...]) -> Geometry:
 
 
 def _padded_rows(rows: int) -> int:
-    """T as tiles of 64 rows can hold it: 8, 16, 32, or a multiple of 64."""
-    if rows > 32:
-        return -(-rows // 64) * 64
-    return max(8, 1 << math.ceil(math.log2(rows)))
+    """T as tiles of 64 rows can hold it: 32, or a multiple of 64.
+
+    No less than 32: the log-sum-exps of a head leave shared memory on their own, from an address
+    that must be a multiple of 128 bytes.
+    """
+    return 32 if rows <= 32 else -(-rows // 64) * 64
 
 
 # A function of its own under jit: lowered once for all layers of a model.

@@ -36,7 +36,7 @@ class Geometry:
     """
 
     batch: int
-    rows: int  # T: 8, 16, 32, or a multiple of 64
+    rows: int  # T: 32, or a multiple of 64
     heads: int
     kv_heads: int
     dim: int

@@ -1,4 +1,4 @@
-"""Block sizes of the GPU kernel: a table of what was measured, and a safe rule beside it."""
+"""Block sizes of the GPU kernel: the rule, and what it may choose from."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def shared_memory(block_keys: int, stages: int, tiles: int, dim: int) -> int:
 def choose(
     *, batch: int, slots: int, columns: int, chunk_size: int, dim: int, tiles: int, processors: int
 ) -> Tuning:
-    """The rule.
+    """The rule: the largest blocks of keys of which three fit, and work for every processor.
 
     Args:
       batch, slots: requests, and chunks of each.
@@ -45,13 +45,15 @@ def choose(
       tiles: query tiles of 64 rows that share the keys in shared memory.
       processors: of the device.
     """
-    block_keys = 64
-    stages = 6
-    while shared_memory(block_keys, stages, tiles, dim) > SHARED_MEMORY:
-        stages -= 1
+    for block_keys in (128, 64):
+        stages = 6
+        while shared_memory(block_keys, stages, tiles, dim) > SHARED_MEMORY:
+            stages -= 1
+        if stages >= 3 and chunk_size % block_keys == 0:
+            break
     if batch > 1 and batch * columns >= processors // 2:
         # One unit a chunk: requests that share a chunk read it together.
         return Tuning(block_keys, stages, slots)
     blocks = slots * chunk_size // block_keys
-    splits = max(1, min(processors // (batch * columns), blocks // 4, 32))
+    splits = max(1, min(processors // (batch * columns), blocks // 2, 32))
     return Tuning(block_keys, stages, splits)

@@ -250,11 +250,8 @@ def test_what_does_not_fit_is_named(change, message):
 
 def test_the_path_used_can_be_asked_for():
     takes = {"dtype": jnp.bfloat16, "head_size": 128, "chunk_size": 1024}
-    best = "mosaic_gpu" if compat.compute_capability() == "9.0" else "xla"
-    assert resolve_implementation(None, **takes) == best
+    assert resolve_implementation(None, **takes) == "xla"
     assert resolve_implementation("reference", **takes) == "reference"
-    for change in ({"dtype": jnp.float32}, {"head_size": 96}, {"chunk_size": 1000}):
-        assert resolve_implementation(None, **{**takes, **change}) == "xla"
 
 
 @OLD_JAX

@@ -64,8 +64,15 @@ def test_block_table_holds_every_block_with_keys_once_in_order():
         (14, 32, False, tuning.Tuning(64, 3, 2), 2),
         (2, 64, True, tuning.Tuning(128, 2, 1), 5),
         (2, 128, False, tuning.Tuning(64, 2, 2), 3),
+        (2, 8, False, tuning.Tuning(64, 2, 10), 4),
     ],
-    ids=["three items a block of threads", "two tiles, the last in part", "one unit", "two rows"],
+    ids=[
+        "three items a block of threads",
+        "two tiles, the last in part",
+        "one unit",
+        "two tiles of a head",
+        "more splits than the merge has buffers",
+    ],
 )
 def test_the_interpreter_finds_no_race(heads, rows, shared, settings, processors, monkeypatch):
     """Several work items a block of threads, units that begin inside a chunk, partial blocks."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +13,6 @@ from flax import nnx
 
 from pdllm_jax.config import ModelConfig
 from pdllm_jax.model import LLaDA
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 tokenizers = pytest.importorskip("tokenizers")
 from small import base, corpus, lora, masking, network, phrases, sequences, tasks  # noqa: E402

@@ -26,7 +26,9 @@ from tqdm import tqdm
 from bench.record import conditions, copy_bandwidth, time_loop, write
 from pallas_kernels import Partial, chunk_attention
 from pallas_kernels.cudnn import attention_with_lse
+from pallas_kernels.mosaic_gpu import chunk_attention_mosaic_gpu
 from pallas_kernels.reference import chunk_attention_reference
+from pallas_kernels.tuning import SHARED_MEMORY, Tuning, shared_memory
 
 FLOOR_BANDWIDTH = 3.0e12  # bytes a second
 CHUNKS = 64  # of the pool
@@ -47,6 +49,7 @@ class Case:
     q_per_slot: bool = True
     dim: int = 128
     chunk_size: int = 1024
+    settings: Tuning | None = None  # of the kernel; by default its own choice
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -68,6 +71,20 @@ def cases(quick: bool) -> Iterator[Case]:
         yield Case(name, 4, batch=8)
     yield Case("mosaic_gpu", 4, batch=8, heads=28, kv_heads=4)
     yield Case("mosaic_gpu", 4, batch=8, ragged=True)
+
+
+def tuning_cases() -> Iterator[Case]:
+    """Block sizes, stages and splits for the shapes that matter most."""
+    shapes = [Case("mosaic_gpu", slots) for slots in (1, 4, 8, 32)]
+    shapes += [Case("mosaic_gpu", 4, rows=128), Case("mosaic_gpu", 4, batch=8)]
+    shapes += [Case("mosaic_gpu", 8, heads=28, kv_heads=4)]
+    for shape in shapes:
+        tiles = 2 if shape.rows > 64 or shape.kv_heads < shape.heads else 1
+        for keys, stages in ((64, 3), (64, 6), (128, 2), (128, 3)):
+            if shared_memory(keys, stages, tiles, shape.dim) > SHARED_MEMORY:
+                continue
+            for splits in (8, 16, 32) if shape.kv_heads < 32 else (1, 2, 4, 8):
+                yield dataclasses.replace(shape, settings=Tuning(keys, stages, splits))
 
 
 @functools.lru_cache(maxsize=2)
@@ -96,6 +113,11 @@ def attend(case: Case) -> Callable[..., Partial]:
     layer, and gathers nothing.
     """
     scale = case.dim**-0.5
+    if case.settings is not None:
+        return lambda q, k, v, ids, lengths, layer: chunk_attention_mosaic_gpu(
+            q if q.ndim == 5 else q[:, None], k, v, layer, ids, lengths, scale,
+            settings=case.settings,
+        )  # fmt: skip
     if case.implementation == "contiguous cudnn":
         return lambda q, k, v, ids, lengths, layer: attention_with_lse(
             q, k[layer], v[layer], None, scale
@@ -182,6 +204,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `benchmark.py kernel`."""
     parser.add_argument("--out", type=Path, default=Path("benchmarks/kernel.json"))
     parser.add_argument("--quick", action="store_true", help="the README's table alone")
+    parser.add_argument("--tune", action="store_true", help="the kernel's own settings instead")
     parser.add_argument("--layers", type=int, default=8, help="of the pool; 1.07 GB each")
     parser.add_argument("--seconds", type=float, default=0.02, help="of one loop on the device")
     parser.add_argument("--repeats", type=int, default=7)
@@ -203,7 +226,7 @@ def main(args: argparse.Namespace) -> int:
         "left_out": 0,
         "rows": rows,
     }
-    grid = list(cases(args.quick))
+    grid = list(tuning_cases() if args.tune else cases(args.quick))
     for case in tqdm(grid, disable=not sys.stderr.isatty()):
         if time.monotonic() - begun > args.limit:
             record["left_out"] = len(grid) - len(rows)
@@ -222,6 +245,8 @@ def describe(row: dict[str, Any]) -> str:
     """One line of a table."""
     kind = f"{row['heads']}/{row['kv_heads']}" + (" ragged" if row["ragged"] else "")
     kind += "" if row["q_per_slot"] else " shared rows"
+    if (chosen := row["settings"]) is not None:
+        kind += " {block_keys}x{stages} S{splits}".format(**chosen)
     return (
         f"{row['implementation']:17} B={row['batch']} K={row['slots']:2} Lq={row['rows']:3} "
         f"{kind:18} {row['us']:8.1f} us [{row['us_least']:.1f}, {row['us_most']:.1f}] "
@@ -245,6 +270,7 @@ def plot(source: Path, target: Path) -> None:
         and row["heads"] == row["kv_heads"]
         and not row["ragged"]
         and row["q_per_slot"]
+        and row["settings"] is None
     ]
     panels = sorted({row["rows"] for row in plain})
     figure, axes = plt.subplots(

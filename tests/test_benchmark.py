@@ -1,0 +1,70 @@
+"""The benchmark of chunk attention, at sizes that a CPU can bear: what it writes must be right."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+from bench import kernel
+from bench.record import Timing, write
+
+TINY = {"rows": 8, "heads": 4, "kv_heads": 2, "dim": 64, "chunk_size": 128}
+
+
+@pytest.fixture
+def few_chunks(monkeypatch):
+    monkeypatch.setattr(kernel, "CHUNKS", 6)
+    kernel.make_pool.cache_clear()
+    yield
+    kernel.make_pool.cache_clear()
+
+
+def test_a_record_holds_times_bytes_and_errors(few_chunks, monkeypatch, tmp_path):
+    grid = [
+        kernel.Case("xla", 2, **TINY),
+        kernel.Case("xla", 2, **TINY, q_per_slot=False),
+        kernel.Case("reference", 2, **TINY, batch=2, ragged=True),
+    ]
+    monkeypatch.setattr(kernel, "cases", lambda quick: grid)
+    monkeypatch.setattr(kernel, "copy_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(
+        kernel, "time_loop", lambda run, args, calls, repeats: Timing(8.0, 7.0, 9.0)
+    )
+    parser = argparse.ArgumentParser()
+    kernel.add_arguments(parser)
+    out = tmp_path / "kernel.json"
+    assert kernel.main(parser.parse_args(["--out", str(out), "--layers", "2"])) == 0
+    record = json.loads(out.read_text())
+    assert record["left_out"] == 0
+    assert record["device"]
+    assert record["versions"]["jax"]
+    first, shared, ragged = record["rows"]
+    bytes_of_two = 2 * 2 * 128 * 2 * 64 * 2  # K and V of two chunks, two KV heads, bfloat16
+    assert first["bytes"] == shared["bytes"] == bytes_of_two
+    assert 0 < ragged["bytes"] < 2 * bytes_of_two
+    assert first["times_floor"] == pytest.approx(8e-6 / (bytes_of_two / 3e12), rel=1e-3)
+    assert first["of_copy_bandwidth"] == pytest.approx(bytes_of_two / 8e-6 / 1e9, abs=1e-3)
+    assert all(0 < row["relative_error"] < 4e-3 for row in record["rows"])
+
+
+def test_the_loop_makes_every_call(few_chunks):
+    """Times grow with the work: nothing is hoisted out of the loop or left out."""
+    row = kernel.run_case(kernel.Case("xla", 2, **TINY), layers=2, seconds=1e-6, repeats=3)
+    assert 0 < row["us_least"] <= row["us"] <= row["us_most"]
+    many = kernel.run_case(
+        kernel.Case("xla", 2, **{**TINY, "rows": 512}), layers=2, seconds=1e-6, repeats=3
+    )
+    assert many["us_least"] > row["us_least"]
+
+
+def test_the_plot_is_drawn_from_a_record(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = {
+        "implementation": "xla", "slots": 4, "rows": 32, "heads": 32, "kv_heads": 32, "batch": 1,
+        "ragged": False, "q_per_slot": True, "times_floor": 1.2, "settings": None,
+    }  # fmt: skip
+    rows = [row, {**row, "slots": 8}, {**row, "rows": 64}]
+    write(tmp_path / "kernel.json", {"device": "a GPU", "rows": rows})
+    kernel.plot(tmp_path / "kernel.json", tmp_path / "kernel.png")
+    assert (tmp_path / "kernel.png").stat().st_size > 10_000

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 
 class ConfigError(ValueError):
@@ -378,7 +378,7 @@ class SelectionConfig:
 
 
 Recompute = Literal["block", "suffix", "response"]
-Remasking = Literal["low_confidence", "random"]
+Remasking = Literal["low_confidence", "margin", "entropy", "random"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,8 +389,10 @@ class DecodeConfig:
     steps: evaluations over the whole response, a multiple of the number of blocks; None means one
       per token. Not used by the threshold and factor rules, which take what they need.
     temperature: of the Gumbel noise; 0 is greedy.
-    remasking: which predictions are kept, the most confident or random ones.
-    threshold: unmask every slot with at least this probability, and always the best one.
+    remasking: which predictions are kept: the most confident ones, by the token's probability
+      ("low_confidence"), by the lead of the best token over the second ("margin", p1 - p2) or by
+      exp(-entropy) of the prediction ("entropy"); or random ones ("random").
+    threshold: unmask every slot with at least this confidence, and always the best one.
     factor: Fast-dLLM's factor rule (arXiv 2505.22618); excludes threshold.
     guidance: classifier-free guidance scale; needs recompute "response" and no context cache.
     recompute: rows that a step recomputes while the rest of the live KV stays as it was at the
@@ -425,8 +427,8 @@ class DecodeConfig:
             f"temperature must be a number >= 0, got {self.temperature!r}",
         )
         _require(
-            self.remasking in ("low_confidence", "random"),
-            f"remasking {self.remasking!r} is not known (low_confidence, random)",
+            self.remasking in get_args(Remasking),
+            f"remasking {self.remasking!r} is not known ({', '.join(get_args(Remasking))})",
         )
         _require(
             self.threshold is None or self.factor is None, "threshold and factor exclude each other"

@@ -1,7 +1,7 @@
 """The sampling rule of a denoising step: what each masked slot predicts and which slots are kept.
 
-Sources: LLaDA (arXiv 2502.09992, reverse process with low-confidence or random remasking) and
-Fast-dLLM (arXiv 2505.22618, threshold and factor rules).
+Sources: LLaDA (arXiv 2502.09992, reverse process with low-confidence or random remasking),
+Fast-dLLM (arXiv 2505.22618, threshold and factor rules), Dream (arXiv 2508.15487, margin, entropy).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pdllm_jax.config import DecodeConfig
+
+_LEAST = -1e30  # finite: -inf would say that a slot is no candidate
 
 
 def log_probability(
@@ -30,10 +32,29 @@ def log_probability(
     return -jnp.where(top > 0, top + jnp.log(rest + jnp.exp(-top)), jnp.log1p(rest))
 
 
+def log_margin(logits: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
+    """log(p1 - p2) of the two likeliest tokens; a large negative number where they tie."""
+    (first, second), (best, _) = (jnp.moveaxis(x, -1, 0) for x in jax.lax.top_k(logits, 2))
+    lead = jnp.log(-jnp.expm1(second - first))
+    return jnp.maximum(log_probability(logits, best) + lead, _LEAST)
+
+
+def negative_entropy(logits: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
+    """sum of p log p, to full relative precision also near 0.
+
+    Written as log p1 - sum of p_i (l_1 - l_i), whose terms have one sign.
+    """
+    best = jnp.argmax(logits, axis=-1)
+    top = log_probability(logits, best)
+    behind = logits.max(axis=-1, keepdims=True) - logits
+    terms = jnp.exp(top[..., None] - behind) * behind
+    return top - jnp.where(behind < jnp.inf, terms, 0.0).sum(axis=-1)
+
+
 def predict(
     logits: Float[Array, "T V"], config: DecodeConfig, key: Array
 ) -> tuple[Int[Array, "T"], Float[Array, "T"]]:
-    """Predicted token of each row, and its confidence as a log-probability.
+    """Predicted token of each row, and the logarithm of its confidence, finite.
 
     Temperature samples by the Gumbel trick; the confidence comes from the unscaled logits, or is
     a uniform random number for remasking "random".
@@ -45,13 +66,17 @@ def predict(
     tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     if config.remasking == "random":
         return tokens, jnp.log(jax.random.uniform(order_key, tokens.shape, minval=1e-9))
+    if config.remasking == "margin":
+        return tokens, log_margin(logits)
+    if config.remasking == "entropy":
+        return tokens, negative_entropy(logits)
     return tokens, log_probability(logits, tokens)
 
 
 def transfer(
     confidence: Float[Array, "G"], step: Int[Array, ""], config: DecodeConfig
 ) -> Bool[Array, "G"]:
-    """Slots to unmask now. confidence: log-probability of each slot's prediction, -inf where it is
+    """Slots to unmask now. confidence: its logarithm for each slot's prediction, -inf where it is
     no candidate; step: evaluations already made in this block.
     """
     rank = jnp.argsort(jnp.argsort(-confidence, stable=True), stable=True)

@@ -15,7 +15,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from pdllm_jax import (
     load_model,
 )
 from pdllm_jax.compilation import enable_compilation_cache
+from pdllm_jax.config import Remasking
 
 DTYPES = {"keep": None, "float32": "float32", "bfloat16": "bfloat16"}
 
@@ -64,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--block-length", type=int, help="tokens of a block (default: up to 32)")
     g.add_argument("--steps", type=int, help="evaluations in all (default: one per token)")
     g.add_argument("--temperature", type=float, default=decode.temperature)
-    g.add_argument("--remasking", choices=("low_confidence", "random"), default=decode.remasking)
+    g.add_argument("--remasking", choices=get_args(Remasking), default=decode.remasking)
     g.add_argument("--threshold", type=float, help="unmask every slot at least this probable")
     g.add_argument("--factor", type=float, help="Fast-dLLM's factor rule")
     g.add_argument(

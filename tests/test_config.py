@@ -369,7 +369,7 @@ def test_decode_config_counts():
         ({"temperature": math.nan}, "temperature"),
         ({"temperature": math.inf}, "temperature"),
         ({"temperature": "0"}, "temperature"),
-        ({"remasking": "entropy"}, "remasking 'entropy'"),
+        ({"remasking": "topk"}, "remasking 'topk'"),
         ({"threshold": 0.0}, "threshold"),
         ({"threshold": 1.1}, "threshold"),
         ({"threshold": math.nan}, "threshold"),

@@ -50,6 +50,42 @@ def test_zero_temperature_ignores_the_key():
     np.testing.assert_array_equal(a, logits.argmax(-1))
 
 
+@pytest.mark.parametrize("scale", [0.1, 3.0, 40.0])
+def test_margin_and_entropy_by_their_definitions(scale):
+    logits = scale * jax.random.normal(jax.random.key(0), (50, 12))
+    logits = logits.at[:, 3].set(-jnp.inf)
+    wide = np.asarray(logits, np.float64)
+    behind = wide.max(-1, keepdims=True) - wide
+    odds = np.sort(np.exp(-behind), axis=-1)[:, :-1].sum(-1, keepdims=True)
+    log_p = np.where(np.isfinite(behind), -behind, 0) - np.log1p(odds)
+    p = np.where(np.isfinite(behind), np.exp(log_p), 0)
+    ordered = np.sort(p, axis=-1)
+    tokens, margin = predict(logits, DecodeConfig(remasking="margin"), jax.random.key(1))
+    np.testing.assert_array_equal(tokens, wide.argmax(-1))
+    np.testing.assert_allclose(np.exp(margin), ordered[:, -1] - ordered[:, -2], rtol=2e-5)
+    entropy = predict(logits, DecodeConfig(remasking="entropy"), jax.random.key(1))[1]
+    np.testing.assert_allclose(entropy, (p * log_p).sum(-1), rtol=2e-5, atol=1e-37)
+
+
+def test_a_tie_has_no_margin_but_stays_a_candidate():
+    tied = jnp.array([[1.0, 1.0, 0.0], [9.0, 0.0, 0.0]])
+    for remasking in ("margin", "entropy"):
+        config = DecodeConfig(gen_length=2, block_length=2, steps=2, remasking=remasking)
+        confidence = predict(tied, config, jax.random.key(0))[1]
+        assert np.isfinite(confidence).all()
+        assert transfer(confidence, jnp.int32(0), config).tolist() == [False, True]
+        alone = jnp.where(jnp.array([True, False]), confidence, -jnp.inf)
+        assert transfer(alone, jnp.int32(1), config).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("remasking", ["margin", "entropy"])
+def test_very_sure_slots_keep_their_order(remasking):
+    """A float32 probability would call all of them 1."""
+    logits = jnp.zeros((3, 4)).at[:, 1].set(jnp.array([30.0, 34.0, 26.0]))
+    config = DecodeConfig(remasking=remasking)
+    assert np.argsort(predict(logits, config, jax.random.key(0))[1]).tolist() == [2, 0, 1]
+
+
 def test_random_remasking_orders_by_chance():
     logits = jax.random.normal(jax.random.key(0), (6, 9))
     config = DecodeConfig(remasking="random")

@@ -395,6 +395,8 @@ class DecodeConfig:
     threshold: unmask every slot with at least this confidence, and always the best one.
     factor: Fast-dLLM's factor rule (arXiv 2505.22618); excludes threshold.
     guidance: classifier-free guidance scale; needs recompute "response" and no context cache.
+    stop_ids: tokens (EOS, EOT) that end the text: a request is done with the block in which one of
+      them appears, and the slots behind that block become EOS. None by default, as published.
     recompute: rows that a step recomputes while the rest of the live KV stays as it was at the
       block's start: "block" (dual cache), "suffix" (prefix cache), or "response" (none is stale).
     """
@@ -407,6 +409,7 @@ class DecodeConfig:
     threshold: float | None = None
     factor: float | None = None
     guidance: float = 0.0
+    stop_ids: tuple[int, ...] = ()
     recompute: Recompute = "block"
 
     def __post_init__(self) -> None:
@@ -446,6 +449,12 @@ class DecodeConfig:
         _require(
             _is_number(self.guidance) and 0 <= self.guidance < math.inf,
             f"guidance must be a number >= 0, got {self.guidance!r}",
+        )
+        _require(
+            isinstance(self.stop_ids, tuple)
+            and all(isinstance(x, int) and not isinstance(x, bool) for x in self.stop_ids)
+            and min(self.stop_ids, default=0) >= 0,
+            f"stop_ids must be a tuple of token ids, got {self.stop_ids!r}",
         )
         _require(
             self.recompute in ("block", "suffix", "response"),

@@ -197,11 +197,18 @@ def _step(
     limit = config.steps_per_block if scheduled else block_length
     open_slots = ((tokens == model.config.mask_token_id) & in_block).any(axis=1)
     finished = active & (~open_slots | (step >= limit))
+    block = state.block + finished
+    if config.stop_ids:
+        stops = jnp.isin(tokens, jnp.array(config.stop_ids)) & in_block
+        ended = finished & stops.any(axis=1)
+        block = jnp.where(ended, config.n_blocks, block)
+        unread = ended[:, None] & (slot >= block_start[:, None] + block_length)
+        tokens = jnp.where(unread, model.config.eos_token_id, tokens)
     return dataclasses.replace(
         state,
         tokens=tokens,
         live=live,
-        block=state.block + finished,
+        block=block,
         step=jnp.where(finished | ~active, 0, step),
         stale=jnp.where(wide, finished, state.stale | finished),
         evaluations=state.evaluations + active,

@@ -88,14 +88,18 @@ class Tokenizer:
             chat=None if None in chat else tuple(chat),  # type: ignore[arg-type]
         )
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """End of text and, where there is one, end of turn."""
+        return (self.eos_id, *(self.chat[2:] if self.chat else ()))
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; nothing is added."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         """Text up to the end of turn or of text, special tokens left out."""
-        ends = {self.eos_id, *(self.chat[2:] if self.chat else ())}
-        stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+        stop = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
         return self.backend.decode([int(i) for i in ids[:stop]], skip_special_tokens=True)
 
     def around_document(

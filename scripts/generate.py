@@ -11,6 +11,7 @@ first use. Results go to stdout, progress to stderr. Exit status 2 and one line 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -68,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--remasking", choices=get_args(Remasking), default=decode.remasking)
     g.add_argument("--threshold", type=float, help="unmask every slot at least this probable")
     g.add_argument("--factor", type=float, help="Fast-dLLM's factor rule")
+    g.add_argument(
+        "--early-stop", action="store_true", help="end with the block in which the text ends"
+    )
     g.add_argument(
         "--guidance", type=float, default=decode.guidance, help="classifier-free; method plain"
     )
@@ -186,6 +190,9 @@ def run(args: argparse.Namespace) -> GenerationResult:
         if (folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.load(folder, model.config)
         bos_id = tokenizer.bos_id if tokenizer else model.config.bos_token_id
+        if args.early_stop:
+            stops = tokenizer.stop_ids if tokenizer else (model.config.eos_token_id,)
+            common["decode"] = dataclasses.replace(decode, stop_ids=stops)
         result = generate_ids(model, prefix, context, query, bos_id=bos_id, **common)
         if tokenizer is not None:
             return GenerationResult(**{**vars(result), "text": tokenizer.decode(result.tokens)})
@@ -200,6 +207,8 @@ def run(args: argparse.Namespace) -> GenerationResult:
         raise ValueError(f"{args.context_file} is empty")
     folder = converted(args.checkpoint)
     tokenizer = Tokenizer.load(folder, load_config(folder))
+    if args.early_stop:
+        common["decode"] = dataclasses.replace(decode, stop_ids=tokenizer.stop_ids)
     model, _ = load(args)
     if args.instruction is not None:
         common["instruction"] = args.instruction

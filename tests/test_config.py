@@ -378,6 +378,8 @@ def test_decode_config_counts():
         ({"threshold": 0.9, "factor": 1.0}, "exclude each other"),
         ({"guidance": -1.0, "recompute": "response"}, "guidance"),
         ({"guidance": 1.0}, "guidance needs recompute='response'"),
+        ({"stop_ids": [1]}, "stop_ids must be a tuple"),
+        ({"stop_ids": (-1,)}, "stop_ids must be a tuple"),
         ({"recompute": "all"}, "recompute 'all'"),
     ],
 )

@@ -140,6 +140,27 @@ def test_requests_of_a_batch_do_not_touch_each_other(model, encoding, rule):
     assert together.tokens[0].tolist() != together.tokens[1].tolist()
 
 
+@pytest.mark.parametrize("method", ["prefilling", "plain", "dual-cache"])
+def test_a_stop_token_ends_the_text_with_its_block(model, method):
+    config = DecodeConfig(gen_length=16, block_length=4, temperature=2.0)  # tokens that differ
+
+    def run(stop_ids):
+        return generate_ids(
+            model, ids(5), ids(50, 1), ids(7, 2), method=method, chunking=CHUNKS, selection=SELECT,
+            decode=dataclasses.replace(config, stop_ids=stop_ids),
+        )  # fmt: skip
+
+    whole = run(())
+    second = whole.tokens[4:8]
+    stop = next(token for token in second if token not in whole.tokens[:4])
+    stopped = run((stop, 249))
+    assert stopped.tokens[:8] == whole.tokens[:8]
+    assert stopped.tokens[8:] == [model.config.eos_token_id] * 8
+    assert (whole.evaluations, stopped.evaluations) == (16, 8)
+    absent = next(token for token in range(250) if token not in whole.tokens)
+    assert run((absent,)).tokens == whole.tokens
+
+
 def test_seeds_give_the_same_tokens_every_time(model):
     config = DecodeConfig(gen_length=8, block_length=8, temperature=1.0)
 

@@ -69,7 +69,7 @@ def test_json_of_every_method(checkpoint, tmp_path, capsys, method):
 def test_text_in_text_out_and_a_bare_prompt(checkpoint, tmp_path, capsys):
     text = write(tmp_path / "text.txt", "a short document")
     status, out, err = run(
-        capsys, checkpoint, "--context-file", text, "--question", "what?", *SMALL
+        capsys, checkpoint, "--context-file", text, "--question", "what?", "--early-stop", *SMALL
     )
     assert status == 0, err
     assert "chunks kept: " in out
@@ -78,6 +78,10 @@ def test_text_in_text_out_and_a_bare_prompt(checkpoint, tmp_path, capsys):
         capsys, checkpoint, "--prompt-ids", bare, "--method", "plain", "--json", *SMALL
     )
     assert status == 0
+    early = run(
+        capsys, checkpoint, "--prompt-ids", bare, "--method", "plain", "--early-stop", *SMALL
+    )
+    assert early[0] == 0, early[2]
     whole = write(tmp_path / "parts.json", {"prefix": [1], "context": [2], "query": [3]})
     _, other, _ = run(
         capsys, checkpoint, "--prompt-ids", whole, "--method", "plain", "--json", *SMALL

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import sys
@@ -104,6 +105,7 @@ def main() -> int:
     progress = tqdm(total=len(cells) * args.examples, disable=not sys.stderr.isatty())
     for task, length, method in cells:
         exact, found, evaluations, seconds, wrong, paths = [], [], [], [], [], {}
+        digest = hashlib.sha256()  # runs that differ in nothing but speed have the same
         for i in range(args.examples):
             example = tasks.make_example(
                 task, length, args.first + i, corpora=corpora, encode=encode
@@ -116,6 +118,7 @@ def main() -> int:
                 **variants[method],
             )  # fmt: skip
             paths = result.paths
+            digest.update(np.array(result.tokens, np.int32).tobytes())
             exact.append(tasks.score(encode, example["answer"], result.tokens))
             if not exact[-1] and len(wrong) < 3:
                 wrong.append([example["answer"], tokenizer.decode(result.tokens)])
@@ -133,6 +136,7 @@ def main() -> int:
             "recall_interval": wilson(sum(found), len(found)) if found else None,
             "evaluations": float(np.mean(evaluations)),
             "seconds_median": float(np.median(seconds)), "wrong": wrong, "paths": paths,
+            "tokens_sha256": digest.hexdigest(),
         }  # fmt: skip
         rows.append(row)
         print(

@@ -97,7 +97,7 @@ def chunk_attention(
       chunk_lengths: valid keys of each chunk, clipped to [0, C]. What lies behind is never used,
         whatever it holds.
       layer: index into the leading axis of a stacked pool; may be traced.
-      scale: of the scores, 1/sqrt(D) by default.
+      scale: of the scores, a positive number, 1/sqrt(D) by default.
       other: attention of the same rows over other keys (live KV), which the result includes: as
         `merge` afterwards, but cheaper where the implementation merges parts of its own anyway.
       implementation: which code runs; a named one is used or the call fails.
@@ -114,7 +114,7 @@ def chunk_attention(
       over other keys (`pallas_kernels.merge`). Rows without any key give zeros and EMPTY_LSE.
 
     Raises:
-      ValueError: ranks, sizes, dtypes or head counts that do not fit, named; K = 0.
+      ValueError: ranks, sizes, dtypes, head counts or a scale that do not fit, named; K = 0.
     """
     _check(q, k, v, chunk_ids, chunk_lengths, layer)
     if other is not None:
@@ -127,6 +127,8 @@ def chunk_attention(
     if q.ndim == 4:
         q = q[:, None]
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be a positive number, got {scale}")
     if implementation in ("mosaic_gpu", "interpret"):
         interpret = compat.interpreter() if implementation == "interpret" else None
         return mosaic_gpu.chunk_attention_mosaic_gpu(

@@ -219,7 +219,9 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
 
             def run(request, split, lo, hi, head, group, n):
                 tile = group * wgs + wg
-                slot = facts_gmem[lo] >> SLOT_SHIFT if geo.query_slots else 0
+                # A unit without blocks may begin behind the table's end.
+                first = jnp.minimum(lo, facts_gmem.shape[0] - 1)
+                slot = facts_gmem[first] >> SLOT_SHIFT if geo.query_slots else 0
 
                 @pl.when(lo < hi)
                 def _():

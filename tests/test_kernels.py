@@ -234,6 +234,7 @@ def test_the_chosen_chunks_are_not_gathered():
         ({"chunk_ids": jnp.zeros((2, 0), jnp.int32)}, "no chunk"),
         ({"chunk_lengths": jnp.zeros((5,), jnp.int32)}, r"chunk_lengths must be \[6\]"),
         ({"implementation": "triton"}, "'triton' is not known"),
+        ({"scale": -1.0}, "scale must be a positive number, got -1.0"),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):

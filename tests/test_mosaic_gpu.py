@@ -9,10 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from pallas_kernels import compat, tuning
 from pallas_kernels.block_table import FIRST, LAST, SLOT_SHIFT, VALID_BITS, block_table
 from pallas_kernels.mosaic_gpu import chunk_attention_mosaic_gpu
+from pdllm_jax.chunking import chunk_prompt
+from pdllm_jax.config import ChunkConfig, DecodeConfig, ModelConfig, SelectionConfig
+from pdllm_jax.denoise import denoise_step
+from pdllm_jax.model import LLaDA
+from pdllm_jax.prefill import prefill
+from pdllm_jax.selection import select_top_k
+from pdllm_jax.state import init_denoise
 from tests.support import relative_error
 from tests.test_kernels import OLD_JAX, by_hand, case
 
@@ -94,6 +102,33 @@ def test_the_interpreter_finds_no_race(heads, rows, shared, settings, processors
     assert relative_error(got.out, out) < 4e-3
     np.testing.assert_allclose(got.lse, lse, atol=1e-4)
     assert not compat.races_found()
+
+
+@OLD_JAX
+@pytest.mark.parametrize("encoding", ["joint", "independent"])
+def test_a_denoising_step_through_the_kernel(encoding):
+    """Chunks, rows rotated for each chunk and live KV as the method has them; float16."""
+    config = dataclasses.replace(
+        ModelConfig.tiny(), d_model=128, n_heads=2, n_kv_heads=1, mlp_hidden_size=64, n_layers=2
+    )
+    model = LLaDA(config, rngs=nnx.Rngs(0), dtype=jnp.float16)
+    rng = np.random.default_rng(0)
+    prefix, context, query = (rng.integers(0, 250, n) for n in (5, 170, 7))
+    prompt = chunk_prompt(prefix, context, query, ChunkConfig(64))
+    select = SelectionConfig(top_k=2, scorer="last", encoding=encoding)
+    cache, scores = prefill(model, prompt, select)
+    decode = DecodeConfig(gen_length=8, block_length=8, steps=2)
+    after = {}
+    for name in ("xla", "interpret"):
+        state = init_denoise(
+            model, cache, select_top_k(scores, 2), prompt.query, decode, jax.random.key(0),
+            query_length=prompt.query_length,
+        )  # fmt: skip
+        after[name] = denoise_step(model, cache, state, config=decode, implementation=name)
+    np.testing.assert_array_equal(after["xla"].tokens, after["interpret"].tokens)
+    # Values of the second layer come from what attention gave in the first.
+    assert relative_error(after["interpret"].live.v[1], after["xla"].live.v[1]) < 1e-3
+    assert (after["xla"].tokens != config.mask_token_id).sum() == 4
 
 
 def lowered(batch, slots, rows, heads, kv_heads, dim, dtype=jnp.bfloat16, shared=False, **more):

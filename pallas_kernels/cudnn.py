@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.partial import EMPTY_LSE, Partial, merge
+from pallas_kernels.selected import selected_chunks
 
 Layout = Literal["BTNH", "BNTH"]
 
@@ -64,16 +65,14 @@ def chunk_attention_cudnn(
     scale: float,
 ) -> Partial:
     """Gathers the chosen chunks into a copy; every slot is a row of cuDNN's batch."""
-    _, n, _, c, _ = k.shape
+    c = k.shape[3]
     b, slots = chunk_ids.shape
-    inside = (chunk_ids >= 0) & (chunk_ids < n)
-    ids = jnp.where(inside, chunk_ids, 0)
-    lengths = jnp.where(inside, jnp.clip(chunk_lengths[ids], 0, c), 0).reshape(-1)
+    ids, lengths = (x.reshape(-1) for x in selected_chunks(chunk_ids, chunk_lengths, c))
     valid = (jnp.arange(c) < lengths[:, None])[:, None, :, None]  # [B K, 1, C, 1]
 
     def gather(pool: Array) -> Array:
         """[B K, G, C, D]; what is no key is zero, for cuDNN multiplies it all the same."""
-        return jnp.where(valid, pool[layer, ids.reshape(-1)], 0)
+        return jnp.where(valid, pool[layer, ids], 0)
 
     rows = q.reshape(b * slots, *q.shape[2:]).swapaxes(1, 2)  # [B K, H, T, D]
     part = attention_with_lse(rows, gather(k), gather(v), lengths, scale, "BNTH")

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import compat, tuning
 from pallas_kernels.block_table import block_table
 from pallas_kernels.partial import Partial
+from pallas_kernels.selected import selected_chunks
 
 if TYPE_CHECKING:
     from pallas_kernels.mosaic_gpu_sm90 import Geometry
@@ -130,15 +131,12 @@ def _launch(
     from pallas_kernels.mosaic_gpu_merge import build_merge
     from pallas_kernels.mosaic_gpu_sm90 import build
 
-    n, chunk_size, rows = k.shape[1], k.shape[3], q.shape[2]
+    chunk_size, rows = k.shape[3], q.shape[2]
     padding = shape.rows - rows
     if padding:
         q = jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, 0), (0, 0)))
-    inside = (chunk_ids >= 0) & (chunk_ids < n)
-    ids = jnp.where(inside, chunk_ids, 0)
     table = block_table(
-        ids,
-        jnp.where(inside, jnp.clip(chunk_lengths[ids], 0, chunk_size), 0),
+        *selected_chunks(chunk_ids, chunk_lengths, chunk_size),
         chunk_size=chunk_size,
         block_keys=shape.block_keys,
         splits=shape.splits,

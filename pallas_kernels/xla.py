@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.partial import EMPTY_LSE, Partial
+from pallas_kernels.selected import selected_chunks
 
 
 def chunk_attention_xla(
@@ -20,11 +21,9 @@ def chunk_attention_xla(
     scale: float,
 ) -> Partial:
     """Scans over the K slots; each step reads one chunk per request where it lies in the pool."""
-    _, n, g, c, d = k.shape
+    _, _, g, c, d = k.shape
     b, _, t, h, _ = q.shape
-    inside = (chunk_ids >= 0) & (chunk_ids < n)
-    ids = jnp.where(inside, chunk_ids, 0)
-    lengths = jnp.where(inside, jnp.clip(chunk_lengths[ids], 0, c), 0)
+    ids, lengths = selected_chunks(chunk_ids, chunk_lengths, c)
     # Batch and head lead, as dot_general wants them.
     queries = q.reshape(b, -1, t, g, h // g, d).transpose(1, 0, 3, 4, 2, 5)  # [K, B, G, R, T, D]
     queries = queries.reshape(-1, b, g, (h // g) * t, d)

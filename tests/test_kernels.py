@@ -13,9 +13,11 @@ from pallas_kernels import (
     chunk_attention,
     chunk_attention_mass,
     compat,
+    cudnn,
     merge,
     resolve_implementation,
 )
+from pdllm_jax.attention import _blocked
 from tests.support import relative_error
 
 HALF = {jnp.bfloat16: 8e-3, jnp.float16: 1e-3}
@@ -144,6 +146,30 @@ def test_a_layer_of_a_stacked_pool_and_shared_query_rows(implementation):
     got = jax.jit(run)(jnp.int32(1))
     repeated = jnp.broadcast_to(shared[:, None], q.shape)
     assert_close(got, by_hand(repeated, k[1], v[1], IDS, LENGTHS), q.dtype.type)
+
+
+def test_what_is_gathered_for_cudnn(monkeypatch):
+    """All but cuDNN itself, which a plain softmax stands in for."""
+
+    def stand_in(q, k, v, lengths, scale, layout):
+        assert layout == "BNTH"
+        assert np.isfinite(k.astype(jnp.float32)).all()
+        assert np.isfinite(v.astype(jnp.float32)).all()
+        part = _blocked(*(x.swapaxes(1, 2) for x in (q, k, v)), lengths)
+        nan_where_empty = jnp.where(lengths[:, None, None, None] > 0, part.out, jnp.nan)
+        return Partial(nan_where_empty.astype(q.dtype), part.lse)
+
+    monkeypatch.setattr(cudnn, "attention_with_lse", stand_in)
+    q, k, v = case("cudnn", layers=2)
+    used = jnp.array([True, True, True, False, True, True])[:, None] & (
+        jnp.arange(128) < jnp.array(LENGTHS)[:, None]
+    )
+    poison = jnp.where(used[:, None, :, None], 0.0, jnp.nan).astype(q.dtype)
+    ids = [[4, 0, 2], [1, -1, 1]]
+    got = cudnn.chunk_attention_cudnn(
+        q, k + poison, v + poison, 1, jnp.array(ids), jnp.array(LENGTHS), 64**-0.5
+    )
+    assert_close(got, by_hand(q, k[1], v[1], ids, LENGTHS), q.dtype.type)
 
 
 @IMPLEMENTATIONS

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Benchmarks of the library, results as JSON with hardware and versions.
 
-  scripts/benchmark.py kernel [--out benchmarks/kernel.json] [--quick]
+  scripts/benchmark.py kernel [--out benchmarks/kernel.json] [--quick | --tune]
   scripts/benchmark.py plot benchmarks/kernel.json benchmarks/kernel.png
 
 `kernel` times attention over chosen chunks: the Hopper kernel, cuDNN with and without a gather, and

@@ -48,8 +48,7 @@ def test_a_record_holds_times_bytes_and_errors(few_chunks, monkeypatch, tmp_path
     assert all(0 < row["relative_error"] < 4e-3 for row in record["rows"])
 
 
-def test_the_loop_makes_every_call(few_chunks):
-    """Times grow with the work: nothing is hoisted out of the loop or left out."""
+def test_times_grow_with_the_work(few_chunks):
     row = kernel.run_case(kernel.Case("xla", 2, **TINY), layers=2, seconds=1e-6, repeats=3)
     assert 0 < row["us_least"] <= row["us"] <= row["us_most"]
     many = kernel.run_case(

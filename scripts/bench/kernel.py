@@ -202,7 +202,9 @@ def run_case(case: Case, layers: int, seconds: float, repeats: int) -> dict[str,
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `benchmark.py kernel`."""
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/kernel.json"))
+    parser.add_argument(
+        "--out", type=Path, help="benchmarks/kernel.json, or kernel_tuning.json with --tune"
+    )
     parser.add_argument("--quick", action="store_true", help="the README's table alone")
     parser.add_argument("--tune", action="store_true", help="the kernel's own settings instead")
     parser.add_argument("--layers", type=int, default=8, help="of the pool; 1.07 GB each")
@@ -214,6 +216,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs the grid; writes the record after every case, prints a line for each."""
     begun = time.monotonic()
+    name = "kernel_tuning.json" if args.tune else "kernel.json"
+    out = args.out or Path("benchmarks") / name
     copied = copy_bandwidth()
     print(f"copy bandwidth {copied / 1e12:.3f} TB/s", flush=True)
     rows: list[dict[str, Any]] = []
@@ -234,10 +238,10 @@ def main(args: argparse.Namespace) -> int:
         row = run_case(case, args.layers, args.seconds, args.repeats)
         row["of_copy_bandwidth"] = round(row["bytes"] / (row["us"] * 1e-6) / copied, 3)
         rows.append(row)
-        write(args.out, record)
+        write(out, record)
         print(describe(row), flush=True)
-    write(args.out, record)
-    print(f"{len(rows)} cases in {time.monotonic() - begun:.0f} s, {args.out}")
+    write(out, record)
+    print(f"{len(rows)} cases in {time.monotonic() - begun:.0f} s, {out}")
     return 0
 
 

@@ -37,8 +37,8 @@ def resolve_implementation(
 ) -> Implementation:
     """The implementation that a call with such inputs will use on JAX's default backend.
 
-    The named one, or "xla" where none is named. (The Hopper kernel has to be named until the whole
-    suite has been seen to pass on a GPU with the merge in its present form.)
+    The named one; where none is named, "mosaic_gpu" if the kernel takes the inputs and the device
+    has compute capability 9.0, else "xla".
 
     Raises:
       ValueError: the name is not known, or that implementation does not take the inputs or this
@@ -46,7 +46,7 @@ def resolve_implementation(
     """
     problem = mosaic_gpu.input_problem(dtype, head_size, chunk_size)
     if implementation is None:
-        return "xla"
+        return "xla" if problem or mosaic_gpu.device_problem() else "mosaic_gpu"
     if implementation not in get_args(Implementation):
         known = ", ".join(get_args(Implementation))
         raise ValueError(f"implementation {implementation!r} is not known ({known})")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 # Bits of BlockTable.facts.
-VALID_BITS, FIRST, LAST, SLOT_SHIFT = 0xFF, 1 << 8, 1 << 9, 10
+VALID_BITS, SLOT_SHIFT = 0xFF, 8
 
 
 @jax.tree_util.register_dataclass
@@ -22,7 +22,7 @@ class BlockTable:
     """Blocks of every request, those without valid keys left out, and the units made of them.
 
     blocks [B * W] int32: chunk * blocks_per_chunk + block, W = K * blocks_per_chunk a request.
-    facts [B * W] int32: valid keys (1..128), FIRST and LAST block of its slot, slot << SLOT_SHIFT.
+    facts [B * W] int32: valid keys (1..128) and slot << SLOT_SHIFT.
     units [U * 4] int32, U = B * splits: request, split, first block and end, places in `blocks`.
       Sorted by the chunk that they begin with, so that requests that share chunks read them at
       the same time.
@@ -68,8 +68,6 @@ def block_table(
     valid = jnp.clip(of_slot(lengths) - block * block_keys, 0, block_keys)
     blocks = of_slot(chunk_ids) * per_chunk + block
     facts = valid | (slot << SLOT_SHIFT)
-    facts |= jnp.where(block == 0, FIRST, 0)
-    facts |= jnp.where(block == of_slot(counts) - 1, LAST, 0)
 
     request = jnp.arange(batch)[:, None]
     split = jnp.arange(splits)

@@ -83,6 +83,7 @@ def chunk_attention_mosaic_gpu(
         block_keys=settings.block_keys,
         stages=settings.stages,
         splits=settings.splits,
+        key_groups=settings.key_groups,
     )
     return _launch(
         q, k, v, layer, chunk_ids, chunk_lengths, other, shape=shape, interpret=interpret

@@ -42,7 +42,7 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, with_other: bool, interpret)
             place < heads,
         )
 
-    def body(*refs):
+    def merge_partials(*refs):
         out_gmem, lse_gmem, *other, merged_gmem, merged_lse_gmem = refs[: 4 + 2 * others]
         parts, other_part, lses, top_lse, ready, other_ready, known = refs[4 + 2 * others :]
         first = lax.axis_index("tile") * ROWS
@@ -56,6 +56,7 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, with_other: bool, interpret)
 
         if interpret is None:
             plgpu.griddepcontrol_wait()
+            plgpu.griddepcontrol_launch_dependents()
         for split in range(splits):
             plgpu.copy_gmem_to_smem(lse_gmem.at[split, pl.ds(first, ROWS)], lses.at[split], known)
         for split in range(buffers):
@@ -100,10 +101,10 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, with_other: bool, interpret)
                 plgpu.copy_smem_to_gmem(last.at[rows], merged_gmem.at[request, target, head])
 
         plgpu.copy_smem_to_gmem(top_lse, merged_lse_gmem.at[pl.ds(first, ROWS)])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     return plgpu.kernel(
-        body,
+        merge_partials,
         out_type=[
             jax.ShapeDtypeStruct((geo.batch, geo.rows, geo.heads, dim), dtype),
             jax.ShapeDtypeStruct((geo.flat_rows,), jnp.float32),

@@ -3,7 +3,8 @@
 One block of threads a processor, each going through its share of the work items. An item is a unit
 of the block table (a run of key blocks of one request), a KV head and a group of query tiles. One
 warp asks the copy engine for K and V blocks, several ahead, and goes on into the next item; one or
-two warpgroups multiply, each 64 packed query rows, with a running log-sum-exp.
+two warpgroups multiply, each 64 packed query rows, with a running log-sum-exp. Two work on a query
+tile each, over the same keys, or take turns with the blocks of keys and join at the item's end.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
-from pallas_kernels.block_table import FIRST, LAST, SLOT_SHIFT, VALID_BITS
+from pallas_kernels.block_table import SLOT_SHIFT, VALID_BITS
 from pallas_kernels.partial import EMPTY_LSE
 
 ROWS = 64  # of a query tile: what one warpgroup multiplies at once
@@ -32,7 +33,8 @@ class Geometry:
 
     A query tile holds `heads_per_tile` heads of `rows_per_head` rows each, rows_per_head dividing
     64; or 64 of a head's rows, where it has more. tiles: of a KV head; tiles_per_block: side by
-    side in one block of threads.
+    side in one block of threads. key_groups: warpgroups of a tile, which take turns with the blocks
+    of keys.
     """
 
     batch: int
@@ -46,7 +48,15 @@ class Geometry:
     block_keys: int = 64
     stages: int = 2
     splits: int = 1
+    key_groups: int = 1
     per_chunk: int = 1  # key blocks of a chunk
+
+    def __post_init__(self) -> None:
+        if self.key_groups > 1 and self.tiles_per_block > 1:
+            raise ValueError(
+                f"key_groups = {self.key_groups} leaves no warpgroups for"
+                f" {self.tiles_per_block} query tiles"
+            )
 
     @property
     def heads_per_kv(self) -> int:
@@ -98,7 +108,8 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
     q [B, K or 1, T, H, D]; k, v [L, N, G, C, D]; the table's arrays; layer int32 [1].
     Returns out [splits, R, D] in `dtype` and lse [splits, R] float32 (natural log), rows (b, h, t).
     """
-    wgs, stages, keys, dim = geo.tiles_per_block, geo.stages, geo.block_keys, geo.dim
+    tiles, turns, stages = geo.tiles_per_block, geo.key_groups, geo.stages
+    wgs, keys, dim = tiles * turns, geo.block_keys, geo.dim
     units = geo.batch * geo.splits
     blocks_of_threads = min(geo.items, geo.processors)
     per_row_tiles = geo.rows // geo.rows_per_head
@@ -120,10 +131,10 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
             local = jnp.minimum(local, geo.heads_per_kv - 1)
             yield pl.ds(i * rows, rows), row, head * geo.heads_per_kv + local, exists
 
-    def body(
+    def chunk_attention(
         q_gmem, k_gmem, v_gmem, blocks_gmem, facts_gmem, units_gmem, layer_gmem, out_gmem, lse_gmem,
         q_smem, p_smem, lse_smem, k_smem, v_smem,
-        q_full, k_full, v_full, k_empty, v_empty, v_clean,
+        q_full, k_full, v_full, k_empty, v_empty, v_clean, joined, released,
     ):  # fmt: skip
         if interpret is None:  # which knows no launches that overlap
             plgpu.griddepcontrol_wait()
@@ -197,7 +208,7 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
             def clean(stage, valid):
                 """Zeroes V behind the valid keys: 0 x NaN would be NaN."""
 
-                @pl.when(wg == 0)
+                @pl.when(wg % tiles == 0)
                 def _():
                     for start in range(0, keys, ROWS):
                         part = v_smem.at[stage, pl.ds(start, ROWS)]
@@ -208,35 +219,40 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
                         zero = jnp.zeros((), dtype)
                         part[...] = jnp.where(row + start < valid, values, zero)
                     plgpu.commit_smem()
-                    if wgs > 1:
+                    if tiles > 1:
                         plgpu.barrier_arrive(v_clean.at[stage])
 
-                if wgs > 1:
+                if tiles > 1:
 
                     @pl.when(wg > 0)
                     def _():
                         plgpu.barrier_wait(v_clean.at[stage])
 
             def run(request, split, lo, hi, head, group, n):
-                tile = group * wgs + wg
-                # A unit without blocks may begin behind the table's end.
-                first = jnp.minimum(lo, facts_gmem.shape[0] - 1)
-                slot = facts_gmem[first] >> SLOT_SHIFT if geo.query_slots else 0
+                tile = group * tiles + _mod(wg, tiles)
+                # This warpgroup's blocks: every `turns`th from here. A stage is always of the same
+                # warpgroup, since whoever waits at a barrier must do so in every phase.
+                begin = lo + _mod(n + _div(wg, tiles), turns)
 
-                @pl.when(lo < hi)
+                def fact_of(i):
+                    # What lies behind a unit's end may lie behind the table's.
+                    return facts_gmem[jnp.minimum(i, facts_gmem.shape[0] - 1)]
+
+                def slot_of(fact):
+                    return fact >> SLOT_SHIFT if geo.query_slots else 0
+
+                @pl.when(begin < hi)
                 def _():
-                    load_queries(request, slot, head, tile)
+                    load_queries(request, slot_of(fact_of(begin)), head, tile)
 
-                def block(i, carry):
-                    peak, total, acc, n = carry
-                    stage = _mod(n, stages)
-                    fact = facts_gmem[i]
-                    valid = fact & VALID_BITS
-                    new = i == lo
-                    if geo.query_slots:
-                        new |= (fact & FIRST) != 0
+                def block(step, carry):
+                    peak, total, acc, present = carry
+                    i = begin + step * turns
+                    stage = _mod(n + i - lo, stages)
+                    fact = fact_of(i)
+                    valid, slot = fact & VALID_BITS, slot_of(fact)
 
-                    @pl.when(new)
+                    @pl.when((step == 0) | (slot != present))
                     def _():
                         plgpu.barrier_wait(q_ready)
 
@@ -250,9 +266,11 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
                     plgpu.barrier_arrive(k_empty.at[stage])
                     if geo.query_slots:
                         # The next slot's rows are on their way while this block is finished.
-                        @pl.when(((fact & LAST) != 0) & (i + 1 < hi))
+                        following = slot_of(fact_of(i + turns))
+
+                        @pl.when((i + turns < hi) & (following != slot))
                         def _():
-                            load_queries(request, facts_gmem[i + 1] >> SLOT_SHIFT, head, tile)
+                            load_queries(request, following, head, tile)
 
                     def masked(scores):
                         key = plgpu.broadcasted_iota(
@@ -283,23 +301,59 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
 
                     acc += pl.run_scoped(weighted_values, plgpu.ACC((ROWS, dim), jnp.float32))
                     plgpu.barrier_arrive(v_empty.at[stage])
-                    return new_peak, total, acc, n + 1
+                    return new_peak, total, acc, slot
 
                 by_row = plgpu.Layout.WGMMA.reduce(1)
                 start = (
                     plgpu.layout_cast(jnp.full((ROWS,), EMPTY_LSE, jnp.float32), by_row),
                     plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
                     plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA),
-                    n,
+                    jnp.int32(0),
                 )
-                peak, total, acc, n = lax.fori_loop(lo, hi, block, start)
+                steps = jnp.maximum(_div(hi - begin + turns - 1, turns), 0)
+                peak, total, acc, _ = lax.fori_loop(0, steps, block, start)
                 safe = jnp.maximum(total, 1e-30)
                 acc = acc * lax.broadcast_in_dim(1 / safe, acc.shape, [0])
-                # The query tile has been read for the last time: the result leaves from there.
-                q_tile[...] = acc.astype(dtype)
                 lse = (peak + jnp.log(safe) * _LOG2E) * (1 / _LOG2E)
-                lse_tile[...] = jnp.where(total > 0, lse, EMPTY_LSE)
-                plgpu.commit_smem()
+                lse = jnp.where(total > 0, lse, EMPTY_LSE)
+
+                def leave(acc, lse):
+                    """The query tile has been read for the last time: the result leaves from it."""
+                    q_tile[...] = acc.astype(dtype)
+                    lse_tile[...] = lse
+                    plgpu.commit_smem()
+
+                if turns == 1:
+                    leave(acc, lse)
+                    send(request, split, head, tile)
+                    return n + hi - lo
+
+                @pl.when(wg == 1)
+                def _():
+                    leave(acc, lse)
+                    plgpu.barrier_arrive(joined)
+                    plgpu.barrier_wait(released)
+
+                @pl.when(wg == 0)
+                def _():
+                    plgpu.barrier_wait(joined)
+                    other = compat.load(q_smem.at[1], plgpu.Layout.WGMMA).astype(jnp.float32)
+                    other_lse = compat.load(lse_smem.at[1], by_row)
+                    plgpu.barrier_arrive(released)
+                    top = jnp.maximum(lse, other_lse)
+                    mine, others = jnp.exp(lse - top), jnp.exp(other_lse - top)
+                    both = 1 / (mine + others)
+                    leave(
+                        acc * lax.broadcast_in_dim(mine * both, acc.shape, [0])
+                        + other * lax.broadcast_in_dim(others * both, acc.shape, [0]),
+                        top + jnp.log(mine + others),
+                    )
+                    send(request, split, head, tile)
+
+                return n + hi - lo
+
+            def send(request, split, head, tile):
+                """The rows in the query tile to their places in the outputs."""
                 for rows, row, query_head, exists in segments(head, tile):
                     start = (request * geo.heads + query_head) * geo.rows + row
                     target = pl.ds(start, geo.rows_per_head)
@@ -309,8 +363,7 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
                         plgpu.copy_smem_to_gmem(q_tile.at[rows], out_gmem.at[split, target])
                         plgpu.copy_smem_to_gmem(lse_tile.at[rows], lse_gmem.at[split, target])
 
-                plgpu.wait_smem_to_gmem(0)
-                return n
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             items(run, jnp.int32(0))
 
@@ -319,7 +372,7 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
 
     barriers = plgpu.Barrier
     return plgpu.kernel(
-        body,
+        chunk_attention,
         out_type=[
             jax.ShapeDtypeStruct((geo.splits, geo.flat_rows, dim), dtype),
             jax.ShapeDtypeStruct((geo.splits, geo.flat_rows), jnp.float32),
@@ -333,9 +386,11 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
             barriers(num_barriers=wgs, num_arrivals=geo.heads_per_tile),
             barriers(num_barriers=stages),
             barriers(num_barriers=stages),
-            barriers(num_barriers=stages, num_arrivals=wgs),
-            barriers(num_barriers=stages, num_arrivals=wgs),
+            barriers(num_barriers=stages, num_arrivals=tiles),
+            barriers(num_barriers=stages, num_arrivals=tiles),
             barriers(num_barriers=stages),
+            barriers(),
+            barriers(),
         ],
         grid=(blocks_of_threads,),
         grid_names=("cta",),

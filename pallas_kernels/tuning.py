@@ -12,13 +12,17 @@ SHARED_MEMORY = 227 * 1024 - 1024
 class Tuning:
     """How the kernel cuts its work.
 
-    block_keys: keys of a block, 64 or 128.  stages: blocks of K and of V in flight.
+    block_keys: keys of a block, 64 or 128.
+    stages: blocks of K and of V in flight, a multiple of key_groups.
     splits: units that a request's blocks are cut into; their partial results are merged.
+    key_groups: warpgroups that take turns with the blocks of a unit, 1 or 2; 2 where a block of
+      threads has a single query tile.
     """
 
     block_keys: int
     stages: int
     splits: int
+    key_groups: int = 1
 
     def __post_init__(self) -> None:
         if self.block_keys not in (64, 128):
@@ -27,17 +31,24 @@ class Tuning:
             raise ValueError(f"stages must be at least 2, got {self.stages}")
         if self.splits < 1:
             raise ValueError(f"splits must be positive, got {self.splits}")
+        if self.key_groups not in (1, 2):
+            raise ValueError(f"key_groups must be 1 or 2, got {self.key_groups}")
+        if self.stages % self.key_groups:
+            raise ValueError(
+                f"stages must be a multiple of key_groups, got {self.stages} and {self.key_groups}"
+            )
 
 
-def shared_memory(block_keys: int, stages: int, tiles: int, dim: int) -> int:
-    """Bytes for K, V, the query tiles of 64 rows and their weights, in half precision."""
-    return 2 * (2 * stages * block_keys * dim + tiles * 64 * (dim + block_keys))
+def shared_memory(block_keys: int, stages: int, warpgroups: int, dim: int) -> int:
+    """Bytes for K, V, and each warpgroup's tile of 64 rows and its weights, in half precision."""
+    return 2 * (2 * stages * block_keys * dim + warpgroups * 64 * (dim + block_keys))
 
 
 def choose(
     *, batch: int, slots: int, columns: int, chunk_size: int, dim: int, tiles: int, processors: int
 ) -> Tuning:
-    """The rule: the largest blocks of keys of which three fit, and work for every processor.
+    """The rule: two warpgroups a block of threads, the largest blocks of keys of which enough fit,
+    and work for every processor.
 
     Args:
       batch, slots: requests, and chunks of each.
@@ -45,15 +56,17 @@ def choose(
       tiles: query tiles of 64 rows that share the keys in shared memory.
       processors: of the device.
     """
+    key_groups = 2 if tiles == 1 else 1
+    least = 2 if key_groups > 1 else 3  # two that take turns need no third block
     for block_keys in (128, 64):
         stages = 6
-        while shared_memory(block_keys, stages, tiles, dim) > SHARED_MEMORY:
-            stages -= 1
-        if stages >= 3 and chunk_size % block_keys == 0:
+        while shared_memory(block_keys, stages, tiles * key_groups, dim) > SHARED_MEMORY:
+            stages -= key_groups
+        if stages >= least and chunk_size % block_keys == 0:
             break
     if batch > 1 and batch * columns >= processors // 2:
         # One unit a chunk: requests that share a chunk read it together.
-        return Tuning(block_keys, stages, slots)
+        return Tuning(block_keys, stages, slots, key_groups)
     blocks = slots * chunk_size // block_keys
     splits = max(1, min(processors // (batch * columns), blocks // 2, 32))
-    return Tuning(block_keys, stages, splits)
+    return Tuning(block_keys, stages, splits, key_groups)

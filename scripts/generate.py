@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--implementation",
         choices=("mosaic_gpu", "cudnn", "xla"),
-        help="attention over chosen chunks (default: xla)",
+        help="attention over chosen chunks (default: mosaic_gpu on Hopper GPUs, else xla)",
     )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dtype", choices=tuple(DTYPES), default="keep")

@@ -43,17 +43,21 @@ def test_a_record_holds_times_bytes_and_errors(few_chunks, monkeypatch, tmp_path
     bytes_of_two = 2 * 2 * 128 * 2 * 64 * 2  # K and V of two chunks, two KV heads, bfloat16
     assert first["bytes"] == shared["bytes"] == bytes_of_two
     assert 0 < ragged["bytes"] < 2 * bytes_of_two
-    assert first["times_floor"] == pytest.approx(8e-6 / (bytes_of_two / 3e12), rel=1e-3)
+    assert first["times_floor"] == pytest.approx(
+        8e-6 / (bytes_of_two / (1e9 * 3.0 / 2.92)), abs=1e-3
+    )
     assert first["of_copy_bandwidth"] == pytest.approx(bytes_of_two / 8e-6 / 1e9, abs=1e-3)
     assert all(0 < row["relative_error"] < 4e-3 for row in record["rows"])
 
 
 def test_times_grow_with_the_work(few_chunks):
-    row = kernel.run_case(kernel.Case("xla", 2, **TINY), layers=2, seconds=1e-6, repeats=3)
+    def timed(case):
+        ready = kernel.prepare(case, layers=2, seconds=1e-6, floor_bandwidth=1e12)
+        return kernel.run_case(ready, repeats=3, floor_bandwidth=1e12)
+
+    row = timed(kernel.Case("xla", 2, **TINY))
     assert 0 < row["us_least"] <= row["us"] <= row["us_most"]
-    many = kernel.run_case(
-        kernel.Case("xla", 2, **{**TINY, "rows": 512}), layers=2, seconds=1e-6, repeats=3
-    )
+    many = timed(kernel.Case("xla", 2, **{**TINY, "rows": 512}))
     assert many["us_least"] > row["us_least"]
 
 

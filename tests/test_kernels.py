@@ -277,8 +277,29 @@ def test_what_does_not_fit_is_named(change, message):
 
 def test_the_path_used_can_be_asked_for():
     takes = {"dtype": jnp.bfloat16, "head_size": 128, "chunk_size": 1024}
-    assert resolve_implementation(None, **takes) == "xla"
+    # In tests marked gpu it is the kernel: tests/test_gpu.py.
+    if jax.default_backend() == "cpu":
+        assert resolve_implementation(None, **takes) == "xla"
     assert resolve_implementation("reference", **takes) == "reference"
+
+
+@OLD_JAX
+@pytest.mark.parametrize(
+    ("capability", "change", "path"),
+    [
+        ("9.0", {}, "mosaic_gpu"),
+        ("9.0", {"dtype": jnp.float16, "head_size": 64}, "mosaic_gpu"),
+        ("9.0", {"dtype": jnp.float32}, "xla"),
+        ("9.0", {"chunk_size": 1000}, "xla"),
+        ("8.0", {}, "xla"),
+        ("10.0", {}, "xla"),
+        (None, {}, "xla"),
+    ],
+)
+def test_the_kernel_is_chosen_where_it_runs(capability, change, path, monkeypatch):
+    monkeypatch.setattr(compat, "compute_capability", lambda: capability)
+    takes = {"dtype": jnp.bfloat16, "head_size": 128, "chunk_size": 1024, **change}
+    assert resolve_implementation(None, **takes) == path
 
 
 @OLD_JAX

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import compat, tuning
-from pallas_kernels.block_table import FIRST, LAST, SLOT_SHIFT, VALID_BITS, block_table
+from pallas_kernels.block_table import SLOT_SHIFT, VALID_BITS, block_table
 from pallas_kernels.mosaic_gpu import chunk_attention_mosaic_gpu
 from pdllm_jax.chunking import chunk_prompt
 from pdllm_jax.config import ChunkConfig, DecodeConfig, ModelConfig, SelectionConfig
@@ -47,9 +47,7 @@ def test_block_table_holds_every_block_with_keys_once_in_order():
                 n = -(-int(lengths[b, slot]) // 64)
                 for block in range(n):
                     valid = min(64, int(lengths[b, slot]) - 64 * block)
-                    edges = (FIRST if block == 0 else 0) | (LAST if block == n - 1 else 0)
-                    fact = valid | edges | slot << SLOT_SHIFT
-                    want.append((int(ids[b, slot]) * 4 + block, fact))
+                    want.append((int(ids[b, slot]) * 4 + block, valid | slot << SLOT_SHIFT))
             got = list(zip(blocks[b].tolist(), facts[b].tolist(), strict=True))[: len(want)]
             assert got == want
             cuts = [seen[b, s] for s in range(splits)]
@@ -73,6 +71,9 @@ def test_block_table_holds_every_block_with_keys_once_in_order():
         (2, 64, True, tuning.Tuning(128, 2, 1), 5),
         (2, 128, False, tuning.Tuning(64, 2, 2), 3),
         (2, 8, False, tuning.Tuning(64, 2, 10), 4),
+        (4, 32, False, tuning.Tuning(64, 4, 3, 2), 3),
+        (2, 64, True, tuning.Tuning(64, 2, 1, 2), 1),
+        (2, 32, False, tuning.Tuning(128, 2, 1, 2), 2),
     ],
     ids=[
         "three items a block of threads",
@@ -80,6 +81,9 @@ def test_block_table_holds_every_block_with_keys_once_in_order():
         "one unit",
         "two tiles of a head",
         "more splits than the merge has buffers",
+        "two warpgroups take turns",
+        "taking turns, shared rows, one block of threads for all",
+        "taking turns, large blocks",
     ],
 )
 def test_the_interpreter_finds_no_race(heads, rows, shared, settings, processors, monkeypatch):
@@ -181,13 +185,21 @@ def test_the_rule_for_block_sizes_stays_inside_the_device(rows, dim, batch, colu
             batch=batch, slots=slots, columns=columns, chunk_size=1024, dim=dim, tiles=tiles,
             processors=132,
         )  # fmt: skip
-        used = tuning.shared_memory(settings.block_keys, settings.stages, tiles, dim)
+        warpgroups = tiles * settings.key_groups
+        assert warpgroups <= 2
+        used = tuning.shared_memory(settings.block_keys, settings.stages, warpgroups, dim)
         assert used <= tuning.SHARED_MEMORY
-        assert settings.stages >= 3
+        assert settings.stages * settings.block_keys >= 192
         assert settings.splits <= slots * 1024 // settings.block_keys
 
 
 def test_settings_are_checked():
-    for wrong in ({"block_keys": 32}, {"stages": 1}, {"splits": 0}):
+    for wrong in (
+        {"block_keys": 32},
+        {"stages": 1},
+        {"splits": 0},
+        {"key_groups": 3},
+        {"stages": 3},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            dataclasses.replace(tuning.Tuning(64, 4, 1), **wrong)
+            dataclasses.replace(tuning.Tuning(64, 4, 1, 2), **wrong)

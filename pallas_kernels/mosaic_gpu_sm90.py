@@ -339,6 +339,7 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
                     plgpu.barrier_wait(joined)
                     other = compat.load(q_smem.at[1], plgpu.Layout.WGMMA).astype(jnp.float32)
                     other_lse = compat.load(lse_smem.at[1], by_row)
+                    plgpu.commit_smem()  # read before the copy engine brings the next item's rows
                     plgpu.barrier_arrive(released)
                     top = jnp.maximum(lse, other_lse)
                     mine, others = jnp.exp(lse - top), jnp.exp(other_lse - top)

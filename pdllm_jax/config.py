@@ -328,7 +328,7 @@ class ChunkConfig:
         return self.chunk_size - int(self.anchors) - self.overlap
 
 
-Scorer = Literal["draft", "query", "all", "first", "last", "random"]
+Scorer = Literal["draft", "query", "confidence", "all", "first", "last", "random", "oracle"]
 Encoding = Literal["independent", "joint"]
 
 
@@ -337,8 +337,9 @@ class SelectionConfig:
     """Which chunks are kept and how their KV is obtained (algorithm steps 2-4).
 
     top_k: chunks kept, K; at least the number of chunks keeps all and scores nothing.
-    scorer: "draft" (query and draft self-information), "query" (query alone), or a control:
-      "all", "first", "last", "random".
+    scorer: "draft" (query and draft self-information), "query" (query alone), "confidence" (the
+      mean log-probability of the likeliest token in each of `draft_length` masks behind the
+      query), or a control: "all", "first", "last", "random", "oracle" (ids given by the caller).
     masked_copies: R, copies of the query that ride along, copy r with the slots s % R == r masked;
       None is leave-one-out, one copy for every scored slot.
     draft_length, draft_steps: d masks behind prefix and query, of which this many are denoised.
@@ -359,8 +360,8 @@ class SelectionConfig:
     def __post_init__(self) -> None:
         _positive_int("top_k", self.top_k)
         _require(
-            self.scorer in ("draft", "query", "all", "first", "last", "random"),
-            f"scorer {self.scorer!r} is not known (draft, query, all, first, last, random)",
+            self.scorer in get_args(Scorer),
+            f"scorer {self.scorer!r} is not known ({', '.join(get_args(Scorer))})",
         )
         _require(
             self.encoding in ("independent", "joint"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -83,6 +84,7 @@ def generate(
     chunking: ChunkConfig = ChunkConfig(),
     selection: SelectionConfig = SelectionConfig(),
     decode: DecodeConfig = DecodeConfig(),
+    oracle: Sequence[int] | None = None,
     seed: int = 0,
     implementation: Implementation | None = None,
 ) -> GenerationResult:
@@ -92,6 +94,7 @@ def generate(
       context, question: text, neither empty.
       method: "prefilling", or a baseline on the whole prompt: "plain" (LLaDA's generation),
         "prefix-cache" or "dual-cache" (Fast-dLLM).
+      oracle: ids of the chunks to keep, at most `selection.top_k`, for the scorer "oracle" alone.
       seed: of everything random; the same seed gives the same tokens.
 
     Raises:
@@ -110,6 +113,7 @@ def generate(
         selection=selection,
         decode=decode,
         bos_id=tokenizer.bos_id,
+        oracle=oracle,
         seed=seed,
         implementation=implementation,
     )
@@ -127,12 +131,14 @@ def generate_ids(
     selection: SelectionConfig = SelectionConfig(),
     decode: DecodeConfig = DecodeConfig(),
     bos_id: int | None = None,
+    oracle: Sequence[int] | None = None,
     seed: int = 0,
     implementation: Implementation | None = None,
 ) -> GenerationResult:
     """As `generate`, on token ids. For a baseline, prefix + context + query is the prompt.
 
     bos_id: token of the anchors; the first token of the prefix by default.
+    oracle: ids of the chunks to keep, at most `selection.top_k`, for the scorer "oracle" alone.
     """
     config = decode_config(method, decode)
     vocab = model.config.vocab_size
@@ -142,11 +148,32 @@ def generate_ids(
     key = jax.random.key(seed)
     if method == "prefilling":
         prompt = chunk_prompt(prefix, context, query, chunking, bos_id=bos_id)
-        return _prefilling(model, prompt, selection, config, key, implementation)
+        ids = _oracle_ids(oracle, selection, prompt.n_chunks)
+        return _prefilling(model, prompt, selection, config, key, ids, implementation)
+    if oracle is not None:
+        raise ValueError(f"oracle ids are for method 'prefilling', not for {method!r}")
     prompt_ids = np.concatenate([prefix, context, query])
     if prompt_ids.size == 0:
         raise ValueError("prompt is empty")
     return _baseline(model, prompt_ids, config, key)
+
+
+def _oracle_ids(
+    oracle: Sequence[int] | None, config: SelectionConfig, n_chunks: int
+) -> np.ndarray | None:
+    """The ids, sorted, once each; None for all other scorers."""
+    if config.scorer != "oracle":
+        if oracle is not None:
+            raise ValueError(f"oracle ids are for the scorer 'oracle', not for {config.scorer!r}")
+        return None
+    ids = np.unique(np.asarray([] if oracle is None else oracle, np.int32))
+    if ids.size == 0:
+        raise ValueError("scorer 'oracle' needs the ids of the chunks to keep")
+    if ids[0] < 0 or ids[-1] >= n_chunks:
+        raise ValueError(f"oracle ids {ids.tolist()} are not all inside [0, {n_chunks})")
+    if ids.size > config.top_k:
+        raise ValueError(f"oracle names {ids.size} chunks, top_k is {config.top_k}")
+    return ids
 
 
 def _paths(model: LLaDA, **more: str) -> dict[str, str]:
@@ -195,6 +222,7 @@ def _prefilling(
     selecting: SelectionConfig,
     config: DecodeConfig,
     key: jax.Array,
+    oracle: np.ndarray | None,
     implementation: Implementation | None,
 ) -> GenerationResult:
     path = resolve_implementation(
@@ -207,7 +235,7 @@ def _prefilling(
     watch = Stopwatch()
     n = prompt.n_chunks
     k = n if selecting.scorer == "all" else min(selecting.top_k, n)
-    if k == n:
+    if k == n and oracle is None:
         # Everything is kept: there is nothing to score.
         selecting = dataclasses.replace(selecting, scorer="all")
     # Top-K does not enter the pass: leave it out of what makes it recompile.
@@ -217,7 +245,9 @@ def _prefilling(
         with watch.phase("draft"):
             draft = jax.block_until_ready(draft_response(model, prompt, passing))
     with watch.phase("score"):
-        cache, scores = prefill(model, prompt, passing, draft=draft, key=jax.random.fold_in(key, 1))
+        cache, scores = prefill(
+            model, prompt, passing, draft=draft, key=jax.random.fold_in(key, 1), oracle=oracle
+        )
         chosen = select_top_k(scores, k, keep_first=selecting.keep_first)
         jax.block_until_ready((cache, chosen))
     with watch.phase("encode"):
@@ -238,7 +268,7 @@ def _prefilling(
         state = denoise(model, cache, state, config=config, implementation=path)
         jax.block_until_ready(state)
     chunks = [int(i) for i in np.asarray(chosen.chunk_ids) if i != EMPTY_SLOT]
-    scored = None if selecting.scorer == "all" else np.asarray(scores)[:n].tolist()
+    scored = None if selecting.scorer in ("all", "oracle") else np.asarray(scores)[:n].tolist()
     return GenerationResult(
         tokens=np.asarray(state.tokens[0]).tolist(),
         text=None,

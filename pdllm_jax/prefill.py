@@ -75,8 +75,23 @@ class _Copies(NamedTuple):
     length: Int[Array, ""]
     read_copy: Int[Array, "S"]
     read_row: Int[Array, "S"]
-    read_token: Int[Array, "S"]
+    read_token: Int[Array, "S"] | None  # None: whatever is likeliest there
     read_valid: Bool[Array, "S"]
+
+
+def _next_block(prompt: ChunkedPrompt, config: SelectionConfig, mask_id: int) -> _Copies:
+    """The query with the next block's masks behind it, which are read."""
+    d = config.draft_length
+    ids = jnp.zeros(prompt.query.shape[0] + d, jnp.int32)
+    ids = place(place(ids, jnp.int32(0), prompt.query), prompt.query_length, jnp.full(d, mask_id))
+    return _Copies(
+        ids=ids[None],
+        length=prompt.query_length + d,
+        read_copy=jnp.zeros(d, jnp.int32),
+        read_row=prompt.query_length + jnp.arange(d),
+        read_token=None,
+        read_valid=jnp.ones(d, bool),
+    )
 
 
 def _masked_copies(
@@ -180,7 +195,10 @@ def _read_scores(model: LLaDA, x: Float[Array, "g T M"], copies: _Copies) -> Flo
     n, t = copies.ids.shape
     x = x.reshape(x.shape[0], n, t, -1)[:, copies.read_copy, copies.read_row]
     logits = model.logits(model.final_norm(x))
-    tokens = jnp.broadcast_to(copies.read_token, logits.shape[:-1])
+    if copies.read_token is None:
+        tokens = jnp.argmax(logits, axis=-1)
+    else:
+        tokens = jnp.broadcast_to(copies.read_token, logits.shape[:-1])
     likelihood = jnp.where(copies.read_valid, log_probability(logits, tokens), 0.0)
     return likelihood.sum(axis=-1) / copies.read_valid.sum()
 
@@ -193,6 +211,7 @@ def prefill(
     *,
     draft: Draft | None = None,
     key: Array | None = None,
+    oracle: Int[Array, "M"] | None = None,
 ) -> tuple[ChunkCache, Float[Array, "N"]]:
     """Encodes and scores every chunk of a document in one pass over it.
 
@@ -203,21 +222,24 @@ def prefill(
       config: scorer, masked copies, encoding, chunks per group.
       draft: from `draft_response`; made here where the scorer needs one and none is given.
       key: PRNG key of the scorer "random".
+      oracle: ids of the chunks that the scorer "oracle" keeps.
 
     Returns:
       The cache, with a pool of chunk KV where config.encoding is "independent" (joint encoding
       makes its own KV from the chosen chunks' tokens), and the scores [N], float32, natural log,
       -inf for chunks that are padding.
     """
-    scoring = config.scorer in ("draft", "query")
+    scoring = config.scorer in ("draft", "query", "confidence")
     pooling = config.encoding == "independent"
     exists = prompt.chunk_lengths > 0
-    scores = None if scoring else control_scores(config, exists, key)
+    scores = None if scoring else control_scores(config, exists, key, oracle)
     prefix = _encode_prefix(model, prompt) if scoring or pooling else _Prefix((), ())
     pool = None
     if scoring or pooling:
         copies = None
-        if scoring:
+        if config.scorer == "confidence":
+            copies = _next_block(prompt, config, model.config.mask_token_id)
+        elif scoring:
             if config.scorer == "draft" and draft is None:
                 draft = draft_response(model, prompt, config)
             copies = _masked_copies(

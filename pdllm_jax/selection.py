@@ -56,11 +56,18 @@ def select_top_k(scores: Float[Array, "*B N"], k: int, *, keep_first: bool = Fal
 
 
 def control_scores(
-    config: SelectionConfig, exists: Bool[Array, "N"], key: Array | None
+    config: SelectionConfig,
+    exists: Bool[Array, "N"],
+    key: Array | None,
+    oracle: Int[Array, "M"] | None = None,
 ) -> Float[Array, "N"]:
     """Scores of the controls, which read neither document nor question.
 
-    "all" and "first" prefer early chunks, "last" late ones, "random" takes them at random by key.
+    "all" and "first" prefer early chunks, "last" late ones, "random" takes them at random by key;
+    "oracle" gives 0 to the chunks named and -inf to all others.
+
+    Raises:
+      ValueError: "random" without a key, "oracle" without ids.
     """
     index = jnp.arange(exists.shape[0], dtype=jnp.float32)
     if config.scorer == "random":
@@ -69,6 +76,11 @@ def control_scores(
         # One draw per chunk, so that padding the document to a larger bucket changes none of them.
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(exists.shape[0]))
         scores = jax.vmap(jax.random.uniform)(keys)
+    elif config.scorer == "oracle":
+        if oracle is None:
+            raise ValueError("scorer 'oracle' needs the ids of the chunks to keep")
+        named = (jnp.arange(exists.shape[0])[:, None] == oracle).any(axis=-1)
+        scores = jnp.where(named, 0.0, -jnp.inf)
     else:
         scores = index if config.scorer == "last" else -index
     return jnp.where(exists, scores, -jnp.inf)

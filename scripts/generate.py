@@ -89,9 +89,22 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--encoding", choices=("joint", "independent"), default=selection.encoding)
     g.add_argument(
         "--score",
-        choices=("draft", "leave-one-out", "query", "first", "last", "random", "all"),
+        choices=(
+            "draft",
+            "leave-one-out",
+            "query",
+            "confidence",
+            "first",
+            "last",
+            "random",
+            "all",
+            "oracle",
+        ),
         default=selection.scorer,
         help="how chunks are scored; leave-one-out is draft with a copy for every scored token",
+    )
+    g.add_argument(
+        "--chunks", type=int, nargs="+", metavar="ID", help="the chunks that oracle keeps"
     )
     g.add_argument(
         "--masked-copies", type=int, default=selection.masked_copies, metavar="R",
@@ -180,6 +193,7 @@ def run(args: argparse.Namespace) -> GenerationResult:
         "chunking": chunking,
         "selection": selection,
         "decode": decode,
+        "oracle": args.chunks,
         "seed": args.seed,
         "implementation": args.implementation,
     }

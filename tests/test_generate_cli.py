@@ -92,10 +92,12 @@ def test_text_in_text_out_and_a_bare_prompt(checkpoint, tmp_path, capsys):
 def test_scorers_and_encodings(checkpoint, tmp_path, capsys):
     prompt = write(tmp_path / "prompt.json", PROMPT)
     seen = {}
-    for score in ("leave-one-out", "query", "first", "last", "random", "all"):
+    names = ("leave-one-out", "query", "confidence", "first", "last", "random", "all", "oracle")
+    for score in names:
+        chunks = ("--chunks", "2", "0") if score == "oracle" else ()
         status, out, err = run(
             capsys, checkpoint, "--prompt-ids", prompt, "--score", score,
-            "--encoding", "independent", "--json", *SMALL,
+            "--encoding", "independent", "--json", *chunks, *SMALL,
         )  # fmt: skip
         assert status == 0, err
         seen[score] = json.loads(out)["selection"]
@@ -103,6 +105,8 @@ def test_scorers_and_encodings(checkpoint, tmp_path, capsys):
     assert seen["last"]["chunks"] == [2, 3]
     assert seen["all"] == {"chunks": [0, 1, 2, 3], "scores": None}
     assert len(seen["leave-one-out"]["scores"]) == 4
+    assert len(seen["confidence"]["scores"]) == 4
+    assert seen["oracle"] == {"chunks": [0, 2], "scores": None}
 
 
 def test_a_pytorch_folder_is_converted_once(checkpoint, tmp_path, capsys):
@@ -123,6 +127,19 @@ BAD = {
     "strings": ([], {"query": ["a"]}, "list of integers"),
     "true": ([], {"query": [True]}, "list of integers"),
     "block": (["--gen-length", "8", "--block-length", "3"], {}, "does not divide"),
+    "oracle without ids": (["--score", "oracle"], {}, "needs the ids of the chunks"),
+    "oracle outside": (
+        ["--score", "oracle", "--chunks", "9", *SMALL],
+        {},
+        r"\[9\] are not all inside \[0, 4\)",
+    ),
+    "oracle over K": (
+        ["--score", "oracle", "--chunks", "0", "1", "2", *SMALL],
+        {},
+        "names 3 chunks, top_k is 2",
+    ),
+    "chunks of another scorer": (["--chunks", "1"], {}, "for the scorer 'oracle', not for 'draft'"),
+    "chunks of a baseline": (["--method", "plain", "--chunks", "1"], {}, "for method 'prefilling'"),
     "no response": (["--gen-length", "0"], {}, "gen_length must be a positive"),
     "chunk size": (["--chunk-size", "0"], {}, "chunk_size must be a positive"),
     "chunk of an anchor": (["--chunk-size", "1"], {}, "leaves no new token"),

@@ -63,7 +63,7 @@ def defined_scores(model, prompt, parts, draft_tokens, confirmed, copies) -> np.
         for r in range(copies):
             hidden = {slot for rank, slot in enumerate(scored) if rank % copies == r}
             logp = definition.slot_scores(prefix, (chunk, CHUNKS.chunk_size), slots, hidden)
-            total += sum(logp[slot] for slot in hidden)
+            total += sum(logp[slot, slots[slot]] for slot in hidden)
         result.append(total / len(scored))
     return np.array(result)
 
@@ -77,6 +77,21 @@ def test_scores_are_the_defined_ones(model, parts, copies):
     np.testing.assert_allclose(scores[: len(want)], want, rtol=2e-5)
     assert np.isneginf(scores[len(want) :]).all()
     assert np.ptp(want) > 0.1
+
+
+def test_confidence_is_that_of_the_masks_behind_the_query(model, parts):
+    prompt = chunk_prompt(*parts, CHUNKS)
+    config = dataclasses.replace(SELECT, scorer="confidence", draft_length=3)
+    _, scores = prefill(model, prompt, config)
+    prefix, _, query = parts
+    slots, definition = [*query, MASK, MASK, MASK], Definition(model)
+    want = [
+        definition.slot_scores(prefix, (chunk, CHUNKS.chunk_size), slots, set())[-3:].max(-1).mean()
+        for chunk in pieces(prompt)
+    ]
+    np.testing.assert_allclose(scores[: len(want)], want, rtol=2e-5)
+    assert np.isneginf(scores[len(want) :]).all()
+    assert np.ptp(want) > 1e-3
 
 
 def test_query_scorer_and_empty_prefix(model, parts):

@@ -63,3 +63,7 @@ def test_controls():
     assert len(seen) == 6  # every pair of the four
     with pytest.raises(ValueError, match="needs a key"):
         chosen("random")
+    with pytest.raises(ValueError, match="needs the ids"):
+        chosen("oracle")
+    named = control_scores(SelectionConfig(scorer="oracle"), exists, None, jnp.array([4, 3, 1]))
+    assert select_top_k(named, 4).chunk_ids.tolist() == [1, 3, EMPTY_SLOT, EMPTY_SLOT]

@@ -67,7 +67,7 @@ class Definition:
         return self.logits(ids, np.ones((n, n), bool), position - position[:, None])
 
     def slot_scores(self, prefix, chunk, slots, hidden) -> np.ndarray:
-        """log p of every token of `slots`, where those in `hidden` are masked; behind one chunk.
+        """log p [V] at every slot of `slots`, where those in `hidden` are masked; behind one chunk.
 
         The chunk's rows see prefix and chunk; the slots' rows see everything. They start at the
         end of the full chunk slot, so `chunk` is (tokens, slot size).
@@ -80,8 +80,7 @@ class Definition:
         group = np.repeat([0, 1, 2], [p, c, s])
         logits = self.logits(ids, group[:, None] >= group, position - position[:, None])[p + c :]
         peak = logits.max(-1, keepdims=True)
-        logp = logits - peak - np.log(np.exp(logits - peak).sum(-1, keepdims=True))
-        return logp[np.arange(s), slots]
+        return logits - peak - np.log(np.exp(logits - peak).sum(-1, keepdims=True))
 
     def against_chunks(self, prefix, chunks, size, live) -> np.ndarray:
         """Logits of the live rows over independently encoded chunks in slots of `size`.

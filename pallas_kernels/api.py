@@ -35,7 +35,7 @@ def resolve_implementation(
     head_size: int,
     chunk_size: int,
 ) -> Implementation:
-    """The implementation that a call with such inputs will use on JAX's default backend.
+    """The implementation that a call with such inputs will use on JAX's default device.
 
     The named one; where none is named, "mosaic_gpu" if the kernel takes the inputs and the device
     has compute capability 9.0, else "xla".

@@ -21,16 +21,24 @@ def mosaic_gpu_problem() -> str | None:
     return None
 
 
+def default_device() -> Any:
+    """Where jit runs what is not placed: `jax.default_device`, else the backend's first device."""
+    config: Any = jax.config
+    chosen = config.jax_default_device
+    if chosen is None:
+        return jax.devices()[0]
+    return jax.devices(chosen)[0] if isinstance(chosen, str) else chosen
+
+
 def compute_capability() -> str | None:
-    """Of the default backend's first device, like "9.0"; None where that is no NVIDIA GPU."""
-    if jax.default_backend() != "gpu":
-        return None
-    return getattr(jax.devices()[0], "compute_capability", None)
+    """Of the default device, like "9.0"; None where that is no NVIDIA GPU."""
+    device = default_device()
+    return getattr(device, "compute_capability", None) if device.platform == "gpu" else None
 
 
 def processors() -> int:
     """Multiprocessors of the default device; an H100's where there is no GPU."""
-    return getattr(jax.devices()[0], "core_count", None) or 132
+    return getattr(default_device(), "core_count", None) or 132
 
 
 def interpreter(*, detect_races: bool = False) -> Any:

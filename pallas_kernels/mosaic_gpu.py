@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat, tuning
 from pallas_kernels.block_table import block_table
+from pallas_kernels.geometry import Geometry
 from pallas_kernels.partial import Partial
 from pallas_kernels.selected import selected_chunks
-
-if TYPE_CHECKING:
-    from pallas_kernels.mosaic_gpu_sm90 import Geometry
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 HEAD_SIZES = (64, 128)
@@ -40,7 +38,7 @@ def device_problem() -> str | None:
     """Why this process' default device cannot run the kernel; None where it can."""
     capability = compat.compute_capability()
     if capability is None:
-        return f"the kernel runs on NVIDIA GPUs, JAX's backend is {jax.default_backend()}"
+        return f"the kernel runs on NVIDIA GPUs, the default device is {compat.default_device()}"
     if capability != "9.0":
         return f"the kernel needs compute capability 9.0, this device has {capability}"
     return None
@@ -92,8 +90,6 @@ def chunk_attention_mosaic_gpu(
 
 def _geometry(q: tuple[int, ...], pool: tuple[int, ...]) -> Geometry:
     """What follows from the shapes of queries and pool alone."""
-    from pallas_kernels.mosaic_gpu_sm90 import Geometry
-
     batch, query_slots, rows, heads, dim = q
     return Geometry(
         batch=batch,

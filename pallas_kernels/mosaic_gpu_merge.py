@@ -9,7 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
-from pallas_kernels.mosaic_gpu_sm90 import ROWS, TILED, Geometry
+from pallas_kernels.geometry import ROWS, Geometry
+from pallas_kernels.mosaic_gpu_sm90 import TILED
 
 # Splits whose outputs lie in shared memory at once.
 _BUFFERS = 8

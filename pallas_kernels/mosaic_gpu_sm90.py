@@ -9,7 +9,6 @@ tile each, over the same keys, or take turns with the blocks of keys and join at
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import jax
@@ -20,78 +19,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
 from pallas_kernels.block_table import SLOT_SHIFT, VALID_BITS
+from pallas_kernels.geometry import ROWS, Geometry
 from pallas_kernels.partial import EMPTY_LSE
 
-ROWS = 64  # of a query tile: what one warpgroup multiplies at once
 _LOG2E = math.log2(math.e)
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-
-
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """Static shape of a launch.
-
-    A query tile holds `heads_per_tile` heads of `rows_per_head` rows each, rows_per_head dividing
-    64; or 64 of a head's rows, where it has more. tiles: of a KV head; tiles_per_block: side by
-    side in one block of threads. key_groups: warpgroups of a tile, which take turns with the blocks
-    of keys.
-    """
-
-    batch: int
-    rows: int  # T: 32, or a multiple of 64
-    heads: int
-    kv_heads: int
-    dim: int
-    query_slots: bool  # whether query rows differ from slot to slot
-    processors: int
-    scale: float = 1.0
-    block_keys: int = 64
-    stages: int = 2
-    splits: int = 1
-    key_groups: int = 1
-    per_chunk: int = 1  # key blocks of a chunk
-
-    def __post_init__(self) -> None:
-        if self.key_groups > 1 and self.tiles_per_block > 1:
-            raise ValueError(
-                f"key_groups = {self.key_groups} leaves no warpgroups for"
-                f" {self.tiles_per_block} query tiles"
-            )
-
-    @property
-    def heads_per_kv(self) -> int:
-        return self.heads // self.kv_heads
-
-    @property
-    def rows_per_head(self) -> int:
-        """In one tile."""
-        return min(self.rows, ROWS)
-
-    @property
-    def heads_per_tile(self) -> int:
-        return min(ROWS // self.rows_per_head, self.heads_per_kv)
-
-    @property
-    def tiles(self) -> int:
-        return -(-self.heads_per_kv // self.heads_per_tile) * (self.rows // self.rows_per_head)
-
-    @property
-    def tiles_per_block(self) -> int:
-        return min(self.tiles, 2)
-
-    @property
-    def groups(self) -> int:
-        """Blocks of threads that one unit and KV head needs for all its query tiles."""
-        return -(-self.tiles // self.tiles_per_block)
-
-    @property
-    def flat_rows(self) -> int:
-        """Rows (b, h, t) of a split's output, as whole tiles."""
-        return -(-self.batch * self.heads * self.rows // ROWS) * ROWS
-
-    @property
-    def items(self) -> int:
-        return self.batch * self.splits * self.kv_heads * self.groups
 
 
 def _mod(x: jax.Array, n: int) -> jax.Array:

@@ -222,7 +222,7 @@ def prefill(
       config: scorer, masked copies, encoding, chunks per group.
       draft: from `draft_response`; made here where the scorer needs one and none is given.
       key: PRNG key of the scorer "random".
-      oracle: ids of the chunks that the scorer "oracle" keeps.
+      oracle: ids of the chunks that the scorer "oracle" keeps; ids of no chunk name nothing.
 
     Returns:
       The cache, with a pool of chunk KV where config.encoding is "independent" (joint encoding

@@ -77,7 +77,9 @@ def test_generation_runs_and_repeats(encoding, dtype):
     assert runs[0].selection == runs[1].selection
     assert np.isfinite(runs[0].selection["scores"]).all()
     assert runs[1].timings["compile"] == 0
-    assert runs[0].paths["attention"] == ("cudnn" if dtype == jnp.bfloat16 else "xla")
+    half = dtype == jnp.bfloat16
+    assert runs[0].paths["attention"] == ("cudnn" if half else "xla")
+    assert runs[0].paths["chunk_attention"] == ("mosaic_gpu" if half else "xla")
 
 
 @pytest.mark.parametrize("encoding", ["joint", "independent"])

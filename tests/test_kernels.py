@@ -277,9 +277,10 @@ def test_what_does_not_fit_is_named(change, message):
 
 def test_the_path_used_can_be_asked_for():
     takes = {"dtype": jnp.bfloat16, "head_size": 128, "chunk_size": 1024}
-    # In tests marked gpu it is the kernel: tests/test_gpu.py.
-    if jax.default_backend() == "cpu":
-        assert resolve_implementation(None, **takes) == "xla"
+    for cpu in (jax.devices("cpu")[0], "cpu"):
+        with jax.default_device(cpu):
+            assert compat.default_device() == jax.devices("cpu")[0]
+            assert resolve_implementation(None, **takes) == "xla"
     assert resolve_implementation("reference", **takes) == "reference"
 
 

@@ -19,18 +19,20 @@ VALID_BITS, SLOT_SHIFT = 0xFF, 8
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockTable:
-    """Blocks of every request, those without valid keys left out, and the units made of them.
+    """The units of every request: runs of its key blocks, those without valid keys left out.
 
-    blocks [B * W] int32: chunk * blocks_per_chunk + block, W = K * blocks_per_chunk a request.
-    facts [B * W] int32: valid keys (1..128) and slot << SLOT_SHIFT.
-    units [U * 4] int32, U = B * splits: request, split, first block and end, places in `blocks`.
-      Sorted by the chunk that they begin with, so that requests that share chunks read them at
-      the same time.
+    Every unit has M places, M the most that one can have, so that a unit's first block is found
+    without looking anything up.
+
+    blocks [U * M] int32: chunk * blocks_per_chunk + block, U = B * splits.
+    facts [U * M] int32: valid keys (1..128) and slot << SLOT_SHIFT; 0 valid behind a unit's end.
+    units [U * 3] int32: request, split, and number of blocks. In order; or, `by_chunk`, sorted by
+      the chunk that they begin with, so that requests that share chunks read them at the same time.
     """
 
-    blocks: Int[Array, "BW"]
-    facts: Int[Array, "BW"]
-    units: Int[Array, "U4"]
+    blocks: Int[Array, "UM"]
+    facts: Int[Array, "UM"]
+    units: Int[Array, "U3"]
 
 
 def block_table(
@@ -40,6 +42,7 @@ def block_table(
     chunk_size: int,
     block_keys: int,
     splits: int,
+    by_chunk: bool = False,
 ) -> BlockTable:
     """Makes the table.
 
@@ -49,16 +52,18 @@ def block_table(
     """
     batch, slots = chunk_ids.shape
     per_chunk = chunk_size // block_keys
-    width = slots * per_chunk
+    most = -(-slots * per_chunk // splits)
     counts = -(-lengths // block_keys)  # [B, K]
     # A sum rather than a cumsum: one small fusion.
     before = jnp.arange(slots)[:, None] > jnp.arange(slots)
     starts = jnp.where(before, counts[:, None], 0).sum(axis=-1)
     ends = starts + counts
-    total = ends[:, -1]
+    total = ends[:, -1:]
 
-    place = jnp.arange(width)
-    slot = (ends[:, None] <= place[:, None]).sum(axis=-1)  # [B, W]
+    split = jnp.arange(splits)
+    first, end = split * total // splits, (split + 1) * total // splits  # [B, splits]
+    place = (first[..., None] + jnp.arange(most)).reshape(batch, -1)  # [B, splits * M]
+    slot = (ends[:, None] <= place[..., None]).sum(axis=-1)
     slot = jnp.minimum(slot, slots - 1)
 
     def of_slot(values: Array) -> Array:
@@ -66,23 +71,14 @@ def block_table(
 
     block = jnp.clip(place - of_slot(starts), 0, per_chunk - 1)
     valid = jnp.clip(of_slot(lengths) - block * block_keys, 0, block_keys)
+    valid = jnp.where(place < jnp.repeat(end, most, axis=1), valid, 0)
     blocks = of_slot(chunk_ids) * per_chunk + block
     facts = valid | (slot << SLOT_SHIFT)
 
-    request = jnp.arange(batch)[:, None]
-    split = jnp.arange(splits)
-    first, end = split * total[:, None] // splits, (split + 1) * total[:, None] // splits
-    units = jnp.stack(
-        [
-            jnp.broadcast_to(request, first.shape),
-            jnp.broadcast_to(split, first.shape),
-            request * width + first,
-            request * width + end,
-        ],
-        axis=-1,
-    ).reshape(-1, 4)
-    if batch > 1:
-        beginning = blocks.reshape(-1)[jnp.minimum(units[:, 2], batch * width - 1)]
-        units = units[jnp.argsort(beginning, stable=True)]
-    flat = (values.astype(jnp.int32).reshape(-1) for values in (blocks, facts, units))
-    return BlockTable(*flat)
+    request = jnp.broadcast_to(jnp.arange(batch)[:, None], first.shape)
+    units = jnp.stack([request, jnp.broadcast_to(split, first.shape), end - first], axis=-1)
+    tables = [blocks.reshape(-1, most), facts.reshape(-1, most), units.reshape(-1, 3)]
+    if by_chunk:
+        order = jnp.argsort(tables[0][:, 0], stable=True)
+        tables = [values[order] for values in tables]
+    return BlockTable(*(values.astype(jnp.int32).reshape(-1) for values in tables))

@@ -30,6 +30,7 @@ class Geometry:
     splits: int = 1
     key_groups: int = 1
     per_chunk: int = 1  # key blocks of a chunk
+    slots: int = 1  # K
 
     def __post_init__(self) -> None:
         if self.key_groups > 1 and self.tiles_per_block > 1:
@@ -68,6 +69,11 @@ class Geometry:
     def flat_rows(self) -> int:
         """Rows (b, h, t) of a split's output, as whole tiles."""
         return -(-self.batch * self.heads * self.rows // ROWS) * ROWS
+
+    @property
+    def blocks_of_unit(self) -> int:
+        """Most blocks of keys that a unit of the block table has."""
+        return -(-self.slots * self.per_chunk // self.splits)
 
     @property
     def items(self) -> int:

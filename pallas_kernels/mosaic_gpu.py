@@ -82,6 +82,7 @@ def chunk_attention_mosaic_gpu(
         stages=settings.stages,
         splits=settings.splits,
         key_groups=settings.key_groups,
+        slots=chunk_ids.shape[1],
     )
     return _launch(
         q, k, v, layer, chunk_ids, chunk_lengths, other, shape=shape, interpret=interpret
@@ -137,19 +138,22 @@ def _launch(
         chunk_size=chunk_size,
         block_keys=shape.block_keys,
         splits=shape.splits,
+        by_chunk=shape.batch > 1,
     )
-    kernel = build(shape, q.dtype, interpret)
+    whole = shape.splits == 1 and other is None
+    kernel = build(shape, q.dtype, whole=whole, interpret=interpret)
     out, lse = kernel(q, k, v, table.blocks, table.facts, table.units, layer)
-    extra: tuple[Array, ...] = ()
-    if other is not None:
-        at_end = (0, padding)
-        spare = shape.flat_rows - shape.batch * shape.heads * shape.rows
-        extra = (
-            jnp.pad(other.out.astype(q.dtype), ((0, 0), at_end, (0, 0), (0, 0))),
-            jnp.pad(jnp.pad(other.lse, ((0, 0), (0, 0), at_end)).reshape(-1), (0, spare)),
-        )
-    join = build_merge(shape, q.dtype, with_other=other is not None, interpret=interpret)
-    merged, merged_lse = join(out, lse, *extra)
+    if not whole:
+        extra: tuple[Array, ...] = ()
+        if other is not None:
+            at_end = (0, padding)
+            spare = shape.flat_rows - shape.batch * shape.heads * shape.rows
+            extra = (
+                jnp.pad(other.out.astype(q.dtype), ((0, 0), at_end, (0, 0), (0, 0))),
+                jnp.pad(jnp.pad(other.lse, ((0, 0), (0, 0), at_end)).reshape(-1), (0, spare)),
+            )
+        join = build_merge(shape, q.dtype, with_other=other is not None, interpret=interpret)
+        out, lse = join(out, lse, *extra)
     used = shape.batch * shape.heads * shape.rows
-    lse = merged_lse[:used].reshape(shape.batch, shape.heads, shape.rows)
-    return Partial(merged[:, :rows], lse[..., :rows])
+    lse = lse[:used].reshape(shape.batch, shape.heads, shape.rows)
+    return Partial(out[:, :rows], lse[..., :rows])

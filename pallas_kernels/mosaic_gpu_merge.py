@@ -10,20 +10,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
 from pallas_kernels.geometry import ROWS, Geometry
-from pallas_kernels.mosaic_gpu_sm90 import TILED
+from pallas_kernels.mosaic_gpu_sm90 import tiled
 
-# Splits whose outputs lie in shared memory at once.
-_BUFFERS = 8
+# Splits whose outputs lie in shared memory at once, and columns that a block of threads merges:
+# few, so that there are many blocks.
+_BUFFERS, _COLUMNS = 8, 32
 
 
 def build_merge(geo: Geometry, dtype: jnp.dtype, *, with_other: bool, interpret):
     """The callable: out [splits, R, D], lse [splits, R], both as the kernel leaves them.
 
-    Rows are (b, h, t), R of them, in tiles of 64 with one block of threads each. `with_other` adds
+    Rows are (b, h, t), R of them, in tiles of 64. `with_other` adds
     two arguments, a part over other keys: out [B, T, H, D] in `dtype`, lse [R] float32. Returns
     out [B, T, H, D] in `dtype` and lse [R] float32.
     """
-    splits, dim = geo.splits, geo.dim
+    splits, width = geo.splits, _COLUMNS
     buffers = min(splits, _BUFFERS)
     others = int(with_other)
     pieces = ROWS // geo.rows_per_head
@@ -46,11 +47,12 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, with_other: bool, interpret)
     def merge_partials(*refs):
         out_gmem, lse_gmem, *other, merged_gmem, merged_lse_gmem = refs[: 4 + 2 * others]
         parts, other_part, lses, top_lse, ready, other_ready, known = refs[4 + 2 * others :]
-        first = lax.axis_index("tile") * ROWS
+        first, share = lax.axis_index("tile") * ROWS, lax.axis_index("share")
+        columns = pl.ds(share * width, width)
 
         def load(split):
             plgpu.copy_gmem_to_smem(
-                out_gmem.at[split, pl.ds(first, ROWS)],
+                out_gmem.at[split, pl.ds(first, ROWS), columns],
                 parts.at[split % buffers],
                 ready.at[split % buffers],
             )
@@ -67,7 +69,7 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, with_other: bool, interpret)
             for i in range(pieces):
                 rows, request, target, head, _ = piece(first, i)
                 plgpu.copy_gmem_to_smem(
-                    other[0].at[request, target, head], other_part.at[rows], other_ready
+                    other[0].at[request, target, head, columns], other_part.at[rows], other_ready
                 )
         plgpu.barrier_wait(known)
         scores = [compat.load(lses.at[part], by_row) for part in range(splits + others)]
@@ -75,7 +77,7 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, with_other: bool, interpret)
         for score in scores[1:]:
             top = jnp.maximum(top, score)
         total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row)
-        acc = plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA)
+        acc = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
         for split, score in enumerate(scores):
             weight = jnp.exp(score - top)
             total += weight
@@ -99,28 +101,31 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, with_other: bool, interpret)
 
             @pl.when(exists)
             def _(rows=rows, request=request, target=target, head=head):
-                plgpu.copy_smem_to_gmem(last.at[rows], merged_gmem.at[request, target, head])
+                plgpu.copy_smem_to_gmem(last.at[rows], merged_gmem.at[request, target, head, columns])
 
-        plgpu.copy_smem_to_gmem(top_lse, merged_lse_gmem.at[pl.ds(first, ROWS)])
+        @pl.when(share == 0)
+        def _():
+            plgpu.copy_smem_to_gmem(top_lse, merged_lse_gmem.at[pl.ds(first, ROWS)])
+
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     return plgpu.kernel(
         merge_partials,
         out_type=[
-            jax.ShapeDtypeStruct((geo.batch, geo.rows, geo.heads, dim), dtype),
+            jax.ShapeDtypeStruct((geo.batch, geo.rows, geo.heads, geo.dim), dtype),
             jax.ShapeDtypeStruct((geo.flat_rows,), jnp.float32),
         ],
         scratch_types=[
-            plgpu.SMEM((buffers, ROWS, dim), dtype, transforms=TILED),
-            plgpu.SMEM((ROWS, dim), dtype, transforms=TILED),
+            plgpu.SMEM((buffers, ROWS, width), dtype, transforms=tiled(width)),
+            plgpu.SMEM((ROWS, width), dtype, transforms=tiled(width)),
             plgpu.SMEM((splits + others, ROWS), jnp.float32),
             plgpu.SMEM((ROWS,), jnp.float32),
             plgpu.Barrier(num_barriers=buffers),
             plgpu.Barrier(num_arrivals=pieces),
             plgpu.Barrier(num_arrivals=splits + others),
         ],
-        grid=(geo.flat_rows // ROWS,),
-        grid_names=("tile",),
+        grid=(geo.flat_rows // ROWS, geo.dim // width),
+        grid_names=("tile", "share"),
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(
             approx_math=True,

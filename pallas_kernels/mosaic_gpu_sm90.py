@@ -23,7 +23,12 @@ from pallas_kernels.geometry import ROWS, Geometry
 from pallas_kernels.partial import EMPTY_LSE
 
 _LOG2E = math.log2(math.e)
-TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+def tiled(columns: int) -> tuple:
+    """How shared memory holds a tile of so many half-precision columns."""
+    width = min(columns, 64)
+    return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width)
 
 
 def _mod(x: jax.Array, n: int) -> jax.Array:
@@ -34,23 +39,26 @@ def _div(x: jax.Array, n: int) -> jax.Array:
     return lax.div(x, jnp.int32(n))
 
 
-def build(geo: Geometry, dtype: jnp.dtype, interpret):
-    """The callable: q, k, v, blocks, facts, units, layer -> partial outputs and log-sum-exps.
+def build(geo: Geometry, dtype: jnp.dtype, *, whole: bool, interpret):
+    """The callable: q, k, v, blocks, facts, units, layer -> out, lse.
 
     q [B, K or 1, T, H, D]; k, v [L, N, G, C, D]; the table's arrays; layer int32 [1].
-    Returns out [splits, R, D] in `dtype` and lse [splits, R] float32 (natural log), rows (b, h, t).
+    Returns out [splits, R, D] in `dtype` and lse [splits, R] float32 (natural log), rows (b, h, t);
+    `whole`, which wants a single split: out [B, T, H, D] and lse [R].
     """
     tiles, turns, stages = geo.tiles_per_block, geo.key_groups, geo.stages
     wgs, keys, dim = tiles * turns, geo.block_keys, geo.dim
     units = geo.batch * geo.splits
+    most = geo.blocks_of_unit
     blocks_of_threads = min(geo.items, geo.processors)
     per_row_tiles = geo.rows // geo.rows_per_head
+    by_row = plgpu.Layout.WGMMA.reduce(1)
+    apart = keys != dim
 
-    def item(index, units_ref):
-        """Work item -> unit's request, split, blocks lo..hi, and KV head and tile group."""
-        unit, rest = _mod(index, units) * 4, _div(index, units)
-        head, group = _div(rest, geo.groups), _mod(rest, geo.groups)
-        return (*(units_ref[unit + i] for i in range(4)), head, group)
+    def work(index):
+        """Item -> unit, KV head and tile group."""
+        rest = _div(index, units)
+        return _mod(index, units), _div(rest, geo.groups), _mod(rest, geo.groups)
 
     def segments(head, tile):
         """(tile rows, first row of T, query head, whether it exists) of a tile's pieces."""
@@ -65,7 +73,7 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
 
     def chunk_attention(
         q_gmem, k_gmem, v_gmem, blocks_gmem, facts_gmem, units_gmem, layer_gmem, out_gmem, lse_gmem,
-        q_smem, p_smem, lse_smem, k_smem, v_smem,
+        q_smem, p_smem, out_smem, lse_smem, k_smem, v_smem,
         q_full, k_full, v_full, k_empty, v_empty, v_clean, joined, released,
     ):  # fmt: skip
         if interpret is None:  # which knows no launches that overlap
@@ -74,13 +82,8 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
         count = _div(geo.items - 1 - cta, blocks_of_threads) + 1
 
-        def items(body, carry):
-            """Folds body(request, split, lo, hi, head, group, carry) over this block's items."""
-
-            def step(i, carry):
-                return body(*item(cta + i * blocks_of_threads, units_gmem), carry)
-
-            return lax.fori_loop(0, count, step, carry)
+        def work_of(i):
+            return work(cta + i * blocks_of_threads)
 
         @pl.when(wg == wgs)
         def _producer():
@@ -92,9 +95,8 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
                 def _():
                     layer = layer_gmem[0]
 
-                    def load(i, n, head):
+                    def load(place, n, head):
                         stage = _mod(n, stages)
-                        place = blocks_gmem[i]
                         chunk = _div(place, geo.per_chunk)
                         rows = pl.ds(_mod(place, geo.per_chunk) * keys, keys)
                         for gmem, smem, full, empty in (
@@ -109,12 +111,21 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
                             plgpu.copy_gmem_to_smem(
                                 gmem.at[layer, chunk, head, rows], smem.at[stage], full.at[stage]
                             )
-                        return n + 1
 
-                    def run(request, split, lo, hi, head, group, n):
-                        return lax.fori_loop(lo, hi, lambda i, n: load(i, n, head), n)
+                    def run(i, n):
+                        unit, head, _ = work_of(i)
+                        length = units_gmem[unit * 3 + 2]
+                        base = unit * most
 
-                    n = items(run, jnp.int32(0))
+                        def step(j, carry):
+                            n, place = carry
+                            following = blocks_gmem[base + jnp.minimum(j + 1, most - 1)]
+                            load(place, n, head)
+                            return n + 1, following
+
+                        return lax.fori_loop(0, length, step, (n, blocks_gmem[base]))[0]
+
+                    n = lax.fori_loop(0, count, run, jnp.int32(0))
 
                     # No arrival is left over when the kernel ends.
                     @pl.loop(jnp.maximum(n - stages, 0), n)
@@ -126,8 +137,24 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
         @pl.when(wg < wgs)
         def _consumer():
             plgpu.set_max_registers(232, action="increase")
-            q_tile, p_tile, lse_tile = q_smem.at[wg], p_smem.at[wg], lse_smem.at[wg]
-            q_ready = q_full.at[wg]
+            q_tile, p_tile, q_ready = q_smem.at[wg], p_smem.at[wg], q_full.at[wg]
+            here, turn = _mod(wg, tiles), _div(wg, tiles)
+            # The result leaves from where the weights were, if that has its shape.
+            results = out_smem if apart else p_smem
+            out_tile, lse_tile = results.at[wg], lse_smem.at[wg]
+
+            def look(i, n):
+                """What this warpgroup must know of the i-th item, which n blocks come before."""
+                unit, head, group = work_of(i)
+                # Its blocks: every `turns`th from `begin`. A stage is always of the same
+                # warpgroup, since whoever waits at a barrier must do so in every phase.
+                begin = _mod(n + turn, turns)
+                fact = facts_gmem[unit * most + jnp.minimum(begin, most - 1)]
+                request, split, length = (units_gmem[unit * 3 + field] for field in range(3))
+                return request, split, length, head, group * tiles + here, begin, unit * most, fact
+
+            def slot_of(fact):
+                return fact >> SLOT_SHIFT if geo.query_slots else 0
 
             def load_queries(request, slot, head, tile):
                 for rows, row, query_head, _ in segments(head, tile):
@@ -136,6 +163,14 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
                         q_tile.at[rows],
                         q_ready,
                     )
+
+            def ask(item, wanted):
+                """For the rows that an item begins with."""
+                request, _, length, head, tile, begin, _, fact = item
+
+                @pl.when(wanted & (begin < length))
+                def _():
+                    load_queries(request, slot_of(fact), head, tile)
 
             def clean(stage, valid):
                 """Zeroes V behind the valid keys: 0 x NaN would be NaN."""
@@ -160,29 +195,20 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
                     def _():
                         plgpu.barrier_wait(v_clean.at[stage])
 
-            def run(request, split, lo, hi, head, group, n):
-                tile = group * tiles + _mod(wg, tiles)
-                # This warpgroup's blocks: every `turns`th from here. A stage is always of the same
-                # warpgroup, since whoever waits at a barrier must do so in every phase.
-                begin = lo + _mod(n + _div(wg, tiles), turns)
-
-                def fact_of(i):
-                    # What lies behind a unit's end may lie behind the table's.
-                    return facts_gmem[jnp.minimum(i, facts_gmem.shape[0] - 1)]
-
-                def slot_of(fact):
-                    return fact >> SLOT_SHIFT if geo.query_slots else 0
-
-                @pl.when(begin < hi)
-                def _():
-                    load_queries(request, slot_of(fact_of(begin)), head, tile)
+            def run(i, carry):
+                n, item = carry
+                request, split, length, head, tile, begin, base, fact = item
+                more = i + 1 < count
+                following_item = look(jnp.minimum(i + 1, count - 1), n + length)
 
                 def block(step, carry):
-                    peak, total, acc, present = carry
-                    i = begin + step * turns
-                    stage = _mod(n + i - lo, stages)
-                    fact = fact_of(i)
+                    peak, total, acc, present, fact = carry
+                    j = begin + step * turns
+                    stage = _mod(n + j, stages)
                     valid, slot = fact & VALID_BITS, slot_of(fact)
+                    last = j + turns >= length
+                    # What lies behind a unit's end may lie behind the table's.
+                    fact = facts_gmem[base + jnp.minimum(j + turns, most - 1)]
 
                     @pl.when((step == 0) | (slot != present))
                     def _():
@@ -196,13 +222,15 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
 
                     scores = pl.run_scoped(scores_of, plgpu.ACC((ROWS, keys), jnp.float32))
                     plgpu.barrier_arrive(k_empty.at[stage])
+                    # The next rows are on their way while this block is finished.
                     if geo.query_slots:
-                        # The next slot's rows are on their way while this block is finished.
-                        following = slot_of(fact_of(i + turns))
+                        following = slot_of(fact)
 
-                        @pl.when((i + turns < hi) & (following != slot))
+                        @pl.when(jnp.logical_not(last) & (following != slot))
                         def _():
                             load_queries(request, following, head, tile)
+
+                    ask(following_item, more & last)
 
                     def masked(scores):
                         key = plgpu.broadcasted_iota(
@@ -219,6 +247,12 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
                     )
                     total = total * fade + weights.sum(axis=1)
                     acc = acc * lax.broadcast_in_dim(fade, acc.shape, [0])
+                    if not apart:
+
+                        @pl.when((step == 0) & (i > 0))
+                        def _():
+                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
                     p_tile[...] = weights.astype(dtype)
                     plgpu.commit_smem()
                     plgpu.barrier_wait(v_full.at[stage])
@@ -233,32 +267,40 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
 
                     acc += pl.run_scoped(weighted_values, plgpu.ACC((ROWS, dim), jnp.float32))
                     plgpu.barrier_arrive(v_empty.at[stage])
-                    return new_peak, total, acc, slot
+                    return new_peak, total, acc, slot, fact
 
-                by_row = plgpu.Layout.WGMMA.reduce(1)
                 start = (
                     plgpu.layout_cast(jnp.full((ROWS,), EMPTY_LSE, jnp.float32), by_row),
                     plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
                     plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA),
                     jnp.int32(0),
+                    fact,
                 )
-                steps = jnp.maximum(_div(hi - begin + turns - 1, turns), 0)
-                peak, total, acc, _ = lax.fori_loop(0, steps, block, start)
+                steps = jnp.maximum(_div(length - begin + turns - 1, turns), 0)
+
+                @pl.when(steps == 0)
+                def _():
+                    ask(following_item, more)
+
+                peak, total, acc, _, _ = lax.fori_loop(0, steps, block, start)
                 safe = jnp.maximum(total, 1e-30)
                 acc = acc * lax.broadcast_in_dim(1 / safe, acc.shape, [0])
                 lse = (peak + jnp.log(safe) * _LOG2E) * (1 / _LOG2E)
                 lse = jnp.where(total > 0, lse, EMPTY_LSE)
 
                 def leave(acc, lse):
-                    """The query tile has been read for the last time: the result leaves from it."""
-                    q_tile[...] = acc.astype(dtype)
+                    @pl.when(i > 0)
+                    def _():
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+                    out_tile[...] = acc.astype(dtype)
                     lse_tile[...] = lse
                     plgpu.commit_smem()
 
                 if turns == 1:
                     leave(acc, lse)
                     send(request, split, head, tile)
-                    return n + hi - lo
+                    return n + length, following_item
 
                 @pl.when(wg == 1)
                 def _():
@@ -269,9 +311,8 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
                 @pl.when(wg == 0)
                 def _():
                     plgpu.barrier_wait(joined)
-                    other = compat.load(q_smem.at[1], plgpu.Layout.WGMMA).astype(jnp.float32)
+                    other = compat.load(results.at[1], plgpu.Layout.WGMMA).astype(jnp.float32)
                     other_lse = compat.load(lse_smem.at[1], by_row)
-                    plgpu.commit_smem()  # read before the copy engine brings the next item's rows
                     plgpu.barrier_arrive(released)
                     top = jnp.maximum(lse, other_lse)
                     mine, others = jnp.exp(lse - top), jnp.exp(other_lse - top)
@@ -283,36 +324,46 @@ def build(geo: Geometry, dtype: jnp.dtype, interpret):
                     )
                     send(request, split, head, tile)
 
-                return n + hi - lo
+                return n + length, following_item
 
             def send(request, split, head, tile):
-                """The rows in the query tile to their places in the outputs."""
+                """The rows in the result's tile to their places in the outputs."""
                 for rows, row, query_head, exists in segments(head, tile):
                     start = (request * geo.heads + query_head) * geo.rows + row
-                    target = pl.ds(start, geo.rows_per_head)
+                    flat = pl.ds(start, geo.rows_per_head)
+                    if whole:
+                        place = pl.ds(row, geo.rows_per_head)
+                        targets = out_gmem.at[request, place, query_head], lse_gmem.at[flat]
+                    else:
+                        targets = out_gmem.at[split, flat], lse_gmem.at[split, flat]
 
                     @pl.when(exists)
-                    def _(rows=rows, target=target):
-                        plgpu.copy_smem_to_gmem(q_tile.at[rows], out_gmem.at[split, target])
-                        plgpu.copy_smem_to_gmem(lse_tile.at[rows], lse_gmem.at[split, target])
+                    def _(rows=rows, targets=targets):
+                        plgpu.copy_smem_to_gmem(out_tile.at[rows], targets[0])
+                        plgpu.copy_smem_to_gmem(lse_tile.at[rows], targets[1])
 
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-            items(run, jnp.int32(0))
+            first = look(0, 0)
+            ask(first, True)
+            lax.fori_loop(0, count, run, (jnp.int32(0), first))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def tile(rows, columns=dim, count=1):
-        return plgpu.SMEM((count, rows, columns), dtype, transforms=TILED)
+        return plgpu.SMEM((count, rows, columns), dtype, transforms=tiled(columns))
 
     barriers = plgpu.Barrier
+    shape = (geo.batch, geo.rows, geo.heads, dim), (geo.flat_rows,)
+    if not whole:
+        shape = (geo.splits, geo.flat_rows, dim), (geo.splits, geo.flat_rows)
     return plgpu.kernel(
         chunk_attention,
         out_type=[
-            jax.ShapeDtypeStruct((geo.splits, geo.flat_rows, dim), dtype),
-            jax.ShapeDtypeStruct((geo.splits, geo.flat_rows), jnp.float32),
+            jax.ShapeDtypeStruct(shape[0], dtype),
+            jax.ShapeDtypeStruct(shape[1], jnp.float32),
         ],
         scratch_types=[
             tile(ROWS, count=wgs),
             tile(ROWS, keys, count=wgs),
+            tile(ROWS, count=wgs) if apart else tile(8, 64),
             plgpu.SMEM((wgs, ROWS), jnp.float32),
             tile(keys, count=stages),
             tile(keys, count=stages),

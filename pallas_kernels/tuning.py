@@ -40,8 +40,10 @@ class Tuning:
 
 
 def shared_memory(block_keys: int, stages: int, warpgroups: int, dim: int) -> int:
-    """Bytes for K, V, and each warpgroup's tile of 64 rows and its weights, in half precision."""
-    return 2 * (2 * stages * block_keys * dim + warpgroups * 64 * (dim + block_keys))
+    """Bytes for K, V, and each warpgroup's tiles of 64 rows: queries, weights, and the result where
+    it has another shape than the weights. In half precision."""
+    result = dim if block_keys != dim else 0
+    return 2 * (2 * stages * block_keys * dim + warpgroups * 64 * (dim + block_keys + result))
 
 
 def choose(
@@ -57,12 +59,11 @@ def choose(
       processors: of the device.
     """
     key_groups = 2 if tiles == 1 else 1
-    least = 2 if key_groups > 1 else 3  # two that take turns need no third block
     for block_keys in (128, 64):
         stages = 6
         while shared_memory(block_keys, stages, tiles * key_groups, dim) > SHARED_MEMORY:
             stages -= key_groups
-        if stages >= least and chunk_size % block_keys == 0:
+        if chunk_size % block_keys == 0:
             break
     if batch > 1 and batch * columns >= processors // 2:
         # One unit a chunk: requests that share a chunk read it together.

@@ -67,7 +67,7 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, with_other: bool, interpret)
         if with_other:
             plgpu.copy_gmem_to_smem(other[1].at[pl.ds(first, ROWS)], lses.at[splits], known)
             for i in range(pieces):
-                rows, request, target, head, _ = piece(first, i)
+                rows, request, target, head, _exists = piece(first, i)
                 plgpu.copy_gmem_to_smem(
                     other[0].at[request, target, head, columns], other_part.at[rows], other_ready
                 )
@@ -101,7 +101,9 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, with_other: bool, interpret)
 
             @pl.when(exists)
             def _(rows=rows, request=request, target=target, head=head):
-                plgpu.copy_smem_to_gmem(last.at[rows], merged_gmem.at[request, target, head, columns])
+                plgpu.copy_smem_to_gmem(
+                    last.at[rows], merged_gmem.at[request, target, head, columns]
+                )
 
         @pl.when(share == 0)
         def _():

@@ -166,7 +166,7 @@ def build(geo: Geometry, dtype: jnp.dtype, *, whole: bool, interpret):
 
             def ask(item, wanted):
                 """For the rows that an item begins with."""
-                request, _, length, head, tile, begin, _, fact = item
+                request, _split, length, head, tile, begin, _base, fact = item
 
                 @pl.when(wanted & (begin < length))
                 def _():
@@ -351,14 +351,15 @@ def build(geo: Geometry, dtype: jnp.dtype, *, whole: bool, interpret):
         return plgpu.SMEM((count, rows, columns), dtype, transforms=tiled(columns))
 
     barriers = plgpu.Barrier
-    shape = (geo.batch, geo.rows, geo.heads, dim), (geo.flat_rows,)
+    out_shape: tuple[int, ...] = (geo.batch, geo.rows, geo.heads, dim)
+    lse_shape: tuple[int, ...] = (geo.flat_rows,)
     if not whole:
-        shape = (geo.splits, geo.flat_rows, dim), (geo.splits, geo.flat_rows)
+        out_shape, lse_shape = (geo.splits, geo.flat_rows, dim), (geo.splits, geo.flat_rows)
     return plgpu.kernel(
         chunk_attention,
         out_type=[
-            jax.ShapeDtypeStruct(shape[0], dtype),
-            jax.ShapeDtypeStruct(shape[1], jnp.float32),
+            jax.ShapeDtypeStruct(out_shape, dtype),
+            jax.ShapeDtypeStruct(lse_shape, jnp.float32),
         ],
         scratch_types=[
             tile(ROWS, count=wgs),

@@ -41,7 +41,8 @@ class Tuning:
 
 def shared_memory(block_keys: int, stages: int, warpgroups: int, dim: int) -> int:
     """Bytes for K, V, and each warpgroup's tiles of 64 rows: queries, weights, and the result where
-    it has another shape than the weights. In half precision."""
+    it has another shape than the weights. In half precision.
+    """
     result = dim if block_keys != dim else 0
     return 2 * (2 * stages * block_keys * dim + warpgroups * 64 * (dim + block_keys + result))
 

@@ -14,7 +14,8 @@ from pdllm_jax.config import (
 from pdllm_jax.denoise import denoise, denoise_step
 from pdllm_jax.generate import GenerationResult, generate, generate_ids
 from pdllm_jax.model import LLaDA
-from pdllm_jax.prefill import Draft, draft_response, prefill
+from pdllm_jax.prefill import encode_document, prefill, prefill_top_k
+from pdllm_jax.scoring import Draft, draft_response, score_chunks
 from pdllm_jax.selection import Selection, select_top_k
 from pdllm_jax.state import DenoiseState, init_denoise
 from pdllm_jax.tokenizer import Tokenizer, TokenizerError
@@ -42,11 +43,14 @@ __all__ = [
     "denoise",
     "denoise_step",
     "draft_response",
+    "encode_document",
     "generate",
     "generate_ids",
     "init_denoise",
     "load_config",
     "load_model",
     "prefill",
+    "prefill_top_k",
+    "score_chunks",
     "select_top_k",
 ]

@@ -40,6 +40,7 @@ class ChunkCache:
     tokens [N, C], lengths [N]: the chunks themselves, from which joint encoding starts.
     prefix_ids [P], prefix_length []: the prefix.
     prefix_k, prefix_v [L, P, G, D]: its KV, keys rotated at 0..P-1 (None for an empty prefix).
+    streamed: the pool holds the kept chunks alone, at the places that the selection names.
     """
 
     pool: ChunkPool | None
@@ -49,6 +50,7 @@ class ChunkCache:
     prefix_length: Int[Array, ""]
     prefix_k: Float[Array, "L P G D"] | None
     prefix_v: Float[Array, "L P G D"] | None
+    streamed: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -97,12 +99,17 @@ def write_rows(
 
 
 def write_chunks(
-    pool: ChunkPool, layer: int, k: Float[Array, "N C G D"], v: Array, first: int | Int[Array, ""]
+    pool: ChunkPool, layer: int, k: Float[Array, "N C G D"], v: Array, where: int | Array
 ) -> ChunkPool:
-    """Writes one layer's KV of consecutive chunks from index `first` on."""
+    """Writes one layer's KV of chunks: at consecutive places from `where` on, or at `where` [N]."""
 
     def put(store: Array, rows: Array) -> Array:
         rows = rows.transpose(0, 2, 1, 3)[None].astype(store.dtype)
-        return lax.dynamic_update_slice(store, rows, (layer, first, 0, 0, 0))
+        if jnp.ndim(where) == 0:
+            return lax.dynamic_update_slice(store, rows, (layer, where, 0, 0, 0))
+        for i in range(rows.shape[1]):
+            one = rows[:, i : i + 1]
+            store = lax.dynamic_update_slice(store, one, (layer, jnp.asarray(where)[i], 0, 0, 0))
+        return store
 
     return dataclasses.replace(pool, k=put(pool.k, k), v=put(pool.v, v))

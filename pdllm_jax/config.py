@@ -328,7 +328,9 @@ class ChunkConfig:
         return self.chunk_size - int(self.anchors) - self.overlap
 
 
-Scorer = Literal["draft", "query", "confidence", "all", "first", "last", "random", "oracle"]
+Scorer = Literal[
+    "draft", "query", "confidence", "attention", "all", "first", "last", "random", "oracle"
+]
 Encoding = Literal["independent", "joint"]
 
 
@@ -339,7 +341,8 @@ class SelectionConfig:
     top_k: chunks kept, K; at least the number of chunks keeps all and scores nothing.
     scorer: "draft" (query and draft self-information), "query" (query alone), "confidence" (the
       mean log-probability of the likeliest token in each of `draft_length` masks behind the
-      query), or a control: "all", "first", "last", "random", "oracle" (ids given by the caller).
+      query), "attention" (the query rows' attention to a chunk, as a share of that to all), or a
+      control: "all", "first", "last", "random", "oracle" (ids given by the caller).
     masked_copies: R, copies of the query that ride along, copy r with the slots s % R == r masked;
       None is leave-one-out, one copy for every scored slot.
     draft_length, draft_steps: d masks behind prefix and query, of which this many are denoised.

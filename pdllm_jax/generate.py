@@ -23,7 +23,8 @@ from pdllm_jax.chunking import (
 from pdllm_jax.config import ChunkConfig, ConfigError, DecodeConfig, Recompute, SelectionConfig
 from pdllm_jax.denoise import denoise
 from pdllm_jax.model import LLaDA
-from pdllm_jax.prefill import draft_response, prefill
+from pdllm_jax.prefill import prefill
+from pdllm_jax.scoring import draft_response
 from pdllm_jax.selection import EMPTY_SLOT, select_top_k
 from pdllm_jax.state import init_denoise
 from pdllm_jax.timing import Stopwatch

@@ -21,10 +21,26 @@ class Selection:
 
     chunk_ids [*B, K] int32: ascending; EMPTY_SLOT behind them where fewer than K chunks exist.
     scores [*B, K] float32: the scores of those chunks, -inf for empty slots.
+    slots [*B, K] int32: their places in the cache's pool, where these are not the chunk ids
+      (`prefill_top_k`).
     """
 
     chunk_ids: Int[Array, "*B K"]
     scores: Float[Array, "*B K"]
+    slots: Int[Array, "*B K"] | None = None
+
+
+def ranking(
+    scores: Float[Array, "*B N"], ids: Int[Array, "*B N"], keep_first: bool
+) -> Float[Array, "*B N"]:
+    """What chunks are ranked by: NaN below every number but above -inf, which is no chunk at all.
+
+    keep_first: chunk 0, if it exists, comes first.
+    """
+    rank_by = jnp.where(jnp.isnan(scores), jnp.finfo(scores.dtype).min, scores)
+    if keep_first:
+        rank_by = jnp.where((ids == 0) & (rank_by > -jnp.inf), jnp.inf, rank_by)
+    return rank_by
 
 
 @functools.partial(jax.jit, static_argnames=("k", "keep_first"))
@@ -43,13 +59,8 @@ def select_top_k(scores: Float[Array, "*B N"], k: int, *, keep_first: bool = Fal
     if k <= 0:
         raise ValueError(f"k must be positive, got {k}")
     n = scores.shape[-1]
-    exists = scores > -jnp.inf
-    exists |= jnp.isnan(scores)
-    rank_by = jnp.where(jnp.isnan(scores), jnp.finfo(scores.dtype).min, scores)
-    if keep_first:
-        rank_by = rank_by.at[..., 0].set(jnp.where(exists[..., 0], jnp.inf, -jnp.inf))
-    _, ids = jax.lax.top_k(rank_by, min(k, n))
-    found = jnp.take_along_axis(exists, ids, axis=-1)
+    found, ids = jax.lax.top_k(ranking(scores, jnp.arange(n), keep_first), min(k, n))
+    found = found > -jnp.inf
     ids = jnp.sort(jnp.where(found, ids, n), axis=-1).astype(jnp.int32)
     chosen = jnp.take_along_axis(scores, jnp.minimum(ids, n - 1), axis=-1)
     return Selection(jnp.where(ids == n, EMPTY_SLOT, ids), jnp.where(ids == n, -jnp.inf, chosen))

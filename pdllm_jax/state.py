@@ -154,6 +154,11 @@ def init_denoise(
         return _encode_jointly(model, cache, state)
     if cache.pool is None:
         raise ValueError("the cache holds no chunk KV: prefill with encoding='independent'")
+    if (selection.slots is not None) != cache.streamed:
+        raise ValueError("cache and selection are not from the same call of prefill_top_k")
+    if selection.slots is not None:
+        slots_of = jnp.broadcast_to(jnp.atleast_2d(selection.slots), chunk_ids.shape)
+        state = dataclasses.replace(state, chunk_ids=slots_of.astype(jnp.int32))
     if cache.prefix_k is not None and cache.prefix_v is not None and state.live is not None:
         n = cache.prefix_k.shape[1]
         live = LiveCache(

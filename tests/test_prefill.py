@@ -14,7 +14,8 @@ from pdllm_jax.chunking import chunk_prompt
 from pdllm_jax.config import ChunkConfig, DecodeConfig, ModelConfig, SelectionConfig
 from pdllm_jax.denoise import denoise, denoise_step
 from pdllm_jax.model import LLaDA
-from pdllm_jax.prefill import Draft, draft_response, prefill
+from pdllm_jax.prefill import encode_document, prefill, prefill_top_k
+from pdllm_jax.scoring import Draft, draft_response, score_chunks
 from pdllm_jax.selection import select_top_k
 from pdllm_jax.state import init_denoise
 from tests.oracles.definition import Definition
@@ -321,3 +322,112 @@ def test_random_scores_follow_the_key_and_not_the_bucket(model, parts):
     again = prefill(model, wider, config, key=jax.random.key(0))[1]
     np.testing.assert_array_equal(again[:n], a)
     assert np.isneginf(again[n:]).all()
+
+
+def prompt_of(parts):
+    return chunk_prompt(*parts, CHUNKS)
+
+
+@pytest.mark.parametrize("scorer", ["draft", "query", "confidence"])
+def test_a_later_question_gets_the_scores_that_the_pass_over_the_document_gives(
+    model, parts, scorer
+):
+    """From cached KV of the document, which another question was prefilled with."""
+    prefix, context, query = parts
+    config = dataclasses.replace(SELECT, scorer=scorer)
+    prompt = prompt_of(parts)
+    want = prefill(model, prompt, config)[1]
+    other = prompt_of((prefix, context, query[::-1][:4]))
+    cache = prefill(model, other, config, keep_pool=True)[0]
+    got = score_chunks(model, cache, prompt.query, config, query_length=prompt.query_length)
+    np.testing.assert_allclose(got, want, atol=2e-4)
+    assert np.ptp(np.asarray(want)[np.isfinite(want)]) > 0.05
+    several = score_chunks(
+        model,
+        encode_document(model, prompt, encode_batch=3),
+        jnp.stack([prompt.query, other.query]),
+        config,
+        query_length=jnp.stack([prompt.query_length, other.query_length]),
+    )
+    np.testing.assert_allclose(several[0], want, atol=2e-4)
+    np.testing.assert_allclose(several[1], prefill(model, other, config)[1], atol=2e-4)
+
+
+def test_attention_scores_are_shares_of_the_attention_to_the_document(model, parts):
+    config = dataclasses.replace(SELECT, scorer="attention")
+    prompt = prompt_of(parts)
+    cache, scores = prefill(model, prompt, config)
+    there = np.asarray(prompt.chunk_lengths) > 0
+    assert np.asarray(scores)[there].sum() == pytest.approx(1, abs=1e-5)
+    assert (np.asarray(scores)[~there] == -np.inf).all()
+    # What lies behind the query's length, and chunks that are only padding, change nothing.
+    longer = jnp.concatenate([prompt.query, jnp.full(3, 7)])
+    got = score_chunks(model, cache, longer, config, query_length=prompt.query_length)
+    np.testing.assert_allclose(got, scores, atol=1e-6)
+    # A document of one chunk twice: each gets half.
+    twice = dataclasses.replace(
+        prompt,
+        chunks=jnp.stack([prompt.chunks[0]] * 2),
+        chunk_lengths=prompt.chunk_lengths[:1].repeat(2),
+    )
+    np.testing.assert_allclose(prefill(model, twice, config)[1], 0.5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scorer", ["draft", "random", "first", "last"])
+@pytest.mark.parametrize("keep_first", [False, True])
+@pytest.mark.parametrize("top_k", [1, 3, 9])
+def test_streaming_keeps_what_scoring_everything_first_keeps(
+    model, parts, scorer, keep_first, top_k
+):
+    """Selection, scores and KV, bit for bit; the pool holds K chunks and a group."""
+    config = dataclasses.replace(
+        SELECT, scorer=scorer, keep_first=keep_first, top_k=top_k, encoding="independent"
+    )
+    prompt, key = prompt_of(parts), jax.random.key(3)
+    cache, scores = prefill(model, prompt, config, key=key)
+    want = select_top_k(scores, top_k, keep_first=keep_first)
+    streamed, got, streamed_scores = prefill_top_k(model, prompt, config, key=key)
+    np.testing.assert_array_equal(got.chunk_ids, want.chunk_ids)
+    np.testing.assert_array_equal(got.scores, want.scores)
+    np.testing.assert_array_equal(streamed_scores, scores)
+    n = prompt.chunks.shape[0]
+    assert streamed.pool.k.shape[1] == min(top_k, n) + config.encode_batch
+    for chunk, slot in zip(got.chunk_ids.tolist(), got.slots.tolist(), strict=True):
+        if chunk < 0:
+            assert slot < 0
+            continue
+        assert streamed.pool.lengths[slot] == cache.lengths[chunk]
+        np.testing.assert_array_equal(streamed.pool.k[:, slot], cache.pool.k[:, chunk])
+        np.testing.assert_array_equal(streamed.pool.v[:, slot], cache.pool.v[:, chunk])
+    if scorer != "draft":
+        return
+    decode = DecodeConfig(gen_length=4, block_length=4)
+    tokens = [
+        denoise(
+            model,
+            which,
+            init_denoise(model, which, chosen, prompt.query, decode, key),
+            config=decode,
+        ).tokens
+        for which, chosen in ((cache, want), (streamed, got))
+    ]
+    np.testing.assert_array_equal(*tokens)
+
+
+def test_a_streamed_cache_refuses_what_it_cannot_answer(model, parts):
+    config = dataclasses.replace(SELECT, encoding="independent")
+    prompt, decode = prompt_of(parts), DecodeConfig(gen_length=4, block_length=4)
+    streamed, kept, scores = prefill_top_k(model, prompt, config)
+    with pytest.raises(ValueError, match="kept chunks alone"):
+        score_chunks(model, streamed, prompt.query, config)
+    with pytest.raises(ValueError, match="not from the same call"):
+        init_denoise(
+            model, streamed, select_top_k(scores, 2), prompt.query, decode, jax.random.key(0)
+        )
+    whole = prefill(model, prompt, config)[0]
+    with pytest.raises(ValueError, match="not from the same call"):
+        init_denoise(model, whole, kept, prompt.query, decode, jax.random.key(0))
+    with pytest.raises(ValueError, match="cannot be streamed"):
+        prefill_top_k(model, prompt, dataclasses.replace(config, scorer="attention"))
+    with pytest.raises(ValueError, match="keep_pool"):
+        score_chunks(model, prefill(model, prompt, SELECT)[0], prompt.query, SELECT)

@@ -330,7 +330,7 @@ def test_chunk_config_refuses(settings, message):
         ({"top_k": 0}, "top_k"),
         ({"top_k": -1}, "top_k"),
         ({"top_k": 1.5}, "top_k"),
-        ({"scorer": "attention"}, "scorer 'attention'"),
+        ({"scorer": "entropy"}, "scorer 'entropy'"),
         ({"encoding": "causal"}, "encoding 'causal'"),
         ({"masked_copies": 0}, "masked_copies"),
         ({"draft_length": 0}, "draft_length"),

@@ -1,8 +1,10 @@
 """Long-context inference for the diffusion language model LLaDA (Prefilling-dLLM) in JAX."""
 
+from pdllm_jax.answer import GenerationResult
+from pdllm_jax.batch import Request, ask, ask_ids, encode_text, generate_batch_ids
 from pdllm_jax.cache import ChunkCache, ChunkPool, LiveCache
 from pdllm_jax.checkpoint import CheckpointError, load_config, load_model
-from pdllm_jax.chunking import ChunkedPrompt, chunk_prompt
+from pdllm_jax.chunking import ChunkedPrompt, batch_prompts, chunk_prompt
 from pdllm_jax.config import (
     ChunkConfig,
     ConfigError,
@@ -12,12 +14,14 @@ from pdllm_jax.config import (
     SelectionConfig,
 )
 from pdllm_jax.denoise import denoise, denoise_step
-from pdllm_jax.generate import GenerationResult, generate, generate_ids
+from pdllm_jax.generate import generate, generate_ids
 from pdllm_jax.model import LLaDA
 from pdllm_jax.prefill import encode_document, prefill, prefill_top_k
+from pdllm_jax.reselect import reselect
 from pdllm_jax.scoring import Draft, draft_response, score_chunks
 from pdllm_jax.selection import Selection, select_top_k
-from pdllm_jax.state import DenoiseState, init_denoise
+from pdllm_jax.start import init_denoise
+from pdllm_jax.state import DenoiseState
 from pdllm_jax.tokenizer import Tokenizer, TokenizerError
 
 __all__ = [
@@ -34,23 +38,30 @@ __all__ = [
     "LLaDA",
     "LiveCache",
     "ModelConfig",
+    "Request",
     "RopeScaling",
     "Selection",
     "SelectionConfig",
     "Tokenizer",
     "TokenizerError",
+    "ask",
+    "ask_ids",
+    "batch_prompts",
     "chunk_prompt",
     "denoise",
     "denoise_step",
     "draft_response",
     "encode_document",
+    "encode_text",
     "generate",
+    "generate_batch_ids",
     "generate_ids",
     "init_denoise",
     "load_config",
     "load_model",
     "prefill",
     "prefill_top_k",
+    "reselect",
     "score_chunks",
     "select_top_k",
 ]

@@ -33,24 +33,54 @@ class ChunkPool:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ChunkCache:
-    """What is kept of a document once it went through `prefill`.
+    """What is kept of a document, or of a batch of them, once it went through `prefill`.
 
     pool: KV of every chunk, encoded on its own behind the prefix (None where only scores were
-      wanted: joint encoding makes its own).
-    tokens [N, C], lengths [N]: the chunks themselves, from which joint encoding starts.
-    prefix_ids [P], prefix_length []: the prefix.
-    prefix_k, prefix_v [L, P, G, D]: its KV, keys rotated at 0..P-1 (None for an empty prefix).
+      wanted: joint encoding makes its own). Chunk n of document b is the pool's b N + n.
+    tokens [*B, N, C], lengths [*B, N]: the chunks themselves, from which joint encoding starts.
+    prefix_ids [*B, P], prefix_length [*B]: the prefix.
+    prefix_k, prefix_v [L, *B, P, G, D]: its KV, keys rotated at 0..P-1 (None for an empty prefix,
+      and without a pool).
     streamed: the pool holds the kept chunks alone, at the places that the selection names.
+    anchors: chunks begin with an anchor.
     """
 
     pool: ChunkPool | None
-    tokens: Int[Array, "N C"]
-    lengths: Int[Array, "N"]
-    prefix_ids: Int[Array, "P"]
-    prefix_length: Int[Array, ""]
-    prefix_k: Float[Array, "L P G D"] | None
-    prefix_v: Float[Array, "L P G D"] | None
+    tokens: Int[Array, "*B N C"]
+    lengths: Int[Array, "*B N"]
+    prefix_ids: Int[Array, "*B P"]
+    prefix_length: Int[Array, "*B"]
+    prefix_k: Float[Array, "L *B P G D"] | None
+    prefix_v: Float[Array, "L *B P G D"] | None
     streamed: bool = dataclasses.field(default=False, metadata={"static": True})
+    anchors: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    @property
+    def batched(self) -> bool:
+        """Whether there is a document for each request, rather than one for all."""
+        return self.tokens.ndim == 3
+
+    def per_document(self) -> ChunkCache:
+        """With an axis of documents, if only of one."""
+        if self.batched:
+            return self
+
+        def add(x: Array | None) -> Array | None:
+            return None if x is None else x[:, None]
+
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[None],
+            lengths=self.lengths[None],
+            prefix_ids=self.prefix_ids[None],
+            prefix_length=self.prefix_length[None],
+            prefix_k=add(self.prefix_k),
+            prefix_v=add(self.prefix_v),
+        )
+
+    def without_pool(self) -> ChunkCache:
+        """What decoding against a state's own chunks needs of it."""
+        return dataclasses.replace(self, pool=None)
 
 
 @jax.tree_util.register_dataclass

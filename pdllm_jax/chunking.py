@@ -22,39 +22,51 @@ TokenIds = Sequence[int] | np.ndarray
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ChunkedPrompt:
-    """A long prompt cut up; int32 arrays, padded to buckets.
+    """A long prompt cut up, or a batch of them; int32 arrays, padded to buckets.
 
-    prefix [P'], prefix_length []: tokens before the document; the first `prefix_length` count.
-    chunks [N', C], chunk_lengths [N']: the document; empty chunks (length 0) come last.
-    query [Q'], query_length []: tokens after the document.
+    prefix [*B, P'], prefix_length [*B]: tokens before the document; so many of them count.
+    chunks [*B, N', C], chunk_lengths [*B, N']: the document; empty chunks (length 0) come last.
+    query [*B, Q'], query_length [*B]: tokens after the document.
+    anchors: chunks begin with an anchor.
     """
 
-    prefix: Int[Array, "P"]
-    prefix_length: Int[Array, ""]
-    chunks: Int[Array, "N C"]
-    chunk_lengths: Int[Array, "N"]
-    query: Int[Array, "Q"]
-    query_length: Int[Array, ""]
+    prefix: Int[Array, "*B P"]
+    prefix_length: Int[Array, "*B"]
+    chunks: Int[Array, "*B N C"]
+    chunk_lengths: Int[Array, "*B N"]
+    query: Int[Array, "*B Q"]
+    query_length: Int[Array, "*B"]
+    anchors: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
     def n_chunks(self) -> int:
-        """Chunks that hold tokens. Fetches from the device: not for use under jit."""
-        return int(np.count_nonzero(np.asarray(self.chunk_lengths)))
+        """Chunks that hold tokens, the most of a batch. Fetches from the device: not under jit."""
+        return int(np.count_nonzero(np.asarray(self.chunk_lengths), axis=-1).max())
 
     @property
     def chunk_size(self) -> int:
-        return self.chunks.shape[1]
+        return self.chunks.shape[-1]
 
 
-def bucket(n: int, granularity: int = 1) -> int:
-    """Rounds n up to at most 1/8 more: multiples of an eighth of the power of two below it.
+def bucket(n: int, granularity: int = 1, parts: int = 8) -> int:
+    """Rounds n up by at most one part in `parts`: multiples of that of the power of two below it.
 
-    A range of lengths up to n_max thus has about 8 log2(n_max) buckets, and as many compilations.
+    A range of lengths up to n_max thus has about `parts` log2(n_max) buckets.
     """
     if n <= 0:
         return 0
-    step = max(granularity, (1 << (n - 1).bit_length()) // 16)
+    step = max(granularity, (1 << (n - 1).bit_length()) // (2 * parts))
     return -(-n // step) * step
+
+
+def bucket_rows(n: int) -> int:
+    """Rows of prefix or query: two buckets an octave, from 32 on."""
+    return 0 if n == 0 else max(32, bucket(n, 8, 2))
+
+
+def bucket_chunks(n: int) -> int:
+    """Chunks of a document: four buckets an octave. The padding costs memory alone."""
+    return bucket(n, 1, 4)
 
 
 def check_token_ids(name: str, ids: TokenIds, vocab_size: int) -> np.ndarray:
@@ -127,12 +139,44 @@ def chunk_prompt(
     if bos_id is None and prefix.size:
         bos_id = int(prefix[0])
     chunks, lengths = split_context(context_ids, config, bos_id)
-    n = bucket(len(chunks))
+    n = bucket_chunks(len(chunks))
     return ChunkedPrompt(
-        prefix=jnp.asarray(pad_to(prefix, bucket(prefix.size, 8))),
+        prefix=jnp.asarray(pad_to(prefix, bucket_rows(prefix.size))),
         prefix_length=jnp.asarray(prefix.size, jnp.int32),
         chunks=jnp.asarray(pad_to(chunks, n)),
         chunk_lengths=jnp.asarray(pad_to(lengths, n)),
-        query=jnp.asarray(pad_to(query, bucket(query.size, 8))),
+        query=jnp.asarray(pad_to(query, bucket_rows(query.size))),
         query_length=jnp.asarray(query.size, jnp.int32),
+        anchors=config.anchors,
     )
+
+
+def batch_prompts(prompts: Sequence[ChunkedPrompt], size: int | None = None) -> ChunkedPrompt:
+    """Prompts of different lengths as one batch: every axis padded to the longest.
+
+    Args:
+      prompts: at least one, not batched, of one chunk size.
+      size: requests of the batch, by default as many as there are; those added are empty (nothing
+        is encoded or scored for them).
+
+    Raises:
+      ValueError: no prompt, more than `size`, or different chunk sizes or anchors.
+    """
+    if not prompts:
+        raise ValueError("no prompts")
+    sizes = {prompt.chunk_size for prompt in prompts}
+    if len(sizes) > 1 or len({prompt.anchors for prompt in prompts}) > 1:
+        raise ValueError(f"prompts differ in chunk size or anchors: sizes {sorted(sizes)}")
+    extra = (len(prompts) if size is None else size) - len(prompts)
+    if extra < 0:
+        raise ValueError(f"{len(prompts)} prompts do not fit a batch of {size}")
+
+    def stack(*values: Array) -> Array:
+        arrays = [np.asarray(value) for value in values]
+        shape = np.max([x.shape for x in arrays], axis=0)
+        padded = [
+            np.pad(x, [(0, n - m) for n, m in zip(shape, x.shape, strict=True)]) for x in arrays
+        ]
+        return jnp.asarray(np.stack([*padded, *[np.zeros_like(padded[0])] * extra]))
+
+    return jax.tree.map(stack, *prompts)

@@ -22,64 +22,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels import Implementation, chunk_attention
-from pdllm_jax.attention import attention
-from pdllm_jax.cache import ChunkCache, ChunkPool, LiveCache, write_rows
-from pdllm_jax.config import DecodeConfig
+from pallas_kernels import Implementation
+from pdllm_jax.cache import ChunkCache, ChunkPool, LiveCache
+from pdllm_jax.config import DecodeConfig, SelectionConfig
+from pdllm_jax.forward import live_forward, response_rows
 from pdllm_jax.model import LLaDA
-from pdllm_jax.rope import rotate, rotation
+from pdllm_jax.reselect import reselect_due
+from pdllm_jax.rows import overlay, slices
 from pdllm_jax.sampling import predict, transfer
-from pdllm_jax.state import DenoiseState, overlay, slices
-
-
-def _forward(
-    model: LLaDA,
-    pool: ChunkPool | None,
-    state: DenoiseState,
-    rows: Int[Array, "B T"],
-    start: Int[Array, "B"],
-    keep: Bool[Array, "B T"] | None,
-    implementation: Implementation | None,
-) -> tuple[Float[Array, "B T M"], LiveCache | None]:
-    """The network on live rows start[b].. whose tokens are `rows`; writes their KV, except `keep`.
-
-    Without a live cache the rows see each other alone.
-    """
-    row = start[:, None] + jnp.arange(rows.shape[1])
-    prefix = state.prefix_length[:, None]
-    positions = jnp.where(row < prefix, row, row - prefix + state.query_start[:, None])
-    by = rotation(model.config, positions)
-    total = state.prefix_length + state.query_length + state.tokens.shape[1]
-    seen = state.chunk_ids.shape[1] > 0
-    by_chunk = rotation(model.config, positions[:, None] - state.chunk_starts[..., None])
-
-    def attend(layer: int, q: Array, k: Array, v: Array, live: LiveCache | None):
-        turned = rotate(k, by)
-        if live is None:
-            own = attention(rotate(q, by), turned, v, total, need_lse=seen)
-        else:
-            live = LiveCache(
-                write_rows(live.k, layer, turned, start, keep),
-                write_rows(live.v, layer, v, start, keep),
-            )
-            own = attention(rotate(q, by), live.k[layer], live.v[layer], total, need_lse=seen)
-        if not seen or pool is None:
-            return own.out, live
-        both = chunk_attention(
-            rotate(q[:, None], by_chunk),
-            pool.k,
-            pool.v,
-            state.chunk_ids,
-            pool.lengths,
-            layer=layer,
-            other=own,
-            implementation=implementation,
-        )
-        return both.out, live
-
-    return model.run(rows, attend, state.live)
+from pdllm_jax.scoring import check_scorable
+from pdllm_jax.state import DenoiseState
 
 
 def _guided_hidden(
@@ -109,6 +63,7 @@ def _step(
     fresh: bool,
 ) -> DenoiseState:
     """fresh: live KV is known never to be stale, so that only the narrow pass is compiled."""
+    forward = functools.partial(live_forward, implementation=implementation)
     batch, length = state.tokens.shape
     block_length = config.block_length
     active = state.block < config.n_blocks
@@ -147,8 +102,7 @@ def _step(
         return lax.cond((masked & behind).any(), everything, block)
 
     def wide_step() -> tuple[Array, Array, LiveCache | None]:
-        rows = jnp.pad(state.query, ((0, 0), (0, length)))
-        rows = overlay(rows, state.query_length, state.tokens)
+        rows = response_rows(state)
         if config.guidance > 0:
             both = _guided_hidden(model, state, rows)
 
@@ -163,7 +117,7 @@ def _step(
             rewritten &= response_row < block_start[:, None] + block_length
         # Requests whose live KV is not stale go through this pass beside others whose is.
         keep = None if always_wide else ~(rewritten | wide[:, None])
-        x, live = _forward(model, pool, state, rows, state.prefix_length, keep, implementation)
+        x, live, _ = forward(model, pool, state, rows, state.prefix_length, keep, reading=active)
 
         def plain(first: Array, size: int) -> Array:
             return model.logits(model.final_norm(slices(x, state.query_length + first, size)))
@@ -175,10 +129,10 @@ def _step(
         if config.recompute == "block":
             rows = slices(state.tokens, block_start, block_length)
             start = response_start + block_start
-            x, live = _forward(model, pool, state, rows, start, None, implementation)
+            x, live, _ = forward(model, pool, state, rows, start, None, reading=active)
             return *decide(model.logits(model.final_norm(x)), block_start), live
         keep = slot < block_start[:, None]
-        x, live = _forward(model, pool, state, state.tokens, response_start, keep, implementation)
+        x, live, _ = forward(model, pool, state, state.tokens, response_start, keep, reading=active)
         hidden = model.final_norm(slices(x, block_start, block_length))
         return *decide(model.logits(hidden), block_start), live
 
@@ -216,8 +170,8 @@ def _step(
 
 
 def _stays_fresh(state: DenoiseState, config: DecodeConfig) -> bool:
-    """Joint encoding leaves fresh live KV, and only a further block would make it stale."""
-    return state.pool is not None and config.n_blocks == 1
+    """Live KV was made with the chunks', and only a further block would make it stale."""
+    return state.live_encoded and config.n_blocks == 1
 
 
 def _pool_of(cache: ChunkCache | None, state: DenoiseState) -> ChunkPool | None:
@@ -240,16 +194,18 @@ def denoise_step(
 ) -> DenoiseState:
     """One network evaluation and the sampling rule. Pure; `state` is consumed (its buffers reused).
 
-    Compiles once for each (shapes, config, implementation). A request that is done stays as it is.
-    `config` must be the one that the state was made with; `cache` the cache, or None where the
-    state has its own context (joint encoding) or none.
+    Compiles once for each (shapes, config, implementation). A request that is done stays as it is,
+    and its chunks are not read. `config` must be the one that the state was made with; `cache` the
+    cache, or None where the state has chunks of its own (all encodings but "independent") or none.
     """
     fresh = _stays_fresh(state, config)
     return _step(model, _pool_of(cache, state), state, config, implementation, fresh)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "implementation"), donate_argnames=("state",)
+    jax.jit,
+    static_argnames=("config", "implementation", "selecting"),
+    donate_argnames=("state",),
 )
 def denoise(
     model: LLaDA,
@@ -258,16 +214,41 @@ def denoise(
     *,
     config: DecodeConfig,
     implementation: Implementation | None = None,
+    selecting: SelectionConfig | None = None,
+    until: Int[Array, ""] | None = None,
 ) -> DenoiseState:
-    """Steps until every request is done, in one loop on the device. Arguments as `denoise_step`."""
-    pool, fresh = _pool_of(cache, state), _stays_fresh(state, config)
+    """Steps until every request is done, in one loop on the device. Arguments as `denoise_step`.
+
+    selecting: the settings that the state was made with, where they ask for re-selection; `cache`
+      is then needed, with the KV of every chunk.
+    until: blocks that every request shall have done, instead of all of them. Run-time value; to go
+      on, call again.
+    """
+    again = selecting if selecting is not None and selecting.reselect != "never" else None
+    if again is not None:
+        if cache is None or not state.chunk_ids.shape[1]:
+            raise ValueError("re-selection needs the document's cache")
+        check_scorable(cache)
+    fresh = _stays_fresh(state, config)
+    last_block = config.n_blocks if until is None else jnp.minimum(until, config.n_blocks)
+    # A pool that does not change is kept out of the loop's carry.
+    fixed = _pool_of(cache, state) if again is None else None
+    pool = state.pool
 
     def unfinished(state: DenoiseState) -> Array:
-        return (state.block < config.n_blocks).any()
+        return (state.block < last_block).any()
 
     def body(state: DenoiseState) -> DenoiseState:
-        return _step(model, pool, state, config, implementation, fresh)
+        if again is None:
+            return _step(model, fixed, state, config, implementation, fresh)
+        assert cache is not None
+        due = state.block < config.n_blocks
+        if again.reselect == "block":
+            due &= state.step == 0
+        state = reselect_due(model, cache, state, again, config, implementation, due)
+        return _step(model, _pool_of(cache, state), state, config, implementation, fresh)
 
-    # The pool does not change: kept out of the loop's carry.
-    last = lax.while_loop(unfinished, body, dataclasses.replace(state, pool=None))
-    return dataclasses.replace(last, pool=state.pool)
+    if again is None:
+        last = lax.while_loop(unfinished, body, dataclasses.replace(state, pool=None))
+        return dataclasses.replace(last, pool=pool)
+    return lax.while_loop(unfinished, body, state)

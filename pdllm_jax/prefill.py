@@ -1,6 +1,8 @@
-"""The pass over a document: chunk KV, and scores of the rows that ride along.
+"""The pass over documents: chunk KV, and scores of the rows that ride along.
 
 Chunk rows attend to the prefix and their own chunk; what rides behind them is in `scoring.py`.
+Groups of chunks, of whatever requests, go through the network together. Inside, everything has an
+axis of requests.
 """
 
 from __future__ import annotations
@@ -14,89 +16,45 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import merge
-from pallas_kernels.partial import Partial
+from pallas_kernels import Partial, merge
 from pdllm_jax.attention import attention
 from pdllm_jax.cache import ChunkCache, ChunkPool, init_pool, write_chunks
 from pdllm_jax.chunking import ChunkedPrompt
-from pdllm_jax.config import SelectionConfig
+from pdllm_jax.config import CONTROLS, SelectionConfig
 from pdllm_jax.model import LLaDA
 from pdllm_jax.rope import Rotation, rotate, rotation
 from pdllm_jax.scoring import (
-    CONTROLS,
     RIDING,
     Draft,
     Riders,
     make_riders,
-    place,
+    question_of,
     read_scores,
     ride,
     score_chunks,
 )
-from pdllm_jax.selection import EMPTY_SLOT, Selection, control_scores, ranking
+from pdllm_jax.selection import EMPTY_SLOT, Selection, control_scores, ranking, within_margin
 
 
 class _Prefix(NamedTuple):
-    """Per-layer KV of the prefix, keys unrotated."""
+    """Per-layer KV of the prefixes, keys unrotated; nothing where they are empty."""
 
-    k: tuple[Float[Array, "P G D"], ...]
-    v: tuple[Float[Array, "P G D"], ...]
+    k: tuple[Float[Array, "B P G D"], ...]
+    v: tuple[Float[Array, "B P G D"], ...]
 
 
 def _encode_prefix(model: LLaDA, prompt: ChunkedPrompt) -> _Prefix:
-    rows = prompt.prefix.shape[0]
+    rows = prompt.prefix.shape[1]
     if rows == 0:
         return _Prefix((), ())
     by = rotation(model.config, jnp.arange(rows))
 
     def attend(layer: int, q: Array, k: Array, v: Array, carry: _Prefix) -> tuple[Array, _Prefix]:
-        out = attention(rotate(q, by), rotate(k, by), v, prompt.prefix_length[None]).out
-        return out, _Prefix((*carry.k, k[0]), (*carry.v, v[0]))
+        out = attention(rotate(q, by), rotate(k, by), v, prompt.prefix_length).out
+        return out, _Prefix((*carry.k, k), (*carry.v, v))
 
-    _, prefix = model.run(prompt.prefix[None], attend, _Prefix((), ()))
+    _, prefix = model.run(prompt.prefix, attend, _Prefix((), ()))
     return prefix
-
-
-def _chunk_attend(
-    by: Rotation,
-    chunk_size: int,
-    lengths: Array,
-    prefix: _Prefix,
-    prefix_by: Rotation,
-    prefix_length: Array,
-    riders: Riders | None,
-    where: Array,
-):
-    """Attention of a group of chunks with riders behind them; the carry is the pool or None.
-
-    where: pool index of the first chunk, or of each.
-    """
-
-    def attend(layer: int, q: Array, k: Array, v: Array, pool: ChunkPool | None):
-        group, rows, heads, dim = q.shape
-        q, k = rotate(q, by), rotate(k, by)
-        chunk_k, chunk_v = k[:, :chunk_size], v[:, :chunk_size]
-        seen = attention(q, chunk_k, chunk_v, lengths, need_lse=True)
-        if prefix.k:
-            # All rows against one copy of the prefix.
-            part = attention(
-                q.reshape(1, group * rows, heads, dim),
-                rotate(prefix.k[layer], prefix_by)[None],
-                prefix.v[layer][None],
-                prefix_length[None],
-                need_lse=True,
-            )
-            lse = part.lse.reshape(heads, group, rows).swapaxes(0, 1)
-            seen = merge(seen, Partial(part.out.reshape(q.shape), lse))
-        out = seen.out
-        if riders is not None:
-            behind = Partial(out[:, chunk_size:], seen.lse[..., chunk_size:])
-            own_q, own_k, own_v = (x[:, chunk_size:] for x in (q, k, v))
-            own = ride(behind, own_q, own_k, own_v, riders)
-            out = jnp.concatenate([out[:, :chunk_size], own], axis=1)
-        return out, None if pool is None else write_chunks(pool, layer, chunk_k, chunk_v, where)
-
-    return attend
 
 
 @functools.partial(jax.jit, static_argnames=("config", "keep_pool"))
@@ -107,42 +65,51 @@ def prefill(
     *,
     draft: Draft | None = None,
     key: Array | None = None,
-    oracle: Int[Array, "M"] | None = None,
+    oracle: Int[Array, "*B M"] | None = None,
     keep_pool: bool | None = None,
-) -> tuple[ChunkCache, Float[Array, "N"]]:
-    """Encodes and scores every chunk of a document in one pass over it.
+) -> tuple[ChunkCache, Float[Array, "*B N"]]:
+    """Encodes and scores every chunk of a document, or of a batch of them, in one pass.
 
     Pure; compiles once for each (shapes of prompt, config). Chunks that are padding cost nothing.
 
     Args:
-      prompt: from `chunk_prompt`.
+      prompt: from `chunk_prompt`, or `batch_prompts`.
       config: scorer, masked copies, encoding, chunks per group.
       draft: from `draft_response`; made here where the scorer needs one and none is given.
-      key: PRNG key of the scorer "random".
+      key: PRNG key of the scorer "random", one for all requests or [B].
       oracle: ids of the chunks that the scorer "oracle" keeps; ids of no chunk name nothing.
-      keep_pool: whether the chunks' KV is kept, for decoding with independent encoding and for
-        `score_chunks` with later questions. By default where config.encoding is "independent".
+      keep_pool: whether the chunks' KV is kept, for decoding with encodings that start from it
+        ("independent", "bridge"; also for re-selection) and for `score_chunks` with later
+        questions. By default where the config needs it.
 
     Returns:
-      The cache, and the scores [N], float32, natural log, -inf for chunks that are padding. The
+      The cache, and the scores [*B, N], float32, natural log, -inf for chunks that are padding. The
       scorer "attention" reads the pool, which is then kept in any case.
     """
-    pooling = config.encoding == "independent" if keep_pool is None else keep_pool
+    pooling = needs_pool(config) if keep_pool is None else keep_pool
     pooling |= config.scorer == "attention"
-    riders = make_riders(model, prompt, config, draft) if config.scorer in RIDING else None
+    whole = _batched(prompt)
+    riders = None
+    if config.scorer in RIDING:
+        riders = make_riders(model, question_of(whole), config, draft)
     prefix = _Prefix((), ())
-    if pooling or riders is not None:
-        prefix = _encode_prefix(model, prompt)
+    if pooling or riders is not None or config.encoding != "joint":
+        prefix = _encode_prefix(model, whole)
     pool, scores = None, None
     if pooling or riders is not None:
-        pool, scores, _ = _encode_chunks(model, prompt, config, prefix, riders, pooling)
-    cache = _cache(model, prompt, prefix, pool)
+        pool, scores, _ = _encode_chunks(model, whole, config, prefix, riders, pooling)
+    cache = _cache(model, prompt, prefix, pool, pooling or config.encoding != "joint")
     if config.scorer == "attention":
         scores = score_chunks(model, cache, prompt.query, config, query_length=prompt.query_length)
     elif config.scorer in CONTROLS:
         scores = control_scores(config, prompt.chunk_lengths > 0, key, oracle)
     assert scores is not None
-    return cache, scores
+    return cache, scores if scores.ndim == prompt.chunk_lengths.ndim else scores[0]
+
+
+def needs_pool(config: SelectionConfig) -> bool:
+    """Whether what follows the pass reads the KV of the document's chunks."""
+    return config.encoding in ("independent", "bridge") or config.reselect != "never"
 
 
 @functools.partial(jax.jit, static_argnames=("encode_batch",))
@@ -166,31 +133,43 @@ def prefill_top_k(
     key: Array | None = None,
     oracle: Int[Array, "M"] | None = None,
 ) -> tuple[ChunkCache, Selection, Float[Array, "N"]]:
-    """`prefill` and `select_top_k` in one pass that keeps the KV of the running top K alone.
+    """`prefill` and selection in one pass that keeps the KV of the running top K alone.
 
-    The device holds K + encode_batch chunks' KV, however long the document is. Selection, scores
-    and KV are those of `prefill` with encoding "independent" and `select_top_k`, bit for bit.
+    The device holds config.slots + encode_batch chunks' KV, however long the document is.
+    Selection, scores and KV are those of `prefill` with encoding "independent" and `select_top_k`,
+    bit for bit.
 
     Returns:
       The cache, whose pool holds the kept chunks in no order; the selection, with their places in
       the pool; the scores [N].
 
     Raises:
-      ValueError: scorer "attention", which compares all chunks' KV at once.
+      ValueError: a batch of prompts; scorer "attention", which compares all chunks' KV at once;
+        re-selection, which may want a chunk that was not kept.
     """
     if config.scorer == "attention":
         raise ValueError("scorer 'attention' compares all chunks' KV: it cannot be streamed")
-    riders = make_riders(model, prompt, config, draft) if config.scorer in RIDING else None
-    known = None
-    if riders is None:
+    if config.reselect != "never":
+        raise ValueError("re-selection reads all chunks' KV: the document cannot be streamed")
+    if prompt.chunks.ndim != 2:
+        raise ValueError("one document is streamed at a time, not a batch of them")
+    whole = _batched(prompt)
+    riders, known = None, None
+    if config.scorer in RIDING:
+        riders = make_riders(model, question_of(whole), config, draft)
+    else:
         known = control_scores(config, prompt.chunk_lengths > 0, key, oracle)
-    prefix = _encode_prefix(model, prompt)
+    prefix = _encode_prefix(model, whole)
     pool, scores, selection = _encode_chunks(
-        model, prompt, config, prefix, riders, True, streaming=True, known=known
+        model, whole, config, prefix, riders, True, streaming=True, known=known
     )
     assert selection is not None
     assert scores is not None
-    return _cache(model, prompt, prefix, pool, streamed=True), selection, scores
+    return _cache(model, prompt, prefix, pool, True, streamed=True), selection, scores[0]
+
+
+def _batched(prompt: ChunkedPrompt) -> ChunkedPrompt:
+    return prompt if prompt.chunks.ndim == 3 else jax.tree.map(lambda x: x[None], prompt)
 
 
 def _cache(
@@ -198,24 +177,26 @@ def _cache(
     prompt: ChunkedPrompt,
     prefix: _Prefix,
     pool: ChunkPool | None,
+    keep_prefix: bool,
     streamed: bool = False,
 ) -> ChunkCache:
-    keep_prefix = pool is not None and bool(prefix.k)
+    k, v = None, None
+    if keep_prefix and prefix.k:
+        by = rotation(model.config, jnp.arange(prefix.k[0].shape[1]))
+        k, v = rotate(jnp.stack(prefix.k), by), jnp.stack(prefix.v)
+        if prompt.chunks.ndim == 2:
+            k, v = k[:, 0], v[:, 0]
     return ChunkCache(
         pool=pool,
         tokens=prompt.chunks,
         lengths=prompt.chunk_lengths,
         prefix_ids=prompt.prefix,
         prefix_length=prompt.prefix_length,
-        prefix_k=_prefix_keys(model, prefix) if keep_prefix else None,
-        prefix_v=jnp.stack(prefix.v) if keep_prefix else None,
+        prefix_k=k,
+        prefix_v=v,
         streamed=streamed,
+        anchors=prompt.anchors,
     )
-
-
-def _prefix_keys(model: LLaDA, prefix: _Prefix) -> Float[Array, "L P G D"]:
-    k = jnp.stack(prefix.k)
-    return rotate(k, rotation(model.config, jnp.arange(k.shape[1])))
 
 
 class _Kept(NamedTuple):
@@ -236,74 +217,128 @@ def _encode_chunks(
     *,
     streaming: bool = False,
     known: Float[Array, "N"] | None = None,
-) -> tuple[ChunkPool | None, Float[Array, "N"] | None, Selection | None]:
-    """streaming: the pool has K + group places; those that are free take the next group's KV.
+) -> tuple[ChunkPool | None, Float[Array, "B N"] | None, Selection | None]:
+    """streaming, of one document: the pool has K + group places; free ones take the next group.
 
     known: scores that need no pass. Scores are None where there are neither these nor riders.
     """
-    n, size = prompt.chunks.shape
-    group, k = min(config.encode_batch, n), min(config.top_k, n)
-    padded = -(-n // group) * group
-    chunks = jnp.pad(prompt.chunks, ((0, padded - n), (0, 0)))
-    lengths = jnp.pad(prompt.chunk_lengths, (0, padded - n))
+    batch, n, size = prompt.chunks.shape
+    pairs = batch * n
+    group, k = min(config.encode_batch, pairs), min(config.slots, n)
+    lengths = prompt.chunk_lengths.reshape(pairs)
+    chunks = prompt.chunks.reshape(pairs, size)
+    order = jnp.argsort(lengths == 0, stable=True)  # of one document: as it is
 
     positions = jnp.arange(size)
-    rider_ids = jnp.zeros((0,), jnp.int32)
     if riders is not None:
-        repeats, rows = riders.ids.shape
+        _, repeats, rows = riders.ids.shape
         positions = jnp.concatenate([positions, jnp.tile(size + jnp.arange(rows), repeats)])
-        rider_ids = riders.ids.reshape(-1)
     by = rotation(model.config, positions)
-    # Chunk rows sit at 0..C-1, so the prefix ends at -1.
-    prefix_by = rotation(model.config, jnp.arange(prompt.prefix.shape[0]) - prompt.prefix_length)
 
     def encode_group(i: Array, carry):
         pool, scores, kept = carry
-        first = i * group
-        tokens = lax.dynamic_slice_in_dim(chunks, first, group)
-        here = lax.dynamic_slice_in_dim(lengths, first, group)
-        behind = jnp.broadcast_to(rider_ids, (group, rider_ids.shape[0]))
-        where = kept.slots[k:] if streaming else first
-        attend = _chunk_attend(
-            by, size, here, prefix, prefix_by, prompt.prefix_length, riders, where
-        )
-        x, pool = model.run(jnp.concatenate([tokens, behind], axis=1), attend, pool)
+        at = i * group + jnp.arange(group)
+        pair = order[jnp.minimum(at, pairs - 1)]
+        here = jnp.where(at < pairs, lengths[pair], 0)
+        owner = pair // n
+        tokens = chunks[pair]
+        some = None
         if riders is not None:
-            found = read_scores(model, x[:, size:], riders)
-            scores = place(scores, first, jnp.where(here > 0, found, -jnp.inf))
+            some = riders.of(owner)
+            tokens = jnp.concatenate([tokens, some.ids.reshape(group, -1)], axis=1)
+        # Those of one document lie together; what hangs over the end has places behind the last.
+        where = i * group if batch == 1 else jnp.where(at < pairs, pair, pairs)
         if streaming:
-            new = lax.dynamic_slice_in_dim(scores, first, group)
+            where = kept.slots[k:]
+        attend = _chunk_attend(
+            by, size, here, prefix, prompt.prefix_length[owner], owner, some, where, model
+        )
+        x, pool = model.run(tokens, attend, pool)
+        if some is not None:
+            found = read_scores(model, x[:, size:], some)
+            target = jnp.where(here > 0, pair, pairs)
+            scores = scores.at[target].set(found, mode="drop")
+        if streaming:
+            new = jnp.where(at < pairs, scores[pair], -jnp.inf)
             pool = dataclasses.replace(pool, lengths=pool.lengths.at[where].set(here))
-            kept = _merge_kept(kept, new, first + jnp.arange(group), k, config.keep_first)
+            kept = _merge_kept(kept, new, jnp.where(at < pairs, pair, pairs), k, config.keep_first)
         return pool, scores, kept
 
     pool, kept = None, None
-    scores = jnp.full((padded,), -jnp.inf, jnp.float32)
-    if known is not None:
-        scores = place(scores, jnp.int32(0), known)
+    scores = jnp.full((pairs,), -jnp.inf, jnp.float32) if known is None else known
     if pooling:
-        places = k + group if streaming else padded
+        places = k + group if streaming else -(-pairs // group) * group
         pool = init_pool(model.config, places, size, model.dtype)
         if streaming:
             empty = jnp.full((places,), -jnp.inf, jnp.float32)
-            kept = _Kept(jnp.full((places,), padded, jnp.int32), empty, jnp.arange(places))
+            kept = _Kept(jnp.full((places,), pairs, jnp.int32), empty, jnp.arange(places))
         else:
-            pool = dataclasses.replace(pool, lengths=lengths)
+            pool = dataclasses.replace(pool, lengths=jnp.pad(lengths, (0, places - pairs)))
     groups = -(-jnp.count_nonzero(lengths) // group)
     pool, scores, kept = lax.fori_loop(0, groups, encode_group, (pool, scores, kept))
-    selection = None
-    if kept is not None:
-        found = kept.scores[:k] > -jnp.inf
-        found |= jnp.isnan(kept.scores[:k])
-        order = jnp.argsort(jnp.where(found, kept.ids[:k], padded))
-        found = found[order]
-        selection = Selection(
-            chunk_ids=jnp.where(found, kept.ids[order], EMPTY_SLOT),
-            scores=jnp.where(found, kept.scores[order], -jnp.inf),
-            slots=jnp.where(found, kept.slots[order], EMPTY_SLOT),
-        )
-    scored = riders is not None or known is not None
-    return pool, scores[:n] if scored else None, selection
+    selection = None if kept is None else _kept_selection(kept, k, n, config)
+    if riders is None and known is None:
+        return pool, None, selection
+    return pool, scores.reshape(batch, n), selection
+
+
+def _chunk_attend(
+    by: Rotation,
+    chunk_size: int,
+    lengths: Int[Array, "g"],
+    prefix: _Prefix,
+    prefix_length: Int[Array, "g"],
+    owner: Int[Array, "g"],
+    riders: Riders | None,
+    where: Int[Array, "*g"],
+    model: LLaDA,
+):
+    """Attention of a group of chunks with riders behind them; the carry is the pool or None.
+
+    owner: request of each chunk; where: its place in the pool, or that of the first.
+    """
+    if prefix.k:
+        # Chunk rows sit at 0..C-1, so the prefix ends at -1.
+        row = jnp.arange(prefix.k[0].shape[1])
+        prefix_by = rotation(model.config, row - prefix_length[:, None])
+
+    def attend(layer: int, q: Array, k: Array, v: Array, pool: ChunkPool | None):
+        q, k = rotate(q, by), rotate(k, by)
+        chunk_k, chunk_v = k[:, :chunk_size], v[:, :chunk_size]
+        seen = attention(q, chunk_k, chunk_v, lengths, need_lse=True)
+        if prefix.k:
+            before = attention(
+                q,
+                rotate(prefix.k[layer][owner], prefix_by),
+                prefix.v[layer][owner],
+                prefix_length,
+                need_lse=True,
+            )
+            seen = merge(seen, before)
+        out = seen.out
+        if riders is not None:
+            behind = Partial(out[:, chunk_size:], seen.lse[..., chunk_size:])
+            own_q, own_k, own_v = (x[:, chunk_size:] for x in (q, k, v))
+            own = ride(behind, own_q, own_k, own_v, riders)
+            out = jnp.concatenate([out[:, :chunk_size], own], axis=1)
+        return out, None if pool is None else write_chunks(pool, layer, chunk_k, chunk_v, where)
+
+    return attend
+
+
+def _kept_selection(kept: _Kept, k: int, n: int, config: SelectionConfig) -> Selection:
+    ids, scores, slots = (x[:k] for x in kept)
+    ranked = ranking(scores, ids, config.keep_first)
+    found = ranked > -jnp.inf
+    if config.max_k is not None:
+        found = within_margin(ranked, config.top_k, config.margin)
+    order = jnp.argsort(jnp.where(found, ids, n))
+    found = found[order]
+    return Selection(
+        chunk_ids=jnp.where(found, ids[order], EMPTY_SLOT),
+        scores=jnp.where(found, scores[order], -jnp.inf),
+        slots=jnp.where(found, slots[order], EMPTY_SLOT),
+    )
 
 
 def _merge_kept(kept: _Kept, scores: Array, ids: Array, k: int, keep_first: bool) -> _Kept:

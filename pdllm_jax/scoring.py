@@ -1,10 +1,13 @@
 """Step 2: what a question is worth to every chunk. Drafting, the rows that are scored, the scores.
 
-The scored rows ride behind a chunk: R copies of query and draft, copy r with the slots s with
-s % R == r masked. They attend to prefix, chunk and themselves, all copies on the same positions,
-and no chunk row attends to them. So one pass over a document yields chunk KV that no question has
-touched, with the pseudo-log-likelihood of every scored slot (`prefill`); and a later question
-costs its own rows against that KV (`score_chunks`). R = number of slots is exactly leave-one-out.
+The scored rows ride behind a chunk: R copies of the query and what follows it (a draft, or the
+response so far), copy r with the scored slots s % R == r masked. They attend to prefix, chunk and
+themselves, all copies on the same positions, and no chunk row attends to them. So one pass over a
+document yields chunk KV that no question has touched, with the pseudo-log-likelihood of every
+scored slot (`prefill`); and a later question costs its own rows against that KV (`score_chunks`).
+R = number of slots is exactly leave-one-out.
+
+Inside, everything has an axis of requests.
 """
 
 from __future__ import annotations
@@ -21,28 +24,28 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import Implementation, Partial, chunk_attention, chunk_attention_mass, merge
 from pdllm_jax.attention import attention
 from pdllm_jax.cache import ChunkCache
-from pdllm_jax.config import SelectionConfig
+from pdllm_jax.config import CONTROLS, SelectionConfig
 from pdllm_jax.model import LLaDA
 from pdllm_jax.rope import rotate, rotation
+from pdllm_jax.rows import overlay, slices
 from pdllm_jax.sampling import log_probability
 from pdllm_jax.selection import control_scores
 
-# Scorers that need no pass of the network, and those whose rows ride through one.
-CONTROLS = ("all", "first", "last", "random", "oracle")
+# Scorers whose rows ride through the network behind every chunk.
 RIDING = ("draft", "query", "confidence")
 
 
 class Question(NamedTuple):
-    """Prefix and query: all that a question brings, padded behind its lengths."""
+    """Prefix and query of each request: all that a question brings, padded behind its lengths."""
 
-    prefix: Int[Array, "P"]
-    prefix_length: Int[Array, ""]
-    query: Int[Array, "Q"]
-    query_length: Int[Array, ""]
+    prefix: Int[Array, "B P"]
+    prefix_length: Int[Array, "B"]
+    query: Int[Array, "B Q"]
+    query_length: Int[Array, "B"]
 
 
 class HasQuestion(Protocol):
-    """A `Question`, or a prompt that has one."""
+    """A `Question`, or a prompt that has one; with or without an axis of requests."""
 
     @property
     def prefix(self) -> Array: ...
@@ -59,13 +62,14 @@ class HasQuestion(Protocol):
 class Draft:
     """d tokens behind the query: guesses where `confirmed`, mask tokens elsewhere."""
 
-    tokens: Int[Array, "d"]
-    confirmed: Bool[Array, "d"]
+    tokens: Int[Array, "*B d"]
+    confirmed: Bool[Array, "*B d"]
 
 
-def place(rows: Array, start: Array, values: Array) -> Array:
-    """values written over rows from a run-time start on."""
-    return lax.dynamic_update_slice_in_dim(rows, values.astype(rows.dtype), start, axis=0)
+def question_of(prompt: HasQuestion) -> Question:
+    """Its question, with an axis of requests, if only of one."""
+    found = Question(prompt.prefix, prompt.prefix_length, prompt.query, prompt.query_length)
+    return found if prompt.query.ndim == 2 else jax.tree.map(lambda x: x[None], found)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -73,120 +77,133 @@ def draft_response(model: LLaDA, prompt: HasQuestion, config: SelectionConfig) -
     """Guesses the response's first tokens from prefix and query alone, `draft_steps` evaluations.
 
     Slot 0 first, then each time the most confident of the slots that are still masked.
-    prompt: a `ChunkedPrompt` or a `Question`.
+    prompt: a `ChunkedPrompt` or a `Question`, of one request or a batch of them.
     """
-    mask_id = model.config.mask_token_id
-    p, q, d = prompt.prefix_length, prompt.query_length, config.draft_length
+    draft = _draft(model, question_of(prompt), config)
+    return draft if prompt.query.ndim == 2 else jax.tree.map(lambda x: x[0], draft)
+
+
+def _draft(model: LLaDA, question: Question, config: SelectionConfig) -> Draft:
+    d, batch = config.draft_length, question.query.shape[0]
+    start = question.prefix_length + question.query_length
     # Each part overwrites the padding of the one before it.
-    rows = jnp.zeros(prompt.prefix.shape[0] + prompt.query.shape[0] + d, jnp.int32)
-    rows = place(place(rows, jnp.int32(0), prompt.prefix), p, prompt.query)
+    rows = jnp.pad(question.prefix, ((0, 0), (0, question.query.shape[1] + d)))
+    rows = overlay(rows, question.prefix_length, question.query)
 
     def step(i: Array, draft: Draft) -> Draft:
-        ids = place(rows, p + q, draft.tokens)
-        hidden = model.encode(ids[None], (p + q + d)[None])[0]
-        logits = model.logits(lax.dynamic_slice_in_dim(hidden, p + q, d))
+        hidden = model.encode(overlay(rows, start, draft.tokens), start + d)
+        logits = model.logits(slices(hidden, start, d))
         guess = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         confidence = jnp.where(draft.confirmed, -jnp.inf, log_probability(logits, guess))
-        slot = jnp.where(i == 0, 0, jnp.argmax(confidence))
-        return Draft(draft.tokens.at[slot].set(guess[slot]), draft.confirmed.at[slot].set(True))
+        slot = jnp.where(i == 0, 0, jnp.argmax(confidence, axis=-1))
+        chosen = jnp.arange(d) == slot[:, None]
+        return Draft(jnp.where(chosen, guess, draft.tokens), draft.confirmed | chosen)
 
-    empty = Draft(jnp.full((d,), mask_id, jnp.int32), jnp.zeros((d,), bool))
-    return lax.fori_loop(0, config.draft_steps, step, empty)
+    return lax.fori_loop(0, config.draft_steps, step, _masks(model, batch, d))
+
+
+def _masks(model: LLaDA, batch: int, d: int) -> Draft:
+    """Nothing guessed yet."""
+    tokens = jnp.full((batch, d), model.config.mask_token_id, jnp.int32)
+    return Draft(tokens, jnp.zeros((batch, d), bool))
 
 
 class Riders(NamedTuple):
-    """Masked copies of query and draft, and where their scored slots are read."""
+    """Masked copies of query and what follows it, and where their scored slots are read."""
 
-    ids: Int[Array, "R T"]
-    length: Int[Array, ""]
-    read_copy: Int[Array, "S"]
-    read_row: Int[Array, "S"]
-    read_token: Int[Array, "S"] | None  # None: whatever is likeliest there
-    read_valid: Bool[Array, "S"]
+    ids: Int[Array, "B R T"]
+    length: Int[Array, "B"]
+    read_copy: Int[Array, "B S"]
+    read_row: Int[Array, "B S"]
+    read_token: Int[Array, "B S"] | None  # None: whatever is likeliest there
+    read_valid: Bool[Array, "B S"]
 
-
-def _next_block(prompt: HasQuestion, config: SelectionConfig, mask_id: int) -> Riders:
-    """The query with the next block's masks behind it, which are read."""
-    d = config.draft_length
-    ids = jnp.zeros(prompt.query.shape[0] + d, jnp.int32)
-    ids = place(place(ids, jnp.int32(0), prompt.query), prompt.query_length, jnp.full(d, mask_id))
-    return Riders(
-        ids=ids[None],
-        length=prompt.query_length + d,
-        read_copy=jnp.zeros(d, jnp.int32),
-        read_row=prompt.query_length + jnp.arange(d),
-        read_token=None,
-        read_valid=jnp.ones(d, bool),
-    )
+    def of(self, request: Int[Array, "g"]) -> Riders:
+        """Those of some requests."""
+        return jax.tree.map(lambda x: x[request], self)
 
 
-def _masked_copies(
-    prompt: HasQuestion, draft: Draft | None, config: SelectionConfig, mask_id: int
+def make_riders(
+    model: LLaDA, question: Question, config: SelectionConfig, draft: Draft | None
 ) -> Riders:
-    q, q_rows = prompt.query_length, prompt.query.shape[0]
+    """The rows that a scorer of RIDING sends through the network behind every chunk."""
+    batch = question.query.shape[0]
+    if config.scorer == "confidence":
+        return riders_of(model, question, _masks(model, batch, config.draft_length), config, 0)
+    if config.scorer == "query":
+        return riders_of(model, question, _masks(model, batch, 0), config, 0)
     if draft is None:
-        draft = Draft(jnp.zeros((0,), jnp.int32), jnp.zeros((0,), bool))
-    d = draft.tokens.shape[0]
-    scored_rows = q_rows + (config.draft_steps if d else 0)
-    copies = scored_rows if config.masked_copies is None else config.masked_copies
-    row = jnp.arange(q_rows + d)
-    ids = place(jnp.zeros(q_rows + d, jnp.int32), jnp.int32(0), prompt.query)
-    ids = place(ids, q, draft.tokens)
-    confirmed = place(jnp.zeros(q_rows + d, bool), q, draft.confirmed)
-    scored = (row < q) | confirmed
-    slot = jnp.where(scored, jnp.cumsum(scored) - 1, -1)
-    masked = scored & (slot % copies == jnp.arange(copies)[:, None])
-    read_row = jnp.argsort(~scored, stable=True)[:scored_rows]
-    read_slot = jnp.arange(scored_rows)
-    return Riders(
-        ids=jnp.where(masked, mask_id, ids),
-        length=q + d,
-        read_copy=read_slot % copies,
-        read_row=read_row,
-        read_token=ids[read_row],
-        read_valid=read_slot < scored.sum(),
+        draft = _draft(model, question, config)
+    elif draft.tokens.ndim == 1:
+        draft = jax.tree.map(lambda x: x[None], draft)
+    return riders_of(model, question, draft, config, min(config.draft_steps, draft.tokens.shape[1]))
+
+
+def riders_of(
+    model: LLaDA, question: Question, tail: Draft, config: SelectionConfig, most: int
+) -> Riders:
+    """The query with `tail` behind it, as the scorer reads them.
+
+    "draft": every query token and every confirmed one of the tail (at most `most`) is scored;
+    "query": query tokens alone, the tail is there to be seen; "confidence": the best token of every
+    slot of the tail that is not confirmed, in one copy with nothing else masked.
+    """
+    mask_id, q_rows = model.config.mask_token_id, question.query.shape[1]
+    d = tail.tokens.shape[1]
+    confidence = config.scorer == "confidence"
+    if config.scorer == "query":
+        most = 0
+    scored_rows = d if confidence else q_rows + most
+    copies = config.masked_copies
+    if confidence or copies is None:
+        copies = 1 if confidence else scored_rows
+
+    def one(query: Array, length: Array, tokens: Array, confirmed: Array) -> tuple[Array, ...]:
+        row = jnp.arange(q_rows + d)
+        place = functools.partial(lax.dynamic_update_slice_in_dim, axis=0)
+        ids = place(jnp.pad(query, (0, d)), tokens, length)
+        if confidence:
+            ids_of_copy = ids[None]
+            scored = place(jnp.zeros(q_rows + d, bool), ~confirmed, length)
+        else:
+            scored = row < length
+            if most:
+                scored |= place(jnp.zeros(q_rows + d, bool), confirmed, length)
+            slot = jnp.where(scored, jnp.cumsum(scored) - 1, -1)
+            masked = scored & (slot % copies == jnp.arange(copies)[:, None])
+            ids_of_copy = jnp.where(masked, mask_id, ids)
+        read_row = jnp.argsort(~scored, stable=True)[:scored_rows]
+        read_slot = jnp.arange(scored_rows)
+        return ids_of_copy, read_slot % copies, read_row, ids[read_row], read_slot < scored.sum()
+
+    ids, copy, row, token, valid = jax.vmap(one)(
+        question.query, question.query_length, tail.tokens, tail.confirmed
     )
+    read_token = None if confidence else token
+    return Riders(ids, question.query_length + d, copy, row, read_token, valid)
 
 
 def read_scores(model: LLaDA, x: Float[Array, "g T M"], riders: Riders) -> Float[Array, "g"]:
     """Mean log-probability of the scored slots; only their rows reach the LM head."""
-    n, t = riders.ids.shape
-    x = x.reshape(x.shape[0], n, t, -1)[:, riders.read_copy, riders.read_row]
+    group, n, t = riders.ids.shape
+    each = jnp.arange(group)[:, None]
+    x = x.reshape(group, n, t, -1)[each, riders.read_copy, riders.read_row]
     logits = model.logits(model.final_norm(x))
-    if riders.read_token is None:
-        tokens = jnp.argmax(logits, axis=-1)
-    else:
-        tokens = jnp.broadcast_to(riders.read_token, logits.shape[:-1])
+    tokens = jnp.argmax(logits, axis=-1) if riders.read_token is None else riders.read_token
     likelihood = jnp.where(riders.read_valid, log_probability(logits, tokens), 0.0)
-    return likelihood.sum(axis=-1) / riders.read_valid.sum()
-
-
-def make_riders(
-    model: LLaDA, prompt: HasQuestion, config: SelectionConfig, draft: Draft | None
-) -> Riders:
-    """The rows that a scorer of RIDING sends through the network behind every chunk."""
-    mask_id = model.config.mask_token_id
-    if config.scorer == "confidence":
-        return _next_block(prompt, config, mask_id)
-    if config.scorer == "query":
-        return _masked_copies(prompt, None, config, mask_id)
-    draft = draft_response(model, prompt, config) if draft is None else draft
-    return _masked_copies(prompt, draft, config, mask_id)
+    return likelihood.sum(axis=-1) / jnp.maximum(riders.read_valid.sum(axis=-1), 1)
 
 
 def ride(seen: Partial, q: Array, k: Array, v: Array, riders: Riders) -> Array:
     """Attention of riders [g, R T, H, D]: what they saw elsewhere, and each copy itself."""
-    group, rows, heads, dim = q.shape
-    n, t = riders.ids.shape
+    group, n, t = riders.ids.shape
 
     def split(x: Array) -> Array:
         return x.reshape(group * n, t, *x.shape[2:])
 
-    lengths = jnp.broadcast_to(riders.length, (group * n,))
-    own = attention(split(q), split(k), split(v), lengths, need_lse=True)
+    own = attention(split(q), split(k), split(v), jnp.repeat(riders.length, n), need_lse=True)
     lse = split(seen.lse.swapaxes(1, 2)).swapaxes(1, 2)
-    both = merge(Partial(split(seen.out), lse), own).out
-    return both.reshape(group, rows, heads, dim)
+    return merge(Partial(split(seen.out), lse), own).out.reshape(q.shape)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "implementation"))
@@ -199,7 +216,7 @@ def score_chunks(
     query_length: Int[Array, "*B"] | None = None,
     draft: Draft | None = None,
     key: Array | None = None,
-    oracle: Int[Array, "M"] | None = None,
+    oracle: Int[Array, "*B M"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*B N"]:
     """Scores of a document's chunks for another question, from the KV that `prefill` has kept.
@@ -209,9 +226,10 @@ def score_chunks(
 
     Args:
       cache: of `prefill` or `encode_document`; its pool is needed by all scorers but the controls.
-      query_ids: [Q], or [B, Q] for several questions, scored one after another; padded behind
-        query_length where that is given.
-      draft: from `draft_response`, for a single question; made here where none is given.
+        With an axis of documents, question b is about document b; else all are about the one.
+      query_ids: [Q], or [B, Q] for several questions; padded behind query_length where that is
+        given.
+      draft: from `draft_response`; made here where none is given.
       key, oracle: as `prefill` takes them.
       implementation: of the attention over chunks, as `chunk_attention` names them.
 
@@ -219,118 +237,178 @@ def score_chunks(
       Natural log, float32 ("attention": a share of one), -inf for chunks that are padding.
 
     Raises:
-      ValueError: the cache holds no pool, or that of a streamed document.
+      ValueError: the cache holds no pool, or that of a streamed document; questions that do not
+        go with the documents.
     """
     query_ids = jnp.asarray(query_ids, jnp.int32)
     rows = query_ids.shape[-1]
     if query_length is None:
         query_length = jnp.full(query_ids.shape[:-1], rows, jnp.int32)
     query_length = jnp.asarray(query_length, jnp.int32)
+    if cache.batched and cache.tokens.shape[:1] != query_ids.shape[:-1]:
+        raise ValueError(
+            f"query_ids {query_ids.shape} for {cache.tokens.shape[0]} documents: want one for each"
+        )
     if config.scorer in CONTROLS:
-        scores = control_scores(config, cache.lengths > 0, key, oracle)
-        return jnp.broadcast_to(scores, (*query_ids.shape[:-1], *scores.shape))
+        exists = jnp.broadcast_to(
+            cache.lengths > 0, (*query_ids.shape[:-1], cache.lengths.shape[-1])
+        )
+        return control_scores(config, exists, key, oracle)
+    queries = jnp.atleast_2d(query_ids)
+    documents = cache.per_document()
+    batch = queries.shape[0]
+    question = Question(
+        jnp.broadcast_to(documents.prefix_ids, (batch, documents.prefix_ids.shape[1])),
+        jnp.broadcast_to(documents.prefix_length, (batch,)),
+        queries,
+        jnp.broadcast_to(query_length, (batch,)),
+    )
+    check_scorable(cache)
+    riders = None
+    if config.scorer in RIDING:
+        riders = make_riders(model, question, config, draft)
+    scores = score_question(model, cache, question, riders, config, implementation)
+    return scores if query_ids.ndim == 2 else scores[0]
+
+
+def check_scorable(cache: ChunkCache) -> None:
+    """ValueError where the cache does not hold the KV of every chunk."""
     if cache.pool is None:
         raise ValueError("the cache holds no chunk KV to score with: prefill with keep_pool=True")
     if cache.streamed:
         raise ValueError("the cache holds the kept chunks alone: no other chunk can be scored")
 
-    def one(query: Array, length: Array, draft: Draft | None) -> Array:
-        question = Question(cache.prefix_ids, cache.prefix_length, query, length)
-        if config.scorer == "attention":
-            return _attention_mass(model, cache, question, implementation)
-        riders = make_riders(model, question, config, draft)
-        return _score_riders(model, cache, riders, config, implementation)
 
-    if query_ids.ndim == 1:
-        return one(query_ids, query_length, draft)
-    return lax.map(lambda x: one(x[0], x[1], None), (query_ids, query_length))
+def score_question(
+    model: LLaDA,
+    cache: ChunkCache,
+    question: Question,
+    riders: Riders | None,
+    config: SelectionConfig,
+    implementation: Implementation | None,
+    *,
+    counted: Bool[Array, "B T"] | None = None,
+    wanted: Bool[Array, "B"] | None = None,
+) -> Float[Array, "B N"]:
+    """Scores of every request's chunks by a scorer that reads them; riders None: "attention".
+
+    counted: query rows whose attention counts, all by default. wanted: requests that are scored at
+    all, which cost nothing elsewhere; -inf for the others.
+    """
+    batch, (documents, n) = question.query.shape[0], cache.per_document().lengths.shape
+    document = jnp.arange(batch) if documents == batch else jnp.zeros((batch,), jnp.int32)
+    exists = cache.per_document().lengths[document] > 0
+    if wanted is not None:
+        exists &= wanted[:, None]
+    place = jnp.where(exists, document[:, None] * n + jnp.arange(n), -1)  # [B, N], in the pool
+    if riders is None:
+        if counted is None:
+            counted = jnp.arange(question.query.shape[1]) < question.query_length[:, None]
+        scores = _attention_mass(model, cache, question, document, place, counted, implementation)
+    else:
+        scores = _score_riders(model, cache, riders, document, place, config, implementation)
+    return jnp.where(exists, scores, -jnp.inf)
 
 
 def _score_riders(
     model: LLaDA,
     cache: ChunkCache,
     riders: Riders,
+    document: Int[Array, "B"],
+    place: Int[Array, "B N"],
     config: SelectionConfig,
     implementation: Implementation | None,
-) -> Float[Array, "N"]:
-    pool = cache.pool
+) -> Float[Array, "B N"]:
+    """Groups of (request, chunk) pairs go through the network together."""
+    pool, documents = cache.pool, cache.per_document()
     assert pool is not None
-    n, size = cache.tokens.shape
-    copies, t = riders.ids.shape
+    size, (batch, n) = cache.tokens.shape[-1], place.shape
+    _, copies, t = riders.ids.shape
     # As many rows at once as an encoding pass has.
-    group = min(n, max(1, config.encode_batch * size // (copies * t)))
+    group = min(batch * n, max(1, config.encode_batch * size // (copies * t)))
     place_in = jnp.tile(jnp.arange(t), copies)
     local = rotation(model.config, size + place_in)
-    behind_prefix = rotation(model.config, cache.prefix_length + size + place_in)
+    places = place.reshape(-1)
+    order = jnp.argsort(places < 0, stable=True)
 
     def score_group(i: Array, scores: Array) -> Array:
-        ids = i * group + jnp.arange(group)
+        at = i * group + jnp.arange(group)
+        pair = order[jnp.minimum(at, batch * n - 1)]
+        request, chunk = pair // n, jnp.where(at < batch * n, places[pair], -1)
+        here = riders.of(request)
+        owner = document[request]
+        start = documents.prefix_length[owner, None]
+        behind_prefix = rotation(model.config, start + size + place_in)
 
         def attend(layer: int, q: Array, k: Array, v: Array, carry: None) -> tuple[Array, None]:
-            turned, own_k = rotate(q, local), rotate(k, local)
             before = None
-            if cache.prefix_k is not None and cache.prefix_v is not None:
-                part = attention(
-                    rotate(q, behind_prefix).reshape(1, -1, *q.shape[2:]),
-                    cache.prefix_k[layer][None],
-                    cache.prefix_v[layer][None],
-                    cache.prefix_length[None],
+            if documents.prefix_k is not None and documents.prefix_v is not None:
+                before = attention(
+                    rotate(q, behind_prefix),
+                    documents.prefix_k[layer][owner],
+                    documents.prefix_v[layer][owner],
+                    documents.prefix_length[owner],
                     need_lse=True,
                 )
-                lse = part.lse.reshape(q.shape[2], group, -1).swapaxes(0, 1)
-                before = Partial(part.out.reshape(q.shape), lse)
+            turned, own_k = rotate(q, local), rotate(k, local)
             seen = chunk_attention(
-                turned, pool.k, pool.v, ids[:, None], pool.lengths,
+                turned, pool.k, pool.v, chunk[:, None], pool.lengths,
                 layer=layer, other=before, implementation=implementation,
             )  # fmt: skip
-            return ride(seen, turned, own_k, v, riders), None
+            return ride(seen, turned, own_k, v, here), None
 
-        rows = jnp.broadcast_to(riders.ids.reshape(-1), (group, copies * t))
-        x, _ = model.run(rows, attend, None)
-        found = read_scores(model, x, riders)
+        x, _ = model.run(here.ids.reshape(group, copies * t), attend, None)
         # The last group may hang over the end; those rows are dropped.
-        return scores.at[ids].set(found, mode="drop")
+        where = jnp.where(chunk >= 0, pair, batch * n)
+        return scores.at[where].set(read_scores(model, x, here), mode="drop")
 
-    groups = -(-jnp.count_nonzero(cache.lengths) // group)
-    scores = lax.fori_loop(0, groups, score_group, jnp.zeros((n,), jnp.float32))
-    return jnp.where(cache.lengths > 0, scores, -jnp.inf)
+    groups = -(-jnp.count_nonzero(places >= 0) // group)
+    scores = lax.fori_loop(0, groups, score_group, jnp.zeros((batch * n,), jnp.float32))
+    return scores.reshape(batch, n)
 
 
 def _attention_mass(
-    model: LLaDA, cache: ChunkCache, question: Question, implementation: Implementation | None
-) -> Float[Array, "N"]:
-    """Each chunk's share of the attention that the query's rows pay to the document.
+    model: LLaDA,
+    cache: ChunkCache,
+    question: Question,
+    document: Int[Array, "B"],
+    place: Int[Array, "B N"],
+    counted: Bool[Array, "B T"],
+    implementation: Implementation | None,
+) -> Float[Array, "B N"]:
+    """Each chunk's share of the attention that the counted query rows pay to the document.
 
     The query goes through the network once, behind the prefix, and sees every chunk as if it lay
-    just before it. The mean over layers, heads and the query's rows.
+    just before it. The mean over layers, heads and rows.
     """
-    pool = cache.pool
+    pool, documents = cache.pool, cache.per_document()
     assert pool is not None
-    n, size = cache.tokens.shape
-    row = jnp.arange(question.query.shape[0])
-    local = rotation(model.config, size + row)
-    behind_prefix = rotation(model.config, cache.prefix_length + size + row)
-    counts = (row < question.query_length).astype(jnp.float32)
+    row = jnp.arange(question.query.shape[1])
+    local = rotation(model.config, cache.tokens.shape[-1] + row)
+    start = documents.prefix_length[document, None] + cache.tokens.shape[-1]
+    behind_prefix = rotation(model.config, start + row)
+    counts = counted.astype(jnp.float32)
 
     def attend(layer: int, q: Array, k: Array, v: Array, total: Array) -> tuple[Array, Array]:
         turned = rotate(q, local)
-        parts = [attention(turned, rotate(k, local), v, question.query_length[None], need_lse=True)]
-        if cache.prefix_k is not None and cache.prefix_v is not None:
+        parts = [attention(turned, rotate(k, local), v, question.query_length, need_lse=True)]
+        if documents.prefix_k is not None and documents.prefix_v is not None:
             parts.append(
                 attention(
                     rotate(q, behind_prefix),
-                    cache.prefix_k[layer][None],
-                    cache.prefix_v[layer][None],
-                    cache.prefix_length[None],
+                    documents.prefix_k[layer][document],
+                    documents.prefix_v[layer][document],
+                    documents.prefix_length[document],
                     need_lse=True,
                 )
             )
-        every = jnp.where(cache.lengths > 0, jnp.arange(n), -1)[None]
-        document, mass = chunk_attention_mass(
-            turned, pool.k, pool.v, every, pool.lengths, layer=layer, implementation=implementation
+        seen, mass = chunk_attention_mass(
+            turned, pool.k, pool.v, place, pool.lengths, layer=layer, implementation=implementation
         )
-        share = jnp.einsum("htn,t->n", mass[0], counts) / (counts.sum() * q.shape[2])
-        return merge(document, *parts).out, total + share
+        share = jnp.einsum("bhtn,bt->bn", mass, counts)
+        share /= jnp.maximum(counts.sum(axis=-1), 1)[:, None] * q.shape[2]
+        return merge(seen, *parts).out, total + share
 
-    _, total = model.run(question.query[None], attend, jnp.zeros((n,), jnp.float32))
-    return jnp.where(cache.lengths > 0, total / model.config.n_layers, -jnp.inf)
+    none = jnp.zeros(place.shape, jnp.float32)
+    _, total = model.run(question.query, attend, none)
+    return total / model.config.n_layers

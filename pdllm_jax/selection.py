@@ -43,55 +43,96 @@ def ranking(
     return rank_by
 
 
-@functools.partial(jax.jit, static_argnames=("k", "keep_first"))
-def select_top_k(scores: Float[Array, "*B N"], k: int, *, keep_first: bool = False) -> Selection:
+def within_margin(ranked: Float[Array, "*B S"], k: int, margin: float) -> Bool[Array, "*B S"]:
+    """Which of the best S chunks, best first, are kept: k, and those close behind the k-th.
+
+    ranked: what chunks are ranked by, descending. A chunk behind the k-th is kept where that one's
+    score exceeds its own by at most `margin`.
+    """
+    rank = jnp.arange(ranked.shape[-1])
+    last = ranked[..., min(k, ranked.shape[-1]) - 1, None]
+    close = last - ranked <= margin
+    return (ranked > -jnp.inf) & ((rank < k) | close)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "keep_first", "max_k", "margin"))
+def select_top_k(
+    scores: Float[Array, "*B N"],
+    k: int,
+    *,
+    keep_first: bool = False,
+    max_k: int | None = None,
+    margin: float = 0.0,
+) -> Selection:
     """The k chunks with the highest scores, ties to the lower index.
+
+    All but the scores is static: a new value compiles anew.
 
     Args:
       scores: -inf marks a chunk that is empty or padding; such a chunk is never chosen. NaN ranks
         below every number.
-      k: chunks to keep; at least N keeps everything. Static: a new value compiles anew.
+      k: chunks to keep; at least N keeps everything.
       keep_first: chunk 0 is among them, whatever its score.
+      max_k, margin: adaptive K: chunks whose score lies at most `margin` under that of the k-th
+        are kept too, up to max_k in all; the selection then has max_k slots.
 
     Raises:
-      ValueError: k is not positive.
+      ValueError: k is not positive, or max_k less than k.
     """
     if k <= 0:
         raise ValueError(f"k must be positive, got {k}")
+    if max_k is not None and max_k < k:
+        raise ValueError(f"max_k {max_k} is less than k {k}")
     n = scores.shape[-1]
-    found, ids = jax.lax.top_k(ranking(scores, jnp.arange(n), keep_first), min(k, n))
-    found = found > -jnp.inf
+    best, ids = jax.lax.top_k(
+        ranking(scores, jnp.arange(n), keep_first), min(k if max_k is None else max_k, n)
+    )
+    found = best > -jnp.inf if max_k is None else within_margin(best, k, margin)
     ids = jnp.sort(jnp.where(found, ids, n), axis=-1).astype(jnp.int32)
     chosen = jnp.take_along_axis(scores, jnp.minimum(ids, n - 1), axis=-1)
     return Selection(jnp.where(ids == n, EMPTY_SLOT, ids), jnp.where(ids == n, -jnp.inf, chosen))
 
 
+def select(scores: Float[Array, "*B N"], config: SelectionConfig) -> Selection:
+    """`select_top_k` as a configuration asks for it."""
+    return select_top_k(
+        scores,
+        config.top_k,
+        keep_first=config.keep_first,
+        max_k=config.max_k,
+        margin=float(config.margin),
+    )
+
+
 def control_scores(
     config: SelectionConfig,
-    exists: Bool[Array, "N"],
+    exists: Bool[Array, "*B N"],
     key: Array | None,
-    oracle: Int[Array, "M"] | None = None,
-) -> Float[Array, "N"]:
+    oracle: Int[Array, "*B M"] | None = None,
+) -> Float[Array, "*B N"]:
     """Scores of the controls, which read neither document nor question.
 
-    "all" and "first" prefer early chunks, "last" late ones, "random" takes them at random by key;
-    "oracle" gives 0 to the chunks named and -inf to all others.
+    "all" and "first" prefer early chunks, "last" late ones, "random" takes them at random by key
+    (one for all requests, or [B]); "oracle" gives 0 to the chunks named and -inf to all others.
 
     Raises:
       ValueError: "random" without a key, "oracle" without ids.
     """
-    index = jnp.arange(exists.shape[0], dtype=jnp.float32)
+    chunk = jnp.arange(exists.shape[-1])
     if config.scorer == "random":
         if key is None:
             raise ValueError("scorer 'random' needs a key")
+
         # One draw per chunk, so that padding the document to a larger bucket changes none of them.
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(exists.shape[0]))
-        scores = jax.vmap(jax.random.uniform)(keys)
+        def draw(key: Array) -> Array:
+            return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(chunk)
+
+        scores = draw(key) if key.ndim == 0 else jax.vmap(draw)(key)
     elif config.scorer == "oracle":
         if oracle is None:
             raise ValueError("scorer 'oracle' needs the ids of the chunks to keep")
-        named = (jnp.arange(exists.shape[0])[:, None] == oracle).any(axis=-1)
+        named = (chunk[:, None] == jnp.asarray(oracle)[..., None, :]).any(axis=-1)
         scores = jnp.where(named, 0.0, -jnp.inf)
     else:
-        scores = index if config.scorer == "last" else -index
+        scores = (chunk if config.scorer == "last" else -chunk).astype(jnp.float32)
     return jnp.where(exists, scores, -jnp.inf)

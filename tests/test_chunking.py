@@ -57,7 +57,7 @@ def test_context_shorter_than_a_chunk():
 
 def test_true_lengths_behind_the_padding():
     prompt = chunk_prompt([1] * 9, range(100), [5] * 11, ChunkConfig(8), bos_id=7)
-    assert prompt.prefix.shape == (16,)
+    assert prompt.prefix.shape == (32,)
     assert int(prompt.prefix_length) == 9
     assert prompt.query.shape == (16,)
     assert int(prompt.query_length) == 11

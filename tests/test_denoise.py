@@ -17,7 +17,7 @@ from pdllm_jax.generate import generate_ids
 from pdllm_jax.model import LLaDA
 from pdllm_jax.prefill import prefill
 from pdllm_jax.selection import select_top_k
-from pdllm_jax.state import init_denoise
+from pdllm_jax.start import init_denoise
 
 MASK = ModelConfig.tiny().mask_token_id
 DECODE = DecodeConfig(gen_length=8, block_length=4)

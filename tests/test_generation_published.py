@@ -12,7 +12,7 @@ import pytest
 from pdllm_jax.config import DecodeConfig
 from pdllm_jax.denoise import denoise, denoise_step
 from pdllm_jax.generate import generate_ids
-from pdllm_jax.state import init_denoise
+from pdllm_jax.start import init_denoise
 from tests.support import model_from_tensors
 
 torch = pytest.importorskip("torch")

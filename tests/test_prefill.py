@@ -17,7 +17,7 @@ from pdllm_jax.model import LLaDA
 from pdllm_jax.prefill import encode_document, prefill, prefill_top_k
 from pdllm_jax.scoring import Draft, draft_response, score_chunks
 from pdllm_jax.selection import select_top_k
-from pdllm_jax.state import init_denoise
+from pdllm_jax.start import init_denoise
 from tests.oracles.definition import Definition
 
 MASK = ModelConfig.tiny().mask_token_id

@@ -1,0 +1,267 @@
+"""The method from chunked prompts to tokens, phase by phase, for one request or a batch of them.
+
+Everything between the phases stays on the device; the host waits at their ends, for the timings,
+and once a block where blocks are handed out as they are finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from pallas_kernels import Implementation, require_device, resolve_implementation
+from pdllm_jax.attention import dense_implementation
+from pdllm_jax.cache import ChunkCache
+from pdllm_jax.chunking import ChunkedPrompt
+from pdllm_jax.config import DecodeConfig, SelectionConfig
+from pdllm_jax.denoise import denoise
+from pdllm_jax.model import LLaDA
+from pdllm_jax.prefill import prefill, prefill_top_k
+from pdllm_jax.scoring import Question, draft_response, score_chunks
+from pdllm_jax.selection import EMPTY_SLOT, Selection, select
+from pdllm_jax.start import init_denoise
+from pdllm_jax.state import DenoiseState
+from pdllm_jax.timing import Stopwatch
+
+# (request, block, its tokens): called when a block of a response is finished.
+OnBlock = Callable[[int, int, list[int]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationResult:
+    """What came out, and how.
+
+    tokens: the response's G ids; text: decoded up to its end, None without a tokenizer.
+    evaluations: denoising evaluations of the network (draft, scoring and encoding not among them).
+    selection: {"chunks": ids kept, "scores": of every chunk or None where nothing was scored}, and
+      with re-selection "rescored", how often, and "chunks_at_end"; None for the baselines.
+    timings: seconds by phase: draft, score (where chunk KV is kept: the pass that also encodes),
+      encode, decode, compile (tracing and compiling, in no other phase), total. Of the whole batch.
+    paths: implementations used, by name.
+    """
+
+    tokens: list[int]
+    text: str | None
+    evaluations: int
+    selection: dict[str, Any] | None
+    timings: dict[str, float]
+    paths: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def used_paths(model: LLaDA, **more: str) -> dict[str, str]:
+    """`GenerationResult.paths`."""
+    return {
+        "attention": dense_implementation(model.dtype, model.config.head_dim),
+        **more,
+        "device": jax.devices()[0].device_kind,
+        "dtype": str(model.dtype),
+    }
+
+
+def phase_times(watch: Stopwatch) -> dict[str, float]:
+    """`GenerationResult.timings`."""
+    order = ("draft", "score", "encode", "decode", "compile")
+    timings = {name: watch.seconds.get(name, 0.0) for name in order}
+    return {**timings, "total": sum(timings.values())}
+
+
+def decode(
+    model: LLaDA,
+    cache: ChunkCache | None,
+    state: DenoiseState,
+    config: DecodeConfig,
+    *,
+    implementation: Implementation | None = None,
+    selecting: SelectionConfig | None = None,
+    on_block: OnBlock | None = None,
+) -> DenoiseState:
+    """`denoise`; with `on_block` block by block, the next one under way before one is fetched."""
+    if on_block is None:
+        return denoise(
+            model, cache, state,
+            config=config, implementation=implementation, selecting=selecting,
+        )  # fmt: skip
+    sent = np.asarray(state.block).tolist()
+    pending: list[tuple[Array, Array]] = []
+
+    def send(tokens: Array, done: Array) -> None:
+        for request, row in enumerate(np.asarray(tokens)):
+            for block in range(sent[request], int(done[request])):
+                piece = row[block * config.block_length :][: config.block_length].tolist()
+                on_block(request, block, piece)
+                sent[request] = block + 1
+                if not set(piece).isdisjoint(config.stop_ids):
+                    sent[request] = config.n_blocks  # what follows is filling
+                    break
+
+    for block in range(config.n_blocks):
+        state = denoise(
+            model, cache, state,
+            config=config, implementation=implementation, selecting=selecting,
+            until=jnp.int32(block + 1),
+        )  # fmt: skip
+        # Copies, for the state's buffers go into the next call.
+        pending.append((jnp.copy(state.tokens), jnp.copy(state.block)))
+        if len(pending) > 1:
+            send(*pending.pop(0))
+    send(*pending.pop())
+    return state
+
+
+def answer(
+    model: LLaDA,
+    prompt: ChunkedPrompt,
+    selecting: SelectionConfig,
+    config: DecodeConfig,
+    keys: Array,
+    *,
+    cache: ChunkCache | None = None,
+    requests: int = 1,
+    oracle: np.ndarray | None = None,
+    implementation: Implementation | None = None,
+    on_block: OnBlock | None = None,
+) -> list[GenerationResult]:
+    """Draft, score, select, encode, decode.
+
+    Args:
+      prompt: of one request, or a batch; those behind the first `requests` are filling. With a
+        `cache`, the questions about its document(s): chunks are then not read.
+      keys: one for each request of the batch, [B].
+      cache: document(s) encoded before, with the KV of every chunk.
+    """
+    sparse = selecting.keep_tokens
+    size = prompt.chunk_size if sparse is None else min(sparse, prompt.chunk_size)
+    path = resolve_implementation(
+        implementation, dtype=model.dtype, head_size=model.config.head_dim, chunk_size=size
+    )
+    require_device(path)
+    watch = Stopwatch()
+    counts = np.count_nonzero(
+        np.asarray(prompt.chunk_lengths if cache is None else cache.lengths), axis=-1
+    )
+    n = int(counts.max())
+    if selecting.scorer == "all":
+        selecting = dataclasses.replace(selecting, top_k=n, max_k=None)
+    elif n <= selecting.top_k and oracle is None:
+        # Everything is kept: there is nothing to score, now or later.
+        selecting = dataclasses.replace(
+            selecting, scorer="all", top_k=n, max_k=None, reselect="never"
+        )
+    elif selecting.max_k is not None:
+        selecting = dataclasses.replace(selecting, max_k=min(selecting.max_k, n))
+    passing = selecting.scoring()
+    scoring_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+    if prompt.query.ndim == 1:
+        scoring_keys = scoring_keys[0]
+    draft = None
+    if selecting.scorer == "draft":
+        with watch.phase("draft"):
+            question = Question(
+                prompt.prefix, prompt.prefix_length, prompt.query, prompt.query_length
+            )
+            draft = jax.block_until_ready(draft_response(model, question, passing))
+    with watch.phase("score"):
+        streams = (
+            prompt.query.ndim == 1
+            and selecting.encoding in ("independent", "bridge")
+            and selecting.reselect == "never"
+            and selecting.scorer != "attention"
+        )
+        shared = {"draft": draft, "key": scoring_keys, "oracle": oracle}
+        if cache is not None:
+            scores = score_chunks(
+                model, cache, prompt.query, passing, query_length=prompt.query_length,
+                implementation=implementation, **shared,
+            )  # fmt: skip
+            chosen = select(scores, selecting)
+        elif streams:
+            # Nothing but the kept chunks is ever asked for: no more need lie in memory.
+            kept = dataclasses.replace(
+                passing,
+                top_k=selecting.top_k,
+                max_k=selecting.max_k,
+                margin=selecting.margin,
+                keep_first=selecting.keep_first,
+            )
+            cache, chosen, scores = prefill_top_k(model, prompt, kept, **shared)
+        else:
+            passing = dataclasses.replace(
+                passing, encoding=selecting.encoding, reselect=selecting.reselect
+            )
+            cache, scores = prefill(model, prompt, passing, **shared)
+            chosen = select(scores, selecting)
+        if selecting.max_k is not None:
+            chosen = _trimmed(chosen)
+        jax.block_until_ready((cache, chosen))
+    with watch.phase("encode"):
+        state = init_denoise(
+            model, cache, chosen, prompt.query, config, keys,
+            query_length=prompt.query_length, selecting=selecting, implementation=implementation,
+        )  # fmt: skip
+        if requests < state.block.shape[0]:
+            filling = jnp.arange(state.block.shape[0]) >= requests
+            state = dataclasses.replace(
+                state, block=jnp.where(filling, config.n_blocks, state.block)
+            )
+        jax.block_until_ready(state)
+    again = selecting.reselect != "never"
+    if state.pool is not None and not again:
+        cache = None
+    with watch.phase("decode"):
+        state = decode(
+            model, cache, state, config,
+            implementation=implementation, selecting=selecting if again else None,
+            on_block=on_block,
+        )  # fmt: skip
+        jax.block_until_ready(state)
+    paths = used_paths(
+        model, chunk_attention=path, encoding=selecting.encoding, scorer=selecting.scorer
+    )
+    scored = None if selecting.scorer in ("all", "oracle") else np.atleast_2d(np.asarray(scores))
+    chosen_ids, at_end = (np.atleast_2d(np.asarray(x)) for x in (chosen.chunk_ids, state.selected))
+    counts, timings = np.broadcast_to(counts, (requests,)), phase_times(watch)
+    results = []
+    for b in range(requests):
+        selection: dict[str, Any] = {
+            "chunks": _existing(chosen_ids[b]),
+            "scores": None if scored is None else scored[b, : counts[b]].tolist(),
+        }
+        if again:
+            selection["rescored"] = int(state.rescored[b])
+            selection["chunks_at_end"] = _existing(at_end[b])
+        results.append(
+            GenerationResult(
+                tokens=np.asarray(state.tokens[b]).tolist(),
+                text=None,
+                evaluations=int(state.evaluations[b]),
+                selection=selection,
+                timings=timings,
+                paths=paths,
+            )
+        )
+    return results
+
+
+def _existing(ids: np.ndarray) -> list[int]:
+    return [int(i) for i in ids if i != EMPTY_SLOT]
+
+
+def _trimmed(chosen: Selection) -> Selection:
+    """Without slots that are empty in every request, so that they cost nothing further on."""
+    most = max(1, int((np.asarray(chosen.chunk_ids) != EMPTY_SLOT).sum(axis=-1).max()))
+    return jax.tree.map(lambda x: x[..., :most], chosen)
+
+
+def request_keys(seeds: Sequence[int], size: int) -> Array:
+    """Keys of a batch's requests, [size]: each by its own seed, whatever its place in the batch."""
+    padded = [*seeds, *[0] * (size - len(seeds))]
+    return jnp.stack([jax.random.fold_in(jax.random.key(seed), 0) for seed in padded])

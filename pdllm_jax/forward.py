@@ -1,0 +1,136 @@
+"""The network on live rows: prefix, query and response around the chunks that were chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import Implementation, Partial, chunk_attention
+from pdllm_jax.attention import attention
+from pdllm_jax.cache import ChunkPool, LiveCache, write_rows
+from pdllm_jax.config import ModelConfig
+from pdllm_jax.model import LLaDA
+from pdllm_jax.rope import Rotation, rotate, rotation
+from pdllm_jax.rows import overlay
+from pdllm_jax.state import DenoiseState
+
+# (layer, q [B, T, H, D] unrotated, attention of those rows, carry) -> carry.
+Watch = Callable[[int, Array, Partial, Any], Any]
+
+
+class View(NamedTuple):
+    """How rows at given positions see the live rows and each chunk.
+
+    own: rotation of the rows among live rows; by_chunk [B, K, T]: of the rows as chunk j, whose
+      keys are rotated at chunk-local positions, meets them; total [B]: live rows there are.
+    """
+
+    own: Rotation
+    by_chunk: Rotation
+    total: Int[Array, "B"]
+
+
+def live_positions(state: DenoiseState, row: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Positions in the prompt of rows of the live cache: prefix, query, response, without gaps."""
+    prefix = state.prefix_length[:, None]
+    return jnp.where(row < prefix, row, row - prefix + state.query_start[:, None])
+
+
+def view_from(config: ModelConfig, state: DenoiseState, positions: Int[Array, "B T"]) -> View:
+    """The view of rows at these positions."""
+    return View(
+        rotation(config, positions),
+        rotation(config, positions[:, None] - state.chunk_starts[..., None]),
+        state.prefix_length + state.query_length + state.tokens.shape[1],
+    )
+
+
+def see(
+    view: View,
+    layer: int,
+    q: Float[Array, "B T H D"],
+    live_k: Float[Array, "B S G D"],
+    live_v: Float[Array, "B S G D"],
+    pool: ChunkPool | None,
+    chunk_ids: Int[Array, "B K"],
+    implementation: Implementation | None,
+    *,
+    need_lse: bool = False,
+) -> Partial:
+    """Attention of rows over all live rows and the chosen chunks."""
+    chosen = pool is not None and chunk_ids.shape[1] > 0
+    own = attention(rotate(q, view.own), live_k, live_v, view.total, need_lse=chosen or need_lse)
+    if pool is None or not chosen:
+        return own
+    return chunk_attention(
+        rotate(q[:, None], view.by_chunk),
+        pool.k,
+        pool.v,
+        chunk_ids,
+        pool.lengths,
+        layer=layer,
+        other=own,
+        implementation=implementation,
+    )
+
+
+def response_rows(state: DenoiseState) -> Int[Array, "B R"]:
+    """Tokens of query and response, without a gap, then padding."""
+    rows = jnp.pad(state.query, ((0, 0), (0, state.tokens.shape[1])))
+    return overlay(rows, state.query_length, state.tokens)
+
+
+def live_forward(
+    model: LLaDA,
+    pool: ChunkPool | None,
+    state: DenoiseState,
+    rows: Int[Array, "B T"],
+    start: Int[Array, "B"],
+    keep: Bool[Array, "B T"] | None,
+    implementation: Implementation | None,
+    *,
+    reading: Bool[Array, "B"] | None = None,
+    watch: Watch | None = None,
+    watched: Any = None,
+) -> tuple[Float[Array, "B T M"], LiveCache | None, Any]:
+    """The network on live rows start[b].. whose tokens are `rows`; writes their KV, except `keep`.
+
+    Without a live cache the rows see each other alone.
+
+    reading: requests whose chunks are read at all, by default all; the others' rows mean nothing.
+    watch: called in every layer, with `watched` as its carry.
+
+    Returns:
+      The residual stream, the live cache, and what was watched.
+    """
+    view = view_from(
+        model.config, state, live_positions(state, start[:, None] + jnp.arange(rows.shape[1]))
+    )
+    chunk_ids = state.chunk_ids
+    if reading is not None:
+        chunk_ids = jnp.where(reading[:, None], chunk_ids, -1)
+
+    def attend(layer: int, q: Array, k: Array, v: Array, carry):
+        live, watched = carry
+        turned = rotate(k, view.own)
+        if live is None:
+            live_k, live_v = turned, v
+        else:
+            live = LiveCache(
+                write_rows(live.k, layer, turned, start, keep),
+                write_rows(live.v, layer, v, start, keep),
+            )
+            live_k, live_v = live.k[layer], live.v[layer]
+        seen = see(
+            view, layer, q, live_k, live_v, pool, chunk_ids, implementation,
+            need_lse=watch is not None,
+        )  # fmt: skip
+        if watch is not None:
+            watched = watch(layer, q, seen, watched)
+        return seen.out, (live, watched)
+
+    x, (live, watched) = model.run(rows, attend, (state.live, watched))
+    return x, live, watched

@@ -42,7 +42,12 @@ def processors() -> int:
 
 
 def interpreter(*, detect_races: bool = False) -> Any:
-    """What `interpret=` of a Mosaic GPU kernel takes to run it on the CPU."""
+    """What `interpret=` of a Mosaic GPU kernel takes to run it on the CPU.
+
+    Its barriers block threads of XLA's pool, up to five with our kernels, and a pool without a free
+    one never goes on. It has as many as there are processors: where these are fewer than six, set
+    PJRT_NPROC=6 in the environment before JAX starts.
+    """
     return _mosaic_gpu().InterpretGPUParams(detect_races=detect_races)
 
 

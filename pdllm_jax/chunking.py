@@ -173,10 +173,10 @@ def batch_prompts(prompts: Sequence[ChunkedPrompt], size: int | None = None) -> 
 
     def stack(*values: Array) -> Array:
         arrays = [np.asarray(value) for value in values]
-        shape = np.max([x.shape for x in arrays], axis=0)
-        padded = [
-            np.pad(x, [(0, n - m) for n, m in zip(shape, x.shape, strict=True)]) for x in arrays
-        ]
-        return jnp.asarray(np.stack([*padded, *[np.zeros_like(padded[0])] * extra]))
+        shape = [max(lengths) for lengths in zip(*(x.shape for x in arrays), strict=True)]
+        rows = np.zeros((len(arrays) + extra, *shape), np.int32)
+        for row, x in zip(range(len(arrays)), arrays, strict=True):
+            rows[(row, *(slice(n) for n in x.shape))] = x
+        return jnp.asarray(rows)
 
     return jax.tree.map(stack, *prompts)

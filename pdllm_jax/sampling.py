@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pdllm_jax.config import DecodeConfig
+from pdllm_jax.layers import row_sum
 
 _LEAST = -1e30  # finite: -inf would say that a slot is no candidate
 
@@ -28,7 +29,7 @@ def log_probability(
     others = jnp.where(jnp.arange(logits.shape[-1]) == tokens[..., None], -jnp.inf, odds)
     top = jnp.maximum(others.max(axis=-1), 0.0)
     # With top = 0 this is log1p of a sum of small terms; else the usual shifted form.
-    rest = jnp.exp(others - top[..., None]).sum(axis=-1)
+    rest = row_sum(jnp.exp(others - top[..., None]))
     return -jnp.where(top > 0, top + jnp.log(rest + jnp.exp(-top)), jnp.log1p(rest))
 
 
@@ -48,7 +49,7 @@ def negative_entropy(logits: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
     top = log_probability(logits, best)
     behind = logits.max(axis=-1, keepdims=True) - logits
     terms = jnp.exp(top[..., None] - behind) * behind
-    return top - jnp.where(behind < jnp.inf, terms, 0.0).sum(axis=-1)
+    return top - row_sum(jnp.where(behind < jnp.inf, terms, 0.0))
 
 
 def predict(

@@ -25,6 +25,7 @@ from pallas_kernels import Implementation, Partial, chunk_attention, chunk_atten
 from pdllm_jax.attention import attention
 from pdllm_jax.cache import ChunkCache
 from pdllm_jax.config import CONTROLS, SelectionConfig
+from pdllm_jax.layers import row_sum
 from pdllm_jax.model import LLaDA
 from pdllm_jax.rope import rotate, rotation
 from pdllm_jax.rows import overlay, slices
@@ -191,7 +192,7 @@ def read_scores(model: LLaDA, x: Float[Array, "g T M"], riders: Riders) -> Float
     logits = model.logits(model.final_norm(x))
     tokens = jnp.argmax(logits, axis=-1) if riders.read_token is None else riders.read_token
     likelihood = jnp.where(riders.read_valid, log_probability(logits, tokens), 0.0)
-    return likelihood.sum(axis=-1) / jnp.maximum(riders.read_valid.sum(axis=-1), 1)
+    return row_sum(likelihood) / jnp.maximum(riders.read_valid.sum(axis=-1), 1)
 
 
 def ride(seen: Partial, q: Array, k: Array, v: Array, riders: Riders) -> Array:

@@ -22,6 +22,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # The oracles' products are tiny: more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The Pallas interpreter runs a GPU kernel's barriers as callbacks that block, and XLA may run these
+# in a pool of as many threads as there are processors. Once all threads wait, whatever would wake
+# them waits for a thread: a deadlock. Our kernels block five at most (two warpgroups, the copying
+# warp, and the callbacks that wait for the warps and for the block of threads).
+os.environ.setdefault("PJRT_NPROC", str(max(16, os.cpu_count() or 1)))
 # Nothing in a test may reach a model hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -19,7 +19,7 @@ from pdllm_jax.denoise import denoise_step
 from pdllm_jax.model import LLaDA
 from pdllm_jax.prefill import prefill
 from pdllm_jax.selection import select_top_k
-from pdllm_jax.state import init_denoise
+from pdllm_jax.start import init_denoise
 from tests.support import relative_error
 from tests.test_kernels import OLD_JAX, by_hand, case
 

@@ -228,7 +228,7 @@ def answer(
     )
     scored = None if selecting.scorer in ("all", "oracle") else np.atleast_2d(np.asarray(scores))
     chosen_ids, at_end = (np.atleast_2d(np.asarray(x)) for x in (chosen.chunk_ids, state.selected))
-    counts, timings = np.broadcast_to(counts, (requests,)), phase_times(watch)
+    counts, timings = np.broadcast_to(counts, len(chosen_ids)), phase_times(watch)
     results = []
     for b in range(requests):
         selection: dict[str, Any] = {

@@ -15,11 +15,15 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import EMPTY_LSE, Partial
 from pallas_kernels.cudnn import attention_with_lse
+from pdllm_jax.layers import row_sum
 
 DenseImplementation = Literal["cudnn", "xla"]
 
 # Scores of one block of query rows, in elements: bounds memory, and stays near the caches.
 _BLOCK_SCORES = 1 << 24
+# Keys are filled up to this, for XLA's products on the CPU take a column in a narrower loop where
+# 1 to 8 are left over, and then a score's last bit would depend on how many keys there are.
+_KEYS_MULTIPLE = 16
 
 
 def dense_implementation(dtype: jnp.dtype, head_dim: int) -> DenseImplementation:
@@ -58,6 +62,11 @@ def _blocked(q: Array, k: Array, v: Array, lengths: Array | None) -> Partial:
     batch, rows, heads, dim = q.shape
     groups = k.shape[2]
     valid = None if lengths is None else jnp.arange(k.shape[1]) < lengths[:, None]  # [B, S]
+    if odd := -k.shape[1] % _KEYS_MULTIPLE:
+        if valid is None:
+            valid = jnp.ones((batch, k.shape[1]), bool)
+        valid = jnp.pad(valid, ((0, 0), (0, odd)))
+        k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (k, v))
     keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, G, S, D]
     if valid is not None:
         values = jnp.where(valid[:, None, :, None], values, 0)
@@ -74,7 +83,7 @@ def _blocked(q: Array, k: Array, v: Array, lengths: Array | None) -> Partial:
             scores = jnp.where(valid[:, None, None], scores, EMPTY_LSE)
         peak = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - peak)
-        total = weights.sum(axis=-1, keepdims=True)
+        total = row_sum(weights)[..., None]
         out = product("bgms,bgsd->bgmd", weights.astype(v.dtype), values) / total
         lse = (peak + jnp.log(total))[..., 0]
         out = out.reshape(batch, groups, heads // groups, t, dim).transpose(0, 3, 1, 2, 4)

@@ -72,7 +72,8 @@ def generate(
       oracle: ids of the chunks to keep, at most `selection.top_k`, for the scorer "oracle" alone.
       seed: of everything random; the same seed gives the same tokens.
       on_block: called with (0, block, its tokens) when a block is finished, the last ones of a text
-        that ends early excepted; the host then waits once a block.
+        that ends early excepted; the host then waits once a block. A slot that still holds the mask
+        token (the model predicted that) may be filled with a later block.
 
     Raises:
       ValueError: empty context or question, settings that do not fit; one line that names it.

@@ -63,8 +63,8 @@ def row_sum(x: Float[Array, "*rows M"]) -> Float[Array, "*rows"]:
     """Sum over the last axis, on the CPU in an order of its own.
 
     XLA's reductions on the CPU choose their order by the size of the whole array, so that a row's
-    last bit would depend on its neighbours. By halves of a power of two it depends on the row alone,
-    and zeros behind it change nothing.
+    last bit would depend on its neighbours. By halves of a power of two it depends on the row
+    alone, and zeros behind it change nothing.
     """
     return jax.lax.platform_dependent(x, cpu=_sum_by_halves, default=lambda x: x.sum(axis=-1))
 

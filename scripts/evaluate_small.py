@@ -18,6 +18,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,7 +38,33 @@ from pdllm_jax import (
 )
 from pdllm_jax.compilation import enable_compilation_cache
 
-METHODS = ("plain", "dual-cache", "prefilling", "independent", "random")
+BASELINES = ("plain", "dual-cache")
+# The method with its default settings ("prefilling"), and with one of them changed.
+CHANGES: dict[str, dict[str, Any]] = {
+    "prefilling": {},
+    "random": {"scorer": "random"},
+    "independent": {"encoding": "independent"},
+    "query-conditioned": {"encoding": "query-conditioned"},
+    "bridge-start": {"encoding": "bridge"},
+    "bridge-attention": {"encoding": "bridge", "bridge_tokens": "attention"},
+    "half-tokens": {"keep_tokens": 0.5},
+    "reselect-step": {"reselect": "step"},
+    "adaptive": {"margin": 0.1},
+}
+METHODS = (*BASELINES, *CHANGES)
+
+
+def settings_of(change: dict[str, Any], top_k: int, chunk_size: int) -> SelectionConfig:
+    """The default settings with one change; a share of kept tokens is of the chunk's.
+
+    Adaptive K begins at 1 and may go up to K, so that it costs no more than the default.
+    """
+    change = dict(change)
+    if "keep_tokens" in change:
+        change["keep_tokens"] = int(change["keep_tokens"] * chunk_size)
+    if "margin" in change:
+        change |= {"top_k": 1, "max_k": top_k}
+    return SelectionConfig(**{"top_k": top_k, **change})
 
 
 def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -89,11 +116,7 @@ def main() -> int:
     chunking = ChunkConfig(args.chunk_size)
     select = SelectionConfig(top_k=args.top_k)
     variants = {
-        "plain": {},
-        "dual-cache": {},
-        "prefilling": {"selection": select},
-        "independent": {"selection": dataclasses.replace(select, encoding="independent")},
-        "random": {"selection": dataclasses.replace(select, scorer="random")},
+        name: settings_of(change, args.top_k, args.chunk_size) for name, change in CHANGES.items()
     }
     decode = DecodeConfig(
         gen_length=tasks.RESPONSE_LENGTH,
@@ -104,7 +127,7 @@ def main() -> int:
     rows, started = [], time.time()
     progress = tqdm(total=len(cells) * args.examples, disable=not sys.stderr.isatty())
     for task, length, method in cells:
-        exact, found, evaluations, seconds, wrong, paths = [], [], [], [], [], {}
+        exact, found, kept, evaluations, seconds, wrong, paths = [], [], [], [], [], [], {}
         digest = hashlib.sha256()  # runs that differ in nothing but speed have the same
         for i in range(args.examples):
             example = tasks.make_example(
@@ -112,10 +135,9 @@ def main() -> int:
             )
             result = generate_ids(
                 model, example["prefix"], example["context"], example["query"],
-                method=method if method in ("plain", "dual-cache") else "prefilling",
+                method=method if method in BASELINES else "prefilling",
                 chunking=chunking, decode=decode, bos_id=tokenizer.bos_id, seed=i,
-                implementation=args.implementation,
-                **variants[method],
+                implementation=args.implementation, selection=variants.get(method, select),
             )  # fmt: skip
             paths = result.paths
             digest.update(np.array(result.tokens, np.int32).tobytes())
@@ -126,6 +148,7 @@ def main() -> int:
             seconds.append(result.timings["total"] - result.timings["compile"])
             if result.selection is not None:
                 wanted = needle_chunks(example["needle_span"], chunking)
+                kept.append(len(result.selection["chunks"]))
                 found.append(wanted <= set(result.selection["chunks"]))
             progress.update()
         hits = sum(exact)
@@ -134,6 +157,7 @@ def main() -> int:
             "exact_match": hits / len(exact), "interval": wilson(hits, len(exact)),
             "recall": sum(found) / len(found) if found else None,
             "recall_interval": wilson(sum(found), len(found)) if found else None,
+            "chunks_kept": float(np.mean(kept)) if kept else None,
             "evaluations": float(np.mean(evaluations)),
             "seconds_median": float(np.median(seconds)), "wrong": wrong, "paths": paths,
             "tokens_sha256": digest.hexdigest(),
@@ -153,6 +177,7 @@ def main() -> int:
             "settings": {
                 "chunking": dataclasses.asdict(chunking), "selection": dataclasses.asdict(select),
                 "decode": dataclasses.asdict(decode), "first_seed": args.first,
+                "changes": CHANGES,
             },
             "cells": rows,
         }  # fmt: skip

@@ -335,3 +335,87 @@ def test_a_step_by_hand_serves_a_batch(model):
     np.testing.assert_array_equal(
         state.tokens, denoise(model, cache, begin(), config=DECODE).tokens
     )
+
+
+def test_all_chunks_jointly_without_anchors_is_the_dual_cache_in_a_batch_too(model):
+    """Identity 1: ragged prompts of several chunks each, against Fast-dLLM's dual cache on each."""
+    decode = DecodeConfig(gen_length=8, block_length=8)
+    requests = [request_of(5, 48, 7), request_of(9, 24, 40, 1), request_of(3, 84, 20, 2)]
+    together = generate_batch_ids(
+        model, requests, chunking=ChunkConfig(12, anchors=False),
+        selection=dataclasses.replace(SELECT, scorer="all"), decode=decode,
+    )  # fmt: skip
+    for request, result in zip(requests, together, strict=True):
+        whole = generate_ids(model, *request, method="dual-cache", decode=decode)
+        assert result.tokens == whole.tokens
+
+
+@pytest.mark.parametrize("recompute", ["response", "suffix", "block"])
+def test_the_baselines_in_a_ragged_batch(model, recompute):
+    """Identity 2 and its cached kin: LLaDA's generation of prompts of different lengths at once."""
+    config = dataclasses.replace(DECODE, recompute=recompute)
+    prompts = [np.concatenate(request) for request in RAGGED[:3]]
+    rows = np.zeros((3, max(map(len, prompts))), np.int32)
+    for row, prompt in zip(rows, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    key = jax.random.key(0)
+    state = init_denoise(
+        model, None, None, jnp.asarray(rows), config, jnp.stack([key] * 3),
+        query_length=jnp.array([len(prompt) for prompt in prompts]),
+    )  # fmt: skip
+    together = denoise(model, None, state, config=config)
+    for row, prompt in zip(together.tokens, prompts, strict=True):
+        alone = init_denoise(model, None, None, jnp.asarray(prompt), config, key[None])
+        np.testing.assert_array_equal(row, denoise(model, None, alone, config=config).tokens[0])
+
+
+def test_leave_one_out_in_a_batch(model):
+    """Identity 3: the longest question decides how many copies there are, for nobody else."""
+    prompts = [chunk_prompt(*request, CHUNKS) for request in RAGGED[:3]]
+    exact = dataclasses.replace(SELECT, masked_copies=None)
+    _, together = prefill(model, batch_prompts(prompts), exact)
+    for row, prompt in zip(together, prompts, strict=True):
+        n = prompt.n_chunks
+        slots = int(prompt.query_length) + SELECT.draft_steps
+        alone = prefill(model, prompt, dataclasses.replace(SELECT, masked_copies=slots))[1]
+        np.testing.assert_allclose(row[:n], alone[:n], rtol=1e-5)
+
+
+def test_no_ops_in_a_batch(model):
+    """Identity 6: K = N for the longest document, and all of a chunk's tokens kept."""
+    whole = [
+        generate_batch_ids(
+            model, RAGGED[:3], chunking=CHUNKS, decode=DECODE, seeds=[0, 1, 2],
+            selection=dataclasses.replace(SELECT, encoding="independent", **change),
+        )
+        for change in (
+            {"scorer": "all"},
+            {"top_k": 11},
+            {"top_k": 99},
+            {"top_k": 11, "keep_tokens": CHUNKS.chunk_size},
+        )
+    ]  # fmt: skip
+    for other in whole[1:]:
+        assert [result.tokens for result in other] == [result.tokens for result in whole[0]]
+
+
+def test_streaming_each_document_keeps_what_the_batch_keeps(model):
+    """Identity 7: selection, scores and KV, bit for bit."""
+    selecting = dataclasses.replace(
+        SELECT, encoding="independent", top_k=2, max_k=3, margin=0.5, keep_first=True
+    )
+    prompts = [chunk_prompt(*request, CHUNKS) for request in RAGGED]
+    together = batch_prompts(prompts)
+    cache, scores = prefill(model, together, selecting)
+    chosen = select(scores, selecting)
+    n = together.chunks.shape[1]
+    for b, prompt in enumerate(prompts):
+        streamed, kept, found = prefill_top_k(model, prompt, selecting)
+        np.testing.assert_array_equal(found[: prompt.n_chunks], scores[b, : prompt.n_chunks])
+        want = [i for i in chosen.chunk_ids[b].tolist() if i >= 0]
+        assert [i for i in kept.chunk_ids.tolist() if i >= 0] == want
+        for i, slot in zip(want, kept.slots.tolist(), strict=False):
+            length = int(prompt.chunk_lengths[i])
+            np.testing.assert_array_equal(
+                streamed.pool.k[:, slot, :, :length], cache.pool.k[:, b * n + i, :, :length]
+            )

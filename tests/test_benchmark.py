@@ -6,7 +6,7 @@ import argparse
 import json
 
 import pytest
-from bench import kernel
+from bench import kernel, method
 from bench.record import Timing, write
 
 TINY = {"rows": 8, "heads": 4, "kv_heads": 2, "dim": 64, "chunk_size": 128}
@@ -71,3 +71,19 @@ def test_the_plot_is_drawn_from_a_record(tmp_path):
     write(tmp_path / "kernel.json", {"device": "a GPU", "rows": rows})
     kernel.plot(tmp_path / "kernel.json", tmp_path / "kernel.png")
     assert (tmp_path / "kernel.png").stat().st_size > 10_000
+
+
+def test_phases_of_the_method_are_timed_and_compared(tmp_path):
+    parser = argparse.ArgumentParser()
+    method.add_arguments(parser)
+    out = tmp_path / "method.json"
+    tiny = "--tiny --chunk-size 16 --document 2 --stream 1 2 --repeats 1 --sections stream scoring"
+    assert method.main(parser.parse_args([*tiny.split(), "--out", str(out)])) == 0
+    record = json.loads(out.read_text())
+    assert record["left_out"] == []
+    seconds = {name: row["median"] for name, row in record["seconds"].items()}
+    assert set(seconds) == {"draft", "encode the document", "encode and score it"}
+    assert record["ratios"]["scoring over encoding"] == pytest.approx(
+        seconds["encode and score it"] / seconds["encode the document"]
+    )
+    assert [row["tokens"] for row in record["memory"].values()] == [15, 30]

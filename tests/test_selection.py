@@ -67,3 +67,29 @@ def test_controls():
         chosen("oracle")
     named = control_scores(SelectionConfig(scorer="oracle"), exists, None, jnp.array([4, 3, 1]))
     assert select_top_k(named, 4).chunk_ids.tolist() == [1, 3, EMPTY_SLOT, EMPTY_SLOT]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    scores=SCORES,
+    k=st.sampled_from([1, 2, 4]),
+    more=st.sampled_from([0, 1, 3]),
+    margin=st.sampled_from([0.0, 0.5, 2.0]),
+)
+def test_adaptive_k_keeps_what_is_close_behind(scores, k, more, margin):
+    got = select_top_k(jnp.array(scores), k, max_k=k + more, margin=margin)
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    order = [i for i in order if scores[i] > -np.inf]
+    last = scores[order[k - 1]] if len(order) >= k else -np.inf
+    want = order[:k] + [i for i in order[k : k + more] if last - scores[i] <= margin]
+    ids = got.chunk_ids.tolist()
+    assert ids[: len(want)] == sorted(want)
+    assert set(ids[len(want) :]) <= {EMPTY_SLOT}
+    assert len(ids) == min(k + more, len(scores))
+    if more == 0:
+        np.testing.assert_array_equal(got.chunk_ids, select_top_k(jnp.array(scores), k).chunk_ids)
+
+
+def test_max_k_must_not_be_less_than_k():
+    with pytest.raises(ValueError, match="max_k 1 is less than k 2"):
+        select_top_k(jnp.zeros(3), 2, max_k=1)

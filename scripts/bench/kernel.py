@@ -264,6 +264,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="the README's table alone")
     parser.add_argument("--tune", action="store_true", help="the kernel's own settings instead")
+    parser.add_argument("--implementations", nargs="+", help="only these")
+    parser.add_argument("--slots", nargs="+", type=int, help="only these K")
+    parser.add_argument("--rows", nargs="+", type=int, help="only these numbers of query rows")
     parser.add_argument("--layers", type=int, default=32, help="of the pool; 0.67 GB each")
     parser.add_argument(
         "--seconds",
@@ -293,7 +296,13 @@ def main(args: argparse.Namespace) -> int:
         "left_out": 0,
         "rows": rows,
     }
-    grid = list(tuning_cases() if args.tune else cases(args.quick))
+    grid = [
+        case
+        for case in (tuning_cases() if args.tune else cases(args.quick))
+        if case.implementation in (args.implementations or [case.implementation])
+        and case.slots in (args.slots or [case.slots])
+        and case.rows in (args.rows or [case.rows])
+    ]
     with tqdm(total=len(grid), disable=not sys.stderr.isatty()) as bar, ThreadPoolExecutor() as run:
         for start in range(0, len(grid), AT_ONCE):
             if time.monotonic() - begun > args.limit:

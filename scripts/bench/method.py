@@ -1,0 +1,444 @@
+"""The method's phases at LLaDA-8B shapes: scoring, later questions, streaming, batches, choices.
+
+Random weights; every compiled program is timed as a whole call, host time included, after a
+warm-up, and compilation apart. Each section is written as soon as it is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from bench.record import conditions, write
+from pdllm_jax import (
+    ChunkConfig,
+    DecodeConfig,
+    LLaDA,
+    ModelConfig,
+    SelectionConfig,
+    batch_prompts,
+    chunk_prompt,
+    denoise,
+    draft_response,
+    init_denoise,
+    prefill,
+    prefill_top_k,
+    score_chunks,
+    select_top_k,
+)
+from pdllm_jax.cache import ChunkCache
+from pdllm_jax.scoring import Question
+
+SECTIONS = ("stream", "scoring", "ask", "batch", "choices")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `benchmark.py method`."""
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/method.json"))
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script")
+    parser.add_argument("--chunk-size", type=int, default=1024)
+    parser.add_argument("--document", type=int, default=32, help="chunks of the document asked")
+    parser.add_argument(
+        "--stream", nargs="+", type=int, default=[128, 256, 1024], help="chunks that are streamed"
+    )
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds in all")
+
+
+@dataclasses.dataclass
+class Run:
+    """What the sections share."""
+
+    args: argparse.Namespace
+    model: LLaDA
+    record: dict[str, Any]
+    begun: float
+    tracer: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1))
+    lowered: dict[str, Any] = dataclasses.field(default_factory=dict)
+    programs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    cache: ChunkCache | None = None
+
+    def prompt(self, chunks: int, query: int = 32, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        vocab, size = self.model.config.vocab_size - 8, self.args.chunk_size
+        context = rng.integers(0, vocab, chunks * (size - 1))
+        return chunk_prompt(
+            rng.integers(0, vocab, 16), context, rng.integers(0, vocab, query), ChunkConfig(size)
+        )
+
+    def timed(self, name: str, call: Callable[[], Any], repeats: int | None = None) -> Any:
+        """Result of the call; its seconds go into the record under `name`."""
+        seconds, result = [], jax.block_until_ready(call())
+        for _ in range(self.args.repeats if repeats is None else repeats):
+            del result
+            start = time.perf_counter()
+            result = jax.block_until_ready(call())
+            seconds.append(time.perf_counter() - start)
+        self.keep(name, seconds)
+        return result
+
+    def keep(self, name: str, seconds: list[float]) -> None:
+        """Median and spread into the record."""
+        row = {"median": float(np.median(seconds)), "least": min(seconds), "most": max(seconds)}
+        self.record["seconds"][name] = row
+        print(
+            f"{time.monotonic() - self.begun:5.0f} s  {name:52} {1000 * row['median']:9.1f} ms "
+            f"[{1000 * row['least']:.1f}, {1000 * row['most']:.1f}]",
+            flush=True,
+        )
+        write(self.args.out, self.record)
+
+    def note(self, name: str, value: float) -> None:
+        self.record["ratios"][name] = value
+        print(f"         {name:44} {value:9.3f}", flush=True)
+        write(self.args.out, self.record)
+
+    def median(self, name: str) -> float:
+        return self.record["seconds"][name]["median"]
+
+    def lower(self, **programs: Callable[[], Any]) -> None:
+        """Has programs traced and lowered while others run, in the order in which they come."""
+        for name, make in programs.items():
+            self.lowered[name] = self.tracer.submit(make)
+
+    def compile(self, *names: str) -> dict[str, Any]:
+        """Programs by name, compiled side by side unless they are already."""
+        new = [name for name in names if name not in self.programs]
+        start = time.perf_counter()
+        lowered = {name: self.lowered[name].result() for name in new}
+        middle = time.perf_counter()
+        with ThreadPoolExecutor(max(1, len(new))) as pool:
+            futures = {name: pool.submit(lowered[name].compile) for name in new}
+            self.programs |= {name: future.result() for name, future in futures.items()}
+        if new:
+            row = {"waiting for traces": middle - start, "compiling": time.perf_counter() - middle}
+            self.record["compile_seconds"][" + ".join(new)] = row
+            print(f"compiled {', '.join(new)}: {row}", flush=True)
+        return self.programs
+
+    def document(self) -> ChunkCache:
+        """The cache of the document that is asked about, made once."""
+        if self.cache is None:
+            go = self.compile("encode")
+            self.cache = go["encode"](self.model, self.prompt(self.args.document))[0]
+        return self.cache
+
+
+def peak() -> int:
+    """Most bytes that the device has held so far."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use", 0)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the sections in order, as far as the limit lets them."""
+    begun = time.monotonic()
+    config = ModelConfig.tiny() if args.tiny else ModelConfig.llada_8b()
+    model = LLaDA(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    jax.block_until_ready(jax.tree.leaves(model))
+    record: dict[str, Any] = {
+        "command": " ".join(["scripts/benchmark.py", *sys.argv[1:]]),
+        **conditions(),
+        "model": dataclasses.asdict(config),
+        "seconds": {},
+        "ratios": {},
+        "compile_seconds": {},
+        "memory": {},
+        "left_out": [],
+    }
+    run = Run(args, model, record, begun)
+    print(f"{time.monotonic() - begun:5.0f} s  model made", flush=True)
+    sections = {
+        "stream": (lower_stream, stream),
+        "scoring": (lower_scoring, scoring),
+        "ask": (lower_ask, ask),
+        "batch": (lower_batch, batch),
+        "choices": (lower_choices, choices),
+    }
+    wanted = list(args.sections)
+    if {"ask", "choices"} & set(wanted) and "scoring" not in wanted:
+        wanted.insert(wanted.index("stream") + 1 if "stream" in wanted else 0, "scoring")
+    for name in wanted:
+        sections[name][0](run)
+    for name in wanted:
+        if time.monotonic() - begun > args.limit:
+            record["left_out"].append(name)
+        else:
+            sections[name][1](run)
+    write(args.out, record)
+    run.tracer.shutdown(cancel_futures=True)
+    return 0
+
+
+SELECT = SelectionConfig(top_k=4, masked_copies=4, draft_length=4, draft_steps=2)
+DECODE = DecodeConfig(gen_length=32, block_length=32)
+
+
+INDEPENDENT = dataclasses.replace(SELECT, encoding="independent")
+ENCODE = SelectionConfig(scorer="first", encoding="independent")
+KEY = jax.random.key(0)
+
+
+def lower_stream(run: Run) -> None:
+    longest = run.prompt(max(run.args.stream))
+    run.lower(stream=lambda: prefill_top_k.lower(run.model, longest, INDEPENDENT))
+
+
+def stream(run: Run) -> None:
+    """Documents of growing length through one program; what is kept is K chunks and a group."""
+    go = run.compile("stream")["stream"]
+    places = run.prompt(max(run.args.stream)).chunks.shape[0]
+
+    def padded(chunks: int):
+        prompt = run.prompt(chunks)
+        extra = places - prompt.chunks.shape[0]
+        return dataclasses.replace(
+            prompt,
+            chunks=jnp.pad(prompt.chunks, ((0, extra), (0, 0))),
+            chunk_lengths=jnp.pad(prompt.chunk_lengths, (0, extra)),
+        )
+
+    jax.block_until_ready(go(run.model, padded(min(run.args.stream))))
+    for chunks in run.args.stream:
+        ready = jax.block_until_ready(padded(chunks))
+        start = time.perf_counter()
+        jax.block_until_ready(go(run.model, ready))
+        seconds = time.perf_counter() - start
+        tokens = chunks * (run.args.chunk_size - 1)
+        run.record["memory"][f"stream {chunks} chunks"] = {
+            "tokens": tokens, "seconds": seconds, "peak_bytes": peak(),
+        }  # fmt: skip
+        print(
+            f"{time.monotonic() - run.begun:5.0f} s  stream {chunks} chunks, {tokens} tokens: "
+            f"{seconds:.2f} s, {1e6 * seconds / tokens:.2f} us a token, peak {peak() / 1e9:.2f} GB",
+            flush=True,
+        )
+        write(run.args.out, run.record)
+
+
+def _question(prompt) -> Question:
+    return Question(prompt.prefix, prompt.prefix_length, prompt.query, prompt.query_length)
+
+
+def lower_scoring(run: Run) -> None:
+    prompt = run.prompt(run.args.document)
+    question, passing = _question(prompt), SELECT.scoring()
+
+    def with_draft():
+        draft = jax.eval_shape(lambda: draft_response(run.model, question, passing))
+        return prefill.lower(run.model, prompt, INDEPENDENT, draft=draft)
+
+    run.lower(
+        draft=lambda: draft_response.lower(run.model, question, passing),
+        encode=lambda: prefill.lower(run.model, prompt, ENCODE),
+        encode_and_score=with_draft,
+    )
+
+
+def scoring(run: Run) -> None:
+    """The same chunks encoded alone, and with R = 4 masked copies of the question riding along."""
+    prompt = run.prompt(run.args.document)
+    go = run.compile("draft", "encode", "encode_and_score")
+    made = run.timed("draft", lambda: go["draft"](run.model, _question(prompt)))
+    run.timed("encode the document", lambda: go["encode"](run.model, prompt)[1])
+    run.timed(
+        "encode and score it", lambda: go["encode_and_score"](run.model, prompt, draft=made)[1]
+    )
+    alone = run.median("encode the document")
+    run.note("scoring over encoding", run.median("encode and score it") / alone)
+
+
+def lower_ask(run: Run) -> None:
+    prompt, later = run.prompt(run.args.document), run.prompt(1, seed=1)
+    passing = SELECT.scoring()
+
+    def score():
+        cache = jax.eval_shape(lambda: prefill(run.model, prompt, ENCODE)[0])
+        draft = jax.eval_shape(lambda: draft_response(run.model, _question(later), passing))
+        return score_chunks.lower(
+            run.model, cache, later.query, passing, query_length=later.query_length, draft=draft
+        )
+
+    def joint():
+        cache = jax.eval_shape(lambda: prefill(run.model, prompt, ENCODE)[0])
+        return init_denoise.lower(
+            run.model, cache.without_pool(), _first_four(prompt), later.query, DECODE, KEY,
+            query_length=later.query_length, selecting=SELECT,
+        )  # fmt: skip
+
+    run.lower(score=score, joint=joint)
+
+
+def _first_four(prompt):
+    return select_top_k(jnp.zeros(prompt.chunk_lengths.shape), 4)
+
+
+def ask(run: Run) -> None:
+    """A second question on an encoded document against the first, every cost counted."""
+    prompt, later, cache = run.prompt(run.args.document), run.prompt(1, seed=1), run.document()
+    go = run.compile("score", "joint")
+    draft = go["draft"](run.model, _question(later))
+    run.timed(
+        "score another question",
+        lambda: go["score"](
+            run.model, cache, later.query, query_length=later.query_length, draft=draft
+        ),
+    )
+    run.timed(
+        "joint encoding of 4 chunks",
+        lambda: go["joint"](
+            run.model, cache.without_pool(), _first_four(prompt), later.query, KEY,
+            query_length=later.query_length,
+        ).stale,
+    )  # fmt: skip
+    first = run.median("draft") + run.median("encode and score it")
+    second = run.median("draft") + run.median("score another question")
+    encode = run.median("joint encoding of 4 chunks")
+    run.note("second over first question, independent", second / first)
+    run.note("second over first question, joint", (second + encode) / (first + encode))
+
+
+REQUESTS = 8
+
+
+def _ragged(run: Run):
+    """Prompts of K chunks, the last of random length, with questions of 20 to 32 tokens."""
+    size, k = run.args.chunk_size, SELECT.top_k
+    rng = np.random.default_rng(2)
+    prompts = [run.prompt(k, query=int(rng.integers(20, 33)), seed=b) for b in range(REQUESTS)]
+    return [
+        dataclasses.replace(p, chunk_lengths=p.chunk_lengths.at[-1].set(int(rng.integers(1, size))))
+        for p in prompts
+    ]
+
+
+def _begin_args(prompt):
+    """Of `init_denoise`, without what is static; all chunks are chosen."""
+    cache = ChunkCache(
+        None, prompt.chunks, prompt.chunk_lengths, prompt.prefix, prompt.prefix_length, None, None
+    )
+    chosen = select_top_k(jnp.zeros(prompt.chunk_lengths.shape), SELECT.top_k)
+    return cache, chosen, prompt.query
+
+
+def lower_batch(run: Run) -> None:
+    ragged = _ragged(run)
+
+    def begin(prompt, lower=True):
+        make = init_denoise.lower if lower else init_denoise
+        return make(
+            run.model, *_begin_args(prompt), DECODE, KEY,
+            query_length=prompt.query_length, selecting=SELECT,
+        )  # fmt: skip
+
+    def decode(prompt):
+        state = jax.eval_shape(lambda: begin(prompt, lower=False))
+        return denoise.lower(run.model, None, state, config=DECODE)
+
+    together = batch_prompts(ragged)
+    run.lower(
+        begin_one=lambda: begin(ragged[0]),
+        begin_all=lambda: begin(together),
+        decode_one=lambda: decode(ragged[0]),
+        decode_all=lambda: decode(together),
+    )
+
+
+def batch(run: Run) -> None:
+    """Ragged requests together against one at a time: joint encoding, 32 tokens in 32 steps."""
+    run.cache = None  # makes room
+    go = run.compile("begin_one", "begin_all", "decode_one", "decode_all")
+
+    def measure(name: str, which: str, prompt) -> tuple[float, float]:
+        spent: dict[str, list[float]] = {"encode": [], "decode": []}
+        for _ in range(run.args.repeats + 1):
+            start = time.perf_counter()
+            state = go[f"begin_{which}"](
+                run.model, *_begin_args(prompt), KEY, query_length=prompt.query_length
+            )
+            jax.block_until_ready(state)
+            middle = time.perf_counter()
+            jax.block_until_ready(go[f"decode_{which}"](run.model, None, state).tokens)
+            spent["encode"].append(middle - start)
+            spent["decode"].append(time.perf_counter() - middle)
+        for part, seconds in spent.items():
+            run.keep(f"{name}, {part}", seconds[1:])
+        return tuple(float(np.median(seconds[1:])) for seconds in spent.values())
+
+    ragged = _ragged(run)
+    alone = np.array([measure(f"request {b} alone", "one", p) for b, p in enumerate(ragged)])
+    encode, decode = measure(f"{REQUESTS} together", "all", batch_prompts(ragged))
+    run.note("batch throughput, decoding", alone[:, 1].sum() / decode)
+    run.note("batch throughput, joint encoding and decoding", alone.sum() / (encode + decode))
+
+
+CHOICES = {
+    "independent": INDEPENDENT,
+    "bridge, 15% at chunk starts": dataclasses.replace(SELECT, encoding="bridge"),
+    "bridge, 15% by attention": dataclasses.replace(
+        SELECT, encoding="bridge", bridge_tokens="attention"
+    ),
+    "query-conditioned": dataclasses.replace(SELECT, encoding="query-conditioned"),
+    "independent, 512 tokens kept": dataclasses.replace(INDEPENDENT, keep_tokens=512),
+}
+
+
+def lower_choices(run: Run) -> None:
+    prompt = run.prompt(run.args.document)
+
+    def begin(config, lower=True):
+        cache = jax.eval_shape(lambda: prefill(run.model, prompt, ENCODE)[0])
+        make = init_denoise.lower if lower else init_denoise
+        args = (prompt.query, DECODE, KEY)
+        settings = {"query_length": prompt.query_length, "selecting": config}
+        if lower:
+            return make(run.model, cache, _first_four(prompt), *args, **settings)
+        return cache, jax.eval_shape(
+            lambda cache: make(run.model, cache, _first_four(prompt), *args, **settings), cache
+        )
+
+    def decode(selecting=None):
+        cache, state = begin(INDEPENDENT, lower=False)
+        return denoise.lower(run.model, cache, state, config=DECODE, selecting=selecting)
+
+    run.lower(
+        **{name: lambda c=config: begin(c) for name, config in CHOICES.items()},
+        decode=decode,
+        reselect=lambda: decode(dataclasses.replace(INDEPENDENT, reselect="step")),
+    )
+
+
+def choices(run: Run) -> None:
+    """What the other encodings, kept tokens and re-selection cost beside the default."""
+    prompt, cache = run.prompt(run.args.document), run.document()
+    go = run.compile(*CHOICES, "decode", "reselect")
+
+    def start(name: str):
+        return go[name](
+            run.model, cache, _first_four(prompt), prompt.query, KEY,
+            query_length=prompt.query_length,
+        )  # fmt: skip
+
+    for name in CHOICES:
+        run.timed(f"encode: {name}", lambda name=name: start(name).stale)
+    run.timed(
+        "independent, and 32 steps",
+        lambda: go["decode"](run.model, cache, start("independent")).tokens,
+    )
+    run.timed(
+        "independent, and 32 steps with re-selection at each",
+        lambda: go["reselect"](run.model, cache, start("independent")).tokens,
+        repeats=1,
+    )

@@ -22,7 +22,7 @@ from pdllm_jax.chunking import ChunkedPrompt
 from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.denoise import denoise
 from pdllm_jax.model import LLaDA
-from pdllm_jax.prefill import prefill, prefill_top_k
+from pdllm_jax.prefill import needs_pool, prefill, prefill_top_k
 from pdllm_jax.scoring import Question, draft_response, score_chunks
 from pdllm_jax.selection import EMPTY_SLOT, Selection, select
 from pdllm_jax.start import init_denoise
@@ -117,6 +117,16 @@ def decode(
     return state
 
 
+def keeps_pool(selecting: SelectionConfig, *, batched: bool) -> bool:
+    """Whether answering keeps the KV of all chunks of the document, or of a batch of them.
+
+    Joint and query-conditioned encoding make their own, and what is wanted of one document alone is
+    kept while it streams through.
+    """
+    reads_all = selecting.reselect != "never" or selecting.scorer == "attention"
+    return reads_all or (batched and needs_pool(selecting))
+
+
 def answer(
     model: LLaDA,
     prompt: ChunkedPrompt,
@@ -170,12 +180,6 @@ def answer(
             )
             draft = jax.block_until_ready(draft_response(model, question, passing))
     with watch.phase("score"):
-        streams = (
-            prompt.query.ndim == 1
-            and selecting.encoding in ("independent", "bridge")
-            and selecting.reselect == "never"
-            and selecting.scorer != "attention"
-        )
         shared = {"draft": draft, "key": scoring_keys, "oracle": oracle}
         if cache is not None:
             scores = score_chunks(
@@ -183,7 +187,7 @@ def answer(
                 implementation=implementation, **shared,
             )  # fmt: skip
             chosen = select(scores, selecting)
-        elif streams:
+        elif needs_pool(selecting) and not keeps_pool(selecting, batched=prompt.query.ndim == 2):
             # Nothing but the kept chunks is ever asked for: no more need lie in memory.
             kept = dataclasses.replace(
                 passing,

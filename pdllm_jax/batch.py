@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Implementation
-from pdllm_jax.answer import GenerationResult, OnBlock, answer, request_keys
+from pdllm_jax.answer import GenerationResult, OnBlock, answer, keeps_pool, request_keys
 from pdllm_jax.cache import ChunkCache
 from pdllm_jax.chunking import (
     ChunkedPrompt,
@@ -73,6 +73,7 @@ def generate_batch_ids(
         raise ValueError("no requests")
     _check(selection, decode)
     vocab = model.config.vocab_size
+    tight = keeps_pool(selection, batched=True)
     prompts = []
     for i, (prefix, context, query) in enumerate(requests):
 
@@ -82,7 +83,9 @@ def generate_batch_ids(
         before, document = checked("prefix", prefix), checked("context", context)
         after = checked("query", query)
         try:
-            prompts.append(chunk_prompt(before, document, after, chunking, bos_id=bos_id))
+            prompts.append(
+                chunk_prompt(before, document, after, chunking, bos_id=bos_id, tight=tight)
+            )
         except ValueError as error:
             raise ValueError(f"request {i}: {error}") from None
     size = batch_size(len(prompts))
@@ -177,7 +180,7 @@ def encode_text(
     """A document's cache, for `ask`: every chunk encoded behind the instruction, query-free."""
     prefix, query = tokenizer.around_document("?", instruction)
     ids = tokenizer.encode(context)
-    prompt = chunk_prompt(prefix, ids, query, chunking, bos_id=tokenizer.bos_id)
+    prompt = chunk_prompt(prefix, ids, query, chunking, bos_id=tokenizer.bos_id, tight=True)
     return encode_document(model, prompt, encode_batch=encode_batch)
 
 

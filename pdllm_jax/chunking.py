@@ -64,9 +64,12 @@ def bucket_rows(n: int) -> int:
     return 0 if n == 0 else max(32, bucket(n, 8, 2))
 
 
-def bucket_chunks(n: int) -> int:
-    """Chunks of a document: four buckets an octave. The padding costs memory alone."""
-    return bucket(n, 1, 4)
+def bucket_chunks(n: int, tight: bool = False) -> int:
+    """Chunks of a document: a power of two, for padding costs no more than its token ids.
+
+    tight: at most an eighth more than n, for documents of which all KV is kept.
+    """
+    return bucket(n) if tight else 1 << (n - 1).bit_length()
 
 
 def check_token_ids(name: str, ids: TokenIds, vocab_size: int) -> np.ndarray:
@@ -120,6 +123,7 @@ def chunk_prompt(
     config: ChunkConfig = ChunkConfig(),
     *,
     bos_id: int | None = None,
+    tight: bool = False,
 ) -> ChunkedPrompt:
     """Cuts a prompt into what `prefill` takes.
 
@@ -129,6 +133,7 @@ def chunk_prompt(
       query_ids: the question and the answer's cue, at least one token.
       config: chunk size, anchors, overlap.
       bos_id: token of the anchors; the first token of the prefix by default.
+      tight: padded to fewer chunks, in more buckets: where the KV of all chunks is to be kept.
 
     Raises:
       ValueError: empty context or query; anchors without BOS or prefix.
@@ -139,7 +144,7 @@ def chunk_prompt(
     if bos_id is None and prefix.size:
         bos_id = int(prefix[0])
     chunks, lengths = split_context(context_ids, config, bos_id)
-    n = bucket_chunks(len(chunks))
+    n = bucket_chunks(len(chunks), tight)
     return ChunkedPrompt(
         prefix=jnp.asarray(pad_to(prefix, bucket_rows(prefix.size))),
         prefix_length=jnp.asarray(prefix.size, jnp.int32),
@@ -175,8 +180,8 @@ def batch_prompts(prompts: Sequence[ChunkedPrompt], size: int | None = None) -> 
         arrays = [np.asarray(value) for value in values]
         shape = [max(lengths) for lengths in zip(*(x.shape for x in arrays), strict=True)]
         rows = np.zeros((len(arrays) + extra, *shape), np.int32)
-        for row, x in zip(range(len(arrays)), arrays, strict=True):
-            rows[(row, *(slice(n) for n in x.shape))] = x
+        for row, x in zip(rows, arrays, strict=False):
+            row[tuple(map(slice, x.shape))] = x
         return jnp.asarray(rows)
 
     return jax.tree.map(stack, *prompts)

@@ -16,6 +16,7 @@ from pdllm_jax.answer import (
     OnBlock,
     answer,
     decode,
+    keeps_pool,
     phase_times,
     request_keys,
     used_paths,
@@ -126,7 +127,8 @@ def generate_ids(
     context = check_token_ids("context", context_ids, vocab)
     query = check_token_ids("query", query_ids, vocab)
     if method == "prefilling":
-        prompt = chunk_prompt(prefix, context, query, chunking, bos_id=bos_id)
+        tight = keeps_pool(selection, batched=False)
+        prompt = chunk_prompt(prefix, context, query, chunking, bos_id=bos_id, tight=tight)
         ids = _oracle_ids(oracle, selection, prompt.n_chunks)
         return answer(
             model, prompt, selection, config, request_keys([seed], 1),

@@ -7,8 +7,9 @@ tests that compare with it are skipped and all others run.
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(
                 pytest.mark.skip(reason="no GPU (JAX_PLATFORMS=cuda,cpu makes JAX use it)")
             )
+
+
+@pytest.fixture(autouse=True)
+def _few_memory_mappings() -> Iterator[None]:
+    """Lets compiled programs go before there are too many.
+
+    Each holds some hundred memory mappings, of which Linux gives a process 65,530; what fails then
+    is a segmentation fault somewhere in the compiler.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdllm_jax.chunking import bucket, check_token_ids, chunk_prompt, split_context
+from pdllm_jax.chunking import (
+    bucket,
+    bucket_chunks,
+    bucket_rows,
+    check_token_ids,
+    chunk_prompt,
+    split_context,
+)
 from pdllm_jax.config import ChunkConfig, ConfigError
 
 BOS = 9999
@@ -59,10 +66,12 @@ def test_true_lengths_behind_the_padding():
     prompt = chunk_prompt([1] * 9, range(100), [5] * 11, ChunkConfig(8), bos_id=7)
     assert prompt.prefix.shape == (32,)
     assert int(prompt.prefix_length) == 9
-    assert prompt.query.shape == (16,)
+    assert prompt.query.shape == (32,)
     assert int(prompt.query_length) == 11
     assert prompt.n_chunks == 15
-    assert prompt.chunks.shape == (15, 8)
+    assert prompt.chunks.shape == (16, 8)
+    tight = chunk_prompt([1], range(150), [5], ChunkConfig(8), tight=True)
+    assert tight.chunks.shape == (22, 8)
     assert (np.asarray(prompt.chunks)[:15, 0] == 7).all()
 
 
@@ -73,6 +82,8 @@ def test_a_bucket_holds_its_length_and_wastes_an_eighth_at_most(n):
 
 
 def test_buckets_are_few():
+    assert {bucket_chunks(n) for n in range(1, 129)} == {1, 2, 4, 8, 16, 32, 64, 128}
+    assert {bucket_rows(n) for n in range(129)} == {0, 32, 48, 64, 96, 128}
     assert bucket(0) == 0
     assert len({bucket(n, 8) for n in range(1, 8193)}) <= 72
 

@@ -18,7 +18,11 @@ from pdllm_jax.generate import generate, generate_ids
 from pdllm_jax.model import LLaDA
 from pdllm_jax.prefill import encode_document, prefill, prefill_top_k
 from pdllm_jax.reselect import reselect
-from pdllm_jax.scoring import Draft, draft_response, score_chunks
+from pdllm_jax.riders import (
+    Draft,
+    draft_response,
+)
+from pdllm_jax.scoring import score_chunks
 from pdllm_jax.selection import Selection, select_top_k
 from pdllm_jax.start import init_denoise
 from pdllm_jax.state import DenoiseState

@@ -23,7 +23,11 @@ from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.denoise import denoise
 from pdllm_jax.model import LLaDA
 from pdllm_jax.prefill import needs_pool, prefill, prefill_top_k
-from pdllm_jax.scoring import Question, draft_response, score_chunks
+from pdllm_jax.riders import (
+    Question,
+    draft_response,
+)
+from pdllm_jax.scoring import score_chunks
 from pdllm_jax.selection import EMPTY_SLOT, Selection, select
 from pdllm_jax.start import init_denoise
 from pdllm_jax.state import DenoiseState
@@ -160,11 +164,11 @@ def answer(
     )
     n = int(counts.max())
     if selecting.scorer == "all":
-        selecting = dataclasses.replace(selecting, top_k=n, max_k=None)
+        selecting = dataclasses.replace(selecting, top_k=n, max_k=None, margin=0.0)
     elif n <= selecting.top_k and oracle is None:
         # Everything is kept: there is nothing to score, now or later.
         selecting = dataclasses.replace(
-            selecting, scorer="all", top_k=n, max_k=None, reselect="never"
+            selecting, scorer="all", top_k=n, max_k=None, margin=0.0, reselect="never"
         )
     elif selecting.max_k is not None:
         selecting = dataclasses.replace(selecting, max_k=min(selecting.max_k, n))

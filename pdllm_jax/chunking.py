@@ -180,8 +180,8 @@ def batch_prompts(prompts: Sequence[ChunkedPrompt], size: int | None = None) -> 
         arrays = [np.asarray(value) for value in values]
         shape = [max(lengths) for lengths in zip(*(x.shape for x in arrays), strict=True)]
         rows = np.zeros((len(arrays) + extra, *shape), np.int32)
-        for row, x in zip(rows, arrays, strict=False):
-            row[tuple(map(slice, x.shape))] = x
+        for i, x in enumerate(arrays):
+            np.copyto(rows[i : i + 1][(slice(None), *map(slice, x.shape))], x)
         return jnp.asarray(rows)
 
     return jax.tree.map(stack, *prompts)

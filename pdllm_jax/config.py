@@ -141,6 +141,7 @@ class SelectionConfig:
             is_number(self.margin) and 0 <= self.margin < math.inf,
             f"margin must be a number >= 0, got {self.margin!r}",
         )
+        require(self.max_k is not None or self.margin == 0, "margin needs max_k")
         require(
             is_number(self.bridge_share) and 0 < self.bridge_share <= 1,
             f"bridge_share must lie in (0, 1], got {self.bridge_share!r}",
@@ -160,7 +161,7 @@ class SelectionConfig:
         return self.top_k if self.max_k is None else self.max_k
 
     def scoring(self) -> SelectionConfig:
-        """The settings that a pass over the document depends on, all others at their defaults."""
+        """The scorer's settings, all others at their defaults: for passes that only score."""
         return SelectionConfig(
             scorer=self.scorer,
             masked_copies=self.masked_copies,

@@ -22,8 +22,7 @@ from pdllm_jax.cache import ChunkCache, ChunkPool, init_pool, write_chunks
 from pdllm_jax.chunking import ChunkedPrompt
 from pdllm_jax.config import CONTROLS, SelectionConfig
 from pdllm_jax.model import LLaDA
-from pdllm_jax.rope import Rotation, rotate, rotation
-from pdllm_jax.scoring import (
+from pdllm_jax.riders import (
     RIDING,
     Draft,
     Riders,
@@ -31,8 +30,9 @@ from pdllm_jax.scoring import (
     question_of,
     read_scores,
     ride,
-    score_chunks,
 )
+from pdllm_jax.rope import Rotation, rotate, rotation
+from pdllm_jax.scoring import score_chunks
 from pdllm_jax.selection import EMPTY_SLOT, Selection, control_scores, ranking, within_margin
 
 

@@ -30,8 +30,13 @@ from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.encoding import encode_chosen
 from pdllm_jax.forward import response_rows
 from pdllm_jax.model import LLaDA
+from pdllm_jax.riders import (
+    Draft,
+    Question,
+    riders_of,
+)
 from pdllm_jax.rows import overlay
-from pdllm_jax.scoring import Draft, Question, check_scorable, riders_of, score_question
+from pdllm_jax.scoring import check_scorable, score_question
 from pdllm_jax.selection import select
 from pdllm_jax.state import DenoiseState, placed
 

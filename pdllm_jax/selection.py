@@ -72,7 +72,7 @@ def select_top_k(
       scores: -inf marks a chunk that is empty or padding; such a chunk is never chosen. NaN ranks
         below every number.
       k: chunks to keep; at least N keeps everything.
-      keep_first: chunk 0 is among them, whatever its score.
+      keep_first: chunk 0 is among them, whatever its score; where k is 1 no other is close to it.
       max_k, margin: adaptive K: chunks whose score lies at most `margin` under that of the k-th
         are kept too, up to max_k in all; the selection then has max_k slots.
 

@@ -6,6 +6,8 @@ first use. Results go to stdout, progress to stderr. Exit status 2 and one line 
 
   scripts/generate.py CHECKPOINT --context-file book.txt --question 'Who lives at Pemberley?'
   scripts/generate.py CHECKPOINT --prompt-ids ids.json --method dual-cache --json
+
+--stream writes every block of the answer to stdout as soon as it is finished.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import numpy as np
 
@@ -34,17 +36,52 @@ from pdllm_jax import (
     load_model,
 )
 from pdllm_jax.compilation import enable_compilation_cache
-from pdllm_jax.config import Remasking
+from pdllm_jax.config import BridgeTokens, Encoding, Positions, Remasking, Reselect
 
 DTYPES = {"keep": None, "float32": "float32", "bfloat16": "bfloat16"}
+
+
+class Parser(argparse.ArgumentParser):
+    """One line, and no usage, for what it refuses."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+class Stream:
+    """Writes a response as its blocks are finished, called as `on_block`."""
+
+    def __init__(self) -> None:
+        self.tokenizer: Tokenizer | None = None  # without one, ids are written
+        self.ids: list[int] = []
+        self.written = ""
+
+    def __call__(self, request: int, block: int, tokens: list[int]) -> None:
+        self.ids += tokens
+        if self.tokenizer is None:
+            self._write(" ".join(map(str, self.ids)))
+        else:
+            # A character's last bytes may be in the next block.
+            self._write(self.tokenizer.decode(self.ids).rstrip("\ufffd"))
+
+    def finish(self, text: str) -> None:
+        """What is missing of `text`; all of it where a block has changed since it was written."""
+        if not text.startswith(self.written):
+            print()
+            self.written = ""
+        self._write(text)
+        print()
+
+    def _write(self, text: str) -> None:
+        if text.startswith(self.written):
+            print(text[len(self.written) :], end="", flush=True)
+            self.written = text
 
 
 def parser() -> argparse.ArgumentParser:
     """Flags carry the field's names; defaults are the library's."""
     chunking, selection, decode = ChunkConfig(), SelectionConfig(), DecodeConfig()
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--context-file", type=Path, metavar="F", help="the document, UTF-8 text")
@@ -86,7 +123,11 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--overlap", type=int, default=chunking.overlap)
     g.add_argument("--no-anchors", action="store_true", help="no BOS at the head of a chunk")
     g.add_argument("--top-k", type=int, default=selection.top_k, help="chunks kept")
-    g.add_argument("--encoding", choices=("joint", "independent"), default=selection.encoding)
+    g.add_argument(
+        "--max-k", type=int, metavar="K",
+        help="keep up to so many where scores lie close behind the last of top-k",
+    )  # fmt: skip
+    g.add_argument("--margin", type=float, metavar="X", help="how close, in units of the scores")
     g.add_argument(
         "--score",
         choices=(
@@ -94,6 +135,7 @@ def parser() -> argparse.ArgumentParser:
             "leave-one-out",
             "query",
             "confidence",
+            "attention",
             "first",
             "last",
             "random",
@@ -114,19 +156,55 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--encode-batch", type=int, default=selection.encode_batch)
     g.add_argument("--keep-first", action="store_true", help="always keep the first chunk")
     g.add_argument(
+        "--reselect",
+        choices=get_args(Reselect),
+        default=selection.reselect,
+        help="score all chunks again while denoising (default: %(default)s)",
+    )
+    g.add_argument(
+        "--encoding",
+        choices=get_args(Encoding),
+        default=selection.encoding,
+        help="what the kept chunks' KV is computed from (default: %(default)s)",
+    )
+    g.add_argument(
+        "--bridge-share", type=float, default=selection.bridge_share, metavar="X",
+        help="share of a chunk's tokens that encoding bridge recomputes (default: %(default)s)",
+    )  # fmt: skip
+    g.add_argument(
+        "--bridge-tokens",
+        choices=get_args(BridgeTokens),
+        default=selection.bridge_tokens,
+        help="which: those at its start, or those with most of the query's attention",
+    )
+    g.add_argument(
+        "--positions",
+        choices=get_args(Positions),
+        default=selection.positions,
+        help="where kept chunks are placed (default: %(default)s)",
+    )
+    g.add_argument(
+        "--keep-tokens", type=int, metavar="B",
+        help="tokens of a kept chunk that are attended to (default: all)",
+    )  # fmt: skip
+    g.add_argument(
         "--implementation",
         choices=("mosaic_gpu", "cudnn", "xla"),
         help="attention over chosen chunks (default: mosaic_gpu on Hopper GPUs, else xla)",
     )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dtype", choices=tuple(DTYPES), default="keep")
-    p.add_argument("--json", action="store_true", help="print one JSON object")
+    output = p.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print one JSON object")
+    output.add_argument("--stream", action="store_true", help="print blocks as they are finished")
     return p
 
 
 def settings(args: argparse.Namespace) -> tuple[ChunkConfig, SelectionConfig, DecodeConfig]:
     """The command line as the library's configs, which validate it."""
     exact = args.score == "leave-one-out"
+    if args.margin is not None and args.max_k is None:
+        raise ValueError("--margin needs --max-k")
     block_length = args.block_length
     if block_length is None:
         block_length = math.gcd(32, args.gen_length) if args.gen_length > 32 else args.gen_length
@@ -134,13 +212,20 @@ def settings(args: argparse.Namespace) -> tuple[ChunkConfig, SelectionConfig, De
         ChunkConfig(args.chunk_size, anchors=not args.no_anchors, overlap=args.overlap),
         SelectionConfig(
             top_k=args.top_k,
+            max_k=args.max_k,
+            margin=0.0 if args.margin is None else args.margin,
+            keep_first=args.keep_first,
+            reselect=args.reselect,
             scorer="draft" if exact else args.score,
             masked_copies=None if exact else args.masked_copies,
             draft_length=args.draft_length,
             draft_steps=min(2, args.draft_length),
-            encoding=args.encoding,
-            keep_first=args.keep_first,
             encode_batch=args.encode_batch,
+            encoding=args.encoding,
+            bridge_share=args.bridge_share,
+            bridge_tokens=args.bridge_tokens,
+            positions=args.positions,
+            keep_tokens=args.keep_tokens,
         ),
         DecodeConfig(
             gen_length=args.gen_length,
@@ -185,7 +270,7 @@ def load(args: argparse.Namespace) -> tuple[LLaDA, Path]:
     return load_model(folder, dtype=DTYPES[args.dtype]), folder
 
 
-def run(args: argparse.Namespace) -> GenerationResult:
+def run(args: argparse.Namespace, stream: Stream | None = None) -> GenerationResult:
     """Everything cheap is checked before the model is loaded."""
     chunking, selection, decode = settings(args)
     common = {
@@ -196,6 +281,7 @@ def run(args: argparse.Namespace) -> GenerationResult:
         "oracle": args.chunks,
         "seed": args.seed,
         "implementation": args.implementation,
+        "on_block": stream,
     }
     if args.prompt_ids is not None:
         prefix, context, query = read_prompt_ids(args.prompt_ids, args.method)
@@ -203,6 +289,8 @@ def run(args: argparse.Namespace) -> GenerationResult:
         tokenizer = None
         if (folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.load(folder, model.config)
+        if stream is not None:
+            stream.tokenizer = tokenizer
         bos_id = tokenizer.bos_id if tokenizer else model.config.bos_token_id
         if args.early_stop:
             stops = tokenizer.stop_ids if tokenizer else (model.config.eos_token_id,)
@@ -221,6 +309,8 @@ def run(args: argparse.Namespace) -> GenerationResult:
         raise ValueError(f"{args.context_file} is empty")
     folder = converted(args.checkpoint)
     tokenizer = Tokenizer.load(folder, load_config(folder))
+    if stream is not None:
+        stream.tokenizer = tokenizer
     if args.early_stop:
         common["decode"] = dataclasses.replace(decode, stop_ids=tokenizer.stop_ids)
     model, _ = load(args)
@@ -229,9 +319,14 @@ def run(args: argparse.Namespace) -> GenerationResult:
     return generate(model, tokenizer, context=context, question=args.question, **common)
 
 
-def report(result: GenerationResult) -> str:
-    """What a person wants to see."""
-    lines = [result.text if result.text is not None else " ".join(map(str, result.tokens))]
+def response(result: GenerationResult) -> str:
+    """The text, or the ids where there is no tokenizer."""
+    return result.text if result.text is not None else " ".join(map(str, result.tokens))
+
+
+def details(result: GenerationResult) -> str:
+    """What else a person wants to see."""
+    lines = []
     if result.selection is not None:
         scores = result.selection["scores"]
         kept = ", ".join(
@@ -239,6 +334,9 @@ def report(result: GenerationResult) -> str:
             for i in result.selection["chunks"]
         )
         lines.append(f"chunks kept: {kept}")
+        if "rescored" in result.selection:
+            at_end, again = result.selection["chunks_at_end"], result.selection["rescored"]
+            lines.append(f"after {again} more scorings: {', '.join(map(str, at_end))}")
     lines.append(f"evaluations: {result.evaluations}")
     lines.append("seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in result.timings.items()))
     return "\n".join(lines)
@@ -249,7 +347,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         enable_compilation_cache()
-        result = run(args)
+        stream = Stream() if args.stream else None
+        result = run(args, stream)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -259,8 +358,12 @@ def main(argv: list[str] | None = None) -> int:
         scores = result.selection["scores"] if result.selection else None
         assert scores is None or np.isfinite(scores).all()
         print(json.dumps(result.to_dict()))
+        return 0
+    if stream is None:
+        print(response(result))
     else:
-        print(report(result))
+        stream.finish(response(result))
+    print(details(result))
     return 0
 
 

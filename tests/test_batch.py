@@ -17,7 +17,10 @@ from pdllm_jax.denoise import denoise, denoise_step
 from pdllm_jax.generate import generate_ids
 from pdllm_jax.model import LLaDA
 from pdllm_jax.prefill import encode_document, prefill, prefill_top_k
-from pdllm_jax.scoring import draft_response, score_chunks
+from pdllm_jax.riders import (
+    draft_response,
+)
+from pdllm_jax.scoring import score_chunks
 from pdllm_jax.selection import select
 from pdllm_jax.start import init_denoise
 from tests.test_prefill import BOS, CHUNKS, sharpen
@@ -142,6 +145,8 @@ def test_documents_of_a_batch_can_be_asked_again(model):
         assert np.isneginf(row[n:]).all()
     with pytest.raises(ValueError, match="want one for each"):
         score_chunks(model, cache, query[:2], SELECT)
+    with pytest.raises(ValueError, match=r"draft of \(4,\) for questions"):
+        score_chunks(model, cache, query, SELECT, draft=draft_response(model, prompts[0], SELECT))
     with pytest.raises(ValueError, match="a cache of 3 documents"):
         init_denoise(model, cache, select(got[:2], SELECT), query[:2], DECODE, jax.random.key(0))
 

@@ -1,13 +1,15 @@
-"""Code in docs/ runs as it stands there."""
+"""Code in docs/ runs as it stands there, and so does the example of a loop."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
+import runpy
 
 import pytest
 
-DOCS = sorted((Path(__file__).resolve().parents[1] / "docs").glob("*.md"))
+from tests.conftest import ROOT
+
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
@@ -22,3 +24,14 @@ def test_python_blocks_run_and_give_the_shapes_that_their_comments_say(path):
             for name, shape in zip(targets, told, strict=False):
                 assert list(names[name].shape) == eval(shape), line
     assert blocks, "a page of docs/ without any code: take it out of this test's reach"
+
+
+def test_the_example_loop_ends_inside_a_block(capsys):
+    """As its own rule says, after chunks were scored again, and says what it did."""
+    response = runpy.run_path(str(ROOT / "examples" / "denoise_loop.py"))["main"]([])
+    lines = capsys.readouterr().out.splitlines()
+    evaluations = [line for line in lines if line.startswith("evaluation ")]
+    assert 4 < len(evaluations) < 16
+    assert sum(line.startswith("  chunks [") for line in lines) == (len(evaluations) - 1) // 4
+    assert lines[-2:] == ["  the text has ended", f"response: {' '.join(map(str, response))}"]
+    assert not any(token % 8 == 0 for token in response)

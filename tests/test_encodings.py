@@ -324,6 +324,7 @@ def test_what_does_not_go_together_is_refused(model, parts):
         ({"keep_tokens": 0}, "keep_tokens must be a positive integer"),
         ({"max_k": 2}, "max_k 2 is less than top_k 4"),
         ({"margin": -1.0}, "margin must be a number >= 0"),
+        ({"margin": 1.0}, "margin needs max_k"),
         ({"margin": float("nan")}, "margin must be a number >= 0"),
         ({"reselect": "step", "scorer": "random"}, "reselect needs a scorer that reads"),
     ],

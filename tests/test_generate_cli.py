@@ -109,6 +109,59 @@ def test_scorers_and_encodings(checkpoint, tmp_path, capsys):
     assert seen["oracle"] == {"chunks": [0, 2], "scores": None}
 
 
+def test_choices_of_the_method_together(checkpoint, tmp_path, capsys):
+    prompt = write(tmp_path / "prompt.json", PROMPT)
+    status, out, err = run(
+        capsys, checkpoint, "--prompt-ids", prompt, "--json", *SMALL,
+        "--encoding", "bridge", "--bridge-share", "0.3", "--bridge-tokens", "attention",
+        "--positions", "absolute", "--keep-tokens", "9", "--max-k", "3", "--margin", "100",
+        "--reselect", "block", "--block-length", "4",
+    )  # fmt: skip
+    assert status == 0, err
+    result = json.loads(out)
+    assert result["paths"]["encoding"] == "bridge"
+    assert len(result["selection"]["chunks"]) == 3
+    assert len(result["selection"]["chunks_at_end"]) == 3
+    assert result["selection"]["rescored"] == 1
+
+
+@pytest.mark.parametrize("method", ["prefilling", "plain"])
+def test_streamed_blocks_make_the_same_output(checkpoint, tmp_path, capsys, method):
+    prompt = write(tmp_path / "prompt.json", PROMPT)
+    arguments = (checkpoint, "--prompt-ids", prompt, "--method", method, "--block-length", "2")
+    arguments += ("--seed", "1", "--temperature", "1", *SMALL)
+    whole, streamed = (run(capsys, *arguments, *more) for more in ((), ("--stream",)))
+    assert (whole[0], streamed[0]) == (0, 0), streamed[2]
+    without_times = (out.split("seconds:")[0] for out in (whole[1], streamed[1]))
+    assert len(set(without_times)) == 1
+
+
+class Spelling:
+    """A tokenizer of bytes."""
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(i for i in ids if i < 255).decode(errors="replace")
+
+
+def test_a_stream_writes_whole_characters_and_what_has_changed(capsys):
+    stream = generate.Stream()
+    stream.tokenizer = Spelling()
+    seen = []
+    for piece in ([65, 0xC3], [0xA4, 66], [67]):
+        stream(0, len(seen), piece)
+        seen.append(capsys.readouterr().out)
+    assert seen == ["A", "\u00e4B", "C"]
+    stream.finish("A\u00e4BC and more")
+    assert capsys.readouterr().out == " and more\n"
+    stream.finish("A\u00e4XC")
+    assert capsys.readouterr().out == "\nA\u00e4XC\n"
+    bare = generate.Stream()
+    bare(0, 0, [3, 4])
+    bare(0, 1, [5])
+    bare.finish("3 4 5 6")
+    assert capsys.readouterr().out == "3 4 5 6\n"
+
+
 def test_a_pytorch_folder_is_converted_once(checkpoint, tmp_path, capsys):
     prompt = write(tmp_path / "prompt.json", PROMPT)
     arguments = (checkpoint, "--prompt-ids", prompt, "--method", "plain", *SMALL)
@@ -152,6 +205,21 @@ BAD = {
     "both rules": (["--threshold", "0.5", "--factor", "1"], {}, "exclude each other"),
     "draft": (["--draft-length", "0"], {}, "draft_length must be a positive"),
     "kernel": (["--implementation", "mosaic_gpu"], {}, "implementation .mosaic_gpu.: the"),
+    "encoding": (["--encoding", "causal"], {}, "argument --encoding: invalid choice: 'causal'"),
+    "positions": (["--positions", "relative"], {}, "argument --positions: invalid choice"),
+    "reselect": (["--reselect", "often"], {}, "argument --reselect: invalid choice"),
+    "bridge tokens": (["--bridge-tokens", "end"], {}, "argument --bridge-tokens: invalid choice"),
+    "bridge share": (["--bridge-share", "0"], {}, r"bridge_share must lie in \(0, 1\]"),
+    "kept tokens": (["--keep-tokens", "0"], {}, "keep_tokens must be a positive"),
+    "max-k": (["--max-k", "2"], {}, "max_k 2 is less than top_k 4"),
+    "margin": (["--max-k", "5", "--margin", "-1"], {}, "margin must be a number >= 0"),
+    "margin alone": (["--margin", "1"], {}, "--margin needs --max-k"),
+    "reselect a control": (
+        ["--reselect", "step", "--score", "first"],
+        {},
+        "reselect needs a scorer that reads the document, not 'first'",
+    ),
+    "stream and json": (["--stream", "--json"], {}, "not allowed with argument"),
     "unknown key": ([], {"more": []}, "must hold the keys"),
 }
 

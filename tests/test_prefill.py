@@ -15,7 +15,11 @@ from pdllm_jax.config import ChunkConfig, DecodeConfig, ModelConfig, SelectionCo
 from pdllm_jax.denoise import denoise, denoise_step
 from pdllm_jax.model import LLaDA
 from pdllm_jax.prefill import encode_document, prefill, prefill_top_k
-from pdllm_jax.scoring import Draft, draft_response, score_chunks
+from pdllm_jax.riders import (
+    Draft,
+    draft_response,
+)
+from pdllm_jax.scoring import score_chunks
 from pdllm_jax.selection import select_top_k
 from pdllm_jax.start import init_denoise
 from tests.oracles.definition import Definition

@@ -38,7 +38,9 @@ from pdllm_jax import (
     select_top_k,
 )
 from pdllm_jax.cache import ChunkCache
-from pdllm_jax.scoring import Question
+from pdllm_jax.riders import (
+    Question,
+)
 
 SECTIONS = ("stream", "scoring", "ask", "batch", "choices")
 

@@ -119,3 +119,16 @@ def test_an_empty_prefix_works_without_anchors():
 def test_ids_outside_the_vocabulary_are_named(ids, message):
     with pytest.raises(ValueError, match=message):
         check_token_ids("context", ids, 256)
+
+
+def test_a_hundred_random_requests_have_few_shapes():
+    """As docs/api.md has it; documents of 4K to 128K tokens."""
+    rng = np.random.default_rng(0)
+    rows, shapes = set(), set()
+    for _ in range(100):
+        prefix, query = (bucket_rows(int(rng.integers(*bounds))) for bounds in ((10, 41), (5, 97)))
+        tokens = int(np.exp(rng.uniform(np.log(4096), np.log(131_072))))
+        rows.add((prefix, query))
+        shapes.add((prefix, query, bucket_chunks(-(-tokens // 1023))))
+    assert len(rows) == 8
+    assert len(shapes) == 33

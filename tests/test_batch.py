@@ -88,9 +88,10 @@ def test_ragged_requests_are_answered_as_if_each_were_alone(model, encoding):
     ids=lambda change: "+".join(f"{k}={v}" for k, v in change.items()),
 )
 def test_every_choice_is_the_same_in_a_batch(model, change):
+    """Of two documents that have to be chosen from; one that is kept whole is above."""
     selecting = dataclasses.replace(SELECT, **change)
     decode = dataclasses.replace(DECODE, threshold=0.05, temperature=0.5)
-    for alone, together in both(model, RAGGED[:3], selection=selecting, decode=decode):
+    for alone, together in both(model, RAGGED[::2], selection=selecting, decode=decode):
         assert together.tokens == alone.tokens
         assert together.evaluations == alone.evaluations
         assert together.selection["chunks"] == alone.selection["chunks"]

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat, mosaic_gpu
 from pallas_kernels.cudnn import chunk_attention_cudnn
-from pallas_kernels.partial import EMPTY_LSE, Partial, merge
+from pallas_kernels.dense import attention
+from pallas_kernels.partial import EMPTY_LSE, Near, Partial, merge
 from pallas_kernels.reference import chunk_attention_reference
 from pallas_kernels.xla import chunk_attention_xla
 
@@ -78,10 +79,10 @@ def chunk_attention(
     *,
     layer: int | Int[Array, ""] | None = None,
     scale: float | None = None,
-    other: Partial | None = None,
+    near: Near | None = None,
     implementation: Implementation | None = None,
 ) -> Partial:
-    """Softmax attention of every query row over the union of its request's chunks.
+    """Softmax attention of every query row over the union of its request's chunks and near keys.
 
     Pure, made to be called under jit; compiles anew for other shapes, not for other ids, lengths or
     layers. Head counts H and G, rows T and slots K are free.
@@ -89,7 +90,8 @@ def chunk_attention(
     Args:
       q: query rows. With a K axis, rows[b, j] meet chunk chunk_ids[b, j]: rotated by the row's
         position minus that chunk's offset, they let keys stay rotated at chunk-local positions.
-        Without it the same rows meet every chunk.
+        Without it the same rows meet every chunk. With near keys the axis has K + 1 places, the
+        last for the rows that meet those.
       k, v: the pool, N chunks of C keys for G KV heads (H a multiple of G); with a leading axis
         of layers where `layer` is given. Read in place: no copy of the chosen chunks is made.
       chunk_ids: chunks of each request, in any order, repeats allowed. An id outside [0, N) marks
@@ -98,8 +100,8 @@ def chunk_attention(
         whatever it holds.
       layer: index into the leading axis of a stacked pool; may be traced.
       scale: of the scores, a positive number, 1/sqrt(D) by default.
-      other: attention of the same rows over other keys (live KV), which the result includes: as
-        `merge` afterwards, but cheaper where the implementation merges parts of its own anyway.
+      near: keys and values that a request has to itself (live KV), attended to on the way. For the
+        kernel, S should be a multiple of 128, or they are copied.
       implementation: which code runs; a named one is used or the call fails.
         "mosaic_gpu"  the Hopper kernel: bfloat16 or float16, head size 64 or 128, C a multiple of
                       64, compute capability 9.0, jax 0.11 or newer; float32 accumulation.
@@ -116,9 +118,7 @@ def chunk_attention(
     Raises:
       ValueError: ranks, sizes, dtypes, head counts or a scale that do not fit, named; K = 0.
     """
-    _check(q, k, v, chunk_ids, chunk_lengths, layer)
-    if other is not None:
-        _check_other(other, q)
+    _check(q, k, v, chunk_ids, chunk_lengths, layer, near)
     implementation = resolve_implementation(
         implementation, dtype=q.dtype, head_size=q.shape[-1], chunk_size=k.shape[-2]
     )
@@ -132,15 +132,22 @@ def chunk_attention(
     if implementation in ("mosaic_gpu", "interpret"):
         interpret = compat.interpreter() if implementation == "interpret" else None
         return mosaic_gpu.chunk_attention_mosaic_gpu(
-            q, k, v, layer, chunk_ids, chunk_lengths, scale, other, interpret=interpret
+            q, k, v, layer, chunk_ids, chunk_lengths, scale, near, interpret=interpret
         )
-    q = jnp.broadcast_to(q, (q.shape[0], chunk_ids.shape[1], *q.shape[2:]))
+    slots = chunk_ids.shape[1]
+    own = None
+    if near is not None:
+        near = near.of_layer(layer)
+        lengths = jnp.clip(near.lengths, 0, near.k.shape[1])
+        own = attention(q[:, slots], near.k, near.v, lengths, need_lse=True, scale=scale)
+        q = q[:, :slots]
+    q = jnp.broadcast_to(q, (q.shape[0], slots, *q.shape[2:]))
     if implementation == "reference":
         found = chunk_attention_reference(q, k[layer], v[layer], chunk_ids, chunk_lengths, scale)
     else:
         run = chunk_attention_cudnn if implementation == "cudnn" else chunk_attention_xla
         found = run(q, k, v, layer, chunk_ids, chunk_lengths, scale)
-    return found if other is None else merge(other, found)
+    return found if own is None else merge(own, found)
 
 
 def chunk_attention_mass(
@@ -178,17 +185,7 @@ def chunk_attention_mass(
     return ChunkMass(whole, mass.transpose(0, 2, 3, 1))
 
 
-def _check_other(other: Partial, q: Array) -> None:
-    batch, (rows, heads, dim) = q.shape[0], q.shape[-3:]
-    want = (batch, rows, heads, dim), (batch, heads, rows)
-    if (other.out.shape, other.lse.shape) != want:
-        raise ValueError(
-            f"other must hold out {want[0]} and lse {want[1]}, "
-            f"got {other.out.shape} and {other.lse.shape}"
-        )
-
-
-def _check(q, k, v, chunk_ids, chunk_lengths, layer) -> None:
+def _check(q, k, v, chunk_ids, chunk_lengths, layer, near=None) -> None:
     def require(condition: bool, message: str) -> None:
         if not condition:
             raise ValueError(message)
@@ -218,11 +215,35 @@ def _check(q, k, v, chunk_ids, chunk_lengths, layer) -> None:
         f"chunk_ids must be [B, K] with B = {q.shape[0]}, got shape {chunk_ids.shape}",
     )
     require(chunk_ids.shape[1] > 0, "chunk_ids is empty: attention over no chunk has no meaning")
+    places = chunk_ids.shape[1] + (near is not None)
     require(
-        q.ndim == 4 or q.shape[1] == chunk_ids.shape[1],
-        f"q has {q.shape[1]} chunk slots, chunk_ids {chunk_ids.shape[1]}",
+        q.ndim == 5 or near is None, "with near keys q must be [B, K + 1, T, H, D], rows for each"
+    )
+    require(
+        q.ndim == 4 or q.shape[1] == places,
+        f"q has {q.shape[1]} chunk slots, chunk_ids {chunk_ids.shape[1]}"
+        + (" and one for near keys" if near is not None else ""),
     )
     require(
         chunk_lengths.shape == (n,),
         f"chunk_lengths must be [{n}], one for each chunk of the pool, got {chunk_lengths.shape}",
+    )
+    if near is None:
+        return
+    shape = near.k.shape
+    layers = k.shape[: near.k.ndim - 4]
+    require(
+        near.k.ndim in (4, ndim)
+        and shape == near.v.shape == (*layers, q.shape[0], shape[-3], g, d)
+        and shape[-3] > 0,
+        f"near k and v must be [B, S, G, D], or [L, B, S, G, D] where there is a layer index, with "
+        f"B = {q.shape[0]}, G = {g}, D = {d}, got {shape} and {near.v.shape}",
+    )
+    require(
+        near.k.dtype == near.v.dtype == k.dtype,
+        f"near k and v must have the pool's dtype {k.dtype}, got {near.k.dtype}, {near.v.dtype}",
+    )
+    require(
+        near.lengths.shape == (q.shape[0],) and jnp.issubdtype(near.lengths.dtype, jnp.integer),
+        f"near lengths must be [{q.shape[0]}] integers, got {near.lengths.shape}",
     )

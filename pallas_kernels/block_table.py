@@ -24,8 +24,10 @@ class BlockTable:
     Every unit has M places, M the most that one can have, so that a unit's first block is found
     without looking anything up.
 
-    blocks [U * M] int32: chunk * blocks_per_chunk + block, U = B * splits.
+    blocks [U * M] int32: chunk * blocks_per_chunk + block, U = B * splits; -1 - block among the
+      request's near keys.
     facts [U * M] int32: valid keys (1..128) and slot << SLOT_SHIFT; 0 valid behind a unit's end.
+      Near keys are slot K.
     units [U * 3] int32: request, split, and number of blocks. In order; or, `by_chunk`, sorted by
       the chunk that they begin with, so that requests that share chunks read them at the same time.
     """
@@ -43,17 +45,24 @@ def block_table(
     block_keys: int,
     splits: int,
     by_chunk: bool = False,
+    near_lengths: Int[Array, "B"] | None = None,
+    near_blocks: int = 0,
 ) -> BlockTable:
     """Makes the table.
 
     Args:
       chunk_ids: inside the pool; lengths: valid keys, 0 for empty slots, at most chunk_size.
       splits: units a request, each an equal share of its blocks.
+      near_lengths: valid near keys, at most near_blocks * block_keys; None where there are none.
     """
-    batch, slots = chunk_ids.shape
+    batch, chosen = chunk_ids.shape
     per_chunk = chunk_size // block_keys
-    most = -(-slots * per_chunk // splits)
-    counts = -(-lengths // block_keys)  # [B, K]
+    if near_lengths is not None:
+        lengths = jnp.concatenate([lengths, near_lengths[:, None]], axis=1)
+        chunk_ids = jnp.pad(chunk_ids, ((0, 0), (0, 1)))
+    slots = lengths.shape[1]
+    most = -(-(chosen * per_chunk + near_blocks) // splits)
+    counts = -(-lengths // block_keys)  # [B, slots]
     # A sum rather than a cumsum: one small fusion.
     before = jnp.arange(slots)[:, None] > jnp.arange(slots)
     starts = jnp.where(before, counts[:, None], 0).sum(axis=-1)
@@ -69,10 +78,12 @@ def block_table(
     def of_slot(values: Array) -> Array:
         return jnp.take_along_axis(values, slot, axis=1)
 
-    block = jnp.clip(place - of_slot(starts), 0, per_chunk - 1)
+    near = slot == chosen
+    most_of_slot = jnp.where(near, near_blocks, per_chunk)
+    block = jnp.clip(place - of_slot(starts), 0, most_of_slot - 1)
     valid = jnp.clip(of_slot(lengths) - block * block_keys, 0, block_keys)
     valid = jnp.where(place < jnp.repeat(end, most, axis=1), valid, 0)
-    blocks = of_slot(chunk_ids) * per_chunk + block
+    blocks = jnp.where(near, -1 - block, of_slot(chunk_ids) * per_chunk + block)
     facts = valid | (slot << SLOT_SHIFT)
 
     request = jnp.broadcast_to(jnp.arange(batch)[:, None], first.shape)

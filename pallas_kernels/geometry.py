@@ -1,8 +1,9 @@
-"""Static shape of a launch of the GPU kernel: tiles, groups and work items."""
+"""Static shapes of launches of the GPU kernels: tiles, groups and work items."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 ROWS = 64  # of a query tile: what one warpgroup multiplies at once
 
@@ -31,6 +32,7 @@ class Geometry:
     key_groups: int = 1
     per_chunk: int = 1  # key blocks of a chunk
     slots: int = 1  # K
+    near_blocks: int = 0  # blocks of keys that every request has to itself
 
     def __post_init__(self) -> None:
         if self.key_groups > 1 and self.tiles_per_block > 1:
@@ -73,8 +75,54 @@ class Geometry:
     @property
     def blocks_of_unit(self) -> int:
         """Most blocks of keys that a unit of the block table has."""
-        return -(-self.slots * self.per_chunk // self.splits)
+        return -(-(self.slots * self.per_chunk + self.near_blocks) // self.splits)
 
     @property
     def items(self) -> int:
         return self.batch * self.splits * self.kv_heads * self.groups
+
+
+Activation = Literal["none", "swiglu"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulGeometry:
+    """Static shape of a launch.
+
+    rows: 32, or a multiple of 64; inner: I; outs: columns of each result; columns: of each that one
+    block of threads makes; splits: of the inner dimension; block: inner elements of a stage.
+    activation: "swiglu" makes one result of two weights, silu(first) * second.
+    """
+
+    rows: int
+    inner: int
+    outs: tuple[int, ...]
+    columns: tuple[int, ...]
+    splits: int
+    block: int
+    stages: int
+    activation: Activation = "none"
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.rows // ROWS)
+
+    @property
+    def units(self) -> int:
+        return self.outs[0] // self.columns[0]
+
+    @property
+    def steps(self) -> int:
+        """Blocks of the inner dimension that a block of threads goes through."""
+        return self.inner // self.splits // self.block
+
+    @property
+    def results(self) -> int:
+        return 1 if self.activation == "swiglu" else len(self.outs)
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes; `splits` of half-precision operands give float32 results."""
+        stage = 2 * self.block * (self.tiles * ROWS + sum(self.columns))
+        result = self.tiles * ROWS * sum(self.columns[: self.results])
+        return self.stages * stage + result * (4 if self.splits > 1 else 2)

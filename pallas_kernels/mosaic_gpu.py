@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import compat, tuning
 from pallas_kernels.block_table import block_table
 from pallas_kernels.geometry import Geometry
-from pallas_kernels.partial import Partial
+from pallas_kernels.partial import Near, Partial
 from pallas_kernels.selected import selected_chunks
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -45,24 +45,29 @@ def device_problem() -> str | None:
 
 
 def chunk_attention_mosaic_gpu(
-    q: Float[Array, "B K T H D"] | Float[Array, "B 1 T H D"],
+    q: Float[Array, "B Q T H D"],
     k: Float[Array, "L N G C D"],
     v: Float[Array, "L N G C D"],
     layer: int | Int[Array, ""],
     chunk_ids: Int[Array, "B K"],
     chunk_lengths: Int[Array, "N"],
     scale: float,
-    other: Partial | None = None,
+    near: Near | None = None,
     *,
     settings: tuning.Tuning | None = None,
     interpret: Any = None,
 ) -> Partial:
-    """Attention over the chosen chunks; q's second axis is 1 where all slots share the rows.
+    """Attention over the chosen chunks, and over near keys in the same launch.
 
-    other: attention of the same rows over other keys, merged in the same launch as the splits.
+    q: rows for each of the K slots, or one for all of them; with near keys K + 1, the last theirs.
+    near: copied where S is no multiple of the blocks of keys.
     settings: by default what tuning.py says. interpret: `compat.interpreter()` to run on the CPU.
     """
-    layer = jnp.asarray(layer, jnp.int32).reshape(1)
+    layer = jnp.asarray(layer, jnp.int32)
+    near_layer = layer
+    if near is not None and near.k.ndim == 4:
+        near, near_layer = Near(near.k[None], near.v[None], near.lengths), jnp.int32(0)
+    layer = jnp.stack([layer, near_layer])
     shape = _geometry(q.shape, k.shape)
     if settings is None:
         settings = tuning.choose(
@@ -83,10 +88,9 @@ def chunk_attention_mosaic_gpu(
         splits=settings.splits,
         key_groups=settings.key_groups,
         slots=chunk_ids.shape[1],
+        near_blocks=0 if near is None else -(-near.k.shape[2] // settings.block_keys),
     )
-    return _launch(
-        q, k, v, layer, chunk_ids, chunk_lengths, other, shape=shape, interpret=interpret
-    )
+    return _launch(q, k, v, layer, chunk_ids, chunk_lengths, near, shape=shape, interpret=interpret)
 
 
 def _geometry(q: tuple[int, ...], pool: tuple[int, ...]) -> Geometry:
@@ -121,7 +125,7 @@ def _launch(
     layer: Array,
     chunk_ids: Array,
     chunk_lengths: Array,
-    other: Partial | None,
+    near: Near | None,
     *,
     shape: Geometry,
     interpret: Any,
@@ -139,21 +143,18 @@ def _launch(
         block_keys=shape.block_keys,
         splits=shape.splits,
         by_chunk=shape.batch > 1,
+        near_lengths=None if near is None else jnp.clip(near.lengths, 0, near.k.shape[2]),
+        near_blocks=shape.near_blocks,
     )
-    whole = shape.splits == 1 and other is None
-    kernel = build(shape, q.dtype, whole=whole, interpret=interpret)
-    out, lse = kernel(q, k, v, table.blocks, table.facts, table.units, layer)
-    if not whole:
-        extra: tuple[Array, ...] = ()
-        if other is not None:
-            at_end = (0, padding)
-            spare = shape.flat_rows - shape.batch * shape.heads * shape.rows
-            extra = (
-                jnp.pad(other.out.astype(q.dtype), ((0, 0), at_end, (0, 0), (0, 0))),
-                jnp.pad(jnp.pad(other.lse, ((0, 0), (0, 0), at_end)).reshape(-1), (0, spare)),
-            )
-        join = build_merge(shape, q.dtype, with_other=other is not None, interpret=interpret)
-        out, lse = join(out, lse, *extra)
+    more: tuple[Array, ...] = ()
+    if near is not None:
+        fill = shape.near_blocks * shape.block_keys - near.k.shape[2]
+        fill_rows = ((0, 0), (0, 0), (0, fill), (0, 0), (0, 0))
+        more = (jnp.pad(near.k, fill_rows), jnp.pad(near.v, fill_rows)) if fill else near[:2]
+    kernel = build(shape, q.dtype, whole=shape.splits == 1, interpret=interpret)
+    out, lse = kernel(q, k, v, *more, table.blocks, table.facts, table.units, layer)
+    if shape.splits > 1:
+        out, lse = build_merge(shape, q.dtype, interpret=interpret)(out, lse)
     used = shape.batch * shape.heads * shape.rows
     lse = lse[:used].reshape(shape.batch, shape.heads, shape.rows)
     return Partial(out[:, :rows], lse[..., :rows])

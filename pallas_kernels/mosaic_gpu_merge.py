@@ -1,4 +1,4 @@
-"""The merge of the kernel's splits, and of a part over other keys, in one launch."""
+"""The merge of the kernel's splits."""
 
 from __future__ import annotations
 
@@ -17,16 +17,14 @@ from pallas_kernels.mosaic_gpu_sm90 import tiled
 _BUFFERS, _COLUMNS = 8, 32
 
 
-def build_merge(geo: Geometry, dtype: jnp.dtype, *, with_other: bool, interpret):
+def build_merge(geo: Geometry, dtype: jnp.dtype, *, interpret):
     """The callable: out [splits, R, D], lse [splits, R], both as the kernel leaves them.
 
-    Rows are (b, h, t), R of them, in tiles of 64. `with_other` adds
-    two arguments, a part over other keys: out [B, T, H, D] in `dtype`, lse [R] float32. Returns
-    out [B, T, H, D] in `dtype` and lse [R] float32.
+    Rows are (b, h, t), R of them, in tiles of 64. Returns out [B, T, H, D] in `dtype` and lse [R]
+    float32.
     """
     splits, width = geo.splits, _COLUMNS
     buffers = min(splits, _BUFFERS)
-    others = int(with_other)
     pieces = ROWS // geo.rows_per_head
     heads = geo.batch * geo.heads
     by_row = plgpu.Layout.WGMMA.reduce(1)
@@ -44,9 +42,9 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, with_other: bool, interpret)
             place < heads,
         )
 
-    def merge_partials(*refs):
-        out_gmem, lse_gmem, *other, merged_gmem, merged_lse_gmem = refs[: 4 + 2 * others]
-        parts, other_part, lses, top_lse, ready, other_ready, known = refs[4 + 2 * others :]
+    def merge_partials(
+        out_gmem, lse_gmem, merged_gmem, merged_lse_gmem, parts, lses, top_lse, ready, known
+    ):
         first, share = lax.axis_index("tile") * ROWS, lax.axis_index("share")
         columns = pl.ds(share * width, width)
 
@@ -64,15 +62,8 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, with_other: bool, interpret)
             plgpu.copy_gmem_to_smem(lse_gmem.at[split, pl.ds(first, ROWS)], lses.at[split], known)
         for split in range(buffers):
             load(split)
-        if with_other:
-            plgpu.copy_gmem_to_smem(other[1].at[pl.ds(first, ROWS)], lses.at[splits], known)
-            for i in range(pieces):
-                rows, request, target, head, _exists = piece(first, i)
-                plgpu.copy_gmem_to_smem(
-                    other[0].at[request, target, head, columns], other_part.at[rows], other_ready
-                )
         plgpu.barrier_wait(known)
-        scores = [compat.load(lses.at[part], by_row) for part in range(splits + others)]
+        scores = [compat.load(lses.at[split], by_row) for split in range(splits)]
         top = scores[0]
         for score in scores[1:]:
             top = jnp.maximum(top, score)
@@ -81,11 +72,8 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, with_other: bool, interpret)
         for split, score in enumerate(scores):
             weight = jnp.exp(score - top)
             total += weight
-            source, barrier = other_part, other_ready
-            if split < splits:
-                source, barrier = parts.at[split % buffers], ready.at[split % buffers]
-            plgpu.barrier_wait(barrier)
-            part = compat.load(source, plgpu.Layout.WGMMA)
+            plgpu.barrier_wait(ready.at[split % buffers])
+            part = compat.load(parts.at[split % buffers], plgpu.Layout.WGMMA)
             acc += part.astype(jnp.float32) * lax.broadcast_in_dim(weight, acc.shape, [0])
             if split + buffers < splits:
                 plgpu.commit_smem()  # all have read the buffer
@@ -119,12 +107,10 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, with_other: bool, interpret)
         ],
         scratch_types=[
             plgpu.SMEM((buffers, ROWS, width), dtype, transforms=tiled(width)),
-            plgpu.SMEM((ROWS, width), dtype, transforms=tiled(width)),
-            plgpu.SMEM((splits + others, ROWS), jnp.float32),
+            plgpu.SMEM((splits, ROWS), jnp.float32),
             plgpu.SMEM((ROWS,), jnp.float32),
             plgpu.Barrier(num_barriers=buffers),
-            plgpu.Barrier(num_arrivals=pieces),
-            plgpu.Barrier(num_arrivals=splits + others),
+            plgpu.Barrier(num_arrivals=splits),
         ],
         grid=(geo.flat_rows // ROWS, geo.dim // width),
         grid_names=("tile", "share"),

@@ -40,9 +40,11 @@ def _div(x: jax.Array, n: int) -> jax.Array:
 
 
 def build(geo: Geometry, dtype: jnp.dtype, *, whole: bool, interpret):
-    """The callable: q, k, v, blocks, facts, units, layer -> out, lse.
+    """The callable: q, k, v, near_k, near_v, blocks, facts, units, layer -> out, lse.
 
-    q [B, K or 1, T, H, D]; k, v [L, N, G, C, D]; the table's arrays; layer int32 [1].
+    q [B, 1, K or, with near keys, K + 1, T, H, D]; k, v [L, N, G, C, D]; near_k, near_v
+    [L', B, S, G, D], S whole blocks, left out where geo.near_blocks is 0; the table's arrays; layer
+    int32 [2], of the pool and of the near keys.
     Returns out [splits, R, D] in `dtype` and lse [splits, R] float32 (natural log), rows (b, h, t);
     `whole`, which wants a single split: out [B, T, H, D] and lse [R].
     """
@@ -54,6 +56,7 @@ def build(geo: Geometry, dtype: jnp.dtype, *, whole: bool, interpret):
     per_row_tiles = geo.rows // geo.rows_per_head
     by_row = plgpu.Layout.WGMMA.reduce(1)
     apart = keys != dim
+    has_near = geo.near_blocks > 0
 
     def work(index):
         """Item -> unit, KV head and tile group."""
@@ -71,11 +74,12 @@ def build(geo: Geometry, dtype: jnp.dtype, *, whole: bool, interpret):
             local = jnp.minimum(local, geo.heads_per_kv - 1)
             yield pl.ds(i * rows, rows), row, head * geo.heads_per_kv + local, exists
 
-    def chunk_attention(
-        q_gmem, k_gmem, v_gmem, blocks_gmem, facts_gmem, units_gmem, layer_gmem, out_gmem, lse_gmem,
-        q_smem, p_smem, out_smem, lse_smem, k_smem, v_smem,
-        q_full, k_full, v_full, k_empty, v_empty, v_clean, joined, released,
-    ):  # fmt: skip
+    def chunk_attention(q_gmem, k_gmem, v_gmem, *refs):
+        near_gmem, refs = refs[: 2 * has_near], refs[2 * has_near :]
+        blocks_gmem, facts_gmem, units_gmem, layer_gmem, out_gmem, lse_gmem, *refs = refs
+        q_smem, p_smem, out_smem, lse_smem, k_smem, v_smem, *refs = refs
+        q_full, k_full, v_full, k_empty, v_empty, v_clean, joined, released = refs
+        near_k_gmem, near_v_gmem = near_gmem or (None, None)
         if interpret is None:  # which knows no launches that overlap
             plgpu.griddepcontrol_wait()
             plgpu.griddepcontrol_launch_dependents()
@@ -93,34 +97,46 @@ def build(geo: Geometry, dtype: jnp.dtype, *, whole: bool, interpret):
             def _one_warp(warp):
                 @pl.when(warp == 0)
                 def _():
-                    layer = layer_gmem[0]
+                    layer, near_layer = layer_gmem[0], layer_gmem[1]
 
-                    def load(place, n, head):
+                    def load(place, n, head, request):
                         stage = _mod(n, stages)
-                        chunk = _div(place, geo.per_chunk)
-                        rows = pl.ds(_mod(place, geo.per_chunk) * keys, keys)
-                        for gmem, smem, full, empty in (
-                            (k_gmem, k_smem, k_full, k_empty),
-                            (v_gmem, v_smem, v_full, v_empty),
+                        for pool, near, smem, full, empty in (
+                            (k_gmem, near_k_gmem, k_smem, k_full, k_empty),
+                            (v_gmem, near_v_gmem, v_smem, v_full, v_empty),
                         ):
 
                             @pl.when(n >= stages)
                             def _(empty=empty):
                                 plgpu.barrier_wait(empty.at[stage])
 
-                            plgpu.copy_gmem_to_smem(
-                                gmem.at[layer, chunk, head, rows], smem.at[stage], full.at[stage]
-                            )
+                            target, arrived = smem.at[stage], full.at[stage]
+
+                            @pl.when(place >= 0)
+                            def _(pool=pool, target=target, arrived=arrived):
+                                chunk = _div(place, geo.per_chunk)
+                                rows = pl.ds(_mod(place, geo.per_chunk) * keys, keys)
+                                source = pool.at[layer, chunk, head, rows]
+                                plgpu.copy_gmem_to_smem(source, target, arrived)
+
+                            if has_near:
+
+                                @pl.when(place < 0)
+                                def _(near=near, target=target, arrived=arrived):
+                                    source = near.at[
+                                        near_layer, request, pl.ds((-1 - place) * keys, keys), head
+                                    ]
+                                    plgpu.copy_gmem_to_smem(source, target, arrived)
 
                     def run(i, n):
                         unit, head, _ = work_of(i)
-                        length = units_gmem[unit * 3 + 2]
+                        request, length = units_gmem[unit * 3], units_gmem[unit * 3 + 2]
                         base = unit * most
 
                         def step(j, carry):
                             n, place = carry
                             following = blocks_gmem[base + jnp.minimum(j + 1, most - 1)]
-                            load(place, n, head)
+                            load(place, n, head, request)
                             return n + 1, following
 
                         return lax.fori_loop(0, length, step, (n, blocks_gmem[base]))[0]

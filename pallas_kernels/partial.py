@@ -6,7 +6,7 @@ import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 # Finite, so that a part without any key merges to weight zero instead of NaN.
 EMPTY_LSE = -1e30
@@ -22,6 +22,23 @@ class Partial(NamedTuple):
 
     out: Float[Array, "B T H D"]
     lse: Float[Array, "B H T"]
+
+
+class Near(NamedTuple):
+    """Keys and values that each request has to itself, beside the chunks: prefix, query, response.
+
+    k, v [B, S, G, D], or [L, B, S, G, D], of which the layer is taken that is asked for.
+    lengths [B] int32: valid keys of each request, clipped to [0, S]; what lies behind is never
+      used, whatever it holds.
+    """
+
+    k: Float[Array, "*L B S G D"]
+    v: Float[Array, "*L B S G D"]
+    lengths: Int[Array, "B"]
+
+    def of_layer(self, layer: int | Int[Array, ""]) -> Near:
+        """Without an axis of layers."""
+        return self if self.k.ndim == 4 else Near(self.k[layer], self.v[layer], self.lengths)
 
 
 def merge(*parts: Partial) -> Partial:

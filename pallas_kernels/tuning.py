@@ -1,8 +1,10 @@
-"""Block sizes of the GPU kernel: the rule, and what it may choose from."""
+"""Block sizes of the GPU kernels: the rules, and what they may choose from."""
 
 from __future__ import annotations
 
 import dataclasses
+
+from pallas_kernels.geometry import ROWS, Activation, MatmulGeometry
 
 # Shared memory that a block may ask for on sm_90, less what the compiler takes for itself.
 SHARED_MEMORY = 227 * 1024 - 1024
@@ -72,3 +74,60 @@ def choose(
     blocks = slots * chunk_size // block_keys
     splits = max(1, min(processors // (batch * columns), blocks // 2, 32))
     return Tuning(block_keys, stages, splits, key_groups)
+
+
+# Columns of a result that a block of threads makes are whole 32-byte pieces.
+_COLUMNS = 16
+_MOST_ROWS = 128
+
+
+def matmul_geometry(
+    rows: int, inner: int, outs: tuple[int, ...], activation: Activation, processors: int
+) -> MatmulGeometry | None:
+    """How the products of few rows are cut; None where the kernel does not take the shapes.
+
+    Of the ways that keep nearly as many processors busy as any does, the one that moves least
+    beside the weights: each block of threads reads the rows of its part of the inner dimension,
+    and with splits float32 results are written and read again.
+    """
+    if not 0 < rows <= _MOST_ROWS:
+        return None
+    rows = 32 if rows <= 32 else -(-rows // ROWS) * ROWS
+    found: list[tuple[int, int, MatmulGeometry]] = []
+    for units in range(1, processors + 1):
+        if any(n % (units * _COLUMNS) for n in outs):
+            continue
+        columns = tuple(n // units for n in outs)
+        if max(columns) > 256:
+            continue
+        for splits in (1,) if activation == "swiglu" else (1, 2, 4, 8):
+            if units * splits > processors:
+                continue
+            geo = _with_stages(rows, inner, outs, columns, splits, activation)
+            if geo is not None:
+                moved = units * rows * inner * 2
+                moved += 0 if splits == 1 else 2 * splits * rows * sum(outs) * 4
+                found.append((units * splits, -moved, geo))
+    if not found:
+        return None
+    most = max(busy for busy, _, _ in found)
+    return max((one for one in found if one[0] >= 0.95 * most), key=lambda one: one[1])[2]
+
+
+def _with_stages(
+    rows: int,
+    inner: int,
+    outs: tuple[int, ...],
+    columns: tuple[int, ...],
+    splits: int,
+    activation: Activation,
+) -> MatmulGeometry | None:
+    """With as many blocks in flight as fit, at most six."""
+    for block in (128, 64):
+        if inner % (splits * block):
+            continue
+        for stages in range(6, 2, -1):
+            geo = MatmulGeometry(rows, inner, outs, columns, splits, block, stages, activation)
+            if geo.shared_memory <= SHARED_MEMORY:
+                return geo
+    return None

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array
 
 from pallas_kernels import Implementation, require_device, resolve_implementation
-from pdllm_jax.attention import dense_implementation
+from pallas_kernels.dense import dense_implementation
 from pdllm_jax.cache import ChunkCache
 from pdllm_jax.chunking import ChunkedPrompt
 from pdllm_jax.config import DecodeConfig, SelectionConfig

@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from pdllm_jax.config import ModelConfig
 
+LIVE_MULTIPLE = 128  # rows; the kernel reads them in blocks of as many
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,8 @@ class ChunkCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LiveCache:
-    """KV of prefix, query and response, in that order and without gaps, then padding.
+    """KV of prefix, query and response, in that order and without gaps, then padding up to whole
+    blocks of the kernel.
 
     k: keys rotated at their positions in the prompt.
     """
@@ -104,7 +107,8 @@ def init_pool(config: ModelConfig, chunks: int, size: int, dtype: DTypeLike) -> 
 
 
 def init_live(config: ModelConfig, batch: int, rows: int, dtype: DTypeLike) -> LiveCache:
-    """An empty live cache of `rows` rows for each of `batch` requests."""
+    """An empty live cache for at least `rows` rows for each of `batch` requests."""
+    rows = -(-rows // LIVE_MULTIPLE) * LIVE_MULTIPLE
     shape = (config.n_layers, batch, rows, config.n_kv_heads, config.head_dim)
     return LiveCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 

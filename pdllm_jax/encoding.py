@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels import Implementation
-from pdllm_jax.attention import attention
+from pallas_kernels.dense import attention
 from pdllm_jax.cache import ChunkCache, ChunkPool, LiveCache, init_pool, write_chunks, write_rows
 from pdllm_jax.config import SelectionConfig
 from pdllm_jax.forward import response_rows, see, view_from
@@ -227,15 +227,13 @@ def bridge(
             v=replace(own.v, layer, v[:, :chunk_rows]),
         )
         turned, live_v = rotate(k, view.own)[:, chunk_rows:], v[:, chunk_rows:]
-        if live is None:
-            live_k = turned
-        else:
+        if live is not None:
             live = LiveCache(
                 write_rows(live.k, layer, turned, state.prefix_length),
                 write_rows(live.v, layer, live_v, state.prefix_length),
             )
-            live_k, live_v = live.k[layer], live.v[layer]
-        seen = see(view, layer, q, live_k, live_v, own, state.chunk_ids, implementation)
+        near = (turned, live_v) if live is None else live
+        seen = see(view, layer, q, near, own, state.chunk_ids, implementation)
         return seen.out, (own, live)
 
     tokens, _ = chosen_chunks(cache, state.selected)

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import Implementation, Partial, chunk_attention
-from pdllm_jax.attention import attention
+from pallas_kernels import Implementation, Near, Partial, attention, chunk_attention
 from pdllm_jax.cache import ChunkPool, LiveCache, write_rows
 from pdllm_jax.config import ModelConfig
 from pdllm_jax.model import LLaDA
@@ -24,12 +23,13 @@ Watch = Callable[[int, Array, Partial, Any], Any]
 class View(NamedTuple):
     """How rows at given positions see the live rows and each chunk.
 
-    own: rotation of the rows among live rows; by_chunk [B, K, T]: of the rows as chunk j, whose
-      keys are rotated at chunk-local positions, meets them; total [B]: live rows there are.
+    own: rotation of the rows among live rows; meeting [B, K + 1, T]: of the rows as chunk j, whose
+      keys are rotated at chunk-local positions, meets them, and last as live rows do; total [B]:
+      live rows there are.
     """
 
     own: Rotation
-    by_chunk: Rotation
+    meeting: Rotation
     total: Int[Array, "B"]
 
 
@@ -41,9 +41,10 @@ def live_positions(state: DenoiseState, row: Int[Array, "B T"]) -> Int[Array, "B
 
 def view_from(config: ModelConfig, state: DenoiseState, positions: Int[Array, "B T"]) -> View:
     """The view of rows at these positions."""
+    starts = jnp.pad(state.chunk_starts, ((0, 0), (0, 1)))
     return View(
         rotation(config, positions),
-        rotation(config, positions[:, None] - state.chunk_starts[..., None]),
+        rotation(config, positions[:, None] - starts[..., None]),
         state.prefix_length + state.query_length + state.tokens.shape[1],
     )
 
@@ -52,27 +53,29 @@ def see(
     view: View,
     layer: int,
     q: Float[Array, "B T H D"],
-    live_k: Float[Array, "B S G D"],
-    live_v: Float[Array, "B S G D"],
+    live: LiveCache | tuple[Float[Array, "B T G D"], Float[Array, "B T G D"]],
     pool: ChunkPool | None,
     chunk_ids: Int[Array, "B K"],
     implementation: Implementation | None,
     *,
     need_lse: bool = False,
 ) -> Partial:
-    """Attention of rows over all live rows and the chosen chunks."""
-    chosen = pool is not None and chunk_ids.shape[1] > 0
-    own = attention(rotate(q, view.own), live_k, live_v, view.total, need_lse=chosen or need_lse)
-    if pool is None or not chosen:
-        return own
+    """Attention of rows over all live rows, a cache or one layer's keys and values, and the chosen
+    chunks.
+    """
+    if pool is None or not chunk_ids.shape[1]:
+        k, v = (live.k[layer], live.v[layer]) if isinstance(live, LiveCache) else live
+        return attention(rotate(q, view.own), k, v, view.total, need_lse=need_lse)
+    k, v = (live.k, live.v) if isinstance(live, LiveCache) else live
+    near = Near(k, v, view.total)
     return chunk_attention(
-        rotate(q[:, None], view.by_chunk),
+        rotate(q[:, None], view.meeting),
         pool.k,
         pool.v,
         chunk_ids,
         pool.lengths,
         layer=layer,
-        other=own,
+        near=near,
         implementation=implementation,
     )
 
@@ -116,16 +119,13 @@ def live_forward(
     def attend(layer: int, q: Array, k: Array, v: Array, carry):
         live, watched = carry
         turned = rotate(k, view.own)
-        if live is None:
-            live_k, live_v = turned, v
-        else:
+        if live is not None:
             live = LiveCache(
                 write_rows(live.k, layer, turned, start, keep),
                 write_rows(live.v, layer, v, start, keep),
             )
-            live_k, live_v = live.k[layer], live.v[layer]
         seen = see(
-            view, layer, q, live_k, live_v, pool, chunk_ids, implementation,
+            view, layer, q, (turned, v) if live is None else live, pool, chunk_ids, implementation,
             need_lse=watch is not None,
         )  # fmt: skip
         if watch is not None:

@@ -8,6 +8,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels import matmul
+from pallas_kernels.sums import row_sum
+
 
 def project(
     x: Float[Array, "*rows I"], weight: Float[Array, "O I"], dtype: DTypeLike | None = None
@@ -35,7 +38,19 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(values.astype(dtype))
 
     def __call__(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
-        return project(x, self.weight[...])
+        return matmul(x, self.weight[...])[0]
+
+
+def project_all(
+    x: Float[Array, "*rows I"], *linears: Linear
+) -> tuple[Float[Array, "*rows O"], ...]:
+    """x through each of them; where rows are few, in one launch."""
+    return matmul(x, *(linear.weight[...] for linear in linears))
+
+
+def swiglu(x: Float[Array, "*rows I"], gate: Linear, up: Linear) -> Float[Array, "*rows O"]:
+    """silu(gate(x)) * up(x)."""
+    return matmul(x, gate.weight[...], up.weight[...], activation="swiglu")[0]
 
 
 class Embedding(nnx.Module):
@@ -47,26 +62,6 @@ class Embedding(nnx.Module):
 
     def __call__(self, token_ids: Array) -> Float[Array, "*rows M"]:
         return self.weight[...][token_ids]
-
-
-def _sum_by_halves(x: Float[Array, "*rows M"]) -> Float[Array, "*rows"]:
-    size = 1 << (x.shape[-1] - 1).bit_length()
-    # Behind a barrier, so that no product is fused with the first additions.
-    x = jax.lax.optimization_barrier(x)
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
-    while (half := x.shape[-1] // 2) > 0:
-        x = x[..., :half] + x[..., half:]
-    return x[..., 0]
-
-
-def row_sum(x: Float[Array, "*rows M"]) -> Float[Array, "*rows"]:
-    """Sum over the last axis, on the CPU in an order of its own.
-
-    XLA's reductions on the CPU choose their order by the size of the whole array, so that a row's
-    last bit would depend on its neighbours. By halves of a power of two it depends on the row
-    alone, and zeros behind it change nothing.
-    """
-    return jax.lax.platform_dependent(x, cpu=_sum_by_halves, default=lambda x: x.sum(axis=-1))
 
 
 class RMSNorm(nnx.Module):

@@ -10,15 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pdllm_jax.attention import attention
+from pallas_kernels.dense import attention
 from pdllm_jax.config import ModelConfig
-from pdllm_jax.layers import Embedding, Linear, RMSNorm, project
+from pdllm_jax.layers import Embedding, Linear, RMSNorm, project, project_all, swiglu
 from pdllm_jax.rope import rotate, rotation
 
 Carry = TypeVar("Carry")
@@ -53,12 +52,11 @@ class Block(nnx.Module):
         def heads(y: Array) -> Array:
             return y.reshape(*y.shape[:-1], -1, self.head_dim)
 
-        h = self.attn_norm(x)
-        q, k, v = heads(self.q_proj(h)), heads(self.k_proj(h)), heads(self.v_proj(h))
-        out, carry = attend(layer, q, k, v, carry)
+        q, k, v = project_all(self.attn_norm(x), self.q_proj, self.k_proj, self.v_proj)
+        out, carry = attend(layer, heads(q), heads(k), heads(v), carry)
         x = x + self.attn_out(out.reshape(x.shape))
-        h = self.ff_norm(x)
-        return x + self.down_proj(jax.nn.silu(self.gate_proj(h)) * self.up_proj(h)), carry
+        h = swiglu(self.ff_norm(x), self.gate_proj, self.up_proj)
+        return x + self.down_proj(h), carry
 
 
 class LLaDA(nnx.Module):

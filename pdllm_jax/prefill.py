@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import Partial, merge
-from pdllm_jax.attention import attention
+from pallas_kernels.dense import attention
 from pdllm_jax.cache import ChunkCache, ChunkPool, init_pool, write_chunks
 from pdllm_jax.chunking import ChunkedPrompt
 from pdllm_jax.config import CONTROLS, SelectionConfig

@@ -22,9 +22,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import Partial, merge
-from pdllm_jax.attention import attention
+from pallas_kernels.dense import attention
+from pallas_kernels.sums import row_sum
 from pdllm_jax.config import SelectionConfig
-from pdllm_jax.layers import row_sum
 from pdllm_jax.model import LLaDA
 from pdllm_jax.rows import overlay, slices
 from pdllm_jax.sampling import log_probability

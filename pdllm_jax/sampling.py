@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.sums import row_sum
 from pdllm_jax.config import DecodeConfig
-from pdllm_jax.layers import row_sum
 
 _LEAST = -1e30  # finite: -inf would say that a slot is no candidate
 

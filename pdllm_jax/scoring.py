@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import Implementation, chunk_attention, chunk_attention_mass, merge
-from pdllm_jax.attention import attention
+from pallas_kernels.dense import attention
 from pdllm_jax.cache import ChunkCache
 from pdllm_jax.config import CONTROLS, SelectionConfig
 from pdllm_jax.model import LLaDA
@@ -170,8 +170,9 @@ def _score_riders(
             turned, own_k = rotate(q, local), rotate(k, local)
             seen = chunk_attention(
                 turned, pool.k, pool.v, chunk[:, None], pool.lengths,
-                layer=layer, other=before, implementation=implementation,
+                layer=layer, implementation=implementation,
             )  # fmt: skip
+            seen = seen if before is None else merge(before, seen)
             return ride(seen, turned, own_k, v, here), None
 
         x, _ = model.run(here.ids.reshape(group, copies * t), attend, None)

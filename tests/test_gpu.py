@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import chunk_attention, merge
+from pallas_kernels.dense import _blocked, attention, dense_implementation
 from pallas_kernels.partial import EMPTY_LSE
-from pdllm_jax.attention import _blocked, attention, dense_implementation
 from pdllm_jax.config import ChunkConfig, DecodeConfig, ModelConfig, SelectionConfig
 from pdllm_jax.generate import generate_ids
 from pdllm_jax.model import LLaDA

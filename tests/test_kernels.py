@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels import (
     EMPTY_LSE,
+    Near,
     Partial,
     chunk_attention,
     chunk_attention_mass,
@@ -17,7 +18,7 @@ from pallas_kernels import (
     merge,
     resolve_implementation,
 )
-from pdllm_jax.attention import _blocked
+from pallas_kernels.dense import _blocked
 from tests.support import relative_error
 
 HALF = {jnp.bfloat16: 8e-3, jnp.float16: 1e-3}
@@ -174,22 +175,75 @@ def test_what_is_gathered_for_cudnn(monkeypatch):
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("rows", [8, 40])
-def test_other_keys_are_merged_on_the_way(implementation, rows):
-    """As `merge` afterwards; a request without chunks keeps the other part as it is."""
-    q, k, v = case(implementation, heads=6, rows=rows)
+@pytest.mark.parametrize(
+    ("size", "layered"), [(128, True), (70, False)], ids=["whole blocks", "padded, one layer"]
+)
+def test_near_keys(implementation, rows, size, layered):
+    """As one chunk more, of which every request has its own; NaN behind their lengths."""
+    q, k, v = case(implementation, heads=6, rows=rows, layers=2)
     ids, lengths = jnp.array([[4, 0, 2], [3, -1, 3]]), jnp.array(LENGTHS)
-    keys = jax.random.split(jax.random.key(1), 2)
-    other = Partial(
-        jax.random.normal(keys[0], (2, rows, 6, 64)).astype(q.dtype),
-        jax.random.normal(keys[1], (2, 6, rows)) + 4,
-    )
-    got = chunk_attention(q, k, v, ids, lengths, other=other, implementation=implementation)
-    alone = chunk_attention(q, k, v, ids, lengths, implementation=implementation)
-    assert_close(got, merge(other, alone), q.dtype.type)
-    np.testing.assert_allclose(got.lse[1], other.lse[1], atol=1e-5)
-    assert relative_error(got.out[1], other.out[1]) < 4e-3
-    with pytest.raises(ValueError, match="other must hold out"):
-        chunk_attention(q[:, :, :4], k, v, ids, lengths, other=other)
+    keys = jax.random.split(jax.random.key(1), 3)
+    near_k, near_v = (jax.random.normal(x, (2, 2, size, 2, 64)).astype(q.dtype) for x in keys[:2])
+    own = jax.random.normal(keys[2], (2, 1, *q.shape[2:])).astype(q.dtype)
+    valid = [67, 3]
+    behind = (jnp.arange(size) >= jnp.array(valid)[:, None])[..., None, None]
+    near_k, near_v = (jnp.where(behind, jnp.nan, x) for x in (near_k, near_v))
+    near = Near(near_k, near_v, jnp.array(valid))
+    got = chunk_attention(
+        jnp.concatenate([q, own], axis=1), k, v, ids, lengths,
+        layer=1, near=near if layered else near.of_layer(1), implementation=implementation,
+    )  # fmt: skip
+
+    def as_chunks(pool, rows):
+        rows = jnp.pad(rows[1].swapaxes(1, 2), ((0, 0), (0, 0), (0, 128 - size), (0, 0)))
+        return jnp.concatenate([pool[1], rows])
+
+    want = by_hand(
+        jnp.concatenate([q, own], axis=1), as_chunks(k, near_k), as_chunks(v, near_v),
+        [[4, 0, 2, 6], [3, -1, 3, 7]], [*LENGTHS, *valid],
+    )  # fmt: skip
+    assert_close(got, want, q.dtype.type)
+
+
+@IMPLEMENTATIONS
+def test_near_keys_that_are_none(implementation):
+    q, k, v = case(implementation)
+    q = jnp.concatenate([q, q[:, :1]], axis=1)
+    none = jnp.full((2, 128, 2, 64), jnp.nan, q.dtype)
+    ids, lengths = jnp.array([[4, 0, 2], [3, -1, 3]]), jnp.array(LENGTHS)
+    got = chunk_attention(
+        q, k, v, ids, lengths, near=Near(none, none, jnp.array([0, -5])),
+        implementation=implementation,
+    )  # fmt: skip
+    assert_close(got, by_hand(q[:, :3], k, v, np.array(ids), LENGTHS), q.dtype.type)
+    assert (got.lse[1] == EMPTY_LSE).all()
+    assert (got.out[1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": jnp.zeros((2, 8, 3, 64))}, "near k and v must be"),
+        ({"v": jnp.zeros((2, 9, 2, 64))}, "near k and v must be"),
+        ({"k": jnp.zeros((1, 2, 8, 2, 64))}, "near k and v must be"),
+        ({"lengths": jnp.zeros((3,), jnp.int32)}, r"near lengths must be \[2\] integers"),
+        (
+            {"k": jnp.zeros((2, 8, 2, 64), jnp.bfloat16), "v": jnp.zeros((2, 8, 2, 64))},
+            "near k and v must have the pool's dtype",
+        ),
+    ],
+)
+def test_near_keys_that_do_not_fit_are_named(change, message):
+    q, k, v = case("xla")
+    places = jnp.concatenate([q, q[:, :1]], axis=1)
+    near = Near(jnp.zeros((2, 8, 2, 64)), jnp.zeros((2, 8, 2, 64)), jnp.array([1, 8]))
+    args = k, v, jnp.zeros((2, 3), jnp.int32), jnp.full((6,), 128)
+    chunk_attention(places, *args, near=near)
+    with pytest.raises(ValueError, match=message):
+        chunk_attention(places, *args, near=near._replace(**change))
+    for rows in (q, q[:, 0]):
+        with pytest.raises(ValueError, match=r"one for near keys|q must be \[B, K \+ 1"):
+            chunk_attention(rows, *args, near=near)
 
 
 @IMPLEMENTATIONS

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_kernels import compat, tuning
+from pallas_kernels import Near, compat, tuning
 from pallas_kernels.block_table import SLOT_SHIFT, VALID_BITS, block_table
 from pallas_kernels.mosaic_gpu import chunk_attention_mosaic_gpu
 from pdllm_jax.chunking import chunk_prompt
@@ -33,13 +33,16 @@ def test_block_table_holds_every_block_with_keys_once_in_order():
         ids = rng.integers(0, 9, (batch, slots))
         lengths = rng.choice([0, 1, 63, 64, 65, 200, 256], (batch, slots))
         by_chunk = bool(rng.integers(2))
+        near_blocks = int(rng.integers(4))
+        near = rng.integers(0, 64 * near_blocks + 1, batch)
         table = block_table(
             jnp.array(ids), jnp.array(lengths), chunk_size=256, block_keys=64, splits=splits,
-            by_chunk=by_chunk,
+            by_chunk=by_chunk, near_lengths=jnp.array(near) if near_blocks else None,
+            near_blocks=near_blocks,
         )  # fmt: skip
         units = np.asarray(table.units).reshape(-1, 3)
         blocks, facts = (np.asarray(x).reshape(len(units), -1) for x in (table.blocks, table.facts))
-        assert blocks.shape[1] == -(-slots * 4 // splits)
+        assert blocks.shape[1] == -(-(slots * 4 + near_blocks) // splits)
         found = {
             (b, s): list(zip(blocks[i, :n].tolist(), facts[i, :n].tolist(), strict=True))
             for i, (b, s, n) in enumerate(units.tolist())
@@ -52,13 +55,16 @@ def test_block_table_holds_every_block_with_keys_once_in_order():
                 for block in range(n):
                     valid = min(64, int(lengths[b, slot]) - 64 * block)
                     want.append((int(ids[b, slot]) * 4 + block, valid | slot << SLOT_SHIFT))
+            for block in range(-(-int(near[b]) // 64)):
+                valid = min(64, int(near[b]) - 64 * block)
+                want.append((-1 - block, valid | slots << SLOT_SHIFT))
             got = [found[b, s] for s in range(splits)]
             assert [one for unit in got for one in unit] == want
             sizes = [len(unit) for unit in got]
             assert max(sizes) - min(sizes) <= 1
         behind = np.arange(blocks.shape[1]) >= units[:, 2:]
         assert not (facts[behind] & VALID_BITS).any()
-        assert blocks.min() >= 0  # inside the pool, even where nobody asks
+        assert blocks.min() >= -near_blocks  # inside, even where nobody asks
         assert blocks.max() < 9 * 4
         if by_chunk:
             assert (np.diff(blocks[:, 0]) >= 0).all()
@@ -99,19 +105,29 @@ def test_the_interpreter_finds_no_race(heads, rows, shared, settings, processors
     """Several work items a block of threads, units that begin inside a chunk, partial blocks."""
     monkeypatch.setattr(compat, "processors", lambda: processors)
     q, k, v = case("interpret", heads=heads, groups=2, rows=rows, layers=2)
-    queries = q[:, :1] if shared else q
+    ids, lengths, near = np.array(IDS), LENGTHS, None
+    whole_k, whole_v = k[1], v[1]
+    if shared:
+        queries = jnp.broadcast_to(q[:, :1], q.shape)
+    else:
+        # Near keys: for the oracle two chunks more, of one request each.
+        queries = jnp.concatenate([q, q[:, :1] * 0.5], axis=1)
+        near = Near(k[:, 4:].swapaxes(2, 3), v[:, 4:].swapaxes(2, 3), jnp.array([100, 40]))
+        ids, lengths = np.concatenate([ids, [[6], [7]]], axis=1), [*LENGTHS, 100, 40]
+        whole_k, whole_v = (jnp.concatenate([x, x[4:]]) for x in (whole_k, whole_v))
     got = chunk_attention_mosaic_gpu(
-        queries,
+        queries[:, :1] if shared else queries,
         k,
         v,
         1,
         jnp.array(IDS),
         jnp.array(LENGTHS),
         64**-0.5,
+        near,
         settings=settings,
         interpret=compat.interpreter(detect_races=True),
     )
-    out, lse = by_hand(jnp.broadcast_to(queries, q.shape), k[1], v[1], IDS, LENGTHS)
+    out, lse = by_hand(queries, whole_k, whole_v, ids, lengths)
     assert relative_error(got.out, out) < 4e-3
     np.testing.assert_allclose(got.lse, lse, atol=1e-4)
     assert not compat.races_found()
@@ -140,23 +156,26 @@ def test_a_denoising_step_through_the_kernel(encoding):
         after[name] = denoise_step(model, cache, state, config=decode, implementation=name)
     np.testing.assert_array_equal(after["xla"].tokens, after["interpret"].tokens)
     # Values of the second layer come from what attention gave in the first.
-    assert relative_error(after["interpret"].live.v[1], after["xla"].live.v[1]) < 1e-3
+    assert relative_error(after["interpret"].live.v[1], after["xla"].live.v[1]) < 2e-3
     assert (after["xla"].tokens != config.mask_token_id).sum() == 4
 
 
-def lowered(batch, slots, rows, heads, kv_heads, dim, dtype=jnp.bfloat16, shared=False, **more):
+def lowered(batch, slots, rows, heads, kv_heads, dim, dtype=jnp.bfloat16, near=0, **more):
     def spec(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     pool = spec(4, 64, kv_heads, 1024, dim)
     args = (
-        spec(batch, 1 if shared else slots, rows, heads, dim), pool, pool,
+        spec(batch, slots + 1 if near else 1, rows, heads, dim), pool, pool,
         spec(batch, slots, dtype=jnp.int32), spec(64, dtype=jnp.int32),
     )  # fmt: skip
+    if near:
+        live = spec(4, batch, near, kv_heads, dim)
+        args = (*args, Near(live, live, spec(batch, dtype=jnp.int32)))
 
-    def run(q, k, v, ids, lengths):
+    def run(q, k, v, ids, lengths, near=None):
         return [
-            chunk_attention_mosaic_gpu(q, k, v, layer, ids, lengths, dim**-0.5, **more)
+            chunk_attention_mosaic_gpu(q, k, v, layer, ids, lengths, dim**-0.5, near, **more)
             for layer in range(4)
         ]
 
@@ -165,10 +184,12 @@ def lowered(batch, slots, rows, heads, kv_heads, dim, dtype=jnp.bfloat16, shared
 
 @OLD_JAX
 @pytest.mark.parametrize("rows", [5, 32, 64, 100, 128])
-@pytest.mark.parametrize("shared", [False, True])
-def test_lowers_for_hopper_at_llada_shapes(rows, shared):
-    """Shared memory, tiles and layouts are checked on the way. One kernel for all layers."""
-    text = lowered(1, 4, rows, 32, 32, 128, shared=shared).as_text()
+@pytest.mark.parametrize("near", [0, 128, 200])
+def test_lowers_for_hopper_at_llada_shapes(rows, near):
+    """Shared memory, tiles and layouts are checked on the way. One kernel for all layers; without
+    near keys all slots share the rows.
+    """
+    text = lowered(1, 4, rows, 32, 32, 128, near=near).as_text()
     assert text.count("func.func private @_launch") == 1
 
 
@@ -180,7 +201,9 @@ def test_lowers_for_hopper_at_llada_shapes(rows, shared):
     ids=["batch of 8", "28 heads over 4", "32 chunks", "head size 64"],
 )
 def test_lowers_for_other_shapes(batch, slots, heads, kv_heads, dim, dtype):
-    assert "mosaic_gpu" in lowered(batch, slots, 32, heads, kv_heads, dim, dtype).as_text()
+    assert (
+        "mosaic_gpu" in lowered(batch, slots, 32, heads, kv_heads, dim, dtype, near=128).as_text()
+    )
 
 
 @pytest.mark.parametrize("rows", [8, 32, 64, 128])

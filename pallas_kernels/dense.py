@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import EMPTY_LSE, Partial
 from pallas_kernels.cudnn import attention_with_lse
-from pdllm_jax.layers import row_sum
+from pallas_kernels.partial import EMPTY_LSE, Partial
+from pallas_kernels.sums import row_sum
 
 DenseImplementation = Literal["cudnn", "xla"]
 
@@ -40,24 +40,28 @@ def attention(
     lengths: Int[Array, "B"] | None = None,
     *,
     need_lse: bool = False,
+    scale: float | None = None,
 ) -> Partial:
     """Attention of every query row over the first lengths[b] keys (all, where lengths is None).
 
-    Scores are scaled by 1/sqrt(D); softmax in float32; H a multiple of G. `lse` is exact where
-    `need_lse`, and otherwise may be absent (zeros): cuDNN's public, differentiable entry is used.
+    scale: of the scores, 1/sqrt(D) by default; softmax in float32; H a multiple of G. `lse` is
+    exact where `need_lse`, and otherwise may be absent (zeros): cuDNN's public, differentiable
+    entry is used.
     """
     if dense_implementation(q.dtype, q.shape[-1]) == "xla":
-        return _blocked(q, k, v, lengths)
+        return _blocked(q, k, v, lengths, scale)
     if need_lse:
-        return attention_with_lse(q, k, v, lengths, q.shape[-1] ** -0.5)
+        return attention_with_lse(q, k, v, lengths, scale or q.shape[-1] ** -0.5)
     out = jax.nn.dot_product_attention(
-        q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
+        q, k, v, key_value_seq_lengths=lengths, implementation="cudnn", scale=scale
     )
     batch, rows, heads, _ = q.shape
     return Partial(out, jnp.zeros((batch, heads, rows), jnp.float32))
 
 
-def _blocked(q: Array, k: Array, v: Array, lengths: Array | None) -> Partial:
+def _blocked(
+    q: Array, k: Array, v: Array, lengths: Array | None, scale: float | None = None
+) -> Partial:
     """Plain softmax attention, a block of query rows at a time."""
     batch, rows, heads, dim = q.shape
     groups = k.shape[2]
@@ -78,7 +82,7 @@ def _blocked(q: Array, k: Array, v: Array, lengths: Array | None) -> Partial:
         t = query.shape[1]
         query = query.reshape(batch, t, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4)
         query = query.reshape(batch, groups, -1, dim)
-        scores = product("bgmd,bgsd->bgms", query, keys) * dim**-0.5
+        scores = product("bgmd,bgsd->bgms", query, keys) * (scale or dim**-0.5)
         if valid is not None:
             scores = jnp.where(valid[:, None, None], scores, EMPTY_LSE)
         peak = scores.max(axis=-1, keepdims=True)

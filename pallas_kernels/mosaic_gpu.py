@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat, tuning
@@ -63,11 +64,12 @@ def chunk_attention_mosaic_gpu(
     near: copied where S is no multiple of the blocks of keys.
     settings: by default what tuning.py says. interpret: `compat.interpreter()` to run on the CPU.
     """
-    layer = jnp.asarray(layer, jnp.int32)
     near_layer = layer
     if near is not None and near.k.ndim == 4:
-        near, near_layer = Near(near.k[None], near.v[None], near.lengths), jnp.int32(0)
-    layer = jnp.stack([layer, near_layer])
+        near, near_layer = Near(near.k[None], near.v[None], near.lengths), 0
+    # A constant where both are known, rather than a kernel that makes it.
+    known = isinstance(layer, int)
+    layers = np.array([layer, near_layer], np.int32) if known else jnp.stack([layer, near_layer])
     shape = _geometry(q.shape, k.shape)
     if settings is None:
         settings = tuning.choose(
@@ -90,7 +92,9 @@ def chunk_attention_mosaic_gpu(
         slots=chunk_ids.shape[1],
         near_blocks=0 if near is None else -(-near.k.shape[2] // settings.block_keys),
     )
-    return _launch(q, k, v, layer, chunk_ids, chunk_lengths, near, shape=shape, interpret=interpret)
+    return _launch(
+        q, k, v, layers, chunk_ids, chunk_lengths, near, shape=shape, interpret=interpret
+    )
 
 
 def _geometry(q: tuple[int, ...], pool: tuple[int, ...]) -> Geometry:

@@ -2,10 +2,7 @@
 
 A block of threads makes some columns of every result, over the whole inner dimension or, with
 splits, over a part of it. One warp asks the copy engine for blocks of weights and of rows, several
-ahead; a warpgroup for each 64 rows multiplies. Weights are asked into the L2 cache before the
-results of the kernel launched before are waited for: with launches that overlap, memory goes on
-while that one ends. What is fetched so is only ever read again from there, so that it does not
-matter who writes the weights, or when.
+ahead; a warpgroup for each 64 rows multiplies.
 """
 
 from __future__ import annotations
@@ -51,47 +48,34 @@ def build_matmul(geo: MatmulGeometry, dtype: jnp.dtype, *, interpret):
         def source(i, step):
             return weights[i].at[pl.ds(unit * geo.columns[i], geo.columns[i]), inner(step)]
 
-        def on_one_warp(body):
-            @pl.when(wg == tiles)
-            def _():
-                @plgpu.warp_map
-                def _(warp):
-                    pl.when(warp == 0)(body)
-
-        if interpret is None:  # which knows neither caches nor launches that overlap
-
-            @on_one_warp
-            def _prefetch():
-                for step in range(min(steps, geo.stages)):
-                    for i in range(count):
-                        plgpu.async_prefetch(source(i, step))
-
-            plgpu.griddepcontrol_wait()
-            plgpu.griddepcontrol_launch_dependents()
-
-        @on_one_warp
+        @pl.when(wg == tiles)
         def _producer():
-            @pl.loop(0, steps)
-            def _load(step):
-                stage = lax.rem(step, jnp.int32(geo.stages))
-
-                @pl.when(step >= geo.stages)
+            @plgpu.warp_map
+            def _one_warp(warp):
+                @pl.when(warp == 0)
                 def _():
-                    plgpu.barrier_wait(empty.at[stage])
+                    @pl.loop(0, steps)
+                    def _load(step):
+                        stage = lax.rem(step, jnp.int32(geo.stages))
+                        arrived = full.at[stage]
 
-                for i in range(count):
-                    plgpu.copy_gmem_to_smem(source(i, step), w_smem[i].at[stage], full.at[stage])
-                for tile in range(tiles):
-                    plgpu.copy_gmem_to_smem(
-                        x_gmem.at[pl.ds(tile * ROWS, loaded), inner(step)],
-                        x_smem.at[stage, tile, pl.ds(0, loaded)],
-                        full.at[stage],
-                    )
+                        @pl.when(step >= geo.stages)
+                        def _():
+                            plgpu.barrier_wait(empty.at[stage])
 
-            # No arrival is left over when the kernel ends.
-            @pl.loop(max(steps - geo.stages, 0), steps)
-            def _drain(step):
-                plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(geo.stages))])
+                        for i in range(count):
+                            plgpu.copy_gmem_to_smem(source(i, step), w_smem[i].at[stage], arrived)
+                        for tile in range(tiles):
+                            plgpu.copy_gmem_to_smem(
+                                x_gmem.at[pl.ds(tile * ROWS, loaded), inner(step)],
+                                x_smem.at[stage, tile, pl.ds(0, loaded)],
+                                arrived,
+                            )
+
+                    # No arrival is left over when the kernel ends.
+                    @pl.loop(max(steps - geo.stages, 0), steps)
+                    def _drain(step):
+                        plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(geo.stages))])
 
         @pl.when(wg < tiles)
         def _consumer():

@@ -55,9 +55,6 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, interpret):
                 ready.at[split % buffers],
             )
 
-        if interpret is None:
-            plgpu.griddepcontrol_wait()
-            plgpu.griddepcontrol_launch_dependents()
         for split in range(splits):
             plgpu.copy_gmem_to_smem(lse_gmem.at[split, pl.ds(first, ROWS)], lses.at[split], known)
         for split in range(buffers):

@@ -10,6 +10,7 @@ tile each, over the same keys, or take turns with the blocks of keys and join at
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,15 +75,12 @@ def build(geo: Geometry, dtype: jnp.dtype, *, whole: bool, interpret):
             local = jnp.minimum(local, geo.heads_per_kv - 1)
             yield pl.ds(i * rows, rows), row, head * geo.heads_per_kv + local, exists
 
-    def chunk_attention(q_gmem, k_gmem, v_gmem, *refs):
+    def chunk_attention(q_gmem, k_gmem, v_gmem, *refs: Any):
         near_gmem, refs = refs[: 2 * has_near], refs[2 * has_near :]
-        blocks_gmem, facts_gmem, units_gmem, layer_gmem, out_gmem, lse_gmem, *refs = refs
-        q_smem, p_smem, out_smem, lse_smem, k_smem, v_smem, *refs = refs
-        q_full, k_full, v_full, k_empty, v_empty, v_clean, joined, released = refs
+        blocks_gmem, facts_gmem, units_gmem, layer_gmem, out_gmem, lse_gmem, *scratch = refs
+        q_smem, p_smem, out_smem, lse_smem, k_smem, v_smem, *barriers = scratch
+        q_full, k_full, v_full, k_empty, v_empty, v_clean, joined, released = barriers
         near_k_gmem, near_v_gmem = near_gmem or (None, None)
-        if interpret is None:  # which knows no launches that overlap
-            plgpu.griddepcontrol_wait()
-            plgpu.griddepcontrol_launch_dependents()
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
         count = _div(geo.items - 1 - cta, blocks_of_threads) + 1
 
@@ -112,21 +110,22 @@ def build(geo: Geometry, dtype: jnp.dtype, *, whole: bool, interpret):
 
                             target, arrived = smem.at[stage], full.at[stage]
 
-                            @pl.when(place >= 0)
-                            def _(pool=pool, target=target, arrived=arrived):
+                            def from_pool(pool=pool, target=target, arrived=arrived):
                                 chunk = _div(place, geo.per_chunk)
                                 rows = pl.ds(_mod(place, geo.per_chunk) * keys, keys)
                                 source = pool.at[layer, chunk, head, rows]
                                 plgpu.copy_gmem_to_smem(source, target, arrived)
 
-                            if has_near:
+                            def from_near(near=near, target=target, arrived=arrived):
+                                rows = pl.ds((-1 - place) * keys, keys)
+                                source = near.at[near_layer, request, rows, head]
+                                plgpu.copy_gmem_to_smem(source, target, arrived)
 
-                                @pl.when(place < 0)
-                                def _(near=near, target=target, arrived=arrived):
-                                    source = near.at[
-                                        near_layer, request, pl.ds((-1 - place) * keys, keys), head
-                                    ]
-                                    plgpu.copy_gmem_to_smem(source, target, arrived)
+                            if has_near:
+                                pl.when(place >= 0)(from_pool)
+                                pl.when(place < 0)(from_near)
+                            else:
+                                from_pool()
 
                     def run(i, n):
                         unit, head, _ = work_of(i)

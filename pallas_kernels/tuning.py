@@ -52,8 +52,8 @@ def shared_memory(block_keys: int, stages: int, warpgroups: int, dim: int) -> in
 def choose(
     *, batch: int, slots: int, columns: int, chunk_size: int, dim: int, tiles: int, processors: int
 ) -> Tuning:
-    """The rule: two warpgroups a block of threads, the largest blocks of keys of which enough fit,
-    and work for every processor.
+    """The rule: two warpgroups a block of threads, the largest blocks of keys, and work for every
+    processor.
 
     Args:
       batch, slots: requests, and chunks of each.
@@ -61,11 +61,12 @@ def choose(
       tiles: query tiles of 64 rows that share the keys in shared memory.
       processors: of the device.
     """
-    key_groups = 2 if tiles == 1 else 1
+    # Two join at the end, which does not pay where there are few keys.
+    few = batch == 1 and slots * chunk_size <= 4096
+    key_groups = 2 if tiles == 1 and not few else 1
     for block_keys in (128, 64):
-        stages = 6
-        while shared_memory(block_keys, stages, tiles * key_groups, dim) > SHARED_MEMORY:
-            stages -= key_groups
+        # 128 KiB in flight; more has not been faster.
+        stages = 256 * 128 // (block_keys * dim)
         if chunk_size % block_keys == 0:
             break
     if batch > 1 and batch * columns >= processors // 2:
@@ -86,14 +87,14 @@ def matmul_geometry(
 ) -> MatmulGeometry | None:
     """How the products of few rows are cut; None where the kernel does not take the shapes.
 
-    Of the ways that keep nearly as many processors busy as any does, the one that moves least
-    beside the weights: each block of threads reads the rows of its part of the inner dimension,
-    and with splits float32 results are written and read again.
+    Of the ways that keep nearly as many processors busy as any does, the one that reads the longest
+    pieces of a row of weights, then the one of fewest splits: their float32 results are written and
+    read again.
     """
     if not 0 < rows <= _MOST_ROWS:
         return None
     rows = 32 if rows <= 32 else -(-rows // ROWS) * ROWS
-    found: list[tuple[int, int, MatmulGeometry]] = []
+    found: list[MatmulGeometry] = []
     for units in range(1, processors + 1):
         if any(n % (units * _COLUMNS) for n in outs):
             continue
@@ -105,13 +106,12 @@ def matmul_geometry(
                 continue
             geo = _with_stages(rows, inner, outs, columns, splits, activation)
             if geo is not None:
-                moved = units * rows * inner * 2
-                moved += 0 if splits == 1 else 2 * splits * rows * sum(outs) * 4
-                found.append((units * splits, -moved, geo))
+                found.append(geo)
     if not found:
         return None
-    most = max(busy for busy, _, _ in found)
-    return max((one for one in found if one[0] >= 0.95 * most), key=lambda one: one[1])[2]
+    most = max(geo.units * geo.splits for geo in found)
+    busy = [geo for geo in found if geo.units * geo.splits >= 0.95 * most]
+    return max(busy, key=lambda geo: (geo.block, -geo.splits))
 
 
 def _with_stages(
@@ -123,10 +123,10 @@ def _with_stages(
     activation: Activation,
 ) -> MatmulGeometry | None:
     """With as many blocks in flight as fit, at most six."""
-    for block in (128, 64):
+    for block, least in ((256, 2), (128, 3), (64, 3)):
         if inner % (splits * block):
             continue
-        for stages in range(6, 2, -1):
+        for stages in range(6, least - 1, -1):
             geo = MatmulGeometry(rows, inner, outs, columns, splits, block, stages, activation)
             if geo.shared_memory <= SHARED_MEMORY:
                 return geo

@@ -248,7 +248,14 @@ def denoise(
         state = reselect_due(model, cache, state, again, config, implementation, due)
         return _step(model, _pool_of(cache, state), state, config, implementation, fresh)
 
+    def block_of_steps(state: DenoiseState) -> DenoiseState:
+        return lax.fori_loop(0, config.steps_per_block, lambda _, state: body(state), state)
+
+    # Where blocks take a fixed number of steps, the loop ends between them alone: whether to go on
+    # is asked on the host. Begun inside a block, the steps left over change nothing.
+    fixed_steps = config.threshold is None and config.factor is None and until is None
+    onwards = block_of_steps if fixed_steps else body
     if again is None:
-        last = lax.while_loop(unfinished, body, dataclasses.replace(state, pool=None))
+        last = lax.while_loop(unfinished, onwards, dataclasses.replace(state, pool=None))
         return dataclasses.replace(last, pool=pool)
-    return lax.while_loop(unfinished, body, state)
+    return lax.while_loop(unfinished, onwards, state)

@@ -137,7 +137,6 @@ def chunk_attention(
     slots = chunk_ids.shape[1]
     own = None
     if near is not None:
-        near = near.of_layer(layer)
         lengths = jnp.clip(near.lengths, 0, near.k.shape[1])
         own = attention(q[:, slots], near.k, near.v, lengths, need_lse=True, scale=scale)
         q = q[:, :slots]
@@ -231,13 +230,10 @@ def _check(q, k, v, chunk_ids, chunk_lengths, layer, near=None) -> None:
     if near is None:
         return
     shape = near.k.shape
-    layers = k.shape[: near.k.ndim - 4]
     require(
-        near.k.ndim in (4, ndim)
-        and shape == near.v.shape == (*layers, q.shape[0], shape[-3], g, d)
-        and shape[-3] > 0,
-        f"near k and v must be [B, S, G, D], or [L, B, S, G, D] where there is a layer index, with "
-        f"B = {q.shape[0]}, G = {g}, D = {d}, got {shape} and {near.v.shape}",
+        near.k.ndim == 4 and shape == near.v.shape == (q.shape[0], shape[1], g, d) and shape[1] > 0,
+        f"near k and v must be [B, S, G, D] with B = {q.shape[0]}, G = {g}, D = {d}, "
+        f"got {shape} and {near.v.shape}",
     )
     require(
         near.k.dtype == near.v.dtype == k.dtype,

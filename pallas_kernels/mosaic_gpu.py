@@ -64,12 +64,9 @@ def chunk_attention_mosaic_gpu(
     near: copied where S is no multiple of the blocks of keys.
     settings: by default what tuning.py says. interpret: `compat.interpreter()` to run on the CPU.
     """
-    near_layer = layer
-    if near is not None and near.k.ndim == 4:
-        near, near_layer = Near(near.k[None], near.v[None], near.lengths), 0
-    # A constant where both are known, rather than a kernel that makes it.
+    # A constant where it is known, rather than a kernel that makes it.
     known = isinstance(layer, int)
-    layers = np.array([layer, near_layer], np.int32) if known else jnp.stack([layer, near_layer])
+    index: Any = np.array([layer], np.int32) if known else jnp.asarray(layer, jnp.int32)[None]
     shape = _geometry(q.shape, k.shape)
     if settings is None:
         settings = tuning.choose(
@@ -90,11 +87,9 @@ def chunk_attention_mosaic_gpu(
         splits=settings.splits,
         key_groups=settings.key_groups,
         slots=chunk_ids.shape[1],
-        near_blocks=0 if near is None else -(-near.k.shape[2] // settings.block_keys),
+        near_blocks=0 if near is None else -(-near.k.shape[1] // settings.block_keys),
     )
-    return _launch(
-        q, k, v, layers, chunk_ids, chunk_lengths, near, shape=shape, interpret=interpret
-    )
+    return _launch(q, k, v, index, chunk_ids, chunk_lengths, near, shape=shape, interpret=interpret)
 
 
 def _geometry(q: tuple[int, ...], pool: tuple[int, ...]) -> Geometry:
@@ -147,13 +142,13 @@ def _launch(
         block_keys=shape.block_keys,
         splits=shape.splits,
         by_chunk=shape.batch > 1,
-        near_lengths=None if near is None else jnp.clip(near.lengths, 0, near.k.shape[2]),
+        near_lengths=None if near is None else jnp.clip(near.lengths, 0, near.k.shape[1]),
         near_blocks=shape.near_blocks,
     )
     more: tuple[Array, ...] = ()
     if near is not None:
-        fill = shape.near_blocks * shape.block_keys - near.k.shape[2]
-        fill_rows = ((0, 0), (0, 0), (0, fill), (0, 0), (0, 0))
+        fill = shape.near_blocks * shape.block_keys - near.k.shape[1]
+        fill_rows = ((0, 0), (0, fill), (0, 0), (0, 0))
         more = (jnp.pad(near.k, fill_rows), jnp.pad(near.v, fill_rows)) if fill else near[:2]
     kernel = build(shape, q.dtype, whole=shape.splits == 1, interpret=interpret)
     out, lse = kernel(q, k, v, *more, table.blocks, table.facts, table.units, layer)

@@ -44,8 +44,8 @@ def build(geo: Geometry, dtype: jnp.dtype, *, whole: bool, interpret):
     """The callable: q, k, v, near_k, near_v, blocks, facts, units, layer -> out, lse.
 
     q [B, 1, K or, with near keys, K + 1, T, H, D]; k, v [L, N, G, C, D]; near_k, near_v
-    [L', B, S, G, D], S whole blocks, left out where geo.near_blocks is 0; the table's arrays; layer
-    int32 [2], of the pool and of the near keys.
+    [B, S, G, D], S whole blocks, left out where geo.near_blocks is 0; the table's arrays; layer
+    int32 [1].
     Returns out [splits, R, D] in `dtype` and lse [splits, R] float32 (natural log), rows (b, h, t);
     `whole`, which wants a single split: out [B, T, H, D] and lse [R].
     """
@@ -95,7 +95,7 @@ def build(geo: Geometry, dtype: jnp.dtype, *, whole: bool, interpret):
             def _one_warp(warp):
                 @pl.when(warp == 0)
                 def _():
-                    layer, near_layer = layer_gmem[0], layer_gmem[1]
+                    layer = layer_gmem[0]
 
                     def load(place, n, head, request):
                         stage = _mod(n, stages)
@@ -118,7 +118,7 @@ def build(geo: Geometry, dtype: jnp.dtype, *, whole: bool, interpret):
 
                             def from_near(near=near, target=target, arrived=arrived):
                                 rows = pl.ds((-1 - place) * keys, keys)
-                                source = near.at[near_layer, request, rows, head]
+                                source = near.at[request, rows, head]
                                 plgpu.copy_gmem_to_smem(source, target, arrived)
 
                             if has_near:

@@ -27,18 +27,14 @@ class Partial(NamedTuple):
 class Near(NamedTuple):
     """Keys and values that each request has to itself, beside the chunks: prefix, query, response.
 
-    k, v [B, S, G, D], or [L, B, S, G, D], of which the layer is taken that is asked for.
+    k, v [B, S, G, D]: of one layer, whether or not the pool has an axis of layers.
     lengths [B] int32: valid keys of each request, clipped to [0, S]; what lies behind is never
       used, whatever it holds.
     """
 
-    k: Float[Array, "*L B S G D"]
-    v: Float[Array, "*L B S G D"]
+    k: Float[Array, "B S G D"]
+    v: Float[Array, "B S G D"]
     lengths: Int[Array, "B"]
-
-    def of_layer(self, layer: int | Int[Array, ""]) -> Near:
-        """Without an axis of layers."""
-        return self if self.k.ndim == 4 else Near(self.k[layer], self.v[layer], self.lengths)
 
 
 def merge(*parts: Partial) -> Partial:

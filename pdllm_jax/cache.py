@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pdllm_jax.config import ModelConfig
 
@@ -89,13 +89,29 @@ class ChunkCache:
 @dataclasses.dataclass(frozen=True)
 class LiveCache:
     """KV of prefix, query and response, in that order and without gaps, then padding up to whole
-    blocks of the kernel.
+    blocks of the kernel; an array for each layer, so that attention takes it as it is.
 
     k: keys rotated at their positions in the prompt.
     """
 
-    k: Float[Array, "L B S G D"]
-    v: Float[Array, "L B S G D"]
+    k: tuple[Float[Array, "B S G D"], ...]
+    v: tuple[Float[Array, "B S G D"], ...]
+
+    def write(
+        self,
+        layer: int,
+        k: Float[Array, "B T G D"],
+        v: Float[Array, "B T G D"],
+        start: Int[Array, "B"],
+        keep: Bool[Array, "B T"] | None = None,
+    ) -> LiveCache:
+        """With T rows of a layer written from start[b] on; those where `keep` stay as they were."""
+
+        def put(stores: tuple[Array, ...], rows: Array) -> tuple[Array, ...]:
+            written = _write_rows(stores[layer], rows, start, keep)
+            return (*stores[:layer], written, *stores[layer + 1 :])
+
+        return LiveCache(put(self.k, k), put(self.v, v))
 
 
 def init_pool(config: ModelConfig, chunks: int, size: int, dtype: DTypeLike) -> ChunkPool:
@@ -109,27 +125,24 @@ def init_pool(config: ModelConfig, chunks: int, size: int, dtype: DTypeLike) -> 
 def init_live(config: ModelConfig, batch: int, rows: int, dtype: DTypeLike) -> LiveCache:
     """An empty live cache for at least `rows` rows for each of `batch` requests."""
     rows = -(-rows // LIVE_MULTIPLE) * LIVE_MULTIPLE
-    shape = (config.n_layers, batch, rows, config.n_kv_heads, config.head_dim)
-    return LiveCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    shape = (batch, rows, config.n_kv_heads, config.head_dim)
+    k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)) for _ in range(2))
+    return LiveCache(k, v)
 
 
-def write_rows(
-    cache: Float[Array, "L B S G D"],
-    layer: int,
+def _write_rows(
+    store: Float[Array, "B S G D"],
     rows: Float[Array, "B T G D"],
     start: Int[Array, "B"],
-    keep: Int[Array, "B T"] | None = None,
-) -> Float[Array, "L B S G D"]:
-    """Writes T rows of one layer from start[b] on; rows where `keep` stay as they were."""
+    keep: Bool[Array, "B T"] | None,
+) -> Float[Array, "B S G D"]:
     if keep is not None:
-        old = jax.vmap(lambda c, s: lax.dynamic_slice_in_dim(c, s, rows.shape[1]))(
-            cache[layer], start
-        )
+        old = jax.vmap(lambda c, s: lax.dynamic_slice_in_dim(c, s, rows.shape[1]))(store, start)
         rows = jnp.where(keep[..., None, None], old, rows)
-    rows = rows.astype(cache.dtype)
+    rows = rows.astype(store.dtype)
     for b in range(rows.shape[0]):
-        cache = lax.dynamic_update_slice(cache, rows[None, b : b + 1], (layer, b, start[b], 0, 0))
-    return cache
+        store = lax.dynamic_update_slice(store, rows[b : b + 1], (b, start[b], 0, 0))
+    return store
 
 
 def write_chunks(

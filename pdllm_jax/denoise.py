@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,8 @@ from pdllm_jax.rows import overlay, slices
 from pdllm_jax.sampling import predict, transfer
 from pdllm_jax.scoring import check_scorable
 from pdllm_jax.state import DenoiseState
+
+Width = Literal["wide", "narrow"]
 
 
 def _guided_hidden(
@@ -60,9 +63,9 @@ def _step(
     state: DenoiseState,
     config: DecodeConfig,
     implementation: Implementation | None,
-    fresh: bool,
+    width: Width | None = None,
 ) -> DenoiseState:
-    """fresh: live KV is known never to be stale, so that only the narrow pass is compiled."""
+    """width: of the pass, where it is known, so that no other is compiled."""
     forward = functools.partial(live_forward, implementation=implementation)
     batch, length = state.tokens.shape
     block_length = config.block_length
@@ -136,9 +139,9 @@ def _step(
         hidden = model.final_norm(slices(x, block_start, block_length))
         return *decide(model.logits(hidden), block_start), live
 
-    if always_wide:
+    if always_wide or width == "wide":
         predicted, confidence, live = wide_step()
-    elif fresh:
+    elif width == "narrow":
         predicted, confidence, live = narrow_step()
     else:
         predicted, confidence, live = lax.cond(wide.any(), wide_step, narrow_step)
@@ -198,8 +201,8 @@ def denoise_step(
     and its chunks are not read. `config` must be the one that the state was made with; `cache` the
     cache, or None where the state has chunks of its own (all encodings but "independent") or none.
     """
-    fresh = _stays_fresh(state, config)
-    return _step(model, _pool_of(cache, state), state, config, implementation, fresh)
+    width: Width | None = "narrow" if _stays_fresh(state, config) else None
+    return _step(model, _pool_of(cache, state), state, config, implementation, width)
 
 
 @functools.partial(
@@ -229,7 +232,6 @@ def denoise(
         if cache is None or not state.chunk_ids.shape[1]:
             raise ValueError("re-selection needs the document's cache")
         check_scorable(cache)
-    fresh = _stays_fresh(state, config)
     last_block = config.n_blocks if until is None else jnp.minimum(until, config.n_blocks)
     # A pool that does not change is kept out of the loop's carry.
     fixed = _pool_of(cache, state) if again is None else None
@@ -238,24 +240,35 @@ def denoise(
     def unfinished(state: DenoiseState) -> Array:
         return (state.block < last_block).any()
 
-    def body(state: DenoiseState) -> DenoiseState:
-        if again is None:
-            return _step(model, fixed, state, config, implementation, fresh)
+    def stale(state: DenoiseState) -> Array:
+        return (state.stale & (state.block < config.n_blocks)).any()
+
+    def onwards(width: Width) -> Callable[[DenoiseState], DenoiseState]:
+        return lambda state: _step(model, fixed, state, config, implementation, width)
+
+    def each_width(state: DenoiseState) -> DenoiseState:
+        """A loop for either width: a branch at every step would copy the live KV."""
+        state = lax.while_loop(lambda s: unfinished(s) & ~stale(s), onwards("narrow"), state)
+        return lax.while_loop(lambda s: unfinished(s) & stale(s), onwards("wide"), state)
+
+    def selecting_anew(state: DenoiseState) -> DenoiseState:
         assert cache is not None
+        assert again is not None
         due = state.block < config.n_blocks
         if again.reselect == "block":
             due &= state.step == 0
         state = reselect_due(model, cache, state, again, config, implementation, due)
-        return _step(model, _pool_of(cache, state), state, config, implementation, fresh)
+        return _step(model, _pool_of(cache, state), state, config, implementation)
 
-    def block_of_steps(state: DenoiseState) -> DenoiseState:
-        return lax.fori_loop(0, config.steps_per_block, lambda _, state: body(state), state)
-
-    # Where blocks take a fixed number of steps, the loop ends between them alone: whether to go on
-    # is asked on the host. Begun inside a block, the steps left over change nothing.
-    fixed_steps = config.threshold is None and config.factor is None and until is None
-    onwards = block_of_steps if fixed_steps else body
-    if again is None:
-        last = lax.while_loop(unfinished, onwards, dataclasses.replace(state, pool=None))
-        return dataclasses.replace(last, pool=pool)
-    return lax.while_loop(unfinished, onwards, state)
+    if again is not None:
+        return lax.while_loop(unfinished, selecting_anew, state)
+    body = each_width
+    if config.recompute == "response" or _stays_fresh(state, config):
+        one = onwards("wide" if config.recompute == "response" else "narrow")
+        # Where blocks take a fixed number of steps, the loop ends between them alone: whether to go
+        # on is asked on the host. Begun inside a block, the steps left over change nothing.
+        fixed_steps = config.threshold is None and config.factor is None and until is None
+        steps = config.steps_per_block if fixed_steps else 1
+        body = lambda state: lax.fori_loop(0, steps, lambda _, s: one(s), state)  # noqa: E731
+    last = lax.while_loop(unfinished, body, dataclasses.replace(state, pool=None))
+    return dataclasses.replace(last, pool=pool)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 
 from pallas_kernels import Implementation
 from pallas_kernels.dense import attention
-from pdllm_jax.cache import ChunkCache, ChunkPool, LiveCache, init_pool, write_chunks, write_rows
+from pdllm_jax.cache import ChunkCache, ChunkPool, init_pool, write_chunks
 from pdllm_jax.config import SelectionConfig
 from pdllm_jax.forward import response_rows, see, view_from
 from pdllm_jax.model import LLaDA
@@ -40,11 +40,13 @@ def encode_chosen(
     state = dataclasses.replace(state, pool=None, stale=jnp.full(state.stale.shape, not fresh))
     documents = cache.per_document()
     if config.encoding != "joint" and state.live is not None and documents.prefix_k is not None:
-        rows = documents.prefix_k.shape[2]
-        live = LiveCache(
-            state.live.k.at[:, :, :rows].set(documents.prefix_k),
-            state.live.v.at[:, :, :rows].set(documents.prefix_v),
-        )
+        assert documents.prefix_v is not None
+        live, at_start = state.live, jnp.zeros_like(state.query_length)
+        for layer, (k, v) in enumerate(zip(documents.prefix_k, documents.prefix_v, strict=True)):
+            shape = (state.query.shape[0], *k.shape[1:])
+            live = live.write(
+                layer, jnp.broadcast_to(k, shape), jnp.broadcast_to(v, shape), at_start
+            )
         state = dataclasses.replace(state, live=live)
     if config.encoding == "joint":
         state = encode_jointly(model, cache, state)
@@ -115,10 +117,7 @@ def encode_jointly(model: LLaDA, cache: ChunkCache, state: DenoiseState) -> Deno
         chunk_v = pick(v, chunk_from).reshape(shape)
         pool = write_chunks(pool, layer, chunk_k, chunk_v, 0)
         if live is not None:
-            live = LiveCache(
-                write_rows(live.k, layer, pick(turned, live_from), zeros),
-                write_rows(live.v, layer, pick(v, live_from), zeros),
-            )
+            live = live.write(layer, pick(turned, live_from), pick(v, live_from), zeros)
         return out, (pool, live)
 
     _, (pool, live) = model.run(rows, attend, (pool, state.live))
@@ -227,13 +226,11 @@ def bridge(
             v=replace(own.v, layer, v[:, :chunk_rows]),
         )
         turned, live_v = rotate(k, view.own)[:, chunk_rows:], v[:, chunk_rows:]
+        live_k = turned
         if live is not None:
-            live = LiveCache(
-                write_rows(live.k, layer, turned, state.prefix_length),
-                write_rows(live.v, layer, live_v, state.prefix_length),
-            )
-        near = (turned, live_v) if live is None else live
-        seen = see(view, layer, q, near, own, state.chunk_ids, implementation)
+            live = live.write(layer, turned, live_v, state.prefix_length)
+            live_k, live_v = live.k[layer], live.v[layer]
+        seen = see(view, layer, q, live_k, live_v, own, state.chunk_ids, implementation)
         return seen.out, (own, live)
 
     tokens, _ = chosen_chunks(cache, state.selected)

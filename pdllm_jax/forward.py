@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import Implementation, Near, Partial, attention, chunk_attention
-from pdllm_jax.cache import ChunkPool, LiveCache, write_rows
+from pdllm_jax.cache import ChunkPool, LiveCache
 from pdllm_jax.config import ModelConfig
 from pdllm_jax.model import LLaDA
 from pdllm_jax.rope import Rotation, rotate, rotation
@@ -53,21 +53,17 @@ def see(
     view: View,
     layer: int,
     q: Float[Array, "B T H D"],
-    live: LiveCache | tuple[Float[Array, "B T G D"], Float[Array, "B T G D"]],
+    live_k: Float[Array, "B S G D"],
+    live_v: Float[Array, "B S G D"],
     pool: ChunkPool | None,
     chunk_ids: Int[Array, "B K"],
     implementation: Implementation | None,
     *,
     need_lse: bool = False,
 ) -> Partial:
-    """Attention of rows over all live rows, a cache or one layer's keys and values, and the chosen
-    chunks.
-    """
+    """Attention of rows over all live rows and the chosen chunks."""
     if pool is None or not chunk_ids.shape[1]:
-        k, v = (live.k[layer], live.v[layer]) if isinstance(live, LiveCache) else live
-        return attention(rotate(q, view.own), k, v, view.total, need_lse=need_lse)
-    k, v = (live.k, live.v) if isinstance(live, LiveCache) else live
-    near = Near(k, v, view.total)
+        return attention(rotate(q, view.own), live_k, live_v, view.total, need_lse=need_lse)
     return chunk_attention(
         rotate(q[:, None], view.meeting),
         pool.k,
@@ -75,7 +71,7 @@ def see(
         chunk_ids,
         pool.lengths,
         layer=layer,
-        near=near,
+        near=Near(live_k, live_v, view.total),
         implementation=implementation,
     )
 
@@ -119,13 +115,12 @@ def live_forward(
     def attend(layer: int, q: Array, k: Array, v: Array, carry):
         live, watched = carry
         turned = rotate(k, view.own)
+        live_k, live_v = turned, v
         if live is not None:
-            live = LiveCache(
-                write_rows(live.k, layer, turned, start, keep),
-                write_rows(live.v, layer, v, start, keep),
-            )
+            live = live.write(layer, turned, v, start, keep)
+            live_k, live_v = live.k[layer], live.v[layer]
         seen = see(
-            view, layer, q, (turned, v) if live is None else live, pool, chunk_ids, implementation,
+            view, layer, q, live_k, live_v, pool, chunk_ids, implementation,
             need_lse=watch is not None,
         )  # fmt: skip
         if watch is not None:

@@ -112,7 +112,7 @@ def test_the_interpreter_finds_no_race(heads, rows, shared, settings, processors
     else:
         # Near keys: for the oracle two chunks more, of one request each.
         queries = jnp.concatenate([q, q[:, :1] * 0.5], axis=1)
-        near = Near(k[:, 4:].swapaxes(2, 3), v[:, 4:].swapaxes(2, 3), jnp.array([100, 40]))
+        near = Near(k[1, 4:].swapaxes(1, 2), v[1, 4:].swapaxes(1, 2), jnp.array([100, 40]))
         ids, lengths = np.concatenate([ids, [[6], [7]]], axis=1), [*LENGTHS, 100, 40]
         whole_k, whole_v = (jnp.concatenate([x, x[4:]]) for x in (whole_k, whole_v))
     got = chunk_attention_mosaic_gpu(
@@ -170,7 +170,7 @@ def lowered(batch, slots, rows, heads, kv_heads, dim, dtype=jnp.bfloat16, near=0
         spec(batch, slots, dtype=jnp.int32), spec(64, dtype=jnp.int32),
     )  # fmt: skip
     if near:
-        live = spec(4, batch, near, kv_heads, dim)
+        live = spec(batch, near, kv_heads, dim)
         args = (*args, Near(live, live, spec(batch, dtype=jnp.int32)))
 
     def run(q, k, v, ids, lengths, near=None):

@@ -69,10 +69,12 @@ class Plan:
         for phase in self.phases:
             mark = "  <- peak" if phase is self.largest else ""
             lines.append(f"{phase.name:44}{phase.nbytes / 1e9:10.3f} GB{mark}")
-            for kind in ("held", "made", "scratch"):
-                for item in getattr(phase, kind):
-                    if item.nbytes:
-                        lines.append(f"  {kind:8}{item.name:34}{item.nbytes / 1e9:10.3f}")
+            lines += [
+                f"  {kind:8}{item.name:34}{item.nbytes / 1e9:10.3f}"
+                for kind in ("held", "made", "scratch")
+                for item in getattr(phase, kind)
+                if item.nbytes
+            ]
         return "\n".join(lines)
 
     def require(self, limit: int, *, in_use: int | None = None, advice: str = "") -> None:

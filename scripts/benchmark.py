@@ -3,11 +3,16 @@
 
   scripts/benchmark.py kernel [--out benchmarks/kernel.json] [--quick | --tune]
   scripts/benchmark.py method [--out benchmarks/method.json] [--sections stream scoring ...]
+  scripts/benchmark.py memory [--out benchmarks/memory.json] [--settings NAME ...] [--compiled]
+  scripts/benchmark.py load [--out benchmarks/load.json] [--checkpoint FOLDER | --layers 32]
+  scripts/benchmark.py cold [--out benchmarks/cold.json] [--checkpoint FOLDER | --model llada-8b]
   scripts/benchmark.py plot benchmarks/kernel.json benchmarks/kernel.png
 
 `kernel` times attention over chosen chunks: the Hopper kernel, cuDNN with and without a gather, and
-the portable path. `method` times the method's phases at LLaDA-8B shapes on random weights. `plot`
-draws what `kernel` has written; it needs matplotlib and no GPU.
+the portable path. `method` times the method's phases at LLaDA-8B shapes on random weights. `memory`
+puts the planner's figures beside the device's. `load` loads a checkpoint beside the disk's speed,
+`cold` times the first token from a cold and from a warm compilation cache. `plot` draws what
+`kernel` has written; it needs matplotlib and no GPU.
 """
 
 from __future__ import annotations
@@ -26,15 +31,19 @@ def main() -> int:
     drawing = commands.add_parser("plot", help="draw a record")
     drawing.add_argument("source", type=Path)
     drawing.add_argument("target", type=Path)
-    from bench import kernel, method
+    from bench import cold, kernel, load, memory, method
 
     kernel.add_arguments(commands.add_parser("kernel", help="attention over chosen chunks"))
     method.add_arguments(commands.add_parser("method", help="phases of the method"))
+    memory.add_arguments(commands.add_parser("memory", help="planned against measured memory"))
+    load.add_arguments(commands.add_parser("load", help="loading against the disk's speed"))
+    cold.add_arguments(commands.add_parser("cold", help="time to the first token"))
     args = parser.parse_args()
     if args.command == "plot":
         kernel.plot(args.source, args.target)
         return 0
-    return {"kernel": kernel, "method": method}[args.command].main(args)
+    modules = {"kernel": kernel, "method": method, "memory": memory, "load": load, "cold": cold}
+    return modules[args.command].main(args)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ largest set of intermediate arrays that live at once; what that set is follows f
 
 - One layer's rows live at a time. The widest moment is the MLP (residual stream, its norm, gate and
   up: 2 M + 2 F values a row) or attention (stream, q, k, v, and three results on their way
-  together: M + (4 M' + 2 KV) values a row). Weights are never copied.
+  together: 5 M + 2 KV). Where a step recomputes rows of which some stay as they were (blocks behind
+  the first), keys and values are there four times, new, old, merged and as attention reads them:
+  3 M + 8 KV. Weights are never copied.
 - Logits are float32 and only of the rows that are read; they come when the last layer is through,
   so that the wider of the two moments counts.
 - Writes of a layer's KV wait for the program's end where the store is a result that nothing has
@@ -16,9 +18,9 @@ largest set of intermediate arrays that live at once; what that set is follows f
   and V passes through a temporary of its size (GPU alone), and one of K and V of a group waits.
 - The portable attention adds float32 scores and weights of a block of rows.
 
-`programs.py` asks the compiler instead; tests compare the two, `scripts/benchmark.py memory` both with
-what a device has measured. Of what libraries take for themselves cuBLAS' workspace is counted; CUDA's
-context, fragmentation, and what compiling takes are not.
+`programs.py` asks the compiler instead; tests compare the two, `scripts/benchmark.py memory` both
+with what a device has measured. Of what libraries take for themselves cuBLAS' workspace is counted;
+CUDA's context, fragmentation, and what compiling takes are not.
 """
 
 from __future__ import annotations
@@ -103,11 +105,14 @@ class _Sizes:
         """Keys and values of rows, in all layers."""
         return 2 * self.config.n_layers * rows * self.kv_size * self.itemsize
 
-    def layer(self, rows: int) -> int:
-        """The widest moment of one layer."""
+    def layer(self, rows: int, merging: bool = False) -> int:
+        """The widest moment of one layer. merging: its rows' KV with what the live cache holds."""
         c = self.config
+        heads = c.d_model // self.tensor
         mlp = 2 * c.d_model + 2 * c.mlp_hidden_size // self.tensor
-        attention = c.d_model + 4 * c.d_model // self.tensor + 2 * self.kv_size
+        attention = c.d_model + 4 * heads + 2 * self.kv_size
+        if merging:
+            attention = c.d_model + 2 * heads + 8 * self.kv_size
         return rows * max(mlp, attention) * self.itemsize
 
     def stream(self, rows: int) -> int:
@@ -235,10 +240,12 @@ class _Answer:
 
     # Temporaries.
 
-    def _layer(self, rows: int, batch: int, keys: int, read: int = 0) -> list[Item]:
+    def _layer(
+        self, rows: int, batch: int, keys: int, read: int = 0, merging: bool = False
+    ) -> list[Item]:
         """The widest moment of a forward over `rows` rows in all, of which `read` get logits."""
         sizes = self.sizes
-        layer = Item("one layer's rows", sizes.layer(rows))
+        layer = Item("one layer's rows", sizes.layer(rows, merging))
         scores = Item("attention scores", sizes.scores(batch, -(-rows // batch), keys))
         logits = Item("logits", sizes.logits(read))
         last = Item("the last layer's rows", sizes.stream(rows))
@@ -352,16 +359,16 @@ class _Answer:
 
     def _steps(self) -> list[Item]:
         """Of `denoise`: the wider of a step's forms."""
-        s, d, b = self.shapes, self.decode, self.requests
+        s, d, b, how = self.shapes, self.decode, self.requests, self.selecting
         chosen = bool(s.chunks)
         whole = s.query + d.gen_length
-        rows = whole
-        if chosen and self.selecting.encoding in ("joint", "bridge") and d.n_blocks == 1:
-            rows = whole if d.recompute == "response" else d.block_length
+        rows, merging = whole, d.recompute != "response"
+        if merging and chosen and how.encoding in ("joint", "bridge") and d.n_blocks == 1:
+            rows, merging = d.block_length, False  # live KV is never stale
         read = d.gen_length if d.n_blocks > 1 else d.block_length
         twice = 2 if d.guidance > 0 else 1
         keys = (s.prefix if chosen else 0) + whole
-        items = self._layer(twice * b * rows, twice * b, keys, twice * b * read)
+        items = self._layer(twice * b * rows, twice * b, keys, twice * b * read, merging)
         if chosen:
             items.append(self._chunk_attention(b, rows, self.slots))
         return items
@@ -424,8 +431,10 @@ class _Answer:
         scratch = self._steps()
         if again:
             scratch += self._score_questions()
-            renewed = Item("chunks chosen anew", 2 * (own.nbytes + live.nbytes))
-            scratch += [renewed, *self._encode(renewed.nbytes)]
+            # What a state's pool is made of anew lies beside it; K and V of a forward do so anyway.
+            if how.encoding == "bridge" or how.keep_tokens is not None:
+                scratch.append(Item("chunks chosen anew", own.nbytes))
+            scratch += self._encode(live.nbytes + own.nbytes)
         found.append(Phase("decode", (*held, live, own), (), tuple(scratch)))
         return found
 

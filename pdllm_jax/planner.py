@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ from pdllm_jax.footprint import Shapes, plan_shapes
 from pdllm_jax.model import LLaDA
 from pdllm_jax.passes import Method, decode_config, keeps_pool, settled
 from pdllm_jax.plan import Plan
+from pdllm_jax.prefill import needs_pool
 
 
 def plan_memory(
@@ -170,10 +172,15 @@ def require_baseline_memory(
         _require(model, shapes, SelectionConfig(), decode, "xla", *found)
 
 
+def device_stats(model: LLaDA) -> dict[str, int]:
+    """What the model's device says of its memory; nothing on the CPU."""
+    (device, *_) = model.embedding.weight[...].devices()
+    return device.memory_stats() or {}
+
+
 def _limit(model: LLaDA, limit: int | None) -> tuple[int, int | None] | None:
     """Bytes that the model's device gives, and those that it holds where it says so."""
-    (device, *_) = model.embedding.weight[...].devices()
-    stats = device.memory_stats() or {}
+    stats = device_stats(model)
     if limit is None:
         limit = stats.get("bytes_limit")
     return None if limit is None else (limit, stats.get("bytes_in_use"))
@@ -200,11 +207,10 @@ def _require(
     beside = 0 if in_use is None else max(0, in_use - wanted.resident)
     if wanted.peak + beside <= limit:
         return
-    fitting = [
-        words
-        for words, others in _changes(shapes, selecting, decode)
-        if plan(*others).peak + beside <= limit
-    ]
+    fitting: list[str] = []
+    for kind in _changes(shapes, selecting, decode):
+        fits = (words for words, others in kind if plan(*others).peak + beside <= limit)
+        fitting += itertools.islice(fits, 1)
     advice = "no one setting makes it fit" if not fitting else f"fits with {', or '.join(fitting)}"
     if not shapes.chunks:
         advice = "a shorter prompt takes less, and so does method 'prefilling'"
@@ -216,8 +222,8 @@ _Settings = tuple[Shapes, SelectionConfig, DecodeConfig]
 
 def _changes(
     shapes: Shapes, selecting: SelectionConfig, decode: DecodeConfig
-) -> Iterator[tuple[str, _Settings]]:
-    """One change at a time that takes less memory, in words and as settings; least change first."""
+) -> Iterator[list[tuple[str, _Settings]]]:
+    """Settings that differ in one thing and take less memory, in words; least change first."""
 
     def select(words: str, **changes: Any) -> tuple[str, _Settings]:
         return words, (shapes, dataclasses.replace(selecting, **changes), decode)
@@ -226,18 +232,20 @@ def _changes(
         return [n >> i for i in range(1, n.bit_length())]
 
     if shapes.chunks:
-        for n in halves(min(selecting.encode_batch, shapes.chunks * shapes.requests)):
-            yield select(f"encode_batch={n}", encode_batch=n)
+        group = min(selecting.encode_batch, shapes.chunks * shapes.requests)
+        yield [select(f"encode_batch={n}", encode_batch=n) for n in halves(group)]
         if selecting.max_k is None and selecting.scorer != "all":
-            for n in halves(selecting.top_k):
-                yield select(f"top_k={n}", top_k=n)
+            yield [select(f"top_k={n}", top_k=n) for n in halves(selecting.top_k)]
         if selecting.reselect != "never":
-            yield select("reselect='never'", reselect="never")
+            yield [select("reselect='never'", reselect="never")]
         if selecting.encoding != "independent" and shapes.batch is None:
-            yield select("encoding='independent', which streams", encoding="independent")
-        if keeps_pool(selecting, batched=shapes.batch is not None) and not shapes.pooled:
-            yield select("encoding='joint', which keeps no KV of the document", encoding="joint")
+            words = "encoding='independent', which streams the document"
+            yield [select(words, encoding="independent")]
+        if needs_pool(selecting) and shapes.batch is not None and not shapes.pooled:
+            words = "encoding='joint', which keeps no KV of the document"
+            yield [select(words, encoding="joint")]
     if shapes.batch is not None:
-        for n in halves(shapes.batch):
-            fewer = shapes._replace(batch=n)
-            yield f"{n} requests at a time", (fewer, selecting, decode)
+        yield [
+            (f"{n} requests at a time", (shapes._replace(batch=n), selecting, decode))
+            for n in halves(shapes.batch)
+        ]

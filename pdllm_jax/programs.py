@@ -120,14 +120,7 @@ def programs(
         chunks=ids(shapes.chunks, size, lead=lead), chunk_lengths=ids(shapes.chunks, lead=lead),
         query=query, query_length=length,
     )  # fmt: skip
-    passing = selecting.scoring()
-    draft = None
-    if selecting.scorer == "draft":
-        question = Question(prompt.prefix, prompt.prefix_length, query, length)
-        yield program("draft", draft_response, None, model, question, passing)
-        draft = made(lambda m, q: draft_response(m, q, passing), model, question)
-    scoring_keys = made(lambda k: k if shapes.batch is not None else k[0], keys)
-    chosen: Selection
+    cache: Any = None
     if shapes.pooled:
         document = dataclasses.replace(
             prompt, prefix=ids(shapes.prefix, lead=None), prefix_length=ids(lead=None),
@@ -136,6 +129,15 @@ def programs(
         batch = selecting.encode_batch
         yield program("encode document", encode_document, None, model, document, encode_batch=batch)
         cache = made(lambda m, p: encode_document(m, p, encode_batch=batch), model, document)
+    passing = selecting.scoring()
+    draft = None
+    if selecting.scorer == "draft":
+        question = Question(prompt.prefix, prompt.prefix_length, query, length)
+        yield program("draft", draft_response, cache, model, question, passing)
+        draft = made(lambda m, q: draft_response(m, q, passing), model, question)
+    scoring_keys = made(lambda k: k if shapes.batch is not None else k[0], keys)
+    chosen: Selection
+    if shapes.pooled:
 
         def score(m: LLaDA, c: ChunkCache, q: Any, n: Any, d: Any, k: Any) -> Any:
             return score_chunks(m, c, q, passing, query_length=n, draft=d, key=k)

@@ -215,6 +215,8 @@ def main(args: argparse.Namespace) -> int:
     options += ["--tiny"] * args.tiny + ["--layers", args.layers] * (args.layers is not None)
     if args.target is not None:
         options += ["--target", args.target]
+    # The plugin asks a driver for its version, unless it is told that nothing will run on a GPU.
+    environment = {"JAX_PLATFORMS": "cpu"} if args.target is not None else {}
     record: dict[str, Any] = {
         "command": "scripts/benchmark.py memory" + " --compiled" * args.compiled,
         **conditions(),
@@ -226,7 +228,9 @@ def main(args: argparse.Namespace) -> int:
         row: dict[str, Any] = {"setting": name, **dataclasses.asdict(SETTINGS[name])}
         kinds = ["compile"] if args.target else ["run"] + ["compile"] * args.compiled
         for kind in kinds:
-            row |= in_process("memory", "--one", kind, "--settings", name, *map(str, options))
+            row |= in_process(
+                "memory", "--one", kind, "--settings", name, *map(str, options), **environment
+            )
         figures = [f"planned {row['planned'] / 1e9:7.2f} GB ({row['phase']})"]
         for kind in ("measured", "compiled"):
             if row.get(kind):

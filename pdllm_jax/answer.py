@@ -162,7 +162,7 @@ def answer(
     n = int(counts.max())
     selecting = settled(selecting, n, named=oracle is not None)
     require_memory(
-        model, prompt, n, selecting, config,
+        model, prompt, selecting, config,
         cache=cache, implementation=path, limit=memory_limit,
     )  # fmt: skip
     passing = selecting.scoring()

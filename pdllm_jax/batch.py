@@ -26,6 +26,7 @@ from pdllm_jax.chunking import (
 from pdllm_jax.config import ChunkConfig, ConfigError, DecodeConfig, SelectionConfig
 from pdllm_jax.model import LLaDA
 from pdllm_jax.passes import keeps_pool
+from pdllm_jax.planner import require_document_memory
 from pdllm_jax.prefill import encode_document
 from pdllm_jax.scoring import check_scorable
 from pdllm_jax.tokenizer import INSTRUCTION, Tokenizer
@@ -179,11 +180,16 @@ def encode_text(
     instruction: str = INSTRUCTION,
     chunking: ChunkConfig = ChunkConfig(),
     encode_batch: int = 8,
+    memory_limit: int | None = None,
 ) -> ChunkCache:
-    """A document's cache, for `ask`: every chunk encoded behind the instruction, query-free."""
+    """A document's cache, for `ask`: every chunk encoded behind the instruction, query-free.
+
+    memory_limit: as `generate`; raises MemoryLimitError as it does.
+    """
     prefix, query = tokenizer.around_document("?", instruction)
     ids = tokenizer.encode(context)
     prompt = chunk_prompt(prefix, ids, query, chunking, bos_id=tokenizer.bos_id, tight=True)
+    require_document_memory(model, prompt, encode_batch, limit=memory_limit)
     return encode_document(model, prompt, encode_batch=encode_batch)
 
 

@@ -30,6 +30,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -51,7 +52,7 @@ _CUBLAS_WORKSPACE = 32 << 20
 class Shapes(NamedTuple):
     """What is padded how far; the prompt's arrays have an axis of `batch` requests, if not None.
 
-    chunks: places of chunks a document; existing: chunks that hold tokens, the most of a batch.
+    chunks: places of chunks a document; 0: no document, the query is the whole prompt.
     pooled: one document's KV is held already, and `batch` questions are asked about it.
     """
 
@@ -59,7 +60,6 @@ class Shapes(NamedTuple):
     prefix: int
     query: int
     chunks: int
-    existing: int
     chunk_size: int
     pooled: bool = False
 
@@ -68,7 +68,7 @@ class Shapes(NamedTuple):
         return 1 if self.batch is None else self.batch
 
     @classmethod
-    def of(cls, prompt: ChunkedPrompt, existing: int, cache: ChunkCache | None = None) -> Shapes:
+    def of(cls, prompt: ChunkedPrompt, cache: ChunkCache | None = None) -> Shapes:
         """Those of a prompt, or of questions about the document of a cache."""
         chunks = prompt.chunks if cache is None else cache.tokens
         return cls(
@@ -76,7 +76,6 @@ class Shapes(NamedTuple):
             prefix=prompt.prefix.shape[-1],
             query=prompt.query.shape[-1],
             chunks=chunks.shape[-2],
-            existing=existing,
             chunk_size=prompt.chunk_size,
             pooled=cache is not None,
         )
@@ -89,6 +88,7 @@ class _Sizes:
         self, config: ModelConfig, dtype: DTypeLike, attention: DenseImplementation, tensor: int
     ):
         self.config, self.attention, self.tensor = config, attention, tensor
+        self.gpu = attention == "cudnn" or jax.default_backend() == "gpu"
         self.itemsize = jnp.dtype(dtype).itemsize
         self.kv_size = config.n_kv_heads * config.head_dim // tensor
 
@@ -250,8 +250,7 @@ class _Answer:
         logits = Item("logits", sizes.logits(read))
         last = Item("the last layer's rows", sizes.stream(rows))
         widest = max(((layer, scores), (last, logits)), key=lambda x: x[0].nbytes + x[1].nbytes)
-        gpu = sizes.attention == "cudnn"
-        return [*widest, Item("cuBLAS workspace", _CUBLAS_WORKSPACE if gpu else 0)]
+        return [*widest, Item("cuBLAS workspace", _CUBLAS_WORKSPACE if sizes.gpu else 0)]
 
     def _chunk_attention(self, batch: int, rows: int, slots: int) -> Item:
         """Attention over chosen chunks: rotated rows of every slot, and what it gathers."""
@@ -275,7 +274,7 @@ class _Answer:
         items = self._layer(rows, group, s.chunk_size, group * self.scored if riding else 0)
         items.append(Item("prefix KV", self.prefix_bytes()))
         if self.pooling:
-            if sizes.attention == "cudnn":
+            if sizes.gpu:
                 half = sizes.kv(self.places() * s.chunk_size) // 2
                 items.append(Item("pool in another layout, K or V", half))
             items.append(Item("KV of a group, K or V", sizes.kv(group * s.chunk_size) // 2))
@@ -306,16 +305,12 @@ class _Answer:
         """
         stored = self.sizes.kv(rows)
         waiting = self._layer(rows, batch, rows // batch)
-        spare = max(0, results - self._stored_early())
-        fits = min(spare, waiting[0].nbytes)
+        fits = min(results, waiting[0].nbytes)
         return [
             Item("K and V of all layers, to be stored", stored),
             dataclasses.replace(waiting[0], nbytes=waiting[0].nbytes - fits),
             *waiting[1:],
         ]
-
-    def _stored_early(self) -> int:
-        return 0
 
     def _encode(self, results: int) -> list[Item]:
         """Of `init_denoise`."""

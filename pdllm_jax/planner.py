@@ -105,7 +105,7 @@ def shapes_of(
         if batch is not None or questions is not None:
             raise ValueError(f"method {method!r} answers one request at a time")
         rows = bucket(prefix + document + query, 8)
-        return Shapes(None, 0, rows, 0, 0, chunking.chunk_size), selection, decode
+        return Shapes(None, 0, rows, 0, chunking.chunk_size), selection, decode
     n = count_chunks(document, chunking)
     several = batch if questions is None else questions
     tight = questions is not None or keeps_pool(selection, batched=batch is not None)
@@ -114,7 +114,6 @@ def shapes_of(
         prefix=bucket_rows(prefix),
         query=bucket_rows(query),
         chunks=bucket_chunks(n, tight),
-        existing=n,
         chunk_size=chunking.chunk_size,
         pooled=questions is not None,
     )
@@ -140,7 +139,6 @@ def _paths(
 def require_memory(
     model: LLaDA,
     prompt: ChunkedPrompt,
-    existing: int,
     selecting: SelectionConfig,
     decode: DecodeConfig,
     *,
@@ -150,16 +148,35 @@ def require_memory(
 ) -> None:
     """Refuses what `answer` is about to do where the device would run out.
 
-    existing: chunks that hold tokens; limit: bytes, by default what the device reports, with what
-    it holds already; where it reports nothing (the CPU), nothing is refused.
+    selecting: as `passes.settled` leaves it. limit: bytes, by default what the device reports, with
+    what it holds already; where it reports nothing (the CPU), nothing is refused.
 
     Raises:
       MemoryLimitError: names the phase, its bytes, the limit, and what would fit.
     """
     found = _limit(model, limit)
     if found is not None:
-        shapes = Shapes.of(prompt, existing, cache)
+        shapes = Shapes.of(prompt, cache)
         _require(model, shapes, selecting, decode, implementation, *found)
+
+
+def require_document_memory(
+    model: LLaDA, prompt: ChunkedPrompt, encode_batch: int, *, limit: int | None = None
+) -> None:
+    """`require_memory` of `encode_document` alone."""
+    found = _limit(model, limit)
+    if found is None:
+        return
+    shapes = Shapes.of(prompt)._replace(pooled=True)
+    select = SelectionConfig(scorer="first", encoding="independent", encode_batch=encode_batch)
+    attention = dense_implementation(model.dtype, model.config.head_dim)
+    whole = plan_shapes(
+        model.config, shapes, select, DecodeConfig(),
+        dtype=model.dtype, implementation="xla", attention=attention,
+    )  # fmt: skip
+    weights = whole["load"].nbytes
+    plan = Plan((whole["load"], whole["encode document"]), weights)
+    plan.require(found[0], in_use=found[1], advice="a smaller encode_batch or document takes less")
 
 
 def require_baseline_memory(
@@ -168,7 +185,7 @@ def require_baseline_memory(
     """`require_memory` of a baseline, whose whole prompt has so many rows."""
     found = _limit(model, limit)
     if found is not None:
-        shapes = Shapes(None, 0, rows, 0, 0, 1)
+        shapes = Shapes(None, 0, rows, 0, 1)
         _require(model, shapes, SelectionConfig(), decode, "xla", *found)
 
 

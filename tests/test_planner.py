@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,9 @@ from pdllm_jax import (
     SelectionConfig,
     answer,
     ask_ids,
+    batch,
     encode_document,
+    encode_text,
     generate_batch_ids,
     generate_ids,
     plan_memory,
@@ -151,8 +154,8 @@ def test_a_batch_and_questions_hold_what_their_arrays_do(model):
     row = pool // (8 * 16)
     assert arrays == pool + 8 * 4 + 32 * row  # with lengths, and the prefix in its bucket
     kept = dataclasses.replace(SELECT, encoding="independent")
-    batch = planned(config, 8 * 15, batch=3, dtype=jnp.float32, chunking=CHUNKS, selection=kept)
-    found = item(batch, "score", "KV of the document")
+    several = planned(config, 8 * 15, batch=3, dtype=jnp.float32, chunking=CHUNKS, selection=kept)
+    found = item(several, "score", "KV of the document")
     assert found == 4 * (pool + 8 * 4 + 32 * row)
 
 
@@ -273,6 +276,14 @@ def test_an_answer_that_does_not_fit_is_refused_before_anything_runs(model, monk
     cache = jax.eval_shape(lambda m: encode_document(m, prompt), model)
     cache = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), cache)
     refused(ask_ids, model, cache, [request[2]], **small)
+    monkeypatch.setattr(batch, "encode_document", never)
+    words = types.SimpleNamespace(
+        around_document=lambda *_: (request[0], request[2]),
+        encode=lambda text: request[1],
+        bos_id=253,
+    )
+    message = refused(encode_text, model, words, "text", chunking=CHUNKS, memory_limit=1000)
+    assert "encode document" in message
 
 
 def test_what_the_refusal_advises_fits(model):

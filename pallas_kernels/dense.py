@@ -20,7 +20,7 @@ from pallas_kernels.sums import row_sum
 DenseImplementation = Literal["cudnn", "xla"]
 
 # Scores of one block of query rows, in elements: bounds memory, and stays near the caches.
-_BLOCK_SCORES = 1 << 24
+BLOCK_SCORES = 1 << 24
 # Keys are filled up to this, for XLA's products on the CPU take a column in a narrower loop where
 # 1 to 8 are left over, and then a score's last bit would depend on how many keys there are.
 _KEYS_MULTIPLE = 16
@@ -93,7 +93,7 @@ def _blocked(
         out = out.reshape(batch, groups, heads // groups, t, dim).transpose(0, 3, 1, 2, 4)
         return out.reshape(batch, t, heads, dim).astype(q.dtype), lse.reshape(batch, heads, t)
 
-    size = max(16, _BLOCK_SCORES // (batch * heads * k.shape[1]))
+    size = max(16, BLOCK_SCORES // (batch * heads * k.shape[1]))
     if rows <= size:
         out, lse = block(q)
     else:

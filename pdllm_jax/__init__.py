@@ -16,6 +16,8 @@ from pdllm_jax.config import (
 from pdllm_jax.denoise import denoise, denoise_step
 from pdllm_jax.generate import generate, generate_ids
 from pdllm_jax.model import LLaDA
+from pdllm_jax.plan import MemoryLimitError, Plan
+from pdllm_jax.planner import plan_memory
 from pdllm_jax.prefill import encode_document, prefill, prefill_top_k
 from pdllm_jax.reselect import reselect
 from pdllm_jax.riders import (
@@ -41,7 +43,9 @@ __all__ = [
     "GenerationResult",
     "LLaDA",
     "LiveCache",
+    "MemoryLimitError",
     "ModelConfig",
+    "Plan",
     "Request",
     "RopeScaling",
     "Selection",
@@ -63,6 +67,7 @@ __all__ = [
     "init_denoise",
     "load_config",
     "load_model",
+    "plan_memory",
     "prefill",
     "prefill_top_k",
     "reselect",

@@ -22,7 +22,9 @@ from pdllm_jax.chunking import ChunkedPrompt
 from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.denoise import denoise
 from pdllm_jax.model import LLaDA
-from pdllm_jax.prefill import needs_pool, prefill, prefill_top_k
+from pdllm_jax.passes import passing_config, settled, streams
+from pdllm_jax.planner import require_memory
+from pdllm_jax.prefill import prefill, prefill_top_k
 from pdllm_jax.riders import (
     Question,
     draft_response,
@@ -121,16 +123,6 @@ def decode(
     return state
 
 
-def keeps_pool(selecting: SelectionConfig, *, batched: bool) -> bool:
-    """Whether answering keeps the KV of all chunks of the document, or of a batch of them.
-
-    Joint and query-conditioned encoding make their own, and what is wanted of one document alone is
-    kept while it streams through.
-    """
-    reads_all = selecting.reselect != "never" or selecting.scorer == "attention"
-    return reads_all or (batched and needs_pool(selecting))
-
-
 def answer(
     model: LLaDA,
     prompt: ChunkedPrompt,
@@ -143,6 +135,7 @@ def answer(
     oracle: np.ndarray | None = None,
     implementation: Implementation | None = None,
     on_block: OnBlock | None = None,
+    memory_limit: int | None = None,
 ) -> list[GenerationResult]:
     """Draft, score, select, encode, decode.
 
@@ -151,6 +144,10 @@ def answer(
         `cache`, the questions about its document(s): chunks are then not read.
       keys: one for each request of the batch, [B].
       cache: document(s) encoded before, with the KV of every chunk.
+      memory_limit: bytes that the device may hold, by default what it says that it gives.
+
+    Raises:
+      MemoryLimitError: it would hold more, by the plan (`planner`); nothing was computed then.
     """
     sparse = selecting.keep_tokens
     size = prompt.chunk_size if sparse is None else min(sparse, prompt.chunk_size)
@@ -163,15 +160,11 @@ def answer(
         np.asarray(prompt.chunk_lengths if cache is None else cache.lengths), axis=-1
     )
     n = int(counts.max())
-    if selecting.scorer == "all":
-        selecting = dataclasses.replace(selecting, top_k=n, max_k=None, margin=0.0)
-    elif n <= selecting.top_k and oracle is None:
-        # Everything is kept: there is nothing to score, now or later.
-        selecting = dataclasses.replace(
-            selecting, scorer="all", top_k=n, max_k=None, margin=0.0, reselect="never"
-        )
-    elif selecting.max_k is not None:
-        selecting = dataclasses.replace(selecting, max_k=min(selecting.max_k, n))
+    selecting = settled(selecting, n, named=oracle is not None)
+    require_memory(
+        model, prompt, selecting, config,
+        cache=cache, implementation=path, limit=memory_limit,
+    )  # fmt: skip
     passing = selecting.scoring()
     scoring_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
     if prompt.query.ndim == 1:
@@ -191,20 +184,11 @@ def answer(
                 implementation=implementation, **shared,
             )  # fmt: skip
             chosen = select(scores, selecting)
-        elif needs_pool(selecting) and not keeps_pool(selecting, batched=prompt.query.ndim == 2):
-            # Nothing but the kept chunks is ever asked for: no more need lie in memory.
-            kept = dataclasses.replace(
-                passing,
-                top_k=selecting.top_k,
-                max_k=selecting.max_k,
-                margin=selecting.margin,
-                keep_first=selecting.keep_first,
-            )
+        elif streams(selecting, batched=prompt.query.ndim == 2):
+            kept = passing_config(selecting, streaming=True)
             cache, chosen, scores = prefill_top_k(model, prompt, kept, **shared)
         else:
-            passing = dataclasses.replace(
-                passing, encoding=selecting.encoding, reselect=selecting.reselect
-            )
+            passing = passing_config(selecting, streaming=False)
             cache, scores = prefill(model, prompt, passing, **shared)
             chosen = select(scores, selecting)
         if selecting.max_k is not None:

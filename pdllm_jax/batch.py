@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Implementation
-from pdllm_jax.answer import GenerationResult, OnBlock, answer, keeps_pool, request_keys
+from pdllm_jax.answer import GenerationResult, OnBlock, answer, request_keys
 from pdllm_jax.cache import ChunkCache
 from pdllm_jax.chunking import (
     ChunkedPrompt,
     TokenIds,
     batch_prompts,
+    batch_size,
     bucket_rows,
     check_token_ids,
     chunk_prompt,
@@ -24,6 +25,8 @@ from pdllm_jax.chunking import (
 )
 from pdllm_jax.config import ChunkConfig, ConfigError, DecodeConfig, SelectionConfig
 from pdllm_jax.model import LLaDA
+from pdllm_jax.passes import keeps_pool
+from pdllm_jax.planner import require_document_memory
 from pdllm_jax.prefill import encode_document
 from pdllm_jax.scoring import check_scorable
 from pdllm_jax.tokenizer import INSTRUCTION, Tokenizer
@@ -37,11 +40,6 @@ class Request(NamedTuple):
     query: TokenIds
 
 
-def batch_size(requests: int) -> int:
-    """The bucket: a power of two."""
-    return 1 << (requests - 1).bit_length()
-
-
 def generate_batch_ids(
     model: LLaDA,
     requests: Sequence[Request | tuple[TokenIds, TokenIds, TokenIds]],
@@ -53,6 +51,7 @@ def generate_batch_ids(
     seeds: Sequence[int] | None = None,
     implementation: Implementation | None = None,
     on_block: OnBlock | None = None,
+    memory_limit: int | None = None,
 ) -> list[GenerationResult]:
     """Answers of a batch, each what `generate_ids` gives for the request alone.
 
@@ -64,8 +63,10 @@ def generate_batch_ids(
       requests: (prefix, context, query) ids of each.
       seeds: of each request; 0 by default.
       on_block: called with (request, block, its tokens).
+      memory_limit: as `generate`.
 
     Raises:
+      MemoryLimitError: as `generate`.
       ValueError: as `generate_ids`, with the number of the request; no requests; the scorer
         "oracle", which takes ids for one document; guidance.
     """
@@ -98,6 +99,7 @@ def generate_batch_ids(
         requests=len(prompts),
         implementation=implementation,
         on_block=on_block,
+        memory_limit=memory_limit,
     )
 
 
@@ -111,6 +113,7 @@ def ask_ids(
     seeds: Sequence[int] | None = None,
     implementation: Implementation | None = None,
     on_block: OnBlock | None = None,
+    memory_limit: int | None = None,
 ) -> list[GenerationResult]:
     """Answers to questions about one document that was encoded before.
 
@@ -120,7 +123,7 @@ def ask_ids(
     Args:
       cache: from `encode_document`, or `prefill` with keep_pool; one document, not a batch.
       queries: token ids behind the document, of each question.
-      selection, decode, seeds, on_block: as `generate_batch_ids`.
+      selection, decode, seeds, on_block, memory_limit: as `generate_batch_ids`.
 
     Raises:
       ValueError: the cache does not hold the KV of every chunk, or several documents'; an empty
@@ -165,6 +168,7 @@ def ask_ids(
         requests=len(checked),
         implementation=implementation,
         on_block=on_block,
+        memory_limit=memory_limit,
     )
 
 
@@ -176,11 +180,16 @@ def encode_text(
     instruction: str = INSTRUCTION,
     chunking: ChunkConfig = ChunkConfig(),
     encode_batch: int = 8,
+    memory_limit: int | None = None,
 ) -> ChunkCache:
-    """A document's cache, for `ask`: every chunk encoded behind the instruction, query-free."""
+    """A document's cache, for `ask`: every chunk encoded behind the instruction, query-free.
+
+    memory_limit: as `generate`; raises MemoryLimitError as it does.
+    """
     prefix, query = tokenizer.around_document("?", instruction)
     ids = tokenizer.encode(context)
     prompt = chunk_prompt(prefix, ids, query, chunking, bos_id=tokenizer.bos_id, tight=True)
+    require_document_memory(model, prompt, encode_batch, limit=memory_limit)
     return encode_document(model, prompt, encode_batch=encode_batch)
 
 
@@ -195,6 +204,7 @@ def ask(
     seeds: Sequence[int] | None = None,
     implementation: Implementation | None = None,
     on_block: OnBlock | None = None,
+    memory_limit: int | None = None,
 ) -> list[GenerationResult]:
     """`ask_ids` on text, for a cache of `encode_text`."""
     for i, question in enumerate(questions):
@@ -209,6 +219,7 @@ def ask(
         seeds=seeds,
         implementation=implementation,
         on_block=on_block,
+        memory_limit=memory_limit,
     )
     return [dataclasses.replace(one, text=tokenizer.decode(one.tokens)) for one in results]
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pdllm_jax.config import ModelConfig
 
-LIVE_MULTIPLE = 128  # rows; the kernel reads them in blocks of as many
+_LIVE_MULTIPLE = 128  # rows; the kernel reads them in blocks of as many
 
 
 @jax.tree_util.register_dataclass
@@ -122,10 +122,14 @@ def init_pool(config: ModelConfig, chunks: int, size: int, dtype: DTypeLike) -> 
     )
 
 
+def live_rows(rows: int) -> int:
+    """Rows that a live cache for so many has."""
+    return -(-rows // _LIVE_MULTIPLE) * _LIVE_MULTIPLE
+
+
 def init_live(config: ModelConfig, batch: int, rows: int, dtype: DTypeLike) -> LiveCache:
-    """An empty live cache for at least `rows` rows for each of `batch` requests."""
-    rows = -(-rows // LIVE_MULTIPLE) * LIVE_MULTIPLE
-    shape = (batch, rows, config.n_kv_heads, config.head_dim)
+    """An empty live cache of `live_rows(rows)` rows for each of `batch` requests."""
+    shape = (batch, live_rows(rows), config.n_kv_heads, config.head_dim)
     k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)) for _ in range(2))
     return LiveCache(k, v)
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -212,7 +214,12 @@ def _restore(params: Path, manifest: Manifest, wanted: dict[str, Any]) -> dict[s
     )
     # Bounds what is on its way between disk and device; must exceed the largest array.
     largest = max(record.nbytes for record in manifest.tensors)
-    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=2 + 2 * largest // 10**9)
+    handler = ocp.PyTreeCheckpointHandler(
+        restore_concurrent_gb=2 + 2 * largest // 10**9,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+            (np.ndarray, ocp.type_handlers.NumpyHandler()), (jax.Array, _MappedReader())
+        ),
+    )
     arguments = ocp.args.PyTreeRestore(
         item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
     )
@@ -225,6 +232,26 @@ def _restore(params: Path, manifest: Manifest, wanted: dict[str, Any]) -> dict[s
     except Exception as error:
         # Orbax and TensorStore raise what comes: plain Exception, ValueError, KeyError, OSError.
         raise CheckpointError(f"{params} can not be restored: {reason(error)}") from error
+
+
+class _MappedReader(ocp.type_handlers.ArrayHandler):
+    """Orbax's handler, told to map the files instead of reading them.
+
+    By default TensorStore reads a file into memory of its own and copies the array out of that.
+    Fresh memory costs the kernel as much as the reading, and half of it was needed for nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._context = ts.Context({"file_io_mode": {"mode": "memmap"}})
+
+    async def deserialize(
+        self, infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> Sequence[jax.Array]:
+        mapped = [copy.copy(info) for info in infos]
+        for info in mapped:
+            info.ts_context = self._context
+        return await super().deserialize(mapped, args)
 
 
 def reason(error: BaseException) -> str:

@@ -72,6 +72,11 @@ def bucket_chunks(n: int, tight: bool = False) -> int:
     return bucket(n) if tight else 1 << (n - 1).bit_length()
 
 
+def batch_size(requests: int) -> int:
+    """Requests of a batch: a power of two."""
+    return 1 << (requests - 1).bit_length()
+
+
 def check_token_ids(name: str, ids: TokenIds, vocab_size: int) -> np.ndarray:
     """ids as int32 [n]; ValueError names the first one outside the vocabulary, with its place."""
     array = np.asarray(ids)
@@ -88,6 +93,12 @@ def check_token_ids(name: str, ids: TokenIds, vocab_size: int) -> np.ndarray:
     return array.astype(np.int32)
 
 
+def count_chunks(tokens: int, config: ChunkConfig) -> int:
+    """Chunks that a context of so many tokens is cut into; at least one."""
+    span = config.chunk_size - int(config.anchors)
+    return 1 + max(0, -(-(tokens - span) // config.stride))
+
+
 def split_context(
     context_ids: TokenIds, config: ChunkConfig, bos_id: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +110,7 @@ def split_context(
     if config.anchors and bos_id is None:
         raise ValueError("anchors need a BOS token")
     span = config.chunk_size - anchor
-    n = 1 + max(0, -(-(context.size - span) // config.stride))
+    n = count_chunks(context.size, config)
     chunks = np.zeros((n, config.chunk_size), np.int32)
     lengths = np.zeros((n,), np.int32)
     if bos_id is not None and config.anchors:

@@ -17,7 +17,12 @@ def cache_folder() -> Path:
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled functions between runs, unless JAX_COMPILATION_CACHE_DIR decides."""
+    """Keeps compiled functions between runs, in `cache_folder()`/compiled.
+
+    JAX's own variables come first: JAX_COMPILATION_CACHE_DIR (where), and
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS (what is worth keeping; half a second here).
+    """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

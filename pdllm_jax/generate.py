@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,36 +15,18 @@ from pdllm_jax.answer import (
     OnBlock,
     answer,
     decode,
-    keeps_pool,
     phase_times,
     request_keys,
     used_paths,
 )
 from pdllm_jax.chunking import TokenIds, bucket, check_token_ids, chunk_prompt, pad_to
-from pdllm_jax.config import ChunkConfig, ConfigError, DecodeConfig, Recompute, SelectionConfig
+from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.model import LLaDA
+from pdllm_jax.passes import Method, decode_config, keeps_pool
+from pdllm_jax.planner import require_baseline_memory
 from pdllm_jax.start import init_denoise
 from pdllm_jax.timing import Stopwatch
 from pdllm_jax.tokenizer import INSTRUCTION, Tokenizer
-
-Method = Literal["prefilling", "plain", "prefix-cache", "dual-cache"]
-
-_RECOMPUTE: dict[Method, Recompute] = {
-    "plain": "response",
-    "prefix-cache": "suffix",
-    "dual-cache": "block",
-}
-
-
-def decode_config(method: Method, config: DecodeConfig) -> DecodeConfig:
-    """config with the rows that a baseline recomputes; the method itself keeps its own choice."""
-    if method not in get_args(Method):
-        raise ConfigError(f"method {method!r} is not known ({', '.join(get_args(Method))})")
-    if config.guidance > 0 and method != "plain":
-        raise ConfigError(f"guidance is implemented for method 'plain', not for {method!r}")
-    if method == "prefilling":
-        return config
-    return dataclasses.replace(config, recompute=_RECOMPUTE[method])
 
 
 def generate(
@@ -63,6 +44,7 @@ def generate(
     seed: int = 0,
     implementation: Implementation | None = None,
     on_block: OnBlock | None = None,
+    memory_limit: int | None = None,
 ) -> GenerationResult:
     """Answers a question about a document.
 
@@ -75,9 +57,13 @@ def generate(
       on_block: called with (0, block, its tokens) when a block is finished, the last ones of a text
         that ends early excepted; the host then waits once a block. A slot that still holds the mask
         token (the model predicted that) may be filled with a later block.
+      memory_limit: bytes that the device may hold; by default what it says that it gives, and
+        nothing is refused where it does not say (the CPU).
 
     Raises:
       ValueError: empty context or question, settings that do not fit; one line that names it.
+      MemoryLimitError: a ValueError; by its plan the answer would take more memory than there is
+        (`plan_memory`). Nothing was computed then.
     """
     if not question.strip():
         raise ValueError("question is empty")
@@ -96,6 +82,7 @@ def generate(
         seed=seed,
         implementation=implementation,
         on_block=on_block,
+        memory_limit=memory_limit,
     )
     return dataclasses.replace(result, text=tokenizer.decode(result.tokens))
 
@@ -115,6 +102,7 @@ def generate_ids(
     seed: int = 0,
     implementation: Implementation | None = None,
     on_block: OnBlock | None = None,
+    memory_limit: int | None = None,
 ) -> GenerationResult:
     """As `generate`, on token ids. For a baseline, prefix + context + query is the prompt.
 
@@ -133,13 +121,16 @@ def generate_ids(
         return answer(
             model, prompt, selection, config, request_keys([seed], 1),
             oracle=ids, implementation=implementation, on_block=on_block,
+            memory_limit=memory_limit,
         )[0]  # fmt: skip
     if oracle is not None:
         raise ValueError(f"oracle ids are for method 'prefilling', not for {method!r}")
     prompt_ids = np.concatenate([prefix, context, query])
     if prompt_ids.size == 0:
         raise ValueError("prompt is empty")
-    return _baseline(model, prompt_ids, config, jax.random.key(seed), on_block)
+    rows = bucket(prompt_ids.size, 8)
+    require_baseline_memory(model, rows, config, limit=memory_limit)
+    return _baseline(model, prompt_ids, rows, config, jax.random.key(seed), on_block)
 
 
 def _oracle_ids(
@@ -163,6 +154,7 @@ def _oracle_ids(
 def _baseline(
     model: LLaDA,
     prompt: np.ndarray,
+    rows: int,
     config: DecodeConfig,
     key: jax.Array,
     on_block: OnBlock | None,
@@ -173,7 +165,7 @@ def _baseline(
             model,
             None,
             None,
-            jnp.asarray(pad_to(prompt, bucket(prompt.size, 8))),
+            jnp.asarray(pad_to(prompt, rows)),
             config,
             key,
             query_length=jnp.asarray(prompt.size),

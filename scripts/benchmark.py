@@ -4,11 +4,16 @@
   scripts/benchmark.py kernel [--out benchmarks/kernel.json] [--quick | --tune]
   scripts/benchmark.py method [--out benchmarks/method.json] [--sections stream scoring ...]
   scripts/benchmark.py speed [--out benchmarks/speed.json] [--sections step prefill end-to-end]
+  scripts/benchmark.py memory [--out benchmarks/memory.json] [--settings NAME ...] [--compiled]
+  scripts/benchmark.py load [--out benchmarks/load.json] [--checkpoint FOLDER | --layers 32]
+  scripts/benchmark.py cold [--out benchmarks/cold.json] [--checkpoint FOLDER | --model llada-8b]
   scripts/benchmark.py plot benchmarks/kernel.json benchmarks/kernel.png
 
 `kernel` times attention over chosen chunks: the Hopper kernel, cuDNN with and without a gather, and
 the portable path. `method` times the method's phases at LLaDA-8B shapes on random weights, `speed`
-the denoising step, the scoring pass and whole requests beside the baselines. `plot` draws what
+the denoising step, the scoring pass and whole requests beside the baselines. `memory` puts the
+planner's figures beside the device's. `load` loads a checkpoint beside the disk's speed, `cold`
+times the first token from a cold and from a warm compilation cache. `plot` draws what
 `kernel` has written; it needs matplotlib and no GPU.
 """
 
@@ -28,16 +33,23 @@ def main() -> int:
     drawing = commands.add_parser("plot", help="draw a record")
     drawing.add_argument("source", type=Path)
     drawing.add_argument("target", type=Path)
-    from bench import kernel, method, speed
+    from bench import cold, kernel, load, memory, method, speed
 
     kernel.add_arguments(commands.add_parser("kernel", help="attention over chosen chunks"))
     method.add_arguments(commands.add_parser("method", help="phases of the method"))
     speed.add_arguments(commands.add_parser("speed", help="step, scoring pass, whole requests"))
+    memory.add_arguments(commands.add_parser("memory", help="planned against measured memory"))
+    load.add_arguments(commands.add_parser("load", help="loading against the disk's speed"))
+    cold.add_arguments(commands.add_parser("cold", help="time to the first token"))
     args = parser.parse_args()
     if args.command == "plot":
         kernel.plot(args.source, args.target)
         return 0
-    return {"kernel": kernel, "method": method, "speed": speed}[args.command].main(args)
+    modules = {
+        "kernel": kernel, "method": method, "speed": speed, "memory": memory, "load": load,
+        "cold": cold,
+    }  # fmt: skip
+    return modules[args.command].main(args)
 
 
 if __name__ == "__main__":

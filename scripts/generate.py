@@ -193,6 +193,10 @@ def parser() -> argparse.ArgumentParser:
         help="attention over chosen chunks (default: mosaic_gpu on Hopper GPUs, else xla)",
     )
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--memory-limit", type=float, metavar="GB",
+        help="refuse what would take more device memory (default: what the device gives)",
+    )  # fmt: skip
     p.add_argument("--dtype", choices=tuple(DTYPES), default="keep")
     output = p.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object")
@@ -282,6 +286,7 @@ def run(args: argparse.Namespace, stream: Stream | None = None) -> GenerationRes
         "seed": args.seed,
         "implementation": args.implementation,
         "on_block": stream,
+        "memory_limit": None if args.memory_limit is None else int(1e9 * args.memory_limit),
     }
     if args.prompt_ids is not None:
         prefix, context, query = read_prompt_ids(args.prompt_ids, args.method)

@@ -63,6 +63,9 @@ def main() -> None:
     import ml_dtypes
     from small import base, lora, network, training
 
+    from pdllm_jax.compilation import enable_compilation_cache
+
+    enable_compilation_cache()
     gpu = jax.default_backend() == "gpu"
     dtype = ml_dtypes.bfloat16 if gpu else jnp.float32.dtype.type
     if args.random_base:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import time
 
+import jax
+import numpy as np
 import pytest
-from bench import kernel, method
+from bench import checkpoint, cold, kernel, load, memory, method, weights
 from bench.record import Timing, write
+from flax import nnx
+
+from pdllm_jax import LLaDA, ModelConfig, compilation, load_model
 
 TINY = {"rows": 8, "heads": 4, "kv_heads": 2, "dim": 64, "chunk_size": 128}
 
@@ -87,3 +94,70 @@ def test_phases_of_the_method_are_timed_and_compared(tmp_path):
         seconds["encode and score it"] / seconds["encode the document"]
     )
     assert [row["tokens"] for row in record["memory"].values()] == [15, 30]
+
+
+def parsed(module, *argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def test_memory_settings_are_planned_and_compiled():
+    """A setting's plan, and what the compiler says of the programs, phase by phase."""
+    args = parsed(memory, "--tiny", "--chunk-size", "16")
+    setting = memory.Setting(
+        2, select=memory.SelectionConfig(scorer="first", encoding="independent", top_k=1),
+        decode=memory.DecodeConfig(gen_length=4, block_length=4, steps=1),
+    )  # fmt: skip
+    row = memory.compile_only(args, setting)
+    assert set(row["compiled_phases"]) == {"score", "encode", "decode"} < set(row["planned_phases"])
+    phases = row["compiled_phases"].values()
+    assert row["compiled"] == max(sum(parts.values()) for parts in phases)
+    assert row["planned"] == max(row["planned_phases"].values())
+    assert all(
+        setting.plan(memory.ModelConfig.llada_8b(), 1024, attention="cudnn").peak > 16e9
+        for setting in memory.SETTINGS.values()
+    )
+    assert len(memory.SETTINGS) >= 8
+
+
+def test_a_checkpoint_that_is_made_loads_at_a_speed(tmp_path, monkeypatch):
+    small = ModelConfig.tiny()
+    raw = {
+        **checkpoint.config_json(2), "d_model": 64, "n_heads": 4, "n_kv_heads": 2,
+        "mlp_hidden_size": 96, "vocab_size": 256, "embedding_size": 256, "mask_token_id": 255,
+        "eos_token_id": 254, "pad_token_id": 254, "bos_token_id": 253,
+    }  # fmt: skip
+    monkeypatch.setattr(checkpoint, "config_json", lambda layers: raw)
+    folder = tmp_path / "checkpoint"
+    checkpoint.make(folder, 2)
+    row = load.load_one(folder)
+    kept = load_model(folder)
+    assert row["bytes"] == sum(x.nbytes for x in jax.tree.leaves(kept))
+    assert kept.config == dataclasses.replace(small, rope_theta=5e5, max_sequence_length=4096)
+    assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["seconds"] / 1e9)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(kept))
+    checkpoint.evict(folder)
+    seconds, nbytes = checkpoint.read(folder, np.ones(1000, np.uint8))
+    assert nbytes == sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    assert seconds > 0
+
+
+def test_time_to_the_first_token_is_split_into_phases(monkeypatch):
+    args = parsed(
+        cold, "--model", "tiny", "--tokens", "40", "--chunk-size", "16", "--one", str(time.time())
+    )
+    monkeypatch.setattr(compilation, "enable_compilation_cache", lambda: None)
+    row = cold.one(args)
+    assert set(row["seconds"]) == {"start", "load", "compile", "first block"}
+    assert all(value >= 0 for value in row["seconds"].values())
+    assert row["to first tokens"] == pytest.approx(sum(row["seconds"].values()))
+    assert row["asked again"] < row["to first tokens"]
+
+
+def test_cheap_weights_have_the_spread_of_random_ones():
+    model = weights.cheap_model(ModelConfig.tiny(), np.float32)
+    drawn = LLaDA(ModelConfig.tiny(), rngs=nnx.Rngs(0))
+    for ours, theirs in zip(jax.tree.leaves(model), jax.tree.leaves(drawn), strict=True):
+        assert ours.shape == theirs.shape
+        assert float(ours.std()) == pytest.approx(float(theirs.std()), rel=0.1)

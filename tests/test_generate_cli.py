@@ -42,6 +42,20 @@ def run(capsys, *argv) -> tuple[int, str, str]:
     return status, captured.out, captured.err
 
 
+@pytest.mark.parametrize("method", ["prefilling", "plain"])
+def test_what_does_not_fit_is_refused_in_one_line(checkpoint, tmp_path, capsys, method):
+    prompt = write(tmp_path / "prompt.json", PROMPT)
+    status, out, err = run(
+        capsys, checkpoint, "--prompt-ids", prompt, "--method", method, *SMALL,
+        "--memory-limit", "0.0001",
+    )  # fmt: skip
+    assert (status, out) == (2, "")
+    line = err.splitlines()[-1]
+    assert re.match(
+        r"error: phase '\w+' would take \d+\.\d\d GB, the device gives 0\.00 GB; ", line
+    )
+
+
 @pytest.mark.parametrize("method", ["prefilling", "plain", "prefix-cache", "dual-cache"])
 def test_json_of_every_method(checkpoint, tmp_path, capsys, method):
     prompt = write(tmp_path / "prompt.json", PROMPT)

@@ -1,0 +1,447 @@
+"""What the phases of an answer hold on a device, from shapes alone.
+
+A phase's peak is what the device holds before it, its results, and XLA's temporaries. The first two
+are the shapes of `ChunkCache`, `DenoiseState` and the weights, exactly. The temporaries are the
+largest set of intermediate arrays that live at once; what that set is follows from the programs:
+
+- One layer's rows live at a time. The widest moment is the MLP (residual stream, its norm, gate and
+  up: 2 M + 2 F values a row) or attention (stream, q, k, v, and three results on their way
+  together: 5 M + 2 KV). Where a step recomputes rows of which some stay as they were (blocks behind
+  the first), keys and values are there four times, new, old, merged and as attention reads them:
+  3 M + 8 KV. Weights are never copied.
+- Logits are float32 and only of the rows that are read; they come when the last layer is through,
+  so that the wider of the two moments counts.
+- Writes of a layer's KV wait for the program's end where the store is a result that nothing has
+  read, so that K and V of all layers are temporaries ("joint", "query-conditioned"); until then
+  their store serves as room for what a layer needs.
+- A pool that is the carry of the loop over chunks is kept with a chunk's rows outermost: one of K
+  and V passes through a temporary of its size (GPU alone), and one of K and V of a group waits.
+- The portable attention adds float32 scores and weights of a block of rows.
+
+`programs.py` asks the compiler instead; tests compare the two, `scripts/benchmark.py memory` both
+with what a device has measured. Of what libraries take for themselves cuBLAS' workspace is counted;
+CUDA's context, fragmentation, and what compiling takes are not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from pallas_kernels import Implementation
+from pallas_kernels.dense import BLOCK_SCORES, DenseImplementation
+from pdllm_jax.cache import ChunkCache, live_rows
+from pdllm_jax.chunking import ChunkedPrompt
+from pdllm_jax.config import CONTROLS, ConfigError, DecodeConfig, ModelConfig, SelectionConfig
+from pdllm_jax.passes import streams
+from pdllm_jax.plan import Item, Phase, Plan
+from pdllm_jax.prefill import needs_pool
+from pdllm_jax.riders import RIDING
+from pdllm_jax.sparsity import LAST_ROWS
+
+# GemmConfig::kHopperWorkspace of XLA, which it gives to every cuBLAS call; one runs at a time.
+_CUBLAS_WORKSPACE = 32 << 20
+
+
+class Shapes(NamedTuple):
+    """What is padded how far; the prompt's arrays have an axis of `batch` requests, if not None.
+
+    chunks: places of chunks a document; 0: no document, the query is the whole prompt.
+    pooled: one document's KV is held already, and `batch` questions are asked about it.
+    """
+
+    batch: int | None
+    prefix: int
+    query: int
+    chunks: int
+    chunk_size: int
+    pooled: bool = False
+
+    @property
+    def requests(self) -> int:
+        return 1 if self.batch is None else self.batch
+
+    @classmethod
+    def of(cls, prompt: ChunkedPrompt, cache: ChunkCache | None = None) -> Shapes:
+        """Those of a prompt, or of questions about the document of a cache."""
+        chunks = prompt.chunks if cache is None else cache.tokens
+        return cls(
+            batch=prompt.query.shape[0] if prompt.query.ndim == 2 else None,
+            prefix=prompt.prefix.shape[-1],
+            query=prompt.query.shape[-1],
+            chunks=chunks.shape[-2],
+            chunk_size=prompt.chunk_size,
+            pooled=cache is not None,
+        )
+
+
+class _Sizes:
+    """Bytes of arrays and sets of them, of one device of a mesh."""
+
+    def __init__(
+        self, config: ModelConfig, dtype: DTypeLike, attention: DenseImplementation, tensor: int
+    ):
+        self.config, self.attention, self.tensor = config, attention, tensor
+        self.gpu = attention == "cudnn" or jax.default_backend() == "gpu"
+        self.itemsize = jnp.dtype(dtype).itemsize
+        self.kv_size = config.n_kv_heads * config.head_dim // tensor
+
+    def weights(self) -> int:
+        """As `LLaDA` holds them; norms on every device."""
+        c = self.config
+        kv = c.n_kv_heads * c.head_dim
+        matrices = 2 * c.d_model**2 + 2 * c.d_model * kv + 3 * c.d_model * c.mlp_hidden_size
+        tables = (1 if c.weight_tying else 2) * c.embedding_size * c.d_model
+        norms = (2 * c.n_layers + 1) * c.d_model
+        return self.itemsize * ((c.n_layers * matrices + tables) // self.tensor + norms)
+
+    def kv(self, rows: int) -> int:
+        """Keys and values of rows, in all layers."""
+        return 2 * self.config.n_layers * rows * self.kv_size * self.itemsize
+
+    def layer(self, rows: int, merging: bool = False) -> int:
+        """The widest moment of one layer. merging: its rows' KV with what the live cache holds."""
+        c = self.config
+        heads = c.d_model // self.tensor
+        mlp = 2 * c.d_model + 2 * c.mlp_hidden_size // self.tensor
+        attention = c.d_model + 4 * heads + 2 * self.kv_size
+        if merging:
+            attention = c.d_model + 2 * heads + 8 * self.kv_size
+        return rows * max(mlp, attention) * self.itemsize
+
+    def stream(self, rows: int) -> int:
+        """The residual stream."""
+        return rows * self.config.d_model * self.itemsize
+
+    def scores(self, batch: int, rows: int, keys: int) -> int:
+        """Of the portable attention: one block of query rows, float32 scores and weights."""
+        if self.attention == "cudnn":
+            return 0
+        heads = self.config.n_heads // self.tensor
+        size = max(16, BLOCK_SCORES // (batch * heads * keys))
+        return 2 * 4 * batch * heads * min(rows, size) * keys
+
+    def logits(self, rows: int) -> int:
+        """Logits of rows, float32."""
+        return 4 * rows * self.config.embedding_size // self.tensor
+
+
+def plan_shapes(
+    config: ModelConfig,
+    shapes: Shapes,
+    selecting: SelectionConfig,
+    decode: DecodeConfig,
+    *,
+    dtype: DTypeLike,
+    implementation: Implementation,
+    attention: DenseImplementation,
+    mesh: Mapping[str, int] | None = None,
+) -> Plan:
+    """The plan of what `answer` does with arrays of these shapes.
+
+    selecting: as `passes.settled` leaves it; implementation: of attention over chunks, attention:
+    over other rows, as they are resolved. mesh: see `plan_memory`.
+    """
+    tensor, data = _axes(config, mesh)
+    sizes = _Sizes(config, dtype, attention, tensor)
+    weights = Item("weights", sizes.weights())
+    planned = _Answer(sizes, shapes, selecting, decode, implementation, data)
+    if not shapes.chunks:
+        phases = [Phase("load", (weights,)), *planned.baseline(weights)]
+        return Plan(tuple(phases), weights.nbytes)
+    phases = [Phase("load", (weights,)), *planned.phases(weights)]
+    return Plan(tuple(phases), weights.nbytes + (planned.pool_bytes() if shapes.pooled else 0))
+
+
+class _Answer:
+    """The phases of one answer; everything counted per device."""
+
+    def __init__(
+        self,
+        sizes: _Sizes,
+        shapes: Shapes,
+        selecting: SelectionConfig,
+        decode: DecodeConfig,
+        implementation: Implementation,
+        data: int,
+    ):
+        self.sizes, self.shapes, self.selecting, self.decode = sizes, shapes, selecting, decode
+        self.implementation, self.data = implementation, data
+        self.requests = -(-shapes.requests // data) if shapes.batch is not None else 1
+        self.streams = streams(selecting, batched=shapes.batch is not None) and not shapes.pooled
+        self.pooling = (
+            self.streams
+            or shapes.pooled
+            or needs_pool(selecting)
+            or selecting.scorer == "attention"
+        )
+        self.group = min(selecting.encode_batch, shapes.chunks * shapes.requests)
+        self.slots = min(selecting.slots, shapes.chunks)
+        d = selecting.draft_length
+        query = shapes.query
+        scored, rows = query, query
+        if selecting.scorer == "draft":
+            scored, rows = query + min(selecting.draft_steps, d), query + d
+        elif selecting.scorer == "confidence":
+            scored, rows = d, query + d
+        copies = selecting.masked_copies
+        if selecting.scorer == "confidence" or copies is None:
+            copies = 1 if selecting.scorer == "confidence" else scored
+        self.scored, self.copies, self.rider_rows = scored, copies, rows
+
+    # Arrays.
+
+    def prompt(self) -> Item:
+        s = self.shapes
+        documents = 1 if s.pooled else s.requests
+        ids = documents * s.chunks * (s.chunk_size + 1) + s.requests * (s.prefix + s.query + 2)
+        return Item("token ids", 4 * ids)
+
+    def places(self) -> int:
+        """Chunks that the pool has places for, on one device."""
+        documents = 1 if self.shapes.pooled else self.shapes.requests
+        if self.streams:
+            return self.slots + self.group
+        chunks = documents * self.shapes.chunks
+        return -(-(-(-chunks // self.group) * self.group) // self.data)
+
+    def pool_bytes(self) -> int:
+        """Of the document's pool, its lengths, and the prefix' KV."""
+        if not self.pooling:
+            return self.prefix_bytes() if self.selecting.encoding != "joint" else 0
+        pool = self.sizes.kv(self.places() * self.shapes.chunk_size)
+        return pool + self.prefix_bytes() + 4 * self.places()
+
+    def prefix_bytes(self) -> int:
+        documents = 1 if self.shapes.pooled else self.requests
+        return self.sizes.kv(documents * self.shapes.prefix)
+
+    def live_bytes(self) -> int:
+        s = self.shapes
+        if self.decode.recompute == "response" and not (s.chunks and s.prefix):
+            return 0
+        prefix = s.prefix if s.chunks else 0
+        return self.sizes.kv(self.requests * live_rows(prefix + s.query + self.decode.gen_length))
+
+    def own_pool_bytes(self) -> int:
+        """Of the state's own pool: chosen chunks, or what is kept of their tokens."""
+        size, keep = self.shapes.chunk_size, self.selecting.keep_tokens
+        if keep is not None and keep < size:
+            return self.sizes.kv(self.requests * self.slots * keep)
+        if self.selecting.encoding == "independent":
+            return 0
+        return self.sizes.kv(self.requests * self.slots * size)
+
+    # Temporaries.
+
+    def _layer(
+        self, rows: int, batch: int, keys: int, read: int = 0, merging: bool = False
+    ) -> list[Item]:
+        """The widest moment of a forward over `rows` rows in all, of which `read` get logits."""
+        sizes = self.sizes
+        layer = Item("one layer's rows", sizes.layer(rows, merging))
+        scores = Item("attention scores", sizes.scores(batch, -(-rows // batch), keys))
+        logits = Item("logits", sizes.logits(read))
+        last = Item("the last layer's rows", sizes.stream(rows))
+        widest = max(((layer, scores), (last, logits)), key=lambda x: x[0].nbytes + x[1].nbytes)
+        return [*widest, Item("cuBLAS workspace", _CUBLAS_WORKSPACE if sizes.gpu else 0)]
+
+    def _chunk_attention(self, batch: int, rows: int, slots: int) -> Item:
+        """Attention over chosen chunks: rotated rows of every slot, and what it gathers."""
+        c, s = self.sizes.config, self.sizes
+        heads = c.d_model // s.tensor
+        turned = batch * slots * rows * heads * s.itemsize
+        chunk = 2 * self.shapes.chunk_size * s.kv_size * s.itemsize
+        gathered = {"cudnn": batch * slots * chunk, "xla": batch * chunk}
+        scores = 2 * 4 * batch * rows * c.n_heads // s.tensor * self.shapes.chunk_size
+        more = gathered.get(self.implementation, 0) + (
+            scores if self.implementation == "xla" else 0
+        )
+        return Item("attention over chunks", turned + more)
+
+    def _pass(self) -> list[Item]:
+        """Of `prefill`: a group of chunks with riders behind them."""
+        s, sizes = self.shapes, self.sizes
+        group = -(-self.group // self.data)
+        riding = self.selecting.scorer in RIDING
+        rows = group * (s.chunk_size + (self.copies * self.rider_rows if riding else 0))
+        items = self._layer(rows, group, s.chunk_size, group * self.scored if riding else 0)
+        items.append(Item("prefix KV", self.prefix_bytes()))
+        if self.pooling:
+            if sizes.gpu:
+                half = sizes.kv(self.places() * s.chunk_size) // 2
+                items.append(Item("pool in another layout, K or V", half))
+            items.append(Item("KV of a group, K or V", sizes.kv(group * s.chunk_size) // 2))
+        return items
+
+    def _score_questions(self) -> list[Item]:
+        """Of `score_chunks`: groups of (question, chunk) pairs, or one pass of the questions."""
+        s = self.shapes
+        if self.selecting.scorer == "attention":
+            rows = self.requests * s.query
+            pairs = self.requests * s.chunks
+            return [
+                *self._layer(rows, self.requests, s.query),
+                self._chunk_attention(pairs, s.query, 1),
+            ]
+        each = self.copies * self.rider_rows
+        pairs = self.requests * s.chunks
+        group = min(pairs, max(1, self.selecting.encode_batch * s.chunk_size // each))
+        return [
+            *self._layer(group * each, group, max(s.prefix, self.rider_rows), group * self.scored),
+            self._chunk_attention(group, each, 1),
+        ]
+
+    def _forward_and_store(self, rows: int, batch: int, results: int) -> list[Item]:
+        """An encoding whose KV is stored when all layers are through; until then the store is room.
+
+        rows: of all requests together; results: bytes of the program's results.
+        """
+        stored = self.sizes.kv(rows)
+        waiting = self._layer(rows, batch, rows // batch)
+        fits = min(results, waiting[0].nbytes)
+        return [
+            Item("K and V of all layers, to be stored", stored),
+            dataclasses.replace(waiting[0], nbytes=waiting[0].nbytes - fits),
+            *waiting[1:],
+        ]
+
+    def _encode(self, results: int) -> list[Item]:
+        """Of `init_denoise`."""
+        s, b, how = self.shapes, self.requests, self.selecting
+        own = s.query + self.decode.gen_length
+        items: list[Item] = []
+        if how.encoding == "joint":
+            rows = b * (s.prefix + self.slots * s.chunk_size + own)
+            items = self._forward_and_store(rows, b, results)
+        elif how.encoding == "query-conditioned":
+            each = s.prefix + s.chunk_size + s.query
+            items = self._forward_and_store(b * self.slots * each, b * self.slots, results)
+        elif how.encoding == "bridge":
+            count = min(s.chunk_size, math.ceil(how.bridge_share * s.chunk_size))
+            rows = b * (self.slots * count + own)
+            items = [
+                *self._layer(rows, b, own + s.prefix),
+                self._chunk_attention(b, rows // b, self.slots),
+            ]
+            if how.bridge_tokens == "attention":
+                items.append(self._received())
+        if how.keep_tokens is not None and how.keep_tokens < s.chunk_size:
+            if not items:
+                items = [
+                    *self._layer(b * own, b, own + s.prefix),
+                    self._chunk_attention(b, own, self.slots),
+                ]
+            items.append(self._received())
+            if how.encoding != "independent":  # the pool that tokens are kept of
+                whole = self.sizes.kv(b * self.slots * s.chunk_size)
+                items.append(Item("KV of the chosen chunks", whole))
+        return items
+
+    def _received(self) -> Item:
+        """Of `sparsity`: a layer's chosen keys and values, and float32 weights on them."""
+        b, size, c = self.requests, self.shapes.chunk_size, self.sizes.config
+        last = min(LAST_ROWS, self.shapes.query)
+        chosen = 2 * b * self.slots * size * self.sizes.kv_size * self.sizes.itemsize
+        weights = 4 * b * self.slots * (c.n_heads // self.sizes.tensor) * (last + 1) * size
+        return Item("attention received by tokens", chosen + weights)
+
+    def _steps(self) -> list[Item]:
+        """Of `denoise`: the wider of a step's forms."""
+        s, d, b, how = self.shapes, self.decode, self.requests, self.selecting
+        chosen = bool(s.chunks)
+        whole = s.query + d.gen_length
+        rows, merging = whole, d.recompute != "response"
+        if merging and chosen and how.encoding in ("joint", "bridge") and d.n_blocks == 1:
+            rows, merging = d.block_length, False  # live KV is never stale
+        read = d.gen_length if d.n_blocks > 1 else d.block_length
+        twice = 2 if d.guidance > 0 else 1
+        keys = (s.prefix if chosen else 0) + whole
+        items = self._layer(twice * b * rows, twice * b, keys, twice * b * read, merging)
+        if chosen:
+            items.append(self._chunk_attention(b, rows, self.slots))
+        return items
+
+    # Phases.
+
+    def baseline(self, weights: Item) -> list[Phase]:
+        ids = self.prompt()
+        live = Item("KV of prompt and response", self.live_bytes())
+        held = (weights, ids)
+        return [
+            Phase("encode", held, (live,)),
+            Phase("decode", (*held, live), (), tuple(self._steps())),
+        ]
+
+    def phases(self, weights: Item) -> list[Phase]:
+        s, sizes, how = self.shapes, self.sizes, self.selecting
+        held: tuple[Item, ...] = (weights, self.prompt())
+        document = Item(
+            "KV of the document" if not self.streams else "KV of kept chunks and a group",
+            self.pool_bytes(),
+        )
+        found = []
+        if s.pooled:
+            one = dataclasses.replace(how, scorer="first", encoding="independent", reselect="never")
+            alone = _Answer(
+                sizes, s._replace(batch=None), one, self.decode, self.implementation, self.data
+            )
+            found.append(
+                Phase(
+                    "encode document", (weights, self.prompt()), (document,), tuple(alone._pass())
+                )
+            )
+            held = (*held, document)
+        if how.scorer == "draft":
+            rows = self.requests * (s.prefix + s.query + how.draft_length)
+            read = self.requests * how.draft_length
+            scratch = self._layer(rows, self.requests, rows // self.requests, read)
+            found.append(Phase("draft", held, (), tuple(scratch)))
+        scores = Item("scores", 4 * self.requests * s.chunks)
+        if s.pooled:
+            scratch = [] if how.scorer in CONTROLS else self._score_questions()
+            found.append(Phase("score", held, (scores,), tuple(scratch)))
+        else:
+            scratch = self._pass() if self.pooling or how.scorer in RIDING else []
+            found.append(Phase("score", held, (document, scores), tuple(scratch)))
+            if how.scorer == "attention":
+                more = tuple(self._score_questions())
+                last = found.pop()
+                found.append(dataclasses.replace(last, scratch=(*last.scratch, *more)))
+            held = (*held, document)
+        found.append(Phase("select", (*held, scores), (), (Item("order", 3 * scores.nbytes),)))
+        live = Item("KV of prefix, query and response", self.live_bytes())
+        own = Item("KV of the chosen chunks", self.own_pool_bytes())
+        scratch = self._encode(live.nbytes + own.nbytes)
+        found.append(Phase("encode", held, (live, own), tuple(scratch)))
+        again = how.reselect != "never"
+        if own.nbytes and not again and not s.pooled:
+            held = held[:-1]
+        scratch = self._steps()
+        if again:
+            scratch += self._score_questions()
+            # What a state's pool is made of anew lies beside it; K and V of a forward do so anyway.
+            if how.encoding == "bridge" or how.keep_tokens is not None:
+                scratch.append(Item("chunks chosen anew", own.nbytes))
+            scratch += self._encode(live.nbytes + own.nbytes)
+        found.append(Phase("decode", (*held, live, own), (), tuple(scratch)))
+        return found
+
+
+def _axes(config: ModelConfig, mesh: Mapping[str, int] | None) -> tuple[int, int]:
+    sizes = dict(mesh or {})
+    tensor, data = sizes.pop("tensor", 1), sizes.pop("data", 1)
+    if sizes or tensor < 1 or data < 1:
+        raise ConfigError(f"mesh {dict(mesh or {})}: axes are tensor and data, sizes from 1 on")
+    for name in ("n_heads", "n_kv_heads", "mlp_hidden_size", "embedding_size"):
+        if getattr(config, name) % tensor:
+            raise ConfigError(
+                f"mesh axis tensor {tensor} does not divide {name} {getattr(config, name)}"
+            )
+    return tensor, data

@@ -131,6 +131,24 @@ def keeps_pool(selecting: SelectionConfig, *, batched: bool) -> bool:
     return reads_all or (batched and needs_pool(selecting))
 
 
+def oracle_ids(
+    oracle: Sequence[int] | None, config: SelectionConfig, n_chunks: int
+) -> np.ndarray | None:
+    """Ids that a caller names, sorted, once each; None for all scorers but "oracle"."""
+    if config.scorer != "oracle":
+        if oracle is not None:
+            raise ValueError(f"oracle ids are for the scorer 'oracle', not for {config.scorer!r}")
+        return None
+    ids = np.unique(np.asarray([] if oracle is None else oracle, np.int32))
+    if ids.size == 0:
+        raise ValueError("scorer 'oracle' needs the ids of the chunks to keep")
+    if ids[0] < 0 or ids[-1] >= n_chunks:
+        raise ValueError(f"oracle ids {ids.tolist()} are not all inside [0, {n_chunks})")
+    if ids.size > config.top_k:
+        raise ValueError(f"oracle names {ids.size} chunks, top_k is {config.top_k}")
+    return ids
+
+
 def answer(
     model: LLaDA,
     prompt: ChunkedPrompt,
@@ -151,6 +169,7 @@ def answer(
         `cache`, the questions about its document(s): chunks are then not read.
       keys: one for each request of the batch, [B].
       cache: document(s) encoded before, with the KV of every chunk.
+      oracle: ids of the chunks to keep, [M] or [B, M]; ids of no chunk name nothing.
     """
     sparse = selecting.keep_tokens
     size = prompt.chunk_size if sparse is None else min(sparse, prompt.chunk_size)

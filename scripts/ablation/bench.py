@@ -150,6 +150,7 @@ class Bench:
             "asked_depth": asked_depth(cell, index),
             "right": tasks.score(self.encode, example["answer"], answer["tokens"]),
             "answer": example["answer"],
+            "response": self.encode.decode(answer["tokens"]),
             **answer,
         }
         lengths: list[int] = []

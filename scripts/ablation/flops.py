@@ -1,7 +1,7 @@
 """Floating-point operations of an answer: two for each multiply-add of every matrix product.
 
-From the true lengths (docs/algorithm.md's tables of rows), padding not counted: what the method asks
-for, not what a bucketed shape makes of it. Norms, softmax and rotations are left out.
+From the true lengths (docs/algorithm.md's tables of rows), padding not counted: what the method
+asks for, not what a bucketed shape makes of it. Norms, softmax and rotations are left out.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A file's first line is its header, which says what the cell and the run's identity are; then come
 lines of two kinds, {"run": ..} where a process began to write, and one record for each example. A
-line that was not written to its end, which can only be the last, is cut off before anything is added.
+line that was not written to its end, which can only be the last, is cut off before anything is
+added.
 """
 
 from __future__ import annotations

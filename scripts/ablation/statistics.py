@@ -1,4 +1,4 @@
-"""Intervals and paired tests. Every function takes one value per example, in the examples' order."""
+"""Intervals and paired tests; columns have one value per example, in the same order."""
 
 from __future__ import annotations
 

@@ -56,19 +56,19 @@ def bootstrap(
     statistic: Callable[..., np.ndarray],
     *columns: Sequence[float] | np.ndarray,
     confidence: float = 0.95,
-    resamples: int = RESAMPLES,
+    resamples: int | None = None,
     seed: int = 0,
 ) -> Estimate:
     """Percentile bootstrap (Efron 1979) over examples: columns are resampled together.
 
-    statistic: of the columns' resamples, arrays [.., n] each, over their last axis. A fixed seed
-    gives the same interval every time.
+    statistic: of the columns' resamples, arrays [.., n] each, over their last axis. resamples:
+    RESAMPLES by default. A fixed seed gives the same interval every time.
     """
     arrays = [np.asarray(column, float) for column in columns]
     n = len(arrays[0])
     if n == 0 or any(len(array) != n for array in arrays):
         raise ValueError(f"columns of {[len(array) for array in arrays]} examples")
-    rng = np.random.default_rng(seed)
+    rng, resamples = np.random.default_rng(seed), resamples or RESAMPLES
     step = max(1, _AT_ONCE // n)
     found = []
     for start in range(0, resamples, step):

@@ -218,9 +218,11 @@ def speed_rows(
             "least": min(seconds[1:]), "most": max(seconds[1:]), "repeats": repeats, "flops": flops,
         }  # fmt: skip
 
+    # Its text is long enough for every length; the documents are of equal length in any case.
+    task = ("magic_number",) if "magic_number" in cell.tasks else cell.tasks[:1]
     for length in lengths:
         for name, change in (*SPEED.items(), (LATER, {})):
-            settings = {"length": length, "threshold": None, "tasks": ("magic_number",), **change}
+            settings = {"length": length, "threshold": None, "tasks": task, **change}
             yield functools.partial(
                 measured, name, length, dataclasses.replace(cell, **settings).canonical()
             )

@@ -255,8 +255,8 @@ def results_page(record: Record, made: Sequence[str], pictures: str, source: str
         conditions(record), "",
         "Accuracy is exact match; recall says how often all chunks that hold the needle were kept; "
         "lead is the score of the needle's chunk less the best other's. Brackets are 95% "
-        "intervals: Wilson's for shares, bootstrap over examples for differences and means. p is McNemar's "
-        "exact test on the same examples.", "",
+        "intervals: Wilson's for shares, bootstrap over examples for differences and means. p is "
+        "McNemar's exact test on the same examples.", "",
         "## What they say about the paper's claims", "",
         *claims(record),
         LIMITS,

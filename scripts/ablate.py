@@ -58,7 +58,9 @@ def arguments() -> argparse.ArgumentParser:
         help="settings of all cells, where their grid does not vary them: chunk_size=1024",
     )  # fmt: skip
     running.add_argument("--first", type=int, default=100_000, help="seed of the first example")
-    running.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
+    running.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="float32 on CPUs, else bfloat16"
+    )
     running.add_argument("--implementation", choices=("mosaic_gpu", "cudnn", "xla"))
     running.add_argument("--time-limit", type=float, default=float("inf"), help="seconds")
     running.add_argument("--processes", type=int, default=1, help="that share the GPU")
@@ -116,8 +118,7 @@ def make_bench(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         import quickstart
 
         checkpoint = quickstart.checkpoint()
-    # Processors multiply bfloat16 slowly.
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     made = Bench.load(
         checkpoint, args.corpora, dtype=dtype, first_seed=args.first,
         implementation=args.implementation,

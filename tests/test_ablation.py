@@ -152,6 +152,7 @@ def test_labels_name_the_difference():
     assert Cell().label() == "default"
     assert Cell(anchors=False, masked_copies=None).label() == "no anchors, leave-one-out"
     assert Cell(top_k=2).label(Cell(top_k=1)) == "K = 2"
+    assert Cell(selection="dense").label(Cell(top_k=1)) == "dense"
 
 
 # ---- records and resuming
@@ -282,12 +283,13 @@ def test_checks_hold_for_numbers_that_fit():
         for s in ("top-k", "random", "first", "last", "oracle", "needle", "without", "all", "dense")
     ]
     cells.append(Cell(top_k=8).canonical())
+    cells += [Cell(reselect="step"), Cell(keep_first=True, top_k=8)]
     found = checks.check_all(fakes(*cells))
     assert all(check["ok"] for check in found), [c for c in found if not c["ok"]]
     assert len(outcome(found, "records are possible")) == len(cells)
     for name, times in {
-        "best scores are kept": 2, "recall is K/N": 3, "accuracy is recall times": 1,
-        "K = N keeps all": 1, "no answer without": 1,
+        "best scores are kept": 3, "recall is K/N": 3, "accuracy is recall times": 1,
+        "K = N keeps all": 2, "no answer without": 1,
     }.items():  # fmt: skip
         assert outcome(found, name) == [True] * times, name
 
@@ -379,11 +381,11 @@ def test_the_middle_of_the_document_is_compared_with_its_ends():
 
 def test_signs_are_those_of_the_data():
     row = {"examples": 300, "p": 0.001, "p_holm": 0.01, "difference": [-0.05, -0.08, -0.02]}
-    assert "dense is lower than top K (-5.0 [-8.0, -2.0]" in report.verdict(row, "dense", "top K")
+    assert report.verdict(row).startswith("lower: -5.0 [-8.0, -2.0] points")
     higher = {**row, "difference": [0.05, 0.02, 0.08]}
-    assert "dense is higher than top K" in report.verdict(higher, "dense", "top K")
+    assert report.verdict(higher).startswith("higher: +5.0 [+2.0, +8.0] points")
     for unclear in ({"p_holm": 0.2}, {"difference": [0.01, -0.01, 0.03]}):
-        assert "no difference" in report.verdict({**row, **unclear}, "dense", "top K")
+        assert report.verdict({**row, **unclear}).startswith("no difference shown")
 
 
 def test_pictures_show_the_jsons_values(record):
@@ -460,6 +462,13 @@ def test_what_was_not_run_is_said(record):
     assert "Not complete" in page
     after = page.split("### Independent against joint encoding?")[1]
     assert after.lstrip().startswith("Not measured in this run.")
+
+
+def test_a_summary_on_disk_is_the_same_with_an_entry_a_line(record, tmp_path):
+    run.write_json(tmp_path / "a.json", record)
+    assert json.loads((tmp_path / "a.json").read_text()) == record
+    lines = (tmp_path / "a.json").read_text().splitlines()
+    assert sum(line.lstrip().startswith(f'"{Cell().key}"') for line in lines) == 1
 
 
 def test_dense_flops_are_those_of_full_forwards():

@@ -49,7 +49,7 @@ def tiny_bench(model, encode, held_out_side) -> bench.Bench:  # noqa: F811
     ids = encode.tokenizer.token_to_id
     chat = tuple(ids(name) for name in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
     tokenizer = Tokenizer(encode.tokenizer, ids("<|startoftext|>"), encode.mask, encode.eos, chat)
-    made = bench.Bench.of(model, tokenizer, held_out_side, "tiny", first_seed=0)
+    made = bench.Bench.of(model, tokenizer, held_out_side, first_seed=0)
     return dataclasses.replace(made, batch_tokens=2 * CELL.length, encode_batch=4)
 
 
@@ -102,6 +102,13 @@ def test_texts_of_the_repository_need_no_other_files(encode):  # noqa: F811
     assert name == corpus.fingerprint(texts)
     fewer = dataclasses.replace(texts, words=corpus.Words(texts.words.adjectives[1:], ()))
     assert corpus.fingerprint(fewer) != name
+
+
+def test_other_weights_have_another_name(model):
+    name = bench.weights_fingerprint(model)
+    assert name == bench.weights_fingerprint(model)
+    changed = jax.tree.map(lambda x: x.at[-1].add(1e-3) if x.shape == (32,) else x, model)
+    assert bench.weights_fingerprint(changed) != name
 
 
 def test_a_run_end_to_end(tiny_bench, tmp_path, monkeypatch):

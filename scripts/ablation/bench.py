@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from small import tasks
 from small.corpus import Corpora, fingerprint, from_repository, load
 
@@ -30,7 +31,6 @@ from pdllm_jax import (
     load_model,
 )
 from pdllm_jax.answer import request_keys
-from pdllm_jax.checkpoint import MANIFEST
 from pdllm_jax.chunking import bucket, split_context
 from pdllm_jax.generate import decode_config
 from pdllm_jax.timing import Stopwatch
@@ -69,9 +69,8 @@ class Bench:
         texts = (
             from_repository(tokenizer.backend) if corpora is None else load(corpora, held_out=True)
         )
-        manifest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
         return cls.of(
-            model, tokenizer, texts, manifest[:16],
+            model, tokenizer, texts,
             first_seed=first_seed, implementation=implementation,
         )  # fmt: skip
 
@@ -81,12 +80,11 @@ class Bench:
         model: LLaDA,
         tokenizer: Tokenizer,
         texts: Corpora,
-        name: str,
         *,
         first_seed: int = FIRST_SEED,
         implementation: Implementation | None = None,
     ) -> Bench:
-        """name: what tells the weights apart from others."""
+        """A bench on a model and texts at hand; how much goes at once depends on the device."""
         on_gpu = jax.default_backend() == "gpu"
         return cls(
             model=model,
@@ -94,7 +92,7 @@ class Bench:
             encode=tasks.Encoder(tokenizer.backend),
             corpora=texts,
             identity={
-                "model": name,
+                "model": weights_fingerprint(model),
                 "dtype": str(model.dtype),
                 "corpora": fingerprint(texts),
                 "first_seed": first_seed,
@@ -229,6 +227,16 @@ def dense_answers(
         )  # fmt: skip
         state = jax.block_until_ready(denoise(model, None, state, config=config))
     return state, watch.seconds
+
+
+def weights_fingerprint(model: LLaDA) -> str:
+    """Tells weights apart by the first and the last row of every tensor, and by their shapes."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model))):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape}".encode())
+        for row in (leaf[:1], leaf[-1:]):
+            digest.update(np.asarray(row, np.float32).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _shared(timings: dict[str, float], requests: int) -> dict[str, float]:

@@ -6,7 +6,6 @@ Exact ones are of identities, and one deviating example fails them. Statistical 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,39 +32,25 @@ def check_all(cells: Mapping[Cell, Records]) -> list[dict[str, Any]]:
             found.append(_check(f"recall is K/N: {cell.label()}", chance_recall(records)))
         if cell.selection == "without":
             found.append(_check(f"no answer without the needle: {cell.label()}", blind(records)))
-        if cell.selection not in DENSE:
-            for name, other in (("oracle", _as_oracle(cell)), ("all", _as_all(cell))):
-                if other not in cells or other == cell:
-                    continue
-                shared = _shared(records, cells[other])
-                if name == "oracle" and cell.selection == "top-k" and shared:
-                    title = f"accuracy is recall times the oracle's: {cell.label()}"
-                    found.append(_check(title, recall_times_oracle(*shared)))
-                if name == "all" and cell.selection == "top-k" and shared:
-                    pairs = list(zip(*shared, strict=True))
-                    pairs = [(a, b) for a, b in pairs if a["n_chunks"] <= cell.top_k]
-                    if pairs:
-                        title = f"K = N keeps all, token for token: {cell.label()}"
-                        found.append(_check(title, same_tokens(pairs)))
+        steady = cell.reselect == "never" and cell.margin is None
+        if cell.selection != "top-k" or not steady:
+            continue
+        oracle, everything = (cells.get(cell.selected_by(name), {}) for name in ("oracle", "all"))
+        if both := sorted(set(records) & set(oracle)):
+            columns = ([rows[i] for i in both] for rows in (records, oracle))
+            title = f"accuracy is recall times the oracle's: {cell.label()}"
+            found.append(_check(title, recall_times_oracle(*columns)))
+        whole = [i for i in records if i in everything and records[i]["n_chunks"] <= cell.top_k]
+        if whole:
+            pairs = [(records[i], everything[i]) for i in whole]
+            title = f"K = N keeps all, token for token: {cell.label()}"
+            found.append(_check(title, same_tokens(pairs)))
     return found
 
 
 def _check(name: str, outcome: tuple[bool, int, str]) -> dict[str, Any]:
     ok, examples, text = outcome
     return {"name": name, "ok": bool(ok), "examples": examples, "found": text}
-
-
-def _as_oracle(cell: Cell) -> Cell:
-    return dataclasses.replace(cell, selection="oracle").canonical()
-
-
-def _as_all(cell: Cell) -> Cell:
-    return dataclasses.replace(cell, selection="all").canonical()
-
-
-def _shared(a: Records, b: Records) -> tuple[list[Any], list[Any]] | None:
-    both = sorted(set(a) & set(b))
-    return ([a[i] for i in both], [b[i] for i in both]) if both else None
 
 
 def _count(

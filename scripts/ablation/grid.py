@@ -105,8 +105,8 @@ class Cell:
     def decoding(self, length: int = 32) -> DecodeConfig:
         return DecodeConfig(gen_length=length, block_length=length, threshold=self.threshold)
 
-    def canonical(self) -> Cell:
-        """The cell with all that its selection does not read at its default."""
+    def reads(self) -> set[str]:
+        """Settings that have a meaning for the cell."""
         keep = {"selection", "length", "tasks", "depths", "threshold"}
         if self.selection not in DENSE:
             keep |= {"chunk_size", "anchors", "overlap", "encoding", "positions", "keep_tokens"}
@@ -124,7 +124,16 @@ class Cell:
                     keep |= {"draft_steps"}
             if self.selection in ("random", "oracle", "without"):
                 keep |= {"seed"}
-        return Cell(**{name: getattr(self, name) for name in keep})
+        return keep
+
+    def canonical(self) -> Cell:
+        """The cell with all that it does not read at its default."""
+        return Cell(**{name: getattr(self, name) for name in self.reads()})
+
+    def selected_by(self, selection: str) -> Cell:
+        """The same with another selection."""
+        plain = {"reselect": "never", "margin": None, "keep_first": False}
+        return dataclasses.replace(self, selection=selection, **plain).canonical()
 
     def settings(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -136,11 +145,11 @@ class Cell:
 
     def label(self, base: Cell | None = None) -> str:
         """What differs from `base`, by default the defaults."""
-        base = base or Cell()
+        base, read = base or Cell(), self.reads()
         changes = [
             _said(field.name, getattr(self, field.name))
             for field in dataclasses.fields(self)
-            if getattr(self, field.name) != getattr(base, field.name)
+            if field.name in read and getattr(self, field.name) != getattr(base, field.name)
         ]
         return ", ".join(changes) or "default"
 

@@ -230,7 +230,7 @@ def one_factor(record: Record) -> Figure | None:
         place += 0.6
     axis.axvline(0, color="black", linewidth=0.6)
     axis.set_yticks([at for at, _ in ticks], [text for _, text in ticks], fontsize=6)
-    axis.invert_yaxis()
+    axis.set_ylim(place, -1)
     axis.set_xlabel("accuracy less the reference's, points")
     axis.grid(axis="x", alpha=0.3)
     return figure

@@ -82,9 +82,18 @@ def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     return ", ".join(f"{n} {found.get(n)!r} instead of {wanted.get(n)!r}" for n in names)
 
 
-def write_json(path: Path, record: Any) -> None:
-    """The record as JSON, replaced as a whole."""
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """The record as JSON, an entry of its parts on each line; the file is replaced as a whole."""
+    parts = []
+    for name, value in record.items():
+        body = json.dumps(value)
+        if isinstance(value, dict) and value:
+            rows = [f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in value.items()]
+            body = "{\n" + ",\n".join(rows) + "\n }"
+        elif isinstance(value, list) and value:
+            body = "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]"
+        parts.append(f" {json.dumps(name)}: {body}")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
     partial.replace(path)

@@ -104,8 +104,9 @@ def grid_table(record: Record, name: str) -> list[str]:
         over = ", ".join(_said(key, value) for key, value in group["over"].items())
         reference = record["cells"].get(group["reference"])
         base = Cell.from_settings(reference["settings"]) if reference else None
-        common = {**group["over"]}
-        title = base.label(Cell(**_tuples(common))) if base else group["reference"]
+        common = Cell(**_tuples(group["over"]))
+        title = base.label(common) if base else group["reference"]
+        title = "top-k" if title == "default" else title
         title = f"**{over}{': ' if over else ''}{title}** (reference)"
         lines.append(_row(title, reference, None))
         lines += [
@@ -147,18 +148,16 @@ def _row(title: str, cell: Mapping[str, Any] | None, comparison: Mapping[str, An
     return "| " + " | ".join(columns) + " |"
 
 
-def verdict(comparison: Mapping[str, Any], what: str, other: str) -> str:
-    """One sentence on `what` (the arm) against `other` (the reference)."""
+def verdict(comparison: Mapping[str, Any]) -> str:
+    """What may be said of an arm against its reference."""
     low, high = comparison["difference"][1:3]
     clear = (low > 0 or high < 0) and comparison["p_holm"] < 0.05
-    direction = "higher" if low > 0 else "lower"
-    numbers = (
-        f"{points(comparison['difference'])} points, McNemar p {p_value(comparison['p'])}, Holm "
-        f"{p_value(comparison['p_holm'])}, n = {comparison['examples']}"
+    direction = "higher:" if low > 0 else "lower:"
+    return (
+        f"{direction if clear else 'no difference shown:'} {points(comparison['difference'])} "
+        f"points (McNemar p {p_value(comparison['p'])}, Holm {p_value(comparison['p_holm'])}, "
+        f"n = {comparison['examples']})"
     )
-    if clear:
-        return f"{what} is {direction} than {other} ({numbers})."
-    return f"no difference between {what} and {other} is shown ({numbers})."
 
 
 def _compared(record: Record, grids: Sequence[str], selected: Mapping[str, Any]) -> list[Any]:
@@ -190,15 +189,20 @@ def claims(record: Record) -> list[str]:
         for group, arm, cell, reference in found:
             over = ", ".join(_said(k, v) for k, v in group["over"].items())
             over = over or f"{cell['settings']['length']:,} tokens"
+            seed = (
+                f", seed {cell['settings']['seed']}"
+                if "seed" in Cell.from_settings(cell["settings"]).reads()
+                else ""
+            )
             lines.append(
-                f"- {over}: {what} {percent(cell['accuracy'])}, {other} "
-                f"{percent(reference['accuracy'])}: {verdict(arm, what, other)}"
+                f"- {over}{seed}: {other} {percent(reference['accuracy'])}, {what} "
+                f"{percent(cell['accuracy'])}; {verdict(arm)}."
             )
             if extra and "middle_less_ends" in arm:
-                at = [percent(c.get("middle_less_ends")) for c in (cell, reference)]
+                at = [points(c["middle_less_ends"]) for c in (reference, cell)]
                 lines.append(
-                    f"  Middle of the document less its ends: {at[0]} points {what}, {at[1]} "
-                    f"{other}; the change by {extra}: {points(arm['middle_less_ends'])}."
+                    f"  Middle of the document less its ends, points: {at[0]} {other}, {at[1]} "
+                    f"{what}; {extra} changes that by {points(arm['middle_less_ends'])}."
                 )
         lines.append("")
 
@@ -220,7 +224,7 @@ def claims(record: Record) -> list[str]:
     section(
         "Do anchors help, and in the middle of the document?",
         _compared(record, ("anchors", "quick"), {"anchors": False}),
-        "without anchors", "with anchors", "leaving anchors out",
+        "without anchors", "with anchors", "leaving them out",
     )  # fmt: skip
     section(
         "Independent against joint encoding?",

@@ -26,7 +26,8 @@ def summarise(
     """The summary of what is there of these grids."""
     cells: dict[Cell, Records] = {}
     identity, runs = None, []
-    for cell in dict.fromkeys(c for name in grids for c in GRIDS[name].cells(changes)):
+    asked = list(dict.fromkeys(c for name in grids for c in GRIDS[name].cells(changes)))
+    for cell in asked:
         path = cell_path(folder, cell)
         if not path.exists():
             continue
@@ -46,7 +47,7 @@ def summarise(
         "identity": identity,
         "runs": runs,
         "wanted": wanted,
-        "complete": all(cell["examples"] >= wanted for cell in made.values()),
+        "complete": all(len(cells.get(cell, ())) >= wanted for cell in asked),
         "cells": made,
         "grids": {name: compare(GRIDS[name], cells, changes) for name in grids},
         "checks": check_all(cells),

@@ -144,7 +144,7 @@ def run_command(args: argparse.Namespace) -> int:
         mine = cells
         if shard is not None:
             index, count = map(int, shard.split("/"))
-            mine = cells[index::count]
+            mine = run.share_of(cells, index, count)
         made = make_bench(args)
         complete = run.run_cells(
             made[0], mine, examples, args.out,

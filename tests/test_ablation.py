@@ -245,6 +245,19 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path):
     assert again.answered == [8, 8], "more examples are asked for later"
 
 
+def test_processes_share_the_cells_by_what_is_compiled():
+    cells = list(dict.fromkeys(cell for grid in GRIDS.values() for cell in grid.cells()))
+    shares = [run.share_of(cells, i, 4) for i in range(4)]
+    assert sorted(cell.key for share in shares for cell in share) == sorted(c.key for c in cells)
+    for a, b in ((0, 1), (0, 2), (1, 3)):
+        assert not {c.programs() for c in shares[a]} & {c.programs() for c in shares[b]}
+    assert max(map(len, shares)) < 2 * min(map(len, shares))
+    random = [Cell(selection="random", seed=seed) for seed in range(3)]
+    assert len({cell.programs() for cell in random}) == 1
+    assert len({Cell(selection=s).programs() for s in ("oracle", "needle", "without")}) == 1
+    assert Cell().programs() != Cell(anchors=False).programs()
+
+
 def test_the_time_limit_stops_between_batches(tmp_path):
     fake = Fake()
     assert not run.run_cells(fake, [Cell()], 8, tmp_path, deadline=0.0)

@@ -279,3 +279,37 @@ def test_looks_on_a_tiny_model(tiny_bench, tmp_path):
     assert rows[-1]["least"] <= rows[-1]["seconds"] <= rows[-1]["most"]
     assert len(rows) == 5
     assert not looks.look_at_speed(tiny_bench, CELL, path, {}, lengths=(320,), deadline=0.0)
+
+
+@pytest.mark.slow
+def test_the_command_line_with_two_processes(make_checkpoint, tmp_path, monkeypatch):
+    """A PyTorch checkpoint, texts of the repository, the report; then again with nothing to do."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("wonderwords")
+    import ablate
+    from ablation import report
+
+    monkeypatch.setenv("PDLLM_CACHE", str(tmp_path / "cache"))
+    checkpoint = make_checkpoint(n_kv_heads=2, tokenizer=True, max_sequence_length=1024).folder
+    settings = ["--set", "length=640", "chunk_size=128", "top_k=2", "tasks=passkey"]
+    command = ["run", str(checkpoint), "--out", str(tmp_path / "run"), "--examples", "2"]
+    command += ["--grid", "positions", "order", *settings, "--processes", "2"]
+    assert ablate.main([*command, "--time-limit", "0"]) == 0
+    record = json.loads((tmp_path / "run" / "ablation.json").read_text())
+    assert not record["complete"]
+    assert record["cells"] == {}
+    assert ablate.main(command) == 0
+    record = json.loads((tmp_path / "run" / "ablation.json").read_text())
+    assert record["complete"]
+    assert {cell["examples"] for cell in record["cells"].values()} == {2}
+    assert len(record["order"]["rows"]) == 4
+    assert ablate.main(command) == 0
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    places = ["--results", str(tmp_path / "results.md"), "--readme", str(readme)]
+    source = str(tmp_path / "run" / "ablation.json")
+    assert ablate.main(["report", source, *places, "--pictures", str(tmp_path / "pictures")]) == 0
+    assert (tmp_path / "pictures" / "denoising_order.png").exists()
+    with pytest.raises(SystemExit):
+        ablate.main(["run", "--out", "x", "--grid", "unknown"])
+    assert ablate.main(["run", "--out", "x", "--set", "colour=red"]) == 2

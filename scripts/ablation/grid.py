@@ -130,6 +130,11 @@ class Cell:
         """The cell with all that it does not read at its default."""
         return Cell(**{name: getattr(self, name) for name in self.reads()})
 
+    def programs(self) -> tuple[Any, ...]:
+        """Cells with the same ones are answered by the same compiled programs."""
+        own = (self.selection,) if self.selection in DENSE else (self.selecting(), self.chunking())
+        return (*own, self.length, self.decoding())
+
     def selected_by(self, selection: str) -> Cell:
         """The same with another selection."""
         plain = {"reselect": "never", "margin": None, "keep_first": False}

@@ -120,10 +120,15 @@ def begun(
     return cache, state, np.asarray(chosen.chunk_ids).tolist()
 
 
-def look_at_attention(bench: Bench, cell: Cell, examples: int = 16) -> dict[str, Any]:
-    """Mean shares by layer and head, with and without anchors, joint and independent."""
+def look_at_attention(
+    bench: Bench,
+    cell: Cell,
+    examples: int = 16,
+    encodings: tuple[str, ...] = ("joint", "independent"),
+) -> dict[str, Any]:
+    """Mean shares by layer and head of every encoding, with and without anchors."""
     rows = []
-    for encoding in ("joint", "independent"):
+    for encoding in encodings:
         for anchors in (True, False):
             now = dataclasses.replace(cell, encoding=encoding, anchors=anchors)
             size = bench.batch_size(now)

@@ -171,7 +171,8 @@ def denoising_order(record: Record) -> Figure | None:
     middle = (1 + np.nanmax(grid)) / 2
     for i, row in enumerate(rows):
         for j, (step, text) in enumerate(zip(row["step"], row["text"], strict=True)):
-            shown = text.replace("$", r"\$").replace("\n", "↵").strip() or "·"
+            shown = text.replace("\n", "↵").strip()
+            shown = shown.replace("$", r"\$") if shown.isprintable() and shown else "·"
             axis.text(
                 j, i, f"{shown[:9]}\n{step}", ha="center", va="center", fontsize=5.5,
                 color="black" if step > middle else "white",

@@ -34,6 +34,8 @@ CAPTIONS = {
 def write_report(source: Path, results: Path, readme: Path, pictures: Path) -> int:
     """Writes all three. ValueError where README has no place marked for its part."""
     record = json.loads(source.read_text(encoding="utf-8"))
+    if not record["cells"]:
+        raise ValueError(f"{source} holds no cells")
     text = readme.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"{readme} does not have exactly one place between {BEGIN!r} and {END!r}")

@@ -93,6 +93,25 @@ def run_cells(
     return True
 
 
+def share_of(cells: Sequence[Cell], index: int, count: int) -> list[Cell]:
+    """One process's share of the cells, in their order: programs are compiled in one alone."""
+    groups: dict[Any, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.programs(), []).append(cell)
+
+    def load(group: list[Cell]) -> float:
+        # Compiling takes about as long as two cells of 4,096 tokens.
+        return 2 + sum(cell.length / 4096 for cell in group)
+
+    loads, mine = [0.0] * count, set()
+    for group in sorted(groups.values(), key=load, reverse=True):
+        least = loads.index(min(loads))
+        loads[least] += load(group)
+        if least == index:
+            mine.update(group)
+    return [cell for cell in cells if cell in mine]
+
+
 def count_records(folder: Path, cells: Sequence[Cell], wanted: int) -> int:
     """Records that there are, by their lines; cheap enough to be asked often."""
     total = 0
@@ -166,7 +185,8 @@ def run_looks(
                 bench, cell, path, known, lengths=lengths, repeats=repeats, deadline=deadline
             )
         elif name == "attention":
-            found = looks.look_at_attention(bench, cell, 2 if tiny else 16)
+            few = {"examples": 2, "encodings": ("joint",)} if tiny else {}
+            found = looks.look_at_attention(bench, cell, **few)
             known = {**identity, **found, "complete": True}
         else:
             known = {**identity, **looks.look_at_order(bench, cell), "complete": True}

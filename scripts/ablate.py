@@ -123,13 +123,25 @@ def make_bench(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         checkpoint, args.corpora, dtype=dtype, first_seed=args.first,
         implementation=args.implementation,
     )  # fmt: skip
-    note = {**conditions(), "processes": args.processes, "encode_batch": made.encode_batch}
+    note = {
+        **conditions(), "processes": args.processes, "encode_batch": made.encode_batch,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(made.model)),
+    }  # fmt: skip
     return made, note
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """The command line without the names of this machine's folders."""
+    folders = {
+        str(args.checkpoint): "CHECKPOINT", str(args.corpora): "CORPORA", str(args.out): "DIR",
+    }  # fmt: skip
+    return " ".join(["scripts/ablate.py", *(folders.get(word, word) for word in args.argv)])
 
 
 def run_command(args: argparse.Namespace) -> int:
     """`ablate.py run`."""
-    deadline = time.monotonic() + args.time_limit
+    begun = time.monotonic()
+    deadline = begun + args.time_limit
     grids, cells, looks, examples = wanted(args)
     complete = True
     shard, made = args.shard, None
@@ -163,7 +175,8 @@ def run_command(args: argparse.Namespace) -> int:
     from ablation.summary import summarise
 
     record = summarise(args.out, grids, examples, settings_of(args.set))
-    record["command"] = " ".join(["scripts/ablate.py", *args.argv])
+    record["command"] = command_of(args)
+    record["calls"] = run.note_call(args.out, time.monotonic() - begun)
     run.write_json(args.out / "ablation.json", record)
     failed = [check["name"] for check in record["checks"] if not check["ok"]]
     done = sum(cell["examples"] for cell in record["cells"].values())

@@ -340,7 +340,7 @@ def record(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("run")
     grids = ["main", "depth", "anchors", "encoding"]
     cells = list(dict.fromkeys(c for name in grids for c in GRIDS[name].cells()))
-    note = {"device": "a device", "versions": {"jax": "0"}, "processes": 1}
+    note = {"device": "a device", "versions": {"jax": "0"}, "processes": 1, "parameters": 4_000_000}
     assert run.run_cells(Fake(batch=44), cells, 88, folder, note=note, quiet=True)
     shares = np.linspace(0, 0.1, 6).reshape(2, 3)
     looks = {
@@ -359,6 +359,7 @@ def record(tmp_path_factory) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "RESAMPLES", 200)
         made = {**summary.summarise(folder, grids, 88), "command": "scripts/ablate.py run"}
+    made["calls"] = [run.note_call(folder, seconds) for seconds in (10.0, 20.0)][-1]
     return json.loads(json.dumps(made))
 
 
@@ -451,7 +452,8 @@ def test_a_report_is_made_of_the_json_alone(record, tmp_path):
     cell = record["cells"][Cell().key]
     value, low, high = (100 * x for x in cell["accuracy"][:3])
     assert f"{value:.1f} [{low:.1f}, {high:.1f}]" in text
-    assert "a device" in text
+    assert "a device; jax 0; a model of 4M parameters, float32. 88 examples a cell" in text
+    assert "Called 2 times, 30 s in all" in text
     assert text.count("**FAILS**") == 0
     failing = {**record, "checks": [{**record["checks"][0], "ok": False}]}
     assert "**FAILS**" in report.results_page(failing, [], "pictures", "x.json")

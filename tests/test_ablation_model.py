@@ -298,6 +298,7 @@ def test_the_command_line_with_two_processes(make_checkpoint, tmp_path, monkeypa
     record = json.loads((tmp_path / "run" / "ablation.json").read_text())
     assert not record["complete"]
     assert record["cells"] == {}
+    assert record["command"].startswith("scripts/ablate.py run CHECKPOINT --out DIR --examples 2")
     assert ablate.main(command) == 0
     record = json.loads((tmp_path / "run" / "ablation.json").read_text())
     assert record["complete"]

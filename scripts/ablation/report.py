@@ -81,15 +81,20 @@ def conditions(record: Record) -> str:
     devices = sorted({run["device"] for run in record["runs"]})
     versions = sorted({f"jax {run['versions']['jax']}" for run in record["runs"]})
     processes = max(run.get("processes", 1) for run in record["runs"])
+    sizes = {run.get("parameters") for run in record["runs"]} - {None}
+    model = "".join(f"a model of {size / 1e6:,.0f}M parameters, " for size in sorted(sizes))
     cells = record["cells"].values()
     least, most = min(c["examples"] for c in cells), max(c["examples"] for c in cells)
     counts = f"{least}" if least == most else f"{least} to {most}"
     text = (
-        f"{', '.join(devices)}; {', '.join(versions)}; {record['identity']['dtype']}. {counts} "
-        f"examples a cell, the same ones for every setting of a length ({len(cells)} cells)."
+        f"{', '.join(devices)}; {', '.join(versions)}; {model}{record['identity']['dtype']}. "
+        f"{counts} examples a cell, the same ones for every setting of a length ({len(cells)} cells)."
     )
     if not record["complete"]:
         text += f" **Not complete: {record['wanted']} examples a cell were asked for.**"
+    if calls := record.get("calls"):
+        times = "once" if len(calls) == 1 else f"{len(calls)} times"
+        text += f" Called {times}, {sum(calls):,.0f} s in all, loading and compiling included."
     if processes > 1:
         text += f" {processes} processes shared the device, so that times are no benchmark."
     return text
@@ -239,8 +244,8 @@ def claims(record: Record) -> list[str]:
 LIMITS = """\
 ## What these numbers do not say
 
-- The model has 135M parameters and was trained to find such needles in whole documents
-  (`small_model/MODEL_CARD.md`). A sign found here need not hold for LLaDA-8B or other tasks.
+- The project's small model (135M parameters) was trained to find such needles in whole documents
+  (`small_model/MODEL_CARD.md`). A sign found with it need not hold for LLaDA-8B or other tasks.
 - An answer is right when its first number is the value asked for: exact copying. Summaries,
   reasoning over several places and long answers are not measured.
 - Where accuracy is near 100% no setting can show that it is better, only that it is not worse.
@@ -292,7 +297,10 @@ def results_page(record: Record, made: Sequence[str], pictures: str, source: str
 def readme_part(record: Record, made: Sequence[str], pictures: str, results: str) -> str:
     """The heat map and the main comparison, with where to read on."""
     name = next((n for n in ("main", "quick") if record["grids"].get(n)), None)
-    lines = [f"**Ablations** (`{results}`): {conditions(record)}", ""]
+    lines = [
+        f"**Ablations** (`{record['command']}`; everything is in `{results}`): "
+        f"{conditions(record)}", "",
+    ]  # fmt: skip
     if name is not None:
         lines += ["| setting | accuracy, % | recall, % | less top K, points | TFLOP |"]
         lines += ["|" + "---|" * 5]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -161,6 +162,7 @@ def run_command(args: argparse.Namespace) -> int:
         complete = run.run_cells(
             made[0], mine, examples, args.out,
             deadline=deadline, note=made[1], quiet=shard is not None,
+            parent=None if shard is None else os.getppid(),
         )  # fmt: skip
     if shard is not None:
         return 0

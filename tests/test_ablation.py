@@ -261,8 +261,9 @@ def test_processes_share_the_cells_by_what_is_compiled():
 def test_the_time_limit_stops_between_batches(tmp_path):
     fake = Fake()
     assert not run.run_cells(fake, [Cell()], 8, tmp_path, deadline=0.0)
+    assert not run.run_cells(fake, [Cell()], 8, tmp_path, parent=-1), "its parent was killed"
     assert fake.answered == []
-    assert run.run_cells(fake, [Cell()], 8, tmp_path)
+    assert run.run_cells(fake, [Cell()], 8, tmp_path, parent=os.getppid())
     assert run.count_records(tmp_path, [Cell()], 8) == 8
 
 

@@ -8,6 +8,7 @@ added.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -53,8 +54,10 @@ class CellFile:
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds lines and has them on disk when it returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = sum(len(line) + 1 for line in _whole_lines(self.path))
         with open(self.path, "ab") as file:
+            # Two processes at once write lines twice, which does no harm, but whole ones.
+            fcntl.flock(file, fcntl.LOCK_EX)
+            kept = sum(len(line) + 1 for line in _whole_lines(self.path))
             file.truncate(kept)
             new = [*rows] if kept else [self.header, *rows]
             file.write(b"".join(json.dumps(row).encode() + b"\n" for row in new))

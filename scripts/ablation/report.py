@@ -88,7 +88,8 @@ def conditions(record: Record) -> str:
     counts = f"{least}" if least == most else f"{least} to {most}"
     text = (
         f"{', '.join(devices)}; {', '.join(versions)}; {model}{record['identity']['dtype']}. "
-        f"{counts} examples a cell, the same ones for every setting of a length ({len(cells)} cells)."
+        f"{counts} examples a cell, the same ones for every setting of a length; {len(cells)} "
+        "cells. Several tokens a step at confidence 0.9, where nothing else is said."
     )
     if not record["complete"]:
         text += f" **Not complete: {record['wanted']} examples a cell were asked for.**"
@@ -216,7 +217,7 @@ def claims(record: Record) -> list[str]:
     section(
         "Is sparse better than dense?",
         _compared(record, ("main", "quick"), {"selection": "dense"}),
-        "dense (plain LLaDA)", "top K",
+        "dense (the whole prompt)", "top K",
     )  # fmt: skip
     section(
         "Is the selection better than chance?",

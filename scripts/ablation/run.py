@@ -60,12 +60,14 @@ def run_cells(
     deadline: float = float("inf"),
     note: Mapping[str, Any] | None = None,
     quiet: bool = False,
+    parent: int | None = None,
 ) -> bool:
     """Answers what is missing of `wanted` examples a cell; False where the deadline came first.
 
     bench: has `identity`, `batch_size(cell)` and `records(cell, indices)`. deadline: of
     time.monotonic; no batch is begun that would not end before it, judged by the slowest so far.
-    note: what the process says of itself in every file that it writes.
+    note: what the process says of itself in every file that it writes. parent: process without
+    which it does not go on.
     """
     files = [CellFile(cell_path(folder, cell), header(cell, bench.identity)) for cell in cells]
     done = [file.read() for file in files]
@@ -77,7 +79,7 @@ def run_cells(
         size, said = bench.batch_size(cell), False
         for start in range(0, len(missing), size):
             begun = time.monotonic()
-            if begun + (later if said else first) > deadline:
+            if begun + (later if said else first) > deadline or parent not in (None, os.getppid()):
                 return False
             rows = bench.records(cell, missing[start : start + size])
             file.append(rows if said else [{"run": dict(note or {})}, *rows])

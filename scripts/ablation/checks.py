@@ -1,6 +1,7 @@
 """Whether the numbers of a run fit together. Every check says what it compared and over how many.
 
-Exact ones are of identities, and one deviating example fails them. Statistical ones fail where a
+Exact ones are of identities, and one deviating example fails them (token for token: one in a
+hundred). Statistical ones fail where a
 99.9% interval leaves the expected value out, so that chance fails about one in a thousand.
 """
 
@@ -154,9 +155,13 @@ def recall_times_oracle(
 
 
 def same_tokens(pairs: Sequence[tuple[Any, Any]]) -> tuple[bool, int, str]:
-    """Both answers have the same tokens."""
+    """Both answers have the same tokens, but for one in a hundred.
+
+    One program gives both the same, but two processes may have compiled it with products whose last
+    bits differ.
+    """
     other = sum(a["tokens"] != b["tokens"] for a, b in pairs)
-    return other == 0, len(pairs), f"{other} answers differ"
+    return other <= len(pairs) // 100, len(pairs), f"{other} answers differ"
 
 
 def holds_needle(record: Mapping[str, Any]) -> bool:

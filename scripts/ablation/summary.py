@@ -181,7 +181,12 @@ def compare(
 
 def score_examples(cells: Mapping[Cell, Records]) -> list[dict[str, Any]]:
     """Scores of the first examples of the longest scored cell of the default settings."""
-    scored = [cell for cell in cells if cell.selection == "top-k" and cell.scorer == "draft"]
+    scored = [
+        cell
+        for cell, records in cells.items()
+        if (cell.selection, cell.scorer) == ("top-k", "draft")
+        and any(row["scores"] is not None for row in records.values())
+    ]
     if not scored:
         return []
     cell = max(scored, key=lambda cell: (cell.length, cell.encoding == "joint", cell.anchors))

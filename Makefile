@@ -70,7 +70,7 @@ quickstart: env
 # Goes on where it was stopped; another folder: make ablate-quick ABLATE_OUT=DIR
 ABLATE_OUT ?= .cache/ablate-quick
 ablate-quick: env
-	$(VENV)/bin/python scripts/ablate.py run --quick --out $(ABLATE_OUT)
+	$(VENV)/bin/python scripts/ablate.py run --quick --out $(ABLATE_OUT) --time-limit 540
 
 clean:
 	rm -rf $(VENV) $(VENV_KERNELS) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

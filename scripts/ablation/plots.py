@@ -127,6 +127,7 @@ def chunk_scores(record: Record) -> Figure | None:
         kept = row["chunks"]
         axis.scatter(kept, scores[kept], s=70, facecolors="none", edgecolors="tab:blue", zorder=4)
         axis.set_title(f"{row['task'].replace('_', ' ')}, example {row['example']}", fontsize=9)
+        axis.xaxis.get_major_locator().set_params(integer=True)
     for axis in list(axes.flat)[len(rows) :]:
         axis.set_axis_off()
     for axis in axes[-1]:
@@ -171,10 +172,10 @@ def denoising_order(record: Record) -> Figure | None:
     middle = (1 + np.nanmax(grid)) / 2
     for i, row in enumerate(rows):
         for j, (step, text) in enumerate(zip(row["step"], row["text"], strict=True)):
-            shown = text.replace("\n", "↵").strip()
+            shown = text.replace("\n", "↵").strip().removeprefix("<|").removesuffix("|>")
             shown = shown.replace("$", r"\$") if shown.isprintable() and shown else "·"
             axis.text(
-                j, i, f"{shown[:9]}\n{step}", ha="center", va="center", fontsize=5.5,
+                j, i, f"{shown[:7]}\n{step}", ha="center", va="center", fontsize=5.5,
                 color="black" if step > middle else "white",
             )  # fmt: skip
     axis.set_yticks(range(len(rows)), [row["task"].replace("_", " ") for row in rows])

@@ -197,11 +197,8 @@ def claims(record: Record) -> list[str]:
         for group, arm, cell, reference in found:
             over = ", ".join(_said(k, v) for k, v in group["over"].items())
             over = over or f"{cell['settings']['length']:,} tokens"
-            seed = (
-                f", seed {cell['settings']['seed']}"
-                if "seed" in Cell.from_settings(cell["settings"]).reads()
-                else ""
-            )
+            settings = cell["settings"]
+            seed = f", seed {settings['seed']}" if settings["selection"] == "random" else ""
             lines.append(
                 f"- {over}{seed}: {other} {percent(reference['accuracy'])}, {what} "
                 f"{percent(cell['accuracy'])}; {verdict(arm)}."
@@ -265,9 +262,10 @@ def results_page(record: Record, made: Sequence[str], pictures: str, source: str
         f"Made by `scripts/ablate.py report` from `{source}` "
         f"(`{record['command']}`); do not edit.", "",
         conditions(record), "",
-        "Accuracy is exact match; recall says how often all chunks that hold the needle were kept; "
-        "lead is the score of the needle's chunk less the best other's. Brackets are 95% "
-        "intervals: Wilson's for shares, bootstrap over examples for differences and means. p is "
+        "Accuracy is exact match; recall says how often all chunks were kept that hold the needle "
+        "(both where a border cuts it, though one may be enough to answer); lead is the score of "
+        "the needle's chunk less the best other's. Brackets are 95% intervals: Wilson's for "
+        "shares, bootstrap over examples for differences and means. p is "
         "McNemar's exact test on the same examples.", "",
         "## What they say about the paper's claims", "",
         *claims(record),

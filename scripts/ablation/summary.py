@@ -99,6 +99,7 @@ def describe(cell: Cell, records: Records) -> dict[str, Any]:
     if cell.selection not in DENSE:
         found["recall"] = share([holds_needle(row) for row in rows])
         found["chunks"] = float(np.mean([row["n_chunks"] for row in rows]))
+        found["cut"] = float(np.mean([len(row["needle"]) > 1 for row in rows]))
         found["kept"] = float(np.mean([len(row["chunks"]) for row in rows]))
     scored = [row for row in rows if cell.selection == "top-k" and row["scores"] is not None]
     if scored:

@@ -105,6 +105,17 @@ def wanted(args: argparse.Namespace) -> tuple[list[str], list[Cell], list[str], 
     return grids, cells, looks, examples
 
 
+def checkpoint_of(args: argparse.Namespace) -> Path:
+    """The converted folder; assembled and converted first where that has not been done."""
+    if args.checkpoint is None:
+        import quickstart
+
+        return quickstart.checkpoint()
+    from convert import converted
+
+    return converted(args.checkpoint)
+
+
 def make_bench(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The model with its examples, and what is noted about where it runs."""
     import jax
@@ -114,14 +125,9 @@ def make_bench(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from pdllm_jax.compilation import enable_compilation_cache
 
     enable_compilation_cache()
-    checkpoint = args.checkpoint
-    if checkpoint is None:
-        import quickstart
-
-        checkpoint = quickstart.checkpoint()
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     made = Bench.load(
-        checkpoint, args.corpora, dtype=dtype, first_seed=args.first,
+        checkpoint_of(args), args.corpora, dtype=dtype, first_seed=args.first,
         implementation=args.implementation,
     )  # fmt: skip
     note = {
@@ -146,6 +152,9 @@ def run_command(args: argparse.Namespace) -> int:
     grids, cells, looks, examples = wanted(args)
     complete = True
     shard, made = args.shard, None
+    if shard == "prepare":
+        checkpoint_of(args)
+        return 0
     if args.processes > 1 and shard is None and cells:
         command = [sys.executable, __file__, *args.argv]
         status = run.run_processes(command, args.processes, cells, examples, args.out)

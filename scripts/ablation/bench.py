@@ -17,7 +17,6 @@ from small.corpus import Corpora, fingerprint, from_repository, load
 
 from ablation.flops import Sizes, answer_flops
 from ablation.grid import DENSE, GIVEN, Cell
-from convert import converted
 from pallas_kernels import Implementation
 from pdllm_jax import (
     ChunkConfig,
@@ -54,15 +53,14 @@ class Bench:
     @classmethod
     def load(
         cls,
-        checkpoint: Path,
+        folder: Path,
         corpora: Path | None,
         *,
         dtype: str | None = None,
         first_seed: int = FIRST_SEED,
         implementation: Implementation | None = None,
     ) -> Bench:
-        """corpora: a folder of small/corpus.py; None: what the repository has."""
-        folder = converted(checkpoint)
+        """folder: a converted checkpoint. corpora: of small/corpus.py; None: the repository's."""
         tokenizer = Tokenizer.load(folder, load_config(folder))
         tokenizer.backend.encode_special_tokens = False  # the tasks spell the template out
         model = load_model(folder, dtype=dtype)

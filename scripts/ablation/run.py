@@ -132,6 +132,11 @@ def run_processes(
     Tracing and compiling, which take most of the time of small cells, then overlap. GPU memory is
     divided among them. Returns the worst exit status.
     """
+    # Converted once, and by a process of its own: this one must not hold the GPU's memory.
+    ready = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    code = subprocess.run([*command, "--shard", "prepare"], env=ready, check=False).returncode
+    if code:
+        return code
     share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or str(round(0.9 / processes, 3))
     environment = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": share}
     bar = Bar(len(cells) * wanted, count_records(folder, cells, wanted))

@@ -13,10 +13,11 @@ PYTEST_ARGS ?=
 # Bytecode is made when a module is first imported; most of what is installed never is.
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help env test test-gpu test-kernels lint format quickstart clean
+.PHONY: help env test test-gpu test-kernels lint format quickstart ablate-quick clean
 help:
 	@echo 'make env           environment in $(VENV) with the project and all it needs'
 	@echo 'make quickstart    convert the small model, ask it about a long document'
+	@echo 'make ablate-quick  a small ablation of the small model, on a CPU in minutes'
 	@echo 'make test          the tests (PYTEST_ARGS="-k name" passes options on)'
 	@echo 'make test-kernels  the tests of kernels, model and method on Python 3.12 and jax 0.11'
 	@echo 'make test-gpu      the tests marked gpu, on Python 3.12 with jax[cuda]'
@@ -38,10 +39,10 @@ $(VENV_KERNELS)/.installed: pyproject.toml
 test: env
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
-# Tests that need PyTorch skip themselves here; those of files, settings and training do not depend
-# on the version of jax, and those of batches and re-selection go over what the others cover.
+# Tests that need PyTorch skip themselves here; those of files, settings, training and ablations do
+# not depend on the version of jax, and those of batches and re-selection go over what the others cover.
 NOT_KERNELS := --ignore-glob='*/test_convert*' --ignore=tests/test_config.py --ignore=tests/test_small.py \
-	--ignore=tests/test_batch.py --ignore=tests/test_reselect.py
+	--ignore=tests/test_batch.py --ignore=tests/test_reselect.py --ignore-glob='*/test_ablation*'
 ifeq ($(PYTHON_KERNELS),)
 test-kernels test-gpu:
 	@echo 'skipped: no Python 3.12 or newer here (set PYTHON_KERNELS=); the kernel needs it'
@@ -65,6 +66,11 @@ format: env
 
 quickstart: env
 	$(VENV)/bin/python scripts/quickstart.py
+
+# Goes on where it was stopped; another folder: make ablate-quick ABLATE_OUT=DIR
+ABLATE_OUT ?= .cache/ablate-quick
+ablate-quick: env
+	$(VENV)/bin/python scripts/ablate.py run --quick --out $(ABLATE_OUT) --time-limit 540
 
 clean:
 	rm -rf $(VENV) $(VENV_KERNELS) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

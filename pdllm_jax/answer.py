@@ -123,6 +123,24 @@ def decode(
     return state
 
 
+def oracle_ids(
+    oracle: Sequence[int] | None, config: SelectionConfig, n_chunks: int
+) -> np.ndarray | None:
+    """Ids that a caller names, sorted, once each; None for all scorers but "oracle"."""
+    if config.scorer != "oracle":
+        if oracle is not None:
+            raise ValueError(f"oracle ids are for the scorer 'oracle', not for {config.scorer!r}")
+        return None
+    ids = np.unique(np.asarray([] if oracle is None else oracle, np.int32))
+    if ids.size == 0:
+        raise ValueError("scorer 'oracle' needs the ids of the chunks to keep")
+    if ids[0] < 0 or ids[-1] >= n_chunks:
+        raise ValueError(f"oracle ids {ids.tolist()} are not all inside [0, {n_chunks})")
+    if ids.size > config.top_k:
+        raise ValueError(f"oracle names {ids.size} chunks, top_k is {config.top_k}")
+    return ids
+
+
 def answer(
     model: LLaDA,
     prompt: ChunkedPrompt,
@@ -144,6 +162,7 @@ def answer(
         `cache`, the questions about its document(s): chunks are then not read.
       keys: one for each request of the batch, [B].
       cache: document(s) encoded before, with the KV of every chunk.
+      oracle: ids of the chunks to keep, [M] or [B, M]; ids of no chunk name nothing.
       memory_limit: bytes that the device may hold, by default what it says that it gives.
 
     Raises:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Implementation
-from pdllm_jax.answer import GenerationResult, OnBlock, answer, request_keys
+from pdllm_jax.answer import GenerationResult, OnBlock, answer, oracle_ids, request_keys
 from pdllm_jax.cache import ChunkCache
 from pdllm_jax.chunking import (
     ChunkedPrompt,
@@ -29,6 +29,7 @@ from pdllm_jax.passes import keeps_pool
 from pdllm_jax.planner import require_document_memory
 from pdllm_jax.prefill import encode_document
 from pdllm_jax.scoring import check_scorable
+from pdllm_jax.selection import EMPTY_SLOT
 from pdllm_jax.tokenizer import INSTRUCTION, Tokenizer
 
 
@@ -48,6 +49,7 @@ def generate_batch_ids(
     selection: SelectionConfig = SelectionConfig(),
     decode: DecodeConfig = DecodeConfig(),
     bos_id: int | None = None,
+    oracle: Sequence[Sequence[int]] | None = None,
     seeds: Sequence[int] | None = None,
     implementation: Implementation | None = None,
     on_block: OnBlock | None = None,
@@ -61,21 +63,25 @@ def generate_batch_ids(
 
     Args:
       requests: (prefix, context, query) ids of each.
+      oracle: of each request the ids of the chunks to keep, for the scorer "oracle" alone.
       seeds: of each request; 0 by default.
       on_block: called with (request, block, its tokens).
       memory_limit: as `generate`.
 
     Raises:
       MemoryLimitError: as `generate`.
-      ValueError: as `generate_ids`, with the number of the request; no requests; the scorer
-        "oracle", which takes ids for one document; guidance.
+      ValueError: as `generate_ids`, with the number of the request; no requests; guidance.
     """
     if not requests:
         raise ValueError("no requests")
-    _check(selection, decode)
+    _check(decode)
+    if oracle is not None and len(oracle) != len(requests):
+        raise ValueError(
+            f"oracle ids for {len(oracle)} requests, of which there are {len(requests)}"
+        )
     vocab = model.config.vocab_size
     tight = keeps_pool(selection, batched=True)
-    prompts = []
+    prompts, named = [], []
     for i, (prefix, context, query) in enumerate(requests):
 
         def checked(name: str, ids: TokenIds, request: str = f"request {i}: ") -> np.ndarray:
@@ -87,6 +93,8 @@ def generate_batch_ids(
             prompts.append(
                 chunk_prompt(before, document, after, chunking, bos_id=bos_id, tight=tight)
             )
+            given = None if oracle is None else oracle[i]
+            named.append(oracle_ids(given, selection, prompts[-1].n_chunks))
         except ValueError as error:
             raise ValueError(f"request {i}: {error}") from None
     size = batch_size(len(prompts))
@@ -97,10 +105,22 @@ def generate_batch_ids(
         decode,
         request_keys(_seeds(seeds, len(prompts)), size),
         requests=len(prompts),
+        oracle=_stacked(named, size),
         implementation=implementation,
         on_block=on_block,
         memory_limit=memory_limit,
     )
+
+
+def _stacked(named: Sequence[np.ndarray | None], size: int) -> np.ndarray | None:
+    """Ids of all requests, [size, M], EMPTY_SLOT behind them; None where none are given."""
+    given = [ids for ids in named if ids is not None]
+    if not given:
+        return None
+    table = np.full((size, max(ids.size for ids in given)), EMPTY_SLOT, np.int32)
+    for row, ids in zip(table, given, strict=False):
+        row[: ids.size] = ids
+    return table
 
 
 def ask_ids(
@@ -134,7 +154,9 @@ def ask_ids(
     check_scorable(cache)
     if cache.batched:
         raise ValueError("the cache holds several documents: ask about one")
-    _check(selection, decode)
+    _check(decode)
+    if selection.scorer == "oracle":
+        raise ConfigError("scorer 'oracle' takes ids with a document: use generate_batch_ids")
     vocab = model.config.vocab_size
     checked = [check_token_ids(f"query {i}", ids, vocab) for i, ids in enumerate(queries)]
     for i, ids in enumerate(checked):
@@ -224,9 +246,7 @@ def ask(
     return [dataclasses.replace(one, text=tokenizer.decode(one.tokens)) for one in results]
 
 
-def _check(selection: SelectionConfig, decode: DecodeConfig) -> None:
-    if selection.scorer == "oracle":
-        raise ConfigError("scorer 'oracle' takes the ids of one document: use generate_ids")
+def _check(decode: DecodeConfig) -> None:
     if decode.guidance > 0:
         raise ConfigError("guidance is implemented for method 'plain'")
 

@@ -15,6 +15,7 @@ from pdllm_jax.answer import (
     OnBlock,
     answer,
     decode,
+    oracle_ids,
     phase_times,
     request_keys,
     used_paths,
@@ -117,7 +118,7 @@ def generate_ids(
     if method == "prefilling":
         tight = keeps_pool(selection, batched=False)
         prompt = chunk_prompt(prefix, context, query, chunking, bos_id=bos_id, tight=tight)
-        ids = _oracle_ids(oracle, selection, prompt.n_chunks)
+        ids = oracle_ids(oracle, selection, prompt.n_chunks)
         return answer(
             model, prompt, selection, config, request_keys([seed], 1),
             oracle=ids, implementation=implementation, on_block=on_block,
@@ -131,24 +132,6 @@ def generate_ids(
     rows = bucket(prompt_ids.size, 8)
     require_baseline_memory(model, rows, config, limit=memory_limit)
     return _baseline(model, prompt_ids, rows, config, jax.random.key(seed), on_block)
-
-
-def _oracle_ids(
-    oracle: Sequence[int] | None, config: SelectionConfig, n_chunks: int
-) -> np.ndarray | None:
-    """The ids, sorted, once each; None for all other scorers."""
-    if config.scorer != "oracle":
-        if oracle is not None:
-            raise ValueError(f"oracle ids are for the scorer 'oracle', not for {config.scorer!r}")
-        return None
-    ids = np.unique(np.asarray([] if oracle is None else oracle, np.int32))
-    if ids.size == 0:
-        raise ValueError("scorer 'oracle' needs the ids of the chunks to keep")
-    if ids[0] < 0 or ids[-1] >= n_chunks:
-        raise ValueError(f"oracle ids {ids.tolist()} are not all inside [0, {n_chunks})")
-    if ids.size > config.top_k:
-        raise ValueError(f"oracle names {ids.size} chunks, top_k is {config.top_k}")
-    return ids
 
 
 def _baseline(

@@ -290,6 +290,19 @@ def test_sizes_of_batches():
     assert [batch_size(n) for n in (1, 2, 3, 4, 5, 8, 9)] == [1, 2, 4, 4, 8, 8, 16]
 
 
+def test_each_request_of_a_batch_keeps_the_chunks_named_for_it(model):
+    requests, named = RAGGED[:2], [[4, 1], [0]]
+    settings = {
+        "selection": dataclasses.replace(SELECT, scorer="oracle"),
+        "decode": DECODE,
+        "chunking": CHUNKS,
+    }
+    together = generate_batch_ids(model, requests, oracle=named, **settings)
+    for request, ids, answer in zip(requests, named, together, strict=True):
+        assert answer.selection == {"chunks": sorted(ids), "scores": None}
+        assert answer.tokens == generate_ids(model, *request, oracle=ids, **settings).tokens
+
+
 def test_what_does_not_fit_is_named(model):
     good = RAGGED[0]
     settings = {"chunking": CHUNKS, "selection": SELECT, "decode": DECODE}
@@ -302,10 +315,19 @@ def test_what_does_not_fit_is_named(model):
     with pytest.raises(ValueError, match="2 seeds for 1 requests"):
         generate_batch_ids(model, [good], seeds=[1, 2], **settings)
     oracle = dataclasses.replace(SELECT, scorer="oracle")
-    with pytest.raises(ConfigError, match="one document"):
-        generate_batch_ids(model, [good], selection=oracle, chunking=CHUNKS)
+    named = {"selection": oracle, "chunking": CHUNKS}
+    with pytest.raises(ValueError, match="request 0: scorer 'oracle' needs the ids"):
+        generate_batch_ids(model, [good], **named)
+    with pytest.raises(ValueError, match="ids for 2 requests, of which there are 1"):
+        generate_batch_ids(model, [good], oracle=[[0], [1]], **named)
+    with pytest.raises(ValueError, match=r"request 1: oracle ids \[5\] are not all inside"):
+        generate_batch_ids(model, [good, good], oracle=[[0], [5]], **named)
+    with pytest.raises(ValueError, match="request 0: oracle ids are for the scorer 'oracle'"):
+        generate_batch_ids(model, [good], oracle=[[0]], **settings)
     prompt = chunk_prompt(*good, CHUNKS)
     cache = encode_document(model, prompt)
+    with pytest.raises(ConfigError, match="ids with a document"):
+        ask_ids(model, cache, [good[2]], selection=oracle)
     with pytest.raises(ValueError, match="no questions"):
         ask_ids(model, cache, [])
     with pytest.raises(ValueError, match="query 1 is empty"):

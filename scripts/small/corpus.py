@@ -22,18 +22,23 @@ import warnings
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 TRAIN = ("emma", "mansfieldpark", "northangerabbey", "prideprejudice", "sensesensibility", "bible")
 HELD_OUT = ("persuasion", "pydoc")
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+_EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 _RAW = "-raw"  # the same novel with the printed page's line breaks
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A tokenised text. tokens: uint16 [n]; breaks: ascending places (0..n) after a sentence."""
+    """A tokenised text. tokens: [n]; breaks: ascending places (0..n) after a sentence."""
 
     tokens: np.ndarray
     breaks: np.ndarray
@@ -87,6 +92,44 @@ def load(folder: str | Path, *, held_out: bool) -> Corpora:
     return Corpora(texts, noise, split_words(everything, held_out))
 
 
+def from_repository(tokenizer: Tokenizer) -> Corpora:
+    """Held-out texts and words that need nothing but this repository, Python and wonderwords.
+
+    The beginning of Persuasion (examples/) and pydoc's topics, which are those of the Python that
+    runs; any tokenizer.
+    """
+    import pydoc_data.topics
+
+    topics = pydoc_data.topics.topics
+    sources = {
+        "persuasion": (_EXAMPLES / "persuasion.txt").read_text(encoding="utf-8"),
+        "pydoc": "\n\n".join(topics[key].strip() for key in sorted(topics)),
+    }
+    size = tokenizer.get_vocab_size()
+    marks = token_marks(
+        tokenizer.decode([index], skip_special_tokens=False) for index in range(size)
+    )
+
+    def text(content: str) -> Text:
+        ids = tokenizer.encode(content, add_special_tokens=False).ids
+        return make_text(np.array(ids, token_dtype(tokenizer)), marks)
+
+    return Corpora(
+        {name: text(content) for name, content in sources.items()},
+        text(NOISE * 1000),
+        split_words(read_words(), held_out=True),
+    )
+
+
+def fingerprint(corpora: Corpora) -> str:
+    """Names the texts and words, token by token."""
+    digest = hashlib.sha256(json.dumps(dataclasses.astuple(corpora.words)).encode())
+    for name, text in (*sorted(corpora.texts.items()), ("noise", corpora.noise)):
+        digest.update(name.encode() + text.tokens.astype(np.int32).tobytes())
+        digest.update(text.breaks.astype(np.int64).tobytes())
+    return digest.hexdigest()[:16]
+
+
 def token_marks(pieces: Iterable[str]) -> np.ndarray:
     """bool [V, 2] from every token's text: closes a sentence; begins with white space."""
     closing = tuple(mark + quote for mark in ".!?" for quote in ("", '"', "'", ")"))
@@ -96,7 +139,12 @@ def token_marks(pieces: Iterable[str]) -> np.ndarray:
 def make_text(tokens: np.ndarray, marks: np.ndarray) -> Text:
     """A Text; marks: `token_marks` of the vocabulary."""
     breaks = np.flatnonzero(marks[tokens[:-1], 0] & marks[tokens[1:], 1]) + 1
-    return Text(tokens.astype(np.uint16), breaks.astype(np.int64))
+    return Text(tokens, breaks.astype(np.int64))
+
+
+def token_dtype(tokenizer: Tokenizer) -> type[np.integer]:
+    """What ids are kept in: uint16 where the vocabulary fits."""
+    return np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.int32
 
 
 def unwrap(lines: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from typing import Literal, TypedDict
 import numpy as np
 from tokenizers import Tokenizer
 
-from small.corpus import Corpora, Text
+from small.corpus import Corpora, Text, token_dtype
 
 PREFIX = (
     "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n"
@@ -40,7 +40,7 @@ ATTRIBUTES = (
 
 
 class Encoder:
-    """Text to token ids (uint16), remembering short pieces.
+    """Text to token ids, remembering short pieces: uint16, or int32 where the vocabulary is larger.
 
     Byte-level BPE never merges across words, punctuation or digits, so that text cut there
     encodes piece by piece to what the whole would.
@@ -48,6 +48,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
+        self.dtype = token_dtype(tokenizer)
         self._known: dict[str, list[int]] = {}
         self.eos, self.eot, self.mask = (
             tokenizer.token_to_id(text) for text in ("<|endoftext|>", "<|eot_id|>", "<|mdm_mask|>")
@@ -61,7 +62,7 @@ class Encoder:
                 known = self.tokenizer.encode(piece, add_special_tokens=False).ids
                 self._known[piece] = known
             ids += known
-        return np.array(ids, np.uint16)
+        return np.array(ids, self.dtype)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text up to the end of the turn, special tokens left out."""
@@ -86,7 +87,7 @@ class Fact:
 
 @dataclasses.dataclass(frozen=True)
 class Needle:
-    """Tokens to hide in a document, uint16, and the facts that they tell."""
+    """Tokens to hide in a document, and the facts that they tell."""
 
     tokens: np.ndarray
     facts: tuple[Fact, ...]
@@ -94,7 +95,7 @@ class Needle:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A haystack with its needles. spans[i]: start and end of needle i in `tokens` (uint16)."""
+    """A haystack with its needles. spans[i]: start and end of needle i in `tokens`."""
 
     tokens: np.ndarray
     spans: tuple[tuple[int, int], ...]
@@ -171,10 +172,19 @@ def block_needle(encode: Encoder, items: Sequence[tuple[tuple[str, str], str]]) 
     return Needle(np.concatenate(parts), tuple(facts))
 
 
-def bury(rng: np.random.Generator, text: Text, needles: Sequence[Needle], length: int) -> Document:
+def bury(
+    rng: np.random.Generator,
+    text: Text,
+    needles: Sequence[Needle],
+    length: int,
+    *,
+    fixed: tuple[int, float] | None = None,
+) -> Document:
     """`length` tokens: a random stretch of `text`, the needles in random places, in their order.
 
-    Needles stand after a sentence's end where the stretch has one behind the place drawn.
+    Needles stand after a sentence's end where the stretch has one behind the place drawn. fixed:
+    number of a needle, and the share of the stretch that goes before it; the others stay where
+    they were drawn.
     """
     room = length - sum(len(needle.tokens) for needle in needles)
     if room < 0:
@@ -184,17 +194,20 @@ def bury(rng: np.random.Generator, text: Text, needles: Sequence[Needle], length
         raise ValueError(f"the text has {len(tokens)} tokens, {room} are needed")
     start = int(rng.integers(0, len(tokens) - room + 1))
     places = np.sort(rng.integers(0, room + 1, len(needles)))
+    if fixed is not None:
+        places[fixed[0]] = round(fixed[1] * room)
     after = np.searchsorted(text.breaks, start + places)
     snapped = np.append(text.breaks, start + room)[after] - start
     places = np.minimum(snapped, room)
-    parts, spans, done, total = [], [], 0, 0
-    for needle, place in zip(needles, places.tolist(), strict=True):
+    parts, spans, done, total = [], {}, 0, 0
+    for index in np.argsort(places, stable=True).tolist():
+        needle, place = needles[index], int(places[index])
         parts += [tokens[start + done : start + place], needle.tokens]
         total += place - done
-        spans.append((total, total + len(needle.tokens)))
+        spans[index] = (total, total + len(needle.tokens))
         total, done = total + len(needle.tokens), place
     parts.append(tokens[start + done : start + room])
-    return Document(np.concatenate(parts), tuple(spans))
+    return Document(np.concatenate(parts), tuple(spans[i] for i in range(len(needles))))
 
 
 class Example(TypedDict):
@@ -221,13 +234,17 @@ def make_example(
     corpora: Corpora,
     encode: Encoder,
     haystack: Haystack = "auto",
+    depth: float | None = None,
 ) -> Example:
     """An example whose prompt and 32 response tokens together are exactly `n_tokens`.
 
     corpora: the held-out side. haystack: "text" is the held-out texts, "noise" InfiniteBench's
     repeated sentences; "auto" takes noise for every other pass key and number string (by seed).
-    The asked needle's place is uniform over the document, as are the others'.
+    The asked needle's place is uniform over the document, as are the others'; depth: it stands at
+    this share of the text instead, 0 the beginning and 1 the end (of "key_value": its block does).
     """
+    if depth is not None and not 0 <= depth <= 1:
+        raise ValueError(f"depth must lie in [0, 1], got {depth}")
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
     rng = np.random.default_rng([TASKS.index(task), n_tokens, seed])
@@ -256,7 +273,9 @@ def make_example(
     texts = list(corpora.texts.values())
     sizes = np.array([len(text.tokens) for text in texts], float)
     text = corpora.noise if noisy else texts[rng.choice(len(texts), p=sizes / sizes.sum())]
-    document = bury(rng, text, needles, n_tokens - RESPONSE_LENGTH - len(prefix) - len(query))
+    room = n_tokens - RESPONSE_LENGTH - len(prefix) - len(query)
+    fixed = None if depth is None else (asked, depth)
+    document = bury(rng, text, needles, room, fixed=fixed)
     start = document.spans[asked][0]
     return Example(
         prefix=prefix.tolist(),

@@ -1,0 +1,130 @@
+"""Floating-point operations of an answer: two for each multiply-add of every matrix product.
+
+From the true lengths (docs/algorithm.md's tables of rows), padding not counted: what the method
+asks for, not what a bucketed shape makes of it. Norms, softmax and rotations are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from ablation.grid import DENSE, Cell
+from pdllm_jax.config import CONTROLS, ModelConfig
+from pdllm_jax.riders import RIDING
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Tokens of one example. chunks: true length of every chunk; kept: ids of those that stay."""
+
+    prefix: int
+    query: int
+    response: int
+    context: int
+    chunks: Sequence[int] = ()
+    kept: Sequence[int] = ()
+
+
+class Counter:
+    """Cost of rows of a network."""
+
+    def __init__(self, model: ModelConfig):
+        d, kv = model.d_model, model.n_kv_heads * model.head_dim
+        self.row = 2 * model.n_layers * (2 * d * d + 2 * d * kv + 3 * d * model.mlp_hidden_size)
+        self.pair = 4 * model.n_layers * d
+        self.word = 2 * d * model.embedding_size
+
+    def rows(self, count: float, keys: float) -> float:
+        """Rows that each attend to `keys` keys."""
+        return count * (self.row + self.pair * keys)
+
+
+def answer_flops(
+    model: ModelConfig, cell: Cell, sizes: Sizes, evaluations: int
+) -> dict[str, float] | None:
+    """By phase: draft, score (the pass over the document), encode, decode.
+
+    None for re-selection, of which records do not say how much was encoded again.
+    """
+    count = Counter(model)
+    if cell.selection in DENSE:
+        return _dense(count, cell, sizes, evaluations)
+    if cell.reselect != "never":
+        return None
+    size = sum(sizes.chunks[i] for i in sizes.kept)
+    config = cell.selecting()
+    everything = cell.selection == "all" or (
+        len(sizes.chunks) <= config.top_k and config.scorer != "oracle"
+    )
+    scorer = "all" if everything else config.scorer
+    own = sizes.query + sizes.response
+    view = sizes.prefix + size + own
+
+    draft = 0.0
+    if scorer == "draft":
+        rows = sizes.prefix + sizes.query + config.draft_length
+        once = count.rows(rows, rows) + config.draft_length * count.word
+        draft = config.draft_steps * once
+
+    encode = 0.0
+    if config.encoding == "joint":
+        encode = count.rows(view, view)
+    elif config.encoding == "query-conditioned":
+        for i in sizes.kept:
+            rows = sizes.prefix + sizes.chunks[i] + sizes.query
+            encode += count.rows(rows, rows)
+    elif config.encoding == "bridge":
+        share = math.ceil(config.bridge_share * cell.chunk_size)
+        rows = sum(min(share, sizes.chunks[i]) for i in sizes.kept) + own
+        encode = count.rows(rows, view)
+        if config.bridge_tokens == "attention":
+            encode += count.rows(own, view)
+    if config.keep_tokens is not None and config.keep_tokens < cell.chunk_size:
+        encode += count.rows(own, view)
+        view += sum(min(config.keep_tokens, sizes.chunks[i]) for i in sizes.kept) - size
+
+    decode = evaluations * (count.rows(sizes.response, view) + sizes.response * count.word)
+    if config.encoding in ("independent", "query-conditioned"):
+        decode += count.rows(sizes.query, view)  # live KV of the query, in the first evaluation
+    return {
+        "draft": draft,
+        "score": _pass(count, cell, scorer, sizes),
+        "encode": encode,
+        "decode": decode,
+    }
+
+
+def _dense(count: Counter, cell: Cell, sizes: Sizes, evaluations: int) -> dict[str, float]:
+    total = sizes.prefix + sizes.context + sizes.query + sizes.response
+    wide = evaluations if cell.selection == "dense" else 1
+    decode = wide * count.rows(total, total)
+    decode += (evaluations - wide) * count.rows(sizes.response, total)
+    decode += evaluations * sizes.response * count.word
+    return {"draft": 0.0, "score": 0.0, "encode": 0.0, "decode": decode}
+
+
+def _pass(count: Counter, cell: Cell, scorer: str, sizes: Sizes) -> float:
+    """The pass over all chunks, with what rides behind them."""
+    config = cell.selecting()
+    pooled = config.encoding in ("independent", "bridge") or scorer == "attention"
+    if scorer in CONTROLS and not pooled and config.encoding == "joint":
+        return 0.0
+    cost = count.rows(sizes.prefix, sizes.prefix)
+    if scorer in RIDING or pooled:
+        cost += sum(count.rows(c, sizes.prefix + c) for c in sizes.chunks)
+    if scorer == "attention":
+        keys = sizes.prefix + sum(sizes.chunks) + sizes.query
+        cost += count.rows(sizes.query, keys)
+    elif scorer in RIDING:
+        rows = sizes.query + (0 if scorer == "query" else config.draft_length)
+        scored = {
+            "draft": sizes.query + config.draft_steps,
+            "query": sizes.query,
+            "confidence": config.draft_length,
+        }[scorer]
+        copies = 1 if scorer == "confidence" else (config.masked_copies or scored)
+        for c in sizes.chunks:
+            cost += count.rows(copies * rows, sizes.prefix + c + rows) + scored * count.word
+    return cost

@@ -82,7 +82,8 @@ def test_figures_worked_out_by_hand():
     token = 2 * 32 * 32 * 128 * 2  # K and V of a token
     assert token == 524_288
     assert item(plan, "encode", "KV of the chosen") == 4 * 1024 * token
-    assert item(plan, "encode", "KV of prefix, query") == (32 + 32 + 32) * token
+    # Prefix, query and response have 96 rows, in blocks of 128.
+    assert item(plan, "encode", "KV of prefix, query") == 128 * token
     # All 4,192 rows of the joint forward.
     assert item(plan, "encode", "K and V of all") == (32 + 4 * 1024 + 32 + 32) * token
     # 8 chunks with 4 copies of 36 rows behind each: residual stream, its norm, gate and up.

@@ -85,7 +85,7 @@ def attention_shares(
             lse = seen.lse.swapaxes(1, 2).reshape(batch, t, heads, *[1] * (scores.ndim - 3))
             return product("bth...,bt->bh...", jnp.exp(scores - lse), weight)
 
-        turned = rotate(q[:, None], view.by_chunk)
+        turned = rotate(q[:, None], view.meeting)[:, :-1]
         turned = turned.reshape(*turned.shape[:3], groups, heads // groups, dim)
         scores = product("bktgrd,bkgcd->btgrkc", turned, pool.k[layer, ids])
         tokens = jnp.where(valid[:, None], shared(scores), 0.0)  # [B, H, K, C]

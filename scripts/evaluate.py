@@ -123,6 +123,7 @@ def load_tasks(args: argparse.Namespace, tokenizer: Tokenizer, malformed: Malfor
         from small import tasks
         from small.corpus import load
 
+        generated.check_tokenizer(args.data, tokenizer.backend)
         encode = tasks.Encoder(tokenizer.backend)
         # These tasks spell the chat template out.
         tokenizer.backend.encode_special_tokens = False

@@ -128,3 +128,29 @@ def ruler(folder: Path) -> Path:
         place = f"{task}.jsonl" if task == "vt" else f"{task}/validation.jsonl"
         write_lines(folder / place, rows)
     return folder
+
+
+def corpora(folder: Path, tokenizer_file: Path) -> Path:
+    """What scripts/small/corpus.py writes, of a few sentences in bytes."""
+    import numpy as np
+    import tokenizers
+    from small.corpus import NOISE, token_marks
+
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+
+    def ids(text: str) -> np.ndarray:
+        return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.uint16)
+
+    for name, text in (("persuasion", TEXT * 40), ("pydoc", TEXT * 40), ("noise", NOISE * 40)):
+        np.save(folder / f"{name}.npy", ids(text))
+    size = tokenizer.get_vocab_size()
+    pieces = [tokenizer.decode([i], skip_special_tokens=False) for i in range(size)]
+    np.save(folder / "marks.npy", token_marks(pieces))
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = {kind: [kind + a + b for a in letters for b in letters] for kind in ("adj", "noun")}
+    (folder / "words.json").write_text(
+        json.dumps({"adjectives": words["adj"], "nouns": words["noun"]}), encoding="utf-8"
+    )
+    return folder

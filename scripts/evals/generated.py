@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import tokenizers
 from small import tasks
 from small.corpus import Corpora
 from small.tasks import Encoder
 
-from evals.example import Example, Task
+from evals.example import DataError, Example, Task
 from evals.ruler import match_all
 
 ASKED = 2  # of a multi-needle question
 # As the small model's responses, one for each needle asked for.
 _MULTI_LENGTH = ASKED * tasks.RESPONSE_LENGTH
 NAMES = (*tasks.TASKS, "multi_needle")
+
+
+def check_tokenizer(corpora: Path, tokenizer: tokenizers.Tokenizer) -> None:
+    """DataError unless the corpora are token ids of this tokenizer."""
+    path = corpora / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"{path} is missing: the folder is not one of scripts/small/corpus.py")
+    if tokenizers.Tokenizer.from_file(str(path)).get_vocab() != tokenizer.get_vocab():
+        raise DataError(f"{corpora} was made with another tokenizer than the checkpoint's")
 
 
 def make(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from pdllm_jax import GenerationResult, Tokenizer, load_config
+from pdllm_jax.prompts import SplitPrompt
 from tests import evals_data
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import evaluate
+from evals.example import Example, Task
 from evals.records import Key, RecordError, Records
+from evals.run import run as run_all
 
 SMALL = [
     "--chunk-size", "64", "--top-k", "2", "--encode-batch", "4", "--gen-length", "6",
@@ -58,7 +61,29 @@ def without_times(out: Path) -> list[dict]:
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records(out)]
 
 
-def test_longbench_from_its_files_to_a_table(folder, tmp_path, capsys):
+class Answers:
+    """Stands in for `generate_ids`: keeps what it is given, and answers as it is told."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.asked, self.says = tokenizer, [], "Anne"
+
+    def __call__(self, model, prefix, context, query, *, method, decode, **_):
+        ids = [*prefix, *context, *query]
+        self.asked.append((method, self.tokenizer.backend.decode(ids, skip_special_tokens=False)))
+        tokens = self.tokenizer.encode(self.says)[: decode.gen_length]
+        tokens += [self.tokenizer.eos_id] * (decode.gen_length - len(tokens))
+        selection = {"chunks": [0]} if method == "prefilling" else None
+        return GenerationResult(tokens, None, 1, selection, {"total": 1.0, "compile": 0.0}, {})
+
+
+@pytest.fixture
+def answers(folder, monkeypatch) -> Answers:
+    stand_in = Answers(Tokenizer.load(folder, load_config(folder)))
+    monkeypatch.setattr("evals.run.generate_ids", stand_in)
+    return stand_in
+
+
+def test_longbench_from_its_files_to_a_table(folder, tmp_path, capsys, answers):
     pytest.importorskip("rouge")
     pytest.importorskip("jieba")
     data = evals_data.longbench(tmp_path / "copy")
@@ -69,23 +94,25 @@ def test_longbench_from_its_files_to_a_table(folder, tmp_path, capsys):
     found = records(out)
     counted = {(r["task"], r["id"], r["method"]) for r in found}
     # 3 examples of hotpotqa and of hotpotqa_e, 1 of the five others, each by three methods.
-    assert len(found) == len(counted) == 11 * 3
+    assert len(found) == len(counted) == len(answers.asked) == 11 * 3
     asked = {r["method"]: r for r in found if (r["task"], r["id"]) == ("hotpotqa", "a1")}
     assert {r["digest"] for r in asked.values()} == {asked["plain"]["digest"]}
-    template = len("user\n\nassistant\n\n") + 6
-    whole = len("".join(evals_data.PROMPTS["hotpotqa"].format(context=evals_data.TEXT * 3,
-                input="Where does Anne live?")))  # fmt: skip
-    assert asked["prefilling"]["prompt_tokens"] == whole + template
-    assert asked["plain"]["prompt_tokens"] == whole + template
-    assert not asked["plain"]["truncated"]
-    assert asked["plain"]["chunks"] is None
-    assert len(asked["prefilling"]["chunks"]) == 2
-    continued = next(r for r in found if (r["task"], r["method"]) == ("lcc", "plain"))
-    text = evals_data.PROMPTS["lcc"].format(context=evals_data.TEXT)
-    assert continued["prompt_tokens"] == 1 + len(text), "BOS, and no chat template"
+    text = evals_data.PROMPTS["hotpotqa"].format(
+        context=evals_data.TEXT * 3, input="Where does Anne live?"
+    )
+    chat = (
+        "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    by_method = dict.fromkeys(("plain", "dual-cache", "prefilling"), chat.format(text))
+    assert by_method.items() <= set(answers.asked)
+    text = "<|startoftext|>" + evals_data.PROMPTS["lcc"].format(context=evals_data.TEXT)
+    assert ("plain", text) in answers.asked, "BOS, and no chat template"
+    assert ("prefilling", text) in answers.asked
     summary = json.loads((out / "summary.json").read_text())
     rows = {(row["task"], row["method"]): row for row in summary["rows"]}
     assert rows["hotpotqa", "plain"]["examples"] == 3
+    assert rows["hotpotqa", "plain"]["score"] == pytest.approx(100 / 3), "one of three is Anne"
     assert rows["hotpotqa_e, 4-8k", "plain"]["examples"] == 1
     assert rows["hotpotqa_e, 0-4k", "plain"]["examples"] == 2
     assert table.count("| longbench |") == len(rows) == 3 * 9
@@ -94,9 +121,36 @@ def test_longbench_from_its_files_to_a_table(folder, tmp_path, capsys):
     again = run(capsys, folder, "longbench", data, "--out", out, *SMALL)
     assert again[:2] == (0, table), "what is recorded is not asked again"
     assert records(out) == found
+    assert len(answers.asked) == len(found)
 
 
-def test_middle_truncation_of_the_baselines(folder, tmp_path, capsys):
+def test_a_run_of_every_method_on_a_real_model(folder, tmp_path, capsys):
+    """The prompts fill the model's positions: the baselines lose their middle, the method none."""
+    data = tmp_path / "text.txt"
+    data.write_text(evals_data.TEXT * 20, encoding="utf-8")
+    out = tmp_path / "out"
+    status, table, err = run(
+        capsys, folder, "needle", data, "--out", out, "--lengths", 600, "--depths", 2, *SMALL
+    )
+    assert status == 0, err
+    found = records(out)
+    assert len(found) == 6
+    for record in found:
+        tokens = record["prompt_tokens"]
+        if record["method"] == "prefilling":
+            assert 592 <= tokens + 6 <= 600
+            assert len(record["chunks"]) == 2
+            assert not record["truncated"]
+        else:
+            assert 511 <= tokens + 6 <= 512
+            assert record["chunks"] is None
+            assert record["truncated"]
+        assert record["evaluations"] >= 1
+    assert table.count("| needle | 600 |") == 3
+    assert "| 2 |" in table
+
+
+def test_middle_truncation_of_the_baselines(folder, tmp_path, capsys, answers):
     data = evals_data.longbench(tmp_path / "copy")
     out = tmp_path / "out"
     status, _, err = run(
@@ -113,7 +167,7 @@ def test_middle_truncation_of_the_baselines(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["infinitebench", "ruler", "needle", "generated"])
-def test_every_other_benchmark(folder, tmp_path, capsys, kind):
+def test_every_other_benchmark(folder, tmp_path, capsys, answers, kind):
     flags = []
     if kind == "infinitebench":
         data, counted = evals_data.infinitebench(tmp_path / "copy"), 3 + 1 + 1 + 3 + 4 + 1 + 1
@@ -142,7 +196,7 @@ def test_every_other_benchmark(folder, tmp_path, capsys, kind):
         assert asked["plain"]["prompt_tokens"] == 512 - 6, "all that the model's positions hold"
 
 
-def test_malformed_lines_stop_a_run_or_are_left_out(folder, tmp_path, capsys):
+def test_malformed_lines_stop_a_run_or_are_left_out(folder, tmp_path, capsys, answers):
     data = evals_data.infinitebench(tmp_path / "copy")
     path = data / "passkey.jsonl"
     path.write_bytes(path.read_bytes() + b"{broken\n")
@@ -186,7 +240,7 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
         assert err.count("\n") == 1
 
 
-def test_a_folder_has_one_run(folder, tmp_path, capsys):
+def test_a_folder_has_one_run(folder, tmp_path, capsys, answers):
     data = evals_data.infinitebench(tmp_path / "copy")
     out = tmp_path / "out"
     command = [
@@ -240,8 +294,61 @@ def test_records_damaged_and_cut_off(tmp_path):
         Records(tmp_path, settings)
 
 
-def test_a_killed_run_goes_on_where_it_was(folder, tmp_path):
-    """Killed twice, while it computes and with a line half written: the same records in the end."""
+DRIVER = """
+import sys, time
+from tests.test_evaluate_cli import slow_run
+slow_run(sys.argv[1], float(sys.argv[2]))
+"""
+
+
+def slow_run(out: str, pause: float) -> None:
+    """A run of 20 examples whose answers take their time."""
+    examples = tuple(Example(str(i), (str(i),), SplitPrompt("", "c", "?")) for i in range(20))
+    task = Task("b", "t", 4, lambda said, example: float(said in example.answers), examples)
+
+    def ask(task, example, method):
+        time.sleep(pause)
+        return {
+            "score": task.metric("7", example), "digest": example.digest(),
+            "long": method + example.id * 2000,
+        }  # fmt: skip
+
+    with Records(Path(out), {}) as opened:
+        run_all(ask, [task], ["plain", "prefilling"], opened, show=False)
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    """Killed twice with SIGKILL: in the end there are the records of a run that was not."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}"}
+    cut, through = tmp_path / "cut", tmp_path / "through"
+    path, kept = cut / "records.jsonl", b""
+    for least in (3, 9):
+        child = subprocess.Popen([sys.executable, "-c", DRIVER, cut, "0.03"], env=environment)
+        wait_for_lines(child, path, least)
+        child.send_signal(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+        assert path.read_bytes().startswith(kept), "what was recorded stays"
+        kept = path.read_bytes()
+        assert least <= kept.count(b"\n") < 40
+        path.write_bytes(kept + kept[:100])  # as if killed while it wrote
+    slow_run(str(cut), 0)
+    slow_run(str(through), 0)
+    assert path.read_bytes() == (through / "records.jsonl").read_bytes()
+    assert path.read_bytes().count(b"\n") == 40
+
+
+def wait_for_lines(child: subprocess.Popen, path: Path, least: int) -> None:
+    """Until there are so many records, a minute at most."""
+    began = time.monotonic()
+    while not path.exists() or path.read_bytes().count(b"\n") < least:
+        assert child.poll() is None, "ended before it could be killed"
+        assert time.monotonic() - began < 300
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_where_it_was(folder, tmp_path):
+    """The whole of it on a real model, killed while it computes, a line half written."""
     data = evals_data.infinitebench(tmp_path / "copy")
     rows = [
         {"id": i, "context": evals_data.TEXT * 3, "input": f"{i}?", "answer": i} for i in range(12)
@@ -259,11 +366,8 @@ def test_a_killed_run_goes_on_where_it_was(folder, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     # The first is killed as soon as it has three records.
     first = subprocess.Popen(command(cut), env=environment, stdout=subprocess.DEVNULL)
-    path, began = cut / "records.jsonl", time.monotonic()
-    while not path.exists() or path.read_bytes().count(b"\n") < 3:
-        assert first.poll() is None, "ended before it could be killed"
-        assert time.monotonic() - began < 300
-        time.sleep(0.01)
+    path = cut / "records.jsonl"
+    wait_for_lines(first, path, 3)
     first.send_signal(signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
     kept = path.read_bytes()
@@ -272,11 +376,9 @@ def test_a_killed_run_goes_on_where_it_was(folder, tmp_path):
     done = subprocess.run(command(cut), env=environment, capture_output=True, text=True, check=True)
     assert "the last line was cut off" in done.stderr
     assert path.read_bytes().startswith(kept[: kept[:-1].rindex(b"\n") + 1])
-    through.mkdir()
     done_whole = subprocess.run(
         command(through), env=environment, capture_output=True, text=True, check=True
     )
     assert done_whole.stderr == ""
     assert without_times(cut) == without_times(through)
     assert len(records(cut)) == 24
-    shutil.rmtree(through)

@@ -178,6 +178,11 @@ def split_request(
     return Request(prefix, tokenizer.encode(prompt.context), query)
 
 
+def fitting_block(gen_length: int, most: int) -> int:
+    """The longest block of at most `most` tokens that responses of this length can be cut into."""
+    return next(n for n in range(min(most, gen_length), 0, -1) if gen_length % n == 0)
+
+
 def encode_marked(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a text in which special tokens that are spelt out count as such: a filled-in template.
 

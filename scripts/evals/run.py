@@ -23,7 +23,7 @@ from pdllm_jax import (
 )
 from pdllm_jax.chunking import TokenIds
 from pdllm_jax.generate import Method
-from pdllm_jax.prompts import dense_prompt, split_request, truncate_middle
+from pdllm_jax.prompts import dense_prompt, fitting_block, split_request, truncate_middle
 
 METHODS: tuple[Method, ...] = ("plain", "prefix-cache", "dual-cache", "prefilling")
 
@@ -53,10 +53,9 @@ class Asker:
     def decode(self, task: Task) -> DecodeConfig:
         """Greedy; a response ends with the block in which its text does."""
         length = self.gen_length or task.gen_length
-        block = next(n for n in range(min(self.block_length, length), 0, -1) if length % n == 0)
         return DecodeConfig(
             gen_length=length,
-            block_length=block,
+            block_length=fitting_block(length, self.block_length),
             threshold=self.threshold,
             stop_ids=self.tokenizer.stop_ids,
         )

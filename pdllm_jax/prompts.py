@@ -25,7 +25,7 @@ from pdllm_jax.tokenizer import (
 # Of `split_by_rule`, in characters: the longest first paragraph that is taken for an instruction,
 # and how much is taken for the question.
 _LONGEST_INSTRUCTION = 1000
-_SHORTEST_QUESTION, _LONGEST_QUESTION = 64, 2000
+_SHORTEST_QUESTION, _LONGEST_TAKEN_ALONG, _LONGEST_QUESTION = 64, 500, 2000
 
 # RULER (arXiv 2404.06654) hands out whole prompts. For each kind of task: how the text before the
 # document ends, and how the text after it begins.
@@ -104,9 +104,10 @@ def split_by_rule(prompt: str) -> SplitPrompt | None:
     """A prompt whose template is not known, cut by its paragraphs; None if no document is left.
 
     Paragraphs end with a blank line; where there is none, with the line. The first paragraph is
-    the prefix if it has at most 1,000 characters, or there is no prefix. The query is the fewest
-    last paragraphs that have 64 characters together; where these have more than 2,000, the fewest
-    lines, and where that is still too much, the last 2,000 characters.
+    the prefix if it has at most 1,000 characters, or there is no prefix. The query is the last
+    paragraph, and where it has less than 64 characters, those before it until there are as many,
+    as long as no more than 500 come together. Where it has more than 2,000, the same goes for
+    lines, and where that is still too much, it is the last 2,000 characters.
     """
     separator = "\n\n" if "\n\n" in prompt else "\n"
     first, found, _ = prompt.partition(separator)
@@ -123,10 +124,13 @@ def split_by_rule(prompt: str) -> SplitPrompt | None:
 
 
 def _last_parts(text: str, separator: str) -> str:
-    """The fewest last parts of a text with at least 64 characters that are not blank."""
+    """The last part of a text that is not blank, with those before it that it takes along."""
     start = len(text)
     while start > 0:
-        start = max(text.rfind(separator, 0, start), 0)
+        earlier = max(text.rfind(separator, 0, start), 0)
+        if text[start:].strip() and len(text) - earlier > _LONGEST_TAKEN_ALONG:
+            break
+        start = earlier
         if len(text[start:].strip()) >= _SHORTEST_QUESTION:
             break
     return text[start:]

@@ -27,7 +27,7 @@ ANSWER = [40, 41, 42, 40, 99]
 @pytest.fixture
 def both(make_checkpoint):
     """The library's model and the oracle of the same tensors; small, for much is compiled here."""
-    made = make_checkpoint(n_layers=2, d_model=32, n_heads=2, n_kv_heads=1)
+    made = make_checkpoint(n_layers=1, d_model=32, n_heads=2, n_kv_heads=1)
     return (
         model_from_tensors(made.tensors, made.config),
         LlamaOracle(made.tensors, made.config),

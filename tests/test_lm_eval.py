@@ -194,12 +194,16 @@ def test_where_prompts_are_cut(model, task):
     assert model._split(prompt, instance(prompt, doc=doc, task=f"ruler_{task}")) == (parts, "ruler")
     named = {"other": parts[1]} if len(parts[1]) * 2 > len(prompt) else {"context": parts[1]}
     assert model._split(prompt, instance(prompt, doc=named)) == (parts, "context")
-    long = (
-        f"Do this.\n\n{'The sea. ' * 99}\n\nWhich of these sentences comes more than once, and why?"
-    )
+    long = f"Do this.\n\n{'The sea. ' * 99}\n\nWhich comes twice?\nAnswer:"
     cut = model._split(long, instance(long))
     assert cut[1] == "rule"
     assert cut[0].before == "Do this.\n\n"
+    assert cut[0].after == "\n\nWhich comes twice?\nAnswer:"
+    templated = model.apply_chat_template([{"role": "user", "content": long}])
+    around = model._split(templated, instance(templated))[0]
+    assert around.context == cut[0].context
+    assert around.before.endswith("<|end_header_id|>\n\nDo this.\n\n")
+    assert around.after.startswith(cut[0].after + "<|eot_id|>")
     assert model._split("one line", instance("one line"))[1] == "whole"
 
 
@@ -268,11 +272,12 @@ def test_settings_are_checked_before_anything_is_loaded(tmp_path):
 
 def test_the_command_finds_the_model(folder, tasks, tmp_path):
     """lm-eval's own command line, through the module that registers the model."""
-    arguments = ",".join(f"{k}={v}" for k, v in {"pretrained": folder, **SETTINGS}.items())
+    settings = {"pretrained": folder, "method": "plain", "gen_length": 2}  # little to compile
+    arguments = ",".join(f"{name}={value}" for name, value in settings.items())
     done = subprocess.run(
         [sys.executable, "-m", "pdllm_jax.lm_eval", "--model", "pdllm", "--model_args", arguments,
          "--tasks", "local_qa", "--include_path", str(tasks), "--limit", "1",
-         "--apply_chat_template", "--output_path", str(tmp_path)],
+         "--output_path", str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip

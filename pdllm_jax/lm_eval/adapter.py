@@ -166,8 +166,14 @@ class PrefillingLM(LM):
                 return found, "context"
         if instance.task_name and (found := split_ruler(instance.task_name, prompt)):
             return found, "ruler"
-        found = split_by_rule(prompt)
-        return found, "rule" if found else "whole"
+        turn = _ONE_TURN.fullmatch(prompt)
+        start, end = turn.span("text") if turn else (0, len(prompt))
+        found = split_by_rule(prompt[start:end])
+        if found is None:
+            return None, "whole"
+        return found._replace(
+            before=prompt[:start] + found.before, after=found.after + prompt[end:]
+        ), "rule"
 
     def _request(self, prompt: str, instance: Instance) -> Request | None:
         """A prompt in three parts; None where it goes to the dual cache whole."""

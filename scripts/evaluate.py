@@ -141,6 +141,8 @@ def load_tasks(args: argparse.Namespace, tokenizer: Tokenizer, malformed: Malfor
         templates = None
         if args.templates is not None:
             templates = json.loads(args.templates.read_text(encoding="utf-8"))
+            if not isinstance(templates, dict):
+                raise DataError(f"{args.templates} must hold a JSON object")
         return infinitebench.load(args.data, args.tasks, malformed, templates)
     if args.benchmark == "ruler":
         return ruler.load(args.data, args.tasks, malformed)

@@ -220,6 +220,10 @@ def test_malformed_lines_stop_a_run_or_are_left_out(folder, tmp_path, capsys, an
 
 def test_bad_input_is_one_line(folder, tmp_path, capsys):
     data = evals_data.infinitebench(tmp_path / "copy")
+    from tests.oracles import checkpoints
+
+    checkpoints.write_tokenizer(tmp_path, checkpoints.SPECIAL_TOKENS[:2])
+    other = evals_data.corpora(tmp_path / "corpora", tmp_path / "tokenizer.json")
     for argv, message in (
         ([folder, "infinitebench", tmp_path / "none", "--out", tmp_path / "o"], "does not exist"),
         ([folder, "infinitebench", tmp_path, "--out", tmp_path / "o"], "holds no InfiniteBench"),
@@ -232,6 +236,7 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
         ([tmp_path / "none", "infinitebench", data, "--out", tmp_path / "o"], "is not a folder"),
         ([folder, "needle", data, "--out", tmp_path / "o"], r"no .txt file"),
         ([folder, "generated", data, "--out", tmp_path / "o"], "tokenizer.json is missing"),
+        ([folder, "generated", other, "--out", tmp_path / "o"], "another tokenizer"),
     ):
         status, out, err = run(capsys, *argv)
         assert (status, out) == (2, ""), argv

@@ -111,17 +111,28 @@ class Tokenizer:
         question, end of turn, assistant header. Else BOS, instruction | document | question.
         """
         if self.chat is None:
-            return [self.bos_id, *self.encode(f"{instruction}\n\n")], self.encode(
-                f"\n\n{question}\n"
-            )
+            return self.around(f"{instruction}\n\n", f"\n\n{question}\n")
+        return self.around(f"{instruction}\n\n", f"\n\n{question}")
+
+    def around(
+        self, before: str, after: str, *, chat: bool = True, response: str = ""
+    ) -> tuple[list[int], list[int]]:
+        """(prefix ids, query ids) of any text before and after a document, taken as it is.
+
+        chat: one user's turn in LLaDA's chat template, where its tokens exist; else BOS comes
+          first and nothing else is added.
+        response: how the response begins, behind the assistant's header.
+        """
+        if self.chat is None or not chat:
+            return [self.bos_id, *self.encode(before)], self.encode(after + response)
         start, end, end_of_turn = self.chat
 
         def header(role: str) -> list[int]:
             return [start, *self.encode(role), end]
 
-        prefix = [self.bos_id, *header("user"), *self.encode(f"\n\n{instruction}\n\n")]
-        query = [*self.encode(f"\n\n{question}"), end_of_turn, *header("assistant")]
-        return prefix, query + self.encode("\n\n")
+        prefix = [self.bos_id, *header("user"), *self.encode(f"\n\n{before}")]
+        query = [*self.encode(after), end_of_turn, *header("assistant")]
+        return prefix, query + self.encode(f"\n\n{response}")
 
 
 def _named_tokens(path: Path) -> dict[str, str]:

@@ -1,0 +1,237 @@
+#!/usr/bin/env python3
+"""Scores of a checkpoint on long-context benchmarks, by method, on the same examples.
+
+  scripts/evaluate.py CHECKPOINT generated CORPORA --out DIR --lengths 4096
+  scripts/evaluate.py CHECKPOINT longbench FOLDER --out DIR --tasks hotpotqa trec --limit 50
+  scripts/evaluate.py CHECKPOINT infinitebench FOLDER --out DIR
+  scripts/evaluate.py CHECKPOINT ruler FOLDER --out DIR
+  scripts/evaluate.py CHECKPOINT needle TEXT --out DIR --lengths 4096 8192
+
+DIR gets records.jsonl (a line for each example and method), settings.json and summary.json; the
+table goes to stdout. A run that was stopped, in whatever way, goes on where it was when the same
+command is given again. docs/evaluation.md says what is exact.
+
+Exit status: 0; 1 when all is done but malformed lines were skipped; 2 and one line for bad input;
+130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+from bench.record import conditions, write
+from evals import generated, infinitebench, longbench, needle, ruler
+from evals.example import DataError, Malformed, OnMalformed, Task
+from evals.records import Records
+from evals.run import METHODS, Asker, run, summarise, table
+from generate import DTYPES, Parser
+
+from convert import converted
+from pdllm_jax import ChunkConfig, SelectionConfig, Tokenizer, load_config, load_model
+from pdllm_jax.checkpoint import MANIFEST
+from pdllm_jax.compilation import enable_compilation_cache
+from pdllm_jax.config import Encoding, Positions, Scorer
+
+
+def common() -> argparse.ArgumentParser:
+    """Flags of every benchmark."""
+    chunking, selection = ChunkConfig(), SelectionConfig()
+    p = argparse.ArgumentParser(add_help=False)
+    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=("plain", "dual-cache", "prefilling")
+    )
+    p.add_argument("--limit", type=int, metavar="N", help="the first N examples of every task")
+    p.add_argument(
+        "--on-malformed", choices=get_args(OnMalformed), default="stop",
+        help="a bad line ends the run, or is reported and left out (default: %(default)s)",
+    )  # fmt: skip
+    p.add_argument(
+        "--max-length", type=int, metavar="N",
+        help="longest prompt of the baselines, whose middle is dropped (default: by the model)",
+    )  # fmt: skip
+    p.add_argument("--gen-length", type=int, metavar="N", help="instead of the benchmark's")
+    p.add_argument("--block-length", type=int, default=32, help="at most (default: %(default)s)")
+    p.add_argument(
+        "--threshold", type=float, default=0.9,
+        help="unmask every slot at least this probable; 0: one token a step (default: %(default)s)",
+    )  # fmt: skip
+    p.add_argument("--no-chat", action="store_true", help="no chat template around prompts")
+    p.add_argument("--chunk-size", type=int, default=chunking.chunk_size)
+    p.add_argument("--overlap", type=int, default=chunking.overlap)
+    p.add_argument("--no-anchors", action="store_true")
+    p.add_argument("--top-k", type=int, default=selection.top_k)
+    scorers = [name for name in get_args(Scorer) if name != "oracle"]
+    p.add_argument("--score", choices=scorers, default=selection.scorer)
+    p.add_argument("--encoding", choices=get_args(Encoding), default=selection.encoding)
+    p.add_argument("--positions", choices=get_args(Positions), default=selection.positions)
+    p.add_argument("--encode-batch", type=int, default=selection.encode_batch)
+    p.add_argument("--implementation", choices=("mosaic_gpu", "cudnn", "xla"))
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--dtype", choices=tuple(DTYPES), default="keep")
+    return p
+
+
+def parser() -> argparse.ArgumentParser:
+    """CHECKPOINT, the benchmark and its data, then flags."""
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
+    kinds = p.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    shared = common()
+
+    def add(name: str, text: str, data: str) -> argparse.ArgumentParser:
+        sub = kinds.add_parser(name, help=text, description=text, parents=[shared])
+        sub.add_argument("data", type=Path, metavar=data)
+        return sub
+
+    sub = add(
+        "generated", "retrieval tasks made from the corpora of scripts/small/corpus.py", "CORPORA"
+    )
+    sub.add_argument("--tasks", nargs="+", choices=generated.NAMES, default=generated.NAMES)
+    sub.add_argument("--lengths", nargs="+", type=int, default=[4096], metavar="TOKENS")
+    sub.add_argument("--examples", type=int, default=500, help="of a cell (default: %(default)s)")
+    sub.add_argument("--first", type=int, default=100_000, help="seed of the first example")
+    sub = add("longbench", "LongBench v1, or LongBench-E, from a local copy", "FOLDER")
+    sub.add_argument("--tasks", nargs="+", metavar="TASK")
+    sub.add_argument("--config", type=Path, help="folder of dataset2prompt.json")
+    sub = add("infinitebench", "InfiniteBench from a local copy", "FOLDER")
+    sub.add_argument("--tasks", nargs="+", metavar="TASK")
+    sub.add_argument("--templates", type=Path, metavar="F", help="JSON: prompts by task")
+    sub = add("ruler", "RULER from files that its scripts made", "FOLDER")
+    sub.add_argument("--tasks", nargs="+", metavar="TASK")
+    sub = add("needle", "needle in a haystack: a text file, or a folder of them", "TEXT")
+    sub.add_argument("--lengths", nargs="+", type=int, default=[4096], metavar="TOKENS")
+    sub.add_argument("--depths", type=int, default=11, metavar="N", help="evenly from 0 to 1")
+    sub.add_argument("--needle", default=needle.NEEDLE)
+    sub.add_argument("--question", default=needle.QUESTION)
+    sub.add_argument("--expect", nargs="+", default=needle.EXPECTED, metavar="PHRASE")
+    return p
+
+
+def load_tasks(args: argparse.Namespace, tokenizer: Tokenizer, malformed: Malformed) -> list[Task]:
+    """The benchmark's tasks with their examples."""
+    if not args.data.exists():
+        raise DataError(f"{args.data} does not exist")
+    if args.benchmark == "generated":
+        from small import tasks
+        from small.corpus import load
+
+        generated.check_tokenizer(args.data, tokenizer.backend)
+        encode = tasks.Encoder(tokenizer.backend)
+        # These tasks spell the chat template out.
+        tokenizer.backend.encode_special_tokens = False
+        try:
+            count = args.examples if args.limit is None else min(args.examples, args.limit)
+            return generated.make(
+                args.tasks, args.lengths, count,
+                corpora=load(args.data, held_out=True), encode=encode, first_seed=args.first,
+            )  # fmt: skip
+        finally:
+            tokenizer.backend.encode_special_tokens = True
+    if args.benchmark == "longbench":
+        return longbench.load(args.data, args.tasks, malformed, args.config)
+    if args.benchmark == "infinitebench":
+        templates = None
+        if args.templates is not None:
+            templates = json.loads(args.templates.read_text(encoding="utf-8"))
+            if not isinstance(templates, dict):
+                raise DataError(f"{args.templates} must hold a JSON object")
+        return infinitebench.load(args.data, args.tasks, malformed, templates)
+    if args.benchmark == "ruler":
+        return ruler.load(args.data, args.tasks, malformed)
+    if args.depths < 2:
+        raise DataError(f"--depths must be at least 2, got {args.depths}")
+    return needle.grid(
+        needle.read_haystack(args.data), tokenizer, args.lengths,
+        [i / (args.depths - 1) for i in range(args.depths)],
+        needle=args.needle, question=args.question, expected=args.expect,
+        gen_length=args.gen_length or 32,
+    )  # fmt: skip
+
+
+def settings(ask: Asker, folder: Path) -> dict[str, Any]:
+    """What a record depends on beside its example and method."""
+    plain = {
+        name: value
+        for name, value in vars(ask).items()
+        if name not in ("model", "tokenizer", "chunking", "selection")
+    }
+    return {
+        **plain,
+        "chunking": dataclasses.asdict(ask.chunking),
+        "selection": dataclasses.asdict(ask.selection),
+        "checkpoint": hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(),
+        "dtype": str(ask.model.dtype),
+    }
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Everything that the command line asks for; the exit status."""
+    for name in ("limit", "gen_length", "block_length"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    malformed = Malformed(args.on_malformed, lambda line: print(line, file=sys.stderr))
+    chunking = ChunkConfig(args.chunk_size, anchors=not args.no_anchors, overlap=args.overlap)
+    selection = SelectionConfig(
+        top_k=args.top_k, scorer=args.score, encoding=args.encoding, positions=args.positions,
+        encode_batch=args.encode_batch,
+    )  # fmt: skip
+    folder = converted(args.checkpoint)
+    tokenizer = Tokenizer.load(folder, load_config(folder))
+    tasks = load_tasks(args, tokenizer, malformed)
+    tasks = [dataclasses.replace(t, examples=t.examples[: args.limit]) for t in tasks]
+    ask = Asker(
+        model=load_model(folder, dtype=DTYPES[args.dtype]), tokenizer=tokenizer,
+        chunking=chunking, selection=selection, threshold=args.threshold or None,
+        block_length=args.block_length, gen_length=args.gen_length, max_length=args.max_length,
+        chat=not args.no_chat, seed=args.seed, implementation=args.implementation,
+    )  # fmt: skip
+    for task in tasks:
+        ask.decode(task)  # refuses bad settings before anything is computed
+    with Records(args.out, settings(ask, folder)) as records:
+        if records.dropped:
+            print(
+                f"{records.path}: the last line was cut off ({records.dropped} bytes dropped)",
+                file=sys.stderr,
+            )
+        run(ask, tasks, args.methods, records, show=sys.stderr.isatty())
+        rows = summarise(tasks, args.methods, records)
+    write(
+        args.out / "summary.json",
+        {
+            "command": " ".join(["scripts/evaluate.py", *sys.argv[1:]]),
+            "conditions": {**conditions(), "platform": jax.default_backend()},
+            "settings": json.loads((args.out / "settings.json").read_text(encoding="utf-8")),
+            "malformed_lines": malformed.count,
+            "rows": rows,
+        },
+    )
+    print(table(rows))
+    if malformed.count:
+        print(f"{malformed.count} malformed lines were left out", file=sys.stderr)
+    return 1 if malformed.count else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    args = parser().parse_args(argv)
+    enable_compilation_cache()
+    try:
+        return evaluate(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Implementation
-from pdllm_jax.answer import GenerationResult, OnBlock, answer, keeps_pool, request_keys
+from pdllm_jax.answer import GenerationResult, OnBlock, answer, request_keys
 from pdllm_jax.cache import ChunkCache
 from pdllm_jax.chunking import (
     ChunkedPrompt,
@@ -25,6 +25,7 @@ from pdllm_jax.chunking import (
 from pdllm_jax.config import ChunkConfig, ConfigError, DecodeConfig, SelectionConfig
 from pdllm_jax.model import LLaDA
 from pdllm_jax.prefill import encode_document
+from pdllm_jax.prefilled import keeps_pool
 from pdllm_jax.scoring import check_scorable
 from pdllm_jax.tokenizer import INSTRUCTION, Tokenizer
 

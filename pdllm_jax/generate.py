@@ -16,7 +16,6 @@ from pdllm_jax.answer import (
     OnBlock,
     answer,
     decode,
-    keeps_pool,
     phase_times,
     request_keys,
     used_paths,
@@ -24,6 +23,7 @@ from pdllm_jax.answer import (
 from pdllm_jax.chunking import TokenIds, bucket, check_token_ids, chunk_prompt, pad_to
 from pdllm_jax.config import ChunkConfig, ConfigError, DecodeConfig, Recompute, SelectionConfig
 from pdllm_jax.model import LLaDA
+from pdllm_jax.prefilled import keeps_pool
 from pdllm_jax.start import init_denoise
 from pdllm_jax.timing import Stopwatch
 from pdllm_jax.tokenizer import INSTRUCTION, Tokenizer

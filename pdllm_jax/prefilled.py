@@ -166,10 +166,9 @@ def begin(
                 state, block=jnp.where(filling, config.n_blocks, state.block)
             )
         jax.block_until_ready(state)
+    begun = dataclasses.replace(chosen, state=state, decode=config)
     done_with = state.pool is not None and chosen.selecting.reselect == "never"
-    return dataclasses.replace(
-        chosen, cache=None if done_with else chosen.cache, state=state, decode=config
-    )
+    return _without_cache(begun) if done_with else begun
 
 
 def without_other_chunks(prefilled: Prefilled) -> Prefilled:
@@ -184,7 +183,7 @@ def without_other_chunks(prefilled: Prefilled) -> Prefilled:
     if state is not None:
         pool, places = _gathered(cache.pool, state.chunk_ids)
         state = dataclasses.replace(state, pool=pool, chunk_ids=places)
-        return dataclasses.replace(prefilled, cache=None, state=state)
+        return _without_cache(dataclasses.replace(prefilled, state=state))
     if prefilled.selecting.encoding not in ("independent", "bridge"):
         return dataclasses.replace(prefilled, cache=cache.without_pool())
     selection = prefilled.selection
@@ -200,6 +199,12 @@ def without_other_chunks(prefilled: Prefilled) -> Prefilled:
         cache=dataclasses.replace(cache, pool=pool, streamed=True),
         selection=dataclasses.replace(selection, slots=places),
     )
+
+
+def _without_cache(prefilled: Prefilled) -> Prefilled:
+    """The places in the cache's pool go with it."""
+    selection = dataclasses.replace(prefilled.selection, slots=None)
+    return dataclasses.replace(prefilled, cache=None, selection=selection)
 
 
 def _gathered(pool: ChunkPool, ids: Int[Array, "*B K"]) -> tuple[ChunkPool, Int[Array, "*B K"]]:

@@ -17,7 +17,7 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
@@ -36,7 +36,6 @@ DTYPES = ("bfloat16", "float16", "float32", "int32", "uint32", "bool")
 _MAX_SIZE = 1 << 40
 
 Holds = Literal["document", "selection", "state"]
-Settings = TypeVar("Settings", ChunkConfig, SelectionConfig, DecodeConfig)
 
 
 class SnapshotError(ValueError):
@@ -286,7 +285,7 @@ def _parse(raw: Mapping[str, Any]) -> Manifest:
     )
 
 
-def _settings(kind: type[Settings], raw: Any) -> Settings | None:
+def _settings(kind: Any, raw: Any) -> Any:
     """Settings as their class validates them; a field more or less is refused."""
     if raw is None:
         return None

@@ -39,7 +39,7 @@ class Prefilled:
     state: that denoising starts from; None before `begin`.
     selecting: the settings as they are for these documents: K is at most their number of chunks.
     requests: those that were asked for; the rest of the batch is filling.
-    decode: what the state was made for; None before `begin`.
+    decode: what the state was made for; before `begin`, what it is meant to be, or None.
     """
 
     cache: ChunkCache | None

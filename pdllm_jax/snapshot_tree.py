@@ -176,9 +176,14 @@ def _check_flags(folder: Path, manifest: Manifest) -> None:
     found = {name: type(value) for name, value in manifest.flags.items()}
     if found != types:
         raise refusal(folder, "flags", found=dict(manifest.flags), wanted=sorted(types))
-    settings = (manifest.selecting is not None, manifest.decode is not None)
-    wanted = (manifest.holds != "document", manifest.holds == "state")
-    if settings != wanted or ("state" in names) != (manifest.holds == "state"):
+    asked, decode = manifest.holds != "document", manifest.decode is not None
+    # A selection may say how it is meant to be decoded.
+    fits = asked if decode else manifest.holds != "state"
+    if (
+        (manifest.selecting is not None) != asked
+        or not fits
+        or ("state" in names) != (manifest.holds == "state")
+    ):
         raise refusal(folder, "holds", f"{manifest.holds!r} does not go with its contents")
     if manifest.holds != "document":
         requests, (batch, _) = manifest.flags["requests"], manifest.arrays["keys"].shape

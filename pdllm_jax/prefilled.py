@@ -128,7 +128,7 @@ def choose(
             cache, scores = prefill(model, prompt, passing, **shared)
             chosen = select(scores, selecting)
         if selecting.max_k is not None:
-            chosen = _trimmed(chosen)
+            chosen = trimmed(chosen)
         jax.block_until_ready((cache, chosen))
     return Prefilled(
         cache=cache,
@@ -215,7 +215,7 @@ def _gathered(pool: ChunkPool, ids: Int[Array, "*B K"]) -> tuple[ChunkPool, Int[
     return ChunkPool(pool.k[:, at], pool.v[:, at], lengths), jnp.where(ids >= 0, own, EMPTY_SLOT)
 
 
-def _trimmed(chosen: Selection) -> Selection:
+def trimmed(chosen: Selection) -> Selection:
     """Without slots that are empty in every request, so that they cost nothing further on."""
     most = max(1, int((np.asarray(chosen.chunk_ids) != EMPTY_SLOT).sum(axis=-1).max()))
     return jax.tree.map(lambda x: x[..., :most], chosen)

@@ -17,6 +17,7 @@ import copy
 import json
 import math
 import os
+import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,9 +45,12 @@ from pdllm_jax.snapshot_format import (
 CHUNK_BYTES = 16 << 20
 # Below these an array, or a head of a layer, is not worth a file of its own.
 SMALL_ARRAY_BYTES, SMALL_CHUNK_BYTES = 4 << 20, 1 << 20
-_READ_BYTES = 4 << 20
+# Stays in a processor's cache.
+_READ_BYTES = 256 << 10
 _METADATA_BYTES = 1 << 20
 _WORKERS = max(4, os.cpu_count() or 1)
+
+_BUFFERS = threading.local()
 
 # Zarr's names of the dtypes.
 _ZARR = {
@@ -75,14 +79,23 @@ class _Handler(ocp.type_handlers.ArrayHandler):
         return await super().serialize(values, self._ours(infos), args)
 
     async def deserialize(self, infos: Any, args: Any = None) -> Any:
-        restored = []
-        # One after the other: an array is checked just before it is read, while its files are in
-        # the page cache, so that they come from the disk once.
-        for info, arg in zip(self._ours(infos), args, strict=True):
+        infos, restored = self._ours(infos), []
+        checked = asyncio.create_task(self._check(infos[:1]))
+        try:
+            # One after the other, the next one's files being checked meanwhile: so these come from
+            # the disk once, and are still in the page cache when they are read.
+            for i, (info, arg) in enumerate(zip(infos, args, strict=True)):
+                await checked
+                checked = asyncio.create_task(self._check(infos[i + 1 : i + 2]))
+                restored += await super().deserialize([info], [arg])
+        finally:
+            await asyncio.gather(checked, return_exceptions=True)
+        return restored
+
+    async def _check(self, infos: Sequence[Any]) -> None:
+        for info in infos:
             if self._before is not None:
                 await asyncio.to_thread(self._before, info.name)
-            restored += await super().deserialize([info], [arg])
-        return restored
 
 
 def _checkpointer(handler: _Handler, largest: int) -> ocp.Checkpointer:
@@ -174,7 +187,7 @@ def _save_args(name: str, array: Array) -> ocp.SaveArgs:
 
 def _file_record(path: Path) -> FileRecord:
     checksum, nbytes = 0, 0
-    buffer = memoryview(bytearray(_READ_BYTES))
+    buffer = memoryview(_BUFFERS.__dict__.setdefault("buffer", bytearray(_READ_BYTES)))
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         while count := file.readinto(buffer):

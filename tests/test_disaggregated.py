@@ -103,14 +103,9 @@ def test_a_document_is_asked_from_a_snapshot_and_from_a_store(checkpoint, text, 
         "--out", tmp_path / "document", "--chunk-size", "32",
     )  # fmt: skip
     assert made[0] == 0, made[2]
-    asked = [
-        call(capsys, generate.main, checkpoint, "--snapshot", tmp_path / "document", *question)
-    ]
-    store = ("--store", tmp_path / "store")
-    for _ in range(2):
-        asked.append(
-            call(capsys, generate.main, checkpoint, "--context-file", text, *store, *question)
-        )
+    sources = [("--snapshot", tmp_path / "document")]
+    sources += [("--context-file", text, "--store", tmp_path / "store")] * 2
+    asked = [call(capsys, generate.main, checkpoint, *source, *question) for source in sources]
     (kept,) = [p for p in (tmp_path / "store").iterdir() if p.is_dir()]
     assert len(kept.name) == 64
     for status, out, err in asked:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,8 @@ def host_memory(sharding: Sharding) -> Sharding:
 
     Raises ValueError where the backend has no memory of the host's.
     """
-    kinds = {memory.kind for d in sharding.device_set for memory in d.addressable_memories()}
+    devices: Any = sharding.device_set
+    kinds = {memory.kind for device in devices for memory in device.addressable_memories()}
     for kind in ("pinned_host", "unpinned_host"):
         if kind in kinds:
             return sharding.with_memory_kind(kind)

@@ -39,9 +39,11 @@ test: env
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 # Tests that need PyTorch skip themselves here; those of files, settings and training do not depend
-# on the version of jax, and those of batches and re-selection go over what the others cover.
+# on the version of jax, and those of batches, re-selection, the store and kills go over what the
+# others cover.
 NOT_KERNELS := --ignore-glob='*/test_convert*' --ignore=tests/test_config.py --ignore=tests/test_small.py \
-	--ignore=tests/test_batch.py --ignore=tests/test_reselect.py
+	--ignore=tests/test_batch.py --ignore=tests/test_reselect.py \
+	--ignore=tests/test_store.py --ignore=tests/test_snapshot_kills.py
 ifeq ($(PYTHON_KERNELS),)
 test-kernels test-gpu:
 	@echo 'skipped: no Python 3.12 or newer here (set PYTHON_KERNELS=); the kernel needs it'

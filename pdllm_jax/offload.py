@@ -106,16 +106,25 @@ def encode_offloaded(
 
 
 def offload(cache: ChunkCache) -> OffloadedDocument:
-    """A document that is on the device, or was restored, with its KV in host memory."""
+    """A document that is on the device, or was restored to host memory, as one that is offloaded.
+
+    Of a snapshot: `load_document` with a placement that gives `host_memory` for the pool's arrays.
+    """
     if cache.pool is None or cache.batched or cache.streamed:
         raise ValueError("only one document's cache with the KV of every chunk can be offloaded")
     device = jax.device_put(0).sharding
     host = host_memory(device)
     n = int(np.count_nonzero(np.asarray(cache.lengths)))
-    k, v = (
-        tuple(jax.device_put(x[:, i], host) for i in range(n)) for x in (cache.pool.k, cache.pool.v)
+
+    def chunks(x: Array) -> tuple[Array, ...]:
+        on_device = x.sharding.memory_kind == device.memory_kind
+        # What lies in host memory is cut up there; an index would be computed on the device.
+        rows = x if on_device else np.asarray(x)
+        return tuple(jax.device_put(rows[:, i], host) for i in range(n))
+
+    return OffloadedDocument(
+        chunks(cache.pool.k), chunks(cache.pool.v), cache.without_pool(), device
     )
-    return OffloadedDocument(k, v, cache.without_pool(), device)
 
 
 def fetch(document: OffloadedDocument, chunk_ids: Sequence[int]) -> ChunkPool:

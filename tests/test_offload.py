@@ -27,6 +27,8 @@ from pdllm_jax.offload import (
 from pdllm_jax.prefill import encode_document
 from pdllm_jax.prefilled import begin
 from pdllm_jax.scoring import score_chunks
+from pdllm_jax.snapshot import load_document, save_document
+from tests import workers
 from tests.test_prefill import sharpen
 
 SELECT = SelectionConfig(top_k=2, masked_copies=1, scorer="query", encode_batch=2)
@@ -69,6 +71,23 @@ def test_the_kv_lies_in_host_memory_and_is_the_device_s(document, cache):
     again = offload(cache)
     for x, y in zip((*again.k, *again.v), (*document.k, *document.v), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def test_a_snapshot_is_restored_to_host_memory(tmp_path):
+    want = workers.document()
+    save_document(tmp_path / "s", workers.IDENTITY, want, chunking=workers.CHUNKS)
+    device = jax.device_put(0).sharding
+    host = host_memory(device)
+    restored = load_document(
+        tmp_path / "s", workers.IDENTITY,
+        placement=lambda name: host if name in ("cache.pool.k", "cache.pool.v") else device,
+    ).cache  # fmt: skip
+    assert restored.pool.k.sharding.memory_kind == "pinned_host"
+    found = offload(restored)
+    assert {x.sharding.memory_kind for x in (*found.k, *found.v)} == {"pinned_host"}
+    for i in range(5):
+        np.testing.assert_array_equal(found.k[i], want.pool.k[:, i])
+        np.testing.assert_array_equal(found.v[i], want.pool.v[:, i])
 
 
 def test_only_the_chosen_chunks_come_over(document, cache, monkeypatch):

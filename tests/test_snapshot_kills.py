@@ -7,6 +7,7 @@ A few kills here; a hundred at random:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -46,6 +47,8 @@ class Worker:
         self.phases, theirs = PROCESSES.Pipe(duplex=False)
         self.process = PROCESSES.Process(target=target, args=(arguments[0], theirs, *arguments[1:]))
         self.process.start()
+        # By its descriptor: its number may be another process's once it has ended.
+        self.handle = os.pidfd_open(self.process.pid)
         theirs.close()
 
     def says(self, timeout: float = 240):
@@ -61,10 +64,12 @@ class Worker:
         return said
 
     def kill(self) -> None:
-        os.kill(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it was quicker
+            signal.pidfd_send_signal(self.handle, signal.SIGKILL)
 
     def ended(self) -> int:
         self.process.join(240)
+        os.close(self.handle)
         return self.process.exitcode
 
 

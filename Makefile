@@ -39,11 +39,13 @@ $(VENV_KERNELS)/.installed: pyproject.toml
 test: env
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
-# Tests that need PyTorch skip themselves here; those of files, settings, training, evaluation and ablations do
-# not depend on the version of jax, and those of batches and re-selection go over what the others cover.
+# Tests that need PyTorch skip themselves here; those of files, settings, training, evaluation and
+# ablations do not depend on the version of jax, and those of batches, re-selection, the store and
+# kills go over what the others cover.
 NOT_KERNELS := --ignore-glob='*/test_convert*' --ignore=tests/test_config.py --ignore=tests/test_small.py \
 	--ignore=tests/test_batch.py --ignore=tests/test_reselect.py --ignore-glob='*/test_ablation*' \
-	--ignore-glob='*/test_eval*' --ignore=tests/test_lm_eval.py
+	--ignore-glob='*/test_eval*' --ignore=tests/test_lm_eval.py \
+	--ignore=tests/test_store.py --ignore=tests/test_snapshot_kills.py
 ifeq ($(PYTHON_KERNELS),)
 test-kernels test-gpu:
 	@echo 'skipped: no Python 3.12 or newer here (set PYTHON_KERNELS=); the kernel needs it'

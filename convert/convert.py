@@ -2,17 +2,15 @@
 
 Tensors are streamed: one is read and checked while those before it are written, and what is held at
 a time is bounded (`stream.BUFFER_BYTES`, or the largest tensor). The result appears under its
-name when it is complete, verified (if asked for) and on disk; see `staging`.
+name when it is complete, verified (if asked for) and on disk; see `pdllm_jax.staging`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +21,6 @@ from convert import stream
 from convert.mapping import LM_HEAD, Target, lm_head, targets, tree
 from convert.reader import COMPANIONS, Source, check_depth, inside, match, open_source
 from convert.shards import FLOATS, SourceTensor
-from convert.staging import StagedFolder
 from convert.values import blocks, materialize
 from pdllm_jax.checkpoint import (
     CONFIG,
@@ -34,17 +31,15 @@ from pdllm_jax.checkpoint import (
     TensorRecord,
     parse_json,
     read_small,
-    reason,
 )
 from pdllm_jax.config import ModelConfig
+from pdllm_jax.staging import StagedFolder, check_space, write_errors
 
 OutputDtype = Literal["keep", "bfloat16", "float32"]
 # (stage, bytes done since the last call, bytes in all); stages are "convert" and "verify".
 Progress = Callable[[str, int, int], None]
 
 _NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-# Beyond the tensors: JSON, directory blocks, the tokenizer.
-_SPARE_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,37 +189,6 @@ def is_checkpoint(folder: Path) -> bool:
     names = {entry.name for entry in folder.iterdir()}
     weights = any(name.endswith((".safetensors", ".bin")) for name in names)
     return CONFIG in names and (MANIFEST in names or weights)
-
-
-def check_space(folder: Path, nbytes: int) -> None:
-    """Refuses what the disk has no room for, before anything is written."""
-    free = shutil.disk_usage(folder).free
-    needed = nbytes + _SPARE_BYTES
-    if free < needed:
-        raise CheckpointError(
-            f"disk full: {folder} has {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed"
-        )
-
-
-@contextlib.contextmanager
-def write_errors(destination: Path) -> Iterator[None]:
-    """Turns what Orbax, TensorStore and the system raise while writing into a CheckpointError."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EFBIG,
-        )
-        # TensorStore reports the system's message inside a ValueError.
-        if full or any(text in str(error) for text in ("No space left", "File too large", "quota")):
-            raise CheckpointError(
-                f"disk full while writing {destination}: {reason(error)}"
-            ) from error
-        raise CheckpointError(f"{destination} can not be written: {reason(error)}") from error
 
 
 def copy_companions(source: Path, destination: Path) -> None:

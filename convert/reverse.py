@@ -18,17 +18,14 @@ from convert.convert import (
     Progress,
     Report,
     check_apart,
-    check_space,
     compare,
     copy_companions,
     count,
     is_checkpoint,
-    write_errors,
 )
 from convert.mapping import Target, targets
 from convert.reader import SAFETENSORS_INDEX, open_source
 from convert.shards import FLOATS
-from convert.staging import StagedFolder
 from pdllm_jax.checkpoint import (
     CONFIG,
     PARAMS,
@@ -37,6 +34,7 @@ from pdllm_jax.checkpoint import (
     load_config,
     read_manifest,
 )
+from pdllm_jax.staging import StagedFolder, check_space, write_errors
 
 _NAMES = {dtype.name: name for name, dtype in FLOATS.items()}
 

@@ -22,16 +22,10 @@ from pdllm_jax.chunking import ChunkedPrompt
 from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.denoise import denoise
 from pdllm_jax.model import LLaDA
-from pdllm_jax.passes import passing_config, settled, streams
+from pdllm_jax.passes import settled
 from pdllm_jax.planner import require_memory
-from pdllm_jax.prefill import prefill, prefill_top_k
-from pdllm_jax.riders import (
-    Question,
-    draft_response,
-)
-from pdllm_jax.scoring import score_chunks
-from pdllm_jax.selection import EMPTY_SLOT, Selection, select
-from pdllm_jax.start import init_denoise
+from pdllm_jax.prefilled import Prefilled, begin, choose, chunk_counts
+from pdllm_jax.selection import EMPTY_SLOT
 from pdllm_jax.state import DenoiseState
 from pdllm_jax.timing import Stopwatch
 
@@ -168,68 +162,44 @@ def answer(
     Raises:
       MemoryLimitError: it would hold more, by the plan (`planner`); nothing was computed then.
     """
-    sparse = selecting.keep_tokens
-    size = prompt.chunk_size if sparse is None else min(sparse, prompt.chunk_size)
-    path = resolve_implementation(
-        implementation, dtype=model.dtype, head_size=model.config.head_dim, chunk_size=size
-    )
-    require_device(path)
+    path = _chunk_path(model, prompt.chunk_size, selecting, implementation)
     watch = Stopwatch()
-    counts = np.count_nonzero(
-        np.asarray(prompt.chunk_lengths if cache is None else cache.lengths), axis=-1
-    )
-    n = int(counts.max())
-    selecting = settled(selecting, n, named=oracle is not None)
+    n = int(chunk_counts(prompt, cache).max())
     require_memory(
-        model, prompt, selecting, config,
+        model, prompt, settled(selecting, n, named=oracle is not None), config,
         cache=cache, implementation=path, limit=memory_limit,
     )  # fmt: skip
-    passing = selecting.scoring()
-    scoring_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-    if prompt.query.ndim == 1:
-        scoring_keys = scoring_keys[0]
-    draft = None
-    if selecting.scorer == "draft":
-        with watch.phase("draft"):
-            question = Question(
-                prompt.prefix, prompt.prefix_length, prompt.query, prompt.query_length
-            )
-            draft = jax.block_until_ready(draft_response(model, question, passing))
-    with watch.phase("score"):
-        shared = {"draft": draft, "key": scoring_keys, "oracle": oracle}
-        if cache is not None:
-            scores = score_chunks(
-                model, cache, prompt.query, passing, query_length=prompt.query_length,
-                implementation=implementation, **shared,
-            )  # fmt: skip
-            chosen = select(scores, selecting)
-        elif streams(selecting, batched=prompt.query.ndim == 2):
-            kept = passing_config(selecting, streaming=True)
-            cache, chosen, scores = prefill_top_k(model, prompt, kept, **shared)
-        else:
-            passing = passing_config(selecting, streaming=False)
-            cache, scores = prefill(model, prompt, passing, **shared)
-            chosen = select(scores, selecting)
-        if selecting.max_k is not None:
-            chosen = _trimmed(chosen)
-        jax.block_until_ready((cache, chosen))
-    with watch.phase("encode"):
-        state = init_denoise(
-            model, cache, chosen, prompt.query, config, keys,
-            query_length=prompt.query_length, selecting=selecting, implementation=implementation,
-        )  # fmt: skip
-        if requests < state.block.shape[0]:
-            filling = jnp.arange(state.block.shape[0]) >= requests
-            state = dataclasses.replace(
-                state, block=jnp.where(filling, config.n_blocks, state.block)
-            )
-        jax.block_until_ready(state)
+    chosen = choose(
+        model, prompt, selecting, keys,
+        cache=cache, requests=requests, oracle=oracle, implementation=implementation, watch=watch,
+    )  # fmt: skip
+    begun = begin(model, chosen, config, implementation=implementation, watch=watch)
+    del chosen, cache  # the document's KV may go
+    return finish(model, begun, implementation=implementation, on_block=on_block, watch=watch)
+
+
+def finish(
+    model: LLaDA,
+    prefilled: Prefilled,
+    *,
+    implementation: Implementation | None = None,
+    on_block: OnBlock | None = None,
+    watch: Stopwatch | None = None,
+) -> list[GenerationResult]:
+    """Decodes what `begin` has begun, here or in another process; `prefilled.state` is consumed."""
+    selecting, state, config = prefilled.selecting, prefilled.state, prefilled.decode
+    if state is None or config is None:
+        raise ValueError("there is no state to decode from: call begin first")
+    pool = state.pool
+    if pool is None and prefilled.cache is not None:
+        pool = prefilled.cache.pool
+    assert pool is not None
+    path = _chunk_path(model, pool.k.shape[3], selecting, implementation)
+    watch = watch or Stopwatch()
     again = selecting.reselect != "never"
-    if state.pool is not None and not again:
-        cache = None
     with watch.phase("decode"):
         state = decode(
-            model, cache, state, config,
+            model, prefilled.cache, state, config,
             implementation=implementation, selecting=selecting if again else None,
             on_block=on_block,
         )  # fmt: skip
@@ -237,11 +207,13 @@ def answer(
     paths = used_paths(
         model, chunk_attention=path, encoding=selecting.encoding, scorer=selecting.scorer
     )
-    scored = None if selecting.scorer in ("all", "oracle") else np.atleast_2d(np.asarray(scores))
-    chosen_ids, at_end = (np.atleast_2d(np.asarray(x)) for x in (chosen.chunk_ids, state.selected))
-    counts, timings = np.broadcast_to(counts, len(chosen_ids)), phase_times(watch)
+    scored = None if prefilled.scores is None else np.atleast_2d(np.asarray(prefilled.scores))
+    ids = prefilled.selection.chunk_ids
+    chosen_ids, at_end = (np.atleast_2d(np.asarray(x)) for x in (ids, state.selected))
+    counts, timings = np.asarray(prefilled.counts), phase_times(watch)
+    counts = np.broadcast_to(counts, len(chosen_ids))
     results = []
-    for b in range(requests):
+    for b in range(prefilled.requests):
         selection: dict[str, Any] = {
             "chunks": _existing(chosen_ids[b]),
             "scores": None if scored is None else scored[b, : counts[b]].tolist(),
@@ -262,14 +234,24 @@ def answer(
     return results
 
 
+def _chunk_path(
+    model: LLaDA,
+    chunk_size: int,
+    selecting: SelectionConfig,
+    implementation: Implementation | None,
+) -> str:
+    """The implementation of the attention over chunks; ValueError where it does not run here."""
+    sparse = selecting.keep_tokens
+    size = chunk_size if sparse is None else min(sparse, chunk_size)
+    path = resolve_implementation(
+        implementation, dtype=model.dtype, head_size=model.config.head_dim, chunk_size=size
+    )
+    require_device(path)
+    return path
+
+
 def _existing(ids: np.ndarray) -> list[int]:
     return [int(i) for i in ids if i != EMPTY_SLOT]
-
-
-def _trimmed(chosen: Selection) -> Selection:
-    """Without slots that are empty in every request, so that they cost nothing further on."""
-    most = max(1, int((np.asarray(chosen.chunk_ids) != EMPTY_SLOT).sum(axis=-1).max()))
-    return jax.tree.map(lambda x: x[..., :most], chosen)
 
 
 def request_keys(seeds: Sequence[int], size: int) -> Array:

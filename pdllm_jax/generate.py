@@ -20,11 +20,19 @@ from pdllm_jax.answer import (
     request_keys,
     used_paths,
 )
-from pdllm_jax.chunking import TokenIds, bucket, check_token_ids, chunk_prompt, pad_to
+from pdllm_jax.chunking import (
+    ChunkedPrompt,
+    TokenIds,
+    bucket,
+    check_token_ids,
+    chunk_prompt,
+    pad_to,
+)
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.model import LLaDA
 from pdllm_jax.passes import Method, decode_config, keeps_pool
 from pdllm_jax.planner import require_baseline_memory
+from pdllm_jax.prefilled import Prefilled, begin, choose
 from pdllm_jax.start import init_denoise
 from pdllm_jax.timing import Stopwatch
 from pdllm_jax.tokenizer import INSTRUCTION, Tokenizer
@@ -116,9 +124,7 @@ def generate_ids(
     context = check_token_ids("context", context_ids, vocab)
     query = check_token_ids("query", query_ids, vocab)
     if method == "prefilling":
-        tight = keeps_pool(selection, batched=False)
-        prompt = chunk_prompt(prefix, context, query, chunking, bos_id=bos_id, tight=tight)
-        ids = oracle_ids(oracle, selection, prompt.n_chunks)
+        prompt, ids = _chunked(prefix, context, query, chunking, selection, bos_id, oracle)
         return answer(
             model, prompt, selection, config, request_keys([seed], 1),
             oracle=ids, implementation=implementation, on_block=on_block,
@@ -132,6 +138,57 @@ def generate_ids(
     rows = bucket(prompt_ids.size, 8)
     require_baseline_memory(model, rows, config, limit=memory_limit)
     return _baseline(model, prompt_ids, rows, config, jax.random.key(seed), on_block)
+
+
+def prefill_request(
+    model: LLaDA,
+    prefix_ids: TokenIds,
+    context_ids: TokenIds,
+    query_ids: TokenIds,
+    *,
+    chunking: ChunkConfig = ChunkConfig(),
+    selection: SelectionConfig = SelectionConfig(),
+    decode: DecodeConfig | None = DecodeConfig(),
+    bos_id: int | None = None,
+    oracle: Sequence[int] | None = None,
+    seed: int = 0,
+    implementation: Implementation | None = None,
+) -> Prefilled:
+    """`generate_ids` up to its decoding, for `save_prefilled`; `finish` gives the same tokens.
+
+    decode: what the state is made for; None stops before the chosen chunks are encoded (`begin`).
+    """
+    vocab = model.config.vocab_size
+    prompt, ids = _chunked(
+        check_token_ids("prefix", prefix_ids, vocab),
+        check_token_ids("context", context_ids, vocab),
+        check_token_ids("query", query_ids, vocab),
+        chunking, selection, bos_id, oracle,
+    )  # fmt: skip
+    if decode is not None:
+        decode = decode_config("prefilling", decode)
+    chosen = choose(
+        model, prompt, selection, request_keys([seed], 1),
+        oracle=ids, implementation=implementation,
+    )  # fmt: skip
+    if decode is None:
+        return chosen
+    return begin(model, chosen, decode, implementation=implementation)
+
+
+def _chunked(
+    prefix: np.ndarray,
+    context: np.ndarray,
+    query: np.ndarray,
+    chunking: ChunkConfig,
+    selection: SelectionConfig,
+    bos_id: int | None,
+    oracle: Sequence[int] | None,
+) -> tuple[ChunkedPrompt, np.ndarray | None]:
+    """The prompt as it is prefilled, and the oracle's chunks."""
+    tight = keeps_pool(selection, batched=False)
+    prompt = chunk_prompt(prefix, context, query, chunking, bos_id=bos_id, tight=tight)
+    return prompt, oracle_ids(oracle, selection, prompt.n_chunks)
 
 
 def _baseline(

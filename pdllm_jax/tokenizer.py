@@ -6,6 +6,7 @@ Reads tokenizer.json with the `tokenizers` library: data only, nothing from the 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class Tokenizer:
     """A fast tokenizer and the ids of LLaDA's special tokens.
 
     chat: (start_header, end_header, end_of_turn) ids, or None for a base model without them.
+    digest: SHA-256 of tokenizer.json, hexadecimal.
     """
 
     backend: tokenizers.Tokenizer
@@ -36,6 +38,7 @@ class Tokenizer:
     mask_id: int
     eos_id: int
     chat: tuple[int, int, int] | None
+    digest: str = ""
 
     @classmethod
     def load(cls, folder: str | Path, config: ModelConfig) -> Tokenizer:
@@ -49,7 +52,8 @@ class Tokenizer:
         if not path.is_file():
             raise TokenizerError(f"{path.name} is missing from the checkpoint: text needs it")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            content = path.read_bytes()
+            backend = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{path.name} cannot be read: {error}") from None
         named = _named_tokens(Path(folder) / "tokenizer_config.json")
@@ -86,6 +90,7 @@ class Tokenizer:
             mask_id=config.mask_token_id,
             eos_id=config.eos_token_id if eos is None else eos,
             chat=None if None in chat else tuple(chat),  # type: ignore[arg-type]
+            digest=hashlib.sha256(content).hexdigest(),
         )
 
     @property

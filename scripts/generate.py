@@ -6,6 +6,10 @@ first use. Results go to stdout, progress to stderr. Exit status 2 and one line 
 
   scripts/generate.py CHECKPOINT --context-file book.txt --question 'Who lives at Pemberley?'
   scripts/generate.py CHECKPOINT --prompt-ids ids.json --method dual-cache --json
+  scripts/generate.py CHECKPOINT --snapshot book --question 'And who lives at Kellynch?'
+
+--snapshot names an encoded document that scripts/prefill.py has written; --store keeps the
+documents that it encodes in a folder, and finds them there again.
 
 --stream writes every block of the answer to stdout as soon as it is finished.
 """
@@ -17,8 +21,9 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, TypeVar, get_args
 
 import numpy as np
 
@@ -26,18 +31,24 @@ from convert import converted
 from pdllm_jax import (
     ChunkConfig,
     DecodeConfig,
+    DocumentStore,
     GenerationResult,
     LLaDA,
     SelectionConfig,
     Tokenizer,
+    ask_ids,
     generate,
     generate_ids,
     load_config,
+    load_document,
     load_model,
 )
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.config import BridgeTokens, Encoding, Positions, Remasking, Reselect
+from pdllm_jax.snapshot import snapshot_holds
+from pdllm_jax.tokenizer import INSTRUCTION
 
+Result = TypeVar("Result")
 DTYPES = {"keep": None, "float32": "float32", "bfloat16": "bfloat16"}
 
 
@@ -91,7 +102,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="F",
         help='JSON {"prefix": [..], "context": [..], "query": [..]}; or {"prompt": [..]}',
     )
-    p.add_argument("--question", metavar="Q", help="goes with --context-file")
+    source.add_argument(
+        "--snapshot", type=Path, metavar="DIR", help="an encoded document, by scripts/prefill.py"
+    )
+    p.add_argument("--question", metavar="Q", help="goes with --context-file and --snapshot")
+    p.add_argument(
+        "--store", type=Path, metavar="DIR", help="keep encoded documents here, to ask again"
+    )
     p.add_argument("--instruction", metavar="TEXT", help="what comes before the document")
     p.add_argument(
         "--method",
@@ -277,6 +294,8 @@ def load(args: argparse.Namespace) -> tuple[LLaDA, Path]:
 def run(args: argparse.Namespace, stream: Stream | None = None) -> GenerationResult:
     """Everything cheap is checked before the model is loaded."""
     chunking, selection, decode = settings(args)
+    if args.snapshot is not None or args.store is not None:
+        return run_encoded(args, stream)
     common = {
         "method": args.method,
         "chunking": chunking,
@@ -304,14 +323,7 @@ def run(args: argparse.Namespace, stream: Stream | None = None) -> GenerationRes
         if tokenizer is not None:
             return GenerationResult(**{**vars(result), "text": tokenizer.decode(result.tokens)})
         return result
-    if args.question is None:
-        raise ValueError("--context-file needs --question")
-    try:
-        context = args.context_file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{args.context_file} is not UTF-8 text") from None
-    if not context.strip():
-        raise ValueError(f"{args.context_file} is empty")
+    context = read_context(args)
     folder = converted(args.checkpoint)
     tokenizer = Tokenizer.load(folder, load_config(folder))
     if stream is not None:
@@ -322,6 +334,91 @@ def run(args: argparse.Namespace, stream: Stream | None = None) -> GenerationRes
     if args.instruction is not None:
         common["instruction"] = args.instruction
     return generate(model, tokenizer, context=context, question=args.question, **common)
+
+
+def run_encoded(args: argparse.Namespace, stream: Stream | None) -> GenerationResult:
+    """Asks about a document whose KV comes from a snapshot or a store."""
+    chunking, selection, decode = settings(args)
+    if args.method != "prefilling":
+        raise ValueError(f"--snapshot and --store are for method prefilling, not {args.method}")
+    if args.chunks is not None:
+        raise ValueError("--chunks is for a document that is encoded for its question alone")
+    request = None
+    if args.snapshot is not None:
+        if args.store is not None:
+            raise ValueError("--snapshot names a document already: --store is for --context-file")
+        if args.question is None:
+            raise ValueError("--snapshot needs --question")
+        holds = snapshot_holds(args.snapshot)
+        if holds != "document":
+            raise ValueError(f"{args.snapshot} holds a {holds}: scripts/decode.py goes on with it")
+    elif args.prompt_ids is not None:
+        request = read_prompt_ids(args.prompt_ids, args.method)
+    else:
+        context = read_context(args)
+    folder = converted(args.checkpoint)
+    tokenizer = load_tokenizer(folder, needed=request is None)
+    if stream is not None:
+        stream.tokenizer = tokenizer
+    model, _ = load(args)
+    if args.early_stop:
+        stops = tokenizer.stop_ids if tokenizer else (model.config.eos_token_id,)
+        decode = dataclasses.replace(decode, stop_ids=stops)
+    if args.snapshot is not None:
+        cache, made = load_document(args.snapshot, model, tokenizer=tokenizer)
+        if chunking not in (made, ChunkConfig()):
+            raise ValueError(f"{args.snapshot} was cut otherwise: {made}")
+    else:
+        store = DocumentStore(args.store, model, tokenizer)
+        if request is not None:
+            bos_id = tokenizer.bos_id if tokenizer else model.config.bos_token_id
+            cache = store.encode_ids(
+                *request[:2], chunking=chunking, bos_id=bos_id, encode_batch=args.encode_batch
+            )
+        else:
+            cache = store.encode_text(
+                context,
+                instruction=INSTRUCTION if args.instruction is None else args.instruction,
+                chunking=chunking,
+                encode_batch=args.encode_batch,
+            )
+    if request is not None:
+        query = request[2]
+    else:
+        if not args.question.strip():
+            raise ValueError("question is empty")
+        query = tokenizer.around_document(args.question)[1]
+    (result,) = ask_ids(
+        model, cache, [query], selection=selection, decode=decode, seeds=[args.seed],
+        implementation=args.implementation, on_block=stream,
+    )  # fmt: skip
+    return with_text(result, tokenizer)
+
+
+def with_text(result: GenerationResult, tokenizer: Tokenizer | None) -> GenerationResult:
+    if tokenizer is None:
+        return result
+    return dataclasses.replace(result, text=tokenizer.decode(result.tokens))
+
+
+def load_tokenizer(folder: Path, *, needed: bool) -> Tokenizer | None:
+    """The checkpoint's tokenizer; None where it has none and none is needed."""
+    if not needed and not (folder / "tokenizer.json").is_file():
+        return None
+    return Tokenizer.load(folder, load_config(folder))
+
+
+def read_context(args: argparse.Namespace, *, question: bool = True) -> str:
+    """The document of --context-file."""
+    if question and args.question is None:
+        raise ValueError("--context-file needs --question")
+    try:
+        context = args.context_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{args.context_file} is not UTF-8 text") from None
+    if not context.strip():
+        raise ValueError(f"{args.context_file} is empty")
+    return context
 
 
 def response(result: GenerationResult) -> str:
@@ -349,16 +446,30 @@ def details(result: GenerationResult) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 with one line on stderr for bad input."""
-    args = parser().parse_args(argv)
+    return answered(parser().parse_args(argv), run)
+
+
+def guarded(work: Callable[[], Result]) -> tuple[int, Result | None]:
+    """(exit status, result): one line on stderr, and no result, for bad input or an interrupt."""
     try:
         enable_compilation_cache()
-        stream = Stream() if args.stream else None
-        result = run(args, stream)
+        return 0, work()
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 2, None
     except KeyboardInterrupt:
-        return 130
+        return 130, None
+
+
+def answered(
+    args: argparse.Namespace,
+    run: Callable[[argparse.Namespace, Stream | None], GenerationResult],
+) -> int:
+    """Runs a command line that has --json and --stream, and prints what comes out."""
+    stream = Stream() if args.stream else None
+    status, result = guarded(lambda: run(args, stream))
+    if result is None:
+        return status
     if args.json:
         scores = result.selection["scores"] if result.selection else None
         assert scores is None or np.isfinite(scores).all()

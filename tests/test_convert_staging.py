@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from convert import convert, reverse
-from convert.staging import StagedFolder
 from pdllm_jax.checkpoint import CheckpointError, load_model
+from pdllm_jax.staging import StagedFolder
 from tests import convert_sources as sources
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -298,7 +298,7 @@ def test_destination_appears_only_at_the_end(
 ) -> None:
     events = []
     monkeypatch.setattr(
-        "convert.staging._sync_tree", lambda folder: events.append(("sync", folder))
+        "pdllm_jax.staging._sync_tree", lambda folder: events.append(("sync", folder))
     )
     real = os.rename
 

@@ -7,15 +7,22 @@ removes it. The sibling is locked while a run lives, so that two runs can't work
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
-from pdllm_jax.checkpoint import CheckpointError
+from pdllm_jax.checkpoint import CheckpointError, reason
+
+# Beyond the arrays: JSON, directory blocks, the tokenizer.
+_SPARE_BYTES = 64 << 20
+# Files that are flushed at a time: enough for a disk's queue, and file systems flush in groups.
+_SYNC_THREADS = 16
 
 
 class StagedFolder:
@@ -25,31 +32,40 @@ class StagedFolder:
 
     overwrite: an existing destination is replaced, provided that `replaceable` says so of it; it
       stays as it was until `commit`.
-    Raises CheckpointError for a destination that exists, or that another run is writing.
+    kind: what the folder is called in errors; error: the class of these.
+    Raises `error` for a destination that exists, or that another run is writing.
     """
 
     def __init__(
-        self, destination: Path, *, overwrite: bool, replaceable: Callable[[Path], bool]
+        self,
+        destination: Path,
+        *,
+        overwrite: bool,
+        replaceable: Callable[[Path], bool],
+        kind: str = "checkpoint",
+        error: type[ValueError] = CheckpointError,
     ) -> None:
         self.destination = destination
         self.path = destination.with_name(f".{destination.name}.partial")
         self._replaced = destination.with_name(f".{destination.name}.replaced")
         self._overwrite = overwrite
         self._replaceable = replaceable
+        self._kind = kind
+        self._error = error
         self._lock = -1
 
     def check(self) -> None:
         """Refuses a destination that can't be written, before any work is done."""
         target = self.destination
         if not target.parent.is_dir():
-            raise CheckpointError(f"{target.parent}, which is to hold {target.name}, is no folder")
+            raise self._error(f"{target.parent}, which is to hold {target.name}, is no folder")
         if not os.path.lexists(target):
             return
         if not self._overwrite:
-            raise CheckpointError(f"{target} exists (--overwrite replaces it)")
+            raise self._error(f"{target} exists (--overwrite replaces it)")
         # A slip of the pen must not cost somebody a home folder.
         if target.is_symlink() or not target.is_dir() or not self._replaceable(target):
-            raise CheckpointError(f"{target} is not a checkpoint, so --overwrite leaves it alone")
+            raise self._error(f"{target} is not a {self._kind}, so --overwrite leaves it alone")
 
     def __enter__(self) -> StagedFolder:
         self.check()
@@ -91,7 +107,7 @@ class StagedFolder:
         _sync(self.destination.parent)
 
     def _acquire(self) -> None:
-        busy = CheckpointError(f"another run is writing {self.destination}")
+        busy = self._error(f"another run is writing {self.destination}")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -119,11 +135,45 @@ def _clear(folder: Path) -> None:
             os.unlink(entry.path)
 
 
+def check_space(folder: Path, nbytes: int, error: type[ValueError] = CheckpointError) -> None:
+    """Refuses what the disk has no room for, before anything is written."""
+    free = shutil.disk_usage(folder).free
+    needed = nbytes + _SPARE_BYTES
+    if free < needed:
+        raise error(
+            f"disk full: {folder} has {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed"
+        )
+
+
+@contextlib.contextmanager
+def write_errors(destination: Path, kind: type[ValueError] = CheckpointError) -> Iterator[None]:
+    """Turns what Orbax, TensorStore and the system raise while writing into a `kind`."""
+    try:
+        yield
+    except kind:
+        raise
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+        )
+        # TensorStore reports the system's message inside a ValueError.
+        if full or any(text in str(error) for text in ("No space left", "File too large", "quota")):
+            raise kind(f"disk full while writing {destination}: {reason(error)}") from error
+        raise kind(f"{destination} can not be written: {reason(error)}") from error
+
+
 def _sync_tree(folder: Path) -> None:
-    for root, _, files in os.walk(folder):
-        for name in files:
-            _sync(Path(root, name))
-        _sync(Path(root))
+    """Everything in the folder is on disk: the files, then the folders that name them."""
+    files, folders = [], []
+    for root, _, names in os.walk(folder):
+        files += [Path(root, name) for name in names]
+        folders.append(Path(root))
+    with ThreadPoolExecutor(_SYNC_THREADS) as threads:
+        for paths in (files, folders):
+            for _ in threads.map(_sync, paths):
+                pass
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,232 @@
+"""KV snapshots on disk: an encoded document, or requests between prefill and decode.
+
+A snapshot is written whole or not at all, and loads where model, RoPE settings, dtype and tokenizer
+are those that it was made with, on whatever mesh. docs/snapshots.md has the format.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Sharding
+from jaxtyping import Array
+
+from pdllm_jax.cache import ChunkCache
+from pdllm_jax.config import ChunkConfig
+from pdllm_jax.fingerprint import (
+    ModelIdentity,
+    document_fingerprint,
+    model_identity,
+    tokenizer_fingerprint,
+)
+from pdllm_jax.model import LLaDA
+from pdllm_jax.prefilled import Prefilled
+from pdllm_jax.snapshot_arrays import read_arrays, write_arrays
+from pdllm_jax.snapshot_format import (
+    MANIFEST,
+    ArrayRecord,
+    Holds,
+    Manifest,
+    SnapshotError,
+    check_files,
+    check_matches,
+    model_fields,
+    read_manifest,
+    refusal,
+)
+from pdllm_jax.snapshot_tree import (
+    arrays_of,
+    check_shapes,
+    check_values,
+    flags_of,
+    tree_of,
+)
+from pdllm_jax.staging import StagedFolder, check_space, write_errors
+from pdllm_jax.tokenizer import Tokenizer
+
+# Where an array of a snapshot goes, by its name ("cache.pool.k", "state.tokens", ...).
+Placement = Callable[[str], Sharding]
+
+
+class Document(NamedTuple):
+    """A snapshot's document, and how it was cut."""
+
+    cache: ChunkCache
+    chunking: ChunkConfig
+
+
+def save_document(
+    path: str | Path,
+    model: LLaDA | ModelIdentity,
+    cache: ChunkCache,
+    *,
+    chunking: ChunkConfig,
+    tokenizer: Tokenizer | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a document that was encoded (`encode_document`, `encode_text`, `prefill`).
+
+    Args:
+      path: folder to make; its parent exists.
+      model: that the cache was made with; its identity (`model_identity`) saves the fingerprint
+        where many snapshots are written.
+      cache: with or without a pool, of one document or a batch.
+      chunking: that the document was cut with.
+      tokenizer: that made its ids, if any did.
+      overwrite: replaces a snapshot that stands at `path`.
+
+    Raises:
+      SnapshotError: an occupied destination, a full disk, a cache that is not of this model;
+        nothing is left behind then.
+    """
+    _save(path, model, "document", cache, chunking, tokenizer, overwrite)
+
+
+def load_document(
+    path: str | Path,
+    model: LLaDA | ModelIdentity,
+    *,
+    tokenizer: Tokenizer | None = None,
+    placement: Placement | None = None,
+) -> Document:
+    """Restores a document for `ask`, `score_chunks` or `init_denoise`.
+
+    Args:
+      tokenizer: that questions will be asked with; None where they are asked as ids.
+      placement: sharding of each array, by name, on any mesh or memory; by default all goes to
+        JAX's default device.
+
+    Raises:
+      SnapshotError: names what does not match, what is damaged, or what else the snapshot holds.
+    """
+    manifest, arrays = _load(path, model, "document", tokenizer, placement)
+    return Document(tree_of(ChunkCache, "cache", arrays, manifest.flags), manifest.chunking)
+
+
+def save_prefilled(
+    path: str | Path,
+    model: LLaDA | ModelIdentity,
+    prefilled: Prefilled,
+    *,
+    chunking: ChunkConfig,
+    tokenizer: Tokenizer | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes requests between prefill and decode: what `choose` or `begin` has returned.
+
+    The rest as `save_document`. `without_other_chunks` before it leaves out KV that is not needed.
+    """
+    holds: Holds = "selection" if prefilled.state is None else "state"
+    _save(path, model, holds, prefilled, chunking, tokenizer, overwrite)
+
+
+def load_prefilled(
+    path: str | Path,
+    model: LLaDA | ModelIdentity,
+    *,
+    tokenizer: Tokenizer | None = None,
+    placement: Placement | None = None,
+) -> Prefilled:
+    """Restores what `begin` (without a state) or `finish` (with one) goes on from.
+
+    Arguments and errors as `load_document`.
+    """
+    manifest, arrays = _load(path, model, "", tokenizer, placement)
+    fields = {
+        "selecting": manifest.selecting,
+        "decode": manifest.decode,
+        "requests": manifest.flags["requests"],
+    }
+    return tree_of(Prefilled, "", arrays, manifest.flags, **fields)
+
+
+def snapshot_holds(path: str | Path) -> Holds:
+    """What a snapshot says that it holds; SnapshotError for a folder that is none."""
+    return read_manifest(Path(path)).holds
+
+
+def is_snapshot(folder: Path) -> bool:
+    """Whether a folder looks like a snapshot, whole or not."""
+    return (folder / MANIFEST).is_file()
+
+
+def _identity(model: LLaDA | ModelIdentity) -> ModelIdentity:
+    return model if isinstance(model, ModelIdentity) else model_identity(model)
+
+
+def _save(
+    path: str | Path,
+    model: LLaDA | ModelIdentity,
+    holds: Holds,
+    tree: ChunkCache | Prefilled,
+    chunking: ChunkConfig,
+    tokenizer: Tokenizer | None,
+    overwrite: bool,
+) -> None:
+    target = Path(path).absolute()
+    staged = StagedFolder(
+        target, overwrite=overwrite, replaceable=is_snapshot, kind="snapshot", error=SnapshotError
+    )
+    staged.check()
+    identity = _identity(model)
+    prefilled = tree if isinstance(tree, Prefilled) else None
+    arrays = arrays_of(tree, "" if prefilled else "cache")
+    cache = prefilled.cache if prefilled else tree
+    document = None
+    if isinstance(cache, ChunkCache):
+        document = document_fingerprint(
+            cache.prefix_ids, cache.prefix_length, cache.tokens, cache.lengths
+        )
+    model_says, rope_says = model_fields(identity)
+    manifest = Manifest(
+        holds=holds,
+        model=model_says,
+        rope=rope_says,
+        tokenizer=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        document=document,
+        chunking=chunking,
+        selecting=prefilled.selecting if prefilled else None,
+        decode=prefilled.decode if prefilled else None,
+        flags=flags_of(tree),
+        arrays={k: ArrayRecord(tuple(v.shape), str(v.dtype)) for k, v in arrays.items()},
+        files={},
+    )
+    check_shapes(target, manifest, identity.config)
+    check_space(target.parent, sum(x.nbytes for x in manifest.arrays.values()), SnapshotError)
+    with staged, write_errors(target, SnapshotError):
+        files = write_arrays(staged.path, arrays)
+        manifest = dataclasses.replace(manifest, files=files)
+        (staged.path / MANIFEST).write_bytes(manifest.to_json())
+        staged.commit()
+
+
+def _load(
+    path: str | Path,
+    model: LLaDA | ModelIdentity,
+    holds: str,
+    tokenizer: Tokenizer | None,
+    placement: Placement | None,
+) -> tuple[Manifest, Mapping[str, Array]]:
+    folder = Path(path).absolute()
+    manifest = read_manifest(folder)
+    if (manifest.holds == "document") != (holds == "document"):
+        wanted = holds or "selection or state"
+        raise refusal(folder, "holds", found=manifest.holds, wanted=wanted)
+    identity = _identity(model)
+    check_matches(
+        folder,
+        manifest,
+        identity,
+        None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+    )
+    check_shapes(folder, manifest, identity.config)
+    check_files(folder, manifest)
+    # The device that JAX would place a new array on, jax.default_device included.
+    default = jax.device_put(0).sharding
+    arrays = read_arrays(folder, manifest, placement or (lambda name: default))
+    check_values(folder, manifest, arrays, identity.config)
+    return manifest, arrays

@@ -1,0 +1,243 @@
+"""Arrays of a snapshot, through Orbax: uncompressed Zarr, every file checked as it is read.
+
+What is written are global arrays, with no word of the mesh that they lay on; what is read goes
+where the caller says. A large array's chunks hold one KV head of one layer, or one head of all
+layers, so that a device of a tensor-parallel mesh reads little that it does not keep.
+
+Of Orbax only public names are used: its ArrayHandler, with another TensorStore context. Two
+settings decide the speed: no more files at a time than there are processors to serve them (each
+has a buffer, and fresh memory costs more than copying), and no fsync of every file by TensorStore
+(all are flushed together before the snapshot gets its name).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import math
+import os
+import threading
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from jax.sharding import Sharding
+from jaxtyping import Array
+
+from pdllm_jax.checkpoint import quiet_orbax, reason
+from pdllm_jax.snapshot_format import (
+    ARRAYS,
+    FileRecord,
+    Manifest,
+    SnapshotError,
+    read_file,
+    refusal,
+)
+
+CHUNK_BYTES = 16 << 20
+# Below these an array, or a head of a layer, is not worth a file of its own.
+SMALL_ARRAY_BYTES, SMALL_CHUNK_BYTES = 4 << 20, 1 << 20
+# Stays in a processor's cache.
+_READ_BYTES = 256 << 10
+_METADATA_BYTES = 1 << 20
+_WORKERS = max(4, os.cpu_count() or 1)
+
+_BUFFERS = threading.local()
+
+# Zarr's names of the dtypes.
+_ZARR = {
+    "bfloat16": "bfloat16", "float16": "<f2", "float32": "<f4",
+    "int32": "<i4", "uint32": "<u4", "bool": "|b1",
+}  # fmt: skip
+
+
+class _Handler(ocp.type_handlers.ArrayHandler):
+    """Reads and writes with our TensorStore context; `before` is called ahead of every reading."""
+
+    def __init__(self, before: Callable[[str], None] | None = None):
+        super().__init__(enable_write_sharding_file=False)
+        self._context = ts.Context(
+            {"file_io_concurrency": {"limit": _WORKERS}, "file_io_sync": False}
+        )
+        self._before = before
+
+    def _ours(self, infos: Sequence[Any]) -> list[Any]:
+        ours = [copy.copy(info) for info in infos]
+        for info in ours:
+            info.ts_context = self._context
+        return ours
+
+    async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
+        return await super().serialize(values, self._ours(infos), args)
+
+    async def deserialize(self, infos: Any, args: Any = None) -> Any:
+        infos, restored = self._ours(infos), []
+        checked = asyncio.create_task(self._check(infos[:1]))
+        try:
+            # One after the other, the next one's files being checked meanwhile: so these come from
+            # the disk once, and are still in the page cache when they are read.
+            for i, (info, arg) in enumerate(zip(infos, args, strict=True)):
+                await checked
+                checked = asyncio.create_task(self._check(infos[i + 1 : i + 2]))
+                restored += await super().deserialize([info], [arg])
+        finally:
+            await asyncio.gather(checked, return_exceptions=True)
+        return restored
+
+    async def _check(self, infos: Sequence[Any]) -> None:
+        for info in infos:
+            if self._before is not None:
+                await asyncio.to_thread(self._before, info.name)
+
+
+def _checkpointer(handler: _Handler, largest: int) -> ocp.Checkpointer:
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
+    return ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(
+            type_handler_registry=registry,
+            use_ocdbt=False,
+            use_compression=False,
+            restore_concurrent_gb=2 + 2 * largest // 10**9,
+        )
+    )
+
+
+def write_arrays(folder: Path, arrays: Mapping[str, Array]) -> dict[str, FileRecord]:
+    """Writes folder/arrays and returns its files; arrays of size 0 have none."""
+    stored = {name: array for name, array in arrays.items() if array.size}
+    arguments = ocp.args.PyTreeSave(
+        stored, save_args={name: _save_args(name, array) for name, array in stored.items()}
+    )
+    with quiet_orbax(), _checkpointer(_Handler(), 0) as checkpointer:
+        checkpointer.save(folder / ARRAYS, args=arguments)
+    paths = sorted(path for path in (folder / ARRAYS).rglob("*") if path.is_file())
+    with ThreadPoolExecutor(_WORKERS) as threads:
+        records = threads.map(_file_record, paths)
+        names = [path.relative_to(folder).as_posix() for path in paths]
+        return dict(zip(names, records, strict=True))
+
+
+def read_arrays(
+    folder: Path, manifest: Manifest, sharding: Callable[[str], Sharding]
+) -> dict[str, Array]:
+    """Restores all arrays, each with the sharding that `sharding` gives for its name.
+
+    `check_files` must have passed. Raises SnapshotError for contents that are not those written.
+    """
+    stored = {name: record for name, record in manifest.arrays.items() if record.size}
+    files: dict[str, list[str]] = {name: [] for name in stored}
+    for file in manifest.files:
+        files.setdefault(file.split("/")[1], []).append(file)
+    for name in files.keys() - stored.keys():
+        verify(folder, manifest, files[name])
+    for name, record in stored.items():
+        _check_layout(folder, manifest, name, record.shape, record.dtype)
+    target = {
+        name: jax.ShapeDtypeStruct(record.shape, jnp.dtype(record.dtype), sharding=sharding(name))
+        for name, record in stored.items()
+    }
+    largest = max((record.nbytes for record in stored.values()), default=0)
+    handler = _Handler(lambda name: verify(folder, manifest, files[name]))
+    arguments = ocp.args.PyTreeRestore(
+        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
+    )
+    try:
+        with quiet_orbax(), _checkpointer(handler, largest) as checkpointer:
+            restored = checkpointer.restore(folder / ARRAYS, args=arguments)
+    except SnapshotError:
+        raise
+    except Exception as error:
+        # Orbax and TensorStore raise what comes: plain Exception, ValueError, KeyError, OSError.
+        raise refusal(folder, ARRAYS, f"can not be restored: {reason(error)}") from error
+    for name, record in manifest.arrays.items():
+        if not record.size:
+            empty = jnp.zeros(record.shape, record.dtype)
+            restored[name] = jax.device_put(empty, sharding(name))
+    return restored
+
+
+def verify(folder: Path, manifest: Manifest, files: Sequence[str]) -> None:
+    """Compares files with the checksums that the manifest has of them."""
+    with ThreadPoolExecutor(_WORKERS) as threads:
+        for name, found in zip(
+            files, threads.map(lambda name: _file_record(folder / name), files), strict=True
+        ):
+            if found != manifest.files[name]:
+                raise refusal(folder, name, "was altered: its checksum is another")
+
+
+def _save_args(name: str, array: Array) -> ocp.SaveArgs:
+    """How the array is cut into files."""
+    if array.ndim < 4 or array.nbytes < SMALL_ARRAY_BYTES:
+        return ocp.SaveArgs()
+    # KV: [L, N, G, C, D] of a pool, [L, *B, S, G, D] elsewhere.
+    heads = 2 if ".pool." in name else array.ndim - 2
+    each = array.nbytes // (array.shape[0] * array.shape[heads])
+    axes = (0, heads) if each >= SMALL_CHUNK_BYTES else (heads,)
+    return ocp.SaveArgs(shard_axes=axes, chunk_byte_size=CHUNK_BYTES)
+
+
+def _file_record(path: Path) -> FileRecord:
+    checksum, nbytes = 0, 0
+    buffer = memoryview(_BUFFERS.__dict__.setdefault("buffer", bytearray(_READ_BYTES)))
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            checksum = zlib.crc32(buffer[:count], checksum)
+            nbytes += count
+    return FileRecord(nbytes, checksum)
+
+
+def _check_layout(
+    folder: Path, manifest: Manifest, name: str, shape: tuple[int, ...], dtype: str
+) -> None:
+    """Zarr's own metadata says what the manifest says, and its chunks are the files there are.
+
+    With neither compression nor filters every file has the size of its chunk, so that nothing
+    beyond the bytes that lie on the disk is ever allocated.
+    """
+    where = f"{ARRAYS}/{name}/.zarray"
+
+    def refuse(what: str) -> SnapshotError:
+        return refusal(folder, where, f"does not describe {name}: {what}")
+
+    if where not in manifest.files:
+        raise refusal(folder, where, "is missing")
+    try:
+        raw = json.loads(read_file(folder, where, _METADATA_BYTES))
+        chunks = raw["chunks"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        if isinstance(error, SnapshotError):
+            raise
+        raise refuse("it is no Zarr metadata") from None
+    expected = {
+        "zarr_format": 2, "shape": list(shape), "dtype": _ZARR[dtype], "order": "C",
+        "compressor": None, "filters": None, "fill_value": None, "dimension_separator": ".",
+    }  # fmt: skip
+    for key, value in expected.items():
+        if raw.get(key) != value:
+            raise refuse(f"{key} is {raw.get(key)!r:.60}, not {value!r:.60}")
+    if not isinstance(chunks, list) or len(chunks) != len(shape):
+        raise refuse("its chunks have another rank")
+    for size, chunk in zip(shape, chunks, strict=True):
+        if type(chunk) is not int or not 0 < chunk <= size or size % chunk:
+            raise refuse(f"chunks {chunks!r:.60} do not divide {list(shape)}")
+    grid = [size // chunk for size, chunk in zip(shape, chunks, strict=True)]
+    prefix = f"{ARRAYS}/{name}/"
+    found = {file: r.nbytes for file, r in manifest.files.items() if file.startswith(prefix)}
+    found.pop(where)
+    nbytes = math.prod(chunks) * jnp.dtype(dtype).itemsize
+    # Counted before they are listed: a grid is as large as its metadata likes.
+    if len(found) != math.prod(grid) or set(found.values()) - {nbytes}:
+        raise refuse(f"{math.prod(grid)} files of {nbytes} bytes are wanted")
+    names = {prefix + (".".join(map(str, place)) or "0") for place in np.ndindex(*grid)}
+    if names != found.keys():
+        raise refuse("its files have other names")

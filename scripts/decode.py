@@ -1,0 +1,71 @@
+#!/usr/bin/env python3
+"""Decodes what scripts/prefill.py has prefilled, in another process, later or elsewhere.
+
+  scripts/decode.py CHECKPOINT SNAPSHOT [--stream | --json]
+
+All settings, the seed among them, are those of the snapshot, so that the tokens are those of
+scripts/generate.py in one process. Exit status 2 and one line on bad input: a snapshot that is
+damaged, or of another model, dtype, RoPE setting, tokenizer or version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import generate
+
+from pdllm_jax import GenerationResult, begin, finish, load_prefilled
+from pdllm_jax.snapshot import snapshot_holds
+from pdllm_jax.timing import Stopwatch
+
+
+def parser() -> argparse.ArgumentParser:
+    p = generate.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
+    p.add_argument("snapshot", metavar="SNAPSHOT", type=Path)
+    p.add_argument(
+        "--implementation",
+        choices=("mosaic_gpu", "cudnn", "xla"),
+        help="attention over chosen chunks (default: mosaic_gpu on Hopper GPUs, else xla)",
+    )
+    p.add_argument("--dtype", choices=tuple(generate.DTYPES), default="keep")
+    output = p.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print one JSON object")
+    output.add_argument("--stream", action="store_true", help="print blocks as they are finished")
+    return p
+
+
+def run(args: argparse.Namespace, stream: generate.Stream | None) -> GenerationResult:
+    """The snapshot's manifest is looked at before the model is loaded."""
+    if snapshot_holds(args.snapshot) == "document":
+        raise ValueError(
+            f"{args.snapshot} holds a document without a question: "
+            "scripts/generate.py --snapshot asks one"
+        )
+    model, folder = generate.load(args)
+    tokenizer = generate.load_tokenizer(folder, needed=False)
+    if stream is not None:
+        stream.tokenizer = tokenizer
+    prefilled = load_prefilled(args.snapshot, model, tokenizer=tokenizer)
+    watch = Stopwatch()
+    if prefilled.state is None:
+        if prefilled.decode is None:
+            raise ValueError(f"{args.snapshot} says nothing of decoding")
+        prefilled = begin(
+            model, prefilled, prefilled.decode, implementation=args.implementation, watch=watch
+        )
+    (result,) = finish(
+        model, prefilled, implementation=args.implementation, on_block=stream, watch=watch
+    )
+    return generate.with_text(result, tokenizer)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, or 2 with one line on stderr for bad input."""
+    return generate.answered(parser().parse_args(argv), run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""Prefills a request, or encodes a document, into a snapshot that another process goes on from.
+
+  scripts/prefill.py CHECKPOINT --context-file book.txt --question 'Who?' --out request
+  scripts/decode.py CHECKPOINT request
+
+  scripts/prefill.py CHECKPOINT --context-file book.txt --holds document --out book
+  scripts/generate.py CHECKPOINT --snapshot book --question 'Who?'
+
+Takes what scripts/generate.py takes. Exit status 2 and one line on bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+import sys
+import time
+from pathlib import Path
+
+import generate
+
+from convert import converted
+from pdllm_jax import (
+    Prefilled,
+    encode_document,
+    load_model,
+    prefill_request,
+    save_document,
+    save_prefilled,
+    without_other_chunks,
+)
+from pdllm_jax.chunking import check_token_ids, chunk_prompt
+from pdllm_jax.tokenizer import INSTRUCTION
+
+
+def parser() -> argparse.ArgumentParser:
+    """generate.py's, and where the snapshot goes."""
+    p = generate.parser()
+    p.description = __doc__
+    g = p.add_argument_group("the snapshot")
+    g.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    g.add_argument("--overwrite", action="store_true", help="replace a snapshot at --out")
+    g.add_argument(
+        "--holds",
+        choices=("state", "selection", "document"),
+        default="state",
+        help="the state that denoising starts from; what was chosen, to be encoded by whoever "
+        "decodes; or the document alone, for any question (default: %(default)s)",
+    )
+    g.add_argument(
+        "--whole-pool", action="store_true", help="keep the KV of all chunks, chosen or not"
+    )
+    return p
+
+
+def run(args: argparse.Namespace) -> str:
+    """What was written, in a line."""
+    chunking, selection, decode = generate.settings(args)
+    if args.method != "prefilling" or args.stream or args.json:
+        raise ValueError("prefill.py prefills: --method, --stream and --json are for generate.py")
+    if args.snapshot is not None or args.store is not None:
+        raise ValueError("prefill.py writes snapshots: --snapshot and --store are for generate.py")
+    document = args.holds == "document"
+    folder = converted(args.checkpoint)
+    if args.prompt_ids is not None:
+        tokenizer = generate.load_tokenizer(folder, needed=False)
+        prefix, context, query = generate.read_prompt_ids(args.prompt_ids, args.method)
+    else:
+        text = generate.read_context(args, question=not document)
+        tokenizer = generate.load_tokenizer(folder, needed=True)
+        prefix, query = tokenizer.around_document(
+            "?" if document else args.question,
+            INSTRUCTION if args.instruction is None else args.instruction,
+        )
+        context = tokenizer.encode(text)
+    model = load_model(folder, dtype=generate.DTYPES[args.dtype])
+    bos_id = tokenizer.bos_id if tokenizer else model.config.bos_token_id
+    if args.early_stop:
+        stops = tokenizer.stop_ids if tokenizer else (model.config.eos_token_id,)
+        decode = dataclasses.replace(decode, stop_ids=stops)
+    start = time.perf_counter()
+    common = {"chunking": chunking, "tokenizer": tokenizer, "overwrite": args.overwrite}
+    if document:
+        vocab = model.config.vocab_size
+        before, ids = (
+            check_token_ids(name, ids, vocab)
+            for name, ids in (("prefix", prefix), ("context", context))
+        )
+        prompt = chunk_prompt(before, ids, query or [0], chunking, bos_id=bos_id, tight=True)
+        cache = encode_document(model, prompt, encode_batch=args.encode_batch)
+        save_document(args.out, model, cache, **common)
+        n_chunks = prompt.n_chunks
+    else:
+        prefilled: Prefilled = prefill_request(
+            model, prefix, context, query,
+            chunking=chunking, selection=selection,
+            decode=None if args.holds == "selection" else decode,
+            bos_id=bos_id, oracle=args.chunks, seed=args.seed, implementation=args.implementation,
+        )  # fmt: skip
+        if args.holds == "selection":
+            prefilled = dataclasses.replace(prefilled, decode=decode)
+        if not args.whole_pool:
+            prefilled = without_other_chunks(prefilled)
+        save_prefilled(args.out, model, prefilled, **common)
+        n_chunks = int(prefilled.counts[0])
+    size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
+    seconds = time.perf_counter() - start
+    return f"{args.out}: {args.holds}, {n_chunks} chunks, {size / 1e6:.1f} MB, {seconds:.1f} s"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, or 2 with one line on stderr for bad input."""
+    args = parser().parse_args(argv)
+    status, written = generate.guarded(lambda: run(args))
+    if written is not None:
+        print(written)
+    return status
+
+
+if __name__ == "__main__":
+    # A polite kill cleans up like an interrupt.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    sys.exit(main())

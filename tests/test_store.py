@@ -1,0 +1,124 @@
+"""The document store: encode once, ask after a restart; damage, two processes, kills."""
+
+from __future__ import annotations
+
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+from pdllm_jax import ChunkConfig, LLaDA
+from pdllm_jax import store as module
+from pdllm_jax.batch import ask_ids
+from pdllm_jax.config import DecodeConfig, SelectionConfig
+from pdllm_jax.store import DocumentStore
+from tests import workers
+from tests.workers import CHUNKS, PREFIX, PROCESSES, text, tiny
+
+SELECT = SelectionConfig(top_k=2, scorer="last", encoding="independent")
+DECODE = DecodeConfig(gen_length=4, block_length=4)
+
+
+@pytest.fixture(scope="module")
+def model() -> LLaDA:
+    return tiny()
+
+
+@pytest.fixture
+def encodings(monkeypatch) -> list[int]:
+    """Grows with every document that is really encoded."""
+    made = []
+    real = module.encode_document
+
+    def count(*arguments, **options):
+        made.append(1)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, "encode_document", count)
+    return made
+
+
+def same(a, b) -> bool:
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+def test_encoded_once_and_asked_after_a_restart(model, tmp_path, encodings):
+    first = DocumentStore(tmp_path / "store", model).encode_ids(PREFIX, text(), chunking=CHUNKS)
+    again = DocumentStore(tmp_path / "store", tiny())  # the same weights, another object
+    second = again.encode_ids(PREFIX, text(), chunking=CHUNKS)
+    assert len(encodings) == 1
+    assert same(first, second)
+    answers = [
+        ask_ids(model, cache, [[5, 6, 7]], selection=SELECT, decode=DECODE)[0]
+        for cache in (first, second)
+    ]
+    assert answers[0].tokens == answers[1].tokens
+    assert answers[0].selection == answers[1].selection
+
+
+def test_whatever_differs_is_another_document(model, tmp_path, encodings):
+    store = DocumentStore(tmp_path / "store", model)
+    store.encode_ids(PREFIX, text(), chunking=CHUNKS)
+    changed = text()
+    changed[-1] += 1
+    store.encode_ids(PREFIX, changed, chunking=CHUNKS)
+    store.encode_ids([253, 1, 3], text(), chunking=CHUNKS)
+    store.encode_ids(PREFIX, text(), chunking=ChunkConfig(16, overlap=2))
+    other = DocumentStore(tmp_path / "store", tiny(1))
+    other.encode_ids(PREFIX, text(), chunking=CHUNKS)
+    assert len(encodings) == 5
+    assert len(store.keys()) == 5
+
+
+def test_a_damaged_document_is_encoded_again_and_said_so(model, tmp_path, encodings):
+    store = DocumentStore(tmp_path / "store", model)
+    cache = store.encode_ids(PREFIX, text(), chunking=CHUNKS)
+    (key,) = store.keys()
+    victim = next((store.folder / key / "arrays" / "cache.pool.v").glob("0*"))
+    data = bytearray(victim.read_bytes())
+    data[100] ^= 1
+    victim.write_bytes(data)
+    with pytest.warns(RuntimeWarning, match=r"encoded again: .*cache\.pool\.v.*checksum"):
+        again = store.encode_ids(PREFIX, text(), chunking=CHUNKS)
+    assert len(encodings) == 2
+    assert same(cache, again)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(cache, store.encode_ids(PREFIX, text(), chunking=CHUNKS))
+    assert len(encodings) == 2
+    assert sorted(p.name for p in store.folder.iterdir()) == [f".{key}.lock", key]
+
+
+def test_removed_documents_are_gone(model, tmp_path, encodings):
+    store = DocumentStore(tmp_path / "store", model)
+    store.encode_ids(PREFIX, text(), chunking=CHUNKS)
+    (key,) = store.keys()
+    store.remove(key)
+    store.remove(key)
+    assert store.keys() == []
+    with pytest.raises(ValueError, match="no document's key"):
+        store.remove("../elsewhere")
+    store.encode_ids(PREFIX, text(), chunking=CHUNKS)
+    assert len(encodings) == 2
+
+
+def test_two_processes_at_once(tmp_path):
+    """One encodes, the other waits for it; both have the document."""
+    barrier = PROCESSES.Barrier(2)
+    pipes = [PROCESSES.Pipe(duplex=False) for _ in range(2)]
+    processes = [
+        PROCESSES.Process(target=workers.encode, args=(tmp_path / "store", out, "", barrier))
+        for _, out in pipes
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    assert [process.exitcode for process in processes] == [0, 0]
+    said = [[pipe.recv() for _ in range(3) if pipe.poll()] for pipe, _ in pipes]
+    said.sort(key=len)
+    assert [len(lines) for lines in said] == [1, 3]
+    assert said[0][-1] == said[1][-1] > 0

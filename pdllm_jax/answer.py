@@ -239,7 +239,7 @@ def _chunk_path(
     chunk_size: int,
     selecting: SelectionConfig,
     implementation: Implementation | None,
-) -> str:
+) -> Implementation:
     """The implementation of the attention over chunks; ValueError where it does not run here."""
     sparse = selecting.keep_tokens
     size = chunk_size if sparse is None else min(sparse, chunk_size)

@@ -39,19 +39,16 @@ $(VENV_KERNELS)/.installed: pyproject.toml
 test: env
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
-# Tests that need PyTorch skip themselves here; those of files, settings, training, evaluation and
-# ablations do not depend on the version of jax, and those of batches, re-selection, the store and
-# kills go over what the others cover.
-NOT_KERNELS := --ignore-glob='*/test_convert*' --ignore=tests/test_config.py --ignore=tests/test_small.py \
-	--ignore=tests/test_batch.py --ignore=tests/test_reselect.py --ignore-glob='*/test_ablation*' \
-	--ignore-glob='*/test_eval*' --ignore=tests/test_lm_eval.py \
-	--ignore=tests/test_store.py --ignore=tests/test_snapshot_kills.py
+# What depends on the version of jax: kernels, model and method. The rest goes over them again, or over
+# files, settings, training and evaluation.
+KERNELS := $(addprefix tests/test_,$(addsuffix .py,kernels mosaic_gpu matmul model rope sampling selection \
+	denoise prefill encodings checkpoint docs))
 ifeq ($(PYTHON_KERNELS),)
 test-kernels test-gpu:
 	@echo 'skipped: no Python 3.12 or newer here (set PYTHON_KERNELS=); the kernel needs it'
 else
 test-kernels: $(VENV_KERNELS)/.installed
-	$(VENV_KERNELS)/bin/python -m pytest $(NOT_KERNELS) $(PYTEST_ARGS)
+	$(VENV_KERNELS)/bin/python -m pytest $(KERNELS) $(PYTEST_ARGS)
 
 test-gpu: $(VENV_KERNELS)/.installed
 	$(VENV_KERNELS)/bin/python $(INSTALL) -e '.[cuda]'

@@ -15,7 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_kernels import Implementation, require_device, resolve_implementation
+from pallas_kernels import (
+    Implementation,
+    require_device,
+    resolve_implementation,
+    resolve_matmul,
+)
 from pallas_kernels.dense import dense_implementation
 from pdllm_jax.cache import ChunkCache
 from pdllm_jax.chunking import ChunkedPrompt
@@ -57,10 +62,13 @@ class GenerationResult:
         return dataclasses.asdict(self)
 
 
-def used_paths(model: LLaDA, **more: str) -> dict[str, str]:
-    """`GenerationResult.paths`."""
+def used_paths(model: LLaDA, rows: int, **more: str) -> dict[str, str]:
+    """`GenerationResult.paths`. rows: that a narrow step computes, of all requests together."""
+    block = model.blocks[0]
+    widest = block.gate_proj.weight[...], block.up_proj.weight[...]
     return {
         "attention": dense_implementation(model.dtype, model.config.head_dim),
+        "matmul": resolve_matmul(None, rows, widest, "swiglu"),
         **more,
         "device": jax.devices()[0].device_kind,
         "dtype": str(model.dtype),
@@ -204,8 +212,9 @@ def finish(
             on_block=on_block,
         )  # fmt: skip
         jax.block_until_ready(state)
+    rows = state.tokens.shape[0] * config.block_length
     paths = used_paths(
-        model, chunk_attention=path, encoding=selecting.encoding, scorer=selecting.scorer
+        model, rows, chunk_attention=path, encoding=selecting.encoding, scorer=selecting.scorer
     )
     scored = None if prefilled.scores is None else np.atleast_2d(np.asarray(prefilled.scores))
     ids = prefilled.selection.chunk_ids

@@ -218,5 +218,5 @@ def _baseline(
         evaluations=int(state.evaluations[0]),
         selection=None,
         timings=phase_times(watch),
-        paths=used_paths(model),
+        paths=used_paths(model, config.block_length),
     )

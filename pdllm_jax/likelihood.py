@@ -237,20 +237,16 @@ def _on_chunks(
     state = encode_chosen(model, cache, state, settings, implementation)
     state = dataclasses.replace(state, query_length=together)
     pool = cache.pool if state.pool is None else state.pool
-    assert state.live is not None
     several = jax.tree.map(
         lambda x: jnp.broadcast_to(x, (group, *x.shape[1:])),
-        dataclasses.replace(state, live=None, pool=None),
-    )
-    live = jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (x.shape[0], group, *x.shape[2:])), state.live
+        dataclasses.replace(state, pool=None),
     )
     starts = jnp.full((group,), start)
 
     def score(masked: Array) -> Array:
         answers = jnp.where(masked, model.config.mask_token_id, targets)
         ids = overlay(jnp.broadcast_to(tokens, (group, tokens.size)), starts, answers)
-        asked = dataclasses.replace(several, query=ids, live=live)
+        asked = dataclasses.replace(several, query=ids)
         hidden, _, _ = live_forward(
             model, pool, asked, ids, asked.prefix_length, None, implementation
         )

@@ -148,14 +148,14 @@ def _of_changed(changed: Bool[Array, "B"], new: DenoiseState, old: DenoiseState)
 
         return one
 
-    def several(a, b):
-        """KV, whose requests, or their chunks, are behind the axis of layers; and lengths."""
-        return jax.tree.map(lambda x, y: pick(0 if x.ndim == 1 else 1)(x, y), a, b)
+    def of_pool(a: Array, b: Array) -> Array:
+        """KV, whose chunks are behind the axis of layers; and lengths."""
+        return pick(0 if a.ndim == 1 else 1)(a, b)
 
     changes = {
         name: pick(0)(getattr(new, name), getattr(old, name))
         for name in ("selected", "chunk_ids", "chunk_starts", "query_start", "stale")
     }
-    return dataclasses.replace(
-        old, live=several(new.live, old.live), pool=several(new.pool, old.pool), **changes
-    )
+    live = jax.tree.map(pick(0), new.live, old.live)
+    pool = jax.tree.map(of_pool, new.pool, old.pool)
+    return dataclasses.replace(old, live=live, pool=pool, **changes)

@@ -29,6 +29,7 @@ from pdllm_jax import (
     generate_ids,
     plan_memory,
     planner,
+    prefilled,
 )
 from pdllm_jax.chunking import chunk_prompt
 from pdllm_jax.footprint import plan_shapes
@@ -116,13 +117,13 @@ SETTINGS = {
 def test_results_are_as_large_as_the_arrays_of_an_answer(model, monkeypatch, name):
     selecting, decode = SETTINGS[name]
     seen = {}
-    begin = answer.init_denoise
+    begin = prefilled.init_denoise
 
     def spy(model, cache, *args, **kwargs):
         seen["cache"], seen["state"] = cache, begin(model, cache, *args, **kwargs)
         return seen["state"]
 
-    monkeypatch.setattr(answer, "init_denoise", spy)
+    monkeypatch.setattr(prefilled, "init_denoise", spy)
     monkeypatch.setattr(answer, "decode", lambda model, cache, state, *_, **__: state)
     prefix, document, query = request_of()
     generate_ids(
@@ -252,7 +253,7 @@ def never(*args, **kwargs):
 
 def test_an_answer_that_does_not_fit_is_refused_before_anything_runs(model, monkeypatch):
     for name in ("draft_response", "prefill", "prefill_top_k", "score_chunks", "init_denoise"):
-        monkeypatch.setattr(answer, name, never)
+        monkeypatch.setattr(prefilled, name, never)
     monkeypatch.setattr(sys.modules["pdllm_jax.generate"], "init_denoise", never)
     common = {"decode": DECODE, "selection": SELECT}
     request = request_of()
@@ -315,7 +316,7 @@ def test_the_devices_own_limit_counts_what_it_holds(model, monkeypatch):
     )  # fmt: skip
     stats = {"bytes_limit": plan.peak + 2**30, "bytes_in_use": plan.resident}
     monkeypatch.setattr(planner, "device_stats", lambda model: stats)
-    monkeypatch.setattr(answer, "draft_response", never)
+    monkeypatch.setattr(prefilled, "draft_response", never)
     common = {"chunking": CHUNKS, "selection": SELECT, "decode": DECODE}
     with pytest.raises(AssertionError, match="computed"):
         generate_ids(model, *request_of(), **common)

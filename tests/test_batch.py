@@ -60,7 +60,18 @@ def both(model, requests, **settings):
     return list(zip(alone, together, strict=True))
 
 
-@pytest.mark.parametrize("encoding", ["joint", "independent", "query-conditioned", "bridge"])
+ENCODINGS = pytest.mark.parametrize(
+    "encoding",
+    [
+        "joint",
+        "independent",
+        pytest.param("query-conditioned", marks=pytest.mark.slow),
+        pytest.param("bridge", marks=pytest.mark.slow),
+    ],
+)
+
+
+@ENCODINGS
 def test_ragged_requests_are_answered_as_if_each_were_alone(model, encoding):
     """Identity 5: other documents, lengths, questions; tokens, chunks and scores bit for bit."""
     selecting = dataclasses.replace(SELECT, encoding=encoding)
@@ -78,11 +89,11 @@ def test_ragged_requests_are_answered_as_if_each_were_alone(model, encoding):
     "change",
     [
         {"scorer": "confidence", "positions": "absolute"},
-        {"scorer": "attention", "encoding": "independent"},
+        pytest.param({"scorer": "attention", "encoding": "independent"}, marks=pytest.mark.slow),
         {"scorer": "random"},
         {"max_k": 4, "margin": 1.0},
         {"encoding": "independent", "keep_tokens": 8},
-        {"reselect": "step"},
+        pytest.param({"reselect": "step"}, marks=pytest.mark.slow),
         {"encoding": "independent", "reselect": "block"},
     ],
     ids=lambda change: "+".join(f"{k}={v}" for k, v in change.items()),
@@ -152,7 +163,7 @@ def test_documents_of_a_batch_can_be_asked_again(model):
         init_denoise(model, cache, select(got[:2], SELECT), query[:2], DECODE, jax.random.key(0))
 
 
-@pytest.mark.parametrize("encoding", ["joint", "independent", "query-conditioned", "bridge"])
+@ENCODINGS
 def test_questions_about_one_document(model, encoding):
     """As generate_ids on each; the document is encoded once, and by nobody's question."""
     prefix, context, _ = RAGGED[2]

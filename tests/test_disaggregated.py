@@ -81,6 +81,7 @@ def test_two_processes_give_the_tokens_of_one(checkpoint, text, tmp_path, capsys
         assert got[key] == want[key], key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [["--holds", "selection"], ["--whole-pool"]], ids=" ".join)
 def test_other_forms_give_the_same_tokens(checkpoint, text, tmp_path, capsys, more):
     request = (checkpoint, "--context-file", text, "--question", "which?", *FIRST)

@@ -103,6 +103,7 @@ def test_text_in_text_out_and_a_bare_prompt(checkpoint, tmp_path, capsys):
     assert json.loads(out)["tokens"] == json.loads(other)["tokens"]
 
 
+@pytest.mark.slow
 def test_scorers_and_encodings(checkpoint, tmp_path, capsys):
     prompt = write(tmp_path / "prompt.json", PROMPT)
     seen = {}

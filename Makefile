@@ -42,7 +42,7 @@ test: env
 # What depends on the version of jax: kernels, model and method. The rest goes over them again, or over
 # files, settings, training and evaluation.
 KERNELS := $(addprefix tests/test_,$(addsuffix .py,kernels mosaic_gpu matmul model rope sampling selection \
-	denoise prefill encodings checkpoint docs))
+	denoise prefill encodings))
 ifeq ($(PYTHON_KERNELS),)
 test-kernels test-gpu:
 	@echo 'skipped: no Python 3.12 or newer here (set PYTHON_KERNELS=); the kernel needs it'

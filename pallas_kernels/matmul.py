@@ -67,8 +67,8 @@ def matmul(
 ) -> tuple[Float[Array, "*rows O"], ...]:
     """x W^T for each of the weights, [out, in] as in the checkpoints; float32 accumulation.
 
-    Pure and differentiable. For few rows the time is that of reading the weights, and the kernel
-    does so in one launch for all of them.
+    Pure and differentiable; derivatives are XLA's products in any case. For few rows the time is
+    that of reading the weights, and the kernel does so in one launch for all of them.
 
     Args:
       x: rows, in the weights' dtype. float32 asks for true float32 products: the default on GPUs
@@ -133,8 +133,10 @@ def _matmul_kernel(
 
 
 @_matmul_kernel.defjvp
-def _matmul_jvp(activation, _interpret, primals, tangents):
-    return jax.jvp(functools.partial(_matmul_xla, activation), primals, tangents)
+def _matmul_jvp(activation, interpret, primals, tangents):
+    """The value is the kernel's; the derivative XLA's."""
+    _, derivative = jax.jvp(functools.partial(_matmul_xla, activation), primals, tangents)
+    return _matmul_kernel(activation, interpret, *primals), derivative
 
 
 # A function of its own under jit: lowered once for all layers of a model.

@@ -36,6 +36,7 @@ from pdllm_jax.config import ConfigError, DecodeConfig, SelectionConfig
 from pdllm_jax.encoding import encode_chosen
 from pdllm_jax.forward import live_forward
 from pdllm_jax.model import LLaDA
+from pdllm_jax.passes import settled
 from pdllm_jax.prefill import prefill
 from pdllm_jax.riders import draft_response
 from pdllm_jax.rows import overlay, slices
@@ -187,10 +188,7 @@ def keep_context(model: LLaDA, prompt: ChunkedPrompt, config: SelectionConfig) -
     if config.scorer == "oracle":
         raise ConfigError("log-likelihood is not implemented for scorer 'oracle'")
     n = prompt.n_chunks
-    if config.scorer == "all" or n <= config.top_k:
-        config = dataclasses.replace(config, scorer="all", top_k=n, max_k=None, margin=0.0)
-    elif config.max_k is not None:
-        config = dataclasses.replace(config, max_k=min(config.max_k, n))
+    config = settled(config, n)
     passing = dataclasses.replace(config.scoring(), encoding=config.encoding)
     draft = draft_response(model, prompt, passing) if config.scorer == "draft" else None
     cache, scores = prefill(model, prompt, passing, draft=draft, key=jax.random.key(0))

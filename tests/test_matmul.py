@@ -76,6 +76,9 @@ def test_gradients_are_those_of_the_portable_path():
         return (out.astype(jnp.float32) ** 2).sum()
 
     got, want = (jax.grad(loss, (0, 1))(x, weights, name) for name in ("interpret", "xla"))
+    # What is differentiated is still the kernel.
+    text = str(jax.make_jaxpr(lambda x: jax.value_and_grad(loss)(x, weights, "interpret"))(x))
+    assert "stream_matmul" in text
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert relative_error(one, other) < 2e-2
 

@@ -139,7 +139,7 @@ def step(run: Run) -> None:
             jax.block_until_ready(loops[k](run.model, cache, state).tokens)
             spent.append((time.perf_counter() - begun) / BLOCK)
         python = []
-        for _ in range(2):
+        for _ in range(run.args.repeats):
             state = denoise_step(run.model, cache, start(k), config=decode)
             jax.block_until_ready(state.tokens)
             begun = time.perf_counter()
@@ -153,7 +153,8 @@ def step(run: Run) -> None:
             "chunks": k, "cached_tokens": k * size, "rows": BLOCK, "ms": 1e3 * median,
             "ms_least": 1e3 * min(spent[1:]), "ms_most": 1e3 * max(spent[1:]),
             "ms_floor": 1e3 * floor, "times_floor": median / floor,
-            "ms_from_python": 1e3 * min(python), "python_over_loop": min(python) / median,
+            "ms_from_python": 1e3 * np.median(python),
+            "python_over_loop": np.median(python) / median,
         }  # fmt: skip
         run.record["step"].append(row)
         print(
@@ -165,18 +166,22 @@ def step(run: Run) -> None:
         write(run.args.out, run.record)
 
 
-def pass_flops(config: ModelConfig, chunks: int, size: int, scored: int, copies: int) -> float:
+def pass_flops(
+    config: ModelConfig, chunks: int, size: int, riding: int, copies: int, scored: int
+) -> float:
     """Multiplications and additions of encoding and scoring, of rows that exist alone.
+
+    riding: rows of a masked copy, of which `scored` in all are read.
 
     Products of every row with the layers' weights, attention of chunk rows over prefix and chunk
     and of each masked copy over prefix, chunk and itself, and the LM head over scored rows.
     """
     model, kv = config.d_model, config.n_kv_heads * config.head_dim
     layer = 2 * model * (2 * model + 2 * kv + 3 * config.mlp_hidden_size)
-    rider = copies * scored
+    rider = copies * riding
     rows = PREFIX + chunks * (size + rider)
     keys = PREFIX**2 + chunks * (
-        size * (PREFIX + size) + rider * (PREFIX + size + scored)
+        size * (PREFIX + size) + rider * (PREFIX + size + riding)
     )  # query rows times keys
     head = 2 * model * config.vocab_size * chunks * scored
     return config.n_layers * (rows * layer + 4 * model * keys) + head
@@ -192,7 +197,7 @@ def score_document(run: Run) -> None:
     run.timed(name, lambda: prefill(run.model, prompt, SELECT, draft=draft)[1])
     work = pass_flops(
         run.model.config, chunks, run.args.chunk_size, QUERY + SELECT.draft_length,
-        SELECT.masked_copies or 0,
+        SELECT.masked_copies or 0, QUERY + SELECT.draft_steps,
     )  # fmt: skip
     run.note(f"TFLOP/s, {name}", work / run.median(name) / 1e12)
 

@@ -138,7 +138,10 @@ def chunk_attention(
     own = None
     if near is not None:
         lengths = jnp.clip(near.lengths, 0, near.k.shape[1])
-        own = attention(q[:, slots], near.k, near.v, lengths, need_lse=True, scale=scale)
+        # What is no key is zero, for cuDNN multiplies it all the same.
+        valid = (jnp.arange(near.k.shape[1]) < lengths[:, None])[..., None, None]
+        near_k, near_v = (jnp.where(valid, x, 0) for x in near[:2])
+        own = attention(q[:, slots], near_k, near_v, lengths, need_lse=True, scale=scale)
         q = q[:, :slots]
     q = jnp.broadcast_to(q, (q.shape[0], slots, *q.shape[2:]))
     if implementation == "reference":

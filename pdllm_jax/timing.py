@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 
 import jax
 
 _COMPILE_EVENTS = "/jax/core/compile/"
-_active: list[list[tuple[float, float]]] = []
+
+
+class _Active(threading.local):
+    """Of the phases that a thread is in: the spans in which it traced or compiled."""
+
+    def __init__(self) -> None:
+        self.phases: list[list[tuple[float, float]]] = []
+
+
+_active = _Active()
 
 
 def _record(event: str, duration_secs: float, **_: str | int) -> None:
     if event.startswith(_COMPILE_EVENTS):
         now = time.perf_counter()
-        for spans in _active:
+        for spans in _active.phases:
             spans.append((now - duration_secs, now))
 
 
@@ -32,7 +42,10 @@ def _covered(spans: list[tuple[float, float]]) -> float:
 
 
 class Stopwatch:
-    """Seconds by phase. Time spent tracing and compiling is added up under "compile" instead."""
+    """Seconds by phase. Time spent tracing and compiling is added up under "compile" instead.
+
+    Threads count what they compile themselves.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {"compile": 0.0}
@@ -42,13 +55,13 @@ class Stopwatch:
     def phase(self, name: str) -> Iterator[None]:
         """Adds the block's time to `name`. The block must wait for its own results."""
         spans: list[tuple[float, float]] = []
-        _active.append(spans)
+        _active.phases.append(spans)
         start = time.perf_counter()
         try:
             yield
         finally:
             elapsed = time.perf_counter() - start
-            _active.remove(spans)
+            _active.phases.pop()
             compiling = min(_covered(spans), elapsed)
             self.compilations += bool(spans)
             self.seconds["compile"] += compiling

@@ -11,6 +11,7 @@ from pallas_kernels import (
     EMPTY_LSE,
     Near,
     Partial,
+    api,
     chunk_attention,
     chunk_attention_mass,
     compat,
@@ -18,7 +19,7 @@ from pallas_kernels import (
     merge,
     resolve_implementation,
 )
-from pallas_kernels.dense import _blocked
+from pallas_kernels.dense import _blocked, attention
 from tests.support import relative_error
 
 HALF = {jnp.bfloat16: 8e-3, jnp.float16: 1e-3}
@@ -201,6 +202,25 @@ def test_near_keys(implementation, rows, size):
         [[4, 0, 2, 6], [3, -1, 3, 7]], [*LENGTHS, *valid],
     )  # fmt: skip
     assert_close(got, want, q.dtype.type)
+
+
+def test_what_dense_attention_is_given_of_near_keys(monkeypatch):
+    """Nothing but zeros behind their lengths: cuDNN, which may run there, multiplies it."""
+
+    def finite(q, k, v, lengths, **settings):
+        assert np.isfinite(k).all()
+        assert np.isfinite(v).all()
+        return attention(q, k, v, lengths, **settings)
+
+    monkeypatch.setattr(api, "attention", finite)
+    q, k, v = case("xla")
+    behind = (jnp.arange(70) >= jnp.array([67, 3])[:, None])[..., None, None]
+    near = jnp.where(behind, jnp.nan, jnp.ones((2, 70, 2, 64)))
+    got = chunk_attention(
+        jnp.concatenate([q, q[:, :1]], axis=1), k, v, jnp.array(IDS), jnp.array(LENGTHS),
+        near=Near(near, near, jnp.array([67, 3])), implementation="xla",
+    )  # fmt: skip
+    assert np.isfinite(got.out).all()
 
 
 @IMPLEMENTATIONS

@@ -10,8 +10,8 @@ import time
 import jax
 import numpy as np
 import pytest
-from bench import checkpoint, cold, kernel, load, memory, method, weights
-from bench.record import Timing, write
+from bench import checkpoint, cold, kernel, load, memory, method, record, report, weights
+from bench.record import Timing
 from flax import nnx
 
 from pdllm_jax import LLaDA, ModelConfig, compilation, load_model
@@ -57,27 +57,55 @@ def test_a_record_holds_times_bytes_and_errors(few_chunks, monkeypatch, tmp_path
     assert all(0 < row["relative_error"] < 4e-3 for row in record["rows"])
 
 
-def test_times_grow_with_the_work(few_chunks):
-    def timed(case):
-        ready = kernel.prepare(case, layers=2, seconds=1e-6, floor_bandwidth=1e12)
-        return kernel.run_case(ready, repeats=3, floor_bandwidth=1e12)
+def test_what_it_costs_to_start_a_loop_is_taken_off(monkeypatch):
+    """A clock that goes on by 5 s where a loop of 4 calls is started and by 2 s for each call."""
+    now = [0.0]
+    monkeypatch.setattr(record.time, "perf_counter", lambda: now[0])
+    spent: list[float] = []
 
-    row = timed(kernel.Case("xla", 2, **TINY))
-    assert 0 < row["us_least"] <= row["us"] <= row["us_most"]
-    many = timed(kernel.Case("xla", 2, **{**TINY, "rows": 512}))
-    assert many["us_least"] > row["us_least"]
+    def run(x):
+        now[0] += 8.0 if spent else 100.0  # the first one warms up
+        spent.append(now[0])
+        return x
+
+    def wait(x):
+        now[0] += 5.0
+        return x
+
+    monkeypatch.setattr(record.jax, "block_until_ready", wait)
+    assert record.time_loop(run, (0,), 4, 3) == (2e6, 2e6, 2e6)
+    assert len(spent) == 1 + 3 * 4
 
 
-def test_the_plot_is_drawn_from_a_record(tmp_path):
+def test_the_report_is_made_of_the_records(tmp_path):
     pytest.importorskip("matplotlib")
-    row = {
-        "implementation": "xla", "slots": 4, "rows": 32, "heads": 32, "kv_heads": 32, "batch": 1,
-        "ragged": False, "q_per_slot": True, "times_floor": 1.2, "settings": None,
-    }  # fmt: skip
-    rows = [row, {**row, "slots": 8}, {**row, "rows": 64}]
-    write(tmp_path / "kernel.json", {"device": "a GPU", "rows": rows})
-    kernel.plot(tmp_path / "kernel.json", tmp_path / "kernel.png")
-    assert (tmp_path / "kernel.png").stat().st_size > 10_000
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    parser = argparse.ArgumentParser()
+    report.add_arguments(parser)
+    args = parser.parse_args(
+        ["--page", str(tmp_path / "page.md"), "--readme", str(readme), "--pictures", str(tmp_path)]
+    )
+    assert report.main(args) == 0
+    page = (tmp_path / "page.md").read_text()
+    kept = json.loads((args.records / "end_to_end.json").read_text())
+    ours = [row for row in kept["end_to_end"] if row["method"] == "prefilling"]
+    for row in ours:
+        assert f"| {row['prompt_tokens']:,} | {row['tokens']} | {row['seconds']:.2f} [" in page
+
+    def words(text: str) -> list[str]:
+        return [line for line in text.splitlines() if not line.startswith("![")]
+
+    assert words(page) == words(report.PAGE.read_text()), "run scripts/benchmark.py report"
+    text = readme.read_text()
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    for name in report.PICTURES:
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    readme.write_text("no place")
+    with pytest.raises(ValueError, match="exactly one place"):
+        report.main(args)
 
 
 def test_phases_of_the_method_are_timed_and_compared(tmp_path):

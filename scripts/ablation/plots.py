@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from bench.pictures import figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,16 +19,6 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 _DPI = 110
 _COLOURS = "viridis"
-
-
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any):
-    """A figure with no window behind it, and its axes, always an array."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def _cells(record: Record, **settings: Any) -> list[dict[str, Any]]:
@@ -59,7 +50,7 @@ def needle_heat_map(record: Record) -> Figure | None:
     arms = _depth_arms(record)
     if not arms:
         return None
-    figure, axes = _figure(3.6 * len(arms) + 0.8, 4.2, 1, len(arms), sharey=True)
+    picture, axes = figure(3.6 * len(arms) + 0.8, 4.2, 1, len(arms), sharey=True)
     image = None
     for axis, (name, cells) in zip(axes[0], arms.items(), strict=True):
         depths = sorted({depth for cell in cells for depth, _ in cell["by_depth"]})
@@ -77,8 +68,8 @@ def needle_heat_map(record: Record) -> Figure | None:
         axis.set(xlabel="tokens", title=f"{name}\n({examples} answers a field)")
         axis.title.set_fontsize(9)
     axes[0][0].set_ylabel("depth of the needle")
-    figure.colorbar(image, ax=axes[0].tolist(), label="accuracy")
-    return figure
+    picture.colorbar(image, ax=axes[0].tolist(), label="accuracy")
+    return picture
 
 
 def accuracy_by_depth(record: Record) -> Figure | None:
@@ -93,7 +84,7 @@ def accuracy_by_depth(record: Record) -> Figure | None:
         return None
     columns = min(4, len(drawn))
     rows = -(-len(drawn) // columns)
-    figure, axes = _figure(3.2 * columns, 2.7 * rows + 0.4, rows, columns, sharex=True, sharey=True)
+    picture, axes = figure(3.2 * columns, 2.7 * rows + 0.4, rows, columns, sharex=True, sharey=True)
     for axis, (group, cells) in zip(axes.flat, drawn, strict=False):
         for cell in cells:
             depth = [100 * place for place, _ in cell["by_depth"]]
@@ -108,7 +99,7 @@ def accuracy_by_depth(record: Record) -> Figure | None:
         axis.set_xlabel("depth of the needle, %")
     axes[0][0].set_ylabel("accuracy")
     axes[0][0].legend(fontsize=8)
-    return figure
+    return picture
 
 
 def chunk_scores(record: Record) -> Figure | None:
@@ -118,7 +109,7 @@ def chunk_scores(record: Record) -> Figure | None:
         return None
     columns = min(3, len(rows))
     lines = -(-len(rows) // columns)
-    figure, axes = _figure(3.6 * columns, 2.5 * lines, lines, columns)
+    picture, axes = figure(3.6 * columns, 2.5 * lines, lines, columns)
     for axis, row in zip(axes.flat, rows, strict=False):
         scores, place = np.array(row["scores"]), np.arange(len(row["scores"]))
         colours = np.where(np.isin(place, row["needle"]), "tab:red", "tab:grey")
@@ -134,8 +125,8 @@ def chunk_scores(record: Record) -> Figure | None:
         axis.set_xlabel("chunk")
     for line in axes:
         line[0].set_ylabel("score, nats a token")
-    figure.suptitle("red: holds the needle; circled: kept", fontsize=9)
-    return figure
+    picture.suptitle("red: holds the needle; circled: kept", fontsize=9)
+    return picture
 
 
 def attention_on_anchors(record: Record) -> Figure | None:
@@ -143,7 +134,7 @@ def attention_on_anchors(record: Record) -> Figure | None:
     rows = (record.get("attention") or {"rows": []})["rows"]
     if not rows:
         return None
-    figure, axes = _figure(2.7 * len(rows) + 1, 4.6, 1, len(rows), sharey=True)
+    picture, axes = figure(2.7 * len(rows) + 1, 4.6, 1, len(rows), sharey=True)
     grids = [np.array(row["first_tokens"]) for row in rows]
     most = max(grid.max() for grid in grids)
     for axis, row, grid in zip(axes[0], rows, grids, strict=True):
@@ -153,8 +144,8 @@ def attention_on_anchors(record: Record) -> Figure | None:
         axis.set(xlabel="head", title=title)
         axis.title.set_fontsize(9)
     axes[0][0].set_ylabel("layer")
-    figure.colorbar(image, ax=axes[0].tolist(), label="attention on the chunks' first tokens")
-    return figure
+    picture.colorbar(image, ax=axes[0].tolist(), label="attention on the chunks' first tokens")
+    return picture
 
 
 def denoising_order(record: Record) -> Figure | None:
@@ -163,7 +154,7 @@ def denoising_order(record: Record) -> Figure | None:
     if not rows:
         return None
     slots = max(len(row["step"]) for row in rows)
-    figure, axes = _figure(0.42 * slots + 1.5, 0.75 * len(rows) + 0.9)
+    picture, axes = figure(0.42 * slots + 1.5, 0.75 * len(rows) + 0.9)
     axis = axes[0][0]
     grid = np.full((len(rows), slots), np.nan)
     for i, row in enumerate(rows):
@@ -180,8 +171,8 @@ def denoising_order(record: Record) -> Figure | None:
             )  # fmt: skip
     axis.set_yticks(range(len(rows)), [row["task"].replace("_", " ") for row in rows])
     axis.set(xlabel="slot of the response")
-    figure.colorbar(image, ax=axis, label="filled in evaluation")
-    return figure
+    picture.colorbar(image, ax=axis, label="filled in evaluation")
+    return picture
 
 
 def speed(record: Record) -> Figure | None:
@@ -189,7 +180,7 @@ def speed(record: Record) -> Figure | None:
     rows = (record.get("speed") or {"rows": []})["rows"]
     if not rows:
         return None
-    figure, axes = _figure(5.6, 4.0)
+    picture, axes = figure(5.6, 4.0)
     axis = axes[0][0]
     for name in dict.fromkeys(row["method"] for row in rows):
         line = sorted((r for r in rows if r["method"] == name), key=lambda r: r["length"])
@@ -202,7 +193,7 @@ def speed(record: Record) -> Figure | None:
     axis.minorticks_off()
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
-    return figure
+    return picture
 
 
 def one_factor(record: Record) -> Figure | None:
@@ -216,7 +207,7 @@ def one_factor(record: Record) -> Figure | None:
     if not drawn:
         return None
     count = sum(map(len, drawn.values()))
-    figure, axes = _figure(7.5, 0.19 * count + 0.3 * len(drawn) + 0.8)
+    picture, axes = figure(7.5, 0.19 * count + 0.3 * len(drawn) + 0.8)
     axis, place, ticks = axes[0][0], 0.0, []
     for name, rows in drawn.items():
         for group, arm in rows:
@@ -235,7 +226,7 @@ def one_factor(record: Record) -> Figure | None:
     axis.set_ylim(place, -1)
     axis.set_xlabel("accuracy less the reference's, points")
     axis.grid(axis="x", alpha=0.3)
-    return figure
+    return picture
 
 
 PICTURES: dict[str, Callable[[Record], Figure | None]] = {
@@ -254,8 +245,8 @@ def draw_all(record: Record, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     for name, draw in PICTURES.items():
-        figure = draw(record)
-        if figure is not None:
-            figure.savefig(folder / f"{name}.png", dpi=_DPI, metadata={"Software": None})
+        picture = draw(record)
+        if picture is not None:
+            picture.savefig(folder / f"{name}.png", dpi=_DPI, metadata={"Software": None})
             made.append(name)
     return made

@@ -6,10 +6,11 @@ What is said of a comparison follows from its interval and its adjusted p alone.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from bench.pages import between, relative, replace
 
 from ablation.grid import Cell
 from ablation.plots import draw_all
@@ -37,25 +38,13 @@ def write_report(source: Path, results: Path, readme: Path, pictures: Path) -> i
     if not record["cells"]:
         raise ValueError(f"{source} holds no cells")
     text = readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{readme} does not have exactly one place between {BEGIN!r} and {END!r}")
+    between(text, BEGIN, END, "", readme)  # before anything is written
     made = draw_all(record, pictures)
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    part = readme_part(record, made, _relative(pictures, readme), _relative(results, readme))
-    _replace(results, results_page(record, made, _relative(pictures, results), source.name))
-    _replace(readme, f"{before}{BEGIN}\n{part}{END}{after}")
+    part = readme_part(record, made, relative(pictures, readme), relative(results, readme))
+    replace(results, results_page(record, made, relative(pictures, results), source.name))
+    replace(readme, between(text, BEGIN, END, part, readme))
     print(f"{results}, {readme} and {len(made)} pictures in {pictures}")
     return 0
-
-
-def _relative(path: Path, page: Path) -> str:
-    return Path(os.path.relpath(path.resolve(), page.resolve().parent)).as_posix()
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def percent(estimate: Sequence[float] | None) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -95,7 +94,7 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps(one(args)))
         return 0
     from bench.load import in_process
-    from bench.record import conditions, write
+    from bench.record import command, conditions, write
 
     options = ["--tokens", args.tokens, "--chunk-size", args.chunk_size, "--model", args.model]
     if args.checkpoint is not None:
@@ -117,7 +116,7 @@ def main(args: argparse.Namespace) -> int:
                     flush=True,
                 )
     record = {
-        "command": " ".join(["scripts/benchmark.py", *sys.argv[1:]]),
+        "command": command(),
         **conditions(),
         "processors": os.cpu_count(),
         "model": "checkpoint" if args.checkpoint is not None else args.model,

@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from bench.record import conditions, copy_bandwidth, time_loop, write
+from bench.record import command, conditions, copy_bandwidth, time_loop, write
 from pallas_kernels import Partial, chunk_attention
 from pallas_kernels.cudnn import attention_with_lse
 from pallas_kernels.mosaic_gpu import chunk_attention_mosaic_gpu
@@ -152,7 +151,7 @@ def attend(case: Case) -> Callable[..., Partial]:
     )
 
 
-def gather(pool: jax.Array, ids: jax.Array, layer: int) -> jax.Array:
+def gather(pool: jax.Array, ids: jax.Array, layer: int | jax.Array) -> jax.Array:
     """The chosen chunks of a layer one behind the other, [B, K C, G, D]."""
     batch, slots = ids.shape
     _, _, kv_heads, chunk_size, dim = pool.shape
@@ -162,13 +161,15 @@ def gather(pool: jax.Array, ids: jax.Array, layer: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A case and its compiled loop of `rounds` rounds, each through all layers of the pool.
+    """A case, its compiled loop of `rounds` rounds, each through all layers of the pool, and what
+    the loop's last call should give.
 
     moved: bytes of K and V that a call has to read, the mean of the selections.
     """
 
     case: Case
     loop: Callable[..., tuple[jax.Array, Partial]]
+    reference: Callable[..., jax.Array]
     rounds: int
     layers: int
     moved: float
@@ -182,8 +183,9 @@ class Prepared:
         k, v = make_pool(self.layers, case.kv_heads, case.chunk_size, case.dim)
         if case.implementation != "contiguous cudnn":
             return k, v
-        take = jax.jit(gather, static_argnums=2)
-        return tuple([take(pool, self.ids[0], i) for i in range(self.layers)] for pool in (k, v))
+        take = jax.jit(gather)
+        layers = [jnp.int32(i) for i in range(self.layers)]
+        return tuple([take(pool, self.ids[0], i) for i in layers] for pool in (k, v))
 
 
 def prepare(case: Case, layers: int, seconds: float, floor_bandwidth: float) -> Prepared:
@@ -230,10 +232,11 @@ def prepare(case: Case, layers: int, seconds: float, floor_bandwidth: float) -> 
         pool = [jax.ShapeDtypeStruct(columns, jnp.bfloat16)] * layers
     facts = jnp.asarray(lengths, jnp.int32)
     compiled = jax.jit(loop).lower(queries, pool, pool, ids, facts).compile()
-    return Prepared(case, compiled, rounds, layers, moved, queries, ids, facts)
+    one_layer = jax.ShapeDtypeStruct(whole[1:], jnp.bfloat16)
+    wanted = jax.jit(reference).lower(queries[0], one_layer, one_layer, ids[0], facts).compile()
+    return Prepared(case, compiled, wanted, rounds, layers, moved, queries, ids, facts)
 
 
-@jax.jit
 def reference(q, k, v, ids, lengths) -> jax.Array:
     """The output in float32, from q with or without an axis of slots and one layer's pool."""
     q = q if q.ndim == 5 else q[:, None]
@@ -250,7 +253,9 @@ def run_case(ready: Prepared, repeats: int, floor_bandwidth: float) -> dict[str,
     last, layer = ready.rounds % SELECTIONS, ready.layers - 1
     chosen = 0 if case.implementation == "contiguous cudnn" else last
     k, v = make_pool(ready.layers, case.kv_heads, case.chunk_size, case.dim)
-    want = reference(ready.queries[last], k[layer], v[layer], ready.ids[chosen], ready.lengths)
+    want = ready.reference(
+        ready.queries[last], k[layer], v[layer], ready.ids[chosen], ready.lengths
+    )
     return {
         **dataclasses.asdict(case),
         "us": round(timing.median, 2),
@@ -293,7 +298,7 @@ def main(args: argparse.Namespace) -> int:
     floor = copied * READ_OVER_COPY
     rows: list[dict[str, Any]] = []
     record = {
-        "command": " ".join(["scripts/benchmark.py", *sys.argv[1:]]),
+        "command": command(),
         **conditions(),
         "copy_bandwidth": copied,
         "floor_bandwidth": floor,
@@ -314,9 +319,9 @@ def main(args: argparse.Namespace) -> int:
                 break
             some = grid[start : start + AT_ONCE]
             # Timed only when nothing compiles: compiling runs small programs on the device.
-            for ready in list(
-                run.map(lambda c: prepare(c, args.layers, args.seconds, floor), some)
-            ):
+            compiled = list(run.map(lambda c: prepare(c, args.layers, args.seconds, floor), some))
+            print(f"{time.monotonic() - begun:.0f} s, {len(some)} compiled", flush=True)
+            for ready in compiled:
                 row = run_case(ready, args.repeats, floor)
                 row["of_copy_bandwidth"] = round(row["bytes"] / (row["us"] * 1e-6) / copied, 3)
                 rows.append(row)
@@ -341,47 +346,3 @@ def describe(row: dict[str, Any]) -> str:
         f"{row['times_floor']:5.2f}x floor, {100 * row['of_copy_bandwidth']:3.0f}% of copy, "
         f"error {row['relative_error']:.1e}"
     )
-
-
-def plot(source: Path, target: Path) -> None:
-    """Time over the floor against K, one panel for each Lq, from the JSON."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    record = json.loads(source.read_text(encoding="utf-8"))
-    plain = [
-        row
-        for row in record["rows"]
-        if row["batch"] == 1
-        and row["heads"] == row["kv_heads"]
-        and not row["ragged"]
-        and row["q_per_slot"]
-        and row["settings"] is None
-    ]
-    panels = sorted({row["rows"] for row in plain})
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(4 * len(panels), 3.6), sharey=True, squeeze=False
-    )
-    for axis, rows in zip(axes[0], panels, strict=True):
-        for name in dict.fromkeys(row["implementation"] for row in plain):
-            line = [r for r in plain if r["rows"] == rows and r["implementation"] == name]
-            if line:
-                axis.plot(
-                    [r["slots"] for r in line],
-                    [r["times_floor"] for r in line],
-                    marker="o",
-                    label=name,
-                )
-        axis.axhline(1, color="grey", linewidth=1)
-        axis.set(xscale="log", yscale="log", xlabel="chunks chosen, K", title=f"{rows} query rows")
-        axis.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
-        axis.set_yticks([1, 1.25, 1.5, 2, 3, 5, 8], ["1", "1.25", "1.5", "2", "3", "5", "8"])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("time / floor")
-    axes[0][-1].legend(fontsize=8)
-    figure.suptitle(f"{record['device']}, H = 32, D = 128, C = 1024, bfloat16", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(target, dpi=120)

@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -72,6 +73,13 @@ def copy_bandwidth(gigabytes: float = 2.0, calls: int = 50) -> float:
 
     ways = (lambda: in_place(jnp.bfloat16), lambda: in_place(jnp.float32), driver)
     return max(way() for way in ways for _ in range(3))
+
+
+def command() -> str:
+    """The command line, but for where the record goes."""
+    words = iter(sys.argv[1:])
+    kept = [word for word in words if word != "--out" or not next(words, None)]
+    return " ".join(["scripts/benchmark.py", *kept])
 
 
 def conditions() -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bench.record import conditions, write
+from bench.record import command, conditions, write
 from pdllm_jax import ChunkConfig, LLaDA, ModelConfig, chunk_prompt
 
 
@@ -103,7 +102,7 @@ def begin(args: argparse.Namespace) -> Run:
     model = LLaDA(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     jax.block_until_ready(jax.tree.leaves(model))
     record: dict[str, Any] = {
-        "command": " ".join(["scripts/benchmark.py", *sys.argv[1:]]),
+        "command": command(),
         **conditions(),
         "model": dataclasses.asdict(config),
         "seconds": {},

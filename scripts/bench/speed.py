@@ -255,8 +255,8 @@ def end_to_end(run: Run) -> None:
                 method=method, chunking=ChunkConfig(run.args.chunk_size), selection=SELECT,
                 decode=decoding(method, tokens),
             )  # fmt: skip
-            for program in programs(run.model.config, shapes, select, settings, dtype=jnp.bfloat16):
-                lowered.append(program.lower())
+            needed = programs(run.model.config, shapes, select, settings, dtype=jnp.bfloat16)
+            lowered += [program.lower() for program in needed]
         with ThreadPoolExecutor() as threads:
             list(threads.map(lambda program: program.compile(), lowered))
 

@@ -1,0 +1,288 @@
+"""docs/performance.md, README's part and the pictures: every number is of the benchmarks' JSON.
+
+A part whose record is not there is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bench import pictures
+from bench.pages import between, relative, replace
+
+Record = Mapping[str, Any]
+BEGIN, END = "<!-- speed: made by scripts/benchmark.py report -->", "<!-- end of speed -->"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "performance.md"
+
+# Picture: the record that it is drawn from, and how.
+PICTURES: dict[str, tuple[str, Callable[[Record], Any]]] = {
+    "kernel": ("kernel_h100", pictures.kernel),
+    "requests": ("end_to_end", pictures.requests),
+    "streaming": ("method", pictures.streaming),
+}
+CAPTIONS = {
+    "kernel": "Attention over chosen chunks: time over the floor",
+    "requests": "Seconds of a request against the prompt's length",
+    "streaming": "Seconds and memory against the tokens streamed",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `benchmark.py report`."""
+    parser.add_argument("--records", type=Path, default=ROOT / "benchmarks")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--pictures", type=Path, default=ROOT / "docs" / "pictures")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Writes all three. ValueError where README has no place marked for its part."""
+    records = {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(args.records.glob("*.json"))
+    }
+    text = args.readme.read_text(encoding="utf-8")
+    between(text, BEGIN, END, "", args.readme)  # before anything is written
+    args.pictures.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name, (source, draw) in PICTURES.items():
+        if source in records:
+            target = args.pictures / f"{name}.png"
+            draw(records[source]).savefig(target, dpi=110, metadata={"Software": None})
+            drawn.append(name)
+
+    def picture(name: str, page: Path) -> list[str]:
+        path = f"{relative(args.pictures, page)}/{name}.png"
+        return ["", f"![{CAPTIONS[name]}]({path})"] if name in drawn else []
+
+    lines = ["# Performance", "", INTRODUCTION]
+    for title, names, section, shown in SECTIONS:
+        found = [records[name] for name in names if name in records]
+        if not found:
+            continue
+        lines += ["", f"## {title}", "", *section(*found)]
+        lines += picture(shown, args.page) if shown else []
+    replace(args.page, "\n".join(lines) + "\n")
+    part = list(readme_part(records, relative(args.page, args.readme)))
+    part += picture("requests", args.readme)
+    replace(args.readme, between(text, BEGIN, END, "\n".join(part) + "\n", args.readme))
+    print(f"{args.page}, {args.readme} and {len(drawn)} pictures in {args.pictures}")
+    return 0
+
+
+INTRODUCTION = """
+Made by `scripts/benchmark.py report` from the records in `benchmarks/`, which hold hardware,
+versions, commands and spreads. LLaDA-8B shapes, random weights, bfloat16, chunks of 1,024, four
+kept, a question of 32 tokens, draft and scores counted, where nothing else is said. Medians, host
+time included; compiling is apart. `docs/kernel.md` says how the kernels work and what bounds them.
+""".strip()
+
+
+def conditions(record: Record) -> str:
+    """Where and how a record was made."""
+    command, device = record["command"], record["device"]
+    place = f"{device}, jax {record['versions']['jax']}, `{command}`"
+    if "copy_bandwidth" in record:
+        place += f"; its memory copies at {record['copy_bandwidth'] / 1e12:.2f} TB/s"
+    return f"{place}."
+
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> Iterator[str]:
+    """A markdown table."""
+    heads = list(heads)
+    yield f"| {' | '.join(heads)} |"
+    yield f"|{'---|' * len(heads)}"
+    for row in rows:
+        yield f"| {' | '.join(map(str, row))} |"
+
+
+def step(record: Record) -> Iterator[str]:
+    """A denoising step."""
+    yield conditions(record)
+    yield "One evaluation of 32 rows after joint encoding. Floor: weights and chunks' KV read once"
+    yield "at the speed of copies."
+    yield ""
+    yield from table(
+        ("cached tokens", "ms [least, most]", "floor, ms", "times the floor",
+         "`denoise_step` from Python, ms", "slower than the loop"),
+        (
+            (f"{r['cached_tokens']:,}", f"{r['ms']:.2f} [{r['ms_least']:.2f}, {r['ms_most']:.2f}]",
+             f"{r['ms_floor']:.2f}", f"{r['times_floor']:.2f}", f"{r['ms_from_python']:.2f}",
+             f"{100 * (r['python_over_loop'] - 1):.1f}%")
+            for r in record["step"]
+        ),
+    )  # fmt: skip
+    for name, seconds in record["seconds"].items():
+        speed = record["ratios"].get(f"TFLOP/s, {name}")
+        if speed is not None:
+            yield ""
+            yield f"The pass that scores, `{name}`: {1000 * seconds['median']:.0f} ms,"
+            yield f"{speed:.0f} TFLOP/s of products and attention over rows that exist."
+
+
+def requests(record: Record) -> Iterator[str]:
+    """Whole requests beside the baselines."""
+    yield conditions(record)
+    yield "As `generate_ids` is called. The baselines in the same process; of `plain`, evaluations"
+    yield "are all alike, so that two, or one a block, are timed and counted as often as there are"
+    yield "tokens."
+    yield ""
+    rows = {(r["prompt_tokens"], r["tokens"], r["method"]): r for r in record["end_to_end"]}
+    phases = ("draft", "score", "encode", "decode")
+
+    def line(prompt: int, tokens: int) -> Iterator[str]:
+        ours = rows[prompt, tokens, "prefilling"]
+        yield f"{prompt:,}"
+        yield str(tokens)
+        yield f"{ours['seconds']:.2f} [{ours['least']:.2f}, {ours['most']:.2f}]"
+        yield " + ".join(f"{ours['phases'][name]:.2f}" for name in phases)
+        for method in ("dual-cache", "plain"):
+            theirs = rows.get((prompt, tokens, method))
+            if theirs is None:
+                yield "-"
+            else:
+                yield f"{theirs['seconds']:.2f} ({theirs['seconds'] / ours['seconds']:.1f})"
+
+    yield from table(
+        ("prompt tokens", "response", "prefilling, s", " + ".join(phases),
+         "dual-cache, s (times ours)", "plain, s (times ours)"),
+        (line(n, tokens) for n, tokens in sorted({key[:2] for key in rows})),
+    )  # fmt: skip
+
+
+def method(record: Record) -> Iterator[str]:
+    """Phases and choices."""
+    yield conditions(record)
+    yield ""
+    yield from table(
+        ("phase", "ms [least, most]"),
+        (
+            (name, " ".join((f"{1000 * r['median']:.1f}",
+                             f"[{1000 * r['least']:.1f}, {1000 * r['most']:.1f}]")))
+            for name, r in record["seconds"].items()
+            if not name.startswith(("request ", "8 together"))
+        ),
+    )  # fmt: skip
+    ratios = {k: v for k, v in record["ratios"].items() if not k.startswith("batch")}
+    yield ""
+    yield from table(("ratio", ""), ((name, f"{value:.3f}") for name, value in ratios.items()))
+
+
+def stream(record: Record) -> Iterator[str]:
+    """Documents of growing length through one program."""
+    yield conditions(record)
+    yield "One compiled program for all: shorter documents are padded to the longest one's chunks,"
+    yield "which are not computed."
+    yield ""
+    yield from table(
+        ("tokens", "s", "µs a token", "most device memory, GB"),
+        (
+            (f"{r['tokens']:,}", f"{r['seconds']:.2f}", f"{1e6 * r['seconds'] / r['tokens']:.1f}",
+             f"{r['peak_bytes'] / 1e9:.2f}")
+            for r in record["memory"].values()
+        ),
+    )  # fmt: skip
+
+
+def batch(record: Record, *_: Record) -> Iterator[str]:
+    """Ragged requests together. Of several records the first counts."""
+    yield conditions(record)
+    yield "Eight ragged requests of four chunks (up to 4,096 tokens) each, 32 steps, together and"
+    yield "one at a time. Joint encoding is bound by arithmetic: there a batch gains nothing."
+    yield ""
+    seconds = record["seconds"]
+
+    def alone(part: str) -> float:
+        return sum(r["median"] for n, r in seconds.items() if n.startswith("request") and part in n)
+
+    yield from table(
+        ("", "one at a time, ms", "together, ms", "throughput"),
+        (
+            (part, f"{1000 * alone(part):.0f}",
+             f"{1000 * seconds[f'8 together, {part}']['median']:.0f}",
+             f"{alone(part) / seconds[f'8 together, {part}']['median']:.2f}")
+            for part in ("encode", "decode")
+        ),
+    )  # fmt: skip
+
+
+def kernel(*records: Record) -> Iterator[str]:
+    """Attention over chosen chunks, a table for each record."""
+    yield "Schedule and merge included, device time, inputs rotated so that the L2 does not serve"
+    yield "them. D = 128, C = 1,024, rows rotated for every chunk. Floor: K and V of the distinct"
+    yield "chunks read once at the speed of copies times 3.0 / 2.92. In brackets: how many times"
+    yield "faster the kernel is."
+    for record in records:
+
+        def case(r: Record) -> tuple[Any, ...]:
+            return r["batch"], f"{r['heads']}/{r['kv_heads']}", r["rows"], r["slots"]
+
+        rows = {
+            (*case(r), r["implementation"]): r
+            for r in record["rows"]
+            if not r["ragged"] and r["settings"] is None
+            and (r["q_per_slot"] or r["implementation"] != "mosaic_gpu")
+        }  # fmt: skip
+        yield ""
+        yield conditions(record)
+        yield ""
+
+        def line(case: tuple, rows: dict = rows) -> Iterator[str]:
+            ours = rows[*case, "mosaic_gpu"]
+            yield from map(str, case)
+            yield f"{ours['us']:.1f} [{ours['us_least']:.1f}, {ours['us_most']:.1f}]"
+            yield f"{ours['times_floor']:.2f}"
+            yield f"{100 * ours['of_copy_bandwidth']:.0f}%"
+            yield f"{ours['relative_error']:.1e}"
+            for name in ("gather+cudnn", "contiguous cudnn"):
+                theirs = rows.get((*case, name))
+                yield f"{theirs['us']:.0f} ({theirs['us'] / ours['us']:.1f})" if theirs else "-"
+
+        yield from table(
+            ("requests", "heads", "query rows", "K", "kernel, µs [least, most]", "times the floor",
+             "of copy bandwidth", "relative error", "gather + cuDNN, µs", "cuDNN, contiguous, µs"),
+            (line(key[:4]) for key in rows if key[4] == "mosaic_gpu"),
+        )  # fmt: skip
+
+
+def memory(record: Record) -> Iterator[str]:
+    """What was planned beside what the device held."""
+    yield conditions(record)
+    yield ""
+    yield from table(
+        ("setting", "planned, GB", "phase", "measured, GB", "planned / measured"),
+        (
+            (r["setting"], f"{r['planned'] / 1e9:.2f}", r["phase"], f"{r['measured'] / 1e9:.2f}",
+             f"{r['planned_over_measured']:.3f}")
+            for r in record["rows"]
+        ),
+    )  # fmt: skip
+
+
+SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[..., Iterator[str]], str | None], ...] = (
+    ("Whole requests", ("end_to_end",), requests, "requests"),
+    ("A denoising step, and the scoring pass", ("speed",), step, None),
+    ("Phases and choices", ("method",), method, None),
+    ("Streaming", ("method",), stream, "streaming"),
+    ("Batches", ("method_batch", "method"), batch, None),
+    ("Attention over chosen chunks", ("kernel_h100", "kernel"), kernel, "kernel"),
+    ("Memory, planned and measured", ("memory",), memory, None),
+)
+
+
+def readme_part(records: Mapping[str, Record], page: str) -> Iterator[str]:
+    """The two tables that say most."""
+    if (record := records.get("end_to_end")) is not None:
+        yield "**Whole requests**, every cost counted, against the baselines in the same process:"
+        yield from requests(record)
+        yield ""
+    if (record := records.get("speed")) is not None:
+        yield "**A denoising step**:"
+        yield from step(record)
+        yield ""
+    yield f"Phases, streams, batches, the kernel and memory: `{page}`."

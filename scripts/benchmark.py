@@ -3,7 +3,7 @@
 
   scripts/benchmark.py kernel [--out benchmarks/kernel.json] [--quick | --tune]
   scripts/benchmark.py method [--out benchmarks/method.json] [--sections stream scoring ...]
-  scripts/benchmark.py speed [--out benchmarks/speed.json] [--sections step prefill end-to-end]
+  scripts/benchmark.py speed [--out benchmarks/speed.json] [--sections step end-to-end ...]
   scripts/benchmark.py memory [--out benchmarks/memory.json] [--settings NAME ...] [--compiled]
   scripts/benchmark.py load [--out benchmarks/load.json] [--checkpoint FOLDER | --layers 32]
   scripts/benchmark.py cold [--out benchmarks/cold.json] [--checkpoint FOLDER | --model llada-8b]

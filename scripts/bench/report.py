@@ -189,6 +189,21 @@ def stream(record: Record) -> Iterator[str]:
     )  # fmt: skip
 
 
+def streamed_requests(record: Record) -> Iterator[str]:
+    """Whole requests about documents that are streamed."""
+    yield conditions(record)
+    yield "Independent encoding, 32 tokens in 32 steps; one call each, compiling taken off."
+    yield ""
+    yield from table(
+        ("document tokens", "s", "scoring pass, s", "decoding, s", "most device memory, GB"),
+        (
+            (f"{r['document_tokens']:,}", f"{r['seconds']:.1f}", f"{r['phases']['score']:.1f}",
+             f"{r['phases']['decode']:.2f}", f"{r['peak_bytes'] / 1e9:.2f}")
+            for r in record["stream"]
+        ),
+    )  # fmt: skip
+
+
 def batch(record: Record, *_: Record) -> Iterator[str]:
     """Ragged requests together. Of several records the first counts."""
     yield conditions(record)
@@ -269,6 +284,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[..., Iterator[str]], str | 
     ("A denoising step, and the scoring pass", ("speed",), step, None),
     ("Phases and choices", ("method",), method, None),
     ("Streaming", ("method",), stream, "streaming"),
+    ("Streamed requests", ("speed_stream",), streamed_requests, None),
     ("Batches", ("method_batch", "method"), batch, None),
     ("Attention over chosen chunks", ("kernel_h100", "kernel"), kernel, "kernel"),
     ("Memory, planned and measured", ("memory",), memory, None),

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from bench.record import copy_bandwidth, write
-from bench.run import Run, begin
+from bench.run import Run, begin, peak
 from pdllm_jax import (
     ChunkConfig,
     DecodeConfig,
@@ -40,7 +40,7 @@ from pdllm_jax.planner import shapes_of
 from pdllm_jax.programs import programs
 from pdllm_jax.riders import Question
 
-SECTIONS = ("step", "prefill", "end-to-end")
+SECTIONS = ("step", "prefill", "end-to-end", "stream")
 SELECT = SelectionConfig(top_k=4, masked_copies=4, draft_length=4, draft_steps=2)
 BLOCK, PREFIX, QUERY = 32, 16, 32
 # Evaluations of `plain` that are timed, or one a block where that is more, of as many as there are
@@ -60,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--documents", nargs="+", type=int, default=[8, 16, 32], help="chunks of the documents"
     )
+    parser.add_argument(
+        "--stream", nargs="+", type=int, default=[128, 1024], help="chunks of streamed documents"
+    )
     parser.add_argument("--tokens", nargs="+", type=int, default=[32, 128], help="of a response")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds in all")
@@ -70,8 +73,8 @@ def main(args: argparse.Namespace) -> int:
     copied = copy_bandwidth(0.01 if args.tiny else 2.0, 2 if args.tiny else 50)
     run = begin(args)
     run.record["copy_bandwidth"] = copied
-    run.record["step"], run.record["end_to_end"] = [], []
-    sections = {"step": step, "prefill": score_document, "end-to-end": end_to_end}
+    run.record["step"], run.record["end_to_end"], run.record["stream"] = [], [], []
+    sections = {"step": step, "prefill": score_document, "end-to-end": end_to_end, "stream": stream}
     for name in args.sections:
         if time.monotonic() - run.begun > args.limit:
             run.record["left_out"].append(name)
@@ -298,3 +301,34 @@ def end_to_end(run: Run) -> None:
         if method != "prefilling" and ("prefilling", n, tokens) in took:
             faster = seconds / took["prefilling", n, tokens]
             run.note(f"{method} over prefilling, {n} chunks, {tokens} tokens", faster)
+
+
+def stream(run: Run) -> None:
+    """Whole requests whose document is streamed, and the most that the device has held by then.
+
+    One call each, what it compiles taken off.
+    """
+    rng = np.random.default_rng(0)
+    words, size = run.model.config.vocab_size - 8, run.args.chunk_size
+    prefix, query = rng.integers(0, words, PREFIX), rng.integers(0, words, QUERY)
+    select = dataclasses.replace(SELECT, encoding="independent")
+    decode = DecodeConfig(gen_length=BLOCK, block_length=BLOCK)
+    for chunks in run.args.stream:
+        context = rng.integers(0, words, chunks * (size - 1))
+        begun = time.perf_counter()
+        result = generate_ids(
+            run.model, prefix, context, query, selection=select, decode=decode,
+            chunking=ChunkConfig(size),
+        )  # fmt: skip
+        seconds = time.perf_counter() - begun - result.timings["compile"]
+        row = {
+            "chunks": chunks, "document_tokens": len(context), "tokens": BLOCK, "seconds": seconds,
+            "compile": result.timings["compile"], "phases": result.timings, "peak_bytes": peak(),
+        }  # fmt: skip
+        run.record["stream"].append(row)
+        print(
+            f"streamed {len(context):,} tokens, {BLOCK} out: {seconds:.1f} s, peak "
+            f"{row['peak_bytes'] / 1e9:.2f} GB",
+            flush=True,
+        )
+        write(run.args.out, run.record)

@@ -7,14 +7,16 @@
   scripts/benchmark.py memory [--out benchmarks/memory.json] [--settings NAME ...] [--compiled]
   scripts/benchmark.py load [--out benchmarks/load.json] [--checkpoint FOLDER | --layers 32]
   scripts/benchmark.py cold [--out benchmarks/cold.json] [--checkpoint FOLDER | --model llada-8b]
+  scripts/benchmark.py compiled [--out benchmarks/compiled.json] [--target FILE]
   scripts/benchmark.py report [--records benchmarks] [--page docs/performance.md]
 
 `kernel` times attention over chosen chunks: the Hopper kernel, cuDNN with and without a gather, and
 the portable path. `method` times the method's phases at LLaDA-8B shapes on random weights, `speed`
 the denoising step, the scoring pass and whole requests beside the baselines. `memory` puts the
 planner's figures beside the device's. `load` loads a checkpoint beside the disk's speed, `cold`
-times the first token from a cold and from a warm compilation cache. `report` makes pages and
-pictures of the records; it needs matplotlib and no GPU.
+times the first token from a cold and from a warm compilation cache. `compiled` shows registers,
+spills and temporaries of the kernels. `report` makes pages and pictures of the records; it needs
+matplotlib and no GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    from bench import cold, kernel, load, memory, method, report, speed
+    from bench import cold, compiled, kernel, load, memory, method, report, speed
 
     kernel.add_arguments(commands.add_parser("kernel", help="attention over chosen chunks"))
     method.add_arguments(commands.add_parser("method", help="phases of the method"))
@@ -37,11 +39,14 @@ def main() -> int:
     memory.add_arguments(commands.add_parser("memory", help="planned against measured memory"))
     load.add_arguments(commands.add_parser("load", help="loading against the disk's speed"))
     cold.add_arguments(commands.add_parser("cold", help="time to the first token"))
+    compiled.add_arguments(
+        commands.add_parser("compiled", help="what the compiler says of kernels")
+    )
     report.add_arguments(commands.add_parser("report", help="pages and pictures of the records"))
     args = parser.parse_args()
     modules = {
         "kernel": kernel, "method": method, "speed": speed, "memory": memory, "load": load,
-        "cold": cold, "report": report,
+        "cold": cold, "compiled": compiled, "report": report,
     }  # fmt: skip
     return modules[args.command].main(args)
 

@@ -10,7 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from bench import checkpoint, cold, kernel, load, memory, method, record, report, weights
+from bench import checkpoint, cold, compiled, kernel, load, memory, method, record, report, weights
 from bench.record import Timing
 from flax import nnx
 
@@ -189,3 +189,20 @@ def test_cheap_weights_have_the_spread_of_random_ones():
     for ours, theirs in zip(jax.tree.leaves(model), jax.tree.leaves(drawn), strict=True):
         assert ours.shape == theirs.shape
         assert float(ours.std()) == pytest.approx(float(theirs.std()), rel=0.1)
+
+
+def test_what_the_compiler_says_is_read():
+    told = (
+        "ptxas info    : Compiling entry function 'attend_mosaic_gpu_kernel' for 'sm_90a'\n"
+        "ptxas info    : Function properties for attend_mosaic_gpu_kernel\n"
+        "    8 bytes stack frame, 12 bytes spill stores, 4 bytes spill loads\n"
+        "ptxas info    : Used 168 registers, used 16 barriers\n"
+    )
+    slow = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async are serialized\n"
+    rows = compiled.parse(f"=== one\n{told}\n=== 5\n=== two\n{slow}{told}{told}=== 7\n")
+    kernel = {"kernel": "attend", "registers": 168, "spilled_bytes": 16}
+    assert [row["kernels"] for row in rows] == [[kernel], [kernel, kernel]]
+    assert [row["temporary_bytes"] for row in rows] == [5, 7]
+    assert [len(row["warnings"]) for row in rows] == [0, 1]
+    with pytest.raises(ValueError, match="nothing of 'one'"):
+        compiled.parse("=== one\n=== 5\n")

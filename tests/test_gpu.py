@@ -173,3 +173,12 @@ def test_float32_gives_the_tokens_of_the_cpu(method):
             jax.device_put(model, cpu), [], [], prompt, method=method, decode=decode
         )
     assert on_gpu.tokens == there.tokens
+
+
+def test_the_compiler_spills_and_warns_of_nothing():
+    from bench.compiled import compiled
+
+    rows = compiled()
+    assert len(rows) > 10
+    assert [row["case"] for row in rows if row["warnings"]] == []
+    assert [k for row in rows for k in row["kernels"] if k["spilled_bytes"]] == []

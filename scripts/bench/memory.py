@@ -148,7 +148,7 @@ def run(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _as_on_gpu() -> Iterator[None]:
+def as_on_gpu() -> Iterator[None]:
     """The library's choices of implementation as a Hopper GPU would have them."""
     import jax
 
@@ -175,7 +175,7 @@ def compile_only(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     if args.target is not None:
         described = args.target.read_text(encoding="utf-8")
         there = topologies.get_topology_desc("", "cuda", target_config=described, topology="1x1x1")
-        sharding, where = SingleDeviceSharding(there.devices[0]), _as_on_gpu()
+        sharding, where = SingleDeviceSharding(there.devices[0]), as_on_gpu()
     with where:
         planned = setting.plan(config, args.chunk_size)
         shapes, select, decode = shapes_of(

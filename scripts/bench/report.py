@@ -265,6 +265,24 @@ def kernel(*records: Record) -> Iterator[str]:
         )  # fmt: skip
 
 
+def compiled(record: Record) -> Iterator[str]:
+    """What the compiler says of the kernels."""
+    yield f"jax {record['versions']['jax']}, `{record['command']}` ({record['target']})."
+    warnings = sum(len(row["warnings"]) for row in record["rows"])
+    yield f"Warnings, as of serialised WGMMA: {warnings}."
+    yield ""
+    yield from table(
+        ("", "kernels: registers, bytes spilled", "temporaries, MB"),
+        (
+            (row["case"],
+             "; ".join(f"{k['kernel']}: {k['registers']}, {k['spilled_bytes']}"
+                       for k in row["kernels"]),
+             f"{row['temporary_bytes'] / 1e6:.1f}")
+            for row in record["rows"]
+        ),
+    )  # fmt: skip
+
+
 def memory(record: Record) -> Iterator[str]:
     """What was planned beside what the device held."""
     yield conditions(record)
@@ -287,6 +305,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[..., Iterator[str]], str | 
     ("Streamed requests", ("speed_stream",), streamed_requests, None),
     ("Batches", ("method_batch", "method"), batch, None),
     ("Attention over chosen chunks", ("kernel_h100", "kernel"), kernel, "kernel"),
+    ("Registers, spills, temporaries", ("compiled",), compiled, None),
     ("Memory, planned and measured", ("memory",), memory, None),
 )
 

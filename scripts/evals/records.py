@@ -75,9 +75,9 @@ class Records:
                 record = json.loads(line)
                 key = Key(*(record[name] for name in Key._fields))
                 record["digest"], float(record["score"])
-            except (ValueError, KeyError, TypeError):
+                self.done[key] = record
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 raise RecordError(f"{self.path}:{number}: not a record of this script") from None
-            self.done[key] = record
             whole += len(line)
         if self.dropped:
             self._file.truncate(whole)
@@ -110,8 +110,10 @@ def _same_settings(path: Path, settings: dict[str, Any], *, started: bool) -> No
         return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise RecordError(f"{path} is not valid JSON") from None
+    if not isinstance(before, dict):
+        raise RecordError(f"{path} must hold a JSON object")
     changed = sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
     if changed:
         raise RecordError(

@@ -1,0 +1,109 @@
+#!/usr/bin/env python3
+"""Campaigns against the library: broken input, kills, and what bfloat16 costs.
+
+  scripts/reliability.py fuzz [--kinds KIND ...] [--count 10000] [--seed 0] [--out fuzz.json]
+  scripts/reliability.py fuzz --kinds KIND --only NUMBER     # one case again, with its traceback
+  scripts/reliability.py kills [--kinds KIND ...] [--count 100] [--seed 0] [--out kills.json]
+  scripts/reliability.py drift CHECKPOINT CORPORA [--out drift.json]
+
+docs/reliability.md has what they do and what came of them. Exit status: 0; 1 where there is a
+finding; 2 and one line for bad input; 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = p.add_subparsers(dest="command", required=True)
+    from campaigns import fuzz
+
+    sub = commands.add_parser("fuzz", help="broken input of every kind")
+    sub.add_argument("--kinds", nargs="+", choices=fuzz.KINDS, default=fuzz.KINDS, metavar="KIND")
+    sub.add_argument("--count", type=int, default=10_000, metavar="N", help="cases of each kind")
+    sub.add_argument("--first", type=int, default=0, metavar="N", help="number of the first case")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--only", type=int, metavar="N", help="this case alone, in this process")
+    sub.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    sub.add_argument("--out", type=Path, metavar="FILE", help="JSON with counts and findings")
+    return p
+
+
+def run_fuzz(args: argparse.Namespace) -> int:
+    """Every kind in turn; one line for each."""
+    from campaigns import fuzz
+
+    if args.only is not None:
+        for kind in args.kinds:
+            print(f"{kind} {args.only}: {fuzz.reproduce(kind, args.seed, args.only)}")
+        return 0
+    if args.count < 1 or args.workers < 1:
+        raise ValueError("--count and --workers must be positive")
+    tallies = []
+    for kind in args.kinds:
+        tally = fuzz.fuzz(kind, args.count, args.seed, first=args.first, workers=args.workers)
+        tallies.append(tally)
+        outcomes = ", ".join(f"{tally.outcomes[x]} {x}" for x in ("refused", "loaded", "finding"))
+        rate = tally.cases / tally.seconds
+        print(
+            f"{kind}: {tally.cases} cases, seed {args.seed}: {outcomes}; {tally.seconds:.1f} s, "
+            f"{rate:.0f} a second, the slowest {tally.slowest:.2f} s",
+            flush=True,
+        )
+        for number, what in tally.findings[:20]:
+            print(f"  case {number}: {what}", flush=True)
+    if args.out is not None:
+        fuzz.write_record(args.out, tallies, machine())
+    return 1 if any(tally.findings for tally in tallies) else 0
+
+
+def machine() -> dict[str, object]:
+    """Where a campaign ran, in words."""
+    import platform
+    from importlib.metadata import version
+
+    models = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "processor": models[0] if models else platform.machine(), "cores": os.cpu_count(),
+        "system": platform.system(), "python": platform.python_version(),
+        "versions": {
+            name: version(name)
+            for name in ("jax", "orbax-checkpoint", "safetensors", "tokenizers", "numpy")
+        },
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    # For the workers, which are forked from a server that imports everything once.
+    path = [str(ROOT), str(SCRIPTS), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    args = parser().parse_args(argv)
+    try:
+        return {"fuzz": run_fuzz}[args.command](args)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -140,7 +140,10 @@ def load_tasks(args: argparse.Namespace, tokenizer: Tokenizer, malformed: Malfor
     if args.benchmark == "infinitebench":
         templates = None
         if args.templates is not None:
-            templates = json.loads(args.templates.read_text(encoding="utf-8"))
+            try:
+                templates = json.loads(args.templates.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{args.templates} is not valid JSON: {error}") from None
             if not isinstance(templates, dict):
                 raise DataError(f"{args.templates} must hold a JSON object")
         return infinitebench.load(args.data, args.tasks, malformed, templates)

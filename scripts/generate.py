@@ -266,7 +266,7 @@ def read_prompt_ids(path: Path, method: str) -> tuple[list[int], list[int], list
     """(prefix, context, query) of a prompt file; a bare prompt is all query."""
     try:
         raw: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold a JSON object")

@@ -37,6 +37,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--only", type=int, metavar="N", help="this case alone, in this process")
     sub.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     sub.add_argument("--out", type=Path, metavar="FILE", help="JSON with counts and findings")
+    from campaigns import kills
+
+    sub = commands.add_parser("kills", help="SIGKILL at random points")
+    sub.add_argument("--kinds", nargs="+", choices=kills.KINDS, default=kills.KINDS, metavar="KIND")
+    sub.add_argument("--count", type=int, default=100, metavar="N", help="kills of each kind")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--out", type=Path, metavar="FILE", help="JSON with counts and findings")
     return p
 
 
@@ -65,6 +72,30 @@ def run_fuzz(args: argparse.Namespace) -> int:
             print(f"  case {number}: {what}", flush=True)
     if args.out is not None:
         fuzz.write_record(args.out, tallies, machine())
+    return 1 if any(tally.findings for tally in tallies) else 0
+
+
+def run_kills(args: argparse.Namespace) -> int:
+    """Every kind in turn."""
+    from campaigns import kills
+
+    if args.count < 1:
+        raise ValueError("--count must be positive")
+    tallies = []
+    for kind in args.kinds:
+        tally = kills.kill(kind, args.count, args.seed)
+        tallies.append(tally)
+        by = ", ".join(f"{n} by {how}" for how, n in sorted(tally.by.items()))
+        print(
+            f"{kind}: {tally.kills} kills ({by}), seed {args.seed}: {len(tally.findings)} findings; "
+            f"{tally.ended_before} more had ended before; {tally.seconds:.0f} s"
+        )
+        for found, times in sorted(tally.found.items()):
+            print(f"  {times:4} times: {found}")
+        for what in tally.findings[:20]:
+            print(f"  FINDING {what}", flush=True)
+    if args.out is not None:
+        kills.write_record(args.out, tallies, machine())
     return 1 if any(tally.findings for tally in tallies) else 0
 
 
@@ -97,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     args = parser().parse_args(argv)
     try:
-        return {"fuzz": run_fuzz}[args.command](args)
+        return {"fuzz": run_fuzz, "kills": run_kills}[args.command](args)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

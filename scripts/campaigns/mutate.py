@@ -19,8 +19,8 @@ TEXTS = (
     "{}", "{0}", "{context.__class__}", "%s", "{context}", "__class__", "__metadata__", "F32",
     "BF16", "I64", "float32", "bfloat16", "linear", "yarn", "NaN", "<|mdm_mask|>", "null", "-1",
 )  # fmt: skip
-HUGE = "a huge number"
-VALUES: tuple[Any, ...] = (*NUMBERS, *TEXTS, HUGE, HUGE, [], {}, [[]], [0], [0, 0], [-1], {"": 0}, [None])
+HUGE, DEEP = "a huge number", "a deep list"
+VALUES: tuple[Any, ...] = (*NUMBERS, *TEXTS, HUGE, DEEP, [], {}, [[]], [0], [0, 0], [-1], {"": 0}, [None])
 TOKENS = (
     b"\xff", b"\x00", b"\xef\xbb\xbf", b"\xed\xa0\x80", b'"', b"\\", b"\\u0000", b"\\ud800", b"{",
     b"}", b"[", b"]", b",", b":", b"null", b"true", b"NaN", b"Infinity", b"-Infinity", b"1e999",
@@ -106,8 +106,9 @@ def dumped(rng: Random, value: Any) -> bytes:
     """JSON text, its spelling left to chance; lone surrogates as UTF-8 would spell them."""
     ascii_only = rng.random() < 0.7
     text = json.dumps(value, ensure_ascii=ascii_only, indent=rng.choice((None, None, 1)))
-    # Python itself would not spell a number of so many digits.
-    return text.replace(f'"{HUGE}"', "9" * 5000).encode("utf-8", "surrogatepass")
+    # Python itself would spell neither.
+    text = text.replace(f'"{HUGE}"', "9" * 5000).replace(f'"{DEEP}"', "[" * 5000 + "]" * 5000)
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _any_value(rng: Random) -> Any:

@@ -59,7 +59,9 @@ def inside(folder: Path, name: str) -> Path:
         pass  # whoever needs the file says so
     except (OSError, ValueError) as error:
         # Too long a name, a ring of links, what no file system can spell.
-        raise CheckpointError(f"{folder} names a file that can't be: {name!r:.99} ({error})") from None
+        raise CheckpointError(
+            f"{folder} names a file that can't be: {name!r:.99} ({error})"
+        ) from None
     root = folder.resolve()
     allowed = [root]
     if root.parent.name == "snapshots":

@@ -201,7 +201,9 @@ def _check_flags(folder: Path, manifest: Manifest) -> None:
         words = jax.random.key_data(key).size
         for name in ("keys", "state.keys"):
             if name in manifest.arrays and manifest.arrays[name].shape[-1] != words:
-                raise refusal(folder, f"{name} shape", f"is {[batch, width]}: keys have {words} words")
+                raise refusal(
+                    folder, f"{name} shape", f"is {[batch, width]}: keys have {words} words"
+                )
     if "cache" in names and manifest.flags["anchors"] != manifest.chunking.anchors:
         raise refusal(folder, "chunking.anchors", "is not what the cache says")
 

@@ -168,8 +168,8 @@ def _check_ids(backend: tokenizers.Tokenizer, raw: Any) -> None:
         found = backend.token_to_id(row["content"])
         if found != row["id"]:
             raise TokenizerError(
-                f"token {row['content']!r} has the id {row['id']} in tokenizer.json, but is read as "
-                f"{found}: its ids have gaps or are out of order"
+                f"token {row['content']!r} has the id {row['id']} in tokenizer.json but is read as "
+                f"{found}: ids have gaps or are out of order"
             )
 
 

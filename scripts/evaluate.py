@@ -31,7 +31,7 @@ from evals import generated, infinitebench, longbench, needle, ruler
 from evals.example import DataError, Malformed, OnMalformed, Task
 from evals.records import Records
 from evals.run import METHODS, Asker, run, summarise, table
-from generate import DTYPES, Parser
+from generate import DTYPES, Parser, out_of_memory
 
 from convert import converted
 from pdllm_jax import ChunkConfig, SelectionConfig, Tokenizer, load_config, load_model
@@ -231,6 +231,11 @@ def main(argv: list[str] | None = None) -> int:
         return evaluate(args)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except jax.errors.JaxRuntimeError as error:
+        if (message := out_of_memory(error)) is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -87,8 +87,8 @@ def run_kills(args: argparse.Namespace) -> int:
         tallies.append(tally)
         by = ", ".join(f"{n} by {how}" for how, n in sorted(tally.by.items()))
         print(
-            f"{kind}: {tally.kills} kills ({by}), seed {args.seed}: {len(tally.findings)} findings; "
-            f"{tally.ended_before} more had ended before; {tally.seconds:.0f} s"
+            f"{kind}: {tally.kills} kills ({by}), seed {args.seed}: {len(tally.findings)} "
+            f"findings; {tally.ended_before} more had ended before; {tally.seconds:.0f} s"
         )
         for found, times in sorted(tally.found.items()):
             print(f"  {times:4} times: {found}")

@@ -265,7 +265,7 @@ HOSTILE = {
     "rope": (lambda m: m["rope"].update(theta="1e4"), "rope.theta is '1e4'"),
     "rope int": (lambda m: m["rope"].update(theta=10000), "rope.theta is 10000 where 10000.0"),
     "model": (lambda m: m["model"].pop("d_model"), "model.d_model is None where 64"),
-    "nan": (lambda m: m["rope"].update(theta=float("nan")), "rope.theta is nan"),
+    "nan": (lambda m: m["rope"].update(theta=float("nan")), "NaN is no JSON"),
 }
 
 

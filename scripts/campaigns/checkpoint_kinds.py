@@ -145,7 +145,9 @@ class Index(Kind):
     def check(self, loaded: Any) -> None:
         places = json.loads(self.content)["weight_map"]
         for name, file in places.items():
-            require(name in self.held.get(os.path.normpath(file), ()), f"{name!r} is not in {file!r}")
+            require(
+                name in self.held.get(os.path.normpath(file), ()), f"{name!r} is not in {file!r}"
+            )
         found = {tensor.name: tensor.file for tensor in loaded.tensors.values()}
         for name in self.wanted:
             file = self.source / places[name]
@@ -163,7 +165,8 @@ class Config(Kind):
         ("d_model", "d_model", None), ("n_layers", "n_layers", None),
         ("n_heads", "n_heads", None), ("vocab_size", "vocab_size", None),
         ("rope_theta", "rope_theta", None), ("mask_token_id", "mask_token_id", None),
-        ("max_sequence_length", "max_sequence_length", None), ("bos_token_id", "bos_token_id", None),
+        ("max_sequence_length", "max_sequence_length", None),
+        ("bos_token_id", "bos_token_id", None),
     )  # fmt: skip
 
     def __init__(self, folder: Path) -> None:
@@ -258,7 +261,10 @@ class Conversion(Kind):
     def check(self, loaded: Manifest) -> None:
         raw = json.loads(self.content)
         says = json.loads(loaded.to_json())
-        rows = [{key: row[key] for key in ("path", "shape", "dtype", "source")} for row in raw["tensors"]]
+        rows = [
+            {key: row[key] for key in ("path", "shape", "dtype", "source")}
+            for row in raw["tensors"]
+        ]
         require(says["tensors"] == rows, "other tensors")
         require(says["files"] == raw["files"] and says["dtype"] == raw["dtype"], "other files")
         for name, size in raw["files"].items():

@@ -8,6 +8,7 @@ or loads as what its bytes say; anything else is a finding.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import mmap
 import multiprocessing
@@ -55,13 +56,15 @@ class Tally:
 
 
 def make(kind: str, folder: Path) -> Any:
-    """The kind's class, ready in a folder of its own."""
+    """The kind, one of KINDS or "module:class", ready in a folder of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    module, found, name = kind.partition(":")
+    if found:
+        return getattr(importlib.import_module(module), name)(folder)
     from campaigns import checkpoint_kinds, snapshot_kinds, text_kinds
 
     classes = (*checkpoint_kinds.KINDS, *snapshot_kinds.KINDS, *text_kinds.KINDS)
-    (found,) = [each for each in classes if each.name == kind]
-    folder.mkdir(parents=True, exist_ok=True)
-    return found(folder)
+    return next(each for each in classes if each.name == kind)(folder)
 
 
 def rng_of(kind: str, seed: int, number: int) -> Random:
@@ -70,7 +73,7 @@ def rng_of(kind: str, seed: int, number: int) -> Random:
 
 
 def run_case(made: Any, seed: int, number: int) -> str:
-    """ "refused" or "loaded"; raises what is neither."""
+    """Says "refused" or "loaded"; raises what is neither."""
     made.write(rng_of(made.name, seed, number))
     try:
         loaded = made.load()
@@ -90,7 +93,9 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def work(kind: str, seed: int, numbers: Sequence[int], folder: Path, place: Path, pipe: Any) -> None:
+def work(
+    kind: str, seed: int, numbers: Sequence[int], folder: Path, place: Path, pipe: Any
+) -> None:
     """A worker: runs cases one after the other and sends what comes of them."""
     from campaigns.guard import Violation, limit_memory, watch
 
@@ -126,7 +131,9 @@ def work(kind: str, seed: int, numbers: Sequence[int], folder: Path, place: Path
         slowest = max(slowest, time.perf_counter() - begun)
         if done % BATCH == 0 or done == len(numbers):
             if contents(outside) != before:
-                findings.append((number, "something outside was changed, in this case or shortly before"))
+                findings.append(
+                    (number, "something outside was changed, in this case or shortly before")
+                )
                 outcomes["finding"] += 1
             pipe.send((done, outcomes, findings, slowest))
             outcomes, findings = Counter(), []

@@ -358,7 +358,9 @@ def kill(
                     job.check_complete(folder, turn)
             except Exception as error:
                 how = f"event {event} of {events}" if by_event else f"{delay:.3f} s"
-                tally.findings.append(f"kill {tally.kills} at {how}: {type(error).__name__}: {error}")
+                tally.findings.append(
+                    f"kill {tally.kills} at {how}: {type(error).__name__}: {error}"
+                )
                 shutil.rmtree(folder)
                 folder.mkdir()
                 before = None

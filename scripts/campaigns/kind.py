@@ -1,4 +1,4 @@
-"""What a kind of input is to the fuzzer: how it is broken, loaded, and checked against its bytes."""
+"""A kind of input, to the fuzzer: how it is broken, loaded, and checked against its bytes."""
 
 from __future__ import annotations
 

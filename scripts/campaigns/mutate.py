@@ -1,4 +1,4 @@
-"""Broken input made from good: bytes, JSON values, and JSON text. All of it follows from the rng."""
+"""Broken input made from good: bytes, JSON values, JSON text. All of it follows from the rng."""
 
 from __future__ import annotations
 
@@ -20,7 +20,20 @@ TEXTS = (
     "BF16", "I64", "float32", "bfloat16", "linear", "yarn", "NaN", "<|mdm_mask|>", "null", "-1",
 )  # fmt: skip
 HUGE, DEEP = "a huge number", "a deep list"
-VALUES: tuple[Any, ...] = (*NUMBERS, *TEXTS, HUGE, DEEP, [], {}, [[]], [0], [0, 0], [-1], {"": 0}, [None])
+VALUES: tuple[Any, ...] = (
+    *NUMBERS,
+    *TEXTS,
+    HUGE,
+    DEEP,
+    [],
+    {},
+    [[]],
+    [0],
+    [0, 0],
+    [-1],
+    {"": 0},
+    [None],
+)
 TOKENS = (
     b"\xff", b"\x00", b"\xef\xbb\xbf", b"\xed\xa0\x80", b'"', b"\\", b"\\u0000", b"\\ud800", b"{",
     b"}", b"[", b"]", b",", b":", b"null", b"true", b"NaN", b"Infinity", b"-Infinity", b"1e999",

@@ -1,4 +1,4 @@
-"""Small files that campaigns start from: a checkpoint of random weights with a tokenizer of bytes."""
+"""Small files that campaigns start from: a checkpoint of random weights, a tokenizer of bytes."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import generate
 from ablation.records import CellFile
@@ -146,7 +146,8 @@ class Prompts(Kind):
         if prompt is not None:
             n = prompt.chunk_lengths.tolist()
             rows = [row[1:k] for row, k in zip(prompt.chunks.tolist(), n, strict=True) if k]
-            require(sum(rows, []) == says[1], "the document was not cut as it is")
+            whole = [token for row in rows for token in row]
+            require(whole == says[1], "the document was not cut as it is")
 
 
 class Benchmarks(Kind):
@@ -154,7 +155,7 @@ class Benchmarks(Kind):
 
     name = "benchmark"
     refusals = (DataError,)
-    PROMPTS = {"hotpotqa": "Passages.\n{context}\n\nQuestion: {input}\nAnswer:"}
+    PROMPTS: ClassVar = {"hotpotqa": "Passages.\n{context}\n\nQuestion: {input}\nAnswer:"}
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -226,7 +227,9 @@ class Benchmarks(Kind):
         contexts = [str(raw.get("context", raw.get("content", raw.get("input")))) for raw in good]
         for example in task.examples:
             require(any(example.prompt.context in text for text in contexts), "another document")
-            require(bool(example.answers) and all(type(a) is str for a in example.answers), "answers")
+            require(
+                bool(example.answers) and all(type(a) is str for a in example.answers), "answers"
+            )
             require(0.0 <= task.metric("Kellynch Hall", example) <= 1.0, "a score outside [0, 1]")
             require(len(example.digest()) == 16, "digest")
         require(len({e.id for e in task.examples}) == len(task.examples), "ids that are not unique")
@@ -237,15 +240,17 @@ class RunRecords(Kind):
 
     name = "records"
     refusals = (RecordError, CellError)
-    SETTINGS = {"seed": 0, "chunking": {"chunk_size": 64}}
-    HEADER = {"cell": "a", "identity": {"seed": 0}}
+    SETTINGS: ClassVar = {"seed": 0, "chunking": {"chunk_size": 64}}
+    HEADER: ClassVar = {"cell": "a", "identity": {"seed": 0}}
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.path, self.settings = folder / "records.jsonl", folder / "settings.json"
         self.cell = folder / "cell.jsonl"
         key = {"benchmark": "b", "task": "t", "method": "plain"}
-        rows = [{**key, "id": str(i), "digest": "d", "score": i / 2, "tokens": [1]} for i in range(3)]
+        rows = [
+            {**key, "id": str(i), "digest": "d", "score": i / 2, "tokens": [1]} for i in range(3)
+        ]
         self.rows = [json.dumps(row).encode() for row in rows]
         cells = [self.HEADER, {"run": {"device": "cpu"}}, {"example": 0, "score": 1.0}]
         self.cells = [json.dumps(row).encode() for row in cells]

@@ -6,6 +6,7 @@ was cut off in the middle is recognised and dropped; anything else that is not a
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -83,11 +84,23 @@ class Records:
             self._file.truncate(whole)
 
     def add(self, key: Key, record: dict[str, Any]) -> None:
-        """Writes a record through to the disk."""
+        """Writes a record through to the disk. RecordError where that has no room; it is then as
+        it was before.
+        """
         record = key._asdict() | record
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        line, descriptor = json.dumps(record).encode() + b"\n", self._file.fileno()
+        before = os.fstat(descriptor).st_size
+        try:
+            while line:
+                line = line[os.write(descriptor, line) :]
+            os.fsync(descriptor)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, before)
+            raise RecordError(
+                f"{self.path} can not be written ({error.strerror}): what is recorded is kept, and "
+                "the same command goes on from there"
+            ) from None
         self.done[key] = record
 
     def get(self, key: Key, digest: str) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@
   scripts/reliability.py fuzz [--kinds KIND ...] [--count 10000] [--seed 0] [--out fuzz.json]
   scripts/reliability.py fuzz --kinds KIND --only NUMBER     # one case again, with its traceback
   scripts/reliability.py kills [--kinds KIND ...] [--count 100] [--seed 0] [--out kills.json]
-  scripts/reliability.py drift CHECKPOINT CORPORA [--out drift.json]
+  scripts/reliability.py drift CHECKPOINT TEXT [--gen-length 128] [--out drift.json]
 
 docs/reliability.md has what they do and what came of them. Exit status: 0; 1 where there is a
 finding; 2 and one line for bad input; 130 when interrupted.
@@ -44,6 +44,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--count", type=int, default=100, metavar="N", help="kills of each kind")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--out", type=Path, metavar="FILE", help="JSON with counts and findings")
+    sub = commands.add_parser("drift", help="bfloat16 against float32 over a long generation")
+    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    sub.add_argument("text", type=Path, metavar="TEXT", help="a document, UTF-8")
+    sub.add_argument("--question", default="What happens next?", metavar="Q")
+    sub.add_argument("--gen-length", type=int, default=128, metavar="N")
+    sub.add_argument("--prompt", type=int, default=128, metavar="N", help="tokens, step by step")
+    sub.add_argument("--context", type=int, default=2048, metavar="N", help="tokens, by the method")
+    sub.add_argument("--chunk-size", type=int, default=512)
+    sub.add_argument("--out", type=Path, metavar="FILE", help="JSON with every step")
     return p
 
 
@@ -99,6 +108,65 @@ def run_kills(args: argparse.Namespace) -> int:
     return 1 if any(tally.findings for tally in tallies) else 0
 
 
+def run_drift(args: argparse.Namespace) -> int:
+    """Step by step on a short prompt, then whole responses by three methods."""
+    import dataclasses
+    import json
+
+    from campaigns import drift
+
+    from convert import converted
+    from pdllm_jax import (
+        ChunkConfig,
+        DecodeConfig,
+        SelectionConfig,
+        Tokenizer,
+        load_config,
+        load_model,
+    )
+    from pdllm_jax.compilation import enable_compilation_cache
+
+    enable_compilation_cache()
+    folder = converted(args.checkpoint)
+    tokenizer = Tokenizer.load(folder, load_config(folder))
+    text = tokenizer.encode(args.text.read_text(encoding="utf-8"))
+    prefix, query = tokenizer.around_document(args.question)
+    wide, narrow = (load_model(folder, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    config = DecodeConfig(gen_length=args.gen_length, block_length=min(32, args.gen_length))
+    prompt = [*prefix, *text[: args.prompt], *query]
+    steps = drift.drift(wide, narrow, prompt, config)
+    rows = drift.summary(steps)
+    print(f"{len(prompt)} tokens of prompt, {len(steps)} steps, the same tokens to both:")
+    for row in rows:
+        print(
+            "  steps {steps[0]:3}-{steps[1]:3}: logits {error:.2%} apart (at most "
+            "{error_most:.2%}), probability of the prediction at most {probability_most:.3f}, same prediction "
+            "{same:.1%}, same slot next {order:.1%}".format(**row),
+            flush=True,
+        )
+    chunking = ChunkConfig(args.chunk_size)
+    selection = SelectionConfig(top_k=2, encode_batch=2)
+    whole = []
+    for method, context in (
+        ("plain", args.prompt), ("dual-cache", args.prompt), ("prefilling", args.context),
+    ):  # fmt: skip
+        parts = prefix, text[:context], query
+        row = drift.agreement(wide, narrow, parts, config, method, chunking, selection)
+        whole.append({**row, "context": context})
+        print(
+            "  {method}, {context} tokens of text: {same:.1%} of {tokens} tokens the same, "
+            "the first difference at {first_difference}".format(**whole[-1]),
+            flush=True,
+        )
+    if args.out is not None:
+        record = {
+            "conditions": machine(), "gen_length": args.gen_length, "prompt": len(prompt),
+            "quarters": rows, "responses": whole, "steps": list(map(dataclasses.asdict, steps)),
+        }  # fmt: skip
+        args.out.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    return 0
+
+
 def machine() -> dict[str, object]:
     """Where a campaign ran, in words."""
     import platform
@@ -128,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     args = parser().parse_args(argv)
     try:
-        return {"fuzz": run_fuzz, "kills": run_kills}[args.command](args)
+        return {"fuzz": run_fuzz, "kills": run_kills, "drift": run_drift}[args.command](args)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

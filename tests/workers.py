@@ -184,7 +184,8 @@ def offline(folder: Path, out: Path) -> None:
     asking = [model, "--context-file", text, "--question", "Who?", *small]
     evaluating = [
         model, "needle", text, "--out", str(folder / "out"), "--lengths", "160", "--depths", "2",
-        "--needle", "The key is 7.", "--question", "Key?", "--expect", "7", "--no-chat", "--methods", "prefilling", *small,
+        "--needle", "The key is 7.", "--question", "Key?", "--expect", "7", "--no-chat",
+        "--methods", "prefilling", *small,
     ]  # fmt: skip
     statuses = [
         generate.main(asking), generate.main([*asking, "--method", "plain"]),

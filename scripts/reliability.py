@@ -140,8 +140,8 @@ def run_drift(args: argparse.Namespace) -> int:
     for row in rows:
         print(
             "  steps {steps[0]:3}-{steps[1]:3}: logits {error:.2%} apart (at most "
-            "{error_most:.2%}), probability of the prediction at most {probability_most:.3f}, same prediction "
-            "{same:.1%}, same slot next {order:.1%}".format(**row),
+            "{error_most:.2%}), probability of the prediction at most {probability_most:.3f}, same "
+            "prediction {same:.1%}, same slot next {order:.1%}".format(**row),
             flush=True,
         )
     chunking = ChunkConfig(args.chunk_size)

@@ -53,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompt", type=int, default=128, metavar="N", help="tokens, step by step")
     sub.add_argument("--context", type=int, default=2048, metavar="N", help="tokens, by the method")
     sub.add_argument("--chunk-size", type=int, default=512)
+    methods = ("plain", "dual-cache", "prefilling")
+    sub.add_argument("--methods", nargs="+", choices=methods, default=methods)
     sub.add_argument("--out", type=Path, metavar="FILE", help="JSON with every step")
     return p
 
@@ -148,9 +150,8 @@ def run_drift(args: argparse.Namespace) -> int:
     chunking = ChunkConfig(args.chunk_size)
     selection = SelectionConfig(top_k=2, encode_batch=2)
     whole = []
-    for method, context in (
-        ("plain", args.prompt), ("dual-cache", args.prompt), ("prefilling", args.context),
-    ):  # fmt: skip
+    for method in args.methods:
+        context = args.context if method == "prefilling" else args.prompt
         parts = prefix, text[:context], query
         row = drift.agreement(wide, narrow, parts, config, method, chunking, selection)
         whole.append({**row, "context": context})

@@ -1,4 +1,4 @@
-"""Kinds of input whose loader does what the fuzzer is there to find, each at case 7."""
+"""What campaigns are there to find: loaders that fail at case 7, and a careless writer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 
 from campaigns.fuzz import rng_of
+from campaigns.kills import Replacing
 from campaigns.kind import Kind, require
 
 
@@ -83,3 +84,20 @@ class RaisesWhatIsNotDocumented(_Bad):
 class LoadsAsWhatItIsNot(_Bad):
     def misbehave(self) -> Any:
         return "something else"
+
+
+class Careless(Replacing):
+    """Writes in place, line by line."""
+
+    name = "tests.bad_kinds:Careless"
+    refusal = ValueError
+
+    def work(self, folder: Path, turn: int) -> None:
+        (folder / self.target).mkdir(exist_ok=True)
+        with (folder / self.target / "lines").open("w") as file:
+            for _ in range(20):
+                print(turn, file=file, flush=True)
+                time.sleep(0.02)
+
+    def read(self, folder: Path) -> Any:
+        return (folder / "lines").read_text()

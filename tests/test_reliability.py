@@ -13,6 +13,7 @@ from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from campaigns import fuzz
+from campaigns import kills as killing
 from campaigns.mutate import mutated_bytes, mutated_json
 
 
@@ -64,6 +65,12 @@ def test_a_case_follows_from_its_number():
         first, second = (mutated_bytes(rng, mutated_json(rng, good)) for rng in rngs)
         assert first == second
     assert fuzz.rng_of("kind", 3, 1).random() != fuzz.rng_of("kind", 4, 1).random()
+
+
+def test_kills_find_a_careless_writer():
+    tally = killing.kill("tests.bad_kinds:Careless", 4)
+    assert tally.kills == 4
+    assert any("half of it has the name" in x or "was changed" in x for x in tally.findings)
 
 
 @pytest.mark.parametrize(

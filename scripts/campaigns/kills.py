@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import json
 import multiprocessing
@@ -61,7 +62,7 @@ class Job:
         raise NotImplementedError
 
 
-class _Replacing(Job):
+class Replacing(Job):
     """A folder that is replaced as a whole."""
 
     refusal: ClassVar[type[ValueError]]
@@ -104,7 +105,7 @@ class _Replacing(Job):
         require(not left, f"left behind: {left}")
 
 
-class Conversion(_Replacing):
+class Conversion(Replacing):
     """Converts one checkpoint over another."""
 
     name = "conversion"
@@ -133,7 +134,7 @@ class Conversion(_Replacing):
         return model_identity(load_model(folder))
 
 
-class Snapshot(_Replacing):
+class Snapshot(Replacing):
     """Writes one document's KV over another's."""
 
     name = "snapshot"
@@ -233,7 +234,13 @@ class Evaluation(Job):
         folder.mkdir()
 
 
-JOBS: dict[str, type[Job]] = {job.name: job for job in (Conversion, Snapshot, Evaluation)}
+def job_of(kind: str, sources: Path) -> Job:
+    """The job, one of KINDS or "module:class"."""
+    module, found, name = kind.partition(":")
+    if found:
+        return getattr(importlib.import_module(module), name)(sources)
+    jobs: dict[str, type[Job]] = {job.name: job for job in (Conversion, Snapshot, Evaluation)}
+    return jobs[kind](sources)
 
 
 @dataclasses.dataclass
@@ -260,7 +267,7 @@ def _child(name: str, sources: Path, folder: Path, turn: int, event: int, pipe: 
 
     jax.config.update("jax_compilation_cache_dir", str(sources / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-    job = JOBS[name](sources)
+    job = job_of(name, sources)
     jax.block_until_ready(jax.numpy.zeros(1))  # the backend is there
     events = 0
 
@@ -310,12 +317,12 @@ def kill(
     draw, begun, tally = Random(f"{kind}/{seed}"), time.monotonic(), Tally(kind, seed)
     root = Path(tempfile.mkdtemp(prefix="kills-"))
     try:
-        job = JOBS[kind](root / "sources")
         (root / "sources").mkdir()
+        job = job_of(kind, root / "sources")
         job.prepare()
         folder = root / "work"
         folder.mkdir()
-        turns = (0, 1) if isinstance(job, _Replacing) else (0,)
+        turns = (0, 1) if isinstance(job, Replacing) else (0,)
         for turn in turns:  # the second measures; what the first compiles is kept
             fresh = root / f"fresh{turn}"
             fresh.mkdir()

@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 # Bytecode is made when a module is first imported; most of what is installed never is.
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help env test test-gpu test-kernels lint format quickstart ablate-quick clean
+.PHONY: help env test test-gpu test-kernels lint format quickstart ablate-quick fuzz kills clean
 help:
 	@echo 'make env           environment in $(VENV) with the project and all it needs'
 	@echo 'make quickstart    convert the small model, ask it about a long document'
@@ -21,6 +21,7 @@ help:
 	@echo 'make test          the tests (PYTEST_ARGS="-k name" passes options on)'
 	@echo 'make test-kernels  the tests of kernels, model and method on Python 3.12 and jax 0.11'
 	@echo 'make test-gpu      the tests marked gpu, on Python 3.12 with jax[cuda]'
+	@echo 'make fuzz          10,000 cases of broken input of each kind; make kills  100 kills of each'
 	@echo 'make lint          ruff, format and types;  make format mends what can be mended'
 
 env: $(VENV)/.installed
@@ -71,6 +72,9 @@ quickstart: env
 ABLATE_OUT ?= .cache/ablate-quick
 ablate-quick: env
 	$(VENV)/bin/python scripts/ablate.py run --quick --out $(ABLATE_OUT) --time-limit 540
+
+fuzz kills: env
+	$(VENV)/bin/python scripts/reliability.py $@
 
 clean:
 	rm -rf $(VENV) $(VENV_KERNELS) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -8,6 +8,7 @@ folder that holds both formats is read from safetensors. No code from the folder
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
@@ -52,6 +53,15 @@ def inside(folder: Path, name: str) -> Path:
     if not name or "\0" in name or relative.is_absolute() or ".." in relative.parts:
         raise CheckpointError(f"{folder} names a file outside of itself: {name!r}")
     path = folder / relative
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # whoever needs the file says so
+    except (OSError, ValueError) as error:
+        # Too long a name, a ring of links, what no file system can spell.
+        raise CheckpointError(
+            f"{folder} names a file that can't be: {name!r:.99} ({error})"
+        ) from None
     root = folder.resolve()
     allowed = [root]
     if root.parent.name == "snapshots":

@@ -137,7 +137,9 @@ def open_safetensors(path: Path) -> list[SourceTensor]:
     finally:
         os.close(descriptor)
     entries = parse_json(bytes(header), f"{path}: header")
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+        raise CheckpointError(f"{path} is corrupt: its __metadata__ is no map of strings")
     tensors = [_safetensors_entry(path, name, entry, 8 + length) for name, entry in entries.items()]
 
     # The data must be covered from end to end, without overlap or hole.

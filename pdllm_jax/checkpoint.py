@@ -119,8 +119,15 @@ def parse_json(content: bytes, where: str) -> dict[str, Any]:
             raise CheckpointError(f"{where} repeats the key {', '.join(repeated)}")
         return result
 
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no JSON")
+
     try:
-        result = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
+        result = json.loads(
+            content.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse
+        )
+        if b"\\ud" in content.lower():
+            json.dumps(result, ensure_ascii=False).encode("utf-8")  # half a surrogate pair
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
@@ -153,7 +160,7 @@ def read_manifest(path: str | Path) -> Manifest:
     try:
         manifest = Manifest(
             dtype=_one_of(raw["dtype"], DTYPES),
-            tensors=tuple(_record(entry) for entry in raw["tensors"]),
+            tensors=tuple(_record(entry) for entry in _list(raw["tensors"])),
             files={_relative(name): _size(size) for name, size in raw["files"].items()},
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -163,9 +170,12 @@ def read_manifest(path: str | Path) -> Manifest:
         raise CheckpointError(f"{where} lists no tensors, or one twice")
     for name, size in manifest.files.items():
         file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing")
-        found = file.stat().st_size
+        try:
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing")
+            found = file.stat().st_size
+        except OSError as error:  # a name too long, a ring of links
+            raise CheckpointError(f"{where} names {name!r:.99}: {error.strerror}") from None
         if found != size:
             raise CheckpointError(f"{file} has {found} bytes where {size} were written")
     return manifest
@@ -335,7 +345,7 @@ def _is_pytorch(folder: Path) -> bool:
 def _record(entry: Mapping[str, Any]) -> TensorRecord:
     return TensorRecord(
         path=_text(entry["path"]),
-        shape=tuple(_size(size) for size in entry["shape"]),
+        shape=tuple(_size(size) for size in _list(entry["shape"])),
         dtype=_one_of(entry["dtype"], DTYPES),
         source=_text(entry["source"]),
     )
@@ -344,6 +354,12 @@ def _record(entry: Mapping[str, Any]) -> TensorRecord:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is not a string")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r:.80} is not a list")
     return value
 
 

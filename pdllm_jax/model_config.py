@@ -291,6 +291,6 @@ class ModelConfig:
         """Reads config.json; raises ConfigError for what is wrong with it, OSError."""
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: too many digits, too
             raise ConfigError(f"{Path(path).name} is not valid JSON: {error}") from None
         return cls.from_dict(raw)

@@ -191,12 +191,19 @@ def _check_flags(folder: Path, manifest: Manifest) -> None:
     ):
         raise refusal(folder, "holds", f"{manifest.holds!r} does not go with its contents")
     if manifest.holds != "document":
-        requests, (batch, _) = manifest.flags["requests"], manifest.arrays["keys"].shape
+        requests, (batch, width) = manifest.flags["requests"], manifest.arrays["keys"].shape
         if not 0 < requests <= batch:
             raise refusal(folder, "flags.requests", f"is {requests} in a batch of {batch}")
-        wanted_keys = str(jax.random.key_impl(jax.random.key(0)))
+        key = jax.random.key(0)
+        wanted_keys = str(jax.random.key_impl(key))
         if manifest.flags["keys"] != wanted_keys:
             raise refusal(folder, "flags.keys", found=manifest.flags["keys"], wanted=wanted_keys)
+        words = jax.random.key_data(key).size
+        for name in ("keys", "state.keys"):
+            if name in manifest.arrays and manifest.arrays[name].shape[-1] != words:
+                raise refusal(
+                    folder, f"{name} shape", f"is {[batch, width]}: keys have {words} words"
+                )
     if "cache" in names and manifest.flags["anchors"] != manifest.chunking.anchors:
         raise refusal(folder, "chunking.anchors", "is not what the cache says")
 

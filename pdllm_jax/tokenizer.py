@@ -5,9 +5,11 @@ Reads tokenizer.json with the `tokenizers` library: data only, nothing from the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +53,10 @@ class Tokenizer:
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise TokenizerError(f"{path.name} is missing from the checkpoint: text needs it")
-        try:
+        with _refusing(f"{path.name} cannot be read"):
             content = path.read_bytes()
             backend = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(f"{path.name} cannot be read: {error}") from None
+            _check_ids(backend, json.loads(content))
         named = _named_tokens(Path(folder) / "tokenizer_config.json")
 
         def find(role: str, default: str) -> int | None:
@@ -84,6 +85,9 @@ class Tokenizer:
         chat = [backend.token_to_id(name) for name in (START_HEADER, END_HEADER, END_TURN)]
         # Text is data: special tokens spelt out in a document stay ordinary text.
         backend.encode_special_tokens = True
+        # All of it is read, and nothing is added, whatever lengths the file was last saved with.
+        backend.no_truncation()
+        backend.no_padding()
         return cls(
             backend=backend,
             bos_id=bos,
@@ -99,13 +103,15 @@ class Tokenizer:
         return (self.eos_id, *(self.chat[2:] if self.chat else ()))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; nothing is added."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Ids of plain text; nothing is added. TokenizerError where the tokenizer breaks on it."""
+        with _refusing("the tokenizer cannot encode the text"):
+            return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         """Text up to the end of turn or of text, special tokens left out."""
         stop = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
-        return self.backend.decode([int(i) for i in ids[:stop]], skip_special_tokens=True)
+        with _refusing("the tokenizer cannot decode the tokens"):
+            return self.backend.decode([int(i) for i in ids[:stop]], skip_special_tokens=True)
 
     def around_document(
         self, question: str, instruction: str = INSTRUCTION
@@ -140,13 +146,40 @@ class Tokenizer:
         return prefix, query + self.encode(f"\n\n{response}")
 
 
+@contextlib.contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Turns whatever the library raises into a TokenizerError of one line.
+
+    It raises bare Exception, and where its own code panics a PanicException, which is none.
+    """
+    try:
+        yield
+    except TokenizerError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(f"{what}: {' '.join(str(error).split())}") from None
+
+
+def _check_ids(backend: tokenizers.Tokenizer, raw: Any) -> None:
+    """The library numbers added tokens itself, whatever ids the file gives them."""
+    for row in raw["added_tokens"]:
+        found = backend.token_to_id(row["content"])
+        if found != row["id"]:
+            raise TokenizerError(
+                f"token {row['content']!r} has the id {row['id']} in tokenizer.json but is read as "
+                f"{found}: ids have gaps or are out of order"
+            )
+
+
 def _named_tokens(path: Path) -> dict[str, str]:
     """Special tokens by role from tokenizer_config.json, where it exists."""
     if not path.is_file():
         return {}
     try:
         raw: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: too many digits, too
         raise TokenizerError(f"{path.name} is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise TokenizerError(f"{path.name} must hold an object")
@@ -155,5 +188,7 @@ def _named_tokens(path: Path) -> dict[str, str]:
         value = raw.get(role)
         value = value.get("content") if isinstance(value, dict) else value
         if isinstance(value, str):
+            if any("\ud800" <= c <= "\udfff" for c in value):
+                raise TokenizerError(f"{path.name}: {role} is no text: {value!r}")
             named[role] = value
     return named

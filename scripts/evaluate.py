@@ -31,7 +31,7 @@ from evals import generated, infinitebench, longbench, needle, ruler
 from evals.example import DataError, Malformed, OnMalformed, Task
 from evals.records import Records
 from evals.run import METHODS, Asker, run, summarise, table
-from generate import DTYPES, Parser
+from generate import DTYPES, Parser, out_of_memory
 
 from convert import converted
 from pdllm_jax import ChunkConfig, SelectionConfig, Tokenizer, load_config, load_model
@@ -140,7 +140,10 @@ def load_tasks(args: argparse.Namespace, tokenizer: Tokenizer, malformed: Malfor
     if args.benchmark == "infinitebench":
         templates = None
         if args.templates is not None:
-            templates = json.loads(args.templates.read_text(encoding="utf-8"))
+            try:
+                templates = json.loads(args.templates.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{args.templates} is not valid JSON: {error}") from None
             if not isinstance(templates, dict):
                 raise DataError(f"{args.templates} must hold a JSON object")
         return infinitebench.load(args.data, args.tasks, malformed, templates)
@@ -228,6 +231,11 @@ def main(argv: list[str] | None = None) -> int:
         return evaluate(args)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except jax.errors.JaxRuntimeError as error:
+        if (message := out_of_memory(error)) is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

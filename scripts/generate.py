@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
+import jax
 import numpy as np
 
 from convert import converted
@@ -45,6 +46,7 @@ from pdllm_jax import (
 )
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.config import BridgeTokens, Encoding, Positions, Remasking, Reselect
+from pdllm_jax.debug import check_answer
 from pdllm_jax.snapshot import snapshot_holds
 from pdllm_jax.tokenizer import INSTRUCTION
 
@@ -215,6 +217,10 @@ def parser() -> argparse.ArgumentParser:
         help="refuse what would take more device memory (default: what the device gives)",
     )  # fmt: skip
     p.add_argument("--dtype", choices=tuple(DTYPES), default="keep")
+    p.add_argument(
+        "--check-nan", action="store_true",
+        help="go through the answer's computation again, layer by layer, for NaN or infinity",
+    )  # fmt: skip
     output = p.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument("--stream", action="store_true", help="print blocks as they are finished")
@@ -266,7 +272,7 @@ def read_prompt_ids(path: Path, method: str) -> tuple[list[int], list[int], list
     """(prefix, context, query) of a prompt file; a bare prompt is all query."""
     try:
         raw: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold a JSON object")
@@ -295,6 +301,8 @@ def run(args: argparse.Namespace, stream: Stream | None = None) -> GenerationRes
     """Everything cheap is checked before the model is loaded."""
     chunking, selection, decode = settings(args)
     if args.snapshot is not None or args.store is not None:
+        if args.check_nan:
+            raise ValueError("--check-nan is for a document that is encoded here")
         return run_encoded(args, stream)
     common = {
         "method": args.method,
@@ -320,6 +328,8 @@ def run(args: argparse.Namespace, stream: Stream | None = None) -> GenerationRes
             stops = tokenizer.stop_ids if tokenizer else (model.config.eos_token_id,)
             common["decode"] = dataclasses.replace(decode, stop_ids=stops)
         result = generate_ids(model, prefix, context, query, bos_id=bos_id, **common)
+        if args.check_nan:
+            check_answer(model, prefix, context, query, chunking, result, bos_id)
         if tokenizer is not None:
             return GenerationResult(**{**vars(result), "text": tokenizer.decode(result.tokens)})
         return result
@@ -333,7 +343,13 @@ def run(args: argparse.Namespace, stream: Stream | None = None) -> GenerationRes
     model, _ = load(args)
     if args.instruction is not None:
         common["instruction"] = args.instruction
-    return generate(model, tokenizer, context=context, question=args.question, **common)
+    result = generate(model, tokenizer, context=context, question=args.question, **common)
+    if args.check_nan:
+        prefix, query = tokenizer.around_document(
+            args.question, INSTRUCTION if args.instruction is None else args.instruction
+        )
+        check_answer(model, prefix, tokenizer.encode(context), query, chunking, result)
+    return result
 
 
 def run_encoded(args: argparse.Namespace, stream: Stream | None) -> GenerationResult:
@@ -457,8 +473,25 @@ def guarded(work: Callable[[], Result]) -> tuple[int, Result | None]:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2, None
+    except jax.errors.JaxRuntimeError as error:
+        if (message := out_of_memory(error)) is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 2, None
     except KeyboardInterrupt:
         return 130, None
+
+
+def out_of_memory(error: jax.errors.JaxRuntimeError) -> str | None:
+    """What to change where the device's memory has run out; None for any other error."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        return None
+    says = " ".join(str(error).partition("RESOURCE_EXHAUSTED:")[2].split())[:120]
+    return (
+        f"the device ran out of memory ({says}): lower --encode-batch (chunks at a time), --top-k "
+        "(K, chunks kept), --chunk-size, --gen-length or the document's length, or load with "
+        "--dtype bfloat16; --memory-limit GB says beforehand which of them would fit"
+    )
 
 
 def answered(

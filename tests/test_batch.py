@@ -83,6 +83,13 @@ def test_ragged_requests_are_answered_as_if_each_were_alone(model, encoding):
         if alone.selection["scores"] is not None:  # one document is kept whole: nothing to score
             assert together.selection["scores"] == alone.selection["scores"]
     assert len({tuple(alone.tokens) for alone, _ in pairs}) == len(RAGGED)
+    again, first = (
+        generate_ids(
+            model, *RAGGED[0], seed=0, chunking=CHUNKS, selection=selecting, decode=DECODE
+        ),
+        pairs[0][0],
+    )
+    assert (again.tokens, again.selection) == (first.tokens, first.selection), "another run"
 
 
 @pytest.mark.parametrize(

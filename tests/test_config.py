@@ -56,6 +56,13 @@ def test_llada_8b_config_json_is_the_preset():
     assert config.head_dim == 128
 
 
+def test_a_file_with_a_number_of_too_many_digits(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLADA_8B)[:-1] + ', "alibi_bias_max": ' + "9" * 5000 + "}")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        ModelConfig.from_file(path)
+
+
 def test_from_file(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(LLADA_8B))

@@ -252,6 +252,9 @@ def test_tensor_that_the_index_leaves_out(refused: Callable[..., str], source: P
         ('{"weight_map": {"a": 1}}', "names no file for tensor 'a': 1"),
         ('{"weight_map": {"a": "x", "a": "y"}}', "repeats the key 'a'"),
         ('{"weight_map": {"a": ""}}', "outside of itself"),
+        (json.dumps({"weight_map": {"a": "x" * 300}}), "names a file that can't be"),
+        (json.dumps({"weight_map": {"a": "y/" * 3000}}), "names a file that can't be"),
+        ('{"weight_map": {"a": "\\ud800"}}', "is not valid JSON"),
         ("nonsense", "is not valid JSON"),
     ],
 )
@@ -360,10 +363,29 @@ def test_duplicate_names_in_one_header(refused: Callable[..., str], source: Path
     assert f"{FIRST}: header repeats the key '{name}'" in refused(source)
 
 
-@pytest.mark.parametrize("header", [b"not json", b"[1]", b"\xff\xfe", b"{" * 50_000])
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"not json",
+        b"[1]",
+        b"\xff\xfe",
+        b"{" * 50_000,
+        b'{"\\ud800": {}}',
+        b'{"a": NaN}',
+    ],
+)
 def test_corrupt_header(refused: Callable[..., str], source: Path, header: bytes) -> None:
     sources.write_raw(source / FIRST, header, b"")
     assert f"{FIRST}: header" in refused(source)
+
+
+@pytest.mark.parametrize("metadata", [[], "pt", None, {"format": 1}])
+def test_metadata_that_is_no_map_of_strings(
+    refused: Callable[..., str], source: Path, metadata: Any
+) -> None:
+    """As the safetensors library has it."""
+    rewrite(source / FIRST, lambda header: header.update(__metadata__=metadata))
+    assert f"{FIRST} is corrupt: its __metadata__" in refused(source)
 
 
 def test_bytes_that_belong_to_no_tensor(refused: Callable[..., str], source: Path) -> None:

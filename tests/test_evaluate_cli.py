@@ -283,9 +283,18 @@ def test_records_damaged_and_cut_off(tmp_path):
             assert opened.dropped == cut - whole.index(b"\n") - 1
             opened.add(key._replace(id="2"), {"digest": "d", "score": 0.0})
         assert path.read_bytes() == whole
-    path.write_bytes(b"{}\n" + whole)
-    with pytest.raises(RecordError, match=r"records\.jsonl:1: not a record"):
-        Records(tmp_path, settings)
+    hostile = (b"{}", b"[" * 5000)
+    hostile += (
+        b'{"benchmark": "b", "task": "t", "method": "m", "id": {}, "digest": 1, "score": 1}',
+    )
+    hostile += (
+        b'{"benchmark": "b", "task": "t", "method": "m", "id": "", "digest": 1, "score": 1%s}'
+        % (b"0" * 400),
+    )
+    for line in hostile:
+        path.write_bytes(line + b"\n" + whole)
+        with pytest.raises(RecordError, match=r"records\.jsonl:1: not a record"):
+            Records(tmp_path, settings)
     path.write_bytes(whole)
     with pytest.raises(RecordError, match=r"other settings \(x, y\)"):
         Records(tmp_path, {"x": 1, "y": 2})
@@ -294,6 +303,9 @@ def test_records_damaged_and_cut_off(tmp_path):
         pytest.raises(RecordError, match="data have changed"),
     ):
         opened.get(key, "other")
+    (tmp_path / "settings.json").write_text("[]")
+    with pytest.raises(RecordError, match="must hold a JSON object"):
+        Records(tmp_path, settings)
     (tmp_path / "settings.json").unlink()
     with pytest.raises(RecordError, match="is missing beside its records"):
         Records(tmp_path, settings)

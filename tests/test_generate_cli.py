@@ -293,6 +293,53 @@ def test_a_tokenizer_without_bos_or_mask(make_checkpoint, missing, message):
         Tokenizer.load(folder, config)
 
 
+def edit_tokenizer(folder, change) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_lengths_that_a_tokenizer_was_saved_with_do_not_apply(checkpoint):
+    """Of a long document, all tokens; of a short one, no more."""
+
+    def saved(content) -> None:
+        content["truncation"] = {
+            "direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0,
+        }  # fmt: skip
+        content["padding"] = {
+            "strategy": {"Fixed": 20}, "direction": "Right", "pad_to_multiple_of": None,
+            "pad_id": 1, "pad_type_id": 0, "pad_token": "!",
+        }  # fmt: skip
+
+    edit_tokenizer(checkpoint, saved)
+    tokenizer = Tokenizer.load(checkpoint, load_config(checkpoint))
+    assert len(tokenizer.encode("a" * 100)) == 100
+    assert len(tokenizer.encode("abc")) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        # The library numbers added tokens anew and says nothing.
+        (lambda t: t["added_tokens"][-1].update(id=270), "has the id 270 in tokenizer.json but"),
+        # Its own code panics, which is no Exception.
+        (
+            lambda t: t["model"].update(
+                merges=[["!", '"']], continuing_subword_prefix="more than there is"
+            ),
+            "cannot be read: range",
+        ),
+        (lambda t: t.update(model=None), "cannot be read"),
+    ],
+)
+def test_tokenizers_that_are_none(checkpoint, change, message):
+    edit_tokenizer(checkpoint, change)
+    with pytest.raises(TokenizerError, match=message) as caught:
+        Tokenizer.load(checkpoint, load_config(checkpoint))
+    assert "\n" not in str(caught.value)
+
+
 def test_special_tokens_spelt_out_in_a_document_stay_text(checkpoint):
     tokenizer = Tokenizer.load(checkpoint, load_config(checkpoint))
     encoded = tokenizer.encode("<|mdm_mask|><|eot_id|>")

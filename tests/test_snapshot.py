@@ -31,7 +31,8 @@ from pdllm_jax.snapshot import (
     snapshot_holds,
 )
 from pdllm_jax.snapshot_arrays import read_arrays
-from pdllm_jax.snapshot_format import SnapshotError, read_manifest
+from pdllm_jax.snapshot_format import ArrayRecord, SnapshotError, read_manifest
+from pdllm_jax.snapshot_tree import check_shapes
 from tests import workers
 from tests.test_prefill import sharpen
 from tests.workers import CHUNKS, IDENTITY, document
@@ -265,7 +266,7 @@ HOSTILE = {
     "rope": (lambda m: m["rope"].update(theta="1e4"), "rope.theta is '1e4'"),
     "rope int": (lambda m: m["rope"].update(theta=10000), "rope.theta is 10000 where 10000.0"),
     "model": (lambda m: m["model"].pop("d_model"), "model.d_model is None where 64"),
-    "nan": (lambda m: m["rope"].update(theta=float("nan")), "rope.theta is nan"),
+    "nan": (lambda m: m["rope"].update(theta=float("nan")), "NaN is no JSON"),
 }
 
 
@@ -365,6 +366,12 @@ def test_indices_out_of_range_are_refused(model, tmp_path):
         save_prefilled(tmp_path / "s", IDENTITY, bad, chunking=CHUNKS, overwrite=True)
         with pytest.raises(SnapshotError, match=field):
             load_prefilled(tmp_path / "s", IDENTITY)
+    save_prefilled(tmp_path / "s", IDENTITY, good, chunking=CHUNKS, overwrite=True)
+    manifest = read_manifest(tmp_path / "s")
+    wide = {name: ArrayRecord((1, 4), "uint32") for name in ("keys", "state.keys")}
+    manifest = dataclasses.replace(manifest, arrays={**manifest.arrays, **wide})
+    with pytest.raises(SnapshotError, match="keys have 2 words"):
+        check_shapes(tmp_path / "s", manifest, IDENTITY.config)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -160,6 +161,55 @@ def on_meshes(folder: Path, out: Path) -> None:
                 np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
             found.append([read, cache.pool.k.addressable_shards[0].data.shape])
     out.write_text(json.dumps(found))
+
+
+def offline(folder: Path, out: Path) -> None:
+    """Converts a checkpoint, asks it, evaluates it; whatever would connect to anything raises."""
+    import socket
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+    import evaluate
+    import generate
+    from campaigns import guard, samples
+
+    from convert import convert
+
+    sys.addaudithook(guard.forbid)
+    _fast_compilation()
+    convert(samples.write_checkpoint(folder / "source"), folder / "model")
+    (folder / "text.txt").write_text(samples.SENTENCES * 3)
+    small = ["--chunk-size", "32", "--top-k", "1", "--gen-length", "4", "--encode-batch", "2"]
+    model, text = str(folder / "model"), str(folder / "text.txt")
+    asking = [model, "--context-file", text, "--question", "Who?", *small]
+    evaluating = [
+        model, "needle", text, "--out", str(folder / "out"), "--lengths", "160", "--depths", "2",
+        "--needle", "The key is 7.", "--question", "Key?", "--expect", "7", "--no-chat",
+        "--methods", "prefilling", *small,
+    ]  # fmt: skip
+    statuses = [
+        generate.main(asking), generate.main([*asking, "--method", "plain"]),
+        evaluate.main(evaluating),
+    ]  # fmt: skip
+    # What native code has opened meanwhile: the inodes of this process' sockets.
+    links = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            links.append(os.readlink(f"/proc/self/fd/{number}"))
+    mine = {link[8:-1] for link in links if link.startswith("socket:[")}
+    lines = [
+        line.split()
+        for name in ("tcp", "tcp6", "udp", "udp6")
+        if (table := Path("/proc/self/net", name)).exists()
+        for line in table.read_text().splitlines()[1:]
+    ]
+    caught = False
+    try:
+        socket.create_connection(("127.0.0.1", 9))
+    except guard.Violation:
+        caught = True
+    internet = [fields[1] for fields in lines if fields[9] in mine]
+    out.write_text(json.dumps({"statuses": statuses, "caught": caught, "internet": internet}))
 
 
 def _fast_compilation() -> None:

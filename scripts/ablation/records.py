@@ -42,12 +42,15 @@ class CellFile:
         for number, line in enumerate(lines[1:], start=2):
             row = _parsed(line, self.path, number)
             if "run" not in row:
+                if type(row.get("example")) is not int:
+                    raise RecordError(f"{self.path}, line {number}: of no example")
                 records[row["example"]] = row
         return records
 
     def runs(self) -> list[dict[str, Any]]:
         """What the processes that wrote the file said about themselves, each once."""
-        rows = [json.loads(line) for line in _whole_lines(self.path)[1:]]
+        lines = _whole_lines(self.path)[1:]
+        rows = [_parsed(line, self.path, number) for number, line in enumerate(lines, start=2)]
         found = [row["run"] for row in rows if "run" in row]
         return [run for i, run in enumerate(found) if run not in found[:i]]
 
@@ -73,7 +76,7 @@ def _whole_lines(path: Path) -> list[bytes]:
 def _parsed(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"{path}, line {number}: {error}") from None
     if not isinstance(row, dict):
         raise RecordError(f"{path}, line {number}: not an object")

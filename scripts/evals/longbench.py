@@ -238,7 +238,7 @@ def _config(folder: Path, config: Path | None, name: str) -> dict[str, Any]:
         raise DataError(f"{name} is not in {' or '.join(map(str, places))}: give its folder")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise DataError(f"{path} must hold a JSON object")

@@ -6,6 +6,7 @@ was cut off in the middle is recognised and dropped; anything else that is not a
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -75,19 +76,31 @@ class Records:
                 record = json.loads(line)
                 key = Key(*(record[name] for name in Key._fields))
                 record["digest"], float(record["score"])
-            except (ValueError, KeyError, TypeError):
+                self.done[key] = record
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 raise RecordError(f"{self.path}:{number}: not a record of this script") from None
-            self.done[key] = record
             whole += len(line)
         if self.dropped:
             self._file.truncate(whole)
 
     def add(self, key: Key, record: dict[str, Any]) -> None:
-        """Writes a record through to the disk."""
+        """Writes a record through to the disk. RecordError where that has no room; it is then as
+        it was before.
+        """
         record = key._asdict() | record
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        line, descriptor = json.dumps(record).encode() + b"\n", self._file.fileno()
+        before = os.fstat(descriptor).st_size
+        try:
+            while line:
+                line = line[os.write(descriptor, line) :]
+            os.fsync(descriptor)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, before)
+            raise RecordError(
+                f"{self.path} can not be written ({error.strerror}): what is recorded is kept, and "
+                "the same command goes on from there"
+            ) from None
         self.done[key] = record
 
     def get(self, key: Key, digest: str) -> dict[str, Any] | None:
@@ -110,8 +123,10 @@ def _same_settings(path: Path, settings: dict[str, Any], *, started: bool) -> No
         return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise RecordError(f"{path} is not valid JSON") from None
+    if not isinstance(before, dict):
+        raise RecordError(f"{path} must hold a JSON object")
     changed = sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
     if changed:
         raise RecordError(

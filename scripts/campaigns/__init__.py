@@ -1,0 +1,1 @@
+"""Campaigns against the library: broken and hostile input, kills, and what precision costs."""

@@ -1,0 +1,5 @@
+"""What workers are forked with: the imports, and nothing begun in JAX."""
+
+import evaluate  # noqa: F401
+
+from campaigns import checkpoint_kinds, snapshot_kinds, text_kinds  # noqa: F401

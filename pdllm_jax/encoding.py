@@ -17,9 +17,9 @@ from pdllm_jax.cache import ChunkCache, ChunkPool, init_pool, write_chunks
 from pdllm_jax.config import SelectionConfig
 from pdllm_jax.forward import response_rows, see, view_from
 from pdllm_jax.model import LLaDA
-from pdllm_jax.parallel import attention
 from pdllm_jax.rope import rotate, rotation
 from pdllm_jax.rows import overlay
+from pdllm_jax.sharded import attention
 from pdllm_jax.sparsity import best_tokens, keep_tokens, token_attention
 from pdllm_jax.state import DenoiseState, chosen_chunks
 

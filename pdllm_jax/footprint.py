@@ -38,7 +38,8 @@ from pallas_kernels import Implementation
 from pallas_kernels.dense import BLOCK_SCORES, DenseImplementation
 from pdllm_jax.cache import ChunkCache, live_rows
 from pdllm_jax.chunking import ChunkedPrompt
-from pdllm_jax.config import CONTROLS, ConfigError, DecodeConfig, ModelConfig, SelectionConfig
+from pdllm_jax.config import CONTROLS, DecodeConfig, ModelConfig, SelectionConfig
+from pdllm_jax.parallel import mesh_sizes
 from pdllm_jax.passes import streams
 from pdllm_jax.plan import Item, Phase, Plan
 from pdllm_jax.prefill import needs_pool
@@ -148,7 +149,7 @@ def plan_shapes(
     selecting: as `passes.settled` leaves it; implementation: of attention over chunks, attention:
     over other rows, as they are resolved. mesh: see `plan_memory`.
     """
-    tensor, data = _axes(config, mesh)
+    data, tensor = mesh_sizes(config, mesh)
     sizes = _Sizes(config, dtype, attention, tensor)
     weights = Item("weights", sizes.weights())
     planned = _Answer(sizes, shapes, selecting, decode, implementation, data)
@@ -432,16 +433,3 @@ class _Answer:
             scratch += self._encode(live.nbytes + own.nbytes)
         found.append(Phase("decode", (*held, live, own), (), tuple(scratch)))
         return found
-
-
-def _axes(config: ModelConfig, mesh: Mapping[str, int] | None) -> tuple[int, int]:
-    sizes = dict(mesh or {})
-    tensor, data = sizes.pop("tensor", 1), sizes.pop("data", 1)
-    if sizes or tensor < 1 or data < 1:
-        raise ConfigError(f"mesh {dict(mesh or {})}: axes are tensor and data, sizes from 1 on")
-    for name in ("n_heads", "n_kv_heads", "mlp_hidden_size", "embedding_size"):
-        if getattr(config, name) % tensor:
-            raise ConfigError(
-                f"mesh axis tensor {tensor} does not divide {name} {getattr(config, name)}"
-            )
-    return tensor, data

@@ -13,9 +13,9 @@ from pallas_kernels import Implementation, Near, Partial
 from pdllm_jax.cache import ChunkPool, LiveCache
 from pdllm_jax.config import ModelConfig
 from pdllm_jax.model import LLaDA
-from pdllm_jax.parallel import attention, chunk_attention
 from pdllm_jax.rope import Rotation, rotate, rotation
 from pdllm_jax.rows import overlay
+from pdllm_jax.sharded import attention, chunk_attention
 from pdllm_jax.state import DenoiseState
 
 # (layer, q [B, T, H, D] unrotated, attention of those rows, carry) -> carry.

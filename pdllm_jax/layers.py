@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.sums import row_sum
-from pdllm_jax import parallel
+from pdllm_jax.sharded import look_up, project_columns, project_rows
 
 
 def project(
@@ -33,7 +33,7 @@ def project(
 class Linear(nnx.Module):
     """y = x W^T without bias; W is [out, in] as in the checkpoints, so nothing is transposed.
 
-    On a mesh, a call takes the columns of x and of W apart (`parallel.project_rows`).
+    On a mesh, a call takes the columns of x and of W apart (`sharded.project_rows`).
     """
 
     def __init__(self, size_in: int, size_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -44,14 +44,14 @@ class Linear(nnx.Module):
     def __call__(
         self, x: Float[Array, "*rows I"], mesh: Mesh | None = None
     ) -> Float[Array, "*rows O"]:
-        return parallel.project_rows(mesh, x, self.weight[...])
+        return project_rows(mesh, x, self.weight[...])
 
 
 def project_all(
     x: Float[Array, "*rows I"], *linears: Linear, mesh: Mesh | None = None
 ) -> tuple[Float[Array, "*rows O"], ...]:
     """x through each of them; where rows are few, in one launch."""
-    return parallel.project_columns(mesh, x, *(linear.weight[...] for linear in linears))
+    return project_columns(mesh, x, *(linear.weight[...] for linear in linears))
 
 
 def swiglu(
@@ -59,7 +59,7 @@ def swiglu(
 ) -> Float[Array, "*rows O"]:
     """silu(gate(x)) * up(x)."""
     weights = gate.weight[...], up.weight[...]
-    return parallel.project_columns(mesh, x, *weights, activation="swiglu")[0]
+    return project_columns(mesh, x, *weights, activation="swiglu")[0]
 
 
 class Embedding(nnx.Module):
@@ -70,7 +70,7 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(values.astype(dtype))
 
     def __call__(self, token_ids: Array, mesh: Mesh | None = None) -> Float[Array, "*rows M"]:
-        return parallel.look_up(mesh, self.weight[...], token_ids)
+        return look_up(mesh, self.weight[...], token_ids)
 
 
 class RMSNorm(nnx.Module):

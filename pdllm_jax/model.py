@@ -17,10 +17,11 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pdllm_jax import parallel
 from pdllm_jax.config import ModelConfig
 from pdllm_jax.layers import Embedding, Linear, RMSNorm, project, project_all, swiglu
+from pdllm_jax.parallel import divide_rows
 from pdllm_jax.rope import rotate, rotation
+from pdllm_jax.sharded import attention, project_whole
 
 Carry = TypeVar("Carry")
 # (layer, q [B, T, H, D], k [B, T, G, D], v [B, T, G, D], carry) -> (out [B, T, H, D], carry).
@@ -96,7 +97,7 @@ class LLaDA(nnx.Module):
         self, token_ids: Int[Array, "B T"], attend: Attend, carry: Carry
     ) -> tuple[Float[Array, "B T M"], Carry]:
         """The residual stream after the last layer (before the final norm), and the carry."""
-        x = self.embedding(parallel.divide_rows(self.mesh, token_ids), self.mesh)
+        x = self.embedding(divide_rows(self.mesh, token_ids), self.mesh)
         for layer, block in enumerate(self.blocks):
             x, carry = block(layer, x, attend, carry, self.mesh)
         return x, carry
@@ -105,7 +106,7 @@ class LLaDA(nnx.Module):
         """LM head over rows that went through the final norm; float32."""
         head = self.embedding if self.config.weight_tying else self.lm_head
         run = functools.partial(project, dtype=jnp.float32)
-        return parallel.project_whole(self.mesh, hidden, run, head.weight[...])
+        return project_whole(self.mesh, hidden, run, head.weight[...])
 
     def encode(
         self, token_ids: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None
@@ -118,7 +119,7 @@ class LLaDA(nnx.Module):
 
         def attend(layer: int, q: Array, k: Array, v: Array, carry: None) -> tuple[Array, None]:
             turned = rotate(q, by), rotate(k, by)
-            return parallel.attention(self.mesh, *turned, v, lengths).out, None
+            return attention(self.mesh, *turned, v, lengths).out, None
 
         x, _ = self.run(token_ids, attend, None)
         return self.final_norm(x)

@@ -10,26 +10,22 @@ it divides evenly; weights and chunk pools lie whole on it.
 
 A model knows its mesh, and everything follows from that: the same functions under the same jit.
 XLA partitions what is elementwise or a small gather. What it can't look into or should not choose
-for itself (kernels, cuDNN, products, embedding and LM head) runs under `jax.shard_map`, through the
-functions below, which without a mesh are the plain ones. docs/parallel.md says what is communicated.
+for itself (kernels, cuDNN, products, embedding, LM head) runs under `jax.shard_map` (`sharded.py`).
+docs/parallel.md says what is communicated, and when.
 """
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
-import pallas_kernels
-from pallas_kernels import ChunkMass, Implementation, Near, Partial
 from pdllm_jax.model_config import ConfigError, ModelConfig
 
 if TYPE_CHECKING:
@@ -38,8 +34,8 @@ if TYPE_CHECKING:
 DATA, TENSOR = "data", "tensor"
 Tree = TypeVar("Tree")
 
-# Which axis, from the end, the mesh's "tensor" divides, by the end of an array's name: parameters as
-# in a checkpoint, KV as in a snapshot. Everything else lies whole on every device.
+# Which axis, from the end, "tensor" divides, by the end of an array's name: parameters as in a
+# checkpoint, KV as in a snapshot. Everything else lies whole on every device.
 _TENSOR_AXIS = [
     (r"(q|k|v|gate|up)_proj\.weight", -2),
     (r"(attn_out|down_proj)\.weight", -1),
@@ -86,6 +82,11 @@ def parse_mesh(text: str) -> tuple[int, int]:
     if found is None:
         raise ValueError(f"a mesh is DATAxTENSOR, such as 1x2, got {text!r}")
     return int(found[1]), int(found[2])
+
+
+def mesh_name(mesh: Mesh) -> str:
+    """As command lines and results write it: DATAxTENSOR."""
+    return f"{mesh.shape[DATA]}x{mesh.shape[TENSOR]}"
 
 
 def mesh_sizes(config: ModelConfig, sizes: Mapping[str, int] | Mesh | None) -> tuple[int, int]:
@@ -181,7 +182,9 @@ def divide_rows(mesh: Mesh | None, x: Array) -> Array:
     return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
-def local(mesh: Mesh | None, f: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
+def local(
+    mesh: Mesh | None, f: Callable[..., Any], inputs: Any, outputs: Any
+) -> Callable[..., Any]:
     """f on each device's part of its arguments (`jax.shard_map`); f itself without a mesh."""
     if mesh is None:
         return f
@@ -192,141 +195,3 @@ def local(mesh: Mesh | None, f: Callable[..., Any], inputs: Any, outputs: Any) -
 def by_heads(mesh: Mesh | None, rows: int, axis: int) -> PartitionSpec:
     """Of arrays [rows, ..] with heads at `axis`."""
     return PartitionSpec(rows_axis(mesh, rows), *[None] * (axis - 1), TENSOR)
-
-
-def attention(
-    mesh: Mesh | None,
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B S G D"],
-    v: Float[Array, "B S G D"],
-    lengths: Int[Array, "B"] | None = None,
-    *,
-    need_lse: bool = False,
-) -> Partial:
-    """`pallas_kernels.attention`, each device on its own heads."""
-    run = functools.partial(pallas_kernels.attention, need_lse=need_lse)
-    if mesh is None:
-        return run(q, k, v, lengths)
-    rows = by_heads(mesh, q.shape[0], 2)
-    each = PartitionSpec(rows[0])
-    found = Partial(rows, by_heads(mesh, q.shape[0], 1))
-    return local(mesh, run, (rows, rows, rows, each), found)(q, k, v, lengths)
-
-
-def _over_pool(mesh: Mesh, run: Any, q: Array, found: Any, *arguments: Any) -> Any:
-    """A function of query rows, pool, ids, lengths and perhaps near keys, on each device's heads."""
-    batch = q.shape[0]
-    pool, each = PartitionSpec(None, None, TENSOR), PartitionSpec(rows_axis(mesh, batch))
-    near = Near(by_heads(mesh, batch, 2), by_heads(mesh, batch, 2), each)
-    specs = (by_heads(mesh, batch, q.ndim - 2), pool, pool, each, PartitionSpec(), near)
-    return local(mesh, run, specs[: 1 + len(arguments)], found)(q, *arguments)
-
-
-def chunk_attention(
-    mesh: Mesh | None,
-    q: Array,
-    k: Float[Array, "L N G C D"],
-    v: Float[Array, "L N G C D"],
-    chunk_ids: Int[Array, "B K"],
-    chunk_lengths: Int[Array, "N"],
-    *,
-    layer: int,
-    near: Near | None = None,
-    implementation: Implementation | None = None,
-) -> Partial:
-    """`pallas_kernels.chunk_attention` over a stacked pool, each device on its own heads."""
-
-    def run(q: Array, k: Array, v: Array, ids: Array, lengths: Array, *near: Near) -> Partial:
-        return pallas_kernels.chunk_attention(
-            q, k, v, ids, lengths,
-            layer=layer, near=near[0] if near else None, implementation=implementation,
-        )  # fmt: skip
-
-    arguments = (k, v, chunk_ids, chunk_lengths, *(() if near is None else (near,)))
-    if mesh is None:
-        return run(q, *arguments)
-    found = Partial(by_heads(mesh, q.shape[0], 2), by_heads(mesh, q.shape[0], 1))
-    return _over_pool(mesh, run, q, found, *arguments)
-
-
-def chunk_attention_mass(
-    mesh: Mesh | None,
-    q: Array,
-    k: Float[Array, "L N G C D"],
-    v: Float[Array, "L N G C D"],
-    chunk_ids: Int[Array, "B K"],
-    chunk_lengths: Int[Array, "N"],
-    *,
-    layer: int,
-    implementation: Implementation | None = None,
-) -> ChunkMass:
-    """`pallas_kernels.chunk_attention_mass` over a stacked pool, each device on its own heads."""
-    run = functools.partial(
-        pallas_kernels.chunk_attention_mass, layer=layer, implementation=implementation
-    )
-    arguments = (k, v, chunk_ids, chunk_lengths)
-    if mesh is None:
-        return run(q, *arguments)
-    lse = by_heads(mesh, q.shape[0], 1)
-    found = ChunkMass(Partial(by_heads(mesh, q.shape[0], 2), lse), lse)
-    return _over_pool(mesh, run, q, found, *arguments)
-
-
-def project_columns(
-    mesh: Mesh | None, x: Float[Array, "B *rows I"], *weights: Array, activation: Any = "none"
-) -> tuple[Float[Array, "B *rows O"], ...]:
-    """`pallas_kernels.matmul` into a layer: each device makes its columns, nothing is sent."""
-    run = functools.partial(pallas_kernels.matmul, activation=activation)
-    if mesh is None:
-        return run(x, *weights)
-    rows = PartitionSpec(rows_axis(mesh, x.shape[0]))
-    made = by_heads(mesh, x.shape[0], x.ndim - 1)
-    return local(mesh, run, (rows, *[PartitionSpec(TENSOR)] * len(weights)), made)(x, *weights)
-
-
-def project_rows(
-    mesh: Mesh | None, x: Float[Array, "B *rows I"], weight: Float[Array, "O I"]
-) -> Float[Array, "B *rows O"]:
-    """`pallas_kernels.matmul` back from a layer: the devices' partial sums are added up."""
-    if mesh is None:
-        return pallas_kernels.matmul(x, weight)[0]
-
-    def run(x: Array, weight: Array) -> Array:
-        return lax.psum(pallas_kernels.matmul(x, weight)[0], TENSOR)
-
-    given = by_heads(mesh, x.shape[0], x.ndim - 1), PartitionSpec(None, TENSOR)
-    return local(mesh, run, given, PartitionSpec(rows_axis(mesh, x.shape[0])))(x, weight)
-
-
-def look_up(
-    mesh: Mesh | None, table: Float[Array, "E M"], ids: Int[Array, "B *rows"]
-) -> Float[Array, "B *rows M"]:
-    """Rows of an embedding: from the device that has them, zeros of the others added."""
-    if mesh is None:
-        return table[ids]
-
-    def run(table: Array, ids: Array) -> Array:
-        own = ids - lax.axis_index(TENSOR) * table.shape[0]
-        there = (own >= 0) & (own < table.shape[0])
-        found = table[jnp.where(there, own, 0)]
-        return lax.psum(jnp.where(there[..., None], found, 0), TENSOR)
-
-    rows = PartitionSpec(rows_axis(mesh, ids.shape[0]))
-    return local(mesh, run, (PartitionSpec(TENSOR), rows), rows)(table, ids)
-
-
-def project_whole(
-    mesh: Mesh | None, x: Float[Array, "B *rows M"], run: Callable[[Array, Array], Array], weight: Any
-) -> Float[Array, "B *rows V"]:
-    """run(x, weight), the LM head: each device makes the logits of its words and gets all others'.
-
-    So that sampling and scores are computed from the same whole rows as on one device.
-    """
-    if mesh is None:
-        return run(x, weight)
-
-    def gathered(x: Array, weight: Array) -> Array:
-        return lax.all_gather(run(x, weight), TENSOR, axis=x.ndim - 1, tiled=True)
-
-    rows = PartitionSpec(rows_axis(mesh, x.shape[0]))
-    return local(mesh, gathered, (rows, PartitionSpec(TENSOR)), rows)(x, weight)

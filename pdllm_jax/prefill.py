@@ -21,7 +21,7 @@ from pdllm_jax.cache import ChunkCache, ChunkPool, init_pool, write_chunks
 from pdllm_jax.chunking import ChunkedPrompt
 from pdllm_jax.config import CONTROLS, SelectionConfig
 from pdllm_jax.model import LLaDA
-from pdllm_jax.parallel import attention, constrain, whole_groups
+from pdllm_jax.parallel import constrain, whole_groups
 from pdllm_jax.riders import (
     RIDING,
     Draft,
@@ -34,6 +34,7 @@ from pdllm_jax.riders import (
 from pdllm_jax.rope import Rotation, rotate, rotation
 from pdllm_jax.scoring import score_chunks
 from pdllm_jax.selection import EMPTY_SLOT, Selection, control_scores, ranking, within_margin
+from pdllm_jax.sharded import attention
 
 
 class _Prefix(NamedTuple):

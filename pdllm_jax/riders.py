@@ -26,9 +26,10 @@ from pallas_kernels import Partial, merge
 from pallas_kernels.sums import row_sum
 from pdllm_jax.config import SelectionConfig
 from pdllm_jax.model import LLaDA
-from pdllm_jax.parallel import attention, constrain
+from pdllm_jax.parallel import constrain
 from pdllm_jax.rows import overlay, slices
 from pdllm_jax.sampling import log_probability
+from pdllm_jax.sharded import attention
 
 # Scorers whose rows ride through the network behind every chunk.
 RIDING = ("draft", "query", "confidence")
@@ -193,9 +194,7 @@ def read_scores(model: LLaDA, x: Float[Array, "g T M"], riders: Riders) -> Float
     return row_sum(likelihood) / jnp.maximum(riders.read_valid.sum(axis=-1), 1)
 
 
-def ride(
-    mesh: Mesh | None, seen: Partial, q: Array, k: Array, v: Array, riders: Riders
-) -> Array:
+def ride(mesh: Mesh | None, seen: Partial, q: Array, k: Array, v: Array, riders: Riders) -> Array:
     """Attention of riders [g, R T, H, D]: what they saw elsewhere, and each copy itself."""
     group, n, t = riders.ids.shape
 

@@ -13,16 +13,11 @@ from pallas_kernels import Implementation, merge
 from pdllm_jax.cache import ChunkCache
 from pdllm_jax.config import CONTROLS, SelectionConfig
 from pdllm_jax.model import LLaDA
-from pdllm_jax.parallel import (
-    attention,
-    chunk_attention,
-    chunk_attention_mass,
-    constrain,
-    whole_groups,
-)
+from pdllm_jax.parallel import constrain, whole_groups
 from pdllm_jax.riders import RIDING, Draft, Question, Riders, make_riders, read_scores, ride
 from pdllm_jax.rope import rotate, rotation
 from pdllm_jax.selection import control_scores
+from pdllm_jax.sharded import attention, chunk_attention, chunk_attention_mass
 
 
 @functools.partial(jax.jit, static_argnames=("config", "implementation"))

@@ -73,7 +73,8 @@ class _Received:
         def pick(received: Array, keys: Array, values: Array) -> tuple[Array, Array]:
             places = best_tokens(received, count, keep_first)
             places = jnp.minimum(places, received.shape[-1] - 1)[..., None]
-            return tuple(jnp.take_along_axis(x, places, axis=3) for x in (keys, values))
+            keys, values = (jnp.take_along_axis(x, places, axis=3) for x in (keys, values))
+            return keys, values
 
         heads = by_heads(self.mesh, received.shape[0], 2)
         picked = local(self.mesh, pick, heads, heads)

@@ -88,7 +88,9 @@ def init_denoise(
     prefix_rows = 0 if cache is None else cache.prefix_ids.shape[-1]
     if config.recompute != "response" or prefix_rows:
         rows = prefix_rows + q_rows + config.gen_length
-        state = dataclasses.replace(state, live=init_live(model.config, batch, rows, model.dtype, model.mesh))
+        state = dataclasses.replace(
+            state, live=init_live(model.config, batch, rows, model.dtype, model.mesh)
+        )
     if cache is None or selection is None:
         return constrain(model.mesh, state)
 

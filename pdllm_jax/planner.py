@@ -61,7 +61,7 @@ def plan_memory(
       implementation: of attention over chunks; attention: over other rows, "cudnn" or "xla". By
         default what this process' device would use.
       mesh: sizes of the axes "tensor", which divides heads, MLP and vocabulary, and "data", which
-        divides requests and the chunks of a pass; the plan is of one device.
+        divides requests and the chunks of a pass (`parallel`); the plan is of one device.
 
     Returns:
       The plan: phases load, encode document (of questions), draft, score, select, encode, decode.

@@ -83,9 +83,9 @@ def setup() -> None:
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-def model() -> LLaDA:
+def model(tied: bool = False) -> LLaDA:
     """Two layers, 16 query heads on 8 KV heads."""
-    config = dataclasses.replace(ModelConfig.tiny(), n_heads=16, n_kv_heads=8)
+    config = dataclasses.replace(ModelConfig.tiny(), n_heads=16, n_kv_heads=8, weight_tying=tied)
     return LLaDA(config, rngs=nnx.Rngs(0))
 
 
@@ -121,7 +121,7 @@ def same(got: Any, want: Any, what: Any) -> None:
 def settings(data: int, tensor: int) -> None:
     """Every setting of the method."""
     setup()
-    one = model()
+    one = model(tied=tensor == 2)
     many = shard_model(one, make_mesh(data, tensor))
     for setting in SETTINGS:
         same(ask(many, *setting), ask(one, *setting), setting)
@@ -251,7 +251,7 @@ def loaded(folder: Path) -> None:
         assert divided(block[name]["weight"], part[name]["weight"]) == [1, 4]
     for name in ("embedding", "lm_head"):
         assert divided(whole[name]["weight"], parts[name]["weight"]) == [4, 1]
-    setting = {"encoding": "independent", "keep_tokens": 9}, {"temperature": 0.5}
+    setting = {"scorer": "query", "encoding": "independent", "keep_tokens": 9}, {"temperature": 0.5}
     got = ask(many, *setting)
     same(got, ask(one, *setting), "loaded")
     assert got.paths["mesh"] == "2x4"

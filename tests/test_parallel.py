@@ -36,7 +36,7 @@ def test_every_way_to_ask_gives_the_tokens_of_one_device(mesh, tmp_path):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return make(
-        tmp_path_factory.mktemp("checkpoint"), d_model=32, n_heads=8, n_kv_heads=4,
+        tmp_path_factory.mktemp("checkpoint"), n_layers=1, d_model=32, n_heads=8, n_kv_heads=4,
         vocab_size=256, embedding_size=256, mask_token_id=255, max_sequence_length=512,
     )  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 Random weights, bfloat16; joint encoding of K = 4 chunks of 1,024, a query of 32 tokens, draft and
 scores counted. Whole requests are timed as `generate_ids` is called, host time included, after a
-first call that compiles; the baselines run in the same process.
+first call that compiles; the baselines run in the same process. With several meshes each section runs
+on one after the other, rows name theirs, and ratios to the first are noted.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from bench.run import Run, begin
 from pdllm_jax import (
     ChunkConfig,
     DecodeConfig,
+    LLaDA,
     ModelConfig,
     SelectionConfig,
     denoise,
@@ -31,10 +33,13 @@ from pdllm_jax import (
     draft_response,
     generate_ids,
     init_denoise,
+    make_mesh,
     prefill,
     select_top_k,
+    shard_model,
 )
 from pdllm_jax.cache import ChunkCache, ChunkPool
+from pdllm_jax.parallel import TENSOR, mesh_name, parse_mesh, place
 from pdllm_jax.riders import Question
 
 SECTIONS = ("step", "prefill", "end-to-end")
@@ -59,6 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[32, 128], help="of a response")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds in all")
+    parser.add_argument(
+        "--mesh", nargs="+", metavar="DATAxTENSOR",
+        help="meshes to run on, e.g. 1x1 1x2 2x1; by default one device without any",
+    )  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
@@ -68,13 +77,53 @@ def main(args: argparse.Namespace) -> int:
     run.record["copy_bandwidth"] = copied
     run.record["step"], run.record["end_to_end"] = [], []
     sections = {"step": step, "prefill": score_document, "end-to-end": end_to_end}
-    for name in args.sections:
-        if time.monotonic() - run.begun > args.limit:
-            run.record["left_out"].append(name)
-        else:
-            sections[name](run)
+    plain = run.model
+    for mesh in args.mesh or [None]:
+        if mesh is not None:
+            run.model = plain  # lets the last mesh's weights go
+            run.model = shard_model(plain, make_mesh(*parse_mesh(mesh)))
+        for name in args.sections:
+            if time.monotonic() - run.begun > args.limit:
+                run.record["left_out"].append(name + on(run.model))
+            else:
+                sections[name](run)
+    if args.mesh:
+        compare_meshes(run)
     write(args.out, run.record)
     return 0
+
+
+def on(model: LLaDA) -> str:
+    """What names the model's mesh behind a row's name."""
+    return "" if model.mesh is None else f", mesh {mesh_name(model.mesh)}"
+
+
+def of_mesh(model: LLaDA) -> dict[str, str]:
+    """What names the model's mesh in a row."""
+    return {} if model.mesh is None else {"mesh": mesh_name(model.mesh)}
+
+
+def threads_on(model: LLaDA, most: int | None = None) -> int | None:
+    """How many may run programs: one on a mesh, where collectives must come in one order."""
+    return most if model.mesh is None else 1
+
+
+def compare_meshes(run: Run) -> None:
+    """Time on each mesh over that on the first."""
+    first, *others = run.args.mesh
+    times: dict[str, dict[str, float]] = {}
+    for row in run.record["step"]:
+        times.setdefault(f"step, {row['cached_tokens']} cached", {})[row["mesh"]] = row["ms"]
+    for name, row in run.record["seconds"].items():
+        what, mesh = name.rsplit(", mesh ", 1)
+        times.setdefault(what, {})[mesh] = row["median"]
+    for row in run.record["end_to_end"]:
+        what = f"{row['method']}, {row['chunks']} chunks, {row['tokens']} tokens"
+        times.setdefault(what, {})[row["mesh"]] = row["seconds"]
+    for what, found in times.items():
+        for mesh in others:
+            if mesh in found and first in found:
+                run.note(f"{what}: {mesh} over {first}", found[mesh] / found[first])
 
 
 def weight_bytes(run: Run) -> int:
@@ -106,6 +155,8 @@ def step(run: Run) -> None:
         pool, prompt.chunks[:most], prompt.chunk_lengths[:most], prompt.prefix,
         prompt.prefix_length, prefix, prefix,
     )  # fmt: skip
+    cache = place(run.model.mesh, cache)
+    parts = 1 if run.model.mesh is None else run.model.mesh.shape[TENSOR]
 
     def start(k: int):
         """As after joint encoding: live KV that is fresh."""
@@ -117,7 +168,7 @@ def step(run: Run) -> None:
         return dataclasses.replace(state, stale=jnp.zeros((1,), bool), live_encoded=True)
 
     states = {k: start(k) for k in run.args.cached}
-    with ThreadPoolExecutor() as threads:  # compiles side by side
+    with ThreadPoolExecutor(threads_on(run.model)) as threads:  # compiles side by side
         whole = {
             k: threads.submit(
                 lambda s=s: denoise.lower(run.model, cache, s, config=decode).compile()
@@ -147,10 +198,10 @@ def step(run: Run) -> None:
                 state = denoise_step(run.model, cache, state, config=decode)
             jax.block_until_ready(state.tokens)
             python.append((time.perf_counter() - begun) / (BLOCK - 1))
-        floor = (weight_bytes(run) + k * chunk_bytes) / run.record["copy_bandwidth"]
+        floor = (weight_bytes(run) + k * chunk_bytes) / parts / run.record["copy_bandwidth"]
         median = float(np.median(spent[1:]))
         row = {
-            "chunks": k, "cached_tokens": k * size, "rows": BLOCK, "ms": 1e3 * median,
+            **of_mesh(run.model), "chunks": k, "cached_tokens": k * size, "rows": BLOCK, "ms": 1e3 * median,
             "ms_least": 1e3 * min(spent[1:]), "ms_most": 1e3 * max(spent[1:]),
             "ms_floor": 1e3 * floor, "times_floor": median / floor,
             "ms_from_python": 1e3 * np.median(python),
@@ -158,7 +209,7 @@ def step(run: Run) -> None:
         }  # fmt: skip
         run.record["step"].append(row)
         print(
-            f"step, {k * size} cached: {row['ms']:.3f} ms [{row['ms_least']:.3f}, "
+            f"step, {k * size} cached{on(run.model)}: {row['ms']:.3f} ms [{row['ms_least']:.3f}, "
             f"{row['ms_most']:.3f}], {row['times_floor']:.3f} times the floor; from Python "
             f"{row['ms_from_python']:.3f}",
             flush=True,
@@ -192,8 +243,8 @@ def score_document(run: Run) -> None:
     chunks = max(run.args.documents)
     prompt, passing = run.prompt(chunks, QUERY), SELECT.scoring()
     question = Question(prompt.prefix, prompt.prefix_length, prompt.query, prompt.query_length)
-    draft = run.timed("draft", lambda: draft_response(run.model, question, passing))
-    name = f"score {chunks} chunks"
+    draft = run.timed(f"draft{on(run.model)}", lambda: draft_response(run.model, question, passing))
+    name = f"score {chunks} chunks{on(run.model)}"
     run.timed(name, lambda: prefill(run.model, prompt, SELECT, draft=draft)[1])
     work = pass_flops(
         run.model.config, chunks, run.args.chunk_size, QUERY + SELECT.draft_length,
@@ -237,29 +288,37 @@ def end_to_end(run: Run) -> None:
         for method in ("prefilling", "dual-cache", "plain")
     ]
     begun = time.perf_counter()
-    with ThreadPoolExecutor(3) as threads:  # first calls, which compile; memory bounds how many
+    # First calls, which compile; memory bounds how many at a time.
+    with ThreadPoolExecutor(threads_on(run.model, 3)) as threads:
         list(threads.map(lambda case: request(*case), grid))
-    run.record["compile_seconds"]["first calls, side by side"] = time.perf_counter() - begun
+    name = f"first calls, side by side{on(run.model)}"
+    run.record["compile_seconds"][name] = time.perf_counter() - begun
     print(f"first calls: {time.perf_counter() - begun:.0f} s", flush=True)
     for method, n, tokens in grid:
         if time.monotonic() - run.begun > run.args.limit:
-            run.record["left_out"].append(f"{method}, {n} chunks, {tokens} tokens")
+            left = f"{method}, {n} chunks, {tokens} tokens{on(run.model)}"
+            run.record["left_out"].append(left)
             continue
         # What takes longest is repeated least.
         repeats = run.args.repeats if method == "prefilling" else 1
         made = [request(method, n, tokens) for _ in range(repeats)]
         seconds = sorted(s for s, _ in made)
         row = {
-            "method": method, "chunks": n, "prompt_tokens": around + len(contexts[n]),
-            "tokens": tokens, "seconds": float(np.median(seconds)), "least": seconds[0],
+            **of_mesh(run.model), "method": method, "chunks": n,
+            "prompt_tokens": around + len(contexts[n]), "tokens": tokens, "seconds": float(np.median(seconds)), "least": seconds[0],
             "most": seconds[-1], "phases": made[-1][1].timings, "paths": made[-1][1].paths,
             "evaluations_timed": made[-1][1].evaluations,
         }  # fmt: skip
         run.record["end_to_end"].append(row)
         print(f"{method:11} {n:3} chunks {tokens:4} tokens {row['seconds']:8.3f} s", flush=True)
         write(run.args.out, run.record)
-    took = {(r["method"], r["chunks"], r["tokens"]): r["seconds"] for r in run.record["end_to_end"]}
+    took = {
+        (r["method"], r["chunks"], r["tokens"]): r["seconds"]
+        for r in run.record["end_to_end"]
+        if r.items() >= of_mesh(run.model).items()
+    }
     for (method, n, tokens), seconds in took.items():
         if method != "prefilling" and ("prefilling", n, tokens) in took:
             faster = seconds / took["prefilling", n, tokens]
-            run.note(f"{method} over prefilling, {n} chunks, {tokens} tokens", faster)
+            name = f"{method} over prefilling, {n} chunks, {tokens} tokens{on(run.model)}"
+            run.note(name, faster)

@@ -2,8 +2,8 @@
 
 Random weights, bfloat16; joint encoding of K = 4 chunks of 1,024, a query of 32 tokens, draft and
 scores counted. Whole requests are timed as `generate_ids` is called, host time included, after a
-first call that compiles; the baselines run in the same process. With several meshes each section runs
-on one after the other, rows name theirs, and ratios to the first are noted.
+first call that compiles; the baselines run in the same process. With several meshes the sections
+run on one after the other, rows name theirs, and ratios to the first are noted.
 """
 
 from __future__ import annotations
@@ -201,8 +201,8 @@ def step(run: Run) -> None:
         floor = (weight_bytes(run) + k * chunk_bytes) / parts / run.record["copy_bandwidth"]
         median = float(np.median(spent[1:]))
         row = {
-            **of_mesh(run.model), "chunks": k, "cached_tokens": k * size, "rows": BLOCK, "ms": 1e3 * median,
-            "ms_least": 1e3 * min(spent[1:]), "ms_most": 1e3 * max(spent[1:]),
+            **of_mesh(run.model), "chunks": k, "cached_tokens": k * size, "rows": BLOCK,
+            "ms": 1e3 * median, "ms_least": 1e3 * min(spent[1:]), "ms_most": 1e3 * max(spent[1:]),
             "ms_floor": 1e3 * floor, "times_floor": median / floor,
             "ms_from_python": 1e3 * np.median(python),
             "python_over_loop": np.median(python) / median,
@@ -305,8 +305,9 @@ def end_to_end(run: Run) -> None:
         seconds = sorted(s for s, _ in made)
         row = {
             **of_mesh(run.model), "method": method, "chunks": n,
-            "prompt_tokens": around + len(contexts[n]), "tokens": tokens, "seconds": float(np.median(seconds)), "least": seconds[0],
-            "most": seconds[-1], "phases": made[-1][1].timings, "paths": made[-1][1].paths,
+            "prompt_tokens": around + len(contexts[n]), "tokens": tokens,
+            "seconds": float(np.median(seconds)), "least": seconds[0], "most": seconds[-1],
+            "phases": made[-1][1].timings, "paths": made[-1][1].paths,
             "evaluations_timed": made[-1][1].evaluations,
         }  # fmt: skip
         run.record["end_to_end"].append(row)

@@ -133,7 +133,9 @@ def ways(data: int, tensor: int, folder: Path) -> None:
     one = model()
     many = shard_model(one, make_mesh(data, tensor))
     for method in ("plain", "prefix-cache", "dual-cache"):
-        decode = DecodeConfig(**DECODE, guidance=0.5 if method == "plain" else 0.0)
+        decode = DecodeConfig(**DECODE)
+        if method == "plain":
+            decode = dataclasses.replace(decode, recompute="response", guidance=0.5)
         got, want = (
             generate_ids(m, PREFIX, DOCUMENT, QUERY, method=method, decode=decode)
             for m in (many, one)

@@ -165,7 +165,8 @@ def step(run: Run) -> None:
             run.model, cache, chosen, prompt.query, decode, jax.random.key(0),
             query_length=prompt.query_length, encoding="independent",
         )  # fmt: skip
-        return dataclasses.replace(state, stale=jnp.zeros((1,), bool), live_encoded=True)
+        state = dataclasses.replace(state, stale=jnp.zeros((1,), bool), live_encoded=True)
+        return place(run.model.mesh, state)
 
     states = {k: start(k) for k in run.args.cached}
     with ThreadPoolExecutor(threads_on(run.model)) as threads:  # compiles side by side

@@ -17,6 +17,7 @@ from pdllm_jax.denoise import denoise, denoise_step
 from pdllm_jax.fingerprint import ModelIdentity, model_identity
 from pdllm_jax.generate import generate, generate_ids, prefill_request
 from pdllm_jax.model import LLaDA
+from pdllm_jax.parallel import make_mesh, shard_model
 from pdllm_jax.plan import MemoryLimitError, Plan
 from pdllm_jax.planner import plan_memory
 from pdllm_jax.prefill import encode_document, prefill, prefill_top_k
@@ -81,6 +82,7 @@ __all__ = [
     "load_document",
     "load_model",
     "load_prefilled",
+    "make_mesh",
     "model_identity",
     "plan_memory",
     "prefill",
@@ -91,5 +93,6 @@ __all__ = [
     "save_prefilled",
     "score_chunks",
     "select_top_k",
+    "shard_model",
     "without_other_chunks",
 ]

@@ -27,6 +27,7 @@ from pdllm_jax.chunking import ChunkedPrompt
 from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.denoise import denoise
 from pdllm_jax.model import LLaDA
+from pdllm_jax.parallel import DATA, mesh_name, rows_axis
 from pdllm_jax.passes import settled
 from pdllm_jax.planner import require_memory
 from pdllm_jax.prefilled import Prefilled, begin, choose, chunk_counts
@@ -63,12 +64,16 @@ class GenerationResult:
 
 
 def used_paths(model: LLaDA, rows: int, **more: str) -> dict[str, str]:
-    """`GenerationResult.paths`. rows: that a narrow step computes, of all requests together."""
+    """`GenerationResult.paths`. rows: of a narrow step, of all requests of a device together."""
     block = model.blocks[0]
-    widest = block.gate_proj.weight[...], block.up_proj.weight[...]
+    widest = [block.gate_proj.weight[...], block.up_proj.weight[...]]
+    if model.mesh is not None:
+        more["mesh"] = mesh_name(model.mesh)
+        parts = [x.sharding.shard_shape(x.shape) for x in widest]
+        widest = [jax.ShapeDtypeStruct(shape, model.dtype) for shape in parts]
     return {
         "attention": dense_implementation(model.dtype, model.config.head_dim),
-        "matmul": resolve_matmul(None, rows, widest, "swiglu"),
+        "matmul": resolve_matmul(None, rows, tuple(widest), "swiglu"),
         **more,
         "device": jax.devices()[0].device_kind,
         "dtype": str(model.dtype),
@@ -212,7 +217,10 @@ def finish(
             on_block=on_block,
         )  # fmt: skip
         jax.block_until_ready(state)
-    rows = state.tokens.shape[0] * config.block_length
+    batch = state.tokens.shape[0]
+    if model.mesh is not None and rows_axis(model.mesh, batch):
+        batch //= model.mesh.shape[DATA]
+    rows = batch * config.block_length
     paths = used_paths(
         model, rows, chunk_attention=path, encoding=selecting.encoding, scorer=selecting.scorer
     )

@@ -10,10 +10,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pdllm_jax.config import ModelConfig
+from pdllm_jax.parallel import by_heads, constrain, local, rows_axis
 
 _LIVE_MULTIPLE = 128  # rows; the kernel reads them in blocks of as many
 
@@ -104,22 +106,33 @@ class LiveCache:
         v: Float[Array, "B T G D"],
         start: Int[Array, "B"],
         keep: Bool[Array, "B T"] | None = None,
+        *,
+        mesh: Mesh | None = None,
     ) -> LiveCache:
-        """With T rows of a layer written from start[b] on; those where `keep` stay as they were."""
+        """With T rows of a layer written from start[b] on; those where `keep` stay as they were.
+
+        mesh: that the cache lies on.
+        """
+        batch = start.shape[0]
+        heads, each = by_heads(mesh, batch, 2), PartitionSpec(rows_axis(mesh, batch))
+        write = local(mesh, _write_rows, (heads, heads, each, each), heads)
 
         def put(stores: tuple[Array, ...], rows: Array) -> tuple[Array, ...]:
-            written = _write_rows(stores[layer], rows, start, keep)
+            written = write(stores[layer], rows, start, keep)
             return (*stores[:layer], written, *stores[layer + 1 :])
 
         return LiveCache(put(self.k, k), put(self.v, v))
 
 
-def init_pool(config: ModelConfig, chunks: int, size: int, dtype: DTypeLike) -> ChunkPool:
-    """An empty pool of `chunks` chunks of `size` rows."""
+def init_pool(
+    config: ModelConfig, chunks: int, size: int, dtype: DTypeLike, mesh: Mesh | None = None
+) -> ChunkPool:
+    """An empty pool of `chunks` chunks of `size` rows. mesh: that it lies on; under jit."""
     shape = (config.n_layers, chunks, config.n_kv_heads, size, config.head_dim)
-    return ChunkPool(
+    pool = ChunkPool(
         jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((chunks,), jnp.int32)
     )
+    return constrain(mesh, pool, "pool")
 
 
 def live_rows(rows: int) -> int:
@@ -127,11 +140,16 @@ def live_rows(rows: int) -> int:
     return -(-rows // _LIVE_MULTIPLE) * _LIVE_MULTIPLE
 
 
-def init_live(config: ModelConfig, batch: int, rows: int, dtype: DTypeLike) -> LiveCache:
-    """An empty live cache of `live_rows(rows)` rows for each of `batch` requests."""
+def init_live(
+    config: ModelConfig, batch: int, rows: int, dtype: DTypeLike, mesh: Mesh | None = None
+) -> LiveCache:
+    """An empty live cache of `live_rows(rows)` rows for each of `batch` requests.
+
+    mesh: that it lies on; under jit.
+    """
     shape = (batch, live_rows(rows), config.n_kv_heads, config.head_dim)
     k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)) for _ in range(2))
-    return LiveCache(k, v)
+    return constrain(mesh, LiveCache(k, v), "live")
 
 
 def _write_rows(

@@ -29,10 +29,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from pdllm_jax.config import ModelConfig
 from pdllm_jax.model import LLaDA
+from pdllm_jax.parallel import mesh_sizes, shardings
 
 MANIFEST = "pdllm.json"
 CONFIG = "config.json"
@@ -189,19 +191,25 @@ def load_config(path: str | Path) -> ModelConfig:
     return ModelConfig.from_dict(read_json(Path(path) / CONFIG))
 
 
-def load_model(path: str | Path, dtype: DTypeLike | None = None) -> LLaDA:
+def load_model(
+    path: str | Path, dtype: DTypeLike | None = None, *, mesh: Mesh | None = None
+) -> LLaDA:
     """Restores a converted checkpoint.
 
     path: folder written by scripts/convert_checkpoint.py.
     dtype: of weights and activations, bfloat16, float16 or float32; None keeps the checkpoint's.
+    mesh: of `parallel.make_mesh`; every device then reads its part of the weights and no other.
 
-    The arrays are read in pieces and go to JAX's default device one by one: the host never holds
-    the whole model beside the device. Raises CheckpointError for whatever is not a whole converted
-    checkpoint, ConfigError for a config.json that is not implemented.
+    The arrays are read in pieces and go to JAX's default device, or the mesh, one by one: the host
+    never holds the whole model beside the device. Raises CheckpointError for whatever is not a
+    whole converted checkpoint, ConfigError for a config.json that is not implemented or a mesh that
+    does not divide it.
     """
     folder = Path(path).resolve()
     manifest = read_manifest(folder)
     config = load_config(folder)
+    if mesh is not None:
+        mesh_sizes(config, mesh)
     name = manifest.dtype if dtype is None else jnp.dtype(dtype).name
     if name not in DTYPES:
         raise CheckpointError(f"dtype {name} is not supported ({', '.join(DTYPES)} are)")
@@ -212,15 +220,22 @@ def load_model(path: str | Path, dtype: DTypeLike | None = None) -> LLaDA:
     graph, state = nnx.split(abstract)
     wanted = nnx.to_pure_dict(state)
     _check_shapes(folder, manifest, dict(_leaves(wanted)))
-    nnx.replace_by_pure_dict(state, _restore(folder / PARAMS, manifest, wanted))
-    return nnx.merge(graph, state)
+    nnx.replace_by_pure_dict(state, _restore(folder / PARAMS, manifest, wanted, mesh))
+    model = nnx.merge(graph, state)
+    model.mesh = mesh
+    return model
 
 
-def _restore(params: Path, manifest: Manifest, wanted: dict[str, Any]) -> dict[str, Any]:
-    # The device that JAX would place a new array on, jax.default_device included.
-    sharding = jax.device_put(0).sharding
+def _restore(
+    params: Path, manifest: Manifest, wanted: dict[str, Any], mesh: Mesh | None
+) -> dict[str, Any]:
+    # Without a mesh the device that JAX would place a new array on, jax.default_device included.
+    default = jax.device_put(0).sharding
+    places = jax.tree.map(lambda _: default, wanted) if mesh is None else shardings(mesh, wanted)
     target = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), wanted
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        wanted,
+        places,
     )
     # Bounds what is on its way between disk and device; must exceed the largest array.
     largest = max(record.nbytes for record in manifest.tensors)

@@ -30,6 +30,7 @@ from pdllm_jax.cache import ChunkCache, ChunkPool, LiveCache
 from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.forward import live_forward, response_rows
 from pdllm_jax.model import LLaDA
+from pdllm_jax.parallel import constrain
 from pdllm_jax.reselect import reselect_due
 from pdllm_jax.rows import overlay, slices
 from pdllm_jax.sampling import predict, transfer
@@ -161,7 +162,7 @@ def _step(
         block = jnp.where(ended, config.n_blocks, block)
         unread = ended[:, None] & (slot >= block_start[:, None] + block_length)
         tokens = jnp.where(unread, model.config.eos_token_id, tokens)
-    return dataclasses.replace(
+    state = dataclasses.replace(
         state,
         tokens=tokens,
         live=live,
@@ -170,6 +171,7 @@ def _step(
         stale=jnp.where(wide, finished, state.stale | finished),
         evaluations=state.evaluations + active,
     )
+    return constrain(model.mesh, state)
 
 
 def _stays_fresh(state: DenoiseState, config: DecodeConfig) -> bool:

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels import Implementation
-from pallas_kernels.dense import attention
 from pdllm_jax.cache import ChunkCache, ChunkPool, init_pool, write_chunks
 from pdllm_jax.config import SelectionConfig
 from pdllm_jax.forward import response_rows, see, view_from
 from pdllm_jax.model import LLaDA
 from pdllm_jax.rope import rotate, rotation
 from pdllm_jax.rows import overlay
+from pdllm_jax.sharded import attention
 from pdllm_jax.sparsity import best_tokens, keep_tokens, token_attention
 from pdllm_jax.state import DenoiseState, chosen_chunks
 
@@ -45,8 +45,9 @@ def encode_chosen(
         for layer, (k, v) in enumerate(zip(documents.prefix_k, documents.prefix_v, strict=True)):
             shape = (state.query.shape[0], *k.shape[1:])
             live = live.write(
-                layer, jnp.broadcast_to(k, shape), jnp.broadcast_to(v, shape), at_start
-            )
+                layer, jnp.broadcast_to(k, shape), jnp.broadcast_to(v, shape), at_start,
+                mesh=model.mesh,
+            )  # fmt: skip
         state = dataclasses.replace(state, live=live)
     if config.encoding == "joint":
         state = encode_jointly(model, cache, state)
@@ -105,19 +106,20 @@ def encode_jointly(model: LLaDA, cache: ChunkCache, state: DenoiseState) -> Deno
     def pick(x: Array, index: Array) -> Array:
         return jnp.take_along_axis(x, index[..., None, None], axis=1)
 
-    pool = init_pool(model.config, batch * slots, size, model.dtype)
+    pool = init_pool(model.config, batch * slots, size, model.dtype, model.mesh)
     pool = dataclasses.replace(pool, lengths=lengths.reshape(-1))
 
     def attend(layer: int, q: Array, k: Array, v: Array, carry):
         pool, live = carry
         turned = rotate(k, by)
-        out = attention(rotate(q, by), turned, v, total).out
+        out = attention(model.mesh, rotate(q, by), turned, v, total).out
         shape = (batch * slots, size, *k.shape[2:])
         chunk_k = rotate(pick(k, chunk_from).reshape(shape), local)
         chunk_v = pick(v, chunk_from).reshape(shape)
         pool = write_chunks(pool, layer, chunk_k, chunk_v, 0)
         if live is not None:
-            live = live.write(layer, pick(turned, live_from), pick(v, live_from), zeros)
+            rows = pick(turned, live_from), pick(v, live_from)
+            live = live.write(layer, *rows, zeros, mesh=model.mesh)
         return out, (pool, live)
 
     _, (pool, live) = model.run(rows, attend, (pool, state.live))
@@ -228,9 +230,11 @@ def bridge(
         turned, live_v = rotate(k, view.own)[:, chunk_rows:], v[:, chunk_rows:]
         live_k = turned
         if live is not None:
-            live = live.write(layer, turned, live_v, state.prefix_length)
+            live = live.write(layer, turned, live_v, state.prefix_length, mesh=model.mesh)
             live_k, live_v = live.k[layer], live.v[layer]
-        seen = see(view, layer, q, live_k, live_v, own, state.chunk_ids, implementation)
+        seen = see(
+            view, layer, q, live_k, live_v, own, state.chunk_ids, implementation, mesh=model.mesh
+        )
         return seen.out, (own, live)
 
     tokens, _ = chosen_chunks(cache, state.selected)

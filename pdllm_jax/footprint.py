@@ -38,7 +38,8 @@ from pallas_kernels import Implementation
 from pallas_kernels.dense import BLOCK_SCORES, DenseImplementation
 from pdllm_jax.cache import ChunkCache, live_rows
 from pdllm_jax.chunking import ChunkedPrompt
-from pdllm_jax.config import CONTROLS, ConfigError, DecodeConfig, ModelConfig, SelectionConfig
+from pdllm_jax.config import CONTROLS, DecodeConfig, ModelConfig, SelectionConfig
+from pdllm_jax.parallel import mesh_sizes
 from pdllm_jax.passes import streams
 from pdllm_jax.plan import Item, Phase, Plan
 from pdllm_jax.prefill import needs_pool
@@ -128,8 +129,9 @@ class _Sizes:
         return 2 * 4 * batch * heads * min(rows, size) * keys
 
     def logits(self, rows: int) -> int:
-        """Logits of rows, float32."""
-        return 4 * rows * self.config.embedding_size // self.tensor
+        """Logits of rows, float32: a device's share and, gathered, all of them."""
+        whole = 4 * rows * self.config.embedding_size
+        return whole if self.tensor == 1 else whole + whole // self.tensor
 
 
 def plan_shapes(
@@ -148,7 +150,7 @@ def plan_shapes(
     selecting: as `passes.settled` leaves it; implementation: of attention over chunks, attention:
     over other rows, as they are resolved. mesh: see `plan_memory`.
     """
-    tensor, data = _axes(config, mesh)
+    data, tensor = mesh_sizes(config, mesh)
     sizes = _Sizes(config, dtype, attention, tensor)
     weights = Item("weights", sizes.weights())
     planned = _Answer(sizes, shapes, selecting, decode, implementation, data)
@@ -173,7 +175,8 @@ class _Answer:
     ):
         self.sizes, self.shapes, self.selecting, self.decode = sizes, shapes, selecting, decode
         self.implementation, self.data = implementation, data
-        self.requests = -(-shapes.requests // data) if shapes.batch is not None else 1
+        # A device's share, as `parallel.rows_axis` divides; pools lie whole on the data axis.
+        self.requests = shapes.requests // (1 if shapes.requests % data else data)
         self.streams = streams(selecting, batched=shapes.batch is not None) and not shapes.pooled
         self.pooling = (
             self.streams
@@ -182,6 +185,7 @@ class _Answer:
             or selecting.scorer == "attention"
         )
         self.group = min(selecting.encode_batch, shapes.chunks * shapes.requests)
+        self.group = -(-self.group // data) * data
         self.slots = min(selecting.slots, shapes.chunks)
         d = selecting.draft_length
         query = shapes.query
@@ -209,7 +213,7 @@ class _Answer:
         if self.streams:
             return self.slots + self.group
         chunks = documents * self.shapes.chunks
-        return -(-(-(-chunks // self.group) * self.group) // self.data)
+        return -(-chunks // self.group) * self.group
 
     def pool_bytes(self) -> int:
         """Of the document's pool, its lengths, and the prefix' KV."""
@@ -219,7 +223,7 @@ class _Answer:
         return pool + self.prefix_bytes() + 4 * self.places()
 
     def prefix_bytes(self) -> int:
-        documents = 1 if self.shapes.pooled else self.requests
+        documents = 1 if self.shapes.pooled else self.shapes.requests
         return self.sizes.kv(documents * self.shapes.prefix)
 
     def live_bytes(self) -> int:
@@ -231,12 +235,12 @@ class _Answer:
 
     def own_pool_bytes(self) -> int:
         """Of the state's own pool: chosen chunks, or what is kept of their tokens."""
-        size, keep = self.shapes.chunk_size, self.selecting.keep_tokens
+        s, size, keep = self.shapes, self.shapes.chunk_size, self.selecting.keep_tokens
         if keep is not None and keep < size:
-            return self.sizes.kv(self.requests * self.slots * keep)
+            return self.sizes.kv(s.requests * self.slots * keep)
         if self.selecting.encoding == "independent":
             return 0
-        return self.sizes.kv(self.requests * self.slots * size)
+        return self.sizes.kv(s.requests * self.slots * size)
 
     # Temporaries.
 
@@ -268,7 +272,7 @@ class _Answer:
     def _pass(self) -> list[Item]:
         """Of `prefill`: a group of chunks with riders behind them."""
         s, sizes = self.shapes, self.sizes
-        group = -(-self.group // self.data)
+        group = self.group // self.data
         riding = self.selecting.scorer in RIDING
         rows = group * (s.chunk_size + (self.copies * self.rider_rows if riding else 0))
         items = self._layer(rows, group, s.chunk_size, group * self.scored if riding else 0)
@@ -432,16 +436,3 @@ class _Answer:
             scratch += self._encode(live.nbytes + own.nbytes)
         found.append(Phase("decode", (*held, live, own), (), tuple(scratch)))
         return found
-
-
-def _axes(config: ModelConfig, mesh: Mapping[str, int] | None) -> tuple[int, int]:
-    sizes = dict(mesh or {})
-    tensor, data = sizes.pop("tensor", 1), sizes.pop("data", 1)
-    if sizes or tensor < 1 or data < 1:
-        raise ConfigError(f"mesh {dict(mesh or {})}: axes are tensor and data, sizes from 1 on")
-    for name in ("n_heads", "n_kv_heads", "mlp_hidden_size", "embedding_size"):
-        if getattr(config, name) % tensor:
-            raise ConfigError(
-                f"mesh axis tensor {tensor} does not divide {name} {getattr(config, name)}"
-            )
-    return tensor, data

@@ -6,14 +6,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import Implementation, Near, Partial, attention, chunk_attention
+from pallas_kernels import Implementation, Near, Partial
 from pdllm_jax.cache import ChunkPool, LiveCache
 from pdllm_jax.config import ModelConfig
 from pdllm_jax.model import LLaDA
 from pdllm_jax.rope import Rotation, rotate, rotation
 from pdllm_jax.rows import overlay
+from pdllm_jax.sharded import attention, chunk_attention
 from pdllm_jax.state import DenoiseState
 
 # (layer, q [B, T, H, D] unrotated, attention of those rows, carry) -> carry.
@@ -60,11 +62,13 @@ def see(
     implementation: Implementation | None,
     *,
     need_lse: bool = False,
+    mesh: Mesh | None = None,
 ) -> Partial:
     """Attention of rows over all live rows and the chosen chunks."""
     if pool is None or not chunk_ids.shape[1]:
-        return attention(rotate(q, view.own), live_k, live_v, view.total, need_lse=need_lse)
+        return attention(mesh, rotate(q, view.own), live_k, live_v, view.total, need_lse=need_lse)
     return chunk_attention(
+        mesh,
         rotate(q[:, None], view.meeting),
         pool.k,
         pool.v,
@@ -117,11 +121,11 @@ def live_forward(
         turned = rotate(k, view.own)
         live_k, live_v = turned, v
         if live is not None:
-            live = live.write(layer, turned, v, start, keep)
+            live = live.write(layer, turned, v, start, keep, mesh=model.mesh)
             live_k, live_v = live.k[layer], live.v[layer]
         seen = see(
             view, layer, q, live_k, live_v, pool, chunk_ids, implementation,
-            need_lse=watch is not None,
+            need_lse=watch is not None, mesh=model.mesh,
         )  # fmt: skip
         if watch is not None:
             watched = watch(layer, q, seen, watched)

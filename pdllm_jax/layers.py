@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels import matmul
 from pallas_kernels.sums import row_sum
+from pdllm_jax.sharded import look_up, project_columns, project_rows
 
 
 def project(
@@ -30,27 +31,35 @@ def project(
 
 
 class Linear(nnx.Module):
-    """y = x W^T without bias; W is [out, in] as in the checkpoints, so nothing is transposed."""
+    """y = x W^T without bias; W is [out, in] as in the checkpoints, so nothing is transposed.
+
+    On a mesh, a call takes the columns of x and of W apart (`sharded.project_rows`).
+    """
 
     def __init__(self, size_in: int, size_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         scale = size_in**-0.5
         values = jax.random.normal(rngs.params(), (size_out, size_in), jnp.float32) * scale
         self.weight = nnx.Param(values.astype(dtype))
 
-    def __call__(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
-        return matmul(x, self.weight[...])[0]
+    def __call__(
+        self, x: Float[Array, "*rows I"], mesh: Mesh | None = None
+    ) -> Float[Array, "*rows O"]:
+        return project_rows(mesh, x, self.weight[...])
 
 
 def project_all(
-    x: Float[Array, "*rows I"], *linears: Linear
+    x: Float[Array, "*rows I"], *linears: Linear, mesh: Mesh | None = None
 ) -> tuple[Float[Array, "*rows O"], ...]:
     """x through each of them; where rows are few, in one launch."""
-    return matmul(x, *(linear.weight[...] for linear in linears))
+    return project_columns(mesh, x, *(linear.weight[...] for linear in linears))
 
 
-def swiglu(x: Float[Array, "*rows I"], gate: Linear, up: Linear) -> Float[Array, "*rows O"]:
+def swiglu(
+    x: Float[Array, "*rows I"], gate: Linear, up: Linear, mesh: Mesh | None = None
+) -> Float[Array, "*rows O"]:
     """silu(gate(x)) * up(x)."""
-    return matmul(x, gate.weight[...], up.weight[...], activation="swiglu")[0]
+    weights = gate.weight[...], up.weight[...]
+    return project_columns(mesh, x, *weights, activation="swiglu")[0]
 
 
 class Embedding(nnx.Module):
@@ -60,8 +69,8 @@ class Embedding(nnx.Module):
         values = jax.random.normal(rngs.params(), (rows, size), jnp.float32) * size**-0.5
         self.weight = nnx.Param(values.astype(dtype))
 
-    def __call__(self, token_ids: Array) -> Float[Array, "*rows M"]:
-        return self.weight[...][token_ids]
+    def __call__(self, token_ids: Array, mesh: Mesh | None = None) -> Float[Array, "*rows M"]:
+        return look_up(mesh, self.weight[...], token_ids)
 
 
 class RMSNorm(nnx.Module):

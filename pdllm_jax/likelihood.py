@@ -229,7 +229,7 @@ def _on_chunks(
         state,
         tokens=jnp.zeros((1, 0), jnp.int32),
         prefix_length=jnp.atleast_1d(cache.prefix_length),
-        live=init_live(model.config, 1, prefix_rows + tokens.size, model.dtype),
+        live=init_live(model.config, 1, prefix_rows + tokens.size, model.dtype, model.mesh),
     )
     state = placed(state, cache, selection.chunk_ids[None], settings.positions)
     state = encode_chosen(model, cache, state, settings, implementation)

@@ -7,18 +7,21 @@ of masked query copies and a denoising step is only where attention reads its ke
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dense import attention
 from pdllm_jax.config import ModelConfig
 from pdllm_jax.layers import Embedding, Linear, RMSNorm, project, project_all, swiglu
+from pdllm_jax.parallel import divide_rows
 from pdllm_jax.rope import rotate, rotation
+from pdllm_jax.sharded import attention, project_whole
 
 Carry = TypeVar("Carry")
 # (layer, q [B, T, H, D], k [B, T, G, D], v [B, T, G, D], carry) -> (out [B, T, H, D], carry).
@@ -47,16 +50,22 @@ class Block(nnx.Module):
         self.head_dim = config.head_dim
 
     def __call__(
-        self, layer: int, x: Float[Array, "B T M"], attend: Attend, carry: Carry
+        self,
+        layer: int,
+        x: Float[Array, "B T M"],
+        attend: Attend,
+        carry: Carry,
+        mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "B T M"], Carry]:
         def heads(y: Array) -> Array:
             return y.reshape(*y.shape[:-1], -1, self.head_dim)
 
-        q, k, v = project_all(self.attn_norm(x), self.q_proj, self.k_proj, self.v_proj)
+        into = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = project_all(self.attn_norm(x), *into, mesh=mesh)
         out, carry = attend(layer, heads(q), heads(k), heads(v), carry)
-        x = x + self.attn_out(out.reshape(x.shape))
-        h = swiglu(self.ff_norm(x), self.gate_proj, self.up_proj)
-        return x + self.down_proj(h), carry
+        x = x + self.attn_out(out.reshape(x.shape), mesh)
+        h = swiglu(self.ff_norm(x), self.gate_proj, self.up_proj, mesh)
+        return x + self.down_proj(h, mesh), carry
 
 
 class LLaDA(nnx.Module):
@@ -64,7 +73,11 @@ class LLaDA(nnx.Module):
 
     Weights are random until a checkpoint is restored over them. `dtype` is that of weights and
     activations; norms, softmax and rotations are computed in float32.
+
+    mesh: that the weights lie on (`load_model`, `parallel.shard_model`), None for one device.
     """
+
+    mesh: Mesh | None = None
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
@@ -84,15 +97,16 @@ class LLaDA(nnx.Module):
         self, token_ids: Int[Array, "B T"], attend: Attend, carry: Carry
     ) -> tuple[Float[Array, "B T M"], Carry]:
         """The residual stream after the last layer (before the final norm), and the carry."""
-        x = self.embedding(token_ids)
+        x = self.embedding(divide_rows(self.mesh, token_ids), self.mesh)
         for layer, block in enumerate(self.blocks):
-            x, carry = block(layer, x, attend, carry)
+            x, carry = block(layer, x, attend, carry, self.mesh)
         return x, carry
 
     def logits(self, hidden: Float[Array, "*rows M"]) -> Float[Array, "*rows V"]:
         """LM head over rows that went through the final norm; float32."""
         head = self.embedding if self.config.weight_tying else self.lm_head
-        return project(hidden, head.weight[...], dtype=jnp.float32)
+        run = functools.partial(project, dtype=jnp.float32)
+        return project_whole(self.mesh, hidden, run, head.weight[...])
 
     def encode(
         self, token_ids: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None
@@ -104,7 +118,8 @@ class LLaDA(nnx.Module):
         by = rotation(self.config, jnp.arange(token_ids.shape[1]))
 
         def attend(layer: int, q: Array, k: Array, v: Array, carry: None) -> tuple[Array, None]:
-            return attention(rotate(q, by), rotate(k, by), v, lengths).out, None
+            turned = rotate(q, by), rotate(k, by)
+            return attention(self.mesh, *turned, v, lengths).out, None
 
         x, _ = self.run(token_ids, attend, None)
         return self.final_norm(x)

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import Implementation
@@ -26,6 +26,7 @@ from pdllm_jax.cache import ChunkCache, ChunkPool
 from pdllm_jax.chunking import ChunkedPrompt, TokenIds, bucket_rows, check_token_ids, pad_to
 from pdllm_jax.config import CONTROLS, SelectionConfig
 from pdllm_jax.model import LLaDA
+from pdllm_jax.parallel import TENSOR
 from pdllm_jax.prefill import encode_document
 from pdllm_jax.prefilled import Prefilled, trimmed
 from pdllm_jax.riders import Question, draft_response
@@ -81,7 +82,7 @@ def encode_offloaded(
         raise ValueError("one document is offloaded at a time, not a batch of them")
     group = 2 * encode_batch if group is None else group
     n, size = prompt.n_chunks, prompt.chunk_size
-    device = jax.device_put(0).sharding
+    device = _device(model.mesh)
     host = host_memory(device)
     k: list[Array] = []
     v: list[Array] = []
@@ -112,7 +113,8 @@ def offload(cache: ChunkCache) -> OffloadedDocument:
     """
     if cache.pool is None or cache.batched or cache.streamed:
         raise ValueError("only one document's cache with the KV of every chunk can be offloaded")
-    device = jax.device_put(0).sharding
+    lies = cache.pool.k.sharding
+    device = _device(lies.mesh if isinstance(lies, NamedSharding) else None)
     host = host_memory(device)
     n = int(np.count_nonzero(np.asarray(cache.lengths)))
 
@@ -257,6 +259,13 @@ def choose_offloaded(
         state=None,
         selecting=selecting,
     )
+
+
+def _device(mesh: Any) -> Sharding:
+    """Of a chunk [L, G, C, D]: by heads over a mesh, or JAX's default device."""
+    if mesh is None:
+        return jax.device_put(0).sharding
+    return NamedSharding(mesh, PartitionSpec(None, TENSOR))
 
 
 def _rows(x: Array, first: int, count: int, *axes: int) -> Array:

@@ -61,7 +61,7 @@ def plan_memory(
       implementation: of attention over chunks; attention: over other rows, "cudnn" or "xla". By
         default what this process' device would use.
       mesh: sizes of the axes "tensor", which divides heads, MLP and vocabulary, and "data", which
-        divides requests and the chunks of a pass; the plan is of one device.
+        divides requests and the chunks of a pass (`parallel`); the plan is of one device.
 
     Returns:
       The plan: phases load, encode document (of questions), draft, score, select, encode, decode.
@@ -172,7 +172,7 @@ def require_document_memory(
     attention = dense_implementation(model.dtype, model.config.head_dim)
     whole = plan_shapes(
         model.config, shapes, select, DecodeConfig(),
-        dtype=model.dtype, implementation="xla", attention=attention,
+        dtype=model.dtype, implementation="xla", attention=attention, mesh=_sizes(model),
     )  # fmt: skip
     weights = whole["load"].nbytes
     plan = Plan((whole["load"], whole["encode document"]), weights)
@@ -190,9 +190,13 @@ def require_baseline_memory(
 
 
 def device_stats(model: LLaDA) -> dict[str, int]:
-    """What the model's device says of its memory; nothing on the CPU."""
-    (device, *_) = model.embedding.weight[...].devices()
+    """What the model's device, or the first of a mesh, says of its memory; nothing on the CPU."""
+    device = model.embedding.weight[...].addressable_shards[0].device
     return device.memory_stats() or {}
+
+
+def _sizes(model: LLaDA) -> Mapping[str, int] | None:
+    return None if model.mesh is None else model.mesh.shape
 
 
 def _limit(model: LLaDA, limit: int | None) -> tuple[int, int | None] | None:
@@ -218,6 +222,7 @@ def _require(
         return plan_shapes(
             model.config, shapes, selecting, decode,
             dtype=model.dtype, implementation=implementation, attention=attention,
+            mesh=_sizes(model),
         )  # fmt: skip
 
     wanted = plan(shapes, selecting, decode)

@@ -17,11 +17,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import Partial, merge
-from pallas_kernels.dense import attention
 from pdllm_jax.cache import ChunkCache, ChunkPool, init_pool, write_chunks
 from pdllm_jax.chunking import ChunkedPrompt
 from pdllm_jax.config import CONTROLS, SelectionConfig
 from pdllm_jax.model import LLaDA
+from pdllm_jax.parallel import constrain, whole_groups
 from pdllm_jax.riders import (
     RIDING,
     Draft,
@@ -34,6 +34,7 @@ from pdllm_jax.riders import (
 from pdllm_jax.rope import Rotation, rotate, rotation
 from pdllm_jax.scoring import score_chunks
 from pdllm_jax.selection import EMPTY_SLOT, Selection, control_scores, ranking, within_margin
+from pdllm_jax.sharded import attention
 
 
 class _Prefix(NamedTuple):
@@ -50,7 +51,8 @@ def _encode_prefix(model: LLaDA, prompt: ChunkedPrompt) -> _Prefix:
     by = rotation(model.config, jnp.arange(rows))
 
     def attend(layer: int, q: Array, k: Array, v: Array, carry: _Prefix) -> tuple[Array, _Prefix]:
-        out = attention(rotate(q, by), rotate(k, by), v, prompt.prefix_length).out
+        turned = rotate(q, by), rotate(k, by)
+        out = attention(model.mesh, *turned, v, prompt.prefix_length).out
         return out, _Prefix((*carry.k, k), (*carry.v, v))
 
     _, prefix = model.run(prompt.prefix, attend, _Prefix((), ()))
@@ -104,6 +106,7 @@ def prefill(
     elif config.scorer in CONTROLS:
         scores = control_scores(config, prompt.chunk_lengths > 0, key, oracle)
     assert scores is not None
+    scores = constrain(model.mesh, scores)
     return cache, scores if scores.ndim == prompt.chunk_lengths.ndim else scores[0]
 
 
@@ -165,7 +168,8 @@ def prefill_top_k(
     )
     assert selection is not None
     assert scores is not None
-    return _cache(model, prompt, prefix, pool, True, streamed=True), selection, scores[0]
+    cache = _cache(model, prompt, prefix, pool, True, streamed=True)
+    return cache, *constrain(model.mesh, (selection, scores[0]))
 
 
 def _batched(prompt: ChunkedPrompt) -> ChunkedPrompt:
@@ -186,7 +190,7 @@ def _cache(
         k, v = rotate(jnp.stack(prefix.k), by), jnp.stack(prefix.v)
         if prompt.chunks.ndim == 2:
             k, v = k[:, 0], v[:, 0]
-    return ChunkCache(
+    cache = ChunkCache(
         pool=pool,
         tokens=prompt.chunks,
         lengths=prompt.chunk_lengths,
@@ -197,6 +201,7 @@ def _cache(
         streamed=streamed,
         anchors=prompt.anchors,
     )
+    return constrain(model.mesh, cache)
 
 
 class _Kept(NamedTuple):
@@ -224,7 +229,9 @@ def _encode_chunks(
     """
     batch, n, size = prompt.chunks.shape
     pairs = batch * n
-    group, k = min(config.encode_batch, pairs), min(config.slots, n)
+    # Every device of the mesh's data axis has as many chunks of a group; padding fills it up.
+    group = whole_groups(model.mesh, min(config.encode_batch, pairs))
+    k = min(config.slots, n)
     lengths = prompt.chunk_lengths.reshape(pairs)
     chunks = prompt.chunks.reshape(pairs, size)
     order = jnp.argsort(lengths == 0, stable=True)  # of one document: as it is
@@ -257,18 +264,18 @@ def _encode_chunks(
         if some is not None:
             found = read_scores(model, x[:, size:], some)
             target = jnp.where(here > 0, pair, pairs)
-            scores = scores.at[target].set(found, mode="drop")
+            scores = scores.at[target].set(constrain(model.mesh, found), mode="drop")
         if streaming:
             new = jnp.where(at < pairs, scores[pair], -jnp.inf)
             pool = dataclasses.replace(pool, lengths=pool.lengths.at[where].set(here))
             kept = _merge_kept(kept, new, jnp.where(at < pairs, pair, pairs), k, config.keep_first)
-        return pool, scores, kept
+        return constrain(model.mesh, pool, "pool"), scores, kept
 
     pool, kept = None, None
     scores = jnp.full((pairs,), -jnp.inf, jnp.float32) if known is None else known
     if pooling:
         places = k + group if streaming else -(-pairs // group) * group
-        pool = init_pool(model.config, places, size, model.dtype)
+        pool = init_pool(model.config, places, size, model.dtype, model.mesh)
         if streaming:
             empty = jnp.full((places,), -jnp.inf, jnp.float32)
             kept = _Kept(jnp.full((places,), pairs, jnp.int32), empty, jnp.arange(places))
@@ -305,9 +312,10 @@ def _chunk_attend(
     def attend(layer: int, q: Array, k: Array, v: Array, pool: ChunkPool | None):
         q, k = rotate(q, by), rotate(k, by)
         chunk_k, chunk_v = k[:, :chunk_size], v[:, :chunk_size]
-        seen = attention(q, chunk_k, chunk_v, lengths, need_lse=True)
+        seen = attention(model.mesh, q, chunk_k, chunk_v, lengths, need_lse=True)
         if prefix.k:
             before = attention(
+                model.mesh,
                 q,
                 rotate(prefix.k[layer][owner], prefix_by),
                 prefix.v[layer][owner],
@@ -319,7 +327,7 @@ def _chunk_attend(
         if riders is not None:
             behind = Partial(out[:, chunk_size:], seen.lse[..., chunk_size:])
             own_q, own_k, own_v = (x[:, chunk_size:] for x in (q, k, v))
-            own = ride(behind, own_q, own_k, own_v, riders)
+            own = ride(model.mesh, behind, own_q, own_k, own_v, riders)
             out = jnp.concatenate([out[:, :chunk_size], own], axis=1)
         return out, None if pool is None else write_chunks(pool, layer, chunk_k, chunk_v, where)
 

@@ -30,6 +30,7 @@ from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.encoding import encode_chosen
 from pdllm_jax.forward import response_rows
 from pdllm_jax.model import LLaDA
+from pdllm_jax.parallel import constrain
 from pdllm_jax.riders import (
     Draft,
     Question,
@@ -71,7 +72,8 @@ def reselect(
       ValueError: the cache does not hold every chunk's KV; a scorer that reads nothing.
     """
     active = state.block < config.n_blocks
-    return reselect_due(model, cache, state, selecting, config, implementation, active)
+    state = reselect_due(model, cache, state, selecting, config, implementation, active)
+    return constrain(model.mesh, state)
 
 
 def reselect_due(

@@ -19,15 +19,17 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import Partial, merge
-from pallas_kernels.dense import attention
 from pallas_kernels.sums import row_sum
 from pdllm_jax.config import SelectionConfig
 from pdllm_jax.model import LLaDA
+from pdllm_jax.parallel import constrain
 from pdllm_jax.rows import overlay, slices
 from pdllm_jax.sampling import log_probability
+from pdllm_jax.sharded import attention
 
 # Scorers whose rows ride through the network behind every chunk.
 RIDING = ("draft", "query", "confidence")
@@ -77,7 +79,7 @@ def draft_response(model: LLaDA, prompt: HasQuestion, config: SelectionConfig) -
     Slot 0 first, then each time the most confident of the slots that are still masked.
     prompt: a `ChunkedPrompt` or a `Question`, of one request or a batch of them.
     """
-    draft = _draft(model, question_of(prompt), config)
+    draft = constrain(model.mesh, _draft(model, question_of(prompt), config))
     return draft if prompt.query.ndim == 2 else jax.tree.map(lambda x: x[0], draft)
 
 
@@ -192,13 +194,14 @@ def read_scores(model: LLaDA, x: Float[Array, "g T M"], riders: Riders) -> Float
     return row_sum(likelihood) / jnp.maximum(riders.read_valid.sum(axis=-1), 1)
 
 
-def ride(seen: Partial, q: Array, k: Array, v: Array, riders: Riders) -> Array:
+def ride(mesh: Mesh | None, seen: Partial, q: Array, k: Array, v: Array, riders: Riders) -> Array:
     """Attention of riders [g, R T, H, D]: what they saw elsewhere, and each copy itself."""
     group, n, t = riders.ids.shape
 
     def split(x: Array) -> Array:
         return x.reshape(group * n, t, *x.shape[2:])
 
-    own = attention(split(q), split(k), split(v), jnp.repeat(riders.length, n), need_lse=True)
+    lengths = jnp.repeat(riders.length, n)
+    own = attention(mesh, split(q), split(k), split(v), lengths, need_lse=True)
     lse = split(seen.lse.swapaxes(1, 2)).swapaxes(1, 2)
     return merge(Partial(split(seen.out), lse), own).out.reshape(q.shape)

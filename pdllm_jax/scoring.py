@@ -9,14 +9,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import Implementation, chunk_attention, chunk_attention_mass, merge
-from pallas_kernels.dense import attention
+from pallas_kernels import Implementation, merge
 from pdllm_jax.cache import ChunkCache
 from pdllm_jax.config import CONTROLS, SelectionConfig
 from pdllm_jax.model import LLaDA
+from pdllm_jax.parallel import constrain, whole_groups
 from pdllm_jax.riders import RIDING, Draft, Question, Riders, make_riders, read_scores, ride
 from pdllm_jax.rope import rotate, rotation
 from pdllm_jax.selection import control_scores
+from pdllm_jax.sharded import attention, chunk_attention, chunk_attention_mass
 
 
 @functools.partial(jax.jit, static_argnames=("config", "implementation"))
@@ -124,7 +125,7 @@ def score_question(
         scores = _attention_mass(model, cache, question, document, place, counted, implementation)
     else:
         scores = _score_riders(model, cache, riders, document, place, config, implementation)
-    return jnp.where(exists, scores, -jnp.inf)
+    return constrain(model.mesh, jnp.where(exists, scores, -jnp.inf))
 
 
 def _score_riders(
@@ -143,6 +144,7 @@ def _score_riders(
     _, copies, t = riders.ids.shape
     # As many rows at once as an encoding pass has.
     group = min(batch * n, max(1, config.encode_batch * size // (copies * t)))
+    group = whole_groups(model.mesh, group)
     place_in = jnp.tile(jnp.arange(t), copies)
     local = rotation(model.config, size + place_in)
     places = place.reshape(-1)
@@ -161,6 +163,7 @@ def _score_riders(
             before = None
             if documents.prefix_k is not None and documents.prefix_v is not None:
                 before = attention(
+                    model.mesh,
                     rotate(q, behind_prefix),
                     documents.prefix_k[layer][owner],
                     documents.prefix_v[layer][owner],
@@ -169,16 +172,17 @@ def _score_riders(
                 )
             turned, own_k = rotate(q, local), rotate(k, local)
             seen = chunk_attention(
-                turned, pool.k, pool.v, chunk[:, None], pool.lengths,
+                model.mesh, turned, pool.k, pool.v, chunk[:, None], pool.lengths,
                 layer=layer, implementation=implementation,
             )  # fmt: skip
             seen = seen if before is None else merge(before, seen)
-            return ride(seen, turned, own_k, v, here), None
+            return ride(model.mesh, seen, turned, own_k, v, here), None
 
         x, _ = model.run(here.ids.reshape(group, copies * t), attend, None)
         # The last group may hang over the end; those rows are dropped.
         where = jnp.where(chunk >= 0, pair, batch * n)
-        return scores.at[where].set(read_scores(model, x, here), mode="drop")
+        found = constrain(model.mesh, read_scores(model, x, here))
+        return scores.at[where].set(found, mode="drop")
 
     groups = -(-jnp.count_nonzero(places >= 0) // group)
     scores = lax.fori_loop(0, groups, score_group, jnp.zeros((batch * n,), jnp.float32))
@@ -209,10 +213,12 @@ def _attention_mass(
 
     def attend(layer: int, q: Array, k: Array, v: Array, total: Array) -> tuple[Array, Array]:
         turned = rotate(q, local)
-        parts = [attention(turned, rotate(k, local), v, question.query_length, need_lse=True)]
+        own = turned, rotate(k, local), v
+        parts = [attention(model.mesh, *own, question.query_length, need_lse=True)]
         if documents.prefix_k is not None and documents.prefix_v is not None:
             parts.append(
                 attention(
+                    model.mesh,
                     rotate(q, behind_prefix),
                     documents.prefix_k[layer][document],
                     documents.prefix_v[layer][document],
@@ -221,8 +227,9 @@ def _attention_mass(
                 )
             )
         seen, mass = chunk_attention_mass(
-            turned, pool.k, pool.v, place, pool.lengths, layer=layer, implementation=implementation
-        )
+            model.mesh, turned, pool.k, pool.v, place, pool.lengths,
+            layer=layer, implementation=implementation,
+        )  # fmt: skip
         share = jnp.einsum("bhtn,bt->bn", mass, counts)
         share /= jnp.maximum(counts.sum(axis=-1), 1)[:, None] * q.shape[2]
         return merge(seen, *parts).out, total + share

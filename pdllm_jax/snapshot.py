@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 from jaxtyping import Array
 
 from pdllm_jax.cache import ChunkCache
@@ -24,6 +24,7 @@ from pdllm_jax.fingerprint import (
     tokenizer_fingerprint,
 )
 from pdllm_jax.model import LLaDA
+from pdllm_jax.parallel import sharding_of
 from pdllm_jax.prefilled import Prefilled
 from pdllm_jax.snapshot_arrays import read_arrays, write_arrays
 from pdllm_jax.snapshot_format import (
@@ -92,18 +93,20 @@ def load_document(
     *,
     tokenizer: Tokenizer | None = None,
     placement: Placement | None = None,
+    mesh: Mesh | None = None,
 ) -> Document:
     """Restores a document for `ask`, `score_chunks` or `init_denoise`.
 
     Args:
       tokenizer: that questions will be asked with; None where they are asked as ids.
-      placement: sharding of each array, by name, on any mesh or memory; by default all goes to
-        JAX's default device.
+      placement: sharding of each array, by name, on any mesh or memory.
+      mesh: that all goes to where no placement is given, as `parallel.spec_of` says: by default the
+        model's own; without one, JAX's default device.
 
     Raises:
       SnapshotError: names what does not match, what is damaged, or what else the snapshot holds.
     """
-    manifest, arrays = _load(path, model, "document", tokenizer, placement)
+    manifest, arrays = _load(path, model, "document", tokenizer, placement, mesh)
     return Document(tree_of(ChunkCache, "cache", arrays, manifest.flags), manifest.chunking)
 
 
@@ -130,12 +133,13 @@ def load_prefilled(
     *,
     tokenizer: Tokenizer | None = None,
     placement: Placement | None = None,
+    mesh: Mesh | None = None,
 ) -> Prefilled:
     """Restores what `begin` (without a state) or `finish` (with one) goes on from.
 
     Arguments and errors as `load_document`.
     """
-    manifest, arrays = _load(path, model, "", tokenizer, placement)
+    manifest, arrays = _load(path, model, "", tokenizer, placement, mesh)
     fields = {
         "selecting": manifest.selecting,
         "decode": manifest.decode,
@@ -154,6 +158,14 @@ def is_snapshot(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
+def _placement(manifest: Manifest, mesh: Mesh | None) -> Placement:
+    if mesh is not None:
+        return lambda name: sharding_of(mesh, name, manifest.arrays[name].shape)
+    # The device that JAX would place a new array on, jax.default_device included.
+    default = jax.device_put(0).sharding
+    return lambda name: default
+
+
 def _identity(model: LLaDA | ModelIdentity) -> ModelIdentity:
     return model if isinstance(model, ModelIdentity) else model_identity(model)
 
@@ -168,6 +180,8 @@ def _save(
     overwrite: bool,
 ) -> None:
     target = Path(path).absolute()
+    if jax.process_count() > 1:
+        raise SnapshotError(f"{target}: a snapshot is written by one process, not by several")
     staged = StagedFolder(
         target, overwrite=overwrite, replaceable=is_snapshot, kind="snapshot", error=SnapshotError
     )
@@ -210,6 +224,7 @@ def _load(
     holds: str,
     tokenizer: Tokenizer | None,
     placement: Placement | None,
+    mesh: Mesh | None,
 ) -> tuple[Manifest, Mapping[str, Array]]:
     folder = Path(path).absolute()
     manifest = read_manifest(folder)
@@ -225,8 +240,8 @@ def _load(
     )
     check_shapes(folder, manifest, identity.config)
     check_files(folder, manifest)
-    # The device that JAX would place a new array on, jax.default_device included.
-    default = jax.device_put(0).sharding
-    arrays = read_arrays(folder, manifest, placement or (lambda name: default))
+    if mesh is None and not isinstance(model, ModelIdentity):
+        mesh = model.mesh
+    arrays = read_arrays(folder, manifest, placement or _placement(manifest, mesh))
     check_values(folder, manifest, arrays, identity.config)
     return manifest, arrays

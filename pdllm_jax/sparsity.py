@@ -15,13 +15,15 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import EMPTY_LSE, Implementation, Partial
 from pdllm_jax.cache import ChunkPool, init_pool
 from pdllm_jax.forward import live_forward, live_positions, response_rows
 from pdllm_jax.model import LLaDA
-from pdllm_jax.rope import rotate, rotation
+from pdllm_jax.parallel import by_heads, local, rows_axis
+from pdllm_jax.rope import Rotation, rotate, rotation
 from pdllm_jax.state import DenoiseState
 
 LAST_ROWS = 8  # of the query, whose attention counts
@@ -29,10 +31,13 @@ WINDOW = 7  # tokens that share the highest score among them
 
 
 class _Received:
-    """Attention that the tokens of the chosen chunks receive in a layer."""
+    """Attention that the tokens of the chosen chunks receive in a layer.
+
+    On a mesh, each device has the tokens of its own KV heads.
+    """
 
     def __init__(self, model: LLaDA, pool: ChunkPool, state: DenoiseState):
-        self.pool, self.state, self.config = pool, state, model.config
+        self.pool, self.mesh = pool, model.mesh
         size = pool.k.shape[3]
         count = min(LAST_ROWS, state.query.shape[1])
         last = state.query_length[:, None] - count + jnp.arange(count)  # [B, rows]
@@ -52,31 +57,65 @@ class _Received:
 
     def __call__(self, layer: int, q: Array, seen: Partial) -> Float[Array, "B K G C"]:
         """-inf where there is no token."""
-        groups, dim = self.pool.k.shape[2], q.shape[-1]
-        rows = jnp.take_along_axis(q, self.row[..., None, None], axis=1)
-        lse = jnp.take_along_axis(seen.lse, self.row[:, None], axis=2)  # [B, H, rows]
-        lse = jnp.where(self.counts[:, None], lse, -EMPTY_LSE)
-        turned = rotate(rows[:, None], self.by_chunk)
-        turned = turned.reshape(*turned.shape[:3], groups, -1, dim)  # [B, K, rows, G, R, D]
-        scores = jnp.einsum(
-            "bktgrd,bkgcd->bkgrtc",
-            turned,
-            self.keys(layer),
-            precision=lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
-            preferred_element_type=jnp.float32,
+        rows, over = q.shape[0], functools.partial(by_heads, self.mesh, q.shape[0])
+        each = PartitionSpec(rows_axis(self.mesh, rows))
+        inputs = over(2), over(1), over(2), each, each, each, each
+        received = local(self.mesh, _received, inputs, over(2))
+        return received(
+            q, seen.lse, self.keys(layer), self.by_chunk, self.row, self.counts, self.valid
         )
-        lse = lse.reshape(lse.shape[0], 1, groups, -1, lse.shape[-1], 1)
-        weights = jnp.exp(scores * dim**-0.5 - lse).sum(axis=-2)  # [B, K, G, R, C]
-        weights = jnp.where(self.valid[:, :, None, None], weights, 0.0)
-        pooled = lax.reduce_window(
-            weights,
-            -jnp.inf,
-            lax.max,
-            (1, 1, 1, 1, WINDOW),
-            (1,) * 5,
-            "SAME",
-        ).mean(axis=3)
-        return jnp.where(self.valid[:, :, None], pooled, -jnp.inf)
+
+    def best(
+        self, layer: int, received: Float[Array, "B K G C"], count: int, keep_first: bool
+    ) -> tuple[Float[Array, "B K G count D"], Float[Array, "B K G count D"]]:
+        """Keys and values of each head's `count` best tokens."""
+
+        def pick(received: Array, keys: Array, values: Array) -> tuple[Array, Array]:
+            places = best_tokens(received, count, keep_first)
+            places = jnp.minimum(places, received.shape[-1] - 1)[..., None]
+            keys, values = (jnp.take_along_axis(x, places, axis=3) for x in (keys, values))
+            return keys, values
+
+        heads = by_heads(self.mesh, received.shape[0], 2)
+        picked = local(self.mesh, pick, heads, heads)
+        return picked(received, self.keys(layer), self.values(layer))
+
+
+def _received(
+    q: Float[Array, "B T H D"],
+    lse: Float[Array, "B H T"],
+    keys: Float[Array, "B K G C D"],
+    by_chunk: Rotation,
+    row: Int[Array, "B rows"],
+    counts: Bool[Array, "B rows"],
+    valid: Bool[Array, "B K C"],
+) -> Float[Array, "B K G C"]:
+    """What the last rows of the query pay, by heads: softmax, window, mean over query heads."""
+    groups, dim = keys.shape[2], q.shape[-1]
+    rows = jnp.take_along_axis(q, row[..., None, None], axis=1)
+    lse = jnp.take_along_axis(lse, row[:, None], axis=2)  # [B, H, rows]
+    lse = jnp.where(counts[:, None], lse, -EMPTY_LSE)
+    turned = rotate(rows[:, None], by_chunk)
+    turned = turned.reshape(*turned.shape[:3], groups, -1, dim)  # [B, K, rows, G, R, D]
+    scores = jnp.einsum(
+        "bktgrd,bkgcd->bkgrtc",
+        turned,
+        keys,
+        precision=lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    lse = lse.reshape(lse.shape[0], 1, groups, -1, lse.shape[-1], 1)
+    weights = jnp.exp(scores * dim**-0.5 - lse).sum(axis=-2)  # [B, K, G, R, C]
+    weights = jnp.where(valid[:, :, None, None], weights, 0.0)
+    pooled = lax.reduce_window(
+        weights,
+        -jnp.inf,
+        lax.max,
+        (1, 1, 1, 1, WINDOW),
+        (1,) * 5,
+        "SAME",
+    ).mean(axis=3)
+    return jnp.where(valid[:, :, None], pooled, -jnp.inf)
 
 
 def _watched_pass(model, pool, state, implementation, watch, start):
@@ -148,20 +187,14 @@ def keep_tokens(
     batch, slots = state.chunk_ids.shape
 
     def watch(layer: int, q: Array, seen: Partial, kept: ChunkPool) -> ChunkPool:
-        places = best_tokens(received(layer, q, seen), count, anchors)
-        places = jnp.minimum(places, pool.k.shape[3] - 1)[..., None]
+        k, v = received.best(layer, received(layer, q, seen), count, anchors)
 
         def put(store: Array, rows: Array) -> Array:
-            rows = jnp.take_along_axis(rows, places, axis=3)
             return store.at[layer].set(rows.reshape(store.shape[1:]))
 
-        return dataclasses.replace(
-            kept,
-            k=put(kept.k, received.keys(layer)),
-            v=put(kept.v, received.values(layer)),
-        )
+        return dataclasses.replace(kept, k=put(kept.k, k), v=put(kept.v, v))
 
-    kept = init_pool(model.config, batch * slots, count, pool.k.dtype)
+    kept = init_pool(model.config, batch * slots, count, pool.k.dtype, model.mesh)
     kept = dataclasses.replace(kept, lengths=jnp.minimum(received.lengths, count).reshape(-1))
     kept = _watched_pass(model, pool, state, implementation, watch, kept)
     own = jnp.arange(batch * slots, dtype=jnp.int32).reshape(batch, slots)

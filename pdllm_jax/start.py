@@ -14,6 +14,7 @@ from pdllm_jax.cache import ChunkCache, init_live
 from pdllm_jax.config import ConfigError, DecodeConfig, Encoding, SelectionConfig
 from pdllm_jax.encoding import encode_chosen
 from pdllm_jax.model import LLaDA
+from pdllm_jax.parallel import constrain
 from pdllm_jax.selection import Selection
 from pdllm_jax.state import DenoiseState, placed
 
@@ -87,9 +88,11 @@ def init_denoise(
     prefix_rows = 0 if cache is None else cache.prefix_ids.shape[-1]
     if config.recompute != "response" or prefix_rows:
         rows = prefix_rows + q_rows + config.gen_length
-        state = dataclasses.replace(state, live=init_live(model.config, batch, rows, model.dtype))
+        state = dataclasses.replace(
+            state, live=init_live(model.config, batch, rows, model.dtype, model.mesh)
+        )
     if cache is None or selection is None:
-        return state
+        return constrain(model.mesh, state)
 
     if selecting is None:
         default: Encoding = "joint" if cache.pool is None else "independent"
@@ -118,4 +121,5 @@ def init_denoise(
     state = placed(state, cache, each(selection.chunk_ids), selecting.positions)
     if starts_from_pool and selection.slots is not None:
         state = dataclasses.replace(state, chunk_ids=each(selection.slots))
-    return encode_chosen(model, cache, state, selecting, implementation)
+    state = encode_chosen(model, cache, state, selecting, implementation)
+    return constrain(model.mesh, state)

@@ -153,8 +153,9 @@ class DocumentStore:
             return None
         try:
             return load_document(
-                folder, self.identity, tokenizer=self.tokenizer, placement=self.placement
-            ).cache
+                folder, self.identity,
+                tokenizer=self.tokenizer, placement=self.placement, mesh=self.model.mesh,
+            ).cache  # fmt: skip
         except SnapshotError as error:
             # Without the lock it may be on its way out (`remove`, or another process's repair).
             if replacing and os.path.lexists(folder):

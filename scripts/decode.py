@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
         help="attention over chosen chunks (default: mosaic_gpu on Hopper GPUs, else xla)",
     )
     p.add_argument("--dtype", choices=tuple(generate.DTYPES), default="keep")
+    generate.add_mesh(p)
     output = p.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument("--stream", action="store_true", help="print blocks as they are finished")

@@ -27,6 +27,7 @@ from typing import Any, NoReturn, TypeVar, get_args
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from convert import converted
 from pdllm_jax import (
@@ -43,10 +44,12 @@ from pdllm_jax import (
     load_config,
     load_document,
     load_model,
+    make_mesh,
 )
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.config import BridgeTokens, Encoding, Positions, Remasking, Reselect
 from pdllm_jax.debug import check_answer
+from pdllm_jax.parallel import parse_mesh
 from pdllm_jax.snapshot import snapshot_holds
 from pdllm_jax.tokenizer import INSTRUCTION
 
@@ -221,6 +224,7 @@ def parser() -> argparse.ArgumentParser:
         "--check-nan", action="store_true",
         help="go through the answer's computation again, layer by layer, for NaN or infinity",
     )  # fmt: skip
+    add_mesh(p)
     output = p.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument("--stream", action="store_true", help="print blocks as they are finished")
@@ -290,11 +294,24 @@ def read_prompt_ids(path: Path, method: str) -> tuple[list[int], list[int], list
     return raw["prefix"], raw["context"], raw["query"]
 
 
+def add_mesh(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--mesh", metavar="DATAxTENSOR",
+        help="devices to divide chunks and requests over, times those to divide each layer over",
+    )  # fmt: skip
+
+
+def mesh_of(args: argparse.Namespace) -> Mesh | None:
+    """That of --mesh."""
+    return None if args.mesh is None else make_mesh(*parse_mesh(args.mesh))
+
+
 def load(args: argparse.Namespace) -> tuple[LLaDA, Path]:
     """The model, and the converted folder that it comes from."""
+    mesh = mesh_of(args)
     folder = converted(args.checkpoint)
     print(f"loading {folder}", file=sys.stderr)
-    return load_model(folder, dtype=DTYPES[args.dtype]), folder
+    return load_model(folder, dtype=DTYPES[args.dtype], mesh=mesh), folder
 
 
 def run(args: argparse.Namespace, stream: Stream | None = None) -> GenerationResult:

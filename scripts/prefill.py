@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> str:
             INSTRUCTION if args.instruction is None else args.instruction,
         )
         context = tokenizer.encode(text)
-    model = load_model(folder, dtype=generate.DTYPES[args.dtype])
+    model = load_model(folder, dtype=generate.DTYPES[args.dtype], mesh=generate.mesh_of(args))
     bos_id = tokenizer.bos_id if tokenizer else model.config.bos_token_id
     if args.early_stop:
         stops = tokenizer.stop_ids if tokenizer else (model.config.eos_token_id,)

@@ -74,7 +74,7 @@ def test_two_processes_give_the_tokens_of_one(checkpoint, text, tmp_path, capsys
     # Later, elsewhere: where the document is not, and the model has another name.
     text.unlink()
     moved = checkpoint.rename(tmp_path / "moved")
-    read = process("decode.py", moved, tmp_path / "request", "--json")
+    read = process("decode.py", moved, tmp_path / "request", "--json", "--mesh", "1x1")
     assert read.returncode == 0, read.stderr
     got = json.loads(read.stdout)
     for key in ("tokens", "text", "selection", "evaluations"):
@@ -132,6 +132,8 @@ def test_what_does_not_match_is_one_line_and_status_2(
     convert(other, tmp_path / "other")
     refused(r"model\.weights is '", decode.main, tmp_path / "other", snapshot)
     refused(r"model\.dtype", decode.main, checkpoint, snapshot, "--dtype", "bfloat16")
+    refused("64 x 1 needs 64 devices", decode.main, checkpoint, snapshot, "--mesh", "64x1")
+    refused("DATAxTENSOR", prefill.main, *request, "--out", snapshot, "--mesh", "2")
     shutil.copytree(checkpoint, tmp_path / "stretched")
     config = json.loads((checkpoint / "config.json").read_text())
     config["rope_theta"] *= 2

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
 
 from pallas_kernels import Near, compat, tuning
 from pallas_kernels.block_table import SLOT_SHIFT, VALID_BITS, block_table
 from pallas_kernels.mosaic_gpu import chunk_attention_mosaic_gpu
+from pdllm_jax import sharded
 from pdllm_jax.chunking import chunk_prompt
 from pdllm_jax.config import ChunkConfig, DecodeConfig, ModelConfig, SelectionConfig
 from pdllm_jax.denoise import denoise_step
@@ -204,6 +206,35 @@ def test_lowers_for_other_shapes(batch, slots, heads, kv_heads, dim, dtype):
     assert (
         "mosaic_gpu" in lowered(batch, slots, 32, heads, kv_heads, dim, dtype, near=128).as_text()
     )
+
+
+@OLD_JAX
+def test_lowers_on_a_mesh_with_a_devices_own_heads_and_columns(monkeypatch):
+    """As on Hopper GPUs, a batch of 4 on a mesh of 2 x 4: under shard_map the kernels see parts."""
+    monkeypatch.setattr(compat, "compute_capability", lambda: "9.0")
+    axes = (AxisType.Auto, AxisType.Auto)
+    mesh = AbstractMesh((2, 4), ("data", "tensor"), axis_types=axes)
+
+    def spec(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def layer(q, pool, ids, lengths, near, x, gate, down):
+        seen = sharded.chunk_attention(mesh, q, pool, pool, ids, lengths, layer=0, near=near)
+        (h,) = sharded.project_columns(mesh, x, gate, gate, activation="swiglu")
+        return seen.out, sharded.project_rows(mesh, h, down)
+
+    live, counts = spec(4, 128, 32, 128), spec(4, dtype=jnp.int32)
+    args = (
+        spec(4, 5, 32, 32, 128), spec(2, 64, 32, 1024, 128), spec(4, 4, dtype=jnp.int32),
+        spec(64, dtype=jnp.int32), Near(live, live, counts), spec(4, 32, 4096), spec(12288, 4096),
+        spec(4096, 12288),
+    )  # fmt: skip
+    text = jax.jit(layer).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    launches = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    taken = [line.rpartition(" : (")[2] for line in launches]
+    wanted = ["2x64x8x1024x128xbf16", "64x4096xbf16>, tensor<3072x4096xbf16", "4096x3072xbf16"]
+    assert [any(shape in line for line in taken) for shape in wanted] == [True] * 3, taken
+    assert text.count("all_reduce") == 1
 
 
 @pytest.mark.parametrize("rows", [8, 32, 64, 128])

@@ -16,6 +16,7 @@ from flax import nnx
 
 from bench.record import command, conditions, write
 from pdllm_jax import ChunkConfig, LLaDA, ModelConfig, chunk_prompt
+from pdllm_jax.parallel import mesh_name
 
 
 @dataclasses.dataclass
@@ -113,3 +114,13 @@ def begin(args: argparse.Namespace) -> Run:
     }
     print(f"{time.monotonic() - begun:5.0f} s  model made", flush=True)
     return Run(args, model, record, begun)
+
+
+def on(model: LLaDA) -> str:
+    """What names the model's mesh behind a row's name."""
+    return "" if model.mesh is None else f", mesh {mesh_name(model.mesh)}"
+
+
+def of_mesh(model: LLaDA) -> dict[str, str]:
+    """What names the model's mesh in a row."""
+    return {} if model.mesh is None else {"mesh": mesh_name(model.mesh)}

@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 # Bytecode is made when a module is first imported; most of what is installed never is.
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help env test test-gpu test-kernels lint format quickstart ablate-quick fuzz kills clean
+.PHONY: help env test test-gpu test-kernels test-versions lint format quickstart ablate-quick fuzz kills clean
 help:
 	@echo 'make env           environment in $(VENV) with the project and all it needs'
 	@echo 'make quickstart    convert the small model, ask it about a long document'
@@ -22,6 +22,7 @@ help:
 	@echo 'make test-kernels  the tests of kernels, model and method on Python 3.12 and jax 0.11'
 	@echo 'make test-gpu      the tests marked gpu, on Python 3.12 with jax[cuda]'
 	@echo 'make fuzz          10,000 cases of broken input of each kind; make kills  100 kills of each'
+	@echo 'make test-versions  a slice of the tests on 3.11 to 3.13, lowest and highest dependencies'
 	@echo 'make lint          ruff, format and types;  make format mends what can be mended'
 
 env: $(VENV)/.installed
@@ -55,6 +56,11 @@ test-gpu: $(VENV_KERNELS)/.installed
 	$(VENV_KERNELS)/bin/python $(INSTALL) -e '.[cuda]'
 	JAX_PLATFORMS=cuda,cpu $(VENV_KERNELS)/bin/python -m pytest -m gpu $(PYTEST_ARGS)
 endif
+
+# Environments are made in .cache/versions; VERSIONS="3.13:highest" for some of them.
+VERSIONS ?=
+test-versions:
+	scripts/test_versions .cache/versions $(VERSIONS)
 
 lint: env
 	$(VENV)/bin/ruff check .

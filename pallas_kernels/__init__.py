@@ -3,10 +3,13 @@ or the method.
 """
 
 from pallas_kernels.api import (
+    ChunkAttention,
     ChunkMass,
     Implementation,
+    NamedImplementation,
     chunk_attention,
     chunk_attention_mass,
+    implementation_name,
     require_device,
     resolve_implementation,
 )
@@ -16,13 +19,16 @@ from pallas_kernels.partial import EMPTY_LSE, Near, Partial, merge
 
 __all__ = [
     "EMPTY_LSE",
+    "ChunkAttention",
     "ChunkMass",
     "Implementation",
+    "NamedImplementation",
     "Near",
     "Partial",
     "attention",
     "chunk_attention",
     "chunk_attention_mass",
+    "implementation_name",
     "matmul",
     "merge",
     "require_device",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -15,7 +15,40 @@ from pallas_kernels.partial import EMPTY_LSE, Near, Partial, merge
 from pallas_kernels.reference import chunk_attention_reference
 from pallas_kernels.xla import chunk_attention_xla
 
-Implementation = Literal["mosaic_gpu", "cudnn", "xla", "interpret", "reference"]
+
+class ChunkAttention(Protocol):
+    """An implementation of one's own: a function, given wherever a name of one may stand.
+
+    Traced under jit and static there, so that it must be hashable (a function at a module's head
+    is; one made anew for each call compiles anew). Arguments are checked and complete: q
+    [B, K, T, H, D], rows for each slot; k, v [L, N, G, C, D], of which `layer` is wanted; chunk_ids
+    [B, K], outside [0, N) where a slot is empty; chunk_lengths [N], perhaps outside [0, C]; scale
+    of the scores. Near keys are attended to elsewhere. Returns what `chunk_attention` does.
+    """
+
+    def __call__(
+        self,
+        q: Float[Array, "B K T H D"],
+        k: Float[Array, "L N G C D"],
+        v: Float[Array, "L N G C D"],
+        layer: int | Int[Array, ""],
+        chunk_ids: Int[Array, "B K"],
+        chunk_lengths: Int[Array, "N"],
+        scale: float,
+        /,
+    ) -> Partial:
+        """Attention of q over the chosen chunks."""
+
+
+NamedImplementation = Literal["mosaic_gpu", "cudnn", "xla", "interpret", "reference"]
+Implementation = NamedImplementation | ChunkAttention
+
+
+def implementation_name(implementation: Implementation) -> str:
+    """Its name; that of the function for one of one's own."""
+    if isinstance(implementation, str):
+        return implementation
+    return getattr(implementation, "__name__", type(implementation).__name__)
 
 
 class ChunkMass(NamedTuple):
@@ -38,18 +71,20 @@ def resolve_implementation(
 ) -> Implementation:
     """The implementation that a call with such inputs will use on JAX's default device.
 
-    The named one; where none is named, "mosaic_gpu" if the kernel takes the inputs and the device
-    has compute capability 9.0, else "xla".
+    The named or given one; where none is named, "mosaic_gpu" if the kernel takes the inputs and the
+    device has compute capability 9.0, else "xla".
 
     Raises:
       ValueError: the name is not known, or that implementation does not take the inputs or this
         GPU, with the reason. Where there is no GPU the kernel may still be lowered for one.
     """
+    if callable(implementation):
+        return implementation
     problem = mosaic_gpu.input_problem(dtype, head_size, chunk_size)
     if implementation is None:
         return "xla" if problem or mosaic_gpu.device_problem() else "mosaic_gpu"
-    if implementation not in get_args(Implementation):
-        known = ", ".join(get_args(Implementation))
+    if implementation not in get_args(NamedImplementation):
+        known = ", ".join(get_args(NamedImplementation))
         raise ValueError(f"implementation {implementation!r} is not known ({known})")
     if implementation in ("mosaic_gpu", "interpret") and problem:
         raise ValueError(f"implementation {implementation!r}: {problem}")
@@ -109,6 +144,7 @@ def chunk_attention(
         "cudnn"       gathers the chunks into a copy for cuDNN.
         "xla"         any backend and dtype; one chunk at a time, online log-sum-exp.
         "reference"   the float32 oracle.
+        a function    one's own: see `ChunkAttention`.
         None          see `resolve_implementation`.
 
     Returns:
@@ -147,7 +183,11 @@ def chunk_attention(
     if implementation == "reference":
         found = chunk_attention_reference(q, k[layer], v[layer], chunk_ids, chunk_lengths, scale)
     else:
-        run = chunk_attention_cudnn if implementation == "cudnn" else chunk_attention_xla
+        run: ChunkAttention = chunk_attention_xla
+        if not isinstance(implementation, str):
+            run = implementation
+        elif implementation == "cudnn":
+            run = chunk_attention_cudnn
         found = run(q, k, v, layer, chunk_ids, chunk_lengths, scale)
     return found if own is None else merge(own, found)
 

@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from pallas_kernels import (
     Implementation,
+    implementation_name,
     require_device,
     resolve_implementation,
     resolve_matmul,
@@ -222,7 +223,11 @@ def finish(
         batch //= model.mesh.shape[DATA]
     rows = batch * config.block_length
     paths = used_paths(
-        model, rows, chunk_attention=path, encoding=selecting.encoding, scorer=selecting.scorer
+        model,
+        rows,
+        chunk_attention=implementation_name(path),
+        encoding=selecting.encoding,
+        scorer=selecting.scorer,
     )
     scored = None if prefilled.scores is None else np.atleast_2d(np.asarray(prefilled.scores))
     ids = prefilled.selection.chunk_ids

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Literal, get_args
+
+from jax import Array
 
 from pdllm_jax.model_config import (
     ConfigError,
@@ -173,6 +176,11 @@ class SelectionConfig:
 
 Recompute = Literal["block", "suffix", "response"]
 Remasking = Literal["low_confidence", "margin", "entropy", "random"]
+# (logits [T, V] float32, predicted tokens [T] int32, PRNG key) -> log confidence [T], finite.
+Confidence = Callable[[Array, Array, Array], Array]
+# (log confidence [G], -inf where a slot is no candidate; evaluations made in the block, a scalar)
+# -> bool [G], the slots to unmask.
+Unmask = Callable[[Array, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,9 +193,15 @@ class DecodeConfig:
     temperature: of the Gumbel noise; 0 is greedy.
     remasking: which predictions are kept: the most confident ones, by the token's probability
       ("low_confidence"), by the lead of the best token over the second ("margin", p1 - p2) or by
-      exp(-entropy) of the prediction ("entropy"); or random ones ("random").
+      exp(-entropy) of the prediction ("entropy"); or random ones ("random"). Or a function
+      (logits [T, V], tokens [T], key) -> log confidence [T], finite.
     threshold: unmask every slot with at least this confidence, and always the best one.
     factor: Fast-dLLM's factor rule (arXiv 2505.22618); excludes threshold.
+    unmask: a rule of one's own instead of steps, threshold and factor: a function (log confidence
+      [G], -inf where a slot is no candidate; evaluations made in the block, int32) -> bool [G]. A
+      block ends when nothing is masked, or after block_length evaluations. Both functions are
+      traced and static under jit: hashable, and the same object for the same rule, or every call
+      compiles anew. A snapshot cannot hold them.
     guidance: classifier-free guidance scale; needs recompute "response" and no context cache.
     stop_ids: tokens (EOS, EOT) that end the text: a request is done with the block in which one of
       them appears, and the slots behind that block become EOS. None by default, as published.
@@ -199,12 +213,13 @@ class DecodeConfig:
     block_length: int = 32
     steps: int | None = None
     temperature: float = 0.0
-    remasking: Remasking = "low_confidence"
+    remasking: Remasking | Confidence = "low_confidence"
     threshold: float | None = None
     factor: float | None = None
     guidance: float = 0.0
     stop_ids: tuple[int, ...] = ()
     recompute: Recompute = "block"
+    unmask: Unmask | None = None
 
     def __post_init__(self) -> None:
         positive_int("gen_length", self.gen_length)
@@ -224,12 +239,18 @@ class DecodeConfig:
             f"temperature must be a number >= 0, got {self.temperature!r}",
         )
         require(
-            self.remasking in get_args(Remasking),
+            callable(self.remasking) or self.remasking in get_args(Remasking),
             f"remasking {self.remasking!r} is not known ({', '.join(get_args(Remasking))})",
         )
         require(
             self.threshold is None or self.factor is None, "threshold and factor exclude each other"
         )
+        if self.unmask is not None:
+            require(callable(self.unmask), f"unmask must be a function, got {self.unmask!r}")
+            require(
+                self.steps is None and self.threshold is None and self.factor is None,
+                "unmask excludes steps, threshold and factor",
+            )
         if self.threshold is not None:
             require(
                 is_number(self.threshold) and 0 < self.threshold <= 1,
@@ -262,6 +283,16 @@ class DecodeConfig:
     @property
     def n_blocks(self) -> int:
         return self.gen_length // self.block_length
+
+    @property
+    def has_code(self) -> bool:
+        """Whether a rule is a function of the caller's."""
+        return callable(self.remasking) or self.unmask is not None
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether a block takes a fixed number of evaluations."""
+        return self.threshold is None and self.factor is None and self.unmask is None
 
     @property
     def steps_per_block(self) -> int:

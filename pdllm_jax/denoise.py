@@ -151,8 +151,7 @@ def _step(
     take = jax.vmap(lambda c, s: transfer(c, s, config))(confidence, state.step)
     tokens = jnp.where(take, predicted, state.tokens)
     step = state.step + 1
-    scheduled = config.threshold is None and config.factor is None
-    limit = config.steps_per_block if scheduled else block_length
+    limit = config.steps_per_block if config.scheduled else block_length
     open_slots = ((tokens == model.config.mask_token_id) & in_block).any(axis=1)
     finished = active & (~open_slots | (step >= limit))
     block = state.block + finished
@@ -269,7 +268,7 @@ def denoise(
         one = onwards("wide" if config.recompute == "response" else "narrow")
         # Where blocks take a fixed number of steps, the loop ends between them alone: whether to go
         # on is asked on the host. Begun inside a block, the steps left over change nothing.
-        fixed_steps = config.threshold is None and config.factor is None and until is None
+        fixed_steps = config.scheduled and until is None
         steps = config.steps_per_block if fixed_steps else 1
         body = lambda state: lax.fori_loop(0, steps, lambda _, s: one(s), state)  # noqa: E731
     last = lax.while_loop(unfinished, body, dataclasses.replace(state, pool=None))

@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels import Implementation
+from pallas_kernels import Implementation, implementation_name
 from pallas_kernels.dense import BLOCK_SCORES, DenseImplementation
 from pdllm_jax.cache import ChunkCache, live_rows
 from pdllm_jax.chunking import ChunkedPrompt
@@ -262,11 +262,12 @@ class _Answer:
         heads = c.d_model // s.tensor
         turned = batch * slots * rows * heads * s.itemsize
         chunk = 2 * self.shapes.chunk_size * s.kv_size * s.itemsize
+        # Of an implementation of the caller's own nothing is known: as "xla".
+        named = isinstance(self.implementation, str)
+        path = implementation_name(self.implementation) if named else "xla"
         gathered = {"cudnn": batch * slots * chunk, "xla": batch * chunk}
         scores = 2 * 4 * batch * rows * c.n_heads // s.tensor * self.shapes.chunk_size
-        more = gathered.get(self.implementation, 0) + (
-            scores if self.implementation == "xla" else 0
-        )
+        more = gathered.get(path, 0) + (scores if path == "xla" else 0)
         return Item("attention over chunks", turned + more)
 
     def _pass(self) -> list[Item]:

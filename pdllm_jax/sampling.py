@@ -58,13 +58,15 @@ def predict(
     """Predicted token of each row, and the logarithm of its confidence, finite.
 
     Temperature samples by the Gumbel trick; the confidence comes from the unscaled logits, or is
-    a uniform random number for remasking "random".
+    a uniform random number for remasking "random", or what a function given there returns.
     """
     noise_key, order_key = jax.random.split(key)
     scores = logits
     if config.temperature > 0:
         scores = logits + config.temperature * jax.random.gumbel(noise_key, logits.shape)
     tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    if callable(config.remasking):
+        return tokens, config.remasking(logits, tokens, order_key)
     if config.remasking == "random":
         return tokens, jnp.log(jax.random.uniform(order_key, tokens.shape, minval=1e-9))
     if config.remasking == "margin":
@@ -80,8 +82,10 @@ def transfer(
     """Slots to unmask now. confidence: its logarithm for each slot's prediction, -inf where it is
     no candidate; step: evaluations already made in this block.
     """
-    rank = jnp.argsort(jnp.argsort(-confidence, stable=True), stable=True)
     candidate = confidence > -jnp.inf
+    if config.unmask is not None:
+        return config.unmask(confidence, step) & candidate
+    rank = jnp.argsort(jnp.argsort(-confidence, stable=True), stable=True)
     if config.threshold is not None:
         keep = (rank == 0) | (confidence >= jnp.log(jnp.float32(config.threshold)))
     elif config.factor is not None:

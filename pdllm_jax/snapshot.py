@@ -186,8 +186,14 @@ def _save(
         target, overwrite=overwrite, replaceable=is_snapshot, kind="snapshot", error=SnapshotError
     )
     staged.check()
-    identity = _identity(model)
     prefilled = tree if isinstance(tree, Prefilled) else None
+    if prefilled is not None and prefilled.decode is not None and prefilled.decode.has_code:
+        raise SnapshotError(
+            "a snapshot cannot hold remasking or unmask given as functions: save without a state, "
+            "with decode=None, and give them to `begin`",
+            field="decode",
+        )
+    identity = _identity(model)
     arrays = arrays_of(tree, "" if prefilled else "cache")
     cache = prefilled.cache if prefilled else tree
     document = None

@@ -35,6 +35,9 @@ DTYPES = ("bfloat16", "float16", "float32", "int32", "uint32", "bool")
 # Beyond any document; keeps products of sizes small.
 _MAX_SIZE = 1 << 40
 
+# Settings that are functions of the caller's and never part of a snapshot.
+CODE = ("unmask",)
+
 Holds = Literal["document", "selection", "state"]
 
 
@@ -234,7 +237,9 @@ def _same(found: Any, wanted: Any) -> bool:
 
 def _content(manifest: Manifest) -> dict[str, Any]:
     def settings(value: Any) -> Any:
-        return None if value is None else dataclasses.asdict(value)
+        if value is None:
+            return None
+        return {k: v for k, v in dataclasses.asdict(value).items() if k not in CODE}
 
     return {
         "format": FORMAT,
@@ -289,7 +294,7 @@ def _settings(kind: Any, raw: Any) -> Any:
     """Settings as their class validates them; a field more or less is refused."""
     if raw is None:
         return None
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.name not in CODE}
     if not isinstance(raw, dict) or raw.keys() != fields.keys():
         raise ValueError(f"{kind.__name__} has other fields")
     for name, field in fields.items():

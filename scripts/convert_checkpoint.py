@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Converts a PyTorch LLaDA checkpoint to Orbax, or back.
 
-    convert_checkpoint.py SRC DST [--dtype keep|bfloat16|float32] [--verify] [--overwrite]
-    convert_checkpoint.py --reverse SRC DST [--shard-size GB] [--verify] [--overwrite]
+    scripts/convert_checkpoint.py SRC DST [--dtype keep|bfloat16|float32] [--verify] [--overwrite]
+    scripts/convert_checkpoint.py --reverse SRC DST [--shard-size GB] [--verify] [--overwrite]
 
 Exit status: 0 done, 2 bad input or a full disk (one line on stderr), 130 interrupted.
 """
@@ -26,9 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        description="Converts a PyTorch LLaDA checkpoint (safetensors or .bin) to Orbax, or back."
-    )
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SRC", help="folder to read")
     parser.add_argument("destination", metavar="DST", help="folder to make")
     parser.add_argument(

@@ -2,7 +2,8 @@
 """Answers a question about a long document with a LLaDA checkpoint.
 
 CHECKPOINT is a converted folder, or a PyTorch folder, which is converted into a cache folder on
-first use. Results go to stdout, progress to stderr. Exit status 2 and one line on bad input.
+first use. Results go to stdout, progress to stderr. Exit status 2 and one line on bad input, 130
+when interrupted.
 
   scripts/generate.py CHECKPOINT --context-file book.txt --question 'Who lives at Pemberley?'
   scripts/generate.py CHECKPOINT --prompt-ids ids.json --method dual-cache --json

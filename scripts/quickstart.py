@@ -4,11 +4,16 @@
 The document is the beginning of Jane Austen's Persuasion (public domain; not among the model's
 training texts), with one sentence planted at each of three depths. For every question it shows the
 answer, the chunks' scores and where the time went, beside what plain LLaDA takes for a single
-evaluation of the same prompt. Exit status 1 if an answer is wrong.
+evaluation of the same prompt.
+
+  scripts/quickstart.py                    or: make quickstart
+
+Exit status: 0; 1 if an answer is wrong; 130 when interrupted, after which it begins anew.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -104,8 +109,19 @@ def split(result: GenerationResult) -> str:
     return f"{used:.2f} s ({parts}; compiling apart: {result.timings['compile']:.2f})"
 
 
-def main() -> int:
-    """Asks the three questions."""
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(argv)
+    try:
+        return ask()
+    except KeyboardInterrupt:
+        return 130
+
+
+def ask() -> int:
+    """Asks the three questions; the exit status."""
     started = time.perf_counter()
     enable_compilation_cache()
     folder = checkpoint()

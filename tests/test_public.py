@@ -1,0 +1,91 @@
+"""What a user meets first: the import, docstrings of public names, and the command lines."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+import convert
+import pallas_kernels
+import pdllm_jax
+from tests.conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+
+def test_importing_touches_no_device():
+    code = "import pdllm_jax; from jax._src import xla_bridge; assert not xla_bridge._backends"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("module", [pdllm_jax, pallas_kernels, convert], ids=lambda m: m.__name__)
+def test_every_public_name_says_what_it_is(module):
+    assert module.__doc__
+    for name in module.__all__:
+        public = getattr(module, name)
+        if not (inspect.isclass(public) or inspect.isroutine(public)):
+            continue  # a constant, or another name of a type
+        # A dataclass without a docstring is given its signature.
+        written = public.__dict__.get("__doc__") if inspect.isclass(public) else public.__doc__
+        assert written, name
+        assert not written.startswith(f"{name}("), name
+
+
+SCRIPTS = (
+    "ablate",
+    "convert_checkpoint",
+    "decode",
+    "evaluate",
+    "generate",
+    "prefill",
+    "quickstart",
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_command_lines(script, capsys):
+    """--help has an example and the exit status; a wrong flag is one line and status 2."""
+    main = importlib.import_module(script).main
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert re.search(rf"^ +(scripts/)?{script}\.py", shown, re.MULTILINE), shown
+    assert re.search("exit status", shown, re.IGNORECASE), shown
+    with pytest.raises(SystemExit) as stopped:
+        main(["--no-such-flag"])
+    captured = capsys.readouterr()
+    assert (stopped.value.code, captured.out) == (2, "")
+    assert "error: " in captured.err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_three_packages(tmp_path):
+    """Every module, the tuning tables and the type markers; no tests, no scripts."""
+    pytest.importorskip("setuptools")
+    packages = ("pdllm_jax", "pallas_kernels", "convert")
+    source = tmp_path / "source"  # building leaves its own files there
+    for package in packages:
+        shutil.copytree(ROOT / package, source / package)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
+    subprocess.run([*command, "-w", str(tmp_path), str(source)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as opened:
+        names = {name for name in opened.namelist() if ".dist-info/" not in name}
+    wanted = {
+        path.relative_to(ROOT).as_posix()
+        for package in packages
+        for path in (ROOT / package).rglob("*")
+        if path.suffix in (".py", ".json") or path.name == "py.typed"
+    }
+    assert names == wanted
+    assert {f"{package}/py.typed" for package in packages} <= names

@@ -24,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from numpy.typing import NDArray
 
-from pdllm_jax.checkpoint import quiet_orbax
+from pdllm_jax.checkpoint_arrays import quiet_orbax
 
 CHUNK_BYTES = 128 << 20
 # All buffers together. At LLaDA-8B's size the two largest arrays, of 1.04 GB in bfloat16, fit.

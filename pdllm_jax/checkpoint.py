@@ -13,28 +13,21 @@ afterwards (a file lost or cut short in a copy) is refused by name instead of be
 from __future__ import annotations
 
 import collections
-import contextlib
-import copy
 import dataclasses
 import json
-import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-import orbax.checkpoint as ocp
-import tensorstore as ts
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from pdllm_jax.config import ModelConfig
 from pdllm_jax.model import LLaDA
-from pdllm_jax.parallel import mesh_sizes, shardings
+from pdllm_jax.parallel import mesh_sizes
 
 MANIFEST = "pdllm.json"
 CONFIG = "config.json"
@@ -219,84 +212,20 @@ def load_model(
     abstract = nnx.eval_shape(lambda: LLaDA(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(name)))
     graph, state = nnx.split(abstract)
     wanted = nnx.to_pure_dict(state)
-    _check_shapes(folder, manifest, dict(_leaves(wanted)))
-    nnx.replace_by_pure_dict(state, _restore(folder / PARAMS, manifest, wanted, mesh))
+    _check_shapes(folder, manifest, dict(leaves(wanted)))
+    # Orbax takes as long to import as the rest of the package.
+    from pdllm_jax.checkpoint_arrays import read_params
+
+    nnx.replace_by_pure_dict(state, read_params(folder / PARAMS, manifest, wanted, mesh))
     model = nnx.merge(graph, state)
     model.mesh = mesh
     return model
-
-
-def _restore(
-    params: Path, manifest: Manifest, wanted: dict[str, Any], mesh: Mesh | None
-) -> dict[str, Any]:
-    # Without a mesh the device that JAX would place a new array on, jax.default_device included.
-    default = jax.device_put(0).sharding
-    places = jax.tree.map(lambda _: default, wanted) if mesh is None else shardings(mesh, wanted)
-    target = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        wanted,
-        places,
-    )
-    # Bounds what is on its way between disk and device; must exceed the largest array.
-    largest = max(record.nbytes for record in manifest.tensors)
-    handler = ocp.PyTreeCheckpointHandler(
-        restore_concurrent_gb=2 + 2 * largest // 10**9,
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-            (np.ndarray, ocp.type_handlers.NumpyHandler()), (jax.Array, _MappedReader())
-        ),
-    )
-    arguments = ocp.args.PyTreeRestore(
-        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
-    )
-    try:
-        with quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
-            _check_stored(params, manifest, checkpointer.metadata(params))
-            return checkpointer.restore(params, args=arguments)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        # Orbax and TensorStore raise what comes: plain Exception, ValueError, KeyError, OSError.
-        raise CheckpointError(f"{params} can not be restored: {reason(error)}") from error
-
-
-class _MappedReader(ocp.type_handlers.ArrayHandler):
-    """Orbax's handler, told to map the files instead of reading them.
-
-    By default TensorStore reads a file into memory of its own and copies the array out of that.
-    Fresh memory costs the kernel as much as the reading, and half of it was needed for nothing.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._context = ts.Context({"file_io_mode": {"mode": "memmap"}})
-
-    async def deserialize(
-        self, infos: Sequence[Any], args: Sequence[Any] | None = None
-    ) -> Sequence[jax.Array]:
-        mapped = [copy.copy(info) for info in infos]
-        for info in mapped:
-            info.ts_context = self._context
-        return await super().deserialize(mapped, args)
 
 
 def reason(error: BaseException) -> str:
     """The first line of an error's message, without TensorStore's dump of its settings."""
     line = next(iter(str(error).splitlines()), "") or repr(error)
     return line.partition(" [tensorstore_spec=")[0]
-
-
-@contextlib.contextmanager
-def quiet_orbax() -> Iterator[None]:
-    """Without Orbax's own log lines: it warns where nothing is wrong (no OCDBT to merge), and what
-    is wrong is raised as well.
-    """
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _check_depth(folder: Path, manifest: Manifest, config: ModelConfig) -> None:
@@ -326,29 +255,11 @@ def _check_shapes(folder: Path, manifest: Manifest, wanted: Mapping[str, Any]) -
         raise CheckpointError(f"{folder} does not fit its {CONFIG}: {'; '.join(problems)}")
 
 
-def _check_stored(params: Path, manifest: Manifest, metadata: Any) -> None:
-    """The manifest against the shapes and dtypes that params/ itself declares."""
-    stored = {
-        path: (tuple(leaf.shape), np.dtype(leaf.dtype).name)
-        for path, leaf in _leaves(metadata.item_metadata.tree)
-    }
-    expected = {record.path: (record.shape, record.dtype) for record in manifest.tensors}
-    for path in sorted(stored.keys() | expected.keys()):
-        if stored.get(path) != expected.get(path):
-            raise CheckpointError(
-                f"{params} and {MANIFEST} disagree about {path}: "
-                f"{_describe(stored.get(path))} and {_describe(expected.get(path))}"
-            )
-
-
-def _describe(tensor: tuple[tuple[int, ...], str] | None) -> str:
-    return "absent" if tensor is None else f"{tensor[1]}{list(tensor[0])}"
-
-
-def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested dicts with their keys, joined by dots."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -26,7 +26,6 @@ from pdllm_jax.fingerprint import (
 from pdllm_jax.model import LLaDA
 from pdllm_jax.parallel import sharding_of
 from pdllm_jax.prefilled import Prefilled
-from pdllm_jax.snapshot_arrays import read_arrays, write_arrays
 from pdllm_jax.snapshot_format import (
     MANIFEST,
     ArrayRecord,
@@ -218,6 +217,8 @@ def _save(
     check_shapes(target, manifest, identity.config)
     check_space(target.parent, sum(x.nbytes for x in manifest.arrays.values()), SnapshotError)
     with staged, write_errors(target, SnapshotError):
+        from pdllm_jax.snapshot_arrays import write_arrays  # Orbax: slow to import
+
         files = write_arrays(staged.path, arrays)
         manifest = dataclasses.replace(manifest, files=files)
         (staged.path / MANIFEST).write_bytes(manifest.to_json())
@@ -248,6 +249,8 @@ def _load(
     check_files(folder, manifest)
     if mesh is None and not isinstance(model, ModelIdentity):
         mesh = model.mesh
+    from pdllm_jax.snapshot_arrays import read_arrays  # Orbax: slow to import
+
     arrays = read_arrays(folder, manifest, placement or _placement(manifest, mesh))
     check_values(folder, manifest, arrays, identity.config)
     return manifest, arrays

@@ -32,7 +32,8 @@ import tensorstore as ts
 from jax.sharding import Sharding
 from jaxtyping import Array
 
-from pdllm_jax.checkpoint import quiet_orbax, reason
+from pdllm_jax.checkpoint import reason
+from pdllm_jax.checkpoint_arrays import quiet_orbax
 from pdllm_jax.snapshot_format import (
     ARRAYS,
     FileRecord,

@@ -16,7 +16,8 @@ the denoising step, the scoring pass and whole requests beside the baselines. `m
 planner's figures beside the device's. `load` loads a checkpoint beside the disk's speed, `cold`
 times the first token from a cold and from a warm compilation cache. `compiled` shows registers,
 spills and temporaries of the kernels. `report` makes pages and pictures of the records; it needs
-matplotlib and no GPU.
+matplotlib and no GPU. Exit status: 0; 1 where `compiled` finds a spill or a warning; 2 and one
+line for bad input; 130 when interrupted: records hold what was measured by then.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from __future__ import annotations
 import argparse
 import sys
 
+from command_line import status
 
-def main() -> int:
+
+def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -43,12 +46,12 @@ def main() -> int:
         commands.add_parser("compiled", help="what the compiler says of kernels")
     )
     report.add_arguments(commands.add_parser("report", help="pages and pictures of the records"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     modules = {
         "kernel": kernel, "method": method, "speed": speed, "memory": memory, "load": load,
         "cold": cold, "compiled": compiled, "report": report,
     }  # fmt: skip
-    return modules[args.command].main(args)
+    return status(lambda: modules[args.command].main(args))
 
 
 if __name__ == "__main__":

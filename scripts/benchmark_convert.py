@@ -4,9 +4,10 @@
     benchmark_convert.py WORK [--layers 32] [--output benchmarks/convert.json]
 
 WORK is a folder on the disk to measure, with room for 35 GB at 32 layers; what is made there is
-removed again. In one run, each from a cold page cache and with everything synced to disk at the
-end: `cp -r` of the checkpoint, and its conversion by the command line (time, peak resident
-memory). Then --verify, the way back compared byte for byte, and a conversion killed halfway.
+removed again, also where it is interrupted (exit status 130). In one run, each from a cold page
+cache and with everything synced to disk at the end: `cp -r` of the checkpoint, and its conversion
+by the command line (time, peak resident memory). Then --verify, the way back compared byte for
+byte, and a conversion killed halfway.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command_line import status
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARD_BYTES = 5_000_000_000
@@ -210,14 +212,22 @@ def kill_halfway(source: Path, destination: Path, total: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("work", type=Path, help="scratch folder on the disk to measure")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=2, help="pairs of cp and conversion")
     parser.add_argument("--hardware", default=f"{os.cpu_count()}-core {platform.machine()} CPU")
     parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    return status(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures, and removes what was made."""
     work = options.work / "benchmark_convert"
     work.mkdir(parents=True)
     source, copy, target, back = (work / name for name in ("source", "copy", "target", "back"))
@@ -289,4 +299,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

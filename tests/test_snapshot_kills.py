@@ -32,7 +32,7 @@ from tests.workers import CHUNKS, PREFIX, PROCESSES
 # manifest, with the manifest written, with everything flushed.
 POINTS = {
     "encoding": "pdllm_jax.store.encode_document",
-    "arrays": "pdllm_jax.snapshot.write_arrays",
+    "arrays": "pdllm_jax.snapshot_arrays.write_arrays",
     "checksums": "pdllm_jax.snapshot_arrays._file_record#3",
     "flushing": "pdllm_jax.staging._sync#4",
     "renaming": "os.rename#2",

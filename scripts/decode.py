@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 
 import generate
+import options
+from command_line import Parser
 
 from pdllm_jax import GenerationResult, begin, finish, load_prefilled
 from pdllm_jax.snapshot import snapshot_holds
@@ -22,7 +24,7 @@ from pdllm_jax.timing import Stopwatch
 
 
 def parser() -> argparse.ArgumentParser:
-    p = generate.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
     p.add_argument("snapshot", metavar="SNAPSHOT", type=Path)
     p.add_argument(
@@ -30,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
         choices=("mosaic_gpu", "cudnn", "xla"),
         help="attention over chosen chunks (default: mosaic_gpu on Hopper GPUs, else xla)",
     )
-    p.add_argument("--dtype", choices=tuple(generate.DTYPES), default="keep")
-    generate.add_mesh(p)
+    p.add_argument("--dtype", choices=tuple(options.DTYPES), default="keep")
+    options.add_mesh(p)
     output = p.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument("--stream", action="store_true", help="print blocks as they are finished")
@@ -45,8 +47,8 @@ def run(args: argparse.Namespace, stream: generate.Stream | None) -> GenerationR
             f"{args.snapshot} holds a document without a question: "
             "scripts/generate.py --snapshot asks one"
         )
-    model, folder = generate.load(args)
-    tokenizer = generate.load_tokenizer(folder, needed=False)
+    model, folder = options.load(args)
+    tokenizer = options.load_tokenizer(folder, needed=False)
     if stream is not None:
         stream.tokenizer = tokenizer
     prefilled = load_prefilled(args.snapshot, model, tokenizer=tokenizer)

@@ -27,11 +27,12 @@ from typing import Any, get_args
 
 import jax
 from bench.record import conditions, write
+from command_line import Parser, status
 from evals import generated, infinitebench, longbench, needle, ruler
 from evals.example import DataError, Malformed, OnMalformed, Task
 from evals.records import Records
 from evals.run import METHODS, Asker, run, summarise, table
-from generate import DTYPES, Parser, out_of_memory
+from options import DTYPES
 
 from convert import converted
 from pdllm_jax import ChunkConfig, SelectionConfig, Tokenizer, load_config, load_model
@@ -227,18 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line."""
     args = parser().parse_args(argv)
     enable_compilation_cache()
-    try:
-        return evaluate(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except jax.errors.JaxRuntimeError as error:
-        if (message := out_of_memory(error)) is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return status(lambda: evaluate(args))
 
 
 if __name__ == "__main__":

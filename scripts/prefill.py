@@ -19,7 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-import generate
+import options
+from command_line import guarded
 
 from convert import converted
 from pdllm_jax import (
@@ -32,13 +33,13 @@ from pdllm_jax import (
     without_other_chunks,
 )
 from pdllm_jax.chunking import check_token_ids, chunk_prompt
+from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.tokenizer import INSTRUCTION
 
 
 def parser() -> argparse.ArgumentParser:
     """generate.py's, and where the snapshot goes."""
-    p = generate.parser()
-    p.description = __doc__
+    p = options.parser(__doc__)
     g = p.add_argument_group("the snapshot")
     g.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     g.add_argument("--overwrite", action="store_true", help="replace a snapshot at --out")
@@ -57,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> str:
     """What was written, in a line."""
-    chunking, selection, decode = generate.settings(args)
+    chunking, selection, decode = options.settings(args)
     if args.method != "prefilling" or args.stream or args.json:
         raise ValueError("prefill.py prefills: --method, --stream and --json are for generate.py")
     if args.snapshot is not None or args.store is not None:
@@ -65,17 +66,17 @@ def run(args: argparse.Namespace) -> str:
     document = args.holds == "document"
     folder = converted(args.checkpoint)
     if args.prompt_ids is not None:
-        tokenizer = generate.load_tokenizer(folder, needed=False)
-        prefix, context, query = generate.read_prompt_ids(args.prompt_ids, args.method)
+        tokenizer = options.load_tokenizer(folder, needed=False)
+        prefix, context, query = options.read_prompt_ids(args.prompt_ids, args.method)
     else:
-        text = generate.read_context(args, question=not document)
-        tokenizer = generate.load_tokenizer(folder, needed=True)
+        text = options.read_context(args, question=not document)
+        tokenizer = options.load_tokenizer(folder, needed=True)
         prefix, query = tokenizer.around_document(
             "?" if document else args.question,
             INSTRUCTION if args.instruction is None else args.instruction,
         )
         context = tokenizer.encode(text)
-    model = load_model(folder, dtype=generate.DTYPES[args.dtype], mesh=generate.mesh_of(args))
+    model = load_model(folder, dtype=options.DTYPES[args.dtype], mesh=options.mesh_of(args))
     bos_id = tokenizer.bos_id if tokenizer else model.config.bos_token_id
     if args.early_stop:
         stops = tokenizer.stop_ids if tokenizer else (model.config.eos_token_id,)
@@ -113,7 +114,8 @@ def run(args: argparse.Namespace) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 with one line on stderr for bad input."""
     args = parser().parse_args(argv)
-    status, written = generate.guarded(lambda: run(args))
+    enable_compilation_cache()
+    status, written = guarded(lambda: run(args))
     if written is not None:
         print(written)
     return status

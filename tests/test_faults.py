@@ -7,7 +7,7 @@ import resource
 import sys
 from pathlib import Path
 
-import generate
+import command_line
 import jax
 import jax.numpy as jnp
 import pytest
@@ -73,7 +73,7 @@ def test_a_snapshot_on_a_full_disk(tmp_path):
 
 def test_out_of_device_memory_says_what_to_change(capsys):
     """With the error that JAX raises for an array of 64 TB."""
-    status, result = generate.guarded(lambda: jnp.zeros(1 << 44).block_until_ready())
+    status, result = command_line.guarded(lambda: jnp.zeros(1 << 44).block_until_ready())
     out, err = capsys.readouterr()
     assert (status, result, out) == (2, None, "")
     assert err.startswith("error: the device ran out of memory (Out of memory allocating 70368744")
@@ -85,7 +85,7 @@ def test_out_of_device_memory_says_what_to_change(capsys):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
     with pytest.raises(jax.errors.JaxRuntimeError):
-        generate.guarded(otherwise)
+        command_line.guarded(otherwise)
 
 
 def test_nothing_opens_a_socket(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
 
-import generate
+import options
 from ablation.records import CellFile
 from ablation.records import RecordError as CellError
 from evals import infinitebench, longbench, ruler
@@ -127,7 +127,7 @@ class Prompts(Kind):
         self.path.write_bytes(self.content)
 
     def load(self) -> Any:
-        read = generate.read_prompt_ids(self.path, self.method)
+        read = options.read_prompt_ids(self.path, self.method)
         ids = [
             check_token_ids(name, part, 264)
             for name, part in zip(("prefix", "context", "query"), read, strict=True)

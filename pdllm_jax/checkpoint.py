@@ -218,7 +218,8 @@ def load_model(
 
     nnx.replace_by_pure_dict(state, read_params(folder / PARAMS, manifest, wanted, mesh))
     model = nnx.merge(graph, state)
-    model.mesh = mesh
+    if mesh is not None:
+        model.mesh = mesh
     return model
 
 

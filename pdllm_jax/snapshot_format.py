@@ -235,12 +235,14 @@ def _same(found: Any, wanted: Any) -> bool:
     return json.dumps(found, sort_keys=True) == json.dumps(wanted, sort_keys=True)
 
 
-def _content(manifest: Manifest) -> dict[str, Any]:
-    def settings(value: Any) -> Any:
-        if value is None:
-            return None
-        return {k: v for k, v in dataclasses.asdict(value).items() if k not in CODE}
+def settings(value: Any) -> dict[str, Any] | None:
+    """The fields of a config, as a manifest has them: without those that hold functions."""
+    if value is None:
+        return None
+    return {k: v for k, v in dataclasses.asdict(value).items() if k not in CODE}
 
+
+def _content(manifest: Manifest) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -378,7 +378,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(*arguments):
         raise ValueError("RESOURCE_EXHAUSTED: No space left on device [tensorstore_spec='...']")
 
-    monkeypatch.setattr(module, "write_arrays", full)
+    monkeypatch.setattr("pdllm_jax.snapshot_arrays.write_arrays", full)
     with pytest.raises(SnapshotError, match="disk full while writing"):
         save_document(tmp_path / "s", IDENTITY, document(), chunking=CHUNKS)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 0))

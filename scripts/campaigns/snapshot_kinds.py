@@ -35,7 +35,7 @@ from pdllm_jax.snapshot import (
     save_prefilled,
     snapshot_holds,
 )
-from pdllm_jax.snapshot_format import MANIFEST, SnapshotError
+from pdllm_jax.snapshot_format import MANIFEST, SnapshotError, settings
 from pdllm_jax.snapshot_tree import arrays_of
 
 CHUNKS = ChunkConfig(4)
@@ -212,8 +212,7 @@ class Snapshots(Kind):
         says = {"chunking": raw["chunking"]}
         if isinstance(loaded, Prefilled):
             for field in ("selecting", "decode"):
-                settings = getattr(loaded, field)
-                as_json = json.loads(json.dumps(settings and dataclasses.asdict(settings)))
+                as_json = json.loads(json.dumps(settings(getattr(loaded, field))))
                 require(as_json == raw[field], f"other settings: {field}")
             require(loaded.requests == raw["flags"]["requests"], "requests")
         else:

@@ -17,7 +17,6 @@ import pytest
 from flax import nnx
 
 from pdllm_jax import LLaDA, ModelConfig, RopeScaling
-from pdllm_jax import snapshot as module
 from pdllm_jax.answer import finish, request_keys
 from pdllm_jax.chunking import chunk_prompt
 from pdllm_jax.config import DecodeConfig, SelectionConfig

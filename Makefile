@@ -3,6 +3,8 @@
 # PYTHON and PYTHON_KERNELS name the interpreters if the ones found are not the ones you want.
 JAX_PLATFORMS ?= cpu
 export JAX_PLATFORMS
+# Without bytecode every process would compile the whole of JAX anew, which takes seconds.
+export PYTHONDONTWRITEBYTECODE :=
 
 # 3.11 comes first: it is the oldest version supported, and the one that the oracles' torch is for.
 PYTHON ?= $(shell scripts/find_python 3.11 3.12 3.13)

@@ -12,6 +12,7 @@ it (JAX memory kinds), which a GPU reads by DMA while it computes.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,11 +28,15 @@ from pdllm_jax.chunking import ChunkedPrompt, TokenIds, bucket_rows, check_token
 from pdllm_jax.config import CONTROLS, SelectionConfig
 from pdllm_jax.model import LLaDA
 from pdllm_jax.parallel import TENSOR
+from pdllm_jax.plan import MemoryLimitError
 from pdllm_jax.prefill import encode_document
 from pdllm_jax.prefilled import Prefilled, trimmed
 from pdllm_jax.riders import Question, draft_response
 from pdllm_jax.scoring import score_chunks
 from pdllm_jax.selection import EMPTY_SLOT, control_scores, select
+
+_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"  # of pinned memory, in GiB; 64 where it is not set
+_RESERVED = 1 << 30  # for other transfers, and what allocating leaves between arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +72,22 @@ def host_memory(sharding: Sharding) -> Sharding:
     raise ValueError(f"the device has no host memory to offload to, only {sorted(kinds)}")
 
 
+def check_host_memory(host: Sharding, nbytes: int) -> None:
+    """Raises MemoryLimitError where XLA would not pin as much of a GPU's host memory.
+
+    The limit is one for all of a process's devices, and set as the first of them is used.
+    """
+    devices: Any = host.device_set
+    if next(iter(devices)).platform != "gpu" or host.memory_kind != "pinned_host":
+        return
+    limit = int(os.environ.get(_LIMIT, 64))
+    if nbytes > (limit << 30) - _RESERVED:
+        raise MemoryLimitError(
+            f"the document's KV takes {nbytes / 2**30:.1f} GiB of pinned host memory, XLA's limit "
+            f"is {limit}: start the process with {_LIMIT}={2 + -(-nbytes // 2**30)} or more"
+        )
+
+
 def encode_offloaded(
     model: LLaDA, prompt: ChunkedPrompt, *, encode_batch: int = 8, group: int | None = None
 ) -> OffloadedDocument:
@@ -77,6 +98,7 @@ def encode_offloaded(
 
     Raises:
       ValueError: a batch of prompts; no host memory.
+      MemoryLimitError: XLA would not pin so much of it (`check_host_memory`).
     """
     if prompt.chunks.ndim != 2:
         raise ValueError("one document is offloaded at a time, not a batch of them")
@@ -84,6 +106,9 @@ def encode_offloaded(
     n, size = prompt.n_chunks, prompt.chunk_size
     device = _device(model.mesh)
     host = host_memory(device)
+    config = model.config
+    values = 2 * config.n_layers * config.n_kv_heads * config.head_dim * size
+    check_host_memory(host, n * values * model.dtype.itemsize)
     k: list[Array] = []
     v: list[Array] = []
     cache = None
@@ -117,6 +142,7 @@ def offload(cache: ChunkCache) -> OffloadedDocument:
     device = _device(lies.mesh if isinstance(lies, NamedSharding) else None)
     host = host_memory(device)
     n = int(np.count_nonzero(np.asarray(cache.lengths)))
+    check_host_memory(host, 2 * n * cache.pool.k.nbytes // cache.pool.k.shape[1])
 
     def chunks(x: Array) -> tuple[Array, ...]:
         on_device = x.sharding.memory_kind == device.memory_kind

@@ -67,7 +67,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     running.add_argument("--implementation", choices=("mosaic_gpu", "cudnn", "xla"))
     running.add_argument("--time-limit", type=float, default=float("inf"), help="seconds")
-    running.add_argument("--processes", type=int, default=1, help="that share the GPU")
+    running.add_argument("--processes", type=int, default=1, help="that share the GPUs")
     running.add_argument("--shard", help=argparse.SUPPRESS)
     reporting = commands.add_parser("report", help="write up a run")
     reporting.add_argument("record", type=Path, help="ablation.json")

@@ -16,6 +16,7 @@ from pallas_kernels.partial import EMPTY_LSE
 from pdllm_jax.config import ChunkConfig, DecodeConfig, ModelConfig, SelectionConfig
 from pdllm_jax.generate import generate_ids
 from pdllm_jax.model import LLaDA
+from pdllm_jax.parallel import make_mesh, shard_model
 from tests.support import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -109,6 +110,32 @@ def test_the_kernel_gives_the_tokens_of_the_portable_path(encoding, recompute):
         same = blocks[name] == blocks["xla"]
         assert same[0].mean() >= 0.9, (name, same)
         assert same[1].mean() >= 0.9 or not same[0].all(), (name, same)
+
+
+@pytest.mark.parametrize("mesh", [(1, 2), (2, 1)], ids=str)
+@pytest.mark.parametrize("encoding", ["joint", "independent"])
+def test_two_gpus_give_the_tokens_of_one(mesh, encoding):
+    """Through the kernels under shard_map; float16 sums in two parts decide some near ties."""
+    if len(jax.devices("gpu")) < 2:
+        pytest.skip("needs two GPUs")
+    config = dataclasses.replace(
+        ModelConfig.tiny(), d_model=256, n_heads=4, n_kv_heads=2, mlp_hidden_size=384
+    )
+    model = LLaDA(config, rngs=nnx.Rngs(0), dtype=jnp.float16)
+    rng = np.random.default_rng(0)
+    prefix, context, query = (rng.integers(0, 250, n) for n in (9, 700, 21))
+    one, two = (
+        generate_ids(
+            each, prefix, context, query,
+            chunking=ChunkConfig(128), selection=SelectionConfig(top_k=3, encoding=encoding),
+            decode=DecodeConfig(gen_length=32, block_length=32, steps=1),
+        )
+        for each in (model, shard_model(model, make_mesh(*mesh)))
+    )  # fmt: skip
+    assert two.paths["chunk_attention"] == one.paths["chunk_attention"] == "mosaic_gpu"
+    assert two.selection["chunks"] == one.selection["chunks"]
+    np.testing.assert_allclose(two.selection["scores"], one.selection["scores"], atol=2e-2)
+    assert np.mean(np.array(two.tokens) == np.array(one.tokens)) >= 0.9
 
 
 def llada_8b_inputs(layers, chunks=4, rows=32):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from pdllm_jax.offload import (
     offload,
     score_offloaded,
 )
+from pdllm_jax.plan import MemoryLimitError
 from pdllm_jax.prefill import encode_document
 from pdllm_jax.prefilled import begin
 from pdllm_jax.scoring import score_chunks
@@ -71,6 +73,20 @@ def test_the_kv_lies_in_host_memory_and_is_the_device_s(document, cache):
     again = offload(cache)
     for x, y in zip((*again.k, *again.v), (*document.k, *document.v), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def test_more_than_xla_pins_is_refused_before_anything_is_encoded(monkeypatch):
+    device = SimpleNamespace(platform="gpu")
+    host = SimpleNamespace(device_set=[device], memory_kind="pinned_host")
+    whole = 128 * 2 * 32 * 32 * 1024 * 128 * 2  # 64 GiB: 128 chunks of 1,024 tokens of LLaDA-8B
+    monkeypatch.delenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", raising=False)
+    module.check_host_memory(host, whole // 2)
+    with pytest.raises(MemoryLimitError, match=r"takes 64\.0 GiB .* limit is 64: .*LIMIT_GB=66 "):
+        module.check_host_memory(host, whole)
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "66")
+    module.check_host_memory(host, whole)
+    device.platform = "cpu"
+    module.check_host_memory(host, 100 * whole)
 
 
 def test_a_snapshot_is_restored_to_host_memory(tmp_path):

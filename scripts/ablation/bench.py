@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from small import tasks
-from small.corpus import Corpora, fingerprint, from_repository, load
+from small.corpus import Corpora, Text, fingerprint, from_repository, load
 
 from ablation.flops import Sizes, answer_flops
 from ablation.grid import DENSE, GIVEN, Cell
@@ -25,6 +25,7 @@ from pdllm_jax import (
     Tokenizer,
     denoise,
     generate_batch_ids,
+    generate_ids,
     init_denoise,
     load_config,
     load_model,
@@ -112,15 +113,18 @@ class Bench:
             for name, text in self.corpora.texts.items()
             if len(text.tokens) >= cell.length
         }
-        if not texts:
-            longest = max(len(text.tokens) for text in self.corpora.texts.values())
-            raise ValueError(f"no text has {cell.length} tokens, the longest {longest}")
+        if not texts:  # longer than any of them: one behind the other
+            whole = joined(self.corpora.texts.values())
+            if len(whole.tokens) < cell.length:
+                raise ValueError(f"all texts have {len(whole.tokens)} tokens, not {cell.length}")
+            texts = {"all": whole}
         return tasks.make_example(
             cell.tasks[index % len(cell.tasks)],
             cell.length,
             self.identity["first_seed"] + index,
             corpora=dataclasses.replace(self.corpora, texts=texts),
             encode=self.encode,
+            haystack="auto" if len(self.corpora.noise.tokens) >= cell.length else "text",
             depth=asked_depth(cell, index),
         )
 
@@ -172,17 +176,24 @@ class Bench:
                 given_chunks(cell, index, example)
                 for index, example in zip(indices, examples, strict=True)
             ]
-        results = generate_batch_ids(
-            self.model,
-            [(e["prefix"], e["context"], e["query"]) for e in examples],
-            chunking=cell.chunking(),
-            selection=cell.selecting(self.encode_batch),
-            decode=cell.decoding(tasks.RESPONSE_LENGTH),
-            bos_id=self.tokenizer.bos_id,
-            oracle=oracle,
-            seeds=[cell.seed * 1_000_003 + index for index in indices],
-            implementation=self.implementation,
-        )
+        requests = [(e["prefix"], e["context"], e["query"]) for e in examples]
+        seeds = [cell.seed * 1_000_003 + index for index in indices]
+        settings: dict[str, Any] = {
+            "chunking": cell.chunking(),
+            "selection": cell.selecting(self.encode_batch),
+            "decode": cell.decoding(tasks.RESPONSE_LENGTH),
+            "bos_id": self.tokenizer.bos_id,
+            "implementation": self.implementation,
+        }
+        if len(requests) == 1:  # streams, where the encoding can: a long document's KV is not kept
+            given = oracle and oracle[0]
+            results = [
+                generate_ids(self.model, *requests[0], oracle=given, seed=seeds[0], **settings)
+            ]
+        else:
+            results = generate_batch_ids(
+                self.model, requests, oracle=oracle, seeds=seeds, **settings
+            )
         answers = []
         for result in results:
             assert result.selection is not None
@@ -207,6 +218,20 @@ class Bench:
             {"tokens": row, "evaluations": n, "seconds": _shared(timings, len(prompts))}
             for row, n in zip(rows, evaluations, strict=True)
         ]
+
+
+def joined(texts: Iterable[Text]) -> Text:
+    """The texts one behind the other."""
+    texts = list(texts)
+    starts = np.cumsum([0, *(len(text.tokens) for text in texts)])
+    return Text(
+        np.concatenate([text.tokens for text in texts]),
+        np.unique(
+            np.concatenate(
+                [text.breaks + start for text, start in zip(texts, starts, strict=False)]
+            )
+        ),
+    )
 
 
 def dense_answers(

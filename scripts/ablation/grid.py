@@ -306,6 +306,12 @@ GRIDS: dict[str, Grid] = {
         over={"selection": ("dense", "top-k")},
         arms=values("threshold", 0.5, None),
     ),
+    "stream": Grid(
+        "Is the needle found in a document that is streamed, its KV never all there?",
+        base={"encoding": "independent", "chunk_size": 512},
+        over={"length": (32_768, 131_072)},
+        arms=values("selection", "random", "oracle"),
+    ),
     "tasks": Grid(
         "Each task by itself, chunks of 512.",
         base={"chunk_size": 512},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -124,25 +125,45 @@ def count_records(folder: Path, cells: Sequence[Cell], wanted: int) -> int:
     return total
 
 
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name, without beginning anything on a GPU; none on a CPU."""
+    if not set(os.environ.get("JAX_PLATFORMS", "cuda").split(",")) & {"cuda", "gpu", ""}:
+        return []
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    return subprocess.run(listed, capture_output=True, text=True, check=False).stdout.split()
+
+
 def run_processes(
     command: Sequence[str], processes: int, cells: Sequence[Cell], wanted: int, folder: Path
 ) -> int:
     """The same command in several processes, each with its share of the cells (`--shard`).
 
-    Tracing and compiling, which take most of the time of small cells, then overlap. GPU memory is
-    divided among them. Returns the worst exit status.
+    Tracing and compiling, which take most of the time of small cells, then overlap. GPUs are given
+    out in turn, and the memory of each is divided among those that share it. Returns the worst exit
+    status.
     """
     # Converted once, and by a process of its own: this one must not hold the GPU's memory.
     ready = {**os.environ, "JAX_PLATFORMS": "cpu"}
     code = subprocess.run([*command, "--shard", "prepare"], env=ready, check=False).returncode
     if code:
         return code
-    share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or str(round(0.9 / processes, 3))
+    gpus = visible_gpus()
+    sharing = -(-processes // max(1, len(gpus)))
+    share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or str(round(0.9 / sharing, 3))
     environment = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": share}
+
+    def of_process(index: int) -> dict[str, str]:
+        own = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {}
+        return {**environment, **own}
+
     bar = Bar(len(cells) * wanted, count_records(folder, cells, wanted))
     children = [
         subprocess.Popen(
-            [*command, "--shard", f"{i}/{processes}"], env=environment, stdin=subprocess.DEVNULL
+            [*command, "--shard", f"{i}/{processes}"], env=of_process(i), stdin=subprocess.DEVNULL
         )
         for i in range(processes)
     ]

@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk-size", type=int, default=1024)
     parser.add_argument("--compiled", action="store_true", help="what the compiler says as well")
     parser.add_argument("--target", type=Path, help="compile for a device that is not there")
-    parser.add_argument("--one", choices=("run", "compile"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=("run", "compile", "where"), help=argparse.SUPPRESS)
 
 
 def model_config(args: argparse.Namespace) -> ModelConfig:
@@ -204,12 +204,16 @@ def compile_only(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
 
 def main(args: argparse.Namespace) -> int:
     """Every setting, each written as soon as it is there."""
+    from bench.record import conditions, write
+
+    if args.one == "where":
+        print(json.dumps(conditions()))
+        return 0
     if args.one is not None:
         setting = SETTINGS[args.settings[0]]
         print(json.dumps((run if args.one == "run" else compile_only)(args, setting)))
         return 0
     from bench.load import in_process
-    from bench.record import conditions, write
 
     options = ["--chunk-size", args.chunk_size]
     options += ["--tiny"] * args.tiny + ["--layers", args.layers] * (args.layers is not None)
@@ -219,7 +223,8 @@ def main(args: argparse.Namespace) -> int:
     environment = {"JAX_PLATFORMS": "cpu"} if args.target is not None else {}
     record: dict[str, Any] = {
         "command": "scripts/benchmark.py memory" + " --compiled" * args.compiled,
-        **conditions(),
+        # Not asked here: a process that looks at a GPU takes its memory.
+        **in_process("memory", "--one", "where", **environment),
         "target": None if args.target is None else args.target.stem,
         "model": dataclasses.asdict(model_config(args)),
         "rows": [],

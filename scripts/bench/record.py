@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def command() -> str:
     """The command line, but for where the record goes."""
     words = iter(sys.argv[1:])
     kept = [word for word in words if word != "--out" or not next(words, None)]
-    return " ".join(["scripts/benchmark.py", *kept])
+    return shlex.join(["scripts/benchmark.py", *kept])
 
 
 def conditions() -> dict[str, Any]:

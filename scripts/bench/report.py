@@ -85,11 +85,12 @@ time included; compiling is apart. `docs/kernel.md` says how the kernels work an
 
 def conditions(record: Record) -> str:
     """Where and how a record was made."""
-    command, device = record["command"], record["device"]
-    place = f"{device}, jax {record['versions']['jax']}, `{command}`"
+    command, device, count = record["command"], record["device"], record.get("devices", 1)
+    several = f"{count} x " if count > 1 else ""
+    place = f"{several}{device}, jax {record['versions']['jax']}, `{command}`"
     if "copy_bandwidth" in record:
         place += f"; its memory copies at {record['copy_bandwidth'] / 1e12:.2f} TB/s"
-    return f"{place}."
+    return f"{place}. {record.get('notes', '')}".rstrip()
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> Iterator[str]:
@@ -125,13 +126,20 @@ def step(record: Record) -> Iterator[str]:
             yield f"{speed:.0f} TFLOP/s of products and attention over rows that exist."
 
 
-def requests(record: Record) -> Iterator[str]:
-    """Whole requests beside the baselines."""
-    yield conditions(record)
+def requests(record: Record, *others: Record) -> Iterator[str]:
+    """Whole requests beside the baselines, a table for each record."""
     yield "As `generate_ids` is called. The baselines in the same process; of `plain`, evaluations"
     yield "are all alike, so that two, or one a block, are timed and counted as often as there are"
     yield "tokens."
-    yield ""
+    for each in (record, *others):
+        yield ""
+        yield conditions(each)
+        yield ""
+        yield from requests_of(each)
+
+
+def requests_of(record: Record) -> Iterator[str]:
+    """One record's table."""
     rows = {(r["prompt_tokens"], r["tokens"], r["method"]): r for r in record["end_to_end"]}
     phases = ("draft", "score", "encode", "decode")
 
@@ -152,6 +160,64 @@ def requests(record: Record) -> Iterator[str]:
         ("prompt tokens", "response", "prefilling, s", " + ".join(phases),
          "dual-cache, s (times ours)", "plain, s (times ours)"),
         (line(n, tokens) for n, tokens in sorted({key[:2] for key in rows})),
+    )  # fmt: skip
+
+
+def meshes(*records: Record) -> Iterator[str]:
+    """Step and scoring pass on meshes of several GPUs."""
+    yield "Meshes are `data` x `tensor` (`docs/parallel.md`); in brackets the time over that on one"
+    yield "GPU in the same run."
+    for record in records:
+        yield ""
+        yield conditions(record)
+        yield ""
+        steps = {r["mesh"]: r for r in record["step"]}
+        first = next(iter(steps))
+        passes = {
+            name.rsplit(", mesh ", 1)[1]: seconds["median"]
+            for name, seconds in record["seconds"].items()
+            if name.startswith("score ")
+        }
+
+        def over(found: Mapping[str, float], mesh: str, scale: float, first: str = first) -> str:
+            if mesh not in found:
+                return "-"
+            return f"{scale * found[mesh]:.2f} ({found[mesh] / found[first]:.3f})"
+
+        loop, python = (
+            {mesh: r[key] for mesh, r in steps.items()} for key in ("ms", "ms_from_python")
+        )
+        cached = steps[first]["cached_tokens"]
+        yield from table(
+            ("mesh", f"step, {cached:,} cached, ms", "`denoise_step` from Python, ms",
+             "scoring pass, ms"),
+            (
+                (mesh, over(loop, mesh, 1), over(python, mesh, 1), over(passes, mesh, 1e3))
+                for mesh in steps
+            ),
+        )  # fmt: skip
+
+
+def offload(record: Record) -> Iterator[str]:
+    """A document in host memory."""
+    memory = record["memory"]
+    yield conditions(record)
+    host, weights, most = (
+        f"{memory[name] / 1e9:.1f} GB" for name in ("host_bytes", "weight_bytes", "peak_bytes")
+    )
+    yield f"{memory['tokens']:,} tokens: {host} of KV in pinned host memory, {weights} of weights"
+    yield f"on the device, which held at most {most}. One large array comes over at"
+    yield f"{record['host_copy_bandwidth'] / 1e9:.1f} GB/s. Encoding on the device alone takes what"
+    yield '"Streaming" says; the rest is pinning memory and sending, not told apart.'
+    yield ""
+    speeds = record["ratios"]
+    yield from table(
+        ("", "ms [least, most]", "GB/s"),
+        (
+            (name, f"{1e3 * r['median']:.1f} [{1e3 * r['least']:.1f}, {1e3 * r['most']:.1f}]",
+             f"{speeds[key]:.1f}" if (key := f"GB/s, {name}") in speeds else "")
+            for name, r in record["seconds"].items()
+        ),
     )  # fmt: skip
 
 
@@ -298,11 +364,13 @@ def memory(record: Record) -> Iterator[str]:
 
 
 SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[..., Iterator[str]], str | None], ...] = (
-    ("Whole requests", ("end_to_end",), requests, "requests"),
+    ("Whole requests", ("end_to_end", "end_to_end_busy_host"), requests, "requests"),
     ("A denoising step, and the scoring pass", ("speed",), step, None),
+    ("Two GPUs", ("mesh", "mesh_flags"), meshes, None),
     ("Phases and choices", ("method",), method, None),
     ("Streaming", ("method",), stream, "streaming"),
     ("Streamed requests", ("speed_stream",), streamed_requests, None),
+    ("KV in host memory", ("offload",), offload, None),
     ("Batches", ("method_batch", "method"), batch, None),
     ("Attention over chosen chunks", ("kernel_h100", "kernel"), kernel, "kernel"),
     ("Registers, spills, temporaries", ("compiled",), compiled, None),

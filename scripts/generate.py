@@ -25,7 +25,15 @@ from collections.abc import Callable
 
 import numpy as np
 from command_line import guarded
-from options import load, load_tokenizer, parser, read_context, read_prompt_ids, settings
+from options import (
+    load,
+    load_tokenizer,
+    memory_limit,
+    parser,
+    read_context,
+    read_prompt_ids,
+    settings,
+)
 
 from convert import converted
 from pdllm_jax import (
@@ -91,7 +99,7 @@ def run(args: argparse.Namespace, stream: Stream | None = None) -> GenerationRes
         "seed": args.seed,
         "implementation": args.implementation,
         "on_block": stream,
-        "memory_limit": None if args.memory_limit is None else int(1e9 * args.memory_limit),
+        "memory_limit": memory_limit(args),
     }
     if args.prompt_ids is not None:
         prefix, context, query = read_prompt_ids(args.prompt_ids, args.method)
@@ -164,18 +172,16 @@ def run_encoded(args: argparse.Namespace, stream: Stream | None) -> GenerationRe
             raise ValueError(f"{args.snapshot} was cut otherwise: {made}")
     else:
         store = DocumentStore(args.store, model, tokenizer)
+        encoding = {
+            "chunking": chunking, "encode_batch": args.encode_batch,
+            "memory_limit": memory_limit(args),
+        }  # fmt: skip
         if request is not None:
             bos_id = tokenizer.bos_id if tokenizer else model.config.bos_token_id
-            cache = store.encode_ids(
-                *request[:2], chunking=chunking, bos_id=bos_id, encode_batch=args.encode_batch
-            )
+            cache = store.encode_ids(*request[:2], bos_id=bos_id, **encoding)
         else:
-            cache = store.encode_text(
-                context,
-                instruction=INSTRUCTION if args.instruction is None else args.instruction,
-                chunking=chunking,
-                encode_batch=args.encode_batch,
-            )
+            instruction = INSTRUCTION if args.instruction is None else args.instruction
+            cache = store.encode_text(context, instruction=instruction, **encoding)
     if request is not None:
         query = request[2]
     else:
@@ -184,7 +190,7 @@ def run_encoded(args: argparse.Namespace, stream: Stream | None) -> GenerationRe
         query = tokenizer.around_document(args.question)[1]
     (result,) = ask_ids(
         model, cache, [query], selection=selection, decode=decode, seeds=[args.seed],
-        implementation=args.implementation, on_block=stream,
+        implementation=args.implementation, on_block=stream, memory_limit=memory_limit(args),
     )  # fmt: skip
     return with_text(result, tokenizer)
 

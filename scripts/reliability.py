@@ -18,15 +18,15 @@ import signal
 import sys
 from pathlib import Path
 
+from command_line import Parser, status
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
 
 
 def parser() -> argparse.ArgumentParser:
     """Command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
     from campaigns import fuzz
 
@@ -197,13 +197,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     args = parser().parse_args(argv)
-    try:
-        return {"fuzz": run_fuzz, "kills": run_kills, "drift": run_drift}[args.command](args)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    commands = {"fuzz": run_fuzz, "kills": run_kills, "drift": run_drift}
+    return status(lambda: commands[args.command](args))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from options import (
     read_context,
     read_prompt_ids,
     settings,
+    stopping,
 )
 
 from convert import converted
@@ -44,7 +45,6 @@ from pdllm_jax import (
     ask_ids,
     generate,
     generate_ids,
-    load_config,
     load_document,
 )
 from pdllm_jax.compilation import enable_compilation_cache
@@ -104,29 +104,21 @@ def run(args: argparse.Namespace, stream: Stream | None = None) -> GenerationRes
     if args.prompt_ids is not None:
         prefix, context, query = read_prompt_ids(args.prompt_ids, args.method)
         model, folder = load(args)
-        tokenizer = None
-        if (folder / "tokenizer.json").is_file():
-            tokenizer = Tokenizer.load(folder, model.config)
+        tokenizer = load_tokenizer(folder, needed=False)
         if stream is not None:
             stream.tokenizer = tokenizer
         bos_id = tokenizer.bos_id if tokenizer else model.config.bos_token_id
-        if args.early_stop:
-            stops = tokenizer.stop_ids if tokenizer else (model.config.eos_token_id,)
-            common["decode"] = dataclasses.replace(decode, stop_ids=stops)
+        common["decode"] = stopping(args, decode, tokenizer, model.config)
         result = generate_ids(model, prefix, context, query, bos_id=bos_id, **common)
         if args.check_nan:
             check_answer(model, prefix, context, query, chunking, result, bos_id)
-        if tokenizer is not None:
-            return GenerationResult(**{**vars(result), "text": tokenizer.decode(result.tokens)})
-        return result
+        return with_text(result, tokenizer)
     context = read_context(args)
-    folder = converted(args.checkpoint)
-    tokenizer = Tokenizer.load(folder, load_config(folder))
+    tokenizer = load_tokenizer(converted(args.checkpoint), needed=True)
     if stream is not None:
         stream.tokenizer = tokenizer
-    if args.early_stop:
-        common["decode"] = dataclasses.replace(decode, stop_ids=tokenizer.stop_ids)
     model, _ = load(args)
+    common["decode"] = stopping(args, decode, tokenizer, model.config)
     if args.instruction is not None:
         common["instruction"] = args.instruction
     result = generate(model, tokenizer, context=context, question=args.question, **common)
@@ -163,9 +155,7 @@ def run_encoded(args: argparse.Namespace, stream: Stream | None) -> GenerationRe
     if stream is not None:
         stream.tokenizer = tokenizer
     model, _ = load(args)
-    if args.early_stop:
-        stops = tokenizer.stop_ids if tokenizer else (model.config.eos_token_id,)
-        decode = dataclasses.replace(decode, stop_ids=stops)
+    decode = stopping(args, decode, tokenizer, model.config)
     if args.snapshot is not None:
         cache, made = load_document(args.snapshot, model, tokenizer=tokenizer)
         if chunking not in (made, ChunkConfig()):

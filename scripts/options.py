@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -17,6 +18,7 @@ from pdllm_jax import (
     ChunkConfig,
     DecodeConfig,
     LLaDA,
+    ModelConfig,
     SelectionConfig,
     Tokenizer,
     load_config,
@@ -272,6 +274,16 @@ def load(args: argparse.Namespace) -> tuple[LLaDA, Path]:
     folder = converted(args.checkpoint)
     print(f"loading {folder}", file=sys.stderr)
     return load_model(folder, dtype=DTYPES[args.dtype], mesh=mesh), folder
+
+
+def stopping(
+    args: argparse.Namespace, decode: DecodeConfig, tokenizer: Tokenizer | None, config: ModelConfig
+) -> DecodeConfig:
+    """`decode`, with the ids that end a text where --early-stop asks for it."""
+    if not args.early_stop:
+        return decode
+    stops = tokenizer.stop_ids if tokenizer else (config.eos_token_id,)
+    return dataclasses.replace(decode, stop_ids=stops)
 
 
 def load_tokenizer(folder: Path, *, needed: bool) -> Tokenizer | None:

@@ -74,9 +74,7 @@ def run(args: argparse.Namespace) -> str:
         context = tokenizer.encode(text)
     model = load_model(folder, dtype=options.DTYPES[args.dtype], mesh=options.mesh_of(args))
     bos_id = tokenizer.bos_id if tokenizer else model.config.bos_token_id
-    if args.early_stop:
-        stops = tokenizer.stop_ids if tokenizer else (model.config.eos_token_id,)
-        decode = dataclasses.replace(decode, stop_ids=stops)
+    decode = options.stopping(args, decode, tokenizer, model.config)
     start = time.perf_counter()
     common = {"chunking": chunking, "tokenizer": tokenizer, "overwrite": args.overwrite}
     if document:

@@ -147,7 +147,7 @@ def test_what_does_not_match_is_one_line_and_status_2(
     refused("exists", prefill.main, *request, "--out", snapshot)
     refused("does not exist", decode.main, checkpoint, tmp_path / "nothing")
     store = ("--store", tmp_path / "store", "--memory-limit", "0.0001")
-    refused("phase 'load' would take", generate.main, *request, *store)
+    refused("phase 'encode document' would take", generate.main, *request, *store)
     manifest = (snapshot / "snapshot.json").read_text()
     (snapshot / "snapshot.json").write_text(manifest.replace('"version": 1', '"version": 2'))
     refused("version is 2 where 1 is wanted", decode.main, checkpoint, snapshot)

@@ -13,6 +13,7 @@ finding; 2 and one line for bad input; 130 when interrupted.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import signal
 import sys
@@ -69,6 +70,8 @@ def run_fuzz(args: argparse.Namespace) -> int:
         return 0
     if args.count < 1 or args.workers < 1:
         raise ValueError("--count and --workers must be positive")
+    if "bin" in args.kinds and importlib.util.find_spec("torch") is None:
+        raise ValueError("bin is compared with PyTorch, which is not installed: see --kinds")
     tallies = []
     for kind in args.kinds:
         tally = fuzz.fuzz(kind, args.count, args.seed, first=args.first, workers=args.workers)

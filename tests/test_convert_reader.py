@@ -559,6 +559,12 @@ def with_index(path: Path, index: bytes) -> None:
         (b"\x80\x02}(K\x01u.", "a key without a value"),
         (b"\x80\x02s.", "an index that takes what is not there"),
         (b"\x80\x04}.", "protocol 4, not 2"),
+        (b"\x80\x02(q\0.", "an index whose marks do not match"),
+        (b"\x80\x02}N\x86u.", "an index whose marks do not match"),
+        (b"\x80\x02}K\1a.", "a dict where a list should be"),
+        (b"\x80\x02}}.", "an index that goes on behind its end"),
+        (b"\x80\x02ctorch\nFloatStorage\nQ.", "a reference that is no storage's"),
+        (b"\x80\x02ctorch._utils\n_rebuild_parameter\nK\1\x88}\x87R.", "a parameter of a int"),
     ],
 )
 def test_bin_whose_index_is_a_program(
@@ -567,6 +573,44 @@ def test_bin_whose_index_is_a_program(
     folder = bin_source({})
     with_index(folder / "pytorch_model.bin", index)
     assert f"pytorch_model.bin is corrupt or not a file of weights: {expected}" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda rows: rows[1:], "no data.pkl"),
+        (lambda rows: [row for row in rows if not row[0].endswith("/version")], "no version"),
+        (lambda rows: [*rows, ("elsewhere/a", b"")], "where nothing should be"),
+        (lambda rows: [*rows, rows[0]], "'pytorch_model/data.pkl', twice"),
+        (
+            lambda rows: [(n, b"11" if n.endswith("/version") else x) for n, x in rows],
+            "version b'11'",
+        ),
+        (lambda rows: [(n, b"big" if n.endswith("byteorder") else x) for n, x in rows], "endian"),
+        (
+            lambda rows: [(n, x + b"x" if "/data/" in n else x) for n, x in rows],
+            "4 elements of F32",
+        ),
+        (lambda rows: [(rows[0][0], bytes(5 << 20)), *rows[1:]], "an index of 5242880 bytes"),
+        (zipfile.ZIP_DEFLATED, "is compressed"),
+        (b"more", "does not begin where the file does"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_bin_whose_archive_is_not_pytorchs(
+    refused: Callable[..., str], bin_source: Callable[..., Path], change: Any, expected: str
+) -> None:
+    torch = pytest.importorskip("torch")
+    folder = bin_source({"a": torch.zeros(4)})
+    path = folder / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as archive:
+        rows = [(name, archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(path, "w", change if isinstance(change, int) else 0) as archive:
+        for name, content in change(rows) if callable(change) else rows:
+            archive.writestr(name, content)
+    if isinstance(change, bytes):
+        path.write_bytes(change + path.read_bytes())
+    assert expected in refused(folder)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ help:
 	@echo 'make test-gpu      the tests marked gpu, on Python 3.12 with jax[cuda]'
 	@echo 'make fuzz          10,000 cases of broken input of each kind; make kills  100 kills of each'
 	@echo 'make test-versions  a slice of the tests on 3.11 to 3.13, lowest and highest dependencies'
-	@echo 'make coverage      lines of the three packages that their own tests run'
+	@echo 'make coverage      lines of the three packages that their own tests run, 90% of each at least'
 	@echo 'make lint          ruff, format and types;  make format mends what can be mended'
 
 env: $(VENV)/.installed
@@ -77,8 +77,8 @@ coverage: env $(VENV_KERNELS)/.installed
 	COVERAGE_CORE=sysmon $(VENV_KERNELS)/bin/python -m pytest --cov --cov-report= --cov-append $(KERNELS) \
 		$(PYTEST_ARGS)
 	$(VENV)/bin/python -m coverage report --show-missing --skip-covered
-	@for each in pdllm_jax pallas_kernels convert; do echo "$$each: $$($(VENV)/bin/python -m \
-		coverage report --include="$$each/*" --format=total)%"; done
+	@for each in pdllm_jax pallas_kernels convert; do printf '%s, percent: ' $$each; $(VENV)/bin/python \
+		-m coverage report --include="$$each/*" --format=total --fail-under=90 || exit 1; done
 
 lint: env
 	$(VENV)/bin/ruff check .

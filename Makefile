@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 # Bytecode is made when a module is first imported; most of what is installed never is.
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help env test test-gpu test-kernels test-versions lint format quickstart ablate-quick fuzz kills clean
+.PHONY: help env test test-gpu test-kernels test-versions coverage lint format quickstart ablate-quick fuzz kills clean
 help:
 	@echo 'make env           environment in $(VENV) with the project and all it needs'
 	@echo 'make quickstart    convert the small model, ask it about a long document'
@@ -25,6 +25,7 @@ help:
 	@echo 'make test-gpu      the tests marked gpu, on Python 3.12 with jax[cuda]'
 	@echo 'make fuzz          10,000 cases of broken input of each kind; make kills  100 kills of each'
 	@echo 'make test-versions  a slice of the tests on 3.11 to 3.13, lowest and highest dependencies'
+	@echo 'make coverage      lines of the three packages that their own tests run, 90% of each at least'
 	@echo 'make lint          ruff, format and types;  make format mends what can be mended'
 
 env: $(VENV)/.installed
@@ -63,6 +64,21 @@ endif
 VERSIONS ?=
 test-versions:
 	scripts/test_versions .cache/versions $(VERSIONS)
+
+# Of the tests that are about the packages, not of those about scripts, which run much of them by the
+# way; and without those of a full disk, which coverage itself can't write to. The kernels' bodies count
+# when Pallas traces them, on Python 3.12.
+NOT_COVERAGE := $(addprefix --ignore=tests/test_,$(addsuffix .py,ablation ablation_model benchmark docs \
+	evals_data evals_metrics evaluate_cli generate_cli reliability small)) \
+	--deselect=tests/test_convert_staging.py::test_full_disk
+coverage: env $(VENV_KERNELS)/.installed
+	mkdir -p .cache/coverage
+	$(VENV)/bin/python -m pytest --cov --cov-report= $(NOT_COVERAGE) $(PYTEST_ARGS)
+	COVERAGE_CORE=sysmon $(VENV_KERNELS)/bin/python -m pytest --cov --cov-report= --cov-append $(KERNELS) \
+		$(PYTEST_ARGS)
+	$(VENV)/bin/python -m coverage report --show-missing --skip-covered
+	@for each in pdllm_jax pallas_kernels convert; do printf '%s, percent: ' $$each; $(VENV)/bin/python \
+		-m coverage report --include="$$each/*" --format=total --fail-under=90 || exit 1; done
 
 lint: env
 	$(VENV)/bin/ruff check .

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from convert.mapping import IGNORED, Target
-from convert.shards import FLOATS, SourceTensor, open_bin, open_safetensors
+from convert.shards import FLOATS, SourceTensor, open_safetensors
+from convert.torch_file import open_bin
 from pdllm_jax.checkpoint import CONFIG, MANIFEST, CheckpointError, read_json
 
 SAFETENSORS = "model.safetensors"

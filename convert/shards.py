@@ -1,8 +1,8 @@
-"""One file of tensors: safetensors or a PyTorch .bin, opened lazily and trusted in nothing.
+"""One file of tensors, opened lazily and trusted in nothing; here safetensors, in torch_file .bin.
 
 Opening a shard reads its header alone and checks it against the file; values are read later, by
-element range, into a buffer that the caller owns. Reads go through `pread` (for a .bin too, once
-torch has told where its tensors lie), not through a memory map, whose pages count as resident.
+element range, into a buffer that the caller owns. Reads go through `pread`, not through a memory
+map, whose pages count as resident.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import functools
 import math
 import os
 import stat
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -23,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from pdllm_jax.checkpoint import CheckpointError, parse_json, reason
+from pdllm_jax.checkpoint import CheckpointError, parse_json
 
 # The format's own limit (safetensors' Rust implementation refuses larger headers).
 MAX_HEADER_BYTES = 100_000_000
@@ -180,7 +179,7 @@ def _safetensors_entry(path: Path, name: str, entry: Any, data: int) -> tuple[So
     begin, end = offsets
     if 8 * (end - begin) != math.prod(shape) * bits:
         raise corrupt(f"claims {dtype}{shape}, but {end - begin} bytes")
-    reader: Callable[[], AbstractContextManager[Read]] = _unreadable
+    reader: Callable[[], AbstractContextManager[Read]] = unreadable
     if dtype in FLOATS:
         reader = functools.partial(file_range, path, data + begin, FLOATS[dtype], math.prod(shape))
     return SourceTensor(name, tuple(shape), dtype, path, data + begin, reader), data + end
@@ -190,117 +189,5 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def open_bin(path: Path) -> list[SourceTensor]:
-    """The tensors of a PyTorch file, through PyTorch's restricted unpickler and a memory map."""
-    os.close(open_regular(path))
-    try:
-        import torch
-    except ImportError:
-        raise CheckpointError(
-            f"{path}: reading PyTorch .bin files needs torch, which is not installed"
-        ) from None
-    # Before 2.6, weights_only could be circumvented (CVE-2025-32434).
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < (2, 6):
-        raise CheckpointError(
-            f"{path}: reading it safely needs torch 2.6 or later, not {torch.__version__}"
-        )
-    _check_zip(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        # What torch raises depends on what is broken: RuntimeError, UnpicklingError, KeyError, ...
-        raise CheckpointError(
-            f"{path} is corrupt or not a file of weights: {reason(error)[:200]}"
-        ) from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
-    names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-    maps = _mapped_ranges(path)
-    tensors = []
-    for order, (name, value) in enumerate(content.items()):
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"{path}: entry {name!r} is not a tensor")
-        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-            raise CheckpointError(f"{path}: tensor {name!r} is not a plain dense tensor")
-        dtype = names.get(value.dtype, str(value.dtype))
-        reader: Callable[[], AbstractContextManager[Read]] = _unreadable
-        if dtype in FLOATS:
-            reader = _bin_reader(path, value.detach(), FLOATS[dtype], maps)
-        tensors.append(SourceTensor(name, tuple(value.shape), dtype, path, order, reader))
-    return tensors
-
-
-def _check_zip(path: Path) -> None:
-    """Refuses archives that would unpack to more than they are, and pickles without end.
-
-    Big-endian files are refused too: torch would swap the bytes in memory, and it is the file's
-    bytes that are read.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                if entry.compress_type != zipfile.ZIP_STORED:
-                    raise CheckpointError(f"{path} is corrupt: {entry.filename!r} is compressed")
-                if entry.filename.endswith(".pkl") and entry.file_size > MAX_HEADER_BYTES:
-                    raise CheckpointError(f"{path} is corrupt: an index of {entry.file_size} bytes")
-                if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
-                    raise CheckpointError(f"{path} is not little-endian")
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{path} is truncated, corrupt, or in PyTorch's format from before 1.6: {error}"
-        ) from None
-
-
-def _unreadable() -> AbstractContextManager[Read]:
+def unreadable() -> AbstractContextManager[Read]:
     raise AssertionError("tensors of unsupported dtypes are refused before they are read")
-
-
-def _bin_reader(
-    path: Path, tensor: Any, dtype: np.dtype[Any], maps: list[tuple[int, int, int]]
-) -> Callable[[], AbstractContextManager[Read]]:
-    """Reads the tensor's bytes from the file itself where they can be located there."""
-    import torch
-
-    if tensor.is_contiguous():
-        offset = _file_offset(tensor.data_ptr(), tensor.numel() * dtype.itemsize, maps)
-        if offset is not None:
-            return functools.partial(file_range, path, offset, dtype, tensor.numel())
-
-    @contextlib.contextmanager
-    def in_memory() -> Iterator[Read]:
-        flat = tensor.contiguous().reshape(-1)
-        raw = flat.view(torch.int16) if dtype.itemsize == 2 else flat
-        values = raw.numpy().view(dtype)
-
-        def read(start: int, out: NDArray[Any]) -> None:
-            out[:] = values[start : start + out.size]
-
-        yield read
-
-    return in_memory
-
-
-def _mapped_ranges(path: Path) -> list[tuple[int, int, int]]:
-    """(first address, end address, file offset) of this process's maps of a file; Linux only."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return []
-    ranges = []
-    inode, real = str(path.stat().st_ino), os.path.realpath(path)
-    for line in lines:
-        fields = line.split(maxsplit=5)
-        if len(fields) == 6 and fields[4] == inode and fields[5] == real:
-            begin, end = (int(address, 16) for address in fields[0].split("-"))
-            ranges.append((begin, end, int(fields[2], 16)))
-    return ranges
-
-
-def _file_offset(address: int, nbytes: int, maps: list[tuple[int, int, int]]) -> int | None:
-    for begin, end, offset in maps:
-        if begin <= address and address + nbytes <= end:
-            return address - begin + offset
-    return None

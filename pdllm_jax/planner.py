@@ -25,11 +25,12 @@ from pdllm_jax.chunking import (
     count_chunks,
 )
 from pdllm_jax.config import ChunkConfig, DecodeConfig, ModelConfig, SelectionConfig
-from pdllm_jax.footprint import Shapes, plan_shapes
+from pdllm_jax.footprint import plan_shapes
 from pdllm_jax.model import LLaDA
 from pdllm_jax.passes import Method, decode_config, keeps_pool, settled
 from pdllm_jax.plan import Plan
 from pdllm_jax.prefill import needs_pool
+from pdllm_jax.sizes import Shapes
 
 
 def plan_memory(

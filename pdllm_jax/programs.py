@@ -23,13 +23,13 @@ from pdllm_jax.cache import ChunkCache
 from pdllm_jax.chunking import ChunkedPrompt
 from pdllm_jax.config import DecodeConfig, ModelConfig, SelectionConfig
 from pdllm_jax.denoise import denoise
-from pdllm_jax.footprint import Shapes
 from pdllm_jax.model import LLaDA
 from pdllm_jax.passes import passing_config, streams
 from pdllm_jax.prefill import encode_document, prefill, prefill_top_k
 from pdllm_jax.riders import Question, draft_response
 from pdllm_jax.scoring import score_chunks
 from pdllm_jax.selection import Selection, select
+from pdllm_jax.sizes import Shapes
 from pdllm_jax.start import init_denoise
 
 

@@ -29,6 +29,7 @@ from pdllm_jax.fingerprint import (
     tokenizer_fingerprint,
 )
 from pdllm_jax.model import LLaDA
+from pdllm_jax.planner import require_document_memory
 from pdllm_jax.prefill import encode_document
 from pdllm_jax.snapshot import Placement, load_document, save_document
 from pdllm_jax.snapshot_format import VERSION, SnapshotError, model_fields
@@ -67,6 +68,7 @@ class DocumentStore:
         instruction: str = INSTRUCTION,
         chunking: ChunkConfig = ChunkConfig(),
         encode_batch: int = 8,
+        memory_limit: int | None = None,
     ) -> ChunkCache:
         """As `pdllm_jax.encode_text`, from the store where it has the document."""
         if self.tokenizer is None:
@@ -74,8 +76,9 @@ class DocumentStore:
         prefix, _ = self.tokenizer.around_document("?", instruction)
         ids = self.tokenizer.encode(context)
         return self.encode_ids(
-            prefix, ids, chunking=chunking, bos_id=self.tokenizer.bos_id, encode_batch=encode_batch
-        )
+            prefix, ids, chunking=chunking, bos_id=self.tokenizer.bos_id,
+            encode_batch=encode_batch, memory_limit=memory_limit,
+        )  # fmt: skip
 
     def encode_ids(
         self,
@@ -85,6 +88,7 @@ class DocumentStore:
         chunking: ChunkConfig = ChunkConfig(),
         bos_id: int | None = None,
         encode_batch: int = 8,
+        memory_limit: int | None = None,
     ) -> ChunkCache:
         """The document's cache, for `ask_ids`: restored, or encoded here and kept.
 
@@ -95,6 +99,7 @@ class DocumentStore:
         Raises:
           ValueError: ids outside the vocabulary, an empty document, anchors without BOS.
           SnapshotError: the disk is full, or the store can't be written.
+          MemoryLimitError: encoding would take more than the device gives, or memory_limit (bytes).
         """
         vocab = self.model.config.vocab_size
         prefix = check_token_ids("prefix", prefix_ids, vocab)
@@ -107,6 +112,7 @@ class DocumentStore:
         with self._lock(key):
             if (cache := self._restored(key, replacing=True)) is not None:
                 return cache
+            require_document_memory(self.model, prompt, encode_batch, limit=memory_limit)
             cache = encode_document(self.model, prompt, encode_batch=encode_batch)
             save_document(
                 self.folder / key,

@@ -28,15 +28,14 @@ from typing import Any
 from ablation import run
 from ablation.grid import FULL, GRIDS, Cell
 from ablation.run import LOOKS
+from command_line import Parser, status
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES, QUICK_EXAMPLES = 352, 8  # 352: 88 of each task, 32 at each of 11 depths
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     grids = "\n".join(f"  {name:11} {g.question} ({len(g.cells())})" for name, g in GRIDS.items())
     running = commands.add_parser(
@@ -160,9 +159,9 @@ def run_command(args: argparse.Namespace) -> int:
         return 0
     if args.processes > 1 and shard is None and cells:
         command = [sys.executable, __file__, *args.argv]
-        status = run.run_processes(command, args.processes, cells, examples, args.out)
-        if status:
-            print(f"error: a process ended with status {status}", file=sys.stderr)
+        ended = run.run_processes(command, args.processes, cells, examples, args.out)
+        if ended:
+            print(f"error: a process ended with status {ended}", file=sys.stderr)
             return 1
         complete = run.count_records(args.out, cells, examples) == len(cells) * examples
     elif cells:
@@ -206,17 +205,11 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, also where the time limit came first; 1 a failed check; 2 bad input."""
     argv = sys.argv[1:] if argv is None else argv
     args = argparse.Namespace(**vars(arguments().parse_args(argv)), argv=argv)
-    try:
-        if args.command == "report":
-            from ablation.report import write_report
+    if args.command == "report":
+        from ablation.report import write_report
 
-            return write_report(args.record, args.results, args.readme, args.pictures)
-        return run_command(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        return status(lambda: write_report(args.record, args.results, args.readme, args.pictures))
+    return status(lambda: run_command(args))
 
 
 if __name__ == "__main__":

@@ -27,16 +27,8 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
     p.add_argument("snapshot", metavar="SNAPSHOT", type=Path)
-    p.add_argument(
-        "--implementation",
-        choices=("mosaic_gpu", "cudnn", "xla"),
-        help="attention over chosen chunks (default: mosaic_gpu on Hopper GPUs, else xla)",
-    )
-    p.add_argument("--dtype", choices=tuple(options.DTYPES), default="keep")
-    options.add_mesh(p)
-    output = p.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="print one JSON object")
-    output.add_argument("--stream", action="store_true", help="print blocks as they are finished")
+    options.add_placement(p)
+    options.add_output(p)
     return p
 
 

@@ -32,18 +32,17 @@ from evals import generated, infinitebench, longbench, needle, ruler
 from evals.example import DataError, Malformed, OnMalformed, Task
 from evals.records import Records
 from evals.run import METHODS, Asker, run, summarise, table
-from options import DTYPES
+from options import DTYPES, add_chunking
 
 from convert import converted
 from pdllm_jax import ChunkConfig, SelectionConfig, Tokenizer, load_config, load_model
 from pdllm_jax.checkpoint import MANIFEST
 from pdllm_jax.compilation import enable_compilation_cache
-from pdllm_jax.config import Encoding, Positions, Scorer
+from pdllm_jax.config import Scorer
 
 
 def common() -> argparse.ArgumentParser:
     """Flags of every benchmark."""
-    chunking, selection = ChunkConfig(), SelectionConfig()
     p = argparse.ArgumentParser(add_help=False)
     p.add_argument("--out", type=Path, required=True, metavar="DIR")
     p.add_argument(
@@ -65,15 +64,9 @@ def common() -> argparse.ArgumentParser:
         help="unmask every slot at least this probable; 0: one token a step (default: %(default)s)",
     )  # fmt: skip
     p.add_argument("--no-chat", action="store_true", help="no chat template around prompts")
-    p.add_argument("--chunk-size", type=int, default=chunking.chunk_size)
-    p.add_argument("--overlap", type=int, default=chunking.overlap)
-    p.add_argument("--no-anchors", action="store_true")
-    p.add_argument("--top-k", type=int, default=selection.top_k)
+    add_chunking(p)
     scorers = [name for name in get_args(Scorer) if name != "oracle"]
-    p.add_argument("--score", choices=scorers, default=selection.scorer)
-    p.add_argument("--encoding", choices=get_args(Encoding), default=selection.encoding)
-    p.add_argument("--positions", choices=get_args(Positions), default=selection.positions)
-    p.add_argument("--encode-batch", type=int, default=selection.encode_batch)
+    p.add_argument("--score", choices=scorers, default=SelectionConfig().scorer)
     p.add_argument("--implementation", choices=("mosaic_gpu", "cudnn", "xla"))
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dtype", choices=tuple(DTYPES), default="keep")

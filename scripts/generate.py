@@ -25,7 +25,16 @@ from collections.abc import Callable
 
 import numpy as np
 from command_line import guarded
-from options import load, load_tokenizer, parser, read_context, read_prompt_ids, settings
+from options import (
+    load,
+    load_tokenizer,
+    memory_limit,
+    parser,
+    read_context,
+    read_prompt_ids,
+    settings,
+    stopping,
+)
 
 from convert import converted
 from pdllm_jax import (
@@ -36,7 +45,6 @@ from pdllm_jax import (
     ask_ids,
     generate,
     generate_ids,
-    load_config,
     load_document,
 )
 from pdllm_jax.compilation import enable_compilation_cache
@@ -91,34 +99,26 @@ def run(args: argparse.Namespace, stream: Stream | None = None) -> GenerationRes
         "seed": args.seed,
         "implementation": args.implementation,
         "on_block": stream,
-        "memory_limit": None if args.memory_limit is None else int(1e9 * args.memory_limit),
+        "memory_limit": memory_limit(args),
     }
     if args.prompt_ids is not None:
         prefix, context, query = read_prompt_ids(args.prompt_ids, args.method)
         model, folder = load(args)
-        tokenizer = None
-        if (folder / "tokenizer.json").is_file():
-            tokenizer = Tokenizer.load(folder, model.config)
+        tokenizer = load_tokenizer(folder, needed=False)
         if stream is not None:
             stream.tokenizer = tokenizer
         bos_id = tokenizer.bos_id if tokenizer else model.config.bos_token_id
-        if args.early_stop:
-            stops = tokenizer.stop_ids if tokenizer else (model.config.eos_token_id,)
-            common["decode"] = dataclasses.replace(decode, stop_ids=stops)
+        common["decode"] = stopping(args, decode, tokenizer, model.config)
         result = generate_ids(model, prefix, context, query, bos_id=bos_id, **common)
         if args.check_nan:
             check_answer(model, prefix, context, query, chunking, result, bos_id)
-        if tokenizer is not None:
-            return GenerationResult(**{**vars(result), "text": tokenizer.decode(result.tokens)})
-        return result
+        return with_text(result, tokenizer)
     context = read_context(args)
-    folder = converted(args.checkpoint)
-    tokenizer = Tokenizer.load(folder, load_config(folder))
+    tokenizer = load_tokenizer(converted(args.checkpoint), needed=True)
     if stream is not None:
         stream.tokenizer = tokenizer
-    if args.early_stop:
-        common["decode"] = dataclasses.replace(decode, stop_ids=tokenizer.stop_ids)
     model, _ = load(args)
+    common["decode"] = stopping(args, decode, tokenizer, model.config)
     if args.instruction is not None:
         common["instruction"] = args.instruction
     result = generate(model, tokenizer, context=context, question=args.question, **common)
@@ -155,27 +155,23 @@ def run_encoded(args: argparse.Namespace, stream: Stream | None) -> GenerationRe
     if stream is not None:
         stream.tokenizer = tokenizer
     model, _ = load(args)
-    if args.early_stop:
-        stops = tokenizer.stop_ids if tokenizer else (model.config.eos_token_id,)
-        decode = dataclasses.replace(decode, stop_ids=stops)
+    decode = stopping(args, decode, tokenizer, model.config)
     if args.snapshot is not None:
         cache, made = load_document(args.snapshot, model, tokenizer=tokenizer)
         if chunking not in (made, ChunkConfig()):
             raise ValueError(f"{args.snapshot} was cut otherwise: {made}")
     else:
         store = DocumentStore(args.store, model, tokenizer)
+        encoding = {
+            "chunking": chunking, "encode_batch": args.encode_batch,
+            "memory_limit": memory_limit(args),
+        }  # fmt: skip
         if request is not None:
             bos_id = tokenizer.bos_id if tokenizer else model.config.bos_token_id
-            cache = store.encode_ids(
-                *request[:2], chunking=chunking, bos_id=bos_id, encode_batch=args.encode_batch
-            )
+            cache = store.encode_ids(*request[:2], bos_id=bos_id, **encoding)
         else:
-            cache = store.encode_text(
-                context,
-                instruction=INSTRUCTION if args.instruction is None else args.instruction,
-                chunking=chunking,
-                encode_batch=args.encode_batch,
-            )
+            instruction = INSTRUCTION if args.instruction is None else args.instruction
+            cache = store.encode_text(context, instruction=instruction, **encoding)
     if request is not None:
         query = request[2]
     else:
@@ -184,7 +180,7 @@ def run_encoded(args: argparse.Namespace, stream: Stream | None) -> GenerationRe
         query = tokenizer.around_document(args.question)[1]
     (result,) = ask_ids(
         model, cache, [query], selection=selection, decode=decode, seeds=[args.seed],
-        implementation=args.implementation, on_block=stream,
+        implementation=args.implementation, on_block=stream, memory_limit=memory_limit(args),
     )  # fmt: skip
     return with_text(result, tokenizer)
 

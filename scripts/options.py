@@ -1,8 +1,9 @@
-"""Options of an answer, as generate.py, prefill.py and decode.py share them, and what they name."""
+"""Options that command lines share, and what they name."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -17,6 +18,7 @@ from pdllm_jax import (
     ChunkConfig,
     DecodeConfig,
     LLaDA,
+    ModelConfig,
     SelectionConfig,
     Tokenizer,
     load_config,
@@ -29,9 +31,12 @@ from pdllm_jax.parallel import parse_mesh
 DTYPES = {"keep": None, "float32": "float32", "bfloat16": "bfloat16"}
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """Flags carry the field's names; defaults are the library's."""
-    chunking, selection, decode = ChunkConfig(), SelectionConfig(), DecodeConfig()
+def parser(description: str | None, *, answers: bool = True) -> argparse.ArgumentParser:
+    """Flags of a request carry the field's names; defaults are the library's.
+
+    answers: with those of the answer, its method and its output.
+    """
+    selection, decode = SelectionConfig(), DecodeConfig()
     p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
     source = p.add_mutually_exclusive_group(required=True)
@@ -42,19 +47,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         metavar="F",
         help='JSON {"prefix": [..], "context": [..], "query": [..]}; or {"prompt": [..]}',
     )
-    source.add_argument(
-        "--snapshot", type=Path, metavar="DIR", help="an encoded document, by scripts/prefill.py"
-    )
-    p.add_argument("--question", metavar="Q", help="goes with --context-file and --snapshot")
-    p.add_argument(
-        "--store", type=Path, metavar="DIR", help="keep encoded documents here, to ask again"
-    )
+    p.add_argument("--question", metavar="Q", help="goes with a document that is text")
     p.add_argument("--instruction", metavar="TEXT", help="what comes before the document")
-    p.add_argument(
-        "--method",
-        choices=("prefilling", "plain", "prefix-cache", "dual-cache"),
-        default="prefilling",
-    )
+    if answers:
+        source.add_argument(
+            "--snapshot", type=Path, metavar="DIR", help="an encoded document, by prefill.py"
+        )
+        _add_answer(p)
     g = p.add_argument_group("decoding")
     g.add_argument("--gen-length", type=int, default=decode.gen_length, help="response tokens")
     g.add_argument("--block-length", type=int, help="tokens of a block (default: up to 32)")
@@ -76,10 +75,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         help="rows recomputed in a step of method prefilling (default: %(default)s)",
     )
     g = p.add_argument_group("chunks and their selection (method prefilling)")
-    g.add_argument("--chunk-size", type=int, default=chunking.chunk_size)
-    g.add_argument("--overlap", type=int, default=chunking.overlap)
-    g.add_argument("--no-anchors", action="store_true", help="no BOS at the head of a chunk")
-    g.add_argument("--top-k", type=int, default=selection.top_k, help="chunks kept")
+    add_chunking(g)
     g.add_argument(
         "--max-k", type=int, metavar="K",
         help="keep up to so many where scores lie close behind the last of top-k",
@@ -110,19 +106,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         help="copies of the query that ride along with a chunk",
     )  # fmt: skip
     g.add_argument("--draft-length", type=int, default=selection.draft_length)
-    g.add_argument("--encode-batch", type=int, default=selection.encode_batch)
     g.add_argument("--keep-first", action="store_true", help="always keep the first chunk")
     g.add_argument(
         "--reselect",
         choices=get_args(Reselect),
         default=selection.reselect,
         help="score all chunks again while denoising (default: %(default)s)",
-    )
-    g.add_argument(
-        "--encoding",
-        choices=get_args(Encoding),
-        default=selection.encoding,
-        help="what the kept chunks' KV is computed from (default: %(default)s)",
     )
     g.add_argument(
         "--bridge-share", type=float, default=selection.bridge_share, metavar="X",
@@ -135,35 +124,75 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         help="which: those at its start, or those with most of the query's attention",
     )
     g.add_argument(
+        "--keep-tokens", type=int, metavar="B",
+        help="tokens of a kept chunk that are attended to (default: all)",
+    )  # fmt: skip
+    p.add_argument("--seed", type=int, default=0)
+    add_placement(p)
+    return p
+
+
+def _add_answer(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--store", type=Path, metavar="DIR", help="keep encoded documents here, to ask again"
+    )
+    p.add_argument(
+        "--method",
+        choices=("prefilling", "plain", "prefix-cache", "dual-cache"),
+        default="prefilling",
+    )
+    p.add_argument(
+        "--memory-limit", type=float, metavar="GB",
+        help="refuse what would take more device memory (default: what the device gives)",
+    )  # fmt: skip
+    p.add_argument(
+        "--check-nan", action="store_true",
+        help="go through the answer's computation again, layer by layer, for NaN or infinity",
+    )  # fmt: skip
+    add_output(p)
+
+
+def add_chunking(g: Any) -> None:
+    """How a document is cut, and what is kept of it and where; `g` is a parser or its group."""
+    chunking, selection = ChunkConfig(), SelectionConfig()
+    g.add_argument("--chunk-size", type=int, default=chunking.chunk_size)
+    g.add_argument("--overlap", type=int, default=chunking.overlap)
+    g.add_argument("--no-anchors", action="store_true", help="no BOS at the head of a chunk")
+    g.add_argument("--top-k", type=int, default=selection.top_k, help="chunks kept")
+    g.add_argument("--encode-batch", type=int, default=selection.encode_batch)
+    g.add_argument(
+        "--encoding",
+        choices=get_args(Encoding),
+        default=selection.encoding,
+        help="what the kept chunks' KV is computed from (default: %(default)s)",
+    )
+    g.add_argument(
         "--positions",
         choices=get_args(Positions),
         default=selection.positions,
         help="where kept chunks are placed (default: %(default)s)",
     )
-    g.add_argument(
-        "--keep-tokens", type=int, metavar="B",
-        help="tokens of a kept chunk that are attended to (default: all)",
-    )  # fmt: skip
-    g.add_argument(
+
+
+def add_placement(p: argparse.ArgumentParser) -> None:
+    """Where and in what precision a model runs."""
+    p.add_argument(
         "--implementation",
         choices=("mosaic_gpu", "cudnn", "xla"),
         help="attention over chosen chunks (default: mosaic_gpu on Hopper GPUs, else xla)",
     )
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument(
-        "--memory-limit", type=float, metavar="GB",
-        help="refuse what would take more device memory (default: what the device gives)",
-    )  # fmt: skip
     p.add_argument("--dtype", choices=tuple(DTYPES), default="keep")
     p.add_argument(
-        "--check-nan", action="store_true",
-        help="go through the answer's computation again, layer by layer, for NaN or infinity",
+        "--mesh", metavar="DATAxTENSOR",
+        help="devices to divide chunks and requests over, times those to divide each layer over",
     )  # fmt: skip
-    add_mesh(p)
+
+
+def add_output(p: argparse.ArgumentParser) -> None:
+    """--json or --stream."""
     output = p.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument("--stream", action="store_true", help="print blocks as they are finished")
-    return p
 
 
 def settings(args: argparse.Namespace) -> tuple[ChunkConfig, SelectionConfig, DecodeConfig]:
@@ -229,16 +258,14 @@ def read_prompt_ids(path: Path, method: str) -> tuple[list[int], list[int], list
     return raw["prefix"], raw["context"], raw["query"]
 
 
-def add_mesh(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--mesh", metavar="DATAxTENSOR",
-        help="devices to divide chunks and requests over, times those to divide each layer over",
-    )  # fmt: skip
-
-
 def mesh_of(args: argparse.Namespace) -> Mesh | None:
     """That of --mesh."""
     return None if args.mesh is None else make_mesh(*parse_mesh(args.mesh))
+
+
+def memory_limit(args: argparse.Namespace) -> int | None:
+    """That of --memory-limit, in bytes."""
+    return None if args.memory_limit is None else int(1e9 * args.memory_limit)
 
 
 def load(args: argparse.Namespace) -> tuple[LLaDA, Path]:
@@ -247,6 +274,16 @@ def load(args: argparse.Namespace) -> tuple[LLaDA, Path]:
     folder = converted(args.checkpoint)
     print(f"loading {folder}", file=sys.stderr)
     return load_model(folder, dtype=DTYPES[args.dtype], mesh=mesh), folder
+
+
+def stopping(
+    args: argparse.Namespace, decode: DecodeConfig, tokenizer: Tokenizer | None, config: ModelConfig
+) -> DecodeConfig:
+    """`decode`, with the ids that end a text where --early-stop asks for it."""
+    if not args.early_stop:
+        return decode
+    stops = tokenizer.stop_ids if tokenizer else (config.eos_token_id,)
+    return dataclasses.replace(decode, stop_ids=stops)
 
 
 def load_tokenizer(folder: Path, *, needed: bool) -> Tokenizer | None:

@@ -38,8 +38,8 @@ from pdllm_jax.tokenizer import INSTRUCTION
 
 
 def parser() -> argparse.ArgumentParser:
-    """generate.py's, and where the snapshot goes."""
-    p = options.parser(__doc__)
+    """generate.py's of a request, and where the snapshot goes."""
+    p = options.parser(__doc__, answers=False)
     g = p.add_argument_group("the snapshot")
     g.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     g.add_argument("--overwrite", action="store_true", help="replace a snapshot at --out")
@@ -59,15 +59,11 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> str:
     """What was written, in a line."""
     chunking, selection, decode = options.settings(args)
-    if args.method != "prefilling" or args.stream or args.json:
-        raise ValueError("prefill.py prefills: --method, --stream and --json are for generate.py")
-    if args.snapshot is not None or args.store is not None:
-        raise ValueError("prefill.py writes snapshots: --snapshot and --store are for generate.py")
     document = args.holds == "document"
     folder = converted(args.checkpoint)
     if args.prompt_ids is not None:
         tokenizer = options.load_tokenizer(folder, needed=False)
-        prefix, context, query = options.read_prompt_ids(args.prompt_ids, args.method)
+        prefix, context, query = options.read_prompt_ids(args.prompt_ids, "prefilling")
     else:
         text = options.read_context(args, question=not document)
         tokenizer = options.load_tokenizer(folder, needed=True)
@@ -78,9 +74,7 @@ def run(args: argparse.Namespace) -> str:
         context = tokenizer.encode(text)
     model = load_model(folder, dtype=options.DTYPES[args.dtype], mesh=options.mesh_of(args))
     bos_id = tokenizer.bos_id if tokenizer else model.config.bos_token_id
-    if args.early_stop:
-        stops = tokenizer.stop_ids if tokenizer else (model.config.eos_token_id,)
-        decode = dataclasses.replace(decode, stop_ids=stops)
+    decode = options.stopping(args, decode, tokenizer, model.config)
     start = time.perf_counter()
     common = {"chunking": chunking, "tokenizer": tokenizer, "overwrite": args.overwrite}
     if document:

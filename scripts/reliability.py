@@ -13,10 +13,13 @@ finding; 2 and one line for bad input; 130 when interrupted.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import signal
 import sys
 from pathlib import Path
+
+from command_line import Parser, status
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
@@ -24,9 +27,7 @@ SCRIPTS = ROOT / "scripts"
 
 def parser() -> argparse.ArgumentParser:
     """Command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
     from campaigns import fuzz
 
@@ -69,6 +70,8 @@ def run_fuzz(args: argparse.Namespace) -> int:
         return 0
     if args.count < 1 or args.workers < 1:
         raise ValueError("--count and --workers must be positive")
+    if "bin" in args.kinds and importlib.util.find_spec("torch") is None:
+        raise ValueError("bin is compared with PyTorch, which is not installed: see --kinds")
     tallies = []
     for kind in args.kinds:
         tally = fuzz.fuzz(kind, args.count, args.seed, first=args.first, workers=args.workers)
@@ -197,13 +200,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     args = parser().parse_args(argv)
-    try:
-        return {"fuzz": run_fuzz, "kills": run_kills, "drift": run_drift}[args.command](args)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    commands = {"fuzz": run_fuzz, "kills": run_kills, "drift": run_drift}
+    return status(lambda: commands[args.command](args))
 
 
 if __name__ == "__main__":

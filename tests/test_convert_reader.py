@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -533,23 +536,118 @@ def test_bin_with_a_tensor_that_is_not_finite(
     assert f"'{PREFIX}wte.weight' has a value that is NaN or infinite (element 51)" in message
 
 
-def test_bin_without_torch(
-    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def with_index(path: Path, index: bytes) -> None:
+    """A torch.save file with another data.pkl."""
+    content = io.BytesIO(path.read_bytes())
+    with zipfile.ZipFile(content) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, index if name.endswith("/data.pkl") else old.read(name))
+
+
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        # PyTorch's restricted reader hashes 2**60 tuples here, and allocates 2 GiB there.
+        (b"\x80\x02})q\0" + b"h\0\x86q\0" * 60 + b"Ns.", "a tuple as a key"),
+        (
+            b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
+            "a call of 'builtins bytearray'",
+        ),
+        (b"\x80\x02cos\nsystem\nX\x02\0\0\0ls\x85R.", "a call of 'os system'"),
+        (b"\x80\x02ccollections\nOrderedDict\n)\x81.", "the instruction NEWOBJ"),
+        (b"\x80\x02}", "an index that is no pickle (pickle exhausted"),
+        (b"\x80\x02}(K\x01u.", "a key without a value"),
+        (b"\x80\x02s.", "an index that takes what is not there"),
+        (b"\x80\x04}.", "protocol 4, not 2"),
+        (b"\x80\x02(q\0.", "an index whose marks do not match"),
+        (b"\x80\x02}N\x86u.", "an index whose marks do not match"),
+        (b"\x80\x02}K\1a.", "a dict where a list should be"),
+        (b"\x80\x02}}.", "an index that goes on behind its end"),
+        (b"\x80\x02ctorch\nFloatStorage\nQ.", "a reference that is no storage's"),
+        (b"\x80\x02ctorch._utils\n_rebuild_parameter\nK\1\x88}\x87R.", "a parameter of a int"),
+    ],
+)
+def test_bin_whose_index_is_a_program(
+    refused: Callable[..., str], bin_source: Callable[..., Path], index: bytes, expected: str
 ) -> None:
-    folder = tmp_path / "source"
-    folder.mkdir()
-    (folder / "pytorch_model.bin").write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "torch", None)
-    assert "needs torch, which is not installed" in refused(folder)
+    folder = bin_source({})
+    with_index(folder / "pytorch_model.bin", index)
+    assert f"pytorch_model.bin is corrupt or not a file of weights: {expected}" in refused(folder)
 
 
-def test_bin_with_a_torch_whose_unpickler_is_unsafe(
-    refused: Callable[..., str], bin_source: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda rows: rows[1:], "no data.pkl"),
+        (lambda rows: [row for row in rows if not row[0].endswith("/version")], "no version"),
+        (lambda rows: [*rows, ("elsewhere/a", b"")], "where nothing should be"),
+        (lambda rows: [*rows, rows[0]], "'pytorch_model/data.pkl', twice"),
+        (
+            lambda rows: [(n, b"11" if n.endswith("/version") else x) for n, x in rows],
+            "version b'11'",
+        ),
+        (lambda rows: [(n, b"big" if n.endswith("byteorder") else x) for n, x in rows], "endian"),
+        (
+            lambda rows: [(n, x + b"x" if "/data/" in n else x) for n, x in rows],
+            "4 elements of F32",
+        ),
+        (lambda rows: [(rows[0][0], bytes(5 << 20)), *rows[1:]], "an index of 5242880 bytes"),
+        (zipfile.ZIP_DEFLATED, "is compressed"),
+        (b"more", "does not begin where the file does"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_bin_whose_archive_is_not_pytorchs(
+    refused: Callable[..., str], bin_source: Callable[..., Path], change: Any, expected: str
 ) -> None:
     torch = pytest.importorskip("torch")
-    folder = bin_source({})
-    monkeypatch.setattr(torch, "__version__", "2.5.1")
-    assert "needs torch 2.6 or later, not 2.5.1" in refused(folder)
+    folder = bin_source({"a": torch.zeros(4)})
+    path = folder / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as archive:
+        rows = [(name, archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(path, "w", change if isinstance(change, int) else 0) as archive:
+        for name, content in change(rows) if callable(change) else rows:
+            archive.writestr(name, content)
+    if isinstance(change, bytes):
+        path.write_bytes(change + path.read_bytes())
+    assert expected in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"), [((5,), (1,)), ((2, 2), (3, 1)), ((1 << 40,), (0,)), ((2,), (-1,))]
+)
+def test_bin_with_a_tensor_that_its_storage_does_not_hold(
+    refused: Callable[..., str],
+    bin_source: Callable[..., Path],
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+) -> None:
+    """Rebuilt with other sizes than PyTorch would write."""
+    torch = pytest.importorskip("torch")
+    folder = bin_source({"a": torch.zeros(4)})
+    path = folder / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as archive:
+        index = archive.read("pytorch_model/data.pkl")
+    good = b"K\x04\x85q\x08K\x01\x85q\t"  # (4,), (1,)
+    assert index.count(good) == 1
+    # A tuple without the protocol before it and the end behind it.
+    bad = b"".join(pickle.dumps(value, 2)[2:-1] for value in (shape, strides))
+    with_index(path, index.replace(good, bad))
+    assert "a tensor " in refused(folder)
+
+
+def test_bin_without_torch(
+    bin_source: Callable[..., Path],
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is not needed, nor imported."""
+    torch = pytest.importorskip("torch")
+    values = {k: torch.from_numpy(v) for k, v in sources.tensors(settings).items()}
+    folder = bin_source(values)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert convert(folder, tmp_path / "converted", verify=True).tensors == len(values)
 
 
 def test_errors_are_checkpoint_errors(source: Path, tmp_path: Path) -> None:

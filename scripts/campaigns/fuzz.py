@@ -31,8 +31,8 @@ MEMORY = 1 << 30
 # A good case takes milliseconds. Seconds of wall time, on a machine that others use too.
 TIME_LIMIT = 20.0
 KINDS = (
-    "safetensors", "index", "config", "manifest", "tokenizer", "snapshot", "prompt", "benchmark",
-    "records",
+    "safetensors", "bin", "index", "config", "manifest", "tokenizer", "snapshot", "prompt",
+    "benchmark", "records",
 )  # fmt: skip
 
 
@@ -61,9 +61,10 @@ def make(kind: str, folder: Path) -> Any:
     module, found, name = kind.partition(":")
     if found:
         return getattr(importlib.import_module(module), name)(folder)
-    from campaigns import checkpoint_kinds, snapshot_kinds, text_kinds
+    from campaigns import checkpoint_kinds, snapshot_kinds, text_kinds, torch_kinds
 
-    classes = (*checkpoint_kinds.KINDS, *snapshot_kinds.KINDS, *text_kinds.KINDS)
+    modules = (checkpoint_kinds, snapshot_kinds, text_kinds, torch_kinds)
+    classes = [each for module in modules for each in module.KINDS]
     return next(each for each in classes if each.name == kind)(folder)
 
 

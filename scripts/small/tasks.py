@@ -8,7 +8,6 @@ repeats the needle's wording, then <|eot_id|>, then EOS filling.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from typing import Literal, TypedDict
@@ -300,8 +299,3 @@ def is_right(answer: str, response: str) -> bool:
 def score(encode: Encoder, answer: str, response_ids: Sequence[int] | np.ndarray) -> bool:
     """`is_right` for token ids."""
     return is_right(answer, encode.decode(response_ids))
-
-
-def example_json(example: Example) -> str:
-    """The example as the file that generate.py --prompt-ids reads."""
-    return json.dumps({key: example[key] for key in ("prefix", "context", "query")})

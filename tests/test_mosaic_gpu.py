@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +38,14 @@ def test_block_table_holds_every_block_with_keys_once_in_order():
         by_chunk = bool(rng.integers(2))
         near_blocks = int(rng.integers(4))
         near = rng.integers(0, 64 * near_blocks + 1, batch)
-        table = block_table(
-            jnp.array(ids), jnp.array(lengths), chunk_size=256, block_keys=64, splits=splits,
-            by_chunk=by_chunk, near_lengths=jnp.array(near) if near_blocks else None,
+        make = functools.partial(
+            block_table, chunk_size=256, block_keys=64, splits=splits, by_chunk=by_chunk,
             near_blocks=near_blocks,
         )  # fmt: skip
+        counts = jnp.array(near) if near_blocks else None
+        table = jax.jit(lambda *x, near, make=make: make(*x, near_lengths=near))(
+            jnp.array(ids), jnp.array(lengths), near=counts
+        )
         units = np.asarray(table.units).reshape(-1, 3)
         blocks, facts = (np.asarray(x).reshape(len(units), -1) for x in (table.blocks, table.facts))
         assert blocks.shape[1] == -(-(slots * 4 + near_blocks) // splits)

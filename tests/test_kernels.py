@@ -104,6 +104,8 @@ def by_hand(q, k, v, ids, lengths):
 def test_against_one_softmax_by_hand(implementation, heads, groups, rows, dtype):
     if dtype == jnp.float32 and implementation not in ("xla", "reference"):
         pytest.skip("takes half precision alone")
+    if implementation == "interpret" and (dtype == jnp.float16) != (rows in (8, 100)):
+        pytest.skip("interpreted in the other half precision")
     q, k, v = case(implementation, heads, groups, rows=rows, dtype=dtype)
     got = attend(q, k, v, jnp.array(IDS), jnp.array(LENGTHS), implementation=implementation)
     assert_close(got, by_hand(q, k, v, IDS, LENGTHS), dtype)
@@ -182,6 +184,8 @@ def test_what_is_gathered_for_cudnn(monkeypatch):
 @pytest.mark.parametrize("size", [128, 70], ids=["whole blocks", "padded"])
 def test_near_keys(implementation, rows, size):
     """As one chunk more, of which every request has its own; NaN behind their lengths."""
+    if implementation == "interpret" and (rows == 8) == (size == 128):
+        pytest.skip("interpreted with the other number of rows")
     q, k, v = case(implementation, heads=6, rows=rows, layers=2)
     ids, lengths = jnp.array([[4, 0, 2], [3, -1, 3]]), jnp.array(LENGTHS)
     live = (2, size, 2, 64)

@@ -30,8 +30,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # warp, and the callbacks that wait for the warps and for the block of threads).
 os.environ.setdefault("PJRT_NPROC", str(max(16, os.cpu_count() or 1)))
 # Most of the tests' time is XLA's, compiling for the CPU, quickest in one piece. Its older emitters
-# take a third of the newer ones' time; XLA of jax 0.11 no longer has them, and ends the process at a
-# flag it lacks.
+# take a third of the newer ones' time; XLA of jax 0.11 no longer has them, and ends the process at
+# a flag it lacks.
 flags = [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_parallel_codegen_split_count=1"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     flags.append("--xla_cpu_use_fusion_emitters=false")

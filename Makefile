@@ -44,10 +44,15 @@ $(VENV_KERNELS)/.installed: pyproject.toml
 test: env
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
-# What depends on the version of jax: kernels, model and method. The rest goes over them again, or over
-# files, settings, training and evaluation.
-KERNELS := $(addprefix tests/test_,$(addsuffix .py,kernels mosaic_gpu matmul model rope sampling selection \
-	denoise prefill encodings))
+# What depends on the version of jax: kernels and model, and of the method what goes through all of it;
+# `make test-versions` has sampling and selection. The rest goes over them again, or over files,
+# settings, training and evaluation.
+KERNELS := $(addprefix tests/test_,$(addsuffix .py,kernels mosaic_gpu matmul model rope) \
+	denoise.py::test_a_second_generate_of_the_same_bucket_compiles_nothing \
+	denoise.py::test_the_loop_on_the_device_equals_single_steps \
+	prefill.py::test_scores_are_the_defined_ones prefill.py::test_independent_encoding_is_the_defined_one \
+	encodings.py::test_kept_tokens_are_those_that_the_query_looks_at \
+	encodings.py::test_query_conditioned_encoding_is_the_defined_one)
 ifeq ($(PYTHON_KERNELS),)
 test-kernels test-gpu:
 	@echo 'skipped: no Python 3.12 or newer here (set PYTHON_KERNELS=); the kernel needs it'

@@ -31,7 +31,7 @@ from ablation.run import LOOKS
 from command_line import Parser, status
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES, QUICK_EXAMPLES = 352, 8  # 352: 88 of each task, 32 at each of 11 depths
+EXAMPLES, QUICK_EXAMPLES = 352, 4  # 352: 88 of each task, 32 at each of 11 depths
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -51,7 +51,7 @@ def arguments() -> argparse.ArgumentParser:
         "  speed       seconds against length, one request at a time\n"
         "  full        all but quick",
     )  # fmt: skip
-    running.add_argument("--quick", action="store_true", help="grid quick, attention and order")
+    running.add_argument("--quick", action="store_true", help="grid quick")
     running.add_argument("--corpora", type=Path, help="folder of scripts/small/corpus.py")
     running.add_argument(
         "--examples", type=int, help=f"a cell, {EXAMPLES} by default ({QUICK_EXAMPLES} of quick)"
@@ -96,7 +96,7 @@ def wanted(args: argparse.Namespace) -> tuple[list[str], list[Cell], list[str], 
     """Grids, cells, further measurements, and examples a cell."""
     names = list(args.grid)
     if args.quick:
-        names = ["quick", "attention", "order"]
+        names = ["quick"]
     if "full" in names:
         names = [*FULL, *LOOKS]
     grids = [name for name in dict.fromkeys(names) if name in GRIDS]

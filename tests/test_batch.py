@@ -95,11 +95,9 @@ def test_ragged_requests_are_answered_as_if_each_were_alone(model, encoding):
 @pytest.mark.parametrize(
     "change",
     [
-        {"scorer": "confidence", "positions": "absolute"},
+        {"scorer": "confidence", "positions": "absolute", "max_k": 4, "margin": 1.0},
         pytest.param({"scorer": "attention", "encoding": "independent"}, marks=pytest.mark.slow),
-        {"scorer": "random"},
-        {"max_k": 4, "margin": 1.0},
-        {"encoding": "independent", "keep_tokens": 8},
+        {"scorer": "random", "encoding": "independent", "keep_tokens": 8},
         pytest.param({"reselect": "step"}, marks=pytest.mark.slow),
         {"encoding": "independent", "reselect": "block"},
     ],

@@ -22,6 +22,7 @@ from tests.oracles import checkpoints, generation  # noqa: E402
 RECOMPUTE = {"plain": "response", "prefix_cache": "suffix", "dual_cache": "block"}
 METHODS = pytest.mark.parametrize("method", RECOMPUTE)
 LENGTHS = (11, 5, 8)  # of the prompts of a batch
+SLOW = pytest.mark.slow
 
 
 class Pair:
@@ -94,24 +95,34 @@ def test_prompts_of_the_batch_have_different_answers(pair):
     assert all(len(set(row)) > 6 for row in tokens["plain"])
 
 
-@METHODS
+SCHEDULES = {  # length of response and block, evaluations
+    "3 blocks, a token at a time": (24, 8, 24),
+    "3 blocks of 8 in 3 evaluations: 3 3 2": (24, 8, 9),
+    "3 blocks of 6 in 4: 2 2 1 1": (18, 6, 12),
+    "1 block of 16 in 7": (16, 16, 7),
+    "2 blocks at once": (10, 5, 2),
+    "more evaluations than tokens": (6, 3, 12),
+}
+
+
 @pytest.mark.parametrize(
-    ("gen_length", "block_length", "steps"),
+    ("method", "gen_length", "block_length", "steps"),
     [
-        pytest.param(24, 8, 24, id="3 blocks, a token at a time"),
-        pytest.param(24, 8, 9, id="3 blocks of 8 in 3 evaluations: 3 3 2"),
-        pytest.param(18, 6, 12, id="3 blocks of 6 in 4: 2 2 1 1"),
-        pytest.param(16, 16, 7, id="1 block of 16 in 7"),
-        pytest.param(10, 5, 2, id="2 blocks at once"),
-        pytest.param(6, 3, 12, id="more evaluations than tokens"),
+        pytest.param(
+            # Counts of tokens an evaluation are every method's: the caches have three of them each.
+            method, *schedule, id=f"{name}-{method}",
+            marks=SLOW if method != "plain" and i % 2 == (method == "dual_cache") else (),
+        )
+        for i, (name, schedule) in enumerate(SCHEDULES.items())
+        for method in RECOMPUTE
     ],
-)
+)  # fmt: skip
 def test_schedule(pair, method, gen_length, block_length, steps):
     pair.check(method, gen_length=gen_length, block_length=block_length, steps=steps)
 
 
 @METHODS
-@pytest.mark.parametrize("threshold", [0.5, 0.9])
+@pytest.mark.parametrize("threshold", [0.5, pytest.param(0.9, marks=SLOW)])
 def test_threshold(pair, method, threshold):
     pair.check(method, gen_length=24, block_length=8, threshold=threshold)
 
@@ -124,13 +135,20 @@ def test_threshold_unmasks_several_tokens_at_once(pair):
     assert len(set(evaluations)) > 1
 
 
-@METHODS
-@pytest.mark.parametrize("factor", [0.7, 1.5])
+@pytest.mark.parametrize(
+    ("method", "factor"),
+    [
+        ("plain", 0.7),
+        ("prefix_cache", 1.5),
+        ("dual_cache", 0.7),
+        *(pytest.param(*x, marks=SLOW) for x in (("plain", 1.5), ("dual_cache", 1.5))),
+    ],
+)
 def test_factor(pair, method, factor):
     pair.check(method, gen_length=24, block_length=8, factor=factor)
 
 
-@pytest.mark.parametrize("guidance", [0.5, 2.0])
+@pytest.mark.parametrize("guidance", [pytest.param(0.5, marks=SLOW), 2.0])
 def test_guidance(pair, guidance):
     settings = {"gen_length": 12, "block_length": 6, "steps": 8}
     guided = pair.check("plain", **settings, guidance=guidance)

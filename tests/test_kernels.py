@@ -38,17 +38,24 @@ IMPLEMENTATIONS = pytest.mark.parametrize(
         pytest.param("cudnn", marks=pytest.mark.gpu),
     ],
 )
+# One program for a case, as the method has it, rather than one for each of its operations.
+attend = jax.jit(chunk_attention, static_argnames=("implementation", "scale"))
+attend_mass = jax.jit(chunk_attention_mass, static_argnames=("implementation",))
 # Ragged and full chunks, empty ones, ids unsorted and repeated, two requests over one pool.
 IDS, LENGTHS = [[4, 0, 2], [1, 5, 1]], [128, 128, 70, 0, 1, 128]
+
+
+def normal(seed, dtype, *shapes):
+    """Arrays of these shapes, made on the host: there is nothing to compile."""
+    draw = np.random.default_rng(seed).standard_normal
+    return [jnp.asarray(draw(shape, np.float32).astype(dtype)) for shape in shapes]
 
 
 def case(implementation, heads=4, groups=2, dim=64, rows=8, size=128, n=6, dtype=None, layers=None):
     """q, k, v; float32 where the implementation takes it and no dtype is asked for."""
     dtype = dtype or (jnp.float32 if implementation in ("xla", "reference") else jnp.bfloat16)
-    keys = jax.random.split(jax.random.key(0), 3)
     pool = (n, groups, size, dim) if layers is None else (layers, n, groups, size, dim)
-    k, v = (jax.random.normal(key, pool).astype(dtype) for key in keys[:2])
-    q = jax.random.normal(keys[2], (2, 3, rows, heads, dim)).astype(dtype)
+    k, v, q = normal(0, dtype, pool, pool, (2, 3, rows, heads, dim))
     return q, k, v
 
 
@@ -97,10 +104,10 @@ def by_hand(q, k, v, ids, lengths):
 def test_against_one_softmax_by_hand(implementation, heads, groups, rows, dtype):
     if dtype == jnp.float32 and implementation not in ("xla", "reference"):
         pytest.skip("takes half precision alone")
+    if implementation == "interpret" and (dtype == jnp.float16) != (rows in (8, 100)):
+        pytest.skip("interpreted in the other half precision")
     q, k, v = case(implementation, heads, groups, rows=rows, dtype=dtype)
-    got = chunk_attention(
-        q, k, v, jnp.array(IDS), jnp.array(LENGTHS), implementation=implementation
-    )
+    got = attend(q, k, v, jnp.array(IDS), jnp.array(LENGTHS), implementation=implementation)
     assert_close(got, by_hand(q, k, v, IDS, LENGTHS), dtype)
 
 
@@ -110,9 +117,7 @@ def test_ids_and_lengths_outside_are_clipped_and_read_nothing(implementation):
     q, k, v = case(implementation)
     k, v = k.at[0].set(jnp.nan).at[5].set(jnp.nan), v.at[0].set(jnp.nan).at[5].set(jnp.nan)
     ids, lengths = [[-1, 6, 2], [1, 999, -7]], [128, -3, 999, 128, 128, 128]
-    got = chunk_attention(
-        q, k, v, jnp.array(ids), jnp.array(lengths), implementation=implementation
-    )
+    got = attend(q, k, v, jnp.array(ids), jnp.array(lengths), implementation=implementation)
     out, lse = by_hand(q, k, v, ids, lengths)
     assert_close(Partial(got.out[:1], got.lse[:1]), (out[:1], lse[:1]), q.dtype.type)
     assert (got.lse[1] == EMPTY_LSE).all()
@@ -124,11 +129,11 @@ def test_nan_in_padding_and_in_other_chunks_changes_nothing(implementation):
     q, k, v = case(implementation)
     lengths = jnp.array([128, 128, 37, 0, 65, 128])
     ids = jnp.array([[4, 2, 3], [2, 4, 2]])
-    clean = chunk_attention(q, k, v, ids, lengths, implementation=implementation)
+    clean = attend(q, k, v, ids, lengths, implementation=implementation)
     used = jnp.array([False, False, True, True, True, False])
     counts = used[:, None] & (jnp.arange(128) < lengths[:, None])
     poison = jnp.where(counts[:, None, :, None], 0.0, jnp.nan).astype(q.dtype)
-    dirty = chunk_attention(q, k + poison, v + poison, ids, lengths, implementation=implementation)
+    dirty = attend(q, k + poison, v + poison, ids, lengths, implementation=implementation)
     assert np.isfinite(clean.out.astype(jnp.float32)).all()
     np.testing.assert_array_equal(dirty.out, clean.out)
     np.testing.assert_array_equal(dirty.lse, clean.lse)
@@ -179,16 +184,17 @@ def test_what_is_gathered_for_cudnn(monkeypatch):
 @pytest.mark.parametrize("size", [128, 70], ids=["whole blocks", "padded"])
 def test_near_keys(implementation, rows, size):
     """As one chunk more, of which every request has its own; NaN behind their lengths."""
+    if implementation == "interpret" and (rows == 8) == (size == 128):
+        pytest.skip("interpreted with the other number of rows")
     q, k, v = case(implementation, heads=6, rows=rows, layers=2)
     ids, lengths = jnp.array([[4, 0, 2], [3, -1, 3]]), jnp.array(LENGTHS)
-    keys = jax.random.split(jax.random.key(1), 3)
-    near_k, near_v = (jax.random.normal(x, (2, size, 2, 64)).astype(q.dtype) for x in keys[:2])
-    own = jax.random.normal(keys[2], (2, 1, *q.shape[2:])).astype(q.dtype)
+    live = (2, size, 2, 64)
+    near_k, near_v, own = normal(1, q.dtype, live, live, (2, 1, *q.shape[2:]))
     valid = [67, 3]
     behind = (jnp.arange(size) >= jnp.array(valid)[:, None])[..., None, None]
     near_k, near_v = (jnp.where(behind, jnp.nan, x) for x in (near_k, near_v))
     near = Near(near_k, near_v, jnp.array(valid))
-    got = chunk_attention(
+    got = attend(
         jnp.concatenate([q, own], axis=1), k, v, ids, lengths,
         layer=1, near=near, implementation=implementation,
     )  # fmt: skip
@@ -229,7 +235,7 @@ def test_near_keys_that_are_none(implementation):
     q = jnp.concatenate([q, q[:, :1]], axis=1)
     none = jnp.full((2, 128, 2, 64), jnp.nan, q.dtype)
     ids, lengths = jnp.array([[4, 0, 2], [3, -1, 3]]), jnp.array(LENGTHS)
-    got = chunk_attention(
+    got = attend(
         q, k, v, ids, lengths, near=Near(none, none, jnp.array([0, -5])),
         implementation=implementation,
     )  # fmt: skip
@@ -257,20 +263,20 @@ def test_near_keys_that_do_not_fit_are_named(change, message):
     places = jnp.concatenate([q, q[:, :1]], axis=1)
     near = Near(jnp.zeros((2, 8, 2, 64)), jnp.zeros((2, 8, 2, 64)), jnp.array([1, 8]))
     args = k, v, jnp.zeros((2, 3), jnp.int32), jnp.full((6,), 128)
-    chunk_attention(places, *args, near=near)
+    attend(places, *args, near=near)
     with pytest.raises(ValueError, match=message):
-        chunk_attention(places, *args, near=near._replace(**change))
+        attend(places, *args, near=near._replace(**change))
     for rows in (q, q[:, 0]):
         with pytest.raises(ValueError, match=r"one for near keys|q must be \[B, K \+ 1"):
-            chunk_attention(rows, *args, near=near)
+            attend(rows, *args, near=near)
 
 
 @IMPLEMENTATIONS
 def test_the_share_of_every_chunk(implementation):
     q, k, v = case(implementation)
     ids, lengths = jnp.array([[4, 0, 2], [3, -1, 3]]), jnp.array(LENGTHS)
-    got = chunk_attention_mass(q, k, v, ids, lengths, implementation=implementation)
-    whole = chunk_attention(q, k, v, ids, lengths, implementation=implementation)
+    got = attend_mass(q, k, v, ids, lengths, implementation=implementation)
+    whole = attend(q, k, v, ids, lengths, implementation=implementation)
     np.testing.assert_allclose(got.attention.lse, whole.lse, atol=1e-5)
     lse = by_hand(q, k, v, IDS, LENGTHS)[1]
     for slot in range(3):
@@ -285,7 +291,7 @@ def test_the_share_of_every_chunk(implementation):
 def test_scores_that_overflow_an_exponential(implementation):
     q, k, v = case(implementation)
     lengths = [128] * 6
-    got = chunk_attention(
+    got = attend(
         q * 100, k * 10, v, jnp.array(IDS), jnp.array(lengths), implementation=implementation
     )
     out, _ = by_hand(q * 100, k * 10, v, IDS, lengths)
@@ -295,9 +301,9 @@ def test_scores_that_overflow_an_exponential(implementation):
 def test_merge_is_attention_over_the_union():
     q, k, v = case("xla")
     ids, lengths = jnp.array([[4, 0, 2], [1, 5, 3]]), jnp.array([128, 3, 70, 128, 1, 128])
-    whole = chunk_attention(q, k, v, ids, lengths)
-    parts = [chunk_attention(q[:, j : j + 1], k, v, ids[:, j : j + 1], lengths) for j in range(3)]
-    nothing = chunk_attention(q[:, :1], k, v, jnp.full((2, 1), -1), lengths)
+    whole = attend(q, k, v, ids, lengths)
+    parts = [attend(q[:, j : j + 1], k, v, ids[:, j : j + 1], lengths) for j in range(3)]
+    nothing = attend(q[:, :1], k, v, jnp.full((2, 1), -1), lengths)
     got = merge(nothing, *parts)
     np.testing.assert_allclose(got.out, whole.out, atol=1e-6)
     np.testing.assert_allclose(got.lse, whole.lse, atol=1e-6)
@@ -342,10 +348,10 @@ def test_what_does_not_fit_is_named(change, message):
         "q": q, "k": k, "v": v,
         "chunk_ids": jnp.zeros((2, 3), jnp.int32), "chunk_lengths": jnp.full((6,), 128),
     }  # fmt: skip
-    chunk_attention(**fine)
-    for attend in (chunk_attention, chunk_attention_mass):
+    attend(**fine)
+    for function in (chunk_attention, chunk_attention_mass):
         with pytest.raises(ValueError, match=message):
-            attend(**{**fine, **change})
+            function(**{**fine, **change})
 
 
 def test_the_path_used_can_be_asked_for():

@@ -50,6 +50,8 @@ def by_hand(x, weights):
 )
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
 def test_products(implementation, rows, inner, outs, dtype):
+    if implementation == "interpret" and (dtype == jnp.float16) != (inner in (192, 256)):
+        pytest.skip("interpreted in the other half precision")
     x, weights = operands(rows, inner, outs, dtype)
     got = matmul(x, *weights, implementation=implementation)
     for one, want in zip(got, by_hand(x, weights), strict=True):

@@ -146,7 +146,7 @@ def test_scores_do_not_depend_on_groups_or_padding(model, parts):
     prompt = chunk_prompt(*parts, CHUNKS)
     want = prefill(model, prompt, SELECT, draft=DRAFT)[1]
     n = prompt.n_chunks
-    for size in (1, 4, 64):
+    for size in (1, 64):
         config = dataclasses.replace(SELECT, encode_batch=size)
         got = prefill(model, prompt, config, draft=DRAFT)[1]
         np.testing.assert_allclose(got[:n], want[:n], rtol=1e-5)
@@ -377,9 +377,17 @@ def test_attention_scores_are_shares_of_the_attention_to_the_document(model, par
     np.testing.assert_allclose(prefill(model, twice, config)[1], 0.5, atol=1e-5)
 
 
-@pytest.mark.parametrize("scorer", ["draft", "random", "first", "last"])
-@pytest.mark.parametrize("keep_first", [False, True])
-@pytest.mark.parametrize("top_k", [1, 3, 9])
+@pytest.mark.parametrize(
+    ("scorer", "keep_first", "top_k"),
+    [
+        ("draft", False, 1),
+        ("draft", True, 3),
+        ("draft", False, 9),
+        ("random", True, 3),
+        ("first", False, 3),
+        ("last", True, 1),
+    ],
+)
 def test_streaming_keeps_what_scoring_everything_first_keeps(
     model, parts, scorer, keep_first, top_k
 ):

@@ -132,8 +132,24 @@ def test_attention_counts_query_and_unmasked_response(model, prompt):
     assert state.selected[0].tolist() == [int(share.argmax())]
 
 
-@pytest.mark.parametrize("encoding", ["independent", "joint", "query-conditioned", "bridge"])
-@pytest.mark.parametrize("when", ["block", "step"])
+@pytest.mark.parametrize(
+    ("when", "encoding"),
+    [
+        ("block", "independent"),
+        ("block", "joint"),
+        ("step", "query-conditioned"),
+        ("step", "bridge"),
+        *(
+            pytest.param(when, encoding, marks=pytest.mark.slow)
+            for when, encoding in (
+                ("step", "independent"),
+                ("step", "joint"),
+                ("block", "query-conditioned"),
+                ("block", "bridge"),
+            )
+        ),
+    ],
+)
 def test_the_loop_is_the_loop_by_hand(model, prompt, encoding, when):
     """Before every step, or a block's first, once something is unmasked."""
     selecting = dataclasses.replace(

@@ -322,10 +322,8 @@ GRIDS: dict[str, Grid] = {
         "All of it in small: two tasks, 512 tokens, one chunk of four.",
         base={"length": 512, "chunk_size": 128, "top_k": 1, "tasks": QUICK_TASKS},
         arms=(
-            *values("selection", "dense", "all", "random", "first", "last", "oracle", "without"),
+            *values("selection", "dense", "random", "oracle", "without"),
             {"anchors": False},
-            {"encoding": "independent"},
-            {"top_k": 4},
         ),
     ),
 }

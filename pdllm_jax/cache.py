@@ -18,6 +18,9 @@ from pdllm_jax.config import ModelConfig
 from pdllm_jax.parallel import by_heads, constrain, local, rows_axis
 
 _LIVE_MULTIPLE = 128  # rows; the kernel reads them in blocks of as many
+# Runs of rows that are written by a copy in place each. More go as one scatter: XLA's fusion takes
+# time that grows with the square of such copies, minutes for a step of 32 requests.
+_ONE_BY_ONE = 8
 
 
 @jax.tree_util.register_dataclass
@@ -162,7 +165,11 @@ def _write_rows(
         old = jax.vmap(lambda c, s: lax.dynamic_slice_in_dim(c, s, rows.shape[1]))(store, start)
         rows = jnp.where(keep[..., None, None], old, rows)
     rows = rows.astype(store.dtype)
-    for b in range(rows.shape[0]):
+    batch, count = rows.shape[:2]
+    if batch > _ONE_BY_ONE:
+        places = start[:, None] + jnp.arange(count)
+        return store.at[jnp.arange(batch)[:, None], places].set(rows, mode="drop")
+    for b in range(batch):
         store = lax.dynamic_update_slice(store, rows[b : b + 1], (b, start[b], 0, 0))
     return store
 
@@ -176,6 +183,8 @@ def write_chunks(
         rows = rows.transpose(0, 2, 1, 3)[None].astype(store.dtype)
         if jnp.ndim(where) == 0:
             return lax.dynamic_update_slice(store, rows, (layer, where, 0, 0, 0))
+        if rows.shape[1] > _ONE_BY_ONE:
+            return store.at[layer, where].set(rows[0], mode="drop")
         for i in range(rows.shape[1]):
             one = rows[:, i : i + 1]
             store = lax.dynamic_update_slice(store, one, (layer, jnp.asarray(where)[i], 0, 0, 0))

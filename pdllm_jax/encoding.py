@@ -10,6 +10,7 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int
 
 from pallas_kernels import Implementation
@@ -117,9 +118,11 @@ def encode_jointly(model: LLaDA, cache: ChunkCache, state: DenoiseState) -> Deno
         chunk_k = rotate(pick(k, chunk_from).reshape(shape), local)
         chunk_v = pick(v, chunk_from).reshape(shape)
         pool = write_chunks(pool, layer, chunk_k, chunk_v, 0)
+        own = None if live is None else (pick(turned, live_from), pick(v, live_from))
+        # Stored before the next layer: left to itself XLA keeps all layers' until the end.
+        out, pool, own = lax.optimization_barrier((out, pool, own))
         if live is not None:
-            rows = pick(turned, live_from), pick(v, live_from)
-            live = live.write(layer, *rows, zeros, mesh=model.mesh)
+            live = live.write(layer, *own, zeros, mesh=model.mesh)
         return out, (pool, live)
 
     _, (pool, live) = model.run(rows, attend, (pool, state.live))

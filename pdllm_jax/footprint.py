@@ -11,9 +11,8 @@ largest set of intermediate arrays that live at once; what that set is follows f
   3 M + 8 KV. Weights are never copied.
 - Logits are float32 and only of the rows that are read; they come when the last layer is through,
   so that the wider of the two moments counts.
-- Writes of a layer's KV wait for the program's end where the store is a result that nothing has
-  read, so that K and V of all layers are temporaries ("joint", "query-conditioned"); until then
-  their store serves as room for what a layer needs.
+- Joint encoding's writes of live KV wait for the program's end. Those of chunks would too, were
+  they not held to their layer (`encoding.encode_jointly`).
 - A pool that is the carry of the loop over chunks is kept with a chunk's rows outermost: one of K
   and V passes through a temporary of its size (GPU alone), and one of K and V of a group waits.
 - The portable attention adds float32 scores and weights of a block of rows.
@@ -216,31 +215,24 @@ class _Answer:
             self._chunk_attention(group, each, 1),
         ]
 
-    def _forward_and_store(self, rows: int, batch: int, results: int) -> list[Item]:
-        """An encoding whose KV is stored when all layers are through; until then the store is room.
-
-        rows: of all requests together; results: bytes of the program's results.
-        """
-        stored = self.sizes.kv(rows)
-        waiting = self._layer(rows, batch, rows // batch)
-        fits = min(results, waiting[0].nbytes)
+    def _forward_and_store(self, rows: int, batch: int, live: int = 0) -> list[Item]:
+        """An encoding that stores its KV layer by layer; that of `live` rows when it is through."""
         return [
-            Item("K and V of all layers, to be stored", stored),
-            dataclasses.replace(waiting[0], nbytes=waiting[0].nbytes - fits),
-            *waiting[1:],
+            *self._layer(rows, batch, rows // batch),
+            Item("KV of live rows, to be stored", self.sizes.kv(live)),
         ]
 
-    def _encode(self, results: int) -> list[Item]:
+    def _encode(self) -> list[Item]:
         """Of `init_denoise`."""
         s, b, how = self.shapes, self.requests, self.selecting
         own = s.query + self.decode.gen_length
         items: list[Item] = []
         if how.encoding == "joint":
-            rows = b * (s.prefix + self.slots * s.chunk_size + own)
-            items = self._forward_and_store(rows, b, results)
+            live = b * (s.prefix + own)
+            items = self._forward_and_store(b * self.slots * s.chunk_size + live, b, live)
         elif how.encoding == "query-conditioned":
             each = s.prefix + s.chunk_size + s.query
-            items = self._forward_and_store(b * self.slots * each, b * self.slots, results)
+            items = self._forward_and_store(b * self.slots * each, b * self.slots)
         elif how.encoding == "bridge":
             count = min(s.chunk_size, math.ceil(how.bridge_share * s.chunk_size))
             rows = b * (self.slots * count + own)
@@ -336,7 +328,7 @@ class _Answer:
         found.append(Phase("select", (*held, scores), (), (Item("order", 3 * scores.nbytes),)))
         live = Item("KV of prefix, query and response", self.live_bytes())
         own = Item("KV of the chosen chunks", self.own_pool_bytes())
-        scratch = self._encode(live.nbytes + own.nbytes)
+        scratch = self._encode()
         found.append(Phase("encode", held, (live, own), tuple(scratch)))
         again = how.reselect != "never"
         if own.nbytes and not again and not s.pooled:
@@ -344,9 +336,8 @@ class _Answer:
         scratch = self._steps()
         if again:
             scratch += self._score_questions()
-            # What a state's pool is made of anew lies beside it; K and V of a forward do so anyway.
-            if how.encoding == "bridge" or how.keep_tokens is not None:
+            if own.nbytes:  # a state's pool is made anew beside it
                 scratch.append(Item("chunks chosen anew", own.nbytes))
-            scratch += self._encode(live.nbytes + own.nbytes)
+            scratch += self._encode()
         found.append(Phase("decode", (*held, live, own), (), tuple(scratch)))
         return found

@@ -33,6 +33,9 @@ os.environ.setdefault("PJRT_NPROC", str(max(16, os.cpu_count() or 1)))
 # take a third of the newer ones' time; XLA of jax 0.11 no longer has them, and ends the process at
 # a flag it lacks.
 flags = [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_parallel_codegen_split_count=1"]
+# On some processors XLA hands products to YNNPACK, which chooses a kernel, and with it the order of
+# additions, by the shape of the whole: a row's last bits would depend on its padding.
+flags.append("--xla_cpu_experimental_ynn_fusion_type=")
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(flags).strip()

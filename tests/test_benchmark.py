@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,6 +19,7 @@ from flax import nnx
 
 from pdllm_jax import LLaDA, ModelConfig, compilation, load_model
 
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 TINY = {"rows": 8, "heads": 4, "kv_heads": 2, "dim": 64, "chunk_size": 128}
 
 
@@ -147,6 +151,14 @@ def test_memory_settings_are_planned_and_compiled():
         for setting in memory.SETTINGS.values()
     )
     assert len(memory.SETTINGS) >= 8
+
+
+def test_the_commands_leave_the_device_to_the_processes_that_measure():
+    code = (
+        "from bench import cold, compiled, kernel, load, memory, method, offload, report, speed;"
+        "from jax._src import xla_bridge; assert not xla_bridge._backends"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=SCRIPTS)
 
 
 def test_a_checkpoint_that_is_made_loads_at_a_speed(tmp_path, monkeypatch):

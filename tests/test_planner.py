@@ -85,8 +85,9 @@ def test_figures_worked_out_by_hand():
     assert item(plan, "encode", "KV of the chosen") == 4 * 1024 * token
     # Prefix, query and response have 96 rows, in blocks of 128.
     assert item(plan, "encode", "KV of prefix, query") == 128 * token
-    # All 4,192 rows of the joint forward.
-    assert item(plan, "encode", "K and V of all") == (32 + 4 * 1024 + 32 + 32) * token
+    # All 4,192 rows of the joint forward; those around the chunks wait.
+    assert item(plan, "encode", "one layer") == (32 + 4 * 1024 + 64) * 2 * (2 * 4096 + 2 * 12288)
+    assert item(plan, "encode", "KV of live rows") == (32 + 32 + 32) * token
     # 8 chunks with 4 copies of 36 rows behind each: residual stream, its norm, gate and up.
     rows = 8 * (1024 + 4 * 36)
     assert item(plan, "score", "one layer") == rows * 2 * (2 * 4096 + 2 * 12288)

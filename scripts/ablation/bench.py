@@ -103,6 +103,8 @@ class Bench:
 
     def batch_size(self, cell: Cell) -> int:
         """Examples at once: a power of two, at most 32."""
+        if cell.streamed:
+            return 1
         fits = max(1, min(32, self.batch_tokens // cell.length))
         return 1 << (fits.bit_length() - 1)
 
@@ -185,10 +187,12 @@ class Bench:
             "bos_id": self.tokenizer.bos_id,
             "implementation": self.implementation,
         }
-        if len(requests) == 1:  # streams, where the encoding can: a long document's KV is not kept
-            given = oracle and oracle[0]
+        if cell.streamed:  # the KV of a long document is not kept
             results = [
-                generate_ids(self.model, *requests[0], oracle=given, seed=seeds[0], **settings)
+                generate_ids(
+                    self.model, *request, oracle=oracle and oracle[i], seed=seed, **settings
+                )
+                for i, (request, seed) in enumerate(zip(requests, seeds, strict=True))
             ]
         else:
             results = generate_batch_ids(

@@ -37,14 +37,16 @@ class Cell:
     """One setting; the defaults are what every factor is varied from.
 
     length: tokens of prompt and response; with chunk_size it gives N. tasks: in turn. depths: how
-    many evenly spaced places the needle takes in turn; None: anywhere. keep_tokens: token budget,
-    as a share of the chunk. margin: adaptive K, from 1 up to top_k. The others are the library's.
+    many evenly spaced places the needle takes in turn; None: anywhere. streamed: one request at a
+    time, as `generate_ids` streams them. keep_tokens: token budget, as a share of the chunk.
+    margin: adaptive K, from 1 up to top_k. The others are the library's.
     """
 
     selection: str = "top-k"
     length: int = 4096
     tasks: tuple[str, ...] = TASKS
     depths: int | None = None
+    streamed: bool = False
     chunk_size: int = 256
     top_k: int = 4
     anchors: bool = True
@@ -110,6 +112,7 @@ class Cell:
         keep = {"selection", "length", "tasks", "depths", "threshold"}
         if self.selection not in DENSE:
             keep |= {"chunk_size", "anchors", "overlap", "encoding", "positions", "keep_tokens"}
+            keep |= {"streamed"}
             if self.encoding == "bridge":
                 keep |= {"bridge_tokens"}
             if self.selection != "all":
@@ -133,7 +136,7 @@ class Cell:
     def programs(self) -> tuple[Any, ...]:
         """Cells with the same ones are answered by the same compiled programs."""
         own = (self.selection,) if self.selection in DENSE else (self.selecting(), self.chunking())
-        return (*own, self.length, self.decoding())
+        return (*own, self.length, self.streamed, self.decoding())
 
     def selected_by(self, selection: str) -> Cell:
         """The same with another selection."""
@@ -175,6 +178,8 @@ def _said(name: str, value: Any) -> str:
         return "anchors" if value else "no anchors"
     if name == "depths":
         return f"{value} depths" if value else "any depth"
+    if name == "streamed":
+        return "streamed" if value else "in batches"
     if name == "keep_tokens":
         return f"{value:.3g} of the tokens" if value else "all tokens"
     if name == "masked_copies" and value is None:
@@ -308,7 +313,7 @@ GRIDS: dict[str, Grid] = {
     ),
     "stream": Grid(
         "Is the needle found in a document that is streamed, its KV never all there?",
-        base={"encoding": "independent", "chunk_size": 512},
+        base={"encoding": "independent", "chunk_size": 512, "streamed": True},
         over={"length": (32_768, 131_072)},
         arms=values("selection", "random", "oracle"),
     ),

@@ -91,11 +91,8 @@ def main(args: argparse.Namespace) -> int:
 
 SELECT = SelectionConfig(top_k=4, masked_copies=4, draft_length=4, draft_steps=2)
 DECODE = DecodeConfig(gen_length=32, block_length=32)
-
-
 INDEPENDENT = dataclasses.replace(SELECT, encoding="independent")
 ENCODE = SelectionConfig(scorer="first", encoding="independent")
-KEY = jax.random.key(0)
 
 
 def lower_stream(run: Run) -> None:
@@ -181,8 +178,8 @@ def lower_ask(run: Run) -> None:
     def joint():
         cache = jax.eval_shape(lambda: prefill(run.model, prompt, ENCODE)[0])
         return init_denoise.lower(
-            run.model, cache.without_pool(), _first_four(prompt), later.query, DECODE, KEY,
-            query_length=later.query_length, selecting=SELECT,
+            run.model, cache.without_pool(), _first_four(prompt), later.query, DECODE,
+            jax.random.key(0), query_length=later.query_length, selecting=SELECT,
         )  # fmt: skip
 
     run.lower(score=score, joint=joint)
@@ -206,7 +203,7 @@ def ask(run: Run) -> None:
     run.timed(
         "joint encoding of 4 chunks",
         lambda: go["joint"](
-            run.model, cache.without_pool(), _first_four(prompt), later.query, KEY,
+            run.model, cache.without_pool(), _first_four(prompt), later.query, jax.random.key(0),
             query_length=later.query_length,
         ).stale,
     )  # fmt: skip
@@ -246,7 +243,7 @@ def lower_batch(run: Run) -> None:
     def begin(prompt, lower=True):
         make = init_denoise.lower if lower else init_denoise
         return make(
-            run.model, *_begin_args(prompt), DECODE, KEY,
+            run.model, *_begin_args(prompt), DECODE, jax.random.key(0),
             query_length=prompt.query_length, selecting=SELECT,
         )  # fmt: skip
 
@@ -273,7 +270,7 @@ def batch(run: Run) -> None:
         for _ in range(run.args.repeats + 1):
             start = time.perf_counter()
             state = go[f"begin_{which}"](
-                run.model, *_begin_args(prompt), KEY, query_length=prompt.query_length
+                run.model, *_begin_args(prompt), jax.random.key(0), query_length=prompt.query_length
             )
             jax.block_until_ready(state)
             middle = time.perf_counter()
@@ -308,7 +305,7 @@ def lower_choices(run: Run) -> None:
     def begin(config, lower=True):
         cache = jax.eval_shape(lambda: prefill(run.model, prompt, ENCODE)[0])
         make = init_denoise.lower if lower else init_denoise
-        args = (prompt.query, DECODE, KEY)
+        args = (prompt.query, DECODE, jax.random.key(0))
         settings = {"query_length": prompt.query_length, "selecting": config}
         if lower:
             return make(run.model, cache, _first_four(prompt), *args, **settings)
@@ -334,7 +331,7 @@ def choices(run: Run) -> None:
 
     def start(name: str):
         return go[name](
-            run.model, cache, _first_four(prompt), prompt.query, KEY,
+            run.model, cache, _first_four(prompt), prompt.query, jax.random.key(0),
             query_length=prompt.query_length,
         )  # fmt: skip
 

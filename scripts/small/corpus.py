@@ -95,8 +95,7 @@ def load(folder: str | Path, *, held_out: bool) -> Corpora:
 def from_repository(tokenizer: Tokenizer) -> Corpora:
     """Held-out texts and words that need nothing but this repository, Python and wonderwords.
 
-    The beginning of Persuasion (examples/) and pydoc's topics, which are those of the Python that
-    runs; any tokenizer.
+    Persuasion (examples/) and pydoc's topics, those of the Python that runs; any tokenizer.
     """
     import pydoc_data.topics
 

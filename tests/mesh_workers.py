@@ -20,6 +20,7 @@ from pdllm_jax import (
     LLaDA,
     ModelConfig,
     SelectionConfig,
+    SnapshotError,
     ask_ids,
     begin,
     chunk_prompt,
@@ -291,8 +292,17 @@ def host(rank: int, port: int, folder: Path, out: Path) -> None:
     else:
         raise AssertionError("a mesh of one process alone")
     many = load_model(folder, mesh=make_mesh(2, 2))
+    prompt = chunk_prompt(PREFIX, DOCUMENT, QUERY, CHUNKS)
+    try:
+        save_document(out / "s", many, encode_document(many, prompt), chunking=CHUNKS)
+    except SnapshotError as error:
+        assert "is written by one process" in str(error)  # noqa: PT017
+    else:
+        raise AssertionError("a snapshot of several processes")
     answered = host_answers(many)
     (out / f"{rank}.json").write_text(json.dumps([model_identity(many).weights, answered]))
+    # As a program's end does it: the coordinator stays until the other has ended as well.
+    jax.distributed.shutdown()
 
 
 def host_answers(model: LLaDA) -> list[Any]:

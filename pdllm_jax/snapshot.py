@@ -157,6 +157,12 @@ def is_snapshot(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
+def require_one_process(target: Path) -> None:
+    """Refuses to write where several processes are one mesh."""
+    if jax.process_count() > 1:
+        raise SnapshotError(f"{target}: a snapshot is written by one process, not by several")
+
+
 def _placement(manifest: Manifest, mesh: Mesh | None) -> Placement:
     if mesh is not None:
         return lambda name: sharding_of(mesh, name, manifest.arrays[name].shape)
@@ -179,8 +185,7 @@ def _save(
     overwrite: bool,
 ) -> None:
     target = Path(path).absolute()
-    if jax.process_count() > 1:
-        raise SnapshotError(f"{target}: a snapshot is written by one process, not by several")
+    require_one_process(target)
     staged = StagedFolder(
         target, overwrite=overwrite, replaceable=is_snapshot, kind="snapshot", error=SnapshotError
     )

@@ -4,10 +4,11 @@ What is written are global arrays, with no word of the mesh that they lay on; wh
 where the caller says. A large array's chunks hold one KV head of one layer, or one head of all
 layers, so that a device of a tensor-parallel mesh reads little that it does not keep.
 
-Of Orbax only public names are used: its ArrayHandler, with another TensorStore context. Two
-settings decide the speed: no more files at a time than there are processors to serve them (each
-has a buffer, and fresh memory costs more than copying), and no fsync of every file by TensorStore
-(all are flushed together before the snapshot gets its name).
+Of Orbax only public names are used: its ArrayHandler, with another TensorStore context and a
+reading of its own. What decides the speed: no more files at a time than there are processors to
+serve them (each has a buffer, and fresh memory costs more than copying), no fsync of every file by
+TensorStore (all are flushed together before the snapshot gets its name), and reading into memory
+that becomes the array's, where Orbax's becomes a CPU's only by a copy.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
-from jax.sharding import Sharding
+from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array
 
 from pdllm_jax.checkpoint import reason
@@ -49,6 +50,7 @@ SMALL_ARRAY_BYTES, SMALL_CHUNK_BYTES = 4 << 20, 1 << 20
 # Stays in a processor's cache.
 _READ_BYTES = 256 << 10
 _METADATA_BYTES = 1 << 20
+_ALIGNMENT = 64  # of XLA's buffers on a CPU
 _WORKERS = max(4, os.cpu_count() or 1)
 
 _BUFFERS = threading.local()
@@ -80,7 +82,7 @@ class _Handler(ocp.type_handlers.ArrayHandler):
         return await super().serialize(values, self._ours(infos), args)
 
     async def deserialize(self, infos: Any, args: Any = None) -> Any:
-        infos, restored = self._ours(infos), []
+        restored = []
         checked = asyncio.create_task(self._check(infos[:1]))
         try:
             # One after the other, the next one's files being checked meanwhile: so these come from
@@ -88,10 +90,28 @@ class _Handler(ocp.type_handlers.ArrayHandler):
             for i, (info, arg) in enumerate(zip(infos, args, strict=True)):
                 await checked
                 checked = asyncio.create_task(self._check(infos[i + 1 : i + 2]))
-                restored += await super().deserialize([info], [arg])
+                restored.append(await self._read(info.path, arg.sharding))
         finally:
             await asyncio.gather(checked, return_exceptions=True)
         return restored
+
+    async def _read(self, path: Path, sharding: Sharding) -> Array:
+        """The array; each part that devices of this process hold is read once."""
+        spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path}/"}}
+        store = await ts.open(spec, open=True, context=self._context)
+        holders: dict[str, list[jax.Device]] = {}
+        indices = sharding.addressable_devices_indices_map(store.shape)
+        for device, index in indices.items():
+            holders.setdefault(str(index), []).append(device)
+        placed = []
+        for devices in holders.values():
+            part = store[indices[devices[0]]]
+            out = _aligned(part.shape, part.dtype.numpy_dtype)
+            await ts.array(out).write(part[ts.d[:].translate_to[0]])
+            for device in devices:
+                one = SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
+                placed.append(jax.device_put(out, one))
+        return jax.make_array_from_single_device_arrays(store.shape, sharding, placed)
 
     async def _check(self, infos: Sequence[Any]) -> None:
         for info in infos:
@@ -99,14 +119,21 @@ class _Handler(ocp.type_handlers.ArrayHandler):
                 await asyncio.to_thread(self._before, info.name)
 
 
-def _checkpointer(handler: _Handler, largest: int) -> ocp.Checkpointer:
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """New memory that a CPU's buffer takes as it is, instead of a copy of it."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    begin = -memory.ctypes.data % _ALIGNMENT
+    return memory[begin : begin + nbytes].view(dtype).reshape(shape)
+
+
+def _checkpointer(handler: _Handler) -> ocp.Checkpointer:
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
     return ocp.Checkpointer(
         ocp.PyTreeCheckpointHandler(
             type_handler_registry=registry,
             use_ocdbt=False,
             use_compression=False,
-            restore_concurrent_gb=2 + 2 * largest // 10**9,
         )
     )
 
@@ -117,7 +144,7 @@ def write_arrays(folder: Path, arrays: Mapping[str, Array]) -> dict[str, FileRec
     arguments = ocp.args.PyTreeSave(
         stored, save_args={name: _save_args(name, array) for name, array in stored.items()}
     )
-    with quiet_orbax(), _checkpointer(_Handler(), 0) as checkpointer:
+    with quiet_orbax(), _checkpointer(_Handler()) as checkpointer:
         checkpointer.save(folder / ARRAYS, args=arguments)
     paths = sorted(path for path in (folder / ARRAYS).rglob("*") if path.is_file())
     with ThreadPoolExecutor(_WORKERS) as threads:
@@ -145,13 +172,12 @@ def read_arrays(
         name: jax.ShapeDtypeStruct(record.shape, jnp.dtype(record.dtype), sharding=sharding(name))
         for name, record in stored.items()
     }
-    largest = max((record.nbytes for record in stored.values()), default=0)
     handler = _Handler(lambda name: verify(folder, manifest, files[name]))
     arguments = ocp.args.PyTreeRestore(
         item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
     )
     try:
-        with quiet_orbax(), _checkpointer(handler, largest) as checkpointer:
+        with quiet_orbax(), _checkpointer(handler) as checkpointer:
             restored = checkpointer.restore(folder / ARRAYS, args=arguments)
     except SnapshotError:
         raise

@@ -107,7 +107,7 @@ def tree_of(
         else:
             fields[field] = arrays.get(where)
     if kind is LiveCache:
-        fields = {field: tuple(layers) for field, layers in fields.items()}
+        fields = {field: jnp.unstack(layers) for field, layers in fields.items()}
     if "keys" in fields:
         fields["keys"] = jax.random.wrap_key_data(fields["keys"], impl=flags["keys"])
     static = {field.name for field in dataclasses.fields(kind)} - _TREES[kind].keys() - more.keys()

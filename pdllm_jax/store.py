@@ -31,7 +31,7 @@ from pdllm_jax.fingerprint import (
 from pdllm_jax.model import LLaDA
 from pdllm_jax.planner import require_document_memory
 from pdllm_jax.prefill import encode_document
-from pdllm_jax.snapshot import Placement, load_document, save_document
+from pdllm_jax.snapshot import Placement, load_document, require_one_process, save_document
 from pdllm_jax.snapshot_format import VERSION, SnapshotError, model_fields
 from pdllm_jax.tokenizer import INSTRUCTION, Tokenizer
 
@@ -98,7 +98,8 @@ class DocumentStore:
 
         Raises:
           ValueError: ids outside the vocabulary, an empty document, anchors without BOS.
-          SnapshotError: the disk is full, or the store can't be written.
+          SnapshotError: the disk is full, the store can't be written, or several processes of one
+            mesh ask for a document that it does not have.
           MemoryLimitError: encoding would take more than the device gives, or memory_limit (bytes).
         """
         vocab = self.model.config.vocab_size
@@ -109,6 +110,8 @@ class DocumentStore:
         key = self.key(prompt, chunking)
         if (cache := self._restored(key, replacing=False)) is not None:
             return cache
+        # Before the lock: encoding takes all processes, of which one would hold it.
+        require_one_process(self.folder / key)
         with self._lock(key):
             if (cache := self._restored(key, replacing=True)) is not None:
                 return cache

@@ -17,6 +17,7 @@ import importlib.util
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from command_line import Parser, status
@@ -70,8 +71,7 @@ def run_fuzz(args: argparse.Namespace) -> int:
         return 0
     if args.count < 1 or args.workers < 1:
         raise ValueError("--count and --workers must be positive")
-    if "bin" in args.kinds and importlib.util.find_spec("torch") is None:
-        raise ValueError("bin is compared with PyTorch, which is not installed: see --kinds")
+    check_torch(args.kinds)
     tallies = []
     for kind in args.kinds:
         tally = fuzz.fuzz(kind, args.count, args.seed, first=args.first, workers=args.workers)
@@ -90,12 +90,19 @@ def run_fuzz(args: argparse.Namespace) -> int:
     return 1 if any(tally.findings for tally in tallies) else 0
 
 
+def check_torch(kinds: Sequence[str]) -> None:
+    """Refuses what PyTorch is needed for where it is missing."""
+    if "bin" in kinds and importlib.util.find_spec("torch") is None:
+        raise ValueError("bin needs PyTorch, which is not installed: see --kinds")
+
+
 def run_kills(args: argparse.Namespace) -> int:
     """Every kind in turn."""
     from campaigns import kills
 
     if args.count < 1:
         raise ValueError("--count must be positive")
+    check_torch(args.kinds)
     tallies = []
     for kind in args.kinds:
         tally = kills.kill(kind, args.count, args.seed)

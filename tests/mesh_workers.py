@@ -17,9 +17,11 @@ from jax.sharding import Mesh
 from pdllm_jax import (
     ChunkConfig,
     DecodeConfig,
+    DocumentStore,
     LLaDA,
     ModelConfig,
     SelectionConfig,
+    SnapshotError,
     ask_ids,
     begin,
     chunk_prompt,
@@ -291,8 +293,22 @@ def host(rank: int, port: int, folder: Path, out: Path) -> None:
     else:
         raise AssertionError("a mesh of one process alone")
     many = load_model(folder, mesh=make_mesh(2, 2))
+    prompt, store = chunk_prompt(PREFIX, DOCUMENT, QUERY, CHUNKS), DocumentStore(out, many)
+    for write in (
+        lambda: save_document(out / "s", many, encode_document(many, prompt), chunking=CHUNKS),
+        lambda: store.encode_ids(PREFIX, DOCUMENT, chunking=CHUNKS),
+    ):
+        try:
+            write()
+        except SnapshotError as error:
+            assert "is written by one process" in str(error)  # noqa: PT017
+        else:
+            raise AssertionError("a snapshot of several processes")
+    assert not list(out.glob(".*.lock"))
     answered = host_answers(many)
     (out / f"{rank}.json").write_text(json.dumps([model_identity(many).weights, answered]))
+    # As a program's end does it: the coordinator stays until the other has ended as well.
+    jax.distributed.shutdown()
 
 
 def host_answers(model: LLaDA) -> list[Any]:

@@ -29,7 +29,7 @@ from pdllm_jax.snapshot import (
     save_prefilled,
     snapshot_holds,
 )
-from pdllm_jax.snapshot_arrays import read_arrays
+from pdllm_jax.snapshot_arrays import _aligned, read_arrays
 from pdllm_jax.snapshot_format import ArrayRecord, SnapshotError, read_manifest
 from pdllm_jax.snapshot_tree import check_shapes
 from tests import workers
@@ -408,3 +408,13 @@ def test_a_large_array_is_cut_by_layer_and_head(tmp_path, monkeypatch):
     default = jax.device_put(0).sharding
     arrays = read_arrays(tmp_path / "s", manifest, lambda name: default)
     np.testing.assert_array_equal(arrays[K], document().pool.k)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (5, 7), (2, 1 << 20)], ids=str)
+def test_what_is_read_becomes_the_array_without_a_copy(shape):
+    memory = _aligned(shape, np.dtype("bfloat16"))
+    memory[...] = 1
+    array = jax.device_put(memory, jax.devices("cpu")[0])
+    assert (array.shape, array.dtype) == (shape, jnp.bfloat16)
+    assert bool((array == 1).all())
+    assert array.unsafe_buffer_pointer() == memory.ctypes.data

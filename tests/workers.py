@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import multiprocessing
 import os
@@ -100,9 +101,7 @@ def encode(folder: Path, phases: Any, point: str = "", barrier: Any = None) -> N
 
     store.encode_document, store.save_document = encoding, saving
     if point:
-        module, _, name = point.rpartition(".")
-        owner, _, call = name.partition("#")
-        strike(_owner(module), owner, int(call or 1))
+        strike(*owner(point))
     kept = store.DocumentStore(folder, tiny())
     if barrier is not None:
         barrier.wait(200)
@@ -110,10 +109,11 @@ def encode(folder: Path, phases: Any, point: str = "", barrier: Any = None) -> N
     phases.send(float(np.abs(np.asarray(cache.pool.k)).sum()))
 
 
-def _owner(path: str) -> Any:
-    import importlib
-
-    return importlib.import_module(path)
+def owner(point: str) -> tuple[Any, str, int]:
+    """What `strike` takes, of "module.name" or "module.name#call"."""
+    module, _, name = point.rpartition(".")
+    name, _, call = name.partition("#")
+    return importlib.import_module(module), name, int(call or 1)
 
 
 def decode(folder: Path, phases: Any) -> None:

@@ -9,6 +9,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench import pictures
@@ -221,6 +222,32 @@ def offload(record: Record) -> Iterator[str]:
     )  # fmt: skip
 
 
+def snapshots(record: Record) -> Iterator[str]:
+    """Writing and reading a snapshot, beside copies of the same files."""
+    loads = ", ".join(f"{r['load_average']:.1f}" for r in record["rounds"])
+    yield f"{record['hardware']}, jax {record['versions']['jax']}, `{record['command']}`."
+    yield f"{record['size_gb']:.2f} GB in {record['files']:,} files; load averages {loads}."
+    yield ""
+
+    def spread(name: str) -> str:
+        values = [r[name] for r in record["rounds"]]
+        return f"{median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
+
+    yield from table(
+        ("", "GB/s [least, most]", "`cp -r`, flushed, GB/s", "speed over the copy's"),
+        (
+            (what, *(spread(name) for name in names))
+            for what, names in {
+                "writing": ("write_gb_per_s", "copy_warm_gb_per_s", "write_over_copy_warm"),
+                "reading, cold page cache":
+                    ("read_cold_gb_per_s", "copy_cold_gb_per_s", "read_cold_over_copy_cold"),
+                "reading, warm page cache":
+                    ("read_warm_gb_per_s", "copy_warm_gb_per_s", "read_warm_over_copy_warm"),
+            }.items()
+        ),
+    )  # fmt: skip
+
+
 def method(record: Record) -> Iterator[str]:
     """Phases and choices."""
     yield conditions(record)
@@ -371,6 +398,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[..., Iterator[str]], str | 
     ("Streaming", ("method",), stream, "streaming"),
     ("Streamed requests", ("speed_stream",), streamed_requests, None),
     ("KV in host memory", ("offload",), offload, None),
+    ("Snapshots on a disk", ("snapshot",), snapshots, None),
     ("Batches", ("method_batch", "method"), batch, None),
     ("Attention over chosen chunks", ("kernel_h100", "kernel"), kernel, "kernel"),
     ("Registers, spills, temporaries", ("compiled",), compiled, None),

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 
 from campaigns.kind import require
 
-KINDS = ("conversion", "snapshot", "evaluation")
+KINDS = ("conversion", "bin", "snapshot", "evaluation")
 _EVENTS = frozenset(
     ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "fcntl.flock")
 )
@@ -109,6 +109,7 @@ class Conversion(Replacing):
     """Converts one checkpoint over another."""
 
     name = "conversion"
+    source: ClassVar[dict[str, str]] = {}  # what `samples.write_checkpoint` shall write
 
     def __init__(self, sources: Path) -> None:
         super().__init__(sources)
@@ -120,7 +121,9 @@ class Conversion(Replacing):
         from campaigns import samples
 
         for turn in (0, 1):
-            samples.write_checkpoint(self.sources / str(turn), shards=1 + turn, seed=turn)
+            samples.write_checkpoint(
+                self.sources / str(turn), shards=1 + turn, seed=turn, **self.source
+            )
 
     def work(self, folder: Path, turn: int) -> None:
         from convert import convert
@@ -132,6 +135,13 @@ class Conversion(Replacing):
         from pdllm_jax.fingerprint import model_identity
 
         return model_identity(load_model(folder))
+
+
+class BinConversion(Conversion):
+    """The same of PyTorch's .bin files."""
+
+    name = "bin"
+    source: ClassVar[dict[str, str]] = {"stem": "pytorch_model", "suffix": ".bin"}
 
 
 class Snapshot(Replacing):
@@ -239,8 +249,8 @@ def job_of(kind: str, sources: Path) -> Job:
     module, found, name = kind.partition(":")
     if found:
         return getattr(importlib.import_module(module), name)(sources)
-    jobs: dict[str, type[Job]] = {job.name: job for job in (Conversion, Snapshot, Evaluation)}
-    return jobs[kind](sources)
+    jobs: tuple[type[Job], ...] = (Conversion, BinConversion, Snapshot, Evaluation)
+    return {job.name: job for job in jobs}[kind](sources)
 
 
 @dataclasses.dataclass

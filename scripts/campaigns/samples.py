@@ -56,25 +56,45 @@ def tensors(settings: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     return found
 
 
-def write_checkpoint(folder: Path, *, shards: int = 1, seed: int = 0, **changes: Any) -> Path:
-    """A PyTorch checkpoint with a tokenizer; several shards have an index."""
+def write_checkpoint(
+    folder: Path,
+    *,
+    shards: int = 1,
+    seed: int = 0,
+    stem: str = "model",
+    suffix: str = ".safetensors",
+    **changes: Any,
+) -> Path:
+    """A PyTorch checkpoint with a tokenizer; several shards have an index.
+
+    stem, suffix: of the files of weights; "pytorch_model" and ".bin" need PyTorch.
+    """
     folder.mkdir(parents=True)
     settings = config(**changes)
     (folder / "config.json").write_text(json.dumps(settings, indent=1))
     values = tensors(settings, seed)
     if shards == 1:
-        save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
+        _write_tensors(folder / f"{stem}{suffix}", values)
     else:
         weight_map = {}
         for shard in range(shards):
-            name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+            name = f"{stem}-{shard + 1:05d}-of-{shards:05d}{suffix}"
             part = list(values)[shard::shards]
-            save_file({key: values[key] for key in part}, folder / name)
+            _write_tensors(folder / name, {key: values[key] for key in part})
             weight_map |= dict.fromkeys(part, name)
         index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
     write_tokenizer(folder)
     return folder
+
+
+def _write_tensors(path: Path, values: dict[str, np.ndarray]) -> None:
+    if path.suffix == ".bin":
+        import torch
+
+        torch.save({name: torch.from_numpy(value) for name, value in values.items()}, path)
+    else:
+        save_file(values, path, metadata={"format": "pt"})
 
 
 def write_tokenizer(folder: Path) -> None:

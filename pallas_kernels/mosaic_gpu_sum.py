@@ -84,7 +84,8 @@ def build_sum(
 
         for device in range(devices):
             other = arith.andi(exists, arith.xori(_equal(rank, device), _true()))
-            _if(other, lambda at=box(homes[device], rank): _store_shared(at, sent))
+            target = box(homes[device], rank)
+            _if(other, lambda at=target: _store_shared(at, sent))
         gpu.barrier()  # every thread of the block has read the epoch
         _if(_equal(thread, 0), lambda: _count_block(own, epoch, blocks))
 

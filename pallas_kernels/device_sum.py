@@ -105,7 +105,7 @@ def _launch(
 ) -> tuple[Array, ...]:
     eps = None if norm is None else float(norm.eps)
     fused = norm is not None and _row_fits(x)
-    made = _kernel(
+    made: Any = _kernel(
         x, table, residual, norm.weight if norm is not None and fused else None,
         devices=devices, eps=eps if fused else None,
     )  # fmt: skip
@@ -134,7 +134,7 @@ def _kernel(
     columns = x.shape[-1]
     rows = [y.reshape(-1, columns) for y in (x, residual) if y is not None]
     run = build_sum(
-        *rows[0].shape, x.dtype,
+        len(rows[0]), columns, x.dtype,
         devices=devices, capacity=CAPACITY, residual=residual is not None, eps=eps,
     )  # fmt: skip
     more = [] if weight is None else [weight]

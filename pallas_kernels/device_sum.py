@@ -71,8 +71,9 @@ def device_sum(
 ) -> tuple[Float[Array, "*rows M"], ...]:
     """Sum of x over the devices along `axis`, under `jax.shard_map`, the same on all of them.
 
-    The sum is rounded to x's dtype before the residual is added. Sums of one program have to
-    depend on each other, one after the other, where the kernel makes them.
+    The sum is rounded to x's dtype before the residual is added. Where the kernel makes them, all
+    devices make the same sums in the same order, and none begins before the last one has ended:
+    programs are run by one thread, and XLA keeps to one stream (its default, in graphs too).
 
     Args:
       x: a device's part.
@@ -81,8 +82,7 @@ def device_sum(
       residual: added behind the sum, the same on all devices.
       norm: asks for the RMSNorm of the result as well.
       implementation: which code runs; a named one is used or the call fails.
-        "mosaic_gpu"  the kernel: devices write to each other's memory, which takes a third of the
-                      time of NCCL for some 100 KB; not differentiable.
+        "mosaic_gpu"  the kernel: devices write to each other's memory; not differentiable.
         "xla"         `lax.psum`, anywhere and of any size.
         None          see `resolve_sum`.
 

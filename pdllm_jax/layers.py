@@ -9,9 +9,9 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels import Norm
+from pallas_kernels import Norm, matmul
 from pallas_kernels.sums import rms_norm
-from pdllm_jax.sharded import add_projected, look_up, project_columns, project_rows
+from pdllm_jax.sharded import add_projected, look_up, project_columns
 
 
 def project(
@@ -32,20 +32,15 @@ def project(
 
 
 class Linear(nnx.Module):
-    """y = x W^T without bias; W is [out, in] as in the checkpoints, so nothing is transposed.
-
-    On a mesh, a call takes the columns of x and of W apart (`sharded.project_rows`).
-    """
+    """y = x W^T without bias; W is [out, in] as in the checkpoints, so nothing is transposed."""
 
     def __init__(self, size_in: int, size_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         scale = size_in**-0.5
         values = jax.random.normal(rngs.params(), (size_out, size_in), jnp.float32) * scale
         self.weight = nnx.Param(values.astype(dtype))
 
-    def __call__(
-        self, x: Float[Array, "*rows I"], mesh: Mesh | None = None
-    ) -> Float[Array, "*rows O"]:
-        return project_rows(mesh, x, self.weight[...])
+    def __call__(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
+        return matmul(x, self.weight[...])[0]
 
 
 def project_all(

@@ -121,20 +121,6 @@ def _linked(mesh: Mesh, links: Array | None) -> tuple[tuple[Any, ...], tuple[Arr
     return ((PartitionSpec(DATA, TENSOR),), (links,)) if links is not None else ((), ())
 
 
-def project_rows(
-    mesh: Mesh | None, x: Float[Array, "B *rows I"], weight: Float[Array, "O I"]
-) -> Float[Array, "B *rows O"]:
-    """`pallas_kernels.matmul` back from a layer: the devices' partial sums are added up."""
-    if mesh is None:
-        return pallas_kernels.matmul(x, weight)[0]
-
-    def run(x: Array, weight: Array) -> Array:
-        return lax.psum(pallas_kernels.matmul(x, weight)[0], TENSOR)
-
-    given = by_heads(mesh, x.shape[0], x.ndim - 1), PartitionSpec(None, TENSOR)
-    return local(mesh, run, given, PartitionSpec(rows_axis(mesh, x.shape[0])))(x, weight)
-
-
 def add_projected(
     mesh: Mesh | None,
     stream: Float[Array, "B *rows O"],
@@ -143,7 +129,9 @@ def add_projected(
     norm: Norm | None,
     links: Array | None = None,
 ) -> tuple[Float[Array, "B *rows O"], ...]:
-    """stream + `project_rows`, and with a norm the norm of that."""
+    """stream + x W^T, back from a layer: the devices' partial sums are added up. With a norm, the
+    norm of that as well.
+    """
     if mesh is None:
         total = stream + pallas_kernels.matmul(x, weight)[0]
         return (total,) if norm is None else (total, rms_norm(total, *norm))

@@ -1,5 +1,5 @@
-"""Attention over chosen chunks of a KV pool, and products of few rows. Knows nothing of the model
-or the method.
+"""Attention over chosen chunks of a KV pool, products of few rows and sums of them over devices.
+Knows nothing of the model or the method.
 """
 
 from pallas_kernels.api import (
@@ -14,6 +14,8 @@ from pallas_kernels.api import (
     resolve_implementation,
 )
 from pallas_kernels.dense import attention
+from pallas_kernels.device_sum import Norm, SumImplementation, device_sum, resolve_sum
+from pallas_kernels.exchange import exchange_problem, exchange_table
 from pallas_kernels.matmul import matmul, resolve_matmul
 from pallas_kernels.partial import EMPTY_LSE, Near, Partial, merge
 
@@ -24,14 +26,20 @@ __all__ = [
     "Implementation",
     "NamedImplementation",
     "Near",
+    "Norm",
     "Partial",
+    "SumImplementation",
     "attention",
     "chunk_attention",
     "chunk_attention_mass",
+    "device_sum",
+    "exchange_problem",
+    "exchange_table",
     "implementation_name",
     "matmul",
     "merge",
     "require_device",
     "resolve_implementation",
     "resolve_matmul",
+    "resolve_sum",
 ]

@@ -25,3 +25,12 @@ def row_sum(x: Float[Array, "*rows M"]) -> Float[Array, "*rows"]:
     alone, and zeros behind it change nothing.
     """
     return jax.lax.platform_dependent(x, cpu=_sum_by_halves, default=lambda x: x.sum(axis=-1))
+
+
+def rms_norm(
+    x: Float[Array, "*rows M"], weight: Float[Array, "M"], eps: float
+) -> Float[Array, "*rows M"]:
+    """Root-mean-square norm: float32 inside, cast back, then scaled by the weight."""
+    wide = x.astype(jnp.float32)
+    mean = row_sum(wide * wide) / x.shape[-1]
+    return (wide * jax.lax.rsqrt(mean[..., None] + eps)).astype(x.dtype) * weight

@@ -70,6 +70,7 @@ def used_paths(model: LLaDA, rows: int, **more: str) -> dict[str, str]:
     widest = [block.gate_proj.weight[...], block.up_proj.weight[...]]
     if model.mesh is not None:
         more["mesh"] = mesh_name(model.mesh)
+        more["sums"] = "xla" if model.links is None else "mosaic_gpu"
         parts = [x.sharding.shard_shape(x.shape) for x in widest]
         widest = [jax.ShapeDtypeStruct(shape, model.dtype) for shape in parts]
     return {

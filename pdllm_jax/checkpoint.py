@@ -25,9 +25,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from pallas_kernels import SumImplementation
 from pdllm_jax.config import ModelConfig
 from pdllm_jax.model import LLaDA
-from pdllm_jax.parallel import mesh_sizes
+from pdllm_jax.parallel import mesh_sizes, put_on
 
 MANIFEST = "pdllm.json"
 CONFIG = "config.json"
@@ -185,13 +186,18 @@ def load_config(path: str | Path) -> ModelConfig:
 
 
 def load_model(
-    path: str | Path, dtype: DTypeLike | None = None, *, mesh: Mesh | None = None
+    path: str | Path,
+    dtype: DTypeLike | None = None,
+    *,
+    mesh: Mesh | None = None,
+    sums: SumImplementation | None = None,
 ) -> LLaDA:
     """Restores a converted checkpoint.
 
     path: folder written by scripts/convert_checkpoint.py.
     dtype: of weights and activations, bfloat16, float16 or float32; None keeps the checkpoint's.
     mesh: of `parallel.make_mesh`; every device then reads its part of the weights and no other.
+    sums: on a mesh, as of `parallel.shard_model`.
 
     The arrays are read in pieces and go to JAX's default device, or the mesh, one by one: the host
     never holds the whole model beside the device. Raises CheckpointError for whatever is not a
@@ -218,9 +224,7 @@ def load_model(
 
     nnx.replace_by_pure_dict(state, read_params(folder / PARAMS, manifest, wanted, mesh))
     model = nnx.merge(graph, state)
-    if mesh is not None:
-        model.mesh = mesh
-    return model
+    return model if mesh is None else put_on(model, mesh, sums)
 
 
 def reason(error: BaseException) -> str:

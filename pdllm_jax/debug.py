@@ -128,7 +128,7 @@ def _look_into(
         seen.extend([q, k, v, out])
         return out, None
 
-    out, _ = block(0, x, attend, None)
+    out, _, _ = block(0, x, seen[0], attend, None)
     # What the block does behind its attention, once more: its own tensors do not come out.
     attended = block.attn_out(seen[-1].reshape(x.shape))
     normed = block.ff_norm(x + attended)

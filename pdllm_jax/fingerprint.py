@@ -44,7 +44,7 @@ class ModelIdentity:
 
 def model_identity(model: LLaDA) -> ModelIdentity:
     """Reads every weight once: milliseconds on a GPU, about a second per GB on two CPU cores."""
-    state = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
+    state = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     # All are under way before the first is waited for.
     sums = [(path, leaf, _sums(leaf)) for path, leaf in state]
     lines = sorted(

@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.sums import row_sum
-from pdllm_jax.sharded import look_up, project_columns, project_rows
+from pallas_kernels import Norm, matmul
+from pallas_kernels.sums import rms_norm
+from pdllm_jax.sharded import add_projected, look_up, project_columns
 
 
 def project(
@@ -31,20 +32,15 @@ def project(
 
 
 class Linear(nnx.Module):
-    """y = x W^T without bias; W is [out, in] as in the checkpoints, so nothing is transposed.
-
-    On a mesh, a call takes the columns of x and of W apart (`sharded.project_rows`).
-    """
+    """y = x W^T without bias; W is [out, in] as in the checkpoints, so nothing is transposed."""
 
     def __init__(self, size_in: int, size_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         scale = size_in**-0.5
         values = jax.random.normal(rngs.params(), (size_out, size_in), jnp.float32) * scale
         self.weight = nnx.Param(values.astype(dtype))
 
-    def __call__(
-        self, x: Float[Array, "*rows I"], mesh: Mesh | None = None
-    ) -> Float[Array, "*rows O"]:
-        return project_rows(mesh, x, self.weight[...])
+    def __call__(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
+        return matmul(x, self.weight[...])[0]
 
 
 def project_all(
@@ -62,6 +58,20 @@ def swiglu(
     return project_columns(mesh, x, *weights, activation="swiglu")[0]
 
 
+def add_to_stream(
+    stream: Float[Array, "*rows M"],
+    x: Float[Array, "*rows I"],
+    linear: Linear,
+    norm: RMSNorm | None,
+    mesh: Mesh | None = None,
+    links: Array | None = None,
+) -> tuple[Float[Array, "*rows M"], Float[Array, "*rows M"]]:
+    """stream + linear(x), and its norm, by default itself."""
+    by = None if norm is None else Norm(norm.weight[...], norm.eps)
+    found = add_projected(mesh, stream, x, linear.weight[...], by, links)
+    return found[0], found[-1]
+
+
 class Embedding(nnx.Module):
     """Token embedding [E, M]."""
 
@@ -69,8 +79,10 @@ class Embedding(nnx.Module):
         values = jax.random.normal(rngs.params(), (rows, size), jnp.float32) * size**-0.5
         self.weight = nnx.Param(values.astype(dtype))
 
-    def __call__(self, token_ids: Array, mesh: Mesh | None = None) -> Float[Array, "*rows M"]:
-        return look_up(mesh, self.weight[...], token_ids)
+    def __call__(
+        self, token_ids: Array, mesh: Mesh | None = None, links: Array | None = None
+    ) -> Float[Array, "*rows M"]:
+        return look_up(mesh, self.weight[...], token_ids, links)
 
 
 class RMSNorm(nnx.Module):
@@ -81,7 +93,4 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*rows M"]) -> Float[Array, "*rows M"]:
-        wide = x.astype(jnp.float32)
-        mean = row_sum(wide * wide) / x.shape[-1]
-        scale = jax.lax.rsqrt(mean[..., None] + self.eps)
-        return (wide * scale).astype(x.dtype) * self.weight[...]
+        return rms_norm(x, self.weight[...], self.eps)

@@ -18,8 +18,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pdllm_jax.config import ModelConfig
-from pdllm_jax.layers import Embedding, Linear, RMSNorm, project, project_all, swiglu
-from pdllm_jax.parallel import divide_rows
+from pdllm_jax.layers import (
+    Embedding,
+    Linear,
+    RMSNorm,
+    add_to_stream,
+    project,
+    project_all,
+    swiglu,
+)
+from pdllm_jax.parallel import Links, divide_rows
 from pdllm_jax.rope import rotate, rotation
 from pdllm_jax.sharded import attention, project_whole
 
@@ -53,19 +61,25 @@ class Block(nnx.Module):
         self,
         layer: int,
         x: Float[Array, "B T M"],
+        normed: Float[Array, "B T M"],
         attend: Attend,
         carry: Carry,
+        after: RMSNorm | None = None,
         mesh: Mesh | None = None,
-    ) -> tuple[Float[Array, "B T M"], Carry]:
+        links: Array | None = None,
+    ) -> tuple[Float[Array, "B T M"], Float[Array, "B T M"], Carry]:
+        """x and its `attn_norm` -> the block's output, its norm `after` (or itself), the carry."""
+
         def heads(y: Array) -> Array:
             return y.reshape(*y.shape[:-1], -1, self.head_dim)
 
         into = self.q_proj, self.k_proj, self.v_proj
-        q, k, v = project_all(self.attn_norm(x), *into, mesh=mesh)
+        q, k, v = project_all(normed, *into, mesh=mesh)
         out, carry = attend(layer, heads(q), heads(k), heads(v), carry)
-        x = x + self.attn_out(out.reshape(x.shape), mesh)
-        h = swiglu(self.ff_norm(x), self.gate_proj, self.up_proj, mesh)
-        return x + self.down_proj(h, mesh), carry
+        out = out.reshape(x.shape)
+        x, normed = add_to_stream(x, out, self.attn_out, self.ff_norm, mesh, links)
+        h = swiglu(normed, self.gate_proj, self.up_proj, mesh)
+        return *add_to_stream(x, h, self.down_proj, after, mesh, links), carry
 
 
 class LLaDA(nnx.Module):
@@ -75,9 +89,11 @@ class LLaDA(nnx.Module):
     activations; norms, softmax and rotations are computed in float32.
 
     mesh: that the weights lie on (`load_model`, `parallel.shard_model`), None for one device.
+    links: where the devices of a mesh find each other's memory, None where XLA makes their sums.
     """
 
     mesh: Mesh | None = None
+    links: Links | None = None
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
@@ -97,9 +113,12 @@ class LLaDA(nnx.Module):
         self, token_ids: Int[Array, "B T"], attend: Attend, carry: Carry
     ) -> tuple[Float[Array, "B T M"], Carry]:
         """The residual stream after the last layer (before the final norm), and the carry."""
-        x = self.embedding(divide_rows(self.mesh, token_ids), self.mesh)
-        for layer, block in enumerate(self.blocks):
-            x, carry = block(layer, x, attend, carry, self.mesh)
+        links = None if self.links is None else self.links[...]
+        x = self.embedding(divide_rows(self.mesh, token_ids), self.mesh, links)
+        norms: list[RMSNorm | None] = [block.attn_norm for block in self.blocks]
+        normed = self.blocks[0].attn_norm(x)
+        for layer, (block, after) in enumerate(zip(self.blocks, [*norms[1:], None], strict=True)):
+            x, normed, carry = block(layer, x, normed, attend, carry, after, self.mesh, links)
         return x, carry
 
     def logits(self, hidden: Float[Array, "*rows M"]) -> Float[Array, "*rows V"]:

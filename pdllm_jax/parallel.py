@@ -26,6 +26,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from pallas_kernels import SumImplementation, exchange_problem, exchange_table
 from pdllm_jax.model_config import ConfigError, ModelConfig
 
 if TYPE_CHECKING:
@@ -159,19 +160,35 @@ def place(mesh: Mesh | None, tree: Tree, name: str = "") -> Tree:
     return tree if mesh is None else jax.device_put(tree, shardings(mesh, tree, name))
 
 
-def shard_model(model: LLaDA, mesh: Mesh) -> LLaDA:
+class Links(nnx.Variable):
+    """`pallas_kernels.exchange_table`: no weight, but an argument of whatever takes the model."""
+
+
+def put_on(model: LLaDA, mesh: Mesh, sums: SumImplementation | None) -> LLaDA:
+    """The model, told of the mesh that its weights lie on. sums: see `shard_model`."""
+    nnx.pop(model, Links)
+    model.mesh = mesh
+    if sums == "mosaic_gpu" or (sums is None and exchange_problem(mesh, TENSOR) is None):
+        model.links = Links(exchange_table(mesh, TENSOR))
+    return model
+
+
+def shard_model(model: LLaDA, mesh: Mesh, *, sums: SumImplementation | None = None) -> LLaDA:
     """The same weights on a mesh; `load_model` puts them there without going through one device.
+
+    sums: how the devices of "tensor" add up a few rows: "mosaic_gpu", the kernel, on Hopper GPUs of
+      one process that can access each other's memory; "xla", anywhere; by default the kernel
+      wherever it can run. Many rows are added up by XLA in any case.
 
     Raises:
       ConfigError: "tensor" does not divide heads, MLP or vocabulary.
+      ValueError: the kernel is asked for and can't run, with the reason.
     """
     mesh_sizes(model.config, mesh)
     graph, state = nnx.split(model)
     pure = nnx.to_pure_dict(state)
     nnx.replace_by_pure_dict(state, place(mesh, pure))
-    sharded = nnx.merge(graph, state)
-    sharded.mesh = mesh
-    return sharded
+    return put_on(nnx.merge(graph, state), mesh, sums)
 
 
 def divide_rows(mesh: Mesh | None, x: Array) -> Array:

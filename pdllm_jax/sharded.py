@@ -16,8 +16,9 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
-from pallas_kernels import ChunkMass, Implementation, Near, Partial
-from pdllm_jax.parallel import TENSOR, by_heads, local, rows_axis
+from pallas_kernels import ChunkMass, Implementation, Near, Norm, Partial
+from pallas_kernels.sums import rms_norm
+from pdllm_jax.parallel import DATA, TENSOR, by_heads, local, rows_axis
 
 
 def attention(
@@ -115,35 +116,60 @@ def project_columns(
     return local(mesh, run, (rows, *[PartitionSpec(TENSOR)] * len(weights)), made)(x, *weights)
 
 
-def project_rows(
-    mesh: Mesh | None, x: Float[Array, "B *rows I"], weight: Float[Array, "O I"]
-) -> Float[Array, "B *rows O"]:
-    """`pallas_kernels.matmul` back from a layer: the devices' partial sums are added up."""
+def _linked(mesh: Mesh, links: Array | None) -> tuple[tuple[Any, ...], tuple[Array, ...]]:
+    """Specs and arguments of the table that the kernel for sums takes, if there is one."""
+    return ((PartitionSpec(DATA, TENSOR),), (links,)) if links is not None else ((), ())
+
+
+def add_projected(
+    mesh: Mesh | None,
+    stream: Float[Array, "B *rows O"],
+    x: Float[Array, "B *rows I"],
+    weight: Float[Array, "O I"],
+    norm: Norm | None,
+    links: Array | None = None,
+) -> tuple[Float[Array, "B *rows O"], ...]:
+    """stream + x W^T, back from a layer: the devices' partial sums are added up. With a norm, the
+    norm of that as well.
+    """
     if mesh is None:
-        return pallas_kernels.matmul(x, weight)[0]
+        total = stream + pallas_kernels.matmul(x, weight)[0]
+        return (total,) if norm is None else (total, rms_norm(total, *norm))
+    eps, scales = (None, ()) if norm is None else (norm.eps, (norm.weight,))
 
-    def run(x: Array, weight: Array) -> Array:
-        return lax.psum(pallas_kernels.matmul(x, weight)[0], TENSOR)
+    def run(stream: Array, x: Array, weight: Array, *more: Array) -> tuple[Array, ...]:
+        return pallas_kernels.device_sum(
+            pallas_kernels.matmul(x, weight)[0], TENSOR, residual=stream,
+            norm=None if eps is None else Norm(more[0], eps),
+            table=more[-1] if links is not None else None,
+        )  # fmt: skip
 
-    given = by_heads(mesh, x.shape[0], x.ndim - 1), PartitionSpec(None, TENSOR)
-    return local(mesh, run, given, PartitionSpec(rows_axis(mesh, x.shape[0])))(x, weight)
+    rows = PartitionSpec(rows_axis(mesh, x.shape[0]))
+    specs, tables = _linked(mesh, links)
+    given = rows, by_heads(mesh, x.shape[0], x.ndim - 1), PartitionSpec(None, TENSOR)
+    specs = (*given, *[PartitionSpec()] * len(scales), *specs)
+    return local(mesh, run, specs, rows)(stream, x, weight, *scales, *tables)
 
 
 def look_up(
-    mesh: Mesh | None, table: Float[Array, "E M"], ids: Int[Array, "B *rows"]
+    mesh: Mesh | None,
+    table: Float[Array, "E M"],
+    ids: Int[Array, "B *rows"],
+    links: Array | None = None,
 ) -> Float[Array, "B *rows M"]:
     """Rows of an embedding: from the device that has them, zeros of the others added."""
     if mesh is None:
         return table[ids]
 
-    def run(table: Array, ids: Array) -> Array:
+    def run(table: Array, ids: Array, *links: Array) -> Array:
         own = ids - lax.axis_index(TENSOR) * table.shape[0]
         there = (own >= 0) & (own < table.shape[0])
-        found = table[jnp.where(there, own, 0)]
-        return lax.psum(jnp.where(there[..., None], found, 0), TENSOR)
+        found = jnp.where(there[..., None], table[jnp.where(there, own, 0)], 0)
+        return pallas_kernels.device_sum(found, TENSOR, table=links[0] if links else None)[0]
 
     rows = PartitionSpec(rows_axis(mesh, ids.shape[0]))
-    return local(mesh, run, (PartitionSpec(TENSOR), rows), rows)(table, ids)
+    specs, tables = _linked(mesh, links)
+    return local(mesh, run, (PartitionSpec(TENSOR), rows, *specs), rows)(table, ids, *tables)
 
 
 def project_whole(

@@ -12,8 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
+from pallas_kernels import Norm, device_sum
+from pallas_kernels.exchange import CAPACITY, EMPTY, HEADER, _memory
 from pdllm_jax import (
     ChunkConfig,
     DecodeConfig,
@@ -52,6 +54,7 @@ from pdllm_jax.likelihood import (
     keep_context,
 )
 from pdllm_jax.offload import choose_offloaded, encode_offloaded, offload
+from pdllm_jax.parallel import DATA, TENSOR
 
 DEVICES = 8
 CHUNKS = ChunkConfig(16)
@@ -258,7 +261,7 @@ def loaded(folder: Path) -> None:
     setting = {"scorer": "query", "encoding": "independent", "keep_tokens": 9}, {"temperature": 0.5}
     got = ask(many, *setting)
     same(got, ask(one, *setting), "loaded")
-    assert got.paths["mesh"] == "2x4"
+    assert (got.paths["mesh"], got.paths["sums"]) == ("2x4", "xla")
     _communication(many)
 
 
@@ -277,6 +280,56 @@ def _communication(model: LLaDA) -> None:
     found = Counter(re.findall(rf"= \S+ ({kinds})(?:-start)?\(", compiled.as_text()))
     sums = 2 * model.config.n_layers + 1
     assert found == {"all-reduce": sums, "all-gather": 1}, found
+
+
+def sums(data: int, tensor: int) -> None:
+    """device_sum of parts that differ on every device, in float64 by NumPy."""
+    setup()
+    mesh = make_mesh(data, tensor)
+    rng = np.random.default_rng(0)
+    parts = rng.standard_normal((data, tensor, 3, 5, 24)).astype(np.float32)
+    residual = rng.standard_normal((data, 3, 5, 24)).astype(np.float32)
+    weight = rng.standard_normal(24).astype(np.float32)
+
+    def run(x: jax.Array, r: jax.Array, w: jax.Array) -> Any:
+        plain = device_sum(x[0, 0], TENSOR)
+        both = device_sum(x[0, 0], TENSOR, residual=r[0], norm=Norm(w, 0.5))
+        return jax.tree.map(lambda y: y[None, None], (plain, both))
+
+    each = PartitionSpec(DATA, TENSOR)
+    specs = each, PartitionSpec(DATA), PartitionSpec()
+    (plain,), (total, normed) = jax.jit(
+        jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=each, check_vma=False)
+    )(parts, residual, weight)
+    want = parts.astype(np.float64).sum(axis=1, keepdims=True).repeat(tensor, axis=1)
+    np.testing.assert_allclose(plain, want, rtol=1e-5, atol=1e-5)
+    want = want + residual[:, None]
+    np.testing.assert_allclose(total, want, rtol=1e-5, atol=1e-5)
+    want = want / np.sqrt((want**2).mean(axis=-1, keepdims=True) + 0.5) * weight
+    np.testing.assert_allclose(normed, want, rtol=1e-5, atol=1e-5)
+
+
+def exchange() -> None:
+    """The rows of a table: rank, and the addresses of the group's memory in the order of ranks."""
+    setup()
+    mesh = make_mesh(2, 4)
+    for axis, ranks in (
+        (TENSOR, np.arange(8).reshape(2, 4) % 4),
+        (DATA, np.arange(8).reshape(2, 4) // 4),
+    ):
+        words, table = _memory(mesh, axis)
+        rows = np.asarray(table).view(np.uint64)
+        np.testing.assert_array_equal(rows[..., 0], ranks)
+        where = {s.device: s.data.unsafe_buffer_pointer() for s in words.addressable_shards}
+        assert len(set(where.values())) == 8
+        for (i, j), _ in np.ndenumerate(ranks):
+            group = mesh.devices[i] if axis == TENSOR else mesh.devices[:, j]
+            assert rows[i, j, 1:].tolist() == [where[device] for device in group]
+        found = np.asarray(words).view(np.uint32)
+        assert (found[..., : HEADER // 4] == 0).all()
+        assert (found[..., HEADER // 4 :] == EMPTY).all()
+        assert found.shape[-1] * 4 == HEADER + 2 * mesh.shape[axis] * CAPACITY
+        assert _memory(mesh, axis)[0] is words
 
 
 def host(rank: int, port: int, folder: Path, out: Path) -> None:

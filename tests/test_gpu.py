@@ -9,14 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec
 
-from pallas_kernels import chunk_attention, merge
+from pallas_kernels import (
+    Norm,
+    chunk_attention,
+    device_sum,
+    exchange_problem,
+    exchange_table,
+    merge,
+)
 from pallas_kernels.dense import _blocked, attention, dense_implementation
 from pallas_kernels.partial import EMPTY_LSE
+from pallas_kernels.sums import rms_norm
 from pdllm_jax.config import ChunkConfig, DecodeConfig, ModelConfig, SelectionConfig
 from pdllm_jax.generate import generate_ids
 from pdllm_jax.model import LLaDA
-from pdllm_jax.parallel import make_mesh, shard_model
+from pdllm_jax.parallel import DATA, TENSOR, make_mesh, shard_model
 from tests.support import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -133,9 +143,48 @@ def test_two_gpus_give_the_tokens_of_one(mesh, encoding):
         for each in (model, shard_model(model, make_mesh(*mesh)))
     )  # fmt: skip
     assert two.paths["chunk_attention"] == one.paths["chunk_attention"] == "mosaic_gpu"
+    if exchange_problem(make_mesh(1, 2), TENSOR) is None:
+        assert two.paths["sums"] == ("mosaic_gpu" if mesh[1] == 2 else "xla")
     assert two.selection["chunks"] == one.selection["chunks"]
     np.testing.assert_allclose(two.selection["scores"], one.selection["scores"], atol=2e-2)
     assert np.mean(np.array(two.tokens) == np.array(one.tokens)) >= 0.9
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=str)
+def test_sums_over_two_gpus_are_xlas_whatever_follows_what(dtype):
+    """Calls of four sizes, one behind the other, the devices not at the same pace."""
+    if len(jax.devices("gpu")) < 2 or exchange_problem(mesh := make_mesh(1, 2), TENSOR):
+        pytest.skip("needs two GPUs that access each other's memory")
+    weight, kind = jax.random.normal(jax.random.key(1), (1024,), dtype), jnp.finfo(dtype)
+
+    def run(table):
+        rank = lax.axis_index(TENSOR)
+
+        def call(turn, wrong):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), turn), rank)
+            late = jnp.where(lax.rem(turn, 2) == rank, 40, 0)
+            key = lax.fori_loop(0, late, lambda _, key: jax.random.split(key)[0], key)
+            last = jnp.zeros((), dtype)  # so that each sum waits for the one before
+            for rows in (32, 1, 128, 33):
+                x = jax.random.normal(key, (rows, 1024), dtype) + 0 * last
+                (got,) = device_sum(x, TENSOR, table=table, implementation="mosaic_gpu")
+                both = device_sum(x, TENSOR, table=table, residual=got, norm=Norm(weight, 1e-5))
+                (want,) = device_sum(x, TENSOR, implementation="xla")
+                last = both[1][0, 0]
+                # Rounded for certain: XLA would go on with float32.
+                added = lax.reduce_precision(got + want, kind.nexp, kind.nmant)
+                normed = rms_norm(added, weight, 1e-5)
+                off = jnp.abs(both[1] - normed) > 8 * kind.eps * jnp.abs(normed)
+                wrong += (got != want).sum() + (both[0] != added).sum() + off.sum()
+            return wrong
+
+        return lax.fori_loop(0, 200, call, jnp.int32(0))[None]
+
+    each = PartitionSpec(DATA, TENSOR)
+    run = jax.shard_map(
+        run, mesh=mesh, in_specs=each, out_specs=PartitionSpec(TENSOR), check_vma=False
+    )
+    assert jax.jit(run)(exchange_table(mesh, TENSOR)).tolist() == [0, 0]
 
 
 def llada_8b_inputs(layers, chunks=4, rows=32):

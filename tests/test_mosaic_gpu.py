@@ -233,7 +233,7 @@ def test_lowers_on_a_mesh_with_a_devices_own_heads_and_columns(monkeypatch):
     def layer(q, pool, ids, lengths, near, x, gate, down):
         seen = sharded.chunk_attention(mesh, q, pool, pool, ids, lengths, layer=0, near=near)
         (h,) = sharded.project_columns(mesh, x, gate, gate, activation="swiglu")
-        return seen.out, sharded.project_rows(mesh, h, down)
+        return seen.out, sharded.add_projected(mesh, x, h, down, None)
 
     live, counts = spec(4, 128, 32, 128), spec(4, dtype=jnp.int32)
     args = (

@@ -259,7 +259,9 @@ def dense_answers(
 def weights_fingerprint(model: LLaDA) -> str:
     """Tells weights apart by the first and the last row of every tensor, and by their shapes."""
     digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model))):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    ):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape}".encode())
         for row in (leaf[:1], leaf[-1:]):
             digest.update(np.asarray(row, np.float32).tobytes())

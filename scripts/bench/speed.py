@@ -13,6 +13,7 @@ import dataclasses
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from flax import nnx
 from bench.record import copy_bandwidth, write
 from bench.requests import BLOCK, PREFIX, QUERY, SELECT, end_to_end, stream
 from bench.run import Run, begin, of_mesh, on
+from pallas_kernels import SumImplementation
 from pdllm_jax import (
     DecodeConfig,
     LLaDA,
@@ -64,6 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mesh", nargs="+", metavar="DATAxTENSOR",
         help="meshes to run on, e.g. 1x1 1x2 2x1; by default one device without any",
     )  # fmt: skip
+    parser.add_argument(
+        "--sums", choices=get_args(SumImplementation),
+        help="how the devices of a mesh add up a few rows, by default the kernel where it runs",
+    )  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
@@ -77,7 +83,7 @@ def main(args: argparse.Namespace) -> int:
     for mesh in args.mesh or [None]:
         if mesh is not None:
             run.model = plain  # lets the last mesh's weights go
-            run.model = shard_model(plain, make_mesh(*parse_mesh(mesh)))
+            run.model = shard_model(plain, make_mesh(*parse_mesh(mesh)), sums=args.sums)
         for name in args.sections:
             if time.monotonic() - run.begun > args.limit:
                 run.record["left_out"].append(name + on(run.model))
@@ -114,7 +120,7 @@ def compare_meshes(run: Run) -> None:
 
 def weight_bytes(run: Run) -> int:
     """Bytes of weights that an evaluation reads: all but the embedding, of which it reads rows."""
-    leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(run.model)))
+    leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(run.model, nnx.Param)))
     whole = sum(leaf.nbytes for leaf in leaves)
     config = run.model.config
     return whole if config.weight_tying else whole - run.model.embedding.weight[...].nbytes

@@ -190,7 +190,7 @@ def load_model(
     dtype: DTypeLike | None = None,
     *,
     mesh: Mesh | None = None,
-    sums: SumImplementation | None = None,
+    sums: SumImplementation = "xla",
 ) -> LLaDA:
     """Restores a converted checkpoint.
 
@@ -202,13 +202,15 @@ def load_model(
     The arrays are read in pieces and go to JAX's default device, or the mesh, one by one: the host
     never holds the whole model beside the device. Raises CheckpointError for whatever is not a
     whole converted checkpoint, ConfigError for a config.json that is not implemented or a mesh that
-    does not divide it.
+    does not divide it, ValueError for `sums` that can't be had.
     """
     folder = Path(path).resolve()
     manifest = read_manifest(folder)
     config = load_config(folder)
     if mesh is not None:
         mesh_sizes(config, mesh)
+    elif sums != "xla":
+        raise ValueError(f"sums {sums!r}: there is no mesh whose devices would add up anything")
     name = manifest.dtype if dtype is None else jnp.dtype(dtype).name
     if name not in DTYPES:
         raise CheckpointError(f"dtype {name} is not supported ({', '.join(DTYPES)} are)")

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import jax
 from flax import nnx
@@ -26,7 +26,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from pallas_kernels import SumImplementation, exchange_problem, exchange_table
+from pallas_kernels import SumImplementation, exchange_table
 from pdllm_jax.model_config import ConfigError, ModelConfig
 
 if TYPE_CHECKING:
@@ -164,21 +164,24 @@ class Links(nnx.Variable):
     """`pallas_kernels.exchange_table`: no weight, but an argument of whatever takes the model."""
 
 
-def put_on(model: LLaDA, mesh: Mesh, sums: SumImplementation | None) -> LLaDA:
+def put_on(model: LLaDA, mesh: Mesh, sums: SumImplementation) -> LLaDA:
     """The model, told of the mesh that its weights lie on. sums: see `shard_model`."""
+    if sums not in get_args(SumImplementation):
+        known = ", ".join(get_args(SumImplementation))
+        raise ValueError(f"sums {sums!r} is not known ({known})")
     nnx.pop(model, Links)
     model.mesh = mesh
-    if sums == "mosaic_gpu" or (sums is None and exchange_problem(mesh, TENSOR) is None):
+    if sums == "mosaic_gpu" and mesh.shape[TENSOR] > 1:
         model.links = Links(exchange_table(mesh, TENSOR))
     return model
 
 
-def shard_model(model: LLaDA, mesh: Mesh, *, sums: SumImplementation | None = None) -> LLaDA:
+def shard_model(model: LLaDA, mesh: Mesh, *, sums: SumImplementation = "xla") -> LLaDA:
     """The same weights on a mesh; `load_model` puts them there without going through one device.
 
     sums: how the devices of "tensor" add up a few rows: "mosaic_gpu", the kernel, on Hopper GPUs of
-      one process that can access each other's memory; "xla", anywhere; by default the kernel
-      wherever it can run. Many rows are added up by XLA in any case.
+      one process that can access each other's memory; "xla", anywhere. Many rows are added up by
+      XLA in any case.
 
     Raises:
       ConfigError: "tensor" does not divide heads, MLP or vocabulary.

@@ -186,6 +186,10 @@ def add_placement(p: argparse.ArgumentParser) -> None:
         "--mesh", metavar="DATAxTENSOR",
         help="devices to divide chunks and requests over, times those to divide each layer over",
     )  # fmt: skip
+    p.add_argument(
+        "--sums", choices=("mosaic_gpu", "xla"), default="xla",
+        help="on a mesh: how its devices add up a few rows",
+    )  # fmt: skip
 
 
 def add_output(p: argparse.ArgumentParser) -> None:
@@ -273,7 +277,7 @@ def load(args: argparse.Namespace) -> tuple[LLaDA, Path]:
     mesh = mesh_of(args)
     folder = converted(args.checkpoint)
     print(f"loading {folder}", file=sys.stderr)
-    return load_model(folder, dtype=DTYPES[args.dtype], mesh=mesh), folder
+    return load_model(folder, dtype=DTYPES[args.dtype], mesh=mesh, sums=args.sums), folder
 
 
 def stopping(

@@ -368,6 +368,7 @@ def record(tmp_path_factory) -> dict:
         ]},
     }  # fmt: skip
     for name, content in looks.items():
+        content |= {"run": {"device": "cpu" if name == "order" else "a device"}, "dtype": "float16"}
         run.write_json(folder / f"{name}.json", content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "RESAMPLES", 200)
@@ -413,6 +414,16 @@ def test_signs_are_those_of_the_data():
     assert report.verdict(higher).startswith("higher: +5.0 [+2.0, +8.0] points")
     for unclear in ({"p_holm": 0.2}, {"difference": [0.01, -0.01, 0.03]}):
         assert report.verdict({**row, **unclear}).startswith("no difference shown")
+
+
+def test_of_other_choices_those_are_told_that_change_something():
+    clear = {"difference": [-0.05, -0.08, -0.02], "p_holm": 0.01, "label": "a"}
+    unclear = {**clear, "p_holm": 0.2, "label": "b"}
+    group = {"over": {"length": 4096}, "arms": [clear, unclear, {"label": "not run"}]}
+    record = {"grids": {"encoding": {"groups": [group]}, "main": {"groups": [group]}}}
+    want = "- encoding, 4,096 tokens: a -5.0 [-8.0, -2.0]. no difference shown: b."
+    assert report.choices(record) == [want]
+    assert report.choices({"grids": {}}) == ["Not measured in this run."]
 
 
 def test_pictures_show_the_jsons_values(record):
@@ -467,6 +478,7 @@ def test_a_report_is_made_of_the_json_alone(record, tmp_path):
     assert f"{value:.1f} [{low:.1f}, {high:.1f}]" in text
     assert "a device; jax 0; a model of 4M parameters, float32. 88 examples a cell" in text
     assert "Called 2 times, 30 s in all" in text
+    assert "Measured elsewhere than the cells: order: cpu, float16.\n" in text
     assert text.count("**FAILS**") == 0
     failing = {**record, "checks": [{**record["checks"][0], "ok": False}]}
     assert "**FAILS**" in report.results_page(failing, [], "pictures", "x.json")

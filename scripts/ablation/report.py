@@ -14,6 +14,7 @@ from bench.pages import between, relative, replace
 
 from ablation.grid import Cell
 from ablation.plots import draw_all
+from ablation.run import LOOKS
 
 Record = Mapping[str, Any]
 BEGIN, END = "<!-- ablation: made by scripts/ablate.py report -->", "<!-- end of ablation -->"
@@ -145,14 +146,20 @@ def _row(title: str, cell: Mapping[str, Any] | None, comparison: Mapping[str, An
     return "| " + " | ".join(columns) + " |"
 
 
+def is_clear(comparison: Mapping[str, Any]) -> bool:
+    """Whether an arm is shown to differ from its reference."""
+    low, high = comparison["difference"][1:3]
+    return (low > 0 or high < 0) and comparison["p_holm"] < 0.05
+
+
 def verdict(comparison: Mapping[str, Any]) -> str:
     """What may be said of an arm against its reference."""
-    low, high = comparison["difference"][1:3]
-    clear = (low > 0 or high < 0) and comparison["p_holm"] < 0.05
-    direction = "higher:" if low > 0 else "lower:"
+    said = "higher" if comparison["difference"][1] > 0 else "lower"
+    if not is_clear(comparison):
+        said = "no difference shown"
     return (
-        f"{direction if clear else 'no difference shown:'} {points(comparison['difference'])} "
-        f"points (McNemar p {p_value(comparison['p'])}, Holm {p_value(comparison['p_holm'])}, "
+        f"{said}: {points(comparison['difference'])} points (McNemar p "
+        f"{p_value(comparison['p'])}, Holm {p_value(comparison['p_holm'])}, "
         f"n = {comparison['examples']})"
     )
 
@@ -225,7 +232,31 @@ def claims(record: Record) -> list[str]:
         _compared(record, ("encoding", "quick"), {"encoding": "independent"}),
         "independent", "joint",
     )  # fmt: skip
+    lines += ["### Which other choices change accuracy?", "", *choices(record), ""]
     return lines
+
+
+CHOICES = (
+    "encoding", "scorer", "draft", "top-k", "chunk-size", "sparsity", "positions", "choices",
+    "decoding",
+)  # fmt: skip
+
+
+def choices(record: Record) -> list[str]:
+    """Of each grid the arms whose difference is shown, and which show none."""
+    lines = []
+    for name in CHOICES:
+        for group in (record["grids"].get(name) or {"groups": []})["groups"]:
+            arms = [arm for arm in group["arms"] if "difference" in arm]
+            shown = [f"{arm['label']} {points(arm['difference'])}" for arm in arms if is_clear(arm)]
+            others = [arm["label"] for arm in arms if not is_clear(arm)]
+            over = ", ".join(_said(key, value) for key, value in group["over"].items())
+            parts = ["; ".join(shown)] if shown else []
+            if others:
+                parts.append(f"no difference shown: {'; '.join(others)}")
+            if parts:
+                lines.append(f"- {name}{', ' if over else ''}{over}: {'. '.join(parts)}.")
+    return lines or ["Not measured in this run."]
 
 
 LIMITS = """\
@@ -261,7 +292,7 @@ def results_page(record: Record, made: Sequence[str], pictures: str, source: str
         LIMITS,
     ]  # fmt: skip
     if made:
-        lines += ["## Pictures", ""]
+        lines += ["## Pictures", "", *measured_apart(record)]
         lines += [f"![{CAPTIONS[name]}]({pictures}/{name}.png)\n" for name in made]
     lines += ["## Tables", ""]
     for name, grid in record["grids"].items():
@@ -280,6 +311,19 @@ def results_page(record: Record, made: Sequence[str], pictures: str, source: str
             for check in told
         ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def measured_apart(record: Record) -> list[str]:
+    """Where the pictures' own measurements come from, if not from where the cells do."""
+    devices = {run["device"] for run in record["runs"]}
+    found = []
+    for name in LOOKS:
+        look = record.get(name)
+        if look and look["run"]["device"] not in devices:
+            settings = look.get("settings") or look["rows"][0].get("settings") or {}
+            at = f", {settings['length']:,} tokens" if "length" in settings else ""
+            found.append(f"{name}: {look['run']['device']}, {look['dtype']}{at}")
+    return [f"Measured elsewhere than the cells: {'; '.join(found)}.", ""] if found else []
 
 
 def readme_part(record: Record, made: Sequence[str], pictures: str, results: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -92,6 +93,8 @@ def conditions() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
     }
+    if flags := os.environ.get("XLA_FLAGS", "").strip():
+        record["XLA_FLAGS"] = flags
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
         found = subprocess.run(query, capture_output=True, text=True, check=False).stdout

@@ -127,20 +127,14 @@ def step(record: Record) -> Iterator[str]:
             yield f"{speed:.0f} TFLOP/s of products and attention over rows that exist."
 
 
-def requests(record: Record, *others: Record) -> Iterator[str]:
-    """Whole requests beside the baselines, a table for each record."""
+def requests(record: Record) -> Iterator[str]:
+    """Whole requests beside the baselines."""
     yield "As `generate_ids` is called. The baselines in the same process; of `plain`, evaluations"
     yield "are all alike, so that two, or one a block, are timed and counted as often as there are"
     yield "tokens."
-    for each in (record, *others):
-        yield ""
-        yield conditions(each)
-        yield ""
-        yield from requests_of(each)
-
-
-def requests_of(record: Record) -> Iterator[str]:
-    """One record's table."""
+    yield ""
+    yield conditions(record)
+    yield ""
     rows = {(r["prompt_tokens"], r["tokens"], r["method"]): r for r in record["end_to_end"]}
     phases = ("draft", "score", "encode", "decode")
 
@@ -391,9 +385,9 @@ def memory(record: Record) -> Iterator[str]:
 
 
 SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[..., Iterator[str]], str | None], ...] = (
-    ("Whole requests", ("end_to_end", "end_to_end_busy_host"), requests, "requests"),
+    ("Whole requests", ("end_to_end",), requests, "requests"),
     ("A denoising step, and the scoring pass", ("speed",), step, None),
-    ("Two GPUs", ("mesh", "mesh_flags"), meshes, None),
+    ("Two GPUs", ("mesh", "mesh_flags", "mesh_sums"), meshes, None),
     ("Phases and choices", ("method",), method, None),
     ("Streaming", ("method",), stream, "streaming"),
     ("Streamed requests", ("speed_stream",), streamed_requests, None),

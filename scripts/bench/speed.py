@@ -67,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="meshes to run on, e.g. 1x1 1x2 2x1; by default one device without any",
     )  # fmt: skip
     parser.add_argument(
-        "--sums", choices=get_args(SumImplementation),
-        help="how the devices of a mesh add up a few rows, by default the kernel where it runs",
+        "--sums", choices=get_args(SumImplementation), default="xla",
+        help="how the devices of a mesh add up a few rows",
     )  # fmt: skip
 
 

@@ -353,6 +353,7 @@ def _merge_kept(kept: _Kept, scores: Array, ids: Array, k: int, keep_first: bool
     """The best k of those kept and a new group, whose KV lies in the places that were free."""
     ids = jnp.concatenate([kept.ids[:k], ids]).astype(jnp.int32)
     scores = jnp.concatenate([kept.scores[:k], scores])
-    # Those kept come first, by rank: of equal scores the lower chunk id stays in front.
-    _, order = lax.top_k(ranking(scores, ids, keep_first), ids.shape[0])
+    # Those kept come first, by rank: of equal scores the lower chunk id stays in front. A sort, for
+    # XLA dies of a top_k whose operand it lays over "data".
+    order = jnp.argsort(ranking(scores, ids, keep_first), descending=True, stable=True)
     return _Kept(ids[order], scores[order], kept.slots[order])

@@ -199,7 +199,7 @@ def load_model(
     mesh: of `parallel.make_mesh`; every device then reads its part of the weights and no other.
     sums: on a mesh, as of `parallel.shard_model`.
 
-    The arrays are read in pieces and go to JAX's default device, or the mesh, one by one: the host
+    The arrays are read and go to JAX's default device, or the mesh, a few at a time: the host
     never holds the whole model beside the device. Raises CheckpointError for whatever is not a
     whole converted checkpoint, ConfigError for a config.json that is not implemented or a mesh that
     does not divide it, ValueError for `sums` that can't be had.

@@ -30,11 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import Sharding
 from jaxtyping import Array
 
 from pdllm_jax.checkpoint import reason
-from pdllm_jax.checkpoint_arrays import quiet_orbax
+from pdllm_jax.checkpoint_arrays import quiet_orbax, read_array
 from pdllm_jax.snapshot_format import (
     ARRAYS,
     FileRecord,
@@ -50,7 +50,6 @@ SMALL_ARRAY_BYTES, SMALL_CHUNK_BYTES = 4 << 20, 1 << 20
 # Stays in a processor's cache.
 _READ_BYTES = 256 << 10
 _METADATA_BYTES = 1 << 20
-_ALIGNMENT = 64  # of XLA's buffers on a CPU
 _WORKERS = max(4, os.cpu_count() or 1)
 
 _BUFFERS = threading.local()
@@ -90,41 +89,15 @@ class _Handler(ocp.type_handlers.ArrayHandler):
             for i, (info, arg) in enumerate(zip(infos, args, strict=True)):
                 await checked
                 checked = asyncio.create_task(self._check(infos[i + 1 : i + 2]))
-                restored.append(await self._read(info.path, arg.sharding))
+                restored.append(await read_array(info.path, arg.sharding, self._context))
         finally:
             await asyncio.gather(checked, return_exceptions=True)
         return restored
-
-    async def _read(self, path: Path, sharding: Sharding) -> Array:
-        """The array; each part that devices of this process hold is read once."""
-        spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path}/"}}
-        store = await ts.open(spec, open=True, context=self._context)
-        holders: dict[str, list[jax.Device]] = {}
-        indices = sharding.addressable_devices_indices_map(store.shape)
-        for device, index in indices.items():
-            holders.setdefault(str(index), []).append(device)
-        placed = []
-        for devices in holders.values():
-            part = store[indices[devices[0]]]
-            out = _aligned(part.shape, part.dtype.numpy_dtype)
-            await ts.array(out).write(part[ts.d[:].translate_to[0]])
-            for device in devices:
-                one = SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
-                placed.append(jax.device_put(out, one))
-        return jax.make_array_from_single_device_arrays(store.shape, sharding, placed)
 
     async def _check(self, infos: Sequence[Any]) -> None:
         for info in infos:
             if self._before is not None:
                 await asyncio.to_thread(self._before, info.name)
-
-
-def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """New memory that a CPU's buffer takes as it is, instead of a copy of it."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    begin = -memory.ctypes.data % _ALIGNMENT
-    return memory[begin : begin + nbytes].view(dtype).reshape(shape)
 
 
 def _checkpointer(handler: _Handler) -> ocp.Checkpointer:

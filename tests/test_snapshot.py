@@ -18,6 +18,7 @@ from flax import nnx
 
 from pdllm_jax import LLaDA, ModelConfig, RopeScaling
 from pdllm_jax.answer import finish, request_keys
+from pdllm_jax.checkpoint_arrays import _aligned
 from pdllm_jax.chunking import chunk_prompt
 from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.fingerprint import model_identity
@@ -29,7 +30,7 @@ from pdllm_jax.snapshot import (
     save_prefilled,
     snapshot_holds,
 )
-from pdllm_jax.snapshot_arrays import _aligned, read_arrays
+from pdllm_jax.snapshot_arrays import read_arrays
 from pdllm_jax.snapshot_format import ArrayRecord, SnapshotError, read_manifest
 from pdllm_jax.snapshot_tree import check_shapes
 from tests import workers

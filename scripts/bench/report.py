@@ -242,6 +242,38 @@ def snapshots(record: Record) -> Iterator[str]:
     )  # fmt: skip
 
 
+def load(record: Record) -> Iterator[str]:
+    """Loading a checkpoint, beside plain reads of its files."""
+    yield conditions(record)
+    yield f"{record['bytes'] / 1e9:.1f} GB, onto JAX's device, each load a process of its own."
+    yield ""
+    yield from table(
+        ("page cache", "s", "GB/s", "plain reads, GB/s", "load over reads", "host peak, GB"),
+        (
+            (r["page_cache"], f"{r['seconds']:.1f}", f"{r['gb_per_s']:.2f}",
+             f"{r['disk_gb_per_s']:.2f}", f"{r['of_disk']:.2f}",
+             f"{r['host_peak_bytes'] / 1e9:.1f}")
+            for r in record["rows"]
+        ),
+    )  # fmt: skip
+
+
+def cold(record: Record) -> Iterator[str]:
+    """Time to the first tokens in a new process."""
+    yield conditions(record)
+    yield f"A document of {record['document_tokens']:,} tokens."
+    yield ""
+    phases = list(record["rows"][0]["seconds"])
+    yield from table(
+        ("compilation cache", "to the first tokens, s", *phases, "asked again, s"),
+        (
+            (r["cache"], f"{r['to first tokens']:.1f}",
+             *(f"{r['seconds'][name]:.1f}" for name in phases), f"{r['asked again']:.1f}")
+            for r in record["rows"]
+        ),
+    )  # fmt: skip
+
+
 def method(record: Record) -> Iterator[str]:
     """Phases and choices."""
     yield conditions(record)
@@ -392,6 +424,8 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[..., Iterator[str]], str | 
     ("Streaming", ("method",), stream, "streaming"),
     ("Streamed requests", ("speed_stream",), streamed_requests, None),
     ("KV in host memory", ("offload",), offload, None),
+    ("Loading a checkpoint", ("load",), load, None),
+    ("Time to the first token", ("cold",), cold, None),
     ("Snapshots on a disk", ("snapshot",), snapshots, None),
     ("Batches", ("method_batch", "method"), batch, None),
     ("Attention over chosen chunks", ("kernel_h100", "kernel"), kernel, "kernel"),

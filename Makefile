@@ -47,7 +47,7 @@ test: env
 # What depends on the version of jax: kernels and model, and of the method what goes through all of it;
 # `make test-versions` has sampling and selection. The rest goes over them again, or over files,
 # settings, training and evaluation.
-KERNELS := $(addprefix tests/test_,$(addsuffix .py,kernels mosaic_gpu matmul model rope) \
+KERNELS := $(addprefix tests/test_,$(addsuffix .py,kernels mosaic_gpu matmul device_sum model rope) \
 	denoise.py::test_a_second_generate_of_the_same_bucket_compiles_nothing \
 	denoise.py::test_the_loop_on_the_device_equals_single_steps \
 	prefill.py::test_scores_are_the_defined_ones prefill.py::test_independent_encoding_is_the_defined_one \

@@ -88,7 +88,7 @@ def conditions(record: Record) -> str:
         text += f" Called {times}, {sum(calls):,.0f} s in all, loading and compiling included."
     if processes > 1:
         text += f" {processes} processes shared the device, so that times are no benchmark."
-    return text
+    return f"{text} {record.get('notes', '')}".rstrip()
 
 
 def grid_table(record: Record, name: str) -> list[str]:

@@ -73,7 +73,8 @@ def device_sum(
 
     The sum is rounded to x's dtype before the residual is added. Where the kernel makes them, all
     devices make the same sums in the same order, and none begins before the last one has ended:
-    programs are run by one thread, and XLA keeps to one stream (its default, in graphs too).
+    XLA keeps to one stream (its default, in graphs too), and programs of several threads have a
+    collective of XLA's over `axis` as well, which keeps them apart; others are run by one thread.
 
     Args:
       x: a device's part.

@@ -190,7 +190,7 @@ def load_model(
     dtype: DTypeLike | None = None,
     *,
     mesh: Mesh | None = None,
-    sums: SumImplementation = "xla",
+    sums: SumImplementation | None = None,
 ) -> LLaDA:
     """Restores a converted checkpoint.
 
@@ -209,7 +209,7 @@ def load_model(
     config = load_config(folder)
     if mesh is not None:
         mesh_sizes(config, mesh)
-    elif sums != "xla":
+    elif sums is not None:
         raise ValueError(f"sums {sums!r}: there is no mesh whose devices would add up anything")
     name = manifest.dtype if dtype is None else jnp.dtype(dtype).name
     if name not in DTYPES:

@@ -79,10 +79,8 @@ class Embedding(nnx.Module):
         values = jax.random.normal(rngs.params(), (rows, size), jnp.float32) * size**-0.5
         self.weight = nnx.Param(values.astype(dtype))
 
-    def __call__(
-        self, token_ids: Array, mesh: Mesh | None = None, links: Array | None = None
-    ) -> Float[Array, "*rows M"]:
-        return look_up(mesh, self.weight[...], token_ids, links)
+    def __call__(self, token_ids: Array, mesh: Mesh | None = None) -> Float[Array, "*rows M"]:
+        return look_up(mesh, self.weight[...], token_ids)
 
 
 class RMSNorm(nnx.Module):

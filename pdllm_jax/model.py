@@ -114,7 +114,7 @@ class LLaDA(nnx.Module):
     ) -> tuple[Float[Array, "B T M"], Carry]:
         """The residual stream after the last layer (before the final norm), and the carry."""
         links = None if self.links is None else self.links[...]
-        x = self.embedding(divide_rows(self.mesh, token_ids), self.mesh, links)
+        x = self.embedding(divide_rows(self.mesh, token_ids), self.mesh)
         norms: list[RMSNorm | None] = [block.attn_norm for block in self.blocks]
         normed = self.blocks[0].attn_norm(x)
         for layer, (block, after) in enumerate(zip(self.blocks, [*norms[1:], None], strict=True)):

@@ -26,7 +26,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from pallas_kernels import SumImplementation, exchange_table
+from pallas_kernels import SumImplementation, exchange_problem, exchange_table
 from pdllm_jax.model_config import ConfigError, ModelConfig
 
 if TYPE_CHECKING:
@@ -164,8 +164,10 @@ class Links(nnx.Variable):
     """`pallas_kernels.exchange_table`: no weight, but an argument of whatever takes the model."""
 
 
-def put_on(model: LLaDA, mesh: Mesh, sums: SumImplementation) -> LLaDA:
+def put_on(model: LLaDA, mesh: Mesh, sums: SumImplementation | None) -> LLaDA:
     """The model, told of the mesh that its weights lie on. sums: see `shard_model`."""
+    if sums is None:
+        sums = "xla" if exchange_problem(mesh, TENSOR) else "mosaic_gpu"
     if sums not in get_args(SumImplementation):
         known = ", ".join(get_args(SumImplementation))
         raise ValueError(f"sums {sums!r} is not known ({known})")
@@ -176,12 +178,12 @@ def put_on(model: LLaDA, mesh: Mesh, sums: SumImplementation) -> LLaDA:
     return model
 
 
-def shard_model(model: LLaDA, mesh: Mesh, *, sums: SumImplementation = "xla") -> LLaDA:
+def shard_model(model: LLaDA, mesh: Mesh, *, sums: SumImplementation | None = None) -> LLaDA:
     """The same weights on a mesh; `load_model` puts them there without going through one device.
 
     sums: how the devices of "tensor" add up a few rows: "mosaic_gpu", the kernel, on Hopper GPUs of
-      one process that can access each other's memory; "xla", anywhere. Many rows are added up by
-      XLA in any case.
+      one process that can access each other's memory; "xla", anywhere; None, the kernel where it
+      can run, else XLA. Many rows are added up by XLA in any case.
 
     Raises:
       ConfigError: "tensor" does not divide heads, MLP or vocabulary.

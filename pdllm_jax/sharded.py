@@ -116,11 +116,6 @@ def project_columns(
     return local(mesh, run, (rows, *[PartitionSpec(TENSOR)] * len(weights)), made)(x, *weights)
 
 
-def _linked(mesh: Mesh, links: Array | None) -> tuple[tuple[Any, ...], tuple[Array, ...]]:
-    """Specs and arguments of the table that the kernel for sums takes, if there is one."""
-    return ((PartitionSpec(DATA, TENSOR),), (links,)) if links is not None else ((), ())
-
-
 def add_projected(
     mesh: Mesh | None,
     stream: Float[Array, "B *rows O"],
@@ -145,9 +140,11 @@ def add_projected(
         )  # fmt: skip
 
     rows = PartitionSpec(rows_axis(mesh, x.shape[0]))
-    specs, tables = _linked(mesh, links)
-    given = rows, by_heads(mesh, x.shape[0], x.ndim - 1), PartitionSpec(None, TENSOR)
-    specs = (*given, *[PartitionSpec()] * len(scales), *specs)
+    tables = () if links is None else (links,)
+    specs = (
+        rows, by_heads(mesh, x.shape[0], x.ndim - 1), PartitionSpec(None, TENSOR),
+        *[PartitionSpec()] * len(scales), *[PartitionSpec(DATA, TENSOR)] * len(tables),
+    )  # fmt: skip
     return local(mesh, run, specs, rows)(stream, x, weight, *scales, *tables)
 
 
@@ -155,21 +152,23 @@ def look_up(
     mesh: Mesh | None,
     table: Float[Array, "E M"],
     ids: Int[Array, "B *rows"],
-    links: Array | None = None,
 ) -> Float[Array, "B *rows M"]:
-    """Rows of an embedding: from the device that has them, zeros of the others added."""
+    """Rows of an embedding: from the device that has them, zeros of the others added.
+
+    By XLA, whatever makes the sums of the layers: a program with a collective of XLA holds its
+    devices' locks while it is put on their streams, so that no other comes between (`device_sum`).
+    """
     if mesh is None:
         return table[ids]
 
-    def run(table: Array, ids: Array, *links: Array) -> Array:
+    def run(table: Array, ids: Array) -> Array:
         own = ids - lax.axis_index(TENSOR) * table.shape[0]
         there = (own >= 0) & (own < table.shape[0])
         found = jnp.where(there[..., None], table[jnp.where(there, own, 0)], 0)
-        return pallas_kernels.device_sum(found, TENSOR, table=links[0] if links else None)[0]
+        return lax.psum(found, TENSOR)
 
     rows = PartitionSpec(rows_axis(mesh, ids.shape[0]))
-    specs, tables = _linked(mesh, links)
-    return local(mesh, run, (PartitionSpec(TENSOR), rows, *specs), rows)(table, ids, *tables)
+    return local(mesh, run, (PartitionSpec(TENSOR), rows), rows)(table, ids)
 
 
 def project_whole(

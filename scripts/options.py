@@ -187,8 +187,9 @@ def add_placement(p: argparse.ArgumentParser) -> None:
         help="devices to divide chunks and requests over, times those to divide each layer over",
     )  # fmt: skip
     p.add_argument(
-        "--sums", choices=("mosaic_gpu", "xla"), default="xla",
-        help="on a mesh: how its devices add up a few rows",
+        "--sums", choices=("mosaic_gpu", "xla"),
+        help="on a mesh, what adds up a few rows (default: mosaic_gpu on Hopper GPUs that access "
+        "each other's memory, else xla)",
     )  # fmt: skip
 
 

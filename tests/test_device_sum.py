@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType
 from pallas_kernels import Norm, compat, exchange_problem, exchange_table, resolve_sum
 from pallas_kernels.exchange import CAPACITY
 from pdllm_jax import make_mesh, shard_model, sharded
-from pdllm_jax.parallel import Links
+from pdllm_jax.parallel import Links, put_on
 from tests import mesh_workers, workers
 
 OLD_JAX = pytest.mark.skipif(
@@ -72,6 +72,20 @@ def test_unknown_names_and_devices_without_peers_are_refused_by_name():
     assert shard_model(model, mesh, sums="mosaic_gpu").links is None  # one device: nothing to add
     model.links = Links(jnp.zeros((1, 1, 4), jnp.int32))
     assert shard_model(model, mesh, sums="xla").links is None
+
+
+@pytest.mark.parametrize("problem", [None, "no way"])
+def test_a_model_takes_the_kernel_for_its_sums_where_it_can_run(monkeypatch, problem):
+    class OneByTwo:
+        def __init__(self):
+            self.shape = {"data": 1, "tensor": 2}
+
+    monkeypatch.setattr("pdllm_jax.parallel.exchange_problem", lambda mesh, axis: problem)
+    monkeypatch.setattr("pdllm_jax.parallel.exchange_table", lambda mesh, axis: TABLE)
+    model = workers.tiny()
+    assert (put_on(model, OneByTwo(), None).links is None) == (problem is not None)
+    assert put_on(model, OneByTwo(), "xla").links is None
+    assert put_on(model, OneByTwo(), "mosaic_gpu").links is not None
 
 
 @OLD_JAX

@@ -124,8 +124,8 @@ def compiled(target: Path | None = None) -> list[dict[str, Any]]:
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     variables = {
         **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "MOSAIC_GPU_DUMP_PTXAS": "1",
-    } | ({"JAX_PLATFORMS": "cpu"} if target is not None else {})  # fmt: skip
+        "MOSAIC_GPU_DUMP_PTXAS": "1", "JAX_PLATFORMS": "cuda" if target is None else "cpu",
+    }  # fmt: skip
     variables.pop("JAX_COMPILATION_CACHE_DIR", None)
     done = subprocess.run(
         script, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -112,6 +112,8 @@ def main(args: argparse.Namespace) -> int:
     from bench.checkpoint import make
     from bench.record import conditions, write
 
+    if args.work is not None:
+        args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="pdllm-load-", dir=args.work) as work:
         folder = args.checkpoint
         if folder is None:

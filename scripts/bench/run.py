@@ -118,9 +118,11 @@ def begin(args: argparse.Namespace) -> Run:
 
 def on(model: LLaDA) -> str:
     """What names the model's mesh behind a row's name."""
-    return "" if model.mesh is None else f", mesh {mesh_name(model.mesh)}"
+    return "".join(f", mesh {name}" for name in of_mesh(model).values())
 
 
 def of_mesh(model: LLaDA) -> dict[str, str]:
-    """What names the model's mesh in a row."""
-    return {} if model.mesh is None else {"mesh": mesh_name(model.mesh)}
+    """What names the model's mesh in a row, and what makes its sums where that isn't XLA."""
+    if model.mesh is None:
+        return {}
+    return {"mesh": mesh_name(model.mesh) + (", mosaic_gpu" if model.links is not None else "")}

@@ -2,8 +2,9 @@
 
 Random weights, bfloat16; joint encoding of K = 4 chunks of 1,024, a query of 32 tokens, draft and
 scores counted. Whole requests are timed as `generate_ids` is called, host time included, after a
-first call that compiles; the baselines run in the same process. With several meshes the sections
-run on one after the other, rows name theirs, and ratios to the first are noted.
+first call that compiles; the baselines run in the same process. With several meshes, or several
+ways to make their sums, the sections run on one after the other, rows name theirs, and ratios to
+the first are noted.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
@@ -19,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from bench.record import copy_bandwidth, write
 from bench.requests import BLOCK, PREFIX, QUERY, SELECT, end_to_end, stream
@@ -67,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="meshes to run on, e.g. 1x1 1x2 2x1; by default one device without any",
     )  # fmt: skip
     parser.add_argument(
-        "--sums", choices=get_args(SumImplementation), default="xla",
-        help="how the devices of a mesh add up a few rows",
+        "--sums", nargs="+", choices=get_args(SumImplementation), default=[None],
+        help="what adds up a few rows over TENSOR; by default what a model takes by itself",
     )  # fmt: skip
 
 
@@ -80,10 +83,10 @@ def main(args: argparse.Namespace) -> int:
     run.record["step"], run.record["end_to_end"], run.record["stream"] = [], [], []
     sections = {"step": step, "prefill": score_document, "end-to-end": end_to_end, "stream": stream}
     plain = run.model
-    for mesh in args.mesh or [None]:
+    for mesh, sums in meshes(args):
         if mesh is not None:
             run.model = plain  # lets the last mesh's weights go
-            run.model = shard_model(plain, make_mesh(*parse_mesh(mesh)), sums=args.sums)
+            run.model = shard_model(plain, mesh, sums=sums)
         for name in args.sections:
             if time.monotonic() - run.begun > args.limit:
                 run.record["left_out"].append(name + on(run.model))
@@ -95,6 +98,14 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def meshes(args: argparse.Namespace) -> Iterator[tuple[Mesh | None, SumImplementation | None]]:
+    """Meshes to run on, and what makes their sums, where there are any."""
+    for name in args.mesh or [None]:
+        mesh = None if name is None else make_mesh(*parse_mesh(name))
+        alone = mesh is None or mesh.shape[TENSOR] == 1
+        yield from ((mesh, sums) for sums in ((None,) if alone else args.sums))
+
+
 def threads_on(model: LLaDA, most: int | None = None) -> int | None:
     """How many may run programs: one on a mesh, where collectives must come in one order."""
     return most if model.mesh is None else 1
@@ -102,20 +113,19 @@ def threads_on(model: LLaDA, most: int | None = None) -> int | None:
 
 def compare_meshes(run: Run) -> None:
     """Time on each mesh over that on the first."""
-    first, *others = run.args.mesh
     times: dict[str, dict[str, float]] = {}
     for row in run.record["step"]:
         times.setdefault(f"step, {row['cached_tokens']} cached", {})[row["mesh"]] = row["ms"]
     for name, row in run.record["seconds"].items():
-        what, mesh = name.rsplit(", mesh ", 1)
+        what, mesh = name.split(", mesh ", 1)
         times.setdefault(what, {})[mesh] = row["median"]
     for row in run.record["end_to_end"]:
         what = f"{row['method']}, {row['chunks']} chunks, {row['tokens']} tokens"
         times.setdefault(what, {})[row["mesh"]] = row["seconds"]
     for what, found in times.items():
+        first, *others = found
         for mesh in others:
-            if mesh in found and first in found:
-                run.note(f"{what}: {mesh} over {first}", found[mesh] / found[first])
+            run.note(f"{what}: {mesh} over {first}", found[mesh] / found[first])
 
 
 def weight_bytes(run: Run) -> int:

@@ -31,6 +31,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PREFIX = sources.PREFIX
 
 
+# Heads and words that four devices share.
+DIVISIBLE = {
+    "n_layers": 1, "d_model": 32, "n_heads": 8, "n_kv_heads": 4, "vocab_size": 256,
+    "embedding_size": 256, "mask_token_id": 255, "max_sequence_length": 512,
+}  # fmt: skip
+
+
 def make(folder: Path, dtype: str = "float32", seed: int = 0, **changes: Any) -> Path:
     """A converted checkpoint, `folder/converted`."""
     settings = sources.config(**changes)

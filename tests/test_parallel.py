@@ -16,7 +16,7 @@ from pdllm_jax.config import ConfigError
 from pdllm_jax.fingerprint import model_identity
 from pdllm_jax.parallel import mesh_sizes, parse_mesh, spec_of
 from tests import mesh_workers, workers
-from tests.test_checkpoint import make
+from tests.test_checkpoint import DIVISIBLE, make
 
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
 
@@ -35,10 +35,7 @@ def test_every_way_to_ask_gives_the_tokens_of_one_device(mesh, tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return make(
-        tmp_path_factory.mktemp("checkpoint"), n_layers=1, d_model=32, n_heads=8, n_kv_heads=4,
-        vocab_size=256, embedding_size=256, mask_token_id=255, max_sequence_length=512,
-    )  # fmt: skip
+    return make(tmp_path_factory.mktemp("checkpoint"), **DIVISIBLE)
 
 
 def test_a_checkpoint_goes_to_a_mesh_in_parts(folder):

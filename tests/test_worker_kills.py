@@ -15,7 +15,7 @@ import pytest
 
 from pdllm_jax import SnapshotError, finish, load_model, load_prefilled, model_identity
 from tests import fault_workers
-from tests.test_checkpoint import make
+from tests.test_checkpoint import DIVISIBLE, make
 from tests.workers import PROCESSES
 
 # Seconds from a worker's death, on a machine that is busy with all of these processes.
@@ -73,11 +73,7 @@ class Hosts:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Of heads that four devices share."""
-    return make(
-        tmp_path_factory.mktemp("checkpoint"), n_layers=1, d_model=32, n_heads=8, n_kv_heads=4,
-        vocab_size=256, embedding_size=256, mask_token_id=255, max_sequence_length=512,
-    )  # fmt: skip
+    return make(tmp_path_factory.mktemp("checkpoint"), **DIVISIBLE)
 
 
 @pytest.fixture(scope="module")

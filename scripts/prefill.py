@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> str:
             INSTRUCTION if args.instruction is None else args.instruction,
         )
         context = tokenizer.encode(text)
-    model = load_model(folder, dtype=options.DTYPES[args.dtype], mesh=options.mesh_of(args))
+    mesh = options.mesh_of(args)
+    model = load_model(folder, dtype=options.DTYPES[args.dtype], mesh=mesh, sums=args.sums)
     bos_id = tokenizer.bos_id if tokenizer else model.config.bos_token_id
     decode = options.stopping(args, decode, tokenizer, model.config)
     start = time.perf_counter()

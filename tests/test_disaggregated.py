@@ -134,6 +134,9 @@ def test_what_does_not_match_is_one_line_and_status_2(
     refused(r"model\.dtype", decode.main, checkpoint, snapshot, "--dtype", "bfloat16")
     refused("64 x 1 needs 64 devices", decode.main, checkpoint, snapshot, "--mesh", "64x1")
     refused("DATAxTENSOR", prefill.main, *request, "--out", snapshot, "--mesh", "2")
+    kernel = "--sums", "mosaic_gpu"
+    refused("no mesh", prefill.main, *request, "--out", tmp_path / "no", *kernel)
+    refused("no mesh", decode.main, checkpoint, snapshot, *kernel)
     shutil.copytree(checkpoint, tmp_path / "stretched")
     config = json.loads((checkpoint / "config.json").read_text())
     config["rope_theta"] *= 2

@@ -151,14 +151,9 @@ def _write_headers(
 def _write_values(
     params: Path, folder: Path, slots: dict[str, _Slot], done: Callable[[str, int], None]
 ) -> None:
-    missing = set(slots)
-
     def write(path: str, array: NDArray[Any]) -> None:
-        slot = slots.get(path)
-        if slot is None or (array.shape, array.dtype.name) != (
-            slot.record.shape,
-            slot.record.dtype,
-        ):
+        slot = slots[path]
+        if (array.shape, array.dtype.name) != (slot.record.shape, slot.record.dtype):
             raise CheckpointError(f"{params} holds {path} as {array.dtype.name}{list(array.shape)}")
         data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
         descriptor = os.open(folder / slot.file, os.O_WRONLY)
@@ -168,9 +163,6 @@ def _write_values(
                 at += os.pwrite(descriptor, data[at:], slot.offset + at)
         finally:
             os.close(descriptor)
-        missing.discard(path)
         done("convert", len(data))
 
-    stream.restore(params, write)
-    if missing:
-        raise CheckpointError(f"{params} lacks {', '.join(sorted(missing))}")
+    stream.restore(params, slots, write)

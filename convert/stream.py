@@ -15,16 +15,18 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from numpy.typing import NDArray
 
-from pdllm_jax.checkpoint_arrays import quiet_orbax
+from pdllm_jax.checkpoint import CheckpointError
+from pdllm_jax.checkpoint_arrays import open_array, quiet_orbax
 
 CHUNK_BYTES = 128 << 20
 # All buffers together. At LLaDA-8B's size the two largest arrays, of 1.04 GB in bfloat16, fit.
@@ -128,19 +130,26 @@ class _Saver(ocp.type_handlers.NumpyHandler):
 
 
 class _Reader(ocp.type_handlers.NumpyHandler):
-    """Gives every array to `sink` and restores an empty one in its place."""
+    """Gives every array to `sink` and restores an empty one in its place.
 
-    def __init__(self, sink: Callable[[str, NDArray[Any]], None]):
+    missing: the names of those that have not come. Another's name ends it before it is read.
+    """
+
+    def __init__(self, names: Collection[str], sink: Callable[[str, NDArray[Any]], None]):
         super().__init__()
+        self.missing = set(names)
         self._sink = sink
 
     async def deserialize(
         self, infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> list[NDArray[Any]]:
-        args = args or [ocp.RestoreArgs()] * len(infos)
-        for info, arg in zip(infos, args, strict=True):
-            (array,) = await super().deserialize([info], [arg])
-            self._sink(info.name, array)
+        context = ts.Context({})
+        for info in infos:
+            if info.name not in self.missing:
+                raise CheckpointError(f"{info.parent_dir} also holds {info.name!r:.99}")
+            store = await open_array(info.path, context)
+            self._sink(info.name, await store.read())
+            self.missing.remove(info.name)
         return [np.empty(0)] * len(infos)
 
 
@@ -153,10 +162,16 @@ def save(path: Path, tree: Any, leaf: type) -> None:
         checkpointer.save(path, args=arguments)
 
 
-def restore(path: Path, sink: Callable[[str, NDArray[Any]], None]) -> None:
-    """Calls sink(path in the pure dict, joined by dots; array) for every array in turn."""
-    with quiet_orbax(), ocp.Checkpointer(_handler(np.ndarray, _Reader(sink))) as checkpointer:
+def restore(path: Path, names: Collection[str], sink: Callable[[str, NDArray[Any]], None]) -> None:
+    """Calls sink(path in the pure dict, joined by dots; array) for every array in turn.
+
+    CheckpointError where there are other arrays than these `names`.
+    """
+    reader = _Reader(names, sink)
+    with quiet_orbax(), ocp.Checkpointer(_handler(np.ndarray, reader)) as checkpointer:
         checkpointer.restore(path, args=ocp.args.PyTreeRestore())
+    if reader.missing:
+        raise CheckpointError(f"{path} lacks {', '.join(sorted(reader.missing))}")
 
 
 def _handler(leaf: type, handler: Any) -> ocp.PyTreeCheckpointHandler:

@@ -29,6 +29,7 @@ from pallas_kernels import SumImplementation
 from pdllm_jax.config import ModelConfig
 from pdllm_jax.model import LLaDA
 from pdllm_jax.parallel import mesh_sizes, put_on
+from pdllm_jax.zarr_layout import MAX_METADATA_BYTES, METADATA, check_layout
 
 MANIFEST = "pdllm.json"
 CONFIG = "config.json"
@@ -136,8 +137,11 @@ def parse_json(content: bytes, where: str) -> dict[str, Any]:
 def read_manifest(path: str | Path) -> Manifest:
     """Reads the manifest of a converted checkpoint and checks every file of params/ against it.
 
-    Raises CheckpointError where the folder is no converted checkpoint, is of another version, or
-    lacks a file or a part of one.
+    Of the arrays' files sizes are checked, and that Zarr's metadata says of shape, dtype and files
+    what the manifest says; their values are not read.
+
+    Raises CheckpointError where the folder is no converted checkpoint, is of another version, lacks
+    a file or a part of one, or holds other arrays than it says.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -174,7 +178,26 @@ def read_manifest(path: str | Path) -> Manifest:
             raise CheckpointError(f"{where} names {name!r:.99}: {error.strerror}") from None
         if found != size:
             raise CheckpointError(f"{file} has {found} bytes where {size} were written")
+    _check_arrays(folder, manifest)
     return manifest
+
+
+def _check_arrays(folder: Path, manifest: Manifest) -> None:
+    files: dict[str, dict[str, int]] = {}
+    for name, size in manifest.files.items():
+        array, _, file = name.removeprefix(f"{PARAMS}/").rpartition("/")
+        files.setdefault(array, {})[file] = size
+    for record in manifest.tensors:
+        found = files.get(record.path, {})
+        where = folder / PARAMS / record.path / METADATA
+        if METADATA not in found:
+            raise CheckpointError(f"{where} is missing in {MANIFEST}")
+        if found.pop(METADATA) > MAX_METADATA_BYTES:
+            raise CheckpointError(f"{where} is larger than {MAX_METADATA_BYTES} bytes")
+        try:
+            check_layout(where.read_bytes(), found, record.shape, record.dtype)
+        except ValueError as error:
+            raise CheckpointError(f"{where} does not describe {record.path}: {error}") from None
 
 
 def load_config(path: str | Path) -> ModelConfig:
@@ -224,7 +247,7 @@ def load_model(
     # Orbax takes as long to import as the rest of the package.
     from pdllm_jax.checkpoint_arrays import read_params
 
-    nnx.replace_by_pure_dict(state, read_params(folder / PARAMS, manifest, wanted, mesh))
+    nnx.replace_by_pure_dict(state, read_params(folder / PARAMS, wanted, mesh))
     model = nnx.merge(graph, state)
     return model if mesh is None else put_on(model, mesh, sums)
 

@@ -17,18 +17,16 @@ import tensorstore as ts
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from pdllm_jax.checkpoint import MANIFEST, CheckpointError, Manifest, leaves, reason
+from pdllm_jax.checkpoint import CheckpointError, reason
 from pdllm_jax.parallel import shardings
 
 _ALIGNMENT = 64  # of XLA's buffers on a CPU
 _AT_A_TIME = 4  # arrays on their way between disk and device
 
 
-def read_params(
-    params: Path, manifest: Manifest, wanted: dict[str, Any], mesh: Mesh | None
-) -> dict[str, Any]:
-    """The pure dict of `wanted`, shapes and dtypes. CheckpointError, also where params/ itself
-    says something else than the manifest.
+def read_params(params: Path, wanted: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
+    """The pure dict of `wanted`, shapes and dtypes, from a folder that `read_manifest` has checked:
+    what its arrays' metadata says is believed. CheckpointError.
     """
     # Without a mesh the device that JAX would place a new array on, jax.default_device included.
     default = jax.device_put(0).sharding
@@ -48,10 +46,7 @@ def read_params(
     )
     try:
         with quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
-            _check_stored(params, manifest, checkpointer.metadata(params))
             return checkpointer.restore(params, args=arguments)
-    except CheckpointError:
-        raise
     except Exception as error:
         # Orbax and TensorStore raise what comes: plain Exception, ValueError, KeyError, OSError.
         raise CheckpointError(f"{params} can not be restored: {reason(error)}") from error
@@ -96,12 +91,7 @@ async def read_array(
     Each part that devices of this process hold is read once. dtype: None keeps the stored one.
     ValueError for another shape than this; what TensorStore raises for files that are missing.
     """
-    spec = {
-        "driver": "zarr",
-        "kvstore": {"driver": "file", "path": f"{path}/"},
-        "fill_missing_data_reads": False,
-    }
-    store = await ts.open(spec, open=True, context=context)
+    store = await open_array(path, context)
     if shape is not None and tuple(store.shape) != tuple(shape):
         raise ValueError(f"{path.name} has the shape {store.shape}, not {tuple(shape)}")
     if dtype is not None and store.dtype.numpy_dtype != dtype:
@@ -119,6 +109,16 @@ async def read_array(
             one = SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
             placed.append(jax.device_put(out, one))
     return jax.make_array_from_single_device_arrays(store.shape, sharding, placed)
+
+
+async def open_array(path: Path, context: ts.Context) -> ts.TensorStore:
+    """An array's folder as it was checked: Zarr's version 2, whatever else may lie beside it."""
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": f"{path}/"},
+        "fill_missing_data_reads": False,
+    }
+    return await ts.open(spec, open=True, context=context)
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
@@ -141,22 +141,3 @@ def quiet_orbax() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _check_stored(params: Path, manifest: Manifest, metadata: Any) -> None:
-    """The manifest against the shapes and dtypes that params/ itself declares."""
-    stored = {
-        path: (tuple(leaf.shape), np.dtype(leaf.dtype).name)
-        for path, leaf in leaves(metadata.item_metadata.tree)
-    }
-    expected = {record.path: (record.shape, record.dtype) for record in manifest.tensors}
-    for path in sorted(stored.keys() | expected.keys()):
-        if stored.get(path) != expected.get(path):
-            raise CheckpointError(
-                f"{params} and {MANIFEST} disagree about {path}: "
-                f"{_describe(stored.get(path))} and {_describe(expected.get(path))}"
-            )
-
-
-def _describe(tensor: tuple[tuple[int, ...], str] | None) -> str:
-    return "absent" if tensor is None else f"{tensor[1]}{list(tensor[0])}"

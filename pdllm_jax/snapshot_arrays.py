@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import json
-import math
 import os
 import threading
 import zlib
@@ -27,7 +25,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from jax.sharding import Sharding
@@ -43,22 +40,16 @@ from pdllm_jax.snapshot_format import (
     read_file,
     refusal,
 )
+from pdllm_jax.zarr_layout import MAX_METADATA_BYTES, METADATA, check_layout
 
 CHUNK_BYTES = 16 << 20
 # Below these an array, or a head of a layer, is not worth a file of its own.
 SMALL_ARRAY_BYTES, SMALL_CHUNK_BYTES = 4 << 20, 1 << 20
 # Stays in a processor's cache.
 _READ_BYTES = 256 << 10
-_METADATA_BYTES = 1 << 20
 _WORKERS = max(4, os.cpu_count() or 1)
 
 _BUFFERS = threading.local()
-
-# Zarr's names of the dtypes.
-_ZARR = {
-    "bfloat16": "bfloat16", "float16": "<f2", "float32": "<f4",
-    "int32": "<i4", "uint32": "<u4", "bool": "|b1",
-}  # fmt: skip
 
 
 class _Handler(ocp.type_handlers.ArrayHandler):
@@ -199,45 +190,18 @@ def _file_record(path: Path) -> FileRecord:
 def _check_layout(
     folder: Path, manifest: Manifest, name: str, shape: tuple[int, ...], dtype: str
 ) -> None:
-    """Zarr's own metadata says what the manifest says, and its chunks are the files there are.
-
-    With neither compression nor filters every file has the size of its chunk, so that nothing
-    beyond the bytes that lie on the disk is ever allocated.
-    """
-    where = f"{ARRAYS}/{name}/.zarray"
-
-    def refuse(what: str) -> SnapshotError:
-        return refusal(folder, where, f"does not describe {name}: {what}")
-
+    """Zarr's own metadata says what the manifest says, and its chunks are the files there are."""
+    prefix = f"{ARRAYS}/{name}/"
+    where = f"{prefix}{METADATA}"
     if where not in manifest.files:
         raise refusal(folder, where, "is missing")
+    found = {
+        file.removeprefix(prefix): record.nbytes
+        for file, record in manifest.files.items()
+        if file.startswith(prefix) and file != where
+    }
+    metadata = read_file(folder, where, MAX_METADATA_BYTES)
     try:
-        raw = json.loads(read_file(folder, where, _METADATA_BYTES))
-        chunks = raw["chunks"]
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
-        if isinstance(error, SnapshotError):
-            raise
-        raise refuse("it is no Zarr metadata") from None
-    expected = {
-        "zarr_format": 2, "shape": list(shape), "dtype": _ZARR[dtype], "order": "C",
-        "compressor": None, "filters": None, "fill_value": None, "dimension_separator": ".",
-    }  # fmt: skip
-    for key, value in expected.items():
-        if raw.get(key) != value:
-            raise refuse(f"{key} is {raw.get(key)!r:.60}, not {value!r:.60}")
-    if not isinstance(chunks, list) or len(chunks) != len(shape):
-        raise refuse("its chunks have another rank")
-    for size, chunk in zip(shape, chunks, strict=True):
-        if type(chunk) is not int or not 0 < chunk <= size or size % chunk:
-            raise refuse(f"chunks {chunks!r:.60} do not divide {list(shape)}")
-    grid = [size // chunk for size, chunk in zip(shape, chunks, strict=True)]
-    prefix = f"{ARRAYS}/{name}/"
-    found = {file: r.nbytes for file, r in manifest.files.items() if file.startswith(prefix)}
-    found.pop(where)
-    nbytes = math.prod(chunks) * jnp.dtype(dtype).itemsize
-    # Counted before they are listed: a grid is as large as its metadata likes.
-    if len(found) != math.prod(grid) or set(found.values()) - {nbytes}:
-        raise refuse(f"{math.prod(grid)} files of {nbytes} bytes are wanted")
-    names = {prefix + (".".join(map(str, place)) or "0") for place in np.ndindex(*grid)}
-    if names != found.keys():
-        raise refuse("its files have other names")
+        check_layout(metadata, found, shape, dtype)
+    except ValueError as error:
+        raise refusal(folder, where, f"does not describe {name}: {error}") from None

@@ -64,6 +64,16 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(content))
 
 
+def sign(folder: Path) -> None:
+    """The manifest lists the files of params/ as they are now."""
+    files = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in (folder / "params").rglob("*")
+        if path.is_file()
+    }
+    edit(folder / "pdllm.json", lambda manifest: manifest.update(files=files))
+
+
 def weights(model: LLaDA) -> dict[str, np.ndarray]:
     """Under the names of the PyTorch checkpoint."""
     result = {
@@ -251,7 +261,9 @@ def test_arrays_that_disagree_with_the_manifest(folder: Path, tmp_path: Path) ->
     shutil.rmtree(folder / "params")
     shutil.copytree(other / "params", folder / "params")
     edit(folder / "pdllm.json", lambda m: m.update(files={}))
-    refused(folder, "disagree about blocks.0.attn_norm.weight: bfloat16[24] and float32[24]")
+    refused(folder, "embedding.weight/.zarray is missing in pdllm.json")
+    sign(folder)
+    refused(folder, "does not describe embedding.weight: dtype is 'bfloat16', not '<f4'")
 
 
 def test_array_that_lies_about_its_shape(folder: Path) -> None:
@@ -259,7 +271,48 @@ def test_array_that_lies_about_its_shape(folder: Path) -> None:
     text = path.read_text()
     assert "[52,24]" in text
     path.write_text(text.replace("[52,24]", "[99,24]"))
-    refused(folder, "disagree about embedding.weight: float32[99, 24] and float32[52, 24]")
+    refused(folder, "does not describe embedding.weight: shape is [99, 24], not [52, 24]")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        # TensorStore would allocate a chunk of these before it looks at the file.
+        ({"chunks": [1 << 40, 24]}, "chunks [1099511627776, 24] do not divide [52, 24]"),
+        ({"chunks": [26, 24]}, "2 files of 2496 bytes are wanted"),
+        ({"compressor": {"id": "zlib", "level": 9}}, "compressor is {'id': 'zlib'"),
+        ({"filters": [{"id": "pickle"}]}, "filters is"),
+        ({"dtype": ">f4"}, "dtype is '>f4', not '<f4'"),
+        ({"order": "F"}, "order is 'F', not 'C'"),
+        ({"zarr_format": 3}, "zarr_format is 3, not 2"),
+    ],
+)
+def test_array_metadata_that_would_be_read_as_something_else(
+    folder: Path, change: dict[str, Any], expected: str
+) -> None:
+    edit(folder / "params/embedding.weight/.zarray", lambda raw: raw.update(change))
+    sign(folder)
+    refused(folder, f"/.zarray does not describe embedding.weight: {expected}")
+
+
+def test_array_metadata_that_is_too_large(folder: Path) -> None:
+    path = folder / "params/embedding.weight/.zarray"
+    path.write_text(path.read_text() + " " * (1 << 20))
+    sign(folder)
+    refused(folder, f"{path} is larger than 1048576 bytes")
+
+
+def test_only_the_arrays_of_the_manifest_are_read(folder: Path) -> None:
+    """Beside each lies another by the same name, for readers of Zarr's version 3 and of OCDBT."""
+    expected = weights(load_model(folder))
+    edit(folder / "params/_METADATA", lambda raw: raw.update(use_zarr3=True, use_ocdbt=True))
+    sign(folder)
+    for path in (folder / "params").rglob(".zarray"):
+        (path.parent / "zarr.json").write_text('{"zarr_format": 3, "node_type": "array"}')
+    (folder / "params/manifest.ocdbt").write_bytes(b"0" * 100)
+    found = weights(load_model(folder))
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
 def test_corrupt_orbax_metadata(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -327,7 +328,7 @@ def test_progress_counts_every_byte(tmp_path: Path) -> None:
     assert done == {"convert": 2 * total, "verify": 2 * total}
 
 
-@pytest.mark.parametrize("spoil", ["manifest", "file", "config"])
+@pytest.mark.parametrize("spoil", ["manifest", "file", "config", "more", "less"])
 def test_reverse_refuses_a_damaged_checkpoint(tmp_path: Path, spoil: str) -> None:
     settings = sources.config()
     source = sources.write(tmp_path / "source", sources.tensors(settings), settings)
@@ -339,6 +340,21 @@ def test_reverse_refuses_a_damaged_checkpoint(tmp_path: Path, spoil: str) -> Non
     elif spoil == "file":
         os.truncate(folder / "params/final_norm.weight/0", 5)
         expected = "has 5 bytes where 96 were written"
+    elif spoil in ("more", "less"):
+        # Orbax' list of arrays. One more would be read as its own metadata likes, up to all memory.
+        path = folder / "params/_METADATA"
+        listed = json.loads(path.read_text())
+        row = listed["tree_metadata"].pop("('final_norm', 'weight')")
+        expected = "params lacks final_norm.weight"
+        if spoil == "more":
+            row["key_metadata"][0]["key"] = "more"
+            listed["tree_metadata"]["('more', 'weight')"] = row
+            shutil.copytree(folder / "params/final_norm.weight", folder / "params/more.weight")
+            expected = "params also holds 'more.weight'"
+        path.write_text(json.dumps(listed))
+        manifest = json.loads((folder / "pdllm.json").read_text())
+        manifest["files"]["params/_METADATA"] = path.stat().st_size
+        (folder / "pdllm.json").write_text(json.dumps(manifest))
     else:
         (folder / "config.json").write_text(json.dumps({**settings, "n_layers": 10**9}))
         expected = "n_layers 1000000000"

@@ -31,8 +31,8 @@ MEMORY = 1 << 30
 # A good case takes milliseconds. Seconds of wall time, on a machine that others use too.
 TIME_LIMIT = 20.0
 KINDS = (
-    "safetensors", "bin", "index", "config", "manifest", "tokenizer", "snapshot", "prompt",
-    "benchmark", "records",
+    "safetensors", "bin", "index", "config", "manifest", "params", "reverse", "tokenizer",
+    "snapshot", "prompt", "benchmark", "records",
 )  # fmt: skip
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 import zlib
 from pathlib import Path
 from random import Random
@@ -17,10 +15,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
-from campaigns import samples
+from campaigns import samples, zarr
 from campaigns.kind import Kind, require
 from campaigns.mutate import mutated_bytes, mutated_json, mutated_value
 from pdllm_jax.cache import ChunkCache, ChunkPool
@@ -87,14 +84,7 @@ class Snapshots(Kind):
         super().__init__(folder)
         save_document(folder / "document", IDENTITY, document(), chunking=CHUNKS)
         save_prefilled(folder / "request", IDENTITY, request(), chunking=CHUNKS)
-        self.good = {
-            name: {
-                path.relative_to(folder / name).as_posix(): path.read_bytes()
-                for path in (folder / name).rglob("*")
-                if path.is_file()
-            }
-            for name in ("document", "request")
-        }
+        self.good = {name: zarr.contents(folder / name) for name in ("document", "request")}
         outside = folder.parent / "outside"
         outside.mkdir(exist_ok=True)
         self.bait = outside / "bait"
@@ -134,13 +124,9 @@ class Snapshots(Kind):
             files[MANIFEST] = self._signed(rng, manifest, files, checksums=kind < 8)
         self.files = files
         self.case = self.folder / "case"
-        shutil.rmtree(self.case, ignore_errors=True)
-        for name, content in files.items():
-            path = self.case / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+        zarr.replace(self.case, files)
         if strange is not None:
-            self._make_strange(*strange)
+            zarr.make_strange(self.case / strange[1], strange[0], self.bait)
 
     def _agreeing(self, rng: Random, files: dict[str, bytes]) -> Any:
         """An array of another shape, about which manifest, metadata and file agree."""
@@ -158,7 +144,7 @@ class Snapshots(Kind):
         for other in [x for x in files if x.startswith(f"arrays/{name}/") and x != meta]:
             del files[other]
             del manifest["files"][other]
-        nbytes = int(np.prod(shape)) * np.dtype(_numpy(dtype)).itemsize
+        nbytes = int(np.prod(shape)) * zarr.numpy_dtype(dtype).itemsize
         place = ".".join("0" for _ in shape) or "0"
         content = rng.randbytes(nbytes) if rng.random() < 0.5 else bytes(nbytes)
         files[f"arrays/{name}/{place}"] = content
@@ -180,19 +166,6 @@ class Snapshots(Kind):
         manifest["digest"] = hashlib.sha256(text.encode()).hexdigest()
         return (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
 
-    def _make_strange(self, what: str, name: str) -> None:
-        path = self.case / name
-        if what == "more":
-            (path.parent / "more").write_bytes(b"0")
-            return
-        path.unlink()
-        if what == "link":
-            os.symlink(self.bait, path)
-        elif what == "pipe":
-            os.mkfifo(path)
-        elif what == "folder":
-            path.mkdir()
-
     def load(self) -> Any:
         if snapshot_holds(self.case) == "document":
             return load_document(self.case, IDENTITY)
@@ -205,7 +178,7 @@ class Snapshots(Kind):
         for name, array in found.items():
             shape, dtype = raw["arrays"][name]
             require(list(array.shape) == shape and str(array.dtype) == dtype, f"kind of {name}")
-            want = self._read(name, shape, dtype)
+            want = zarr.read(self.files, f"arrays/{name}/", shape, dtype)
             require(np.asarray(array).tobytes() == want.tobytes(), f"values of {name}")
         for path in self.case.rglob("*"):
             require(not path.is_symlink(), "a link was followed")
@@ -218,28 +191,10 @@ class Snapshots(Kind):
         else:
             require(dataclasses.asdict(loaded.chunking) == says["chunking"], "another chunking")
 
-    def _read(self, name: str, shape: list[int], dtype: str) -> np.ndarray:
-        """Uncompressed Zarr, read by hand."""
-        kind = _numpy(dtype)
-        out = np.zeros(shape, kind)
-        if out.size == 0:
-            return out
-        prefix = f"arrays/{name}/"
-        chunks = json.loads(self.files[f"{prefix}.zarray"])["chunks"]
-        for place in np.ndindex(*[n // c for n, c in zip(shape, chunks, strict=True)]):
-            content = self.files[prefix + (".".join(map(str, place)) or "0")]
-            window = tuple(slice(i * c, (i + 1) * c) for i, c in zip(place, chunks, strict=True))
-            out[window] = np.frombuffer(content, kind).reshape(chunks)
-        return out
-
 
 def loaded_tree(loaded: Any) -> tuple[Any, str]:
     """What `arrays_of` takes."""
     return (loaded, "") if isinstance(loaded, Prefilled) else (loaded.cache, "cache")
-
-
-def _numpy(dtype: str) -> np.dtype[Any]:
-    return np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 
 KINDS = (Snapshots,)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import os
 import re
@@ -55,9 +56,12 @@ def compile_all(target: Path | None) -> None:
     def shape(*sizes: int, dtype: Any = jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
 
+    c_library = ctypes.CDLL(None)
+
     def report(name: str, call: Any, *args: Any) -> None:
         print(f"{_MARK}{name}", flush=True)
         found = jax.jit(call).lower(*args).compile().memory_analysis()
+        c_library.fflush(None)  # the compiler writes to C's stdout, which a pipe holds back
         print(f"{_MARK}{found.temp_size_in_bytes}", flush=True)
 
     with where:

@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 from campaigns.fuzz import rng_of
-from campaigns.kills import Replacing
+from campaigns.jobs import Replacing
 from campaigns.kind import Kind, require
 
 

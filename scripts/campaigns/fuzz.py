@@ -61,9 +61,9 @@ def make(kind: str, folder: Path) -> Any:
     module, found, name = kind.partition(":")
     if found:
         return getattr(importlib.import_module(module), name)(folder)
-    from campaigns import checkpoint_kinds, snapshot_kinds, text_kinds, torch_kinds
+    from campaigns import checkpoint_kinds, converted_kinds, snapshot_kinds, text_kinds, torch_kinds
 
-    modules = (checkpoint_kinds, snapshot_kinds, text_kinds, torch_kinds)
+    modules = (checkpoint_kinds, converted_kinds, snapshot_kinds, text_kinds, torch_kinds)
     classes = [each for module in modules for each in module.KINDS]
     return next(each for each in classes if each.name == kind)(folder)
 

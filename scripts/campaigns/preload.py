@@ -2,4 +2,4 @@
 
 import evaluate  # noqa: F401
 
-from campaigns import checkpoint_kinds, snapshot_kinds, text_kinds, torch_kinds  # noqa: F401
+from campaigns import checkpoint_kinds, converted_kinds, snapshot_kinds, text_kinds, torch_kinds  # noqa: F401

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -27,8 +28,10 @@ def campaign(tmp_path: Path, *arguments) -> dict:
 
 
 def test_broken_input_of_every_kind(tmp_path):
-    record = campaign(tmp_path, "fuzz", "--count", 150, "--workers", 2)
-    assert [row["kind"] for row in record["kinds"]] == list(fuzz.KINDS)
+    torch = importlib.util.find_spec("torch")  # writes .bin files
+    kinds = [kind for kind in fuzz.KINDS if torch or kind != "bin"]
+    record = campaign(tmp_path, "fuzz", "--kinds", *kinds, "--count", 150, "--workers", 2)
+    assert [row["kind"] for row in record["kinds"]] == kinds
     for row in record["kinds"]:
         assert sum(row["outcomes"].values()) == 150
         assert row["outcomes"]["refused"] > 30

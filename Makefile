@@ -1,5 +1,6 @@
 # Everything runs on the CPU unless JAX_PLATFORMS says otherwise, e.g.
-#   JAX_PLATFORMS=cuda make quickstart        (after: .venv/bin/pip install -e '.[cuda]')
+#   JAX_PLATFORMS=cuda make quickstart        (after: make env PYTHON=python3.12, which the kernels
+#   want, and .venv/bin/pip install -e '.[cuda]')
 # PYTHON and PYTHON_KERNELS name the interpreters if the ones found are not the ones you want.
 JAX_PLATFORMS ?= cpu
 export JAX_PLATFORMS
@@ -24,7 +25,8 @@ help:
 	@echo 'make test-kernels  the tests of kernels, model and method on Python 3.12 and jax 0.11'
 	@echo 'make test-gpu      the tests marked gpu, on Python 3.12 with jax[cuda]'
 	@echo 'make fuzz          10,000 cases of broken input of each kind; make kills  100 kills of each'
-	@echo 'make test-versions  a slice of the tests on 3.11 to 3.13, lowest and highest dependencies'
+	@echo 'make test-versions  a slice of the tests on 3.11 to 3.13, lowest and highest dependencies;'
+	@echo '                   ALL=--all: every test'
 	@echo 'make coverage      lines of the three packages that their own tests run, 90% of each at least'
 	@echo 'make lint          ruff, format and types;  make format mends what can be mended'
 
@@ -68,7 +70,7 @@ endif
 # Environments are made in .cache/versions; VERSIONS="3.13:highest" for some of them.
 VERSIONS ?=
 test-versions:
-	scripts/test_versions .cache/versions $(VERSIONS)
+	scripts/test_versions $(ALL) .cache/versions $(VERSIONS)
 
 # Of the tests that are about the packages, not of those about scripts, which run much of them by the
 # way; and without those of a full disk, which coverage itself can't write to. The kernels' bodies count

@@ -177,13 +177,11 @@ def answer(
     Raises:
       MemoryLimitError: it would hold more, by the plan (`planner`); nothing was computed then.
     """
-    path = _chunk_path(model, prompt.chunk_size, selecting, implementation)
-    watch = Stopwatch()
-    n = int(chunk_counts(prompt, cache).max())
-    require_memory(
-        model, prompt, settled(selecting, n, named=oracle is not None), config,
-        cache=cache, implementation=path, limit=memory_limit,
+    require_answer_memory(
+        model, prompt, selecting, config,
+        cache=cache, named=oracle is not None, implementation=implementation, limit=memory_limit,
     )  # fmt: skip
+    watch = Stopwatch()
     chosen = choose(
         model, prompt, selecting, keys,
         cache=cache, requests=requests, oracle=oracle, implementation=implementation, watch=watch,
@@ -191,6 +189,29 @@ def answer(
     begun = begin(model, chosen, config, implementation=implementation, watch=watch)
     del chosen, cache  # the document's KV may go
     return finish(model, begun, implementation=implementation, on_block=on_block, watch=watch)
+
+
+def require_answer_memory(
+    model: LLaDA,
+    prompt: ChunkedPrompt,
+    selecting: SelectionConfig,
+    config: DecodeConfig,
+    *,
+    cache: ChunkCache | None = None,
+    named: bool = False,
+    implementation: Implementation | None = None,
+    limit: int | None = None,
+) -> None:
+    """Refuses what `answer` is about to do where the device would run out: MemoryLimitError.
+
+    Arguments as `answer`. named: an oracle names the chunks. limit: its memory_limit.
+    """
+    n = int(chunk_counts(prompt, cache).max())
+    require_memory(
+        model, prompt, settled(selecting, n, named=named), config, cache=cache,
+        implementation=_chunk_path(model, prompt.chunk_size, selecting, implementation),
+        limit=limit,
+    )  # fmt: skip
 
 
 def finish(
@@ -201,7 +222,14 @@ def finish(
     on_block: OnBlock | None = None,
     watch: Stopwatch | None = None,
 ) -> list[GenerationResult]:
-    """Decodes what `begin` has begun, here or in another process; `prefilled.state` is consumed."""
+    """Decodes what `begin` has begun, here or in another process; `prefilled.state` is consumed.
+
+    implementation: of attention over chunks, by default what the device runs. on_block: as
+    `generate`. watch: gets the time of "decode". Returns a result for each of the requests.
+
+    Raises:
+      ValueError: there is no state.
+    """
     selecting, state, config = prefilled.selecting, prefilled.state, prefilled.decode
     if state is None or config is None:
         raise ValueError("there is no state to decode from: call begin first")

@@ -75,10 +75,7 @@ def generate_batch_ids(
     if not requests:
         raise ValueError("no requests")
     _check(decode)
-    if oracle is not None and len(oracle) != len(requests):
-        raise ValueError(
-            f"oracle ids for {len(oracle)} requests, of which there are {len(requests)}"
-        )
+    ids_of = _oracle_of(oracle, len(requests), "requests")
     vocab = model.config.vocab_size
     tight = keeps_pool(selection, batched=True)
     prompts, named = [], []
@@ -93,8 +90,7 @@ def generate_batch_ids(
             prompts.append(
                 chunk_prompt(before, document, after, chunking, bos_id=bos_id, tight=tight)
             )
-            given = None if oracle is None else oracle[i]
-            named.append(oracle_ids(given, selection, prompts[-1].n_chunks))
+            named.append(oracle_ids(ids_of[i], selection, prompts[-1].n_chunks))
         except ValueError as error:
             raise ValueError(f"request {i}: {error}") from None
     size = batch_size(len(prompts))
@@ -110,6 +106,16 @@ def generate_batch_ids(
         on_block=on_block,
         memory_limit=memory_limit,
     )
+
+
+def _oracle_of(
+    oracle: Sequence[Sequence[int]] | None, several: int, what: str
+) -> Sequence[Sequence[int] | None]:
+    if oracle is None:
+        return [None] * several
+    if len(oracle) != several:
+        raise ValueError(f"oracle ids for {len(oracle)} {what}, of which there are {several}")
+    return oracle
 
 
 def _stacked(named: Sequence[np.ndarray | None], size: int) -> np.ndarray | None:
@@ -130,6 +136,7 @@ def ask_ids(
     *,
     selection: SelectionConfig = SelectionConfig(),
     decode: DecodeConfig = DecodeConfig(),
+    oracle: Sequence[Sequence[int]] | None = None,
     seeds: Sequence[int] | None = None,
     implementation: Implementation | None = None,
     on_block: OnBlock | None = None,
@@ -143,6 +150,7 @@ def ask_ids(
     Args:
       cache: from `encode_document`, or `prefill` with keep_pool; one document, not a batch.
       queries: token ids behind the document, of each question.
+      oracle: of each question the ids of the chunks to keep, for the scorer "oracle" alone.
       selection, decode, seeds, on_block, memory_limit: as `generate_batch_ids`.
 
     Raises:
@@ -155,13 +163,19 @@ def ask_ids(
     if cache.batched:
         raise ValueError("the cache holds several documents: ask about one")
     _check(decode)
-    if selection.scorer == "oracle":
-        raise ConfigError("scorer 'oracle' takes ids with a document: use generate_batch_ids")
+    ids_of = _oracle_of(oracle, len(queries), "questions")
     vocab = model.config.vocab_size
     checked = [check_token_ids(f"query {i}", ids, vocab) for i, ids in enumerate(queries)]
     for i, ids in enumerate(checked):
         if ids.size == 0:
             raise ValueError(f"query {i} is empty")
+    n_chunks = int(np.count_nonzero(np.asarray(cache.lengths)))
+    named = []
+    for i, given in enumerate(ids_of):
+        try:
+            named.append(oracle_ids(given, selection, n_chunks))
+        except ValueError as error:
+            raise ValueError(f"question {i}: {error}") from None
     size = batch_size(len(checked))
     rows = bucket_rows(max(ids.size for ids in checked))
     query = np.zeros((size, rows), np.int32)
@@ -188,6 +202,7 @@ def ask_ids(
         request_keys(_seeds(seeds, len(checked)), size),
         cache=cache,
         requests=len(checked),
+        oracle=_stacked(named, size),
         implementation=implementation,
         on_block=on_block,
         memory_limit=memory_limit,
@@ -206,7 +221,8 @@ def encode_text(
 ) -> ChunkCache:
     """A document's cache, for `ask`: every chunk encoded behind the instruction, query-free.
 
-    memory_limit: as `generate`; raises MemoryLimitError as it does.
+    Returns the KV of every chunk of one document. memory_limit: as `generate`; raises
+    MemoryLimitError as it does, ValueError for a document without tokens.
     """
     prefix, query = tokenizer.around_document("?", instruction)
     ids = tokenizer.encode(context)
@@ -223,12 +239,13 @@ def ask(
     *,
     selection: SelectionConfig = SelectionConfig(),
     decode: DecodeConfig = DecodeConfig(),
+    oracle: Sequence[Sequence[int]] | None = None,
     seeds: Sequence[int] | None = None,
     implementation: Implementation | None = None,
     on_block: OnBlock | None = None,
     memory_limit: int | None = None,
 ) -> list[GenerationResult]:
-    """`ask_ids` on text, for a cache of `encode_text`."""
+    """`ask_ids` on text, for a cache of `encode_text`. ValueError for a question without text."""
     for i, question in enumerate(questions):
         if not question.strip():
             raise ValueError(f"question {i} is empty")
@@ -238,6 +255,7 @@ def ask(
         [tokenizer.around_document(question)[1] for question in questions],
         selection=selection,
         decode=decode,
+        oracle=oracle,
         seeds=seeds,
         implementation=implementation,
         on_block=on_block,

@@ -43,7 +43,11 @@ class ModelIdentity:
 
 
 def model_identity(model: LLaDA) -> ModelIdentity:
-    """Reads every weight once: milliseconds on a GPU, about a second per GB on two CPU cores."""
+    """Which model this is: the same for the same config, dtype and bits of every weight.
+
+    Reads every weight once: milliseconds on a GPU, about a second per GB on two CPU cores. Where
+    the weights lie, on one device or a mesh, makes no difference.
+    """
     state = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     # All are under way before the first is waited for.
     sums = [(path, leaf, _sums(leaf)) for path, leaf in state]

@@ -18,6 +18,7 @@ from pdllm_jax.answer import (
     oracle_ids,
     phase_times,
     request_keys,
+    require_answer_memory,
     used_paths,
 )
 from pdllm_jax.chunking import (
@@ -153,10 +154,13 @@ def prefill_request(
     oracle: Sequence[int] | None = None,
     seed: int = 0,
     implementation: Implementation | None = None,
+    memory_limit: int | None = None,
 ) -> Prefilled:
     """`generate_ids` up to its decoding, for `save_prefilled`; `finish` gives the same tokens.
 
     decode: what the state is made for; None stops before the chosen chunks are encoded (`begin`).
+    memory_limit: as `generate`, of the whole answer; with decode None of one that has one token.
+    Raises what `generate_ids` raises.
     """
     vocab = model.config.vocab_size
     prompt, ids = _chunked(
@@ -165,8 +169,13 @@ def prefill_request(
         check_token_ids("query", query_ids, vocab),
         chunking, selection, bos_id, oracle,
     )  # fmt: skip
+    planned = DecodeConfig(gen_length=1, block_length=1)
     if decode is not None:
-        decode = decode_config("prefilling", decode)
+        decode = planned = decode_config("prefilling", decode)
+    require_answer_memory(
+        model, prompt, selection, planned,
+        named=ids is not None, implementation=implementation, limit=memory_limit,
+    )  # fmt: skip
     chosen = choose(
         model, prompt, selection, request_keys([seed], 1),
         oracle=ids, implementation=implementation,

@@ -28,6 +28,7 @@ from pdllm_jax.chunking import ChunkedPrompt, TokenIds, bucket_rows, check_token
 from pdllm_jax.config import CONTROLS, SelectionConfig
 from pdllm_jax.model import LLaDA
 from pdllm_jax.parallel import TENSOR
+from pdllm_jax.passes import settled
 from pdllm_jax.plan import MemoryLimitError
 from pdllm_jax.prefill import encode_document
 from pdllm_jax.prefilled import Prefilled, trimmed
@@ -254,12 +255,7 @@ def choose_offloaded(
         raise ValueError("query is empty")
     query, length = jnp.asarray(pad_to(ids, bucket_rows(ids.size))), jnp.int32(ids.size)
     n = len(document.k)
-    if n <= selecting.top_k:
-        selecting = dataclasses.replace(selecting, scorer="all")
-    if selecting.scorer == "all":
-        selecting = dataclasses.replace(selecting, top_k=n, max_k=None, margin=0.0)
-    elif selecting.max_k is not None:
-        selecting = dataclasses.replace(selecting, max_k=min(selecting.max_k, n))
+    selecting = settled(selecting, n)
     scores = score_offloaded(
         model, document, query, selecting.scoring(),
         query_length=length, key=jax.random.fold_in(keys[0], 1), group=group,

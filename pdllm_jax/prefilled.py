@@ -74,7 +74,23 @@ def choose(
     implementation: Implementation | None = None,
     watch: Stopwatch | None = None,
 ) -> Prefilled:
-    """Draft, score, select. Arguments as `answer` takes them; phases go to `watch`."""
+    """Draft, score, select.
+
+    Args:
+      prompt: of one request or a batch, [] or [B]; those behind the first `requests` are filling.
+      keys: PRNG keys, one for each request, [B]: all that is random follows from them.
+      cache: document(s) encoded before, with the KV of every chunk; the prompt's chunks are then
+        not read.
+      oracle: ids of the chunks to keep, [M] or [B, M] int32, for the scorer "oracle".
+      implementation: of attention over chunks, by default what the device runs.
+      watch: gets the times of "draft" and "score".
+
+    Returns:
+      What was chosen and what it was chosen from, without a state.
+
+    Raises:
+      ValueError: the scorer lacks what it needs (a key, ids); the cache has no KV to score with.
+    """
     watch = watch or Stopwatch()
     counts = chunk_counts(prompt, cache)
     selecting = settled(selecting, int(counts.max()), named=oracle is not None)
@@ -129,7 +145,11 @@ def begin(
     implementation: Implementation | None = None,
     watch: Stopwatch | None = None,
 ) -> Prefilled:
-    """Places and encodes what was chosen; lets the document go where nothing reads it any more."""
+    """Places and encodes what was chosen; lets the document go where nothing reads it any more.
+
+    chosen: of `choose`, or restored. config: for which the state is made, as `init_denoise`, whose
+    errors it raises. watch: gets the time of "encode". Returns the same with a state.
+    """
     watch = watch or Stopwatch()
     with watch.phase("encode"):
         state = init_denoise(

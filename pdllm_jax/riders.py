@@ -77,7 +77,8 @@ def draft_response(model: LLaDA, prompt: HasQuestion, config: SelectionConfig) -
     """Guesses the response's first tokens from prefix and query alone, `draft_steps` evaluations.
 
     Slot 0 first, then each time the most confident of the slots that are still masked.
-    prompt: a `ChunkedPrompt` or a `Question`, of one request or a batch of them.
+    prompt: a `ChunkedPrompt` or a `Question`, of one request or a batch of them, [] or [B].
+    Returns tokens [*B, d] int32, d being `draft_length`, and which of them are guesses, [*B, d].
     """
     draft = constrain(model.mesh, _draft(model, question_of(prompt), config))
     return draft if prompt.query.ndim == 2 else jax.tree.map(lambda x: x[0], draft)

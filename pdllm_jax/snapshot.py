@@ -175,6 +175,17 @@ def _identity(model: LLaDA | ModelIdentity) -> ModelIdentity:
     return model if isinstance(model, ModelIdentity) else model_identity(model)
 
 
+def check_destination(path: str | Path, *, overwrite: bool = False) -> None:
+    """Refuses, as saving does, a place where no snapshot can be made: SnapshotError."""
+    _staged(Path(path).absolute(), overwrite).check()
+
+
+def _staged(target: Path, overwrite: bool) -> StagedFolder:
+    return StagedFolder(
+        target, overwrite=overwrite, replaceable=is_snapshot, kind="snapshot", error=SnapshotError
+    )
+
+
 def _save(
     path: str | Path,
     model: LLaDA | ModelIdentity,
@@ -186,9 +197,7 @@ def _save(
 ) -> None:
     target = Path(path).absolute()
     require_one_process(target)
-    staged = StagedFolder(
-        target, overwrite=overwrite, replaceable=is_snapshot, kind="snapshot", error=SnapshotError
-    )
+    staged = _staged(target, overwrite)
     staged.check()
     prefilled = tree if isinstance(tree, Prefilled) else None
     if prefilled is not None and prefilled.decode is not None and prefilled.decode.has_code:

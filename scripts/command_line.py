@@ -17,15 +17,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def status(call: Callable[[], int | None]) -> int:
+def status(call: Callable[[], int | None], args: argparse.Namespace | None = None) -> int:
     """0 or what the call returns; otherwise as `guarded`."""
-    code, result = guarded(call)
+    code, result = guarded(call, args)
     return code or result or 0
 
 
-def guarded(work: Callable[[], Result]) -> tuple[int, Result | None]:
+def guarded(
+    work: Callable[[], Result], args: argparse.Namespace | None = None
+) -> tuple[int, Result | None]:
     """(exit status, result): one line on stderr and no result for bad input (2), a device without
     memory (2), or an interrupt (130).
+
+    args: the command line's; of its flags those are named that take less memory.
     """
     try:
         return 0, work()
@@ -33,7 +37,7 @@ def guarded(work: Callable[[], Result]) -> tuple[int, Result | None]:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2, None
     except RuntimeError as error:
-        if (message := out_of_memory(error)) is None:
+        if (message := out_of_memory(error, args)) is None:
             raise
         print(f"error: {message}", file=sys.stderr)
         return 2, None
@@ -42,13 +46,26 @@ def guarded(work: Callable[[], Result]) -> tuple[int, Result | None]:
         return 130, None
 
 
-def out_of_memory(error: RuntimeError) -> str | None:
+# What takes less memory, by the name of its flag.
+_LOWER = {
+    "encode_batch": "--encode-batch (chunks at a time)", "top_k": "--top-k (K, chunks kept)",
+    "chunk_size": "--chunk-size", "gen_length": "--gen-length",
+}  # fmt: skip
+
+
+def out_of_memory(error: RuntimeError, args: argparse.Namespace | None = None) -> str | None:
     """What to change where the device's memory has run out; None for any other error."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         return None
     says = " ".join(str(error).partition("RESOURCE_EXHAUSTED:")[2].split())[:120]
-    return (
-        f"the device ran out of memory ({says}): lower --encode-batch (chunks at a time), --top-k "
-        "(K, chunks kept), --chunk-size, --gen-length or the document's length, or load with "
-        "--dtype bfloat16; --memory-limit GB says beforehand which of them would fit"
-    )
+    flags = {} if args is None else vars(args)
+    lower = [words for name, words in _LOWER.items() if name in flags]
+    if not lower:
+        advice = "take less of it, e.g. a lower K, or free what else lies on the device"
+    else:
+        advice = f"lower {', '.join(lower)} or the document's length"
+        if flags.get("dtype", "bfloat16") != "bfloat16":
+            advice += ", or load with --dtype bfloat16"
+        if "memory_limit" in flags:
+            advice += "; --memory-limit GB says beforehand which of them would fit"
+    return f"the device ran out of memory ({says}): {advice}"

@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line."""
     args = parser().parse_args(argv)
     enable_compilation_cache()
-    return status(lambda: evaluate(args))
+    return status(lambda: evaluate(args), args)
 
 
 if __name__ == "__main__":

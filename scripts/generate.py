@@ -135,14 +135,14 @@ def run_encoded(args: argparse.Namespace, stream: Stream | None) -> GenerationRe
     chunking, selection, decode = settings(args)
     if args.method != "prefilling":
         raise ValueError(f"--snapshot and --store are for method prefilling, not {args.method}")
-    if args.chunks is not None:
-        raise ValueError("--chunks is for a document that is encoded for its question alone")
     request = None
     if args.snapshot is not None:
         if args.store is not None:
             raise ValueError("--snapshot names a document already: --store is for --context-file")
         if args.question is None:
             raise ValueError("--snapshot needs --question")
+        if args.instruction is not None:
+            raise ValueError("--instruction is part of the document that --snapshot names")
         holds = snapshot_holds(args.snapshot)
         if holds != "document":
             raise ValueError(f"{args.snapshot} holds a {holds}: scripts/decode.py goes on with it")
@@ -179,7 +179,8 @@ def run_encoded(args: argparse.Namespace, stream: Stream | None) -> GenerationRe
             raise ValueError("question is empty")
         query = tokenizer.around_document(args.question)[1]
     (result,) = ask_ids(
-        model, cache, [query], selection=selection, decode=decode, seeds=[args.seed],
+        model, cache, [query], selection=selection, decode=decode,
+        oracle=None if args.chunks is None else [args.chunks], seeds=[args.seed],
         implementation=args.implementation, on_block=stream, memory_limit=memory_limit(args),
     )  # fmt: skip
     return with_text(result, tokenizer)
@@ -226,7 +227,7 @@ def answered(
     """Runs a command line that has --json and --stream, and prints what comes out."""
     stream = Stream() if args.stream else None
     enable_compilation_cache()
-    status, result = guarded(lambda: run(args, stream))
+    status, result = guarded(lambda: run(args, stream), args)
     if result is None:
         return status
     if args.json:

@@ -25,7 +25,7 @@ from pdllm_jax import (
     load_model,
     make_mesh,
 )
-from pdllm_jax.config import BridgeTokens, Encoding, Positions, Remasking, Reselect
+from pdllm_jax.config import BridgeTokens, Encoding, Positions, Recompute, Remasking, Reselect
 from pdllm_jax.parallel import parse_mesh
 
 DTYPES = {"keep": None, "float32": "float32", "bfloat16": "bfloat16"}
@@ -55,22 +55,40 @@ def parser(description: str | None, *, answers: bool = True) -> argparse.Argumen
         )
         _add_answer(p)
     g = p.add_argument_group("decoding")
-    g.add_argument("--gen-length", type=int, default=decode.gen_length, help="response tokens")
+    g.add_argument(
+        "--gen-length",
+        type=int,
+        default=decode.gen_length,
+        metavar="N",
+        help="tokens of the response (default: %(default)s)",
+    )
     g.add_argument("--block-length", type=int, help="tokens of a block (default: up to 32)")
     g.add_argument("--steps", type=int, help="evaluations in all (default: one per token)")
-    g.add_argument("--temperature", type=float, default=decode.temperature)
-    g.add_argument("--remasking", choices=get_args(Remasking), default=decode.remasking)
+    g.add_argument(
+        "--temperature", type=float, default=decode.temperature, metavar="T",
+        help="of Gumbel noise on the logits, 0 for none (default: %(default)s)",
+    )  # fmt: skip
+    g.add_argument(
+        "--remasking",
+        choices=get_args(Remasking),
+        default=decode.remasking,
+        help="how sure a prediction is; the surest are unmasked (default: %(default)s)",
+    )
     g.add_argument("--threshold", type=float, help="unmask every slot at least this probable")
     g.add_argument("--factor", type=float, help="Fast-dLLM's factor rule")
     g.add_argument(
         "--early-stop", action="store_true", help="end with the block in which the text ends"
     )
     g.add_argument(
-        "--guidance", type=float, default=decode.guidance, help="classifier-free; method plain"
+        "--guidance",
+        type=float,
+        default=decode.guidance,
+        metavar="W",
+        help="classifier-free; method plain (default: %(default)s, none)",
     )
     g.add_argument(
         "--recompute",
-        choices=("block", "response"),
+        choices=get_args(Recompute),
         default=decode.recompute,
         help="rows recomputed in a step of method prefilling (default: %(default)s)",
     )
@@ -96,16 +114,20 @@ def parser(description: str | None, *, answers: bool = True) -> argparse.Argumen
             "oracle",
         ),
         default=selection.scorer,
-        help="how chunks are scored; leave-one-out is draft with a copy for every scored token",
+        help="how chunks are scored; leave-one-out is draft with a copy for every scored token "
+        "(default: %(default)s)",
     )
     g.add_argument(
         "--chunks", type=int, nargs="+", metavar="ID", help="the chunks that oracle keeps"
     )
     g.add_argument(
         "--masked-copies", type=int, default=selection.masked_copies, metavar="R",
-        help="copies of the query that ride along with a chunk",
+        help="copies of the query that ride along with a chunk (default: %(default)s)",
     )  # fmt: skip
-    g.add_argument("--draft-length", type=int, default=selection.draft_length)
+    g.add_argument(
+        "--draft-length", type=int, default=selection.draft_length, metavar="N",
+        help="tokens guessed for scorer draft, in two evaluations (default: %(default)s)",
+    )  # fmt: skip
     g.add_argument("--keep-first", action="store_true", help="always keep the first chunk")
     g.add_argument(
         "--reselect",
@@ -121,13 +143,20 @@ def parser(description: str | None, *, answers: bool = True) -> argparse.Argumen
         "--bridge-tokens",
         choices=get_args(BridgeTokens),
         default=selection.bridge_tokens,
-        help="which: those at its start, or those with most of the query's attention",
+        help="which: those at its start, or those with most of the query's attention "
+        "(default: %(default)s)",
     )
     g.add_argument(
         "--keep-tokens", type=int, metavar="B",
         help="tokens of a kept chunk that are attended to (default: all)",
     )  # fmt: skip
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--seed", type=int, default=0, help="of all that is random (default: %(default)s)"
+    )
+    p.add_argument(
+        "--memory-limit", type=float, metavar="GB",
+        help="refuse what would take more device memory (default: what the device gives)",
+    )  # fmt: skip
     add_placement(p)
     return p
 
@@ -140,11 +169,8 @@ def _add_answer(p: argparse.ArgumentParser) -> None:
         "--method",
         choices=("prefilling", "plain", "prefix-cache", "dual-cache"),
         default="prefilling",
+        help="plain is LLaDA's generation, the caches are Fast-dLLM's (default: %(default)s)",
     )
-    p.add_argument(
-        "--memory-limit", type=float, metavar="GB",
-        help="refuse what would take more device memory (default: what the device gives)",
-    )  # fmt: skip
     p.add_argument(
         "--check-nan", action="store_true",
         help="go through the answer's computation again, layer by layer, for NaN or infinity",
@@ -155,11 +181,23 @@ def _add_answer(p: argparse.ArgumentParser) -> None:
 def add_chunking(g: Any) -> None:
     """How a document is cut, and what is kept of it and where; `g` is a parser or its group."""
     chunking, selection = ChunkConfig(), SelectionConfig()
-    g.add_argument("--chunk-size", type=int, default=chunking.chunk_size)
-    g.add_argument("--overlap", type=int, default=chunking.overlap)
+    g.add_argument(
+        "--chunk-size", type=int, default=chunking.chunk_size, metavar="C",
+        help="tokens of a chunk, its anchor among them (default: %(default)s)",
+    )  # fmt: skip
+    g.add_argument(
+        "--overlap", type=int, default=chunking.overlap, metavar="N",
+        help="tokens that a chunk repeats of the one before (default: %(default)s)",
+    )  # fmt: skip
     g.add_argument("--no-anchors", action="store_true", help="no BOS at the head of a chunk")
-    g.add_argument("--top-k", type=int, default=selection.top_k, help="chunks kept")
-    g.add_argument("--encode-batch", type=int, default=selection.encode_batch)
+    g.add_argument(
+        "--top-k", type=int, default=selection.top_k, metavar="K",
+        help="chunks kept (default: %(default)s)",
+    )  # fmt: skip
+    g.add_argument(
+        "--encode-batch", type=int, default=selection.encode_batch, metavar="N",
+        help="chunks that are encoded at a time (default: %(default)s)",
+    )  # fmt: skip
     g.add_argument(
         "--encoding",
         choices=get_args(Encoding),
@@ -181,7 +219,12 @@ def add_placement(p: argparse.ArgumentParser) -> None:
         choices=("mosaic_gpu", "cudnn", "xla"),
         help="attention over chosen chunks (default: mosaic_gpu on Hopper GPUs, else xla)",
     )
-    p.add_argument("--dtype", choices=tuple(DTYPES), default="keep")
+    p.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        default="keep",
+        help="of weights and activations (default: the checkpoint's)",
+    )
     p.add_argument(
         "--mesh", metavar="DATAxTENSOR",
         help="devices to divide chunks and requests over, times those to divide each layer over",
@@ -205,6 +248,8 @@ def settings(args: argparse.Namespace) -> tuple[ChunkConfig, SelectionConfig, De
     exact = args.score == "leave-one-out"
     if args.margin is not None and args.max_k is None:
         raise ValueError("--margin needs --max-k")
+    if args.prompt_ids is not None and (args.question, args.instruction) != (None, None):
+        raise ValueError("--question and --instruction are part of the ids that --prompt-ids names")
     block_length = args.block_length
     if block_length is None:
         block_length = math.gcd(32, args.gen_length) if args.gen_length > 32 else args.gen_length

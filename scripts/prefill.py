@@ -7,7 +7,8 @@
   scripts/prefill.py CHECKPOINT --context-file book.txt --holds document --out book
   scripts/generate.py CHECKPOINT --snapshot book --question 'Who?'
 
-Takes what scripts/generate.py takes. Exit status 2 and one line on bad input.
+Takes scripts/generate.py's settings of the method; a document alone has no question, and what is
+said of its selection and decoding goes unread. Exit status 2 and one line on bad input.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from pdllm_jax import (
 )
 from pdllm_jax.chunking import check_token_ids, chunk_prompt
 from pdllm_jax.compilation import enable_compilation_cache
+from pdllm_jax.planner import require_document_memory
+from pdllm_jax.snapshot import check_destination
 from pdllm_jax.tokenizer import INSTRUCTION
 
 
@@ -60,6 +63,9 @@ def run(args: argparse.Namespace) -> str:
     """What was written, in a line."""
     chunking, selection, decode = options.settings(args)
     document = args.holds == "document"
+    if document and args.question is not None:
+        raise ValueError("--question is for a request: --holds document takes none")
+    check_destination(args.out, overwrite=args.overwrite)
     folder = converted(args.checkpoint)
     if args.prompt_ids is not None:
         tokenizer = options.load_tokenizer(folder, needed=False)
@@ -85,6 +91,8 @@ def run(args: argparse.Namespace) -> str:
             for name, ids in (("prefix", prefix), ("context", context))
         )
         prompt = chunk_prompt(before, ids, query or [0], chunking, bos_id=bos_id, tight=True)
+        limit = options.memory_limit(args)
+        require_document_memory(model, prompt, args.encode_batch, limit=limit)
         cache = encode_document(model, prompt, encode_batch=args.encode_batch)
         save_document(args.out, model, cache, **common)
         n_chunks = prompt.n_chunks
@@ -94,6 +102,7 @@ def run(args: argparse.Namespace) -> str:
             chunking=chunking, selection=selection,
             decode=None if args.holds == "selection" else decode,
             bos_id=bos_id, oracle=args.chunks, seed=args.seed, implementation=args.implementation,
+            memory_limit=options.memory_limit(args),
         )  # fmt: skip
         if args.holds == "selection":
             prefilled = dataclasses.replace(prefilled, decode=decode)
@@ -110,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 with one line on stderr for bad input."""
     args = parser().parse_args(argv)
     enable_compilation_cache()
-    status, written = guarded(lambda: run(args))
+    status, written = guarded(lambda: run(args), args)
     if written is not None:
         print(written)
     return status

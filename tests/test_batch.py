@@ -12,7 +12,7 @@ from flax import nnx
 
 from pdllm_jax.batch import ask_ids, batch_size, generate_batch_ids
 from pdllm_jax.chunking import batch_prompts, chunk_prompt
-from pdllm_jax.config import ChunkConfig, ConfigError, DecodeConfig, ModelConfig, SelectionConfig
+from pdllm_jax.config import ChunkConfig, DecodeConfig, ModelConfig, SelectionConfig
 from pdllm_jax.denoise import denoise, denoise_step
 from pdllm_jax.generate import generate_ids
 from pdllm_jax.model import LLaDA
@@ -319,6 +319,26 @@ def test_each_request_of_a_batch_keeps_the_chunks_named_for_it(model):
         assert answer.tokens == generate_ids(model, *request, oracle=ids, **settings).tokens
 
 
+def test_each_question_keeps_the_chunks_named_for_it(model):
+    """Those that a scorer has chosen give its tokens, whatever order they are named in."""
+    document, selecting = RAGGED[0], dataclasses.replace(SELECT, encoding="independent")
+    cache = encode_document(model, chunk_prompt(*document, CHUNKS))
+    questions = [document[2], RAGGED[1][2]]
+    scored = ask_ids(model, cache, questions, selection=selecting, decode=DECODE)
+    kept = [answer.selection["chunks"] for answer in scored]
+    assert kept[0] != kept[1]
+    oracle = dataclasses.replace(selecting, scorer="oracle")
+    named = ask_ids(
+        model, cache, questions, selection=oracle, decode=DECODE, oracle=[ids[::-1] for ids in kept]
+    )
+    assert [answer.selection for answer in named] == [{"chunks": k, "scores": None} for k in kept]
+    assert [answer.tokens for answer in named] == [answer.tokens for answer in scored]
+    other = ask_ids(
+        model, cache, questions, selection=oracle, decode=DECODE, oracle=[kept[1], kept[0]]
+    )
+    assert [answer.tokens for answer in other] != [answer.tokens for answer in scored]
+
+
 def test_what_does_not_fit_is_named(model):
     good = RAGGED[0]
     settings = {"chunking": CHUNKS, "selection": SELECT, "decode": DECODE}
@@ -342,8 +362,12 @@ def test_what_does_not_fit_is_named(model):
         generate_batch_ids(model, [good], oracle=[[0]], **settings)
     prompt = chunk_prompt(*good, CHUNKS)
     cache = encode_document(model, prompt)
-    with pytest.raises(ConfigError, match="ids with a document"):
+    with pytest.raises(ValueError, match="question 0: scorer 'oracle' needs the ids"):
         ask_ids(model, cache, [good[2]], selection=oracle)
+    with pytest.raises(ValueError, match="ids for 2 questions, of which there are 1"):
+        ask_ids(model, cache, [good[2]], selection=oracle, oracle=[[0], [1]])
+    with pytest.raises(ValueError, match=r"question 1: oracle ids \[8\] are not all inside"):
+        ask_ids(model, cache, [good[2]] * 2, selection=oracle, oracle=[[0], [8]])
     with pytest.raises(ValueError, match="no questions"):
         ask_ids(model, cache, [])
     with pytest.raises(ValueError, match="query 1 is empty"):

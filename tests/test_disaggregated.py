@@ -105,6 +105,9 @@ def test_a_document_is_asked_from_a_snapshot_and_from_a_store(checkpoint, text, 
     )  # fmt: skip
     assert made[0] == 0, made[2]
     sources = [("--snapshot", tmp_path / "document")]
+    instructed = (*sources[0], "--question", "which?", "--instruction", "Sing!")
+    status, _, err = call(capsys, generate.main, checkpoint, *instructed)
+    assert (status, "part of the document" in err) == (2, True)
     sources += [("--context-file", text, "--store", tmp_path / "store")] * 2
     asked = [call(capsys, generate.main, checkpoint, *source, *question) for source in sources]
     (kept,) = [p for p in (tmp_path / "store").iterdir() if p.is_dir()]
@@ -112,6 +115,10 @@ def test_a_document_is_asked_from_a_snapshot_and_from_a_store(checkpoint, text, 
     for status, out, err in asked:
         assert status == 0, err
         assert json.loads(out)["tokens"] == json.loads(direct[1])["tokens"]
+    named = ("--score", "oracle", "--chunks", "2", "0")
+    status, out, err = call(capsys, generate.main, checkpoint, *sources[0], *question, *named)
+    assert status == 0, err
+    assert json.loads(out)["selection"]["chunks"] == [0, 2]
 
 
 def test_what_does_not_match_is_one_line_and_status_2(
@@ -133,9 +140,10 @@ def test_what_does_not_match_is_one_line_and_status_2(
     refused(r"model\.weights is '", decode.main, tmp_path / "other", snapshot)
     refused(r"model\.dtype", decode.main, checkpoint, snapshot, "--dtype", "bfloat16")
     refused("64 x 1 needs 64 devices", decode.main, checkpoint, snapshot, "--mesh", "64x1")
-    refused("DATAxTENSOR", prefill.main, *request, "--out", snapshot, "--mesh", "2")
+    new = ("--out", tmp_path / "no")
+    refused("DATAxTENSOR", prefill.main, *request, *new, "--mesh", "2")
     kernel = "--sums", "mosaic_gpu"
-    refused("no mesh", prefill.main, *request, "--out", tmp_path / "no", *kernel)
+    refused("no mesh", prefill.main, *request, *new, *kernel)
     refused("no mesh", decode.main, checkpoint, snapshot, *kernel)
     shutil.copytree(checkpoint, tmp_path / "stretched")
     config = json.loads((checkpoint / "config.json").read_text())
@@ -147,9 +155,15 @@ def test_what_does_not_match_is_one_line_and_status_2(
         file.write("\n")
     refused("tokenizer is", decode.main, tmp_path / "reworded", snapshot)
     refused("holds a state", generate.main, checkpoint, "--snapshot", snapshot, "--question", "q")
-    refused("exists", prefill.main, *request, "--out", snapshot)
+    refused("s exists", prefill.main, tmp_path / "no model", *request[1:], "--out", snapshot)
+    document = (*request[:3], *new, "--holds", "document")
+    refused("document takes none", prefill.main, *document, "--question", "which?")
+    little = ("--memory-limit", "0.0001")
+    refused("phase 'encode document' would take", prefill.main, *document, *little)
+    refused("phase '.*' would take", prefill.main, *request, *new, *little)
+    refused("phase '.*' would take", prefill.main, *request, *new, *little, "--holds", "selection")
     refused("does not exist", decode.main, checkpoint, tmp_path / "nothing")
-    store = ("--store", tmp_path / "store", "--memory-limit", "0.0001")
+    store = ("--store", tmp_path / "store", *little)
     refused("phase 'encode document' would take", generate.main, *request, *store)
     manifest = (snapshot / "snapshot.json").read_text()
     (snapshot / "snapshot.json").write_text(manifest.replace('"version": 1', '"version": 2'))

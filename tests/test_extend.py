@@ -23,8 +23,10 @@ from pdllm_jax import (
     SelectionConfig,
     SnapshotError,
     chunk_prompt,
+    denoise,
     encode_document,
     generate_ids,
+    init_denoise,
     prefill_request,
     save_prefilled,
     select_top_k,
@@ -62,8 +64,18 @@ def test_a_scorer(model):
     pieces = [set(DOCUMENT[i : i + 15].tolist()) for i in range(0, 90, 15)]
     shared = [len(set(DOCUMENT[33:40].tolist()) & piece) for piece in pieces]
     assert int(np.argmax(shared)) == 2
-    assert 2 in selection.chunk_ids.tolist()
-    assert (np.asarray(selection.scores) > -np.inf).all()
+    kept = selection.chunk_ids.tolist()
+    assert 2 in kept
+    state = init_denoise(
+        model, cache, selection, prompt.query, DECODE, jax.random.key(0),
+        query_length=prompt.query_length, selecting=SELECT,
+    )  # fmt: skip
+    tokens = denoise(model, cache, state, config=DECODE).tokens[0].tolist()
+    named = generate_ids(
+        model, PREFIX, DOCUMENT, DOCUMENT[33:40], oracle=kept,
+        chunking=CHUNKS, selection=SELECT, decode=DECODE,
+    )  # fmt: skip
+    assert named.tokens == tokens
 
 
 def probability(logits, tokens, key):

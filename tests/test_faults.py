@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import sys
@@ -73,13 +74,19 @@ def test_a_snapshot_on_a_full_disk(tmp_path):
 
 def test_out_of_device_memory_says_what_to_change(capsys):
     """With the error that JAX raises for an array of 64 TB."""
-    status, result = command_line.guarded(lambda: jnp.zeros(1 << 44).block_until_ready())
-    out, err = capsys.readouterr()
-    assert (status, result, out) == (2, None, "")
-    assert err.startswith("error: the device ran out of memory (Out of memory allocating 70368744")
-    for flag in ("encode-batch", "top-k", "chunk-size", "gen-length", "dtype", "memory-limit"):
-        assert f"--{flag}" in err
-    assert err.count("\n") == 1
+    flags = {"encode_batch", "top_k", "chunk_size", "gen_length", "dtype", "memory_limit"}
+    for having in (flags, flags - {"memory_limit"}, flags - {"dtype", "top_k"}, set()):
+        args = argparse.Namespace(**dict.fromkeys(having, "keep"))
+        status, result = command_line.guarded(
+            lambda: jnp.zeros(1 << 44).block_until_ready(), args if having else None
+        )
+        out, err = capsys.readouterr()
+        assert (status, result, out) == (2, None, "")
+        says = "error: the device ran out of memory (Out of memory allocating 70368744"
+        assert err.startswith(says)
+        named = {flag for flag in flags if f"--{flag.replace('_', '-')}" in err}
+        assert named == having
+        assert err.count("\n") == 1
 
     def otherwise() -> None:
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")

@@ -235,6 +235,8 @@ BAD = {
         "reselect needs a scorer that reads the document, not 'first'",
     ),
     "stream and json": (["--stream", "--json"], {}, "not allowed with argument"),
+    "question of ids": (["--question", "q"], {}, "part of the ids"),
+    "instruction of ids": (["--instruction", "x"], {}, "part of the ids"),
     "unknown key": ([], {"more": []}, "must hold the keys"),
 }
 

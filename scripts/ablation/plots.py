@@ -21,15 +21,6 @@ _DPI = 110
 _COLOURS = "viridis"
 
 
-def _cells(record: Record, **settings: Any) -> list[dict[str, Any]]:
-    """Cells with exactly these settings among theirs."""
-    return [
-        cell
-        for cell in record["cells"].values()
-        if all(cell["settings"][name] == value for name, value in settings.items())
-    ]
-
-
 def _depth_arms(record: Record) -> dict[str, list[dict[str, Any]]]:
     """Cells of the heat map by arm, shortest first; arms that have none are left out."""
     groups = (record["grids"].get("depth") or {"groups": []})["groups"]

@@ -272,7 +272,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, help="benchmarks/kernel.json, or kernel_tuning.json with --tune"
     )
-    parser.add_argument("--quick", action="store_true", help="the README's table alone")
+    parser.add_argument(
+        "--quick", action="store_true", help="the kernel's table of docs/performance.md alone"
+    )
     parser.add_argument("--tune", action="store_true", help="the kernel's own settings instead")
     parser.add_argument("--implementations", nargs="+", help="only these")
     parser.add_argument("--slots", nargs="+", type=int, help="only these K")

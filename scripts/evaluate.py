@@ -32,7 +32,7 @@ from evals import generated, infinitebench, longbench, needle, ruler
 from evals.example import DataError, Malformed, OnMalformed, Task
 from evals.records import Records
 from evals.run import METHODS, Asker, run, summarise, table
-from options import DTYPES, add_chunking
+from options import DTYPES, add_chunking, add_placement, mesh_of
 
 from convert import converted
 from pdllm_jax import ChunkConfig, SelectionConfig, Tokenizer, load_config, load_model
@@ -67,9 +67,8 @@ def common() -> argparse.ArgumentParser:
     add_chunking(p)
     scorers = [name for name in get_args(Scorer) if name != "oracle"]
     p.add_argument("--score", choices=scorers, default=SelectionConfig().scorer)
-    p.add_argument("--implementation", choices=("mosaic_gpu", "cudnn", "xla"))
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--dtype", choices=tuple(DTYPES), default="keep")
+    add_placement(p)
     return p
 
 
@@ -166,6 +165,7 @@ def settings(ask: Asker, folder: Path) -> dict[str, Any]:
         "selection": dataclasses.asdict(ask.selection),
         "checkpoint": hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(),
         "dtype": str(ask.model.dtype),
+        **({} if ask.model.mesh is None else {"mesh": dict(ask.model.mesh.shape)}),
     }
 
 
@@ -181,12 +181,14 @@ def evaluate(args: argparse.Namespace) -> int:
         top_k=args.top_k, scorer=args.score, encoding=args.encoding, positions=args.positions,
         encode_batch=args.encode_batch,
     )  # fmt: skip
+    mesh = mesh_of(args)
     folder = converted(args.checkpoint)
     tokenizer = Tokenizer.load(folder, load_config(folder))
     tasks = load_tasks(args, tokenizer, malformed)
     tasks = [dataclasses.replace(t, examples=t.examples[: args.limit]) for t in tasks]
     ask = Asker(
-        model=load_model(folder, dtype=DTYPES[args.dtype]), tokenizer=tokenizer,
+        model=load_model(folder, dtype=DTYPES[args.dtype], mesh=mesh, sums=args.sums),
+        tokenizer=tokenizer,
         chunking=chunking, selection=selection, threshold=args.threshold or None,
         block_length=args.block_length, gen_length=args.gen_length, max_length=args.max_length,
         chat=not args.no_chat, seed=args.seed, implementation=args.implementation,

@@ -148,6 +148,15 @@ def test_a_run_of_every_method_on_a_real_model(folder, tmp_path, capsys):
         assert record["evaluations"] >= 1
     assert table.count("| needle | 600 |") == 3
     assert "| 2 |" in table
+    status, _, err = run(
+        capsys, folder, "needle", data, "--out", tmp_path / "mesh", "--lengths", 600, "--depths", 2,
+        *SMALL, "--methods", "prefilling", "--mesh", "1x1",
+    )  # fmt: skip
+    assert status == 0, err
+    kept = [record for record in without_times(out) if record["method"] == "prefilling"]
+    assert without_times(tmp_path / "mesh") == kept
+    settings = json.loads((tmp_path / "mesh" / "settings.json").read_text())
+    assert settings["mesh"] == {"data": 1, "tensor": 1}
 
 
 def test_middle_truncation_of_the_baselines(folder, tmp_path, capsys, answers):

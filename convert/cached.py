@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from pathlib import Path
 
@@ -22,12 +23,13 @@ def converted(path: str | Path, cache: Path | None = None) -> Path:
         raise CheckpointError(f"{source} is not a folder")
     if (source / MANIFEST).is_file():
         return source
-    digest = hashlib.sha256(str(source.resolve()).encode())
+    real = os.path.realpath(source)
+    digest = hashlib.sha256(real.encode())
     for file in sorted(source.iterdir()):
         stat = file.stat()
         digest.update(f"\0{file.name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
     folder = (cache or cache_folder()) / "converted"
-    target = folder / f"{source.resolve().name}-{digest.hexdigest()[:16]}"
+    target = folder / f"{Path(real).name}-{digest.hexdigest()[:16]}"
     if not (target / MANIFEST).is_file():
         folder.mkdir(parents=True, exist_ok=True)
         print(f"converting {source} (kept in {target})", file=sys.stderr)

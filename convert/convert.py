@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 
 from convert import stream
 from convert.mapping import LM_HEAD, Target, lm_head, targets, tree
-from convert.reader import COMPANIONS, Source, check_depth, inside, match, open_source
+from convert.reader import (
+    COMPANIONS,
+    SAFETENSORS_INDEX,
+    Source,
+    check_depth,
+    inside,
+    match,
+    open_source,
+)
 from convert.shards import FLOATS, SourceTensor
 from convert.values import blocks, materialize
 from pdllm_jax.checkpoint import (
@@ -171,7 +179,7 @@ def count(progress: Progress | None, total: int) -> Callable[[str, int], None]:
 
 def check_apart(source: Path, destination: Path) -> None:
     """Refuses to write into, over or around the source."""
-    inner, outer = source.resolve(), destination.resolve()
+    inner, outer = Path(os.path.realpath(source)), Path(os.path.realpath(destination))
     if inner == outer:
         raise CheckpointError(f"{destination} is the source itself")
     if outer.is_relative_to(inner):
@@ -181,10 +189,11 @@ def check_apart(source: Path, destination: Path) -> None:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder looks like a checkpoint, converted or PyTorch's."""
+    """Whether a folder holds what `convert` or `reverse` write, and nothing else."""
     names = {entry.name for entry in folder.iterdir()}
-    weights = any(name.endswith((".safetensors", ".bin")) for name in names)
-    return CONFIG in names and (MANIFEST in names or weights)
+    weights = {name for name in names if name.endswith(".safetensors")}
+    ours = {CONFIG, MANIFEST, PARAMS, SAFETENSORS_INDEX, *COMPANIONS}
+    return CONFIG in names and (MANIFEST in names or bool(weights)) and names <= ours | weights
 
 
 def copy_companions(source: Path, destination: Path) -> None:

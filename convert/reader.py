@@ -63,11 +63,11 @@ def inside(folder: Path, name: str) -> Path:
         raise CheckpointError(
             f"{folder} names a file that can't be: {name!r:.99} ({error})"
         ) from None
-    root = folder.resolve()
+    root = Path(os.path.realpath(folder))
     allowed = [root]
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
-    if not any(path.resolve().is_relative_to(place) for place in allowed):
+    if not any(Path(os.path.realpath(path)).is_relative_to(place) for place in allowed):
         raise CheckpointError(f"{path} is a link that leads outside the folder")
     return path
 

@@ -140,14 +140,16 @@ def oracle_ids(
         if oracle is not None:
             raise ValueError(f"oracle ids are for the scorer 'oracle', not for {config.scorer!r}")
         return None
-    ids = np.unique(np.asarray([] if oracle is None else oracle, np.int32))
+    ids = np.unique(np.asarray([] if oracle is None else oracle))
     if ids.size == 0:
         raise ValueError("scorer 'oracle' needs the ids of the chunks to keep")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError("oracle ids must be integers")
     if ids[0] < 0 or ids[-1] >= n_chunks:
         raise ValueError(f"oracle ids {ids.tolist()} are not all inside [0, {n_chunks})")
     if ids.size > config.top_k:
         raise ValueError(f"oracle names {ids.size} chunks, top_k is {config.top_k}")
-    return ids
+    return ids.astype(np.int32)
 
 
 def answer(
@@ -305,7 +307,14 @@ def _existing(ids: np.ndarray) -> list[int]:
     return [int(i) for i in ids if i != EMPTY_SLOT]
 
 
+def random_key(seed: int) -> Array:
+    """`jax.random.key`; ValueError for what is no integer of 64 bits with a sign."""
+    if not isinstance(seed, int | np.integer) or not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError(f"seed must be an integer of 64 bits, got {seed!r:.40}")
+    return jax.random.key(seed)
+
+
 def request_keys(seeds: Sequence[int], size: int) -> Array:
     """Keys of a batch's requests, [size]: each by its own seed, whatever its place in the batch."""
     padded = [*seeds, *[0] * (size - len(seeds))]
-    return jnp.stack([jax.random.fold_in(jax.random.key(seed), 0) for seed in padded])
+    return jnp.stack([jax.random.fold_in(random_key(seed), 0) for seed in padded])

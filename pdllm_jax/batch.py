@@ -19,6 +19,7 @@ from pdllm_jax.chunking import (
     batch_prompts,
     batch_size,
     bucket_rows,
+    check_bos_id,
     check_token_ids,
     chunk_prompt,
     pad_to,
@@ -77,6 +78,7 @@ def generate_batch_ids(
     _check(decode)
     ids_of = _oracle_of(oracle, len(requests), "requests")
     vocab = model.config.vocab_size
+    bos_id = check_bos_id(bos_id, vocab)
     tight = keeps_pool(selection, batched=True)
     prompts, named = [], []
     for i, (prefix, context, query) in enumerate(requests):

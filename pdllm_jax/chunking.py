@@ -18,6 +18,8 @@ from pdllm_jax.config import ChunkConfig
 
 TokenIds = Sequence[int] | np.ndarray
 
+_ANY = 1 << 31  # a vocabulary that has every id
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +95,13 @@ def check_token_ids(name: str, ids: TokenIds, vocab_size: int) -> np.ndarray:
     return array.astype(np.int32)
 
 
+def check_bos_id(bos_id: int | None, vocab_size: int) -> int | None:
+    """bos_id, which may be None; ValueError where it is no id of the vocabulary."""
+    if bos_id is not None:
+        check_token_ids("bos_id", [bos_id], vocab_size)
+    return bos_id
+
+
 def count_chunks(tokens: int, config: ChunkConfig) -> int:
     """Chunks that a context of so many tokens is cut into; at least one."""
     span = config.chunk_size - int(config.anchors)
@@ -103,7 +112,7 @@ def split_context(
     context_ids: TokenIds, config: ChunkConfig, bos_id: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(chunks [N, C], lengths [N]): each piece behind its anchor, zero-padded. Loses no token."""
-    context = np.asarray(context_ids, np.int32)
+    context = check_token_ids("context", context_ids, _ANY)
     if context.size == 0:
         raise ValueError("context is empty")
     anchor = int(config.anchors)
@@ -147,9 +156,11 @@ def chunk_prompt(
       tight: padded to fewer chunks, in more buckets: where the KV of all chunks is to be kept.
 
     Raises:
-      ValueError: empty context or query; anchors without BOS or prefix.
+      ValueError: empty context or query; anchors without BOS or prefix; what are no ids at all.
     """
-    prefix, query = np.asarray(prefix_ids, np.int32), np.asarray(query_ids, np.int32)
+    prefix = check_token_ids("prefix", prefix_ids, _ANY)
+    query = check_token_ids("query", query_ids, _ANY)
+    check_bos_id(bos_id, _ANY)
     if query.size == 0:
         raise ValueError("query is empty")
     if bos_id is None and prefix.size:

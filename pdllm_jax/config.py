@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from jax import Array
 
@@ -31,6 +31,11 @@ __all__ = [
 ]
 
 
+def _size(name: str, value: Any) -> None:
+    positive_int(name, value)
+    require(value < 1 << 31, f"{name} {value} is beyond 31 bits")
+
+
 @dataclasses.dataclass(frozen=True)
 class ChunkConfig:
     """How a context is cut: chunks of `chunk_size` tokens, the first of them BOS if `anchors`.
@@ -43,7 +48,7 @@ class ChunkConfig:
     overlap: int = 0
 
     def __post_init__(self) -> None:
-        positive_int("chunk_size", self.chunk_size)
+        _size("chunk_size", self.chunk_size)
         require(
             isinstance(self.overlap, int) and self.overlap >= 0,
             f"overlap must not be negative, got {self.overlap!r}",
@@ -122,10 +127,10 @@ class SelectionConfig:
 
     def __post_init__(self) -> None:
         for name in ("top_k", "draft_length", "draft_steps", "encode_batch"):
-            positive_int(name, getattr(self, name))
+            _size(name, getattr(self, name))
         for name in ("max_k", "masked_copies", "keep_tokens"):
             if getattr(self, name) is not None:
-                positive_int(name, getattr(self, name))
+                _size(name, getattr(self, name))
         for name, kind in (
             ("scorer", Scorer),
             ("encoding", Encoding),
@@ -222,14 +227,14 @@ class DecodeConfig:
     unmask: Unmask | None = None
 
     def __post_init__(self) -> None:
-        positive_int("gen_length", self.gen_length)
-        positive_int("block_length", self.block_length)
+        _size("gen_length", self.gen_length)
+        _size("block_length", self.block_length)
         require(
             self.gen_length % self.block_length == 0,
             f"block_length {self.block_length} does not divide gen_length {self.gen_length}",
         )
         if self.steps is not None:
-            positive_int("steps", self.steps)
+            _size("steps", self.steps)
             require(
                 self.steps % self.n_blocks == 0,
                 f"steps {self.steps} is not a multiple of the number of blocks {self.n_blocks}",
@@ -268,7 +273,7 @@ class DecodeConfig:
         require(
             isinstance(self.stop_ids, tuple)
             and all(isinstance(x, int) and not isinstance(x, bool) for x in self.stop_ids)
-            and min(self.stop_ids, default=0) >= 0,
+            and all(0 <= x < 1 << 31 for x in self.stop_ids),
             f"stop_ids must be a tuple of token ids, got {self.stop_ids!r}",
         )
         require(

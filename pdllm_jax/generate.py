@@ -17,6 +17,7 @@ from pdllm_jax.answer import (
     decode,
     oracle_ids,
     phase_times,
+    random_key,
     request_keys,
     require_answer_memory,
     used_paths,
@@ -25,6 +26,7 @@ from pdllm_jax.chunking import (
     ChunkedPrompt,
     TokenIds,
     bucket,
+    check_bos_id,
     check_token_ids,
     chunk_prompt,
     pad_to,
@@ -125,6 +127,7 @@ def generate_ids(
     context = check_token_ids("context", context_ids, vocab)
     query = check_token_ids("query", query_ids, vocab)
     if method == "prefilling":
+        bos_id = check_bos_id(bos_id, vocab)
         prompt, ids = _chunked(prefix, context, query, chunking, selection, bos_id, oracle)
         return answer(
             model, prompt, selection, config, request_keys([seed], 1),
@@ -138,7 +141,7 @@ def generate_ids(
         raise ValueError("prompt is empty")
     rows = bucket(prompt_ids.size, 8)
     require_baseline_memory(model, rows, config, limit=memory_limit)
-    return _baseline(model, prompt_ids, rows, config, jax.random.key(seed), on_block)
+    return _baseline(model, prompt_ids, rows, config, random_key(seed), on_block)
 
 
 def prefill_request(
@@ -167,7 +170,7 @@ def prefill_request(
         check_token_ids("prefix", prefix_ids, vocab),
         check_token_ids("context", context_ids, vocab),
         check_token_ids("query", query_ids, vocab),
-        chunking, selection, bos_id, oracle,
+        chunking, selection, check_bos_id(bos_id, vocab), oracle,
     )  # fmt: skip
     planned = DecodeConfig(gen_length=1, block_length=1)
     if decode is not None:

@@ -23,6 +23,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import Implementation
+from pdllm_jax.answer import random_key
 from pdllm_jax.cache import ChunkCache, init_live
 from pdllm_jax.chunking import (
     ChunkedPrompt,
@@ -161,7 +162,7 @@ def answer_log_likelihood(
     size = bucket(prompt.size + rows, 8)
     value = _on_prompt(
         model, jnp.asarray(pad_to(np.concatenate([prompt, answer]), size)),
-        jnp.asarray(prompt.size), jnp.asarray(answer.size), jax.random.key(seed),
+        jnp.asarray(prompt.size), jnp.asarray(answer.size), random_key(seed),
         n=samples, group=_divisor(samples, group), rows=rows,
     )  # fmt: skip
     return float(value)
@@ -279,7 +280,7 @@ def answer_log_likelihood_kept(
     value = _on_chunks(
         model, context.cache, context.selection,
         jnp.asarray(pad_to(np.concatenate([query, answer]), size)),
-        jnp.asarray(query.size), jnp.asarray(answer.size), jax.random.key(seed),
+        jnp.asarray(query.size), jnp.asarray(answer.size), random_key(seed),
         settings=context.settings, n=samples, group=_divisor(samples, group), rows=rows,
         implementation=implementation,
     )  # fmt: skip

@@ -27,6 +27,7 @@ from pdllm_jax.model import LLaDA
 from pdllm_jax.parallel import sharding_of
 from pdllm_jax.prefilled import Prefilled
 from pdllm_jax.snapshot_format import (
+    ARRAYS,
     MANIFEST,
     ArrayRecord,
     Holds,
@@ -153,8 +154,9 @@ def snapshot_holds(path: str | Path) -> Holds:
 
 
 def is_snapshot(folder: Path) -> bool:
-    """Whether a folder looks like a snapshot, whole or not."""
-    return (folder / MANIFEST).is_file()
+    """Whether a folder looks like a snapshot, whole or not, and like nothing else."""
+    names = {entry.name for entry in folder.iterdir()}
+    return MANIFEST in names and names <= {MANIFEST, ARRAYS}
 
 
 def require_one_process(target: Path) -> None:

@@ -65,12 +65,17 @@ class StagedFolder:
             raise self._error(f"{target} exists (--overwrite replaces it)")
         # A slip of the pen must not cost somebody a home folder.
         if target.is_symlink() or not target.is_dir() or not self._replaceable(target):
-            raise self._error(f"{target} is not a {self._kind}, so --overwrite leaves it alone")
+            raise self._error(
+                f"{target} is not a {self._kind} and nothing else, so --overwrite leaves it alone"
+            )
 
     def __enter__(self) -> StagedFolder:
         self.check()
-        self.path.mkdir(exist_ok=True)
-        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            self.path.mkdir(exist_ok=True)
+            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError as error:  # a file or a link by this name, no right to write
+            raise self._error(f"{self.path} can not be made: {error.strerror}") from None
         try:
             self._acquire()
         except BaseException:
@@ -119,20 +124,26 @@ class StagedFolder:
 
     def _recover(self) -> None:
         """The folder that was moved aside goes away, or back if no other took its place."""
-        if not os.path.lexists(self._replaced):
-            return
-        if os.path.lexists(self.destination):
-            shutil.rmtree(self._replaced, ignore_errors=True)
-        else:
+        aside = not self._replaced.is_symlink() and self._replaced.is_dir()
+        if aside and not os.path.lexists(self.destination):
             os.rename(self._replaced, self.destination)
+        else:
+            discard(self._replaced)
+
+
+def discard(path: Path) -> None:
+    """Removes what has this name, if anything: a folder with all that is in it, a file, a link (not
+    what it leads to), a pipe (`shutil.rmtree` would wait for a writer).
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _clear(folder: Path) -> None:
     for entry in list(os.scandir(folder)):
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path)
-        else:
-            os.unlink(entry.path)
+        discard(Path(entry.path))
 
 
 def check_space(folder: Path, nbytes: int, error: type[ValueError] = CheckpointError) -> None:

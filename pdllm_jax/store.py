@@ -13,13 +13,12 @@ import contextlib
 import fcntl
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from pdllm_jax.cache import ChunkCache
-from pdllm_jax.chunking import ChunkedPrompt, TokenIds, check_token_ids, chunk_prompt
+from pdllm_jax.chunking import ChunkedPrompt, TokenIds, check_bos_id, check_token_ids, chunk_prompt
 from pdllm_jax.config import ChunkConfig
 from pdllm_jax.fingerprint import (
     ModelIdentity,
@@ -33,6 +32,7 @@ from pdllm_jax.planner import require_document_memory
 from pdllm_jax.prefill import encode_document
 from pdllm_jax.snapshot import Placement, load_document, require_one_process, save_document
 from pdllm_jax.snapshot_format import VERSION, SnapshotError, model_fields
+from pdllm_jax.staging import discard
 from pdllm_jax.tokenizer import INSTRUCTION, Tokenizer
 
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -103,6 +103,7 @@ class DocumentStore:
           MemoryLimitError: encoding would take more than the device gives, or memory_limit (bytes).
         """
         vocab = self.model.config.vocab_size
+        bos_id = check_bos_id(bos_id, vocab)
         prefix = check_token_ids("prefix", prefix_ids, vocab)
         context = check_token_ids("context", context_ids, vocab)
         # The query is not read; a prompt needs one.
@@ -116,6 +117,8 @@ class DocumentStore:
             if (cache := self._restored(key, replacing=True)) is not None:
                 return cache
             require_document_memory(self.model, prompt, encode_batch, limit=memory_limit)
+            if os.path.lexists(self.folder / key):  # damaged, perhaps past looking like a snapshot
+                self._discard(key)
             cache = encode_document(self.model, prompt, encode_batch=encode_batch)
             save_document(
                 self.folder / key,
@@ -143,18 +146,28 @@ class DocumentStore:
 
     def keys(self) -> list[str]:
         """The documents that are there, of whatever model."""
-        return sorted(entry.name for entry in self.folder.iterdir() if _KEY.fullmatch(entry.name))
+        try:
+            names = [entry.name for entry in self.folder.iterdir()]
+        except OSError as error:
+            raise SnapshotError(f"{self.folder} can not be read: {error.strerror}") from None
+        return sorted(name for name in names if _KEY.fullmatch(name))
 
     def remove(self, key: str) -> None:
         """Forgets a document, and what an interrupted encoding of it has left; none is fine."""
         if not _KEY.fullmatch(key):
             raise ValueError(f"{key!r} is no document's key")
         with self._lock(key):
-            # Under its own name a snapshot is whole: it gets another before it is taken apart.
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(self.folder / key, self.folder / f".{key}.removed")
-            for rest in ("removed", "partial", "replaced"):
-                shutil.rmtree(self.folder / f".{key}.{rest}", ignore_errors=True)
+            self._discard(key)
+            for rest in ("partial", "replaced"):
+                discard(self.folder / f".{key}.{rest}")
+
+    def _discard(self, key: str) -> None:
+        """Under its own name a snapshot is whole: it gets another before it is taken apart."""
+        removed = self.folder / f".{key}.removed"
+        discard(removed)
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.folder / key, removed)
+        discard(removed)
 
     def _restored(self, key: str, *, replacing: bool) -> ChunkCache | None:
         folder = self.folder / key
@@ -174,7 +187,11 @@ class DocumentStore:
     @contextlib.contextmanager
     def _lock(self, key: str) -> Iterator[None]:
         # The file stays: were it removed, two processes could hold two locks of one name.
-        descriptor = os.open(self.folder / f".{key}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        path = self.folder / f".{key}.lock"
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            raise SnapshotError(f"{path} can not be locked: {error.strerror}") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
@@ -32,18 +35,49 @@ def guarded(
     args: the command line's; of its flags those are named that take less memory.
     """
     try:
-        return 0, work()
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2, None
+        result = work()
+        sys.stdout.flush()  # a full disk, or a reader that has gone, is met here
+        return 0, result
+    except (ValueError, OSError, OverflowError) as error:
+        message = str(error)
+    except MemoryError as error:
+        message = f"the host ran out of memory ({error}): lower what is asked for"
     except RuntimeError as error:
-        if (message := out_of_memory(error, args)) is None:
+        if (found := out_of_memory(error, args)) is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
-        return 2, None
+        message = found
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130, None
+        message = ""
+    _drop_output()
+    line = " ".join(message.split())
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    print(f"error: {line}" if message else "interrupted", file=sys.stderr)
+    return (2 if message else 130), None
+
+
+def _drop_output() -> None:
+    """What could not be written is not tried again when the process ends."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process; after an interrupt at once, for a computation of JAX can't be called back,
+    and would be waited for.
+    """
+    if code == 130:
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def spell_out() -> None:
+    """Characters that stdout's encoding lacks are written as escapes, not refused."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 # What takes less memory, by the name of its flag.

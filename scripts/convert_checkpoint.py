@@ -10,23 +10,21 @@ Exit status: 0 done, 2 bad input or a full disk (one line on stderr), 130 interr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 import time
 from typing import Any, NoReturn
 
+from command_line import Parser, guarded
+
 # Conversion is disk work: an accelerator's memory must not be claimed for it.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SRC", help="folder to read")
     parser.add_argument("destination", metavar="DST", help="folder to make")
     parser.add_argument(
@@ -52,8 +50,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.reverse and options.dtype != "keep":
         parser.error("--reverse keeps the dtypes, so --dtype can not be given with it")
-    if not options.shard_size > 0:
-        parser.error(f"--shard-size must be positive, got {options.shard_size}")
+    if not 0 < options.shard_size < 1e6:
+        parser.error(f"--shard-size must be a positive number of GB, got {options.shard_size}")
     return options
 
 
@@ -79,39 +77,21 @@ class _Bars:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
+    return guarded(lambda: _work(options))[0]
+
+
+def _work(options: argparse.Namespace) -> None:
+    from convert import convert, reverse
+
     bars = _Bars()
     start = time.perf_counter()
-    try:
-        from convert import convert, reverse
-
+    common = {"verify": options.verify, "overwrite": options.overwrite, "progress": bars}
+    with contextlib.closing(bars):
         if options.reverse:
-            report = reverse(
-                options.source,
-                options.destination,
-                shard_bytes=int(options.shard_size * 1e9),
-                verify=options.verify,
-                overwrite=options.overwrite,
-                progress=bars,
-            )
+            size = int(options.shard_size * 1e9)
+            report = reverse(options.source, options.destination, shard_bytes=size, **common)
         else:
-            report = convert(
-                options.source,
-                options.destination,
-                dtype=options.dtype,
-                verify=options.verify,
-                overwrite=options.overwrite,
-                progress=bars,
-            )
-    except KeyboardInterrupt:
-        bars.close()
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        bars.close()
-        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
-        print(f"error: {message}", file=sys.stderr)
-        return 2
-    bars.close()
+            report = convert(options.source, options.destination, dtype=options.dtype, **common)
     seconds = time.perf_counter() - start
     verified = ", verified" if options.verify else ""
     print(
@@ -120,7 +100,6 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for name in report.ignored:
         print(f"left out: {name}")
-    return 0
 
 
 def run() -> NoReturn:

@@ -11,12 +11,11 @@ damaged, or of another model, dtype, RoPE setting, tokenizer or version.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import generate
 import options
-from command_line import Parser
+from command_line import Parser, leave
 
 from pdllm_jax import GenerationResult, begin, finish, load_prefilled
 from pdllm_jax.snapshot import snapshot_holds
@@ -63,4 +62,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

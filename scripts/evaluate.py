@@ -27,7 +27,7 @@ from typing import Any, get_args
 
 import jax
 from bench.record import conditions, write
-from command_line import Parser, status
+from command_line import Parser, leave, spell_out, status
 from evals import generated, infinitebench, longbench, needle, ruler
 from evals.example import DataError, Malformed, OnMalformed, Task
 from evals.records import Records
@@ -175,6 +175,8 @@ def evaluate(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    if not all(phrase.strip() for phrase in getattr(args, "expect", ())):
+        raise ValueError("--expect: an empty phrase is in every answer")
     malformed = Malformed(args.on_malformed, lambda line: print(line, file=sys.stderr))
     chunking = ChunkConfig(args.chunk_size, anchors=not args.no_anchors, overlap=args.overlap)
     selection = SelectionConfig(
@@ -222,9 +224,10 @@ def evaluate(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     args = parser().parse_args(argv)
+    spell_out()
     enable_compilation_cache()
     return status(lambda: evaluate(args), args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -20,11 +20,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Callable
 
 import numpy as np
-from command_line import guarded
+from command_line import guarded, leave, spell_out
 from options import (
     load,
     load_tokenizer,
@@ -226,22 +225,24 @@ def answered(
 ) -> int:
     """Runs a command line that has --json and --stream, and prints what comes out."""
     stream = Stream() if args.stream else None
+    spell_out()
     enable_compilation_cache()
-    status, result = guarded(lambda: run(args, stream), args)
-    if result is None:
-        return status
-    if args.json:
-        scores = result.selection["scores"] if result.selection else None
-        assert scores is None or np.isfinite(scores).all()
-        print(json.dumps(result.to_dict()))
-        return 0
-    if stream is None:
-        print(response(result))
-    else:
-        stream.finish(response(result))
-    print(details(result))
-    return 0
+
+    def work() -> None:
+        result = run(args, stream)
+        if args.json:
+            scores = result.selection["scores"] if result.selection else None
+            assert scores is None or np.isfinite(scores).all()
+            print(json.dumps(result.to_dict()))
+            return
+        if stream is None:
+            print(response(result))
+        else:
+            stream.finish(response(result))
+        print(details(result))
+
+    return guarded(work, args)[0]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

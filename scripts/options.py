@@ -315,7 +315,11 @@ def mesh_of(args: argparse.Namespace) -> Mesh | None:
 
 def memory_limit(args: argparse.Namespace) -> int | None:
     """That of --memory-limit, in bytes."""
-    return None if args.memory_limit is None else int(1e9 * args.memory_limit)
+    if args.memory_limit is None:
+        return None
+    if not 0 < args.memory_limit < 1e6:
+        raise ValueError(f"--memory-limit must be a number of GB, got {args.memory_limit}")
+    return int(1e9 * args.memory_limit)
 
 
 def load(args: argparse.Namespace) -> tuple[LLaDA, Path]:

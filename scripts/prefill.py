@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import options
-from command_line import guarded
+from command_line import guarded, leave
 
 from convert import converted
 from pdllm_jax import (
@@ -119,13 +119,10 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 with one line on stderr for bad input."""
     args = parser().parse_args(argv)
     enable_compilation_cache()
-    status, written = guarded(lambda: run(args), args)
-    if written is not None:
-        print(written)
-    return status
+    return guarded(lambda: print(run(args)), args)[0]
 
 
 if __name__ == "__main__":
     # A polite kill cleans up like an interrupt.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    sys.exit(main())
+    leave(main())

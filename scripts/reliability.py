@@ -146,6 +146,8 @@ def run_drift(args: argparse.Namespace) -> int:
     prefix, query = tokenizer.around_document(args.question)
     wide, narrow = (load_model(folder, dtype=dtype) for dtype in ("float32", "bfloat16"))
     config = DecodeConfig(gen_length=args.gen_length, block_length=min(32, args.gen_length))
+    if args.prompt < 1:
+        raise ValueError(f"--prompt must be positive, got {args.prompt}")
     prompt = [*prefix, *text[: args.prompt], *query]
     steps = drift.drift(wide, narrow, prompt, config)
     rows = drift.summary(steps)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import convert_checkpoint
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -24,7 +25,6 @@ from convert.values import BLOCK
 from pdllm_jax.checkpoint import CheckpointError, load_model
 from pdllm_jax.config import ModelConfig
 from pdllm_jax.model import LLaDA
-from scripts import convert_checkpoint
 from tests import convert_sources as sources
 
 PREFIX = sources.PREFIX
@@ -390,14 +390,17 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ([], "the following arguments are required: SRC, DST"),
         (["{source}", "{target}", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["{source}", "{target}", "--reverse", "--dtype", "float32"], "--reverse keeps"),
-        (["{source}", "{target}", "--shard-size", "nan", "--reverse"], "must be positive"),
+        (["{source}", "{target}", "--shard-size", "nan", "--reverse"], "must be a positive"),
         (["{source}", "{source}"], "is the source itself"),
         (["{source}", "{source}/inside"], "lies inside the source"),
         (["{source}", "{source}/..", "--overwrite"], "contains the source"),
         (["{source}", "{target}/a/b"], "is no folder"),
         (["{target}", "{target}2"], "is not a folder"),
         (["{source}", "{target}", "--reverse"], "is not a converted checkpoint"),
-        (["{source}/bad\nname", "{target}"], r"bad\nname is not a folder"),
+        (["{loop}", "{target}"], "is not a folder"),
+        (["{source}", "{loop}"], "exists"),
+        (["{source}", "{target}", "--reverse", "--shard-size", "inf"], "number of GB, got inf"),
+        (["{source}/bad\nname", "{target}"], "bad name is not a folder"),
     ],
 )
 def test_command_line_errors(
@@ -405,7 +408,9 @@ def test_command_line_errors(
 ) -> None:
     settings = sources.config()
     source = sources.write(tmp_path / "source", sources.tensors(settings), settings)
-    filled = [part.format(source=source, target=tmp_path / "converted") for part in arguments]
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    places = {"source": source, "target": tmp_path / "converted", "loop": tmp_path / "loop"}
+    filled = [part.format(**places) for part in arguments]
     try:
         status = convert_checkpoint.main(filled)
     except SystemExit as error:
@@ -416,4 +421,4 @@ def test_command_line_errors(
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert expected in err
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert [path.name for path in tmp_path.iterdir() if path.name != "loop"] == ["source"]

@@ -26,7 +26,9 @@ STRIKE = """
 import importlib, os, signal
 # A shell that starts the tests in the background makes every child ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from scripts import convert_checkpoint
+import sys
+sys.path.insert(0, "scripts")
+import convert_checkpoint
 module = importlib.import_module({module!r})
 place = getattr(module, {owner!r}) if {owner!r} else module
 real, calls = getattr(place, {name!r}), 0
@@ -163,7 +165,8 @@ def test_full_disk(source: Path, tmp_path: Path, arguments: list[str]) -> None:
     target.parent.mkdir()
     code = """
 import resource, sys
-from scripts import convert_checkpoint
+sys.path.insert(0, "scripts")
+import convert_checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 sys.exit(convert_checkpoint.main(sys.argv[1:]))
 """
@@ -201,12 +204,12 @@ def test_existing_destination(source: Path, tmp_path: Path, run: Callable[..., A
     start = source if run is convert else tmp_path / "done"
     target = tmp_path / "target"
     run(start, target)
-    (target / "mark").write_text("")
+    (target / "LICENSE").write_text("")
     with pytest.raises(CheckpointError, match=r"target exists \(--overwrite replaces it\)"):
         run(start, target)
-    assert (target / "mark").exists()
+    assert (target / "LICENSE").exists()
     run(start, target, overwrite=True)
-    assert not (target / "mark").exists()
+    assert not (target / "LICENSE").exists()
     assert not list(tmp_path.glob(".*"))
 
 
@@ -223,11 +226,14 @@ def test_failed_overwrite_keeps_the_old(source: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+@pytest.mark.parametrize("kind", ["folder", "file", "link", "more"])
 def test_overwrite_replaces_checkpoints_only(source: Path, tmp_path: Path, kind: str) -> None:
     target = tmp_path / "converted"
     if kind == "folder":
         target.mkdir()
+        (target / "thesis.txt").write_text("years of work")
+    elif kind == "more":
+        convert(source, target)
         (target / "thesis.txt").write_text("years of work")
     elif kind == "file":
         target.write_text("years of work")
@@ -235,10 +241,10 @@ def test_overwrite_replaces_checkpoints_only(source: Path, tmp_path: Path, kind:
         convert(source, tmp_path / "real")
         target.symlink_to(tmp_path / "real")
     with pytest.raises(
-        CheckpointError, match="is not a checkpoint, so --overwrite leaves it alone"
+        CheckpointError, match="is not a checkpoint and nothing else, so --overwrite leaves it"
     ):
         convert(source, target, overwrite=True)
-    assert (target / "thesis.txt" if kind == "folder" else target).exists()
+    assert (target / "thesis.txt" if kind in ("folder", "more") else target).exists()
 
 
 def test_second_run_for_the_same_destination_is_refused(source: Path, tmp_path: Path) -> None:
@@ -288,9 +294,23 @@ def test_stale_folder_may_hold_anything(source: Path, tmp_path: Path) -> None:
 
 def test_partial_folder_that_is_a_link(source: Path, tmp_path: Path) -> None:
     (tmp_path / ".converted.partial").symlink_to(source)
-    with pytest.raises(OSError):  # noqa: PT011 (ENOTDIR or ELOOP)
+    with pytest.raises(CheckpointError, match=r"\.converted\.partial can not be made: "):
         convert(source, tmp_path / "converted")
     assert (source / "config.json").exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_has_the_name_of_the_one_moved_aside_goes(
+    source: Path, tmp_path: Path, there: bool
+) -> None:
+    """A pipe, which the removal of a folder would wait at; a file is not moved back either."""
+    aside, target = tmp_path / ".converted.replaced", tmp_path / "converted"
+    if there:
+        convert(source, target)
+    os.mkfifo(aside)
+    convert(source, target, overwrite=there)
+    assert_converted(target, source)
+    assert not os.path.lexists(aside)
 
 
 def test_destination_appears_only_at_the_end(

@@ -235,6 +235,13 @@ BAD = {
         "reselect needs a scorer that reads the document, not 'first'",
     ),
     "stream and json": (["--stream", "--json"], {}, "not allowed with argument"),
+    "seed": (["--seed", "9223372036854775808"], {}, "seed must be an integer of 64 bits"),
+    "memory of inf": (["--memory-limit", "inf"], {}, "must be a number of GB, got inf"),
+    "memory of nan": (["--memory-limit", "nan"], {}, "must be a number of GB, got nan"),
+    "memory of none": (["--memory-limit", "0"], {}, "must be a number of GB, got 0"),
+    "huge response": (["--gen-length", "99999999999"], {}, "gen_length 99999999999 is beyond"),
+    "huge chunk": (["--chunk-size", "99999999999"], {}, "chunk_size 99999999999 is beyond 31"),
+    "huge id": (["--score", "oracle", "--chunks", "2147483648", *SMALL], {}, "not all inside"),
     "question of ids": (["--question", "q"], {}, "part of the ids"),
     "instruction of ids": (["--instruction", "x"], {}, "part of the ids"),
     "unknown key": ([], {"more": []}, "must hold the keys"),
@@ -330,7 +337,7 @@ def test_lengths_that_a_tokenizer_was_saved_with_do_not_apply(checkpoint):
             lambda t: t["model"].update(
                 merges=[["!", '"']], continuing_subword_prefix="more than there is"
             ),
-            "cannot be read: range",
+            "cannot be read: (range|byte index)",
         ),
         (lambda t: t.update(model=None), "cannot be read"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import re
 import shutil
 import subprocess
@@ -48,8 +49,46 @@ def test_how_command_lines_end(capsys):
     assert status(fail(KeyboardInterrupt())) == 130
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["error: no such thing", "error: [Errno 28] disk full: 'there'", "interrupted"]
+    assert status(fail(OverflowError("too large"))) == 2
+    assert status(fail(MemoryError("9 GB"))) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "error: too large"
+    assert lines[1].startswith("error: the host ran out of memory (9 GB)")
     with pytest.raises(RuntimeError):
         status(fail(RuntimeError("a bug keeps its traceback")))
+
+
+SAYS = """
+import sys
+sys.path.insert(0, "scripts")
+from command_line import leave, spell_out, status
+spell_out()
+leave(status(lambda: print("\u00e9 " * 10)))
+"""
+
+
+@pytest.mark.parametrize("place", ["/dev/full", "a reader that has gone"])
+def test_output_that_nobody_takes_is_one_line(place):
+    command = [sys.executable, "-c", SAYS]
+    if place == "/dev/full":
+        with open(place, "w") as out:
+            done = subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.PIPE, text=True)
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "w") as out:
+            done = subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: [Errno ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_output_that_an_encoding_lacks_is_spelled_out():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-c", SAYS], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "\\xe9 " * 10 + "\n")
 
 
 @pytest.mark.parametrize("module", [pdllm_jax, pallas_kernels, convert], ids=lambda m: m.__name__)

@@ -140,7 +140,7 @@ def test_what_does_not_match_is_refused_by_name(saved, tmp_path):
         load_prefilled(saved, IDENTITY)
     with pytest.raises(SnapshotError, match=r"exists \(--overwrite"):
         save_document(saved, IDENTITY, document(), chunking=CHUNKS)
-    with pytest.raises(SnapshotError, match="not a snapshot, so"):
+    with pytest.raises(SnapshotError, match="not a snapshot and nothing else, so"):
         save_document(tmp_path, IDENTITY, document(), chunking=CHUNKS, overwrite=True)
     other = dataclasses.replace(IDENTITY, dtype="bfloat16")
     with pytest.raises(SnapshotError, match="float32' where 'bfloat16' is wanted"):

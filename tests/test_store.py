@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import warnings
 
 import jax
 import numpy as np
 import pytest
 
-from pdllm_jax import ChunkConfig, LLaDA
+from pdllm_jax import ChunkConfig, LLaDA, generate_ids
 from pdllm_jax import store as module
-from pdllm_jax.batch import ask_ids
+from pdllm_jax.batch import ask_ids, generate_batch_ids
 from pdllm_jax.config import DecodeConfig, SelectionConfig
+from pdllm_jax.snapshot_format import SnapshotError
 from pdllm_jax.store import DocumentStore
 from tests import workers
 from tests.workers import CHUNKS, PREFIX, PROCESSES, text, tiny
@@ -103,6 +106,60 @@ def test_removed_documents_are_gone(model, tmp_path, encodings):
         store.remove("../elsewhere")
     store.encode_ids(PREFIX, text(), chunking=CHUNKS)
     assert len(encodings) == 2
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "link", "pipe", "half"])
+def test_whatever_has_a_documents_name_makes_room(what, model, tmp_path, encodings):
+    """Nothing of it is followed, waited for or left; and then the document is there."""
+    store, outside = DocumentStore(tmp_path / "store", model), tmp_path / "outside"
+    outside.mkdir()
+    (outside / "bait").touch()
+    cache = store.encode_ids(PREFIX, text(), chunking=CHUNKS)
+    (key,) = store.keys()
+    for place in (store.folder / key, store.folder / f".{key}.removed"):
+        store.remove(key)
+        if what == "file":
+            place.touch()
+        elif what == "folder":
+            place.mkdir()
+        elif what == "link":
+            place.symlink_to(outside)
+        elif what == "pipe":
+            os.mkfifo(place)
+        else:
+            (place / "arrays").mkdir(parents=True)
+            (place / "arrays" / "x").touch()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            assert same(store.encode_ids(PREFIX, text(), chunking=CHUNKS), cache)
+        store.remove(key)
+        assert [path.name for path in store.folder.iterdir()] == [f".{key}.lock"]
+    assert len(encodings) == 3
+    assert [path.name for path in outside.iterdir()] == ["bait"]
+
+
+def test_a_store_that_cannot_be_locked_says_so(model, tmp_path):
+    store = DocumentStore(tmp_path / "store", model)
+    key = "0" * 64
+    (store.folder / f".{key}.lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SnapshotError, match="lock can not be locked"):
+        store.remove(key)
+    assert not (tmp_path / "elsewhere").exists()
+    shutil.rmtree(store.folder)
+    for call in (store.keys, lambda: store.remove(key)):
+        with pytest.raises(SnapshotError, match="No such file"):
+            call()
+
+
+@pytest.mark.parametrize("bos_id", [-5, 10**4, 2**40])
+def test_anchors_are_of_the_vocabulary(bos_id, model, tmp_path):
+    store = DocumentStore(tmp_path / "store", model)
+    with pytest.raises(ValueError, match=r"bos_id\[0\] = .* is outside the vocabulary"):
+        store.encode_ids(PREFIX, text(), chunking=CHUNKS, bos_id=bos_id)
+    with pytest.raises(ValueError, match=r"bos_id\[0\] = .* is outside the vocabulary"):
+        generate_ids(model, PREFIX, text(), [1], chunking=CHUNKS, bos_id=bos_id)
+    with pytest.raises(ValueError, match=r"bos_id\[0\] = .* is outside the vocabulary"):
+        generate_batch_ids(model, [(PREFIX, text(), [1])], chunking=CHUNKS, bos_id=bos_id)
 
 
 def test_two_processes_at_once(tmp_path):

@@ -25,7 +25,7 @@ from pdllm_jax import (
     sharded,
     snapshot_arrays,
 )
-from tests.mesh_workers import CHUNKS, DECODE, DOCUMENT, PREFIX, QUERY, SELECT, setup
+from tests.mesh_workers import CHUNKS, DECODE, DOCUMENT, PREFIX, QUERY, SELECT, join, setup
 from tests.workers import owner, strike
 
 HEARTBEAT = 6  # seconds without a sign of life after which a process counts as dead
@@ -58,10 +58,7 @@ def host(
       inside a compiled program ("prefill", "decode"), or the at-th array read ("load").
     timeouts: of `jax.distributed.initialize`.
     """
-    setup()
-    jax.config.update("jax_num_cpu_devices", 2)
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"localhost:{port}", 2, rank, **timeouts)
+    join(rank, port, **timeouts)
     phase, runs, real = "", itertools.count(1), sharded.local
 
     def ran() -> None:

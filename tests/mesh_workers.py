@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -332,12 +333,20 @@ def exchange() -> None:
         assert _memory(mesh, axis)[0] is words
 
 
-def host(rank: int, port: int, folder: Path, out: Path) -> None:
-    """One of two processes with two devices each: loads its part, answers, says what came out."""
+def join(rank: int, port: int, **timeouts: int) -> None:
+    """This process becomes one of two with two devices each; timeouts as JAX takes them."""
     setup()
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"localhost:{port}", 2, rank)
+    # By default XLA may run collectives that do not depend on each other in another order in each
+    # process, and gloo would give the one what was sent for the other (seen with jax 0.12).
+    os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    jax.distributed.initialize(f"localhost:{port}", 2, rank, **timeouts)
+
+
+def host(rank: int, port: int, folder: Path, out: Path) -> None:
+    """One of two processes with two devices each: loads its part, answers, says what came out."""
+    join(rank, port)
     assert (jax.process_count(), jax.device_count()) == (2, 4)
     try:
         make_mesh(1, 2)

@@ -34,12 +34,14 @@ def guarded(
 
     args: the command line's; of its flags those are named that take less memory.
     """
+    _spell_out()
+    message: str | None
     try:
         result = work()
         sys.stdout.flush()  # a full disk, or a reader that has gone, is met here
         return 0, result
     except (ValueError, OSError, OverflowError) as error:
-        message = str(error)
+        message = str(error) or repr(error)
     except MemoryError as error:
         message = f"the host ran out of memory ({error}): lower what is asked for"
     except RuntimeError as error:
@@ -47,12 +49,15 @@ def guarded(
             raise
         message = found
     except KeyboardInterrupt:
-        message = ""
+        message = None
     _drop_output()
+    if message is None:
+        print("interrupted", file=sys.stderr)
+        return 130, None
     line = " ".join(message.split())
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-    print(f"error: {line}" if message else "interrupted", file=sys.stderr)
-    return (2 if message else 130), None
+    print(f"error: {line}", file=sys.stderr)
+    return 2, None
 
 
 def _drop_output() -> None:
@@ -74,7 +79,7 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def spell_out() -> None:
+def _spell_out() -> None:
     """Characters that stdout's encoding lacks are written as escapes, not refused."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -27,7 +27,7 @@ from typing import Any, get_args
 
 import jax
 from bench.record import conditions, write
-from command_line import Parser, leave, spell_out, status
+from command_line import Parser, leave, status
 from evals import generated, infinitebench, longbench, needle, ruler
 from evals.example import DataError, Malformed, OnMalformed, Task
 from evals.records import Records
@@ -224,7 +224,6 @@ def evaluate(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     args = parser().parse_args(argv)
-    spell_out()
     enable_compilation_cache()
     return status(lambda: evaluate(args), args)
 

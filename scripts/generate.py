@@ -23,7 +23,7 @@ import json
 from collections.abc import Callable
 
 import numpy as np
-from command_line import guarded, leave, spell_out
+from command_line import guarded, leave
 from options import (
     load,
     load_tokenizer,
@@ -225,7 +225,6 @@ def answered(
 ) -> int:
     """Runs a command line that has --json and --stream, and prints what comes out."""
     stream = Stream() if args.stream else None
-    spell_out()
     enable_compilation_cache()
 
     def work() -> None:

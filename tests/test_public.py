@@ -49,6 +49,8 @@ def test_how_command_lines_end(capsys):
     assert status(fail(KeyboardInterrupt())) == 130
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["error: no such thing", "error: [Errno 28] disk full: 'there'", "interrupted"]
+    assert status(fail(ValueError())) == 2
+    assert capsys.readouterr().err == "error: ValueError()\n"
     assert status(fail(OverflowError("too large"))) == 2
     assert status(fail(MemoryError("9 GB"))) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -61,8 +63,7 @@ def test_how_command_lines_end(capsys):
 SAYS = """
 import sys
 sys.path.insert(0, "scripts")
-from command_line import leave, spell_out, status
-spell_out()
+from command_line import leave, status
 leave(status(lambda: print("\u00e9 " * 10)))
 """
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dense import attention
 from pdllm_jax.answer import GenerationResult
-from pdllm_jax.chunking import TokenIds, split_context
+from pdllm_jax.chunking import TokenIds, check_token_ids, split_context
 from pdllm_jax.config import ChunkConfig
 from pdllm_jax.layers import swiglu
 from pdllm_jax.model import Block, LLaDA
@@ -90,7 +90,14 @@ def find_nonfinite(model: LLaDA, token_ids: Int[Array, "B T"] | TokenIds) -> Non
 
     Returns:
       The first tensor that is not finite, in the order of computation; None where all are.
+
+    Raises:
+      ValueError: no ids, or ids outside the vocabulary.
     """
+    given = np.asarray(token_ids)
+    if not given.size:
+        raise ValueError("token_ids is empty")
+    check_token_ids("token_ids", given.reshape(-1), model.config.embedding_size)
     found = find_nonfinite_leaf(model)
     if found is not None:
         return found

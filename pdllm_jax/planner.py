@@ -99,6 +99,17 @@ def shapes_of(
 
     Arguments and errors as `plan_memory`.
     """
+    least = {
+        "document": int(method == "prefilling"),
+        "prefix": 0,
+        "query": 0,
+        "batch": 1,
+        "questions": 1,
+    }
+    given = {"document": document, "prefix": prefix, "query": query}
+    for name, count in {**given, "batch": batch, "questions": questions}.items():
+        if count is not None and (count != int(count) or count < least[name]):
+            raise ValueError(f"{name} must be a number of at least {least[name]}, got {count!r}")
     if batch is not None and questions is not None:
         raise ValueError("batch and questions exclude each other")
     decode = decode_config(method, decode)

@@ -103,6 +103,8 @@ def wanted(args: argparse.Namespace) -> tuple[list[str], list[Cell], list[str], 
     changes = settings_of(args.set)
     cells = list(dict.fromkeys(c for name in grids for c in GRIDS[name].cells(changes)))
     looks = [name for name in LOOKS if name in names]
+    if args.examples is not None and args.examples < 1:
+        raise ValueError(f"--examples must be positive, got {args.examples}")
     examples = args.examples or (QUICK_EXAMPLES if "quick" in grids else EXAMPLES)
     return grids, cells, looks, examples
 

@@ -228,6 +228,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Measures, and removes what was made."""
+    if options.layers < 1 or options.repeat < 1:
+        raise ValueError("--layers and --repeat must be positive")
     work = options.work / "benchmark_convert"
     work.mkdir(parents=True)
     source, copy, target, back = (work / name for name in ("source", "copy", "target", "back"))

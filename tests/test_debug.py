@@ -93,3 +93,11 @@ def test_the_command_line_says_where(tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: blocks.0.down_proj.weight is the first tensor that is not finite")
+
+
+def test_what_are_no_ids_is_refused():
+    made = LLaDA(ModelConfig.tiny(), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="token_ids is empty"):
+        find_nonfinite(made, [])
+    with pytest.raises(ValueError, match=r"token_ids\[1\] = 9999 is outside the vocabulary"):
+        find_nonfinite(made, [1, 9999])

@@ -75,6 +75,15 @@ def item(plan, phase: str, start: str) -> int:
     return found[0]
 
 
+@pytest.mark.parametrize(
+    "counts", [{"document": 0}, {"document": 1.5}, {"prefix": -1}, {"batch": 0}, {"questions": 0}]
+)
+def test_what_is_no_count_is_refused(counts):
+    (name,) = counts
+    with pytest.raises(ValueError, match=f"{name} must be a number of at least"):
+        plan_memory(ModelConfig.tiny(), **{"document": 100, **counts})
+
+
 def test_figures_worked_out_by_hand():
     """LLaDA-8B in bfloat16: 32 layers of 4 x 4096^2 + 3 x 4096 x 12288, two tables of 126,464."""
     plan = planned(query=32)

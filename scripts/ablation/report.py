@@ -35,8 +35,11 @@ CAPTIONS = {
 
 def write_report(source: Path, results: Path, readme: Path, pictures: Path) -> int:
     """Writes all three. ValueError where README has no place marked for its part."""
-    record = json.loads(source.read_text(encoding="utf-8"))
-    if not record["cells"]:
+    try:
+        record = json.loads(source.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not valid JSON: {error}") from None
+    if not isinstance(record, dict) or not record.get("cells"):
         raise ValueError(f"{source} holds no cells")
     text = readme.read_text(encoding="utf-8")
     between(text, BEGIN, END, "", readme)  # before anything is written

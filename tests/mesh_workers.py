@@ -338,8 +338,8 @@ def join(rank: int, port: int, **timeouts: int) -> None:
     setup()
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # By default XLA may run collectives that do not depend on each other in another order in each
-    # process, and gloo would give the one what was sent for the other (seen with jax 0.12).
+    # With jax 0.12 gloo now and then gets data of another size than it waits for, as if XLA ran
+    # collectives in another order in each process. Not so where XLA does not look for concurrency.
     os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
     jax.distributed.initialize(f"localhost:{port}", 2, rank, **timeouts)
 

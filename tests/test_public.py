@@ -84,6 +84,30 @@ def test_output_that_nobody_takes_is_one_line(place):
     assert done.stderr.count("\n") == 1
 
 
+ENDLESS = """
+import os, signal, sys, threading
+sys.path.insert(0, "scripts")
+import jax
+from command_line import leave, status
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def step(carry):
+    return carry[0] + 1, jax.numpy.sin(carry[1] @ carry[1])
+loop = jax.jit(lambda x: jax.lax.while_loop(lambda carry: carry[0] < 2**31 - 1, step, (0, x))[1])
+def work():
+    running = loop(jax.numpy.ones((256, 256)))
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    running.block_until_ready()
+leave(status(work))
+"""
+
+
+def test_an_interrupt_ends_a_computation_that_does_not():
+    done = subprocess.run(
+        [sys.executable, "-c", ENDLESS], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 def test_output_that_an_encoding_lacks_is_spelled_out():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(

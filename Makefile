@@ -11,50 +11,13 @@ export PYTHONDONTWRITEBYTECODE :=
 PYTHON ?= $(shell scripts/find_python 3.11 3.12 3.13)
 PYTHON_KERNELS ?= $(shell scripts/find_python 3.12 3.13)
 VENV := .venv
-VENV_KERNELS := .venv312
-PYTEST_ARGS ?=
-# Bytecode is made when a module is first imported; most of what is installed never is.
-INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
-
-.PHONY: help env test test-gpu test-kernels test-versions coverage lint format quickstart ablate-quick fuzz kills clean
-help:
-	@echo 'make env           environment in $(VENV) with the project and all it needs'
-	@echo 'make quickstart    convert the small model, ask it about a long document'
-	@echo 'make ablate-quick  a small ablation of the small model, on a CPU in minutes'
-	@echo 'make test          the tests (PYTEST_ARGS="-k name" passes options on)'
-	@echo 'make test-kernels  the tests of kernels, model and method on Python 3.12 and jax 0.11'
-	@echo 'make test-gpu      the tests marked gpu, on Python 3.12 with jax[cuda]'
-	@echo 'make fuzz          10,000 cases of broken input of each kind; make kills  100 kills of each'
-	@echo 'make test-versions  a slice of the tests on 3.11 to 3.13, lowest and highest dependencies;'
-	@echo '                   ALL=--all: every test'
-	@echo 'make coverage      lines of the three packages that their own tests run, 90% of each at least'
-	@echo 'make lint          ruff, format and types;  make format mends what can be mended'
-
-env: $(VENV)/.installed
-
-$(VENV)/.installed: pyproject.toml
-	@test -n "$(PYTHON)" || { echo 'error: no Python 3.11 or newer found; set PYTHON=' >&2; exit 2; }
-	"$(PYTHON)" -m venv --clear $(VENV)
-	$(VENV)/bin/python $(INSTALL) -e '.[test,dev,small]'
-	@touch $@
-
-$(VENV_KERNELS)/.installed: pyproject.toml
-	"$(PYTHON_KERNELS)" -m venv --clear $(VENV_KERNELS)
-	$(VENV_KERNELS)/bin/python $(INSTALL) -e '.[test]'
-	@touch $@
-
-test: env
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
-
-# What depends on the version of jax: kernels and model, and of the method what goes through all of it;
-# `make test-versions` has sampling and selection. The rest goes over them again, or over files,
-# settings, training and evaluation.
-KERNELS := $(addprefix tests/test_,$(addsuffix .py,kernels mosaic_gpu matmul device_sum model rope) \
+VENV_KERNELS := tests/kernels tests/network/test_transformer.py tests/network/test_rope.py \
+	$(addprefix tests/method/test_, \
 	denoise.py::test_a_second_generate_of_the_same_bucket_compiles_nothing \
 	denoise.py::test_the_loop_on_the_device_equals_single_steps \
 	prefill.py::test_scores_are_the_defined_ones prefill.py::test_independent_encoding_is_the_defined_one \
-	encodings.py::test_kept_tokens_are_those_that_the_query_looks_at \
-	encodings.py::test_query_conditioned_encoding_is_the_defined_one)
+	encoding.py::test_kept_tokens_are_those_that_the_query_looks_at \
+	encoding.py::test_query_conditioned_encoding_is_the_defined_one)
 ifeq ($(PYTHON_KERNELS),)
 test-kernels test-gpu:
 	@echo 'skipped: no Python 3.12 or newer here (set PYTHON_KERNELS=); the kernel needs it'
@@ -75,9 +38,8 @@ test-versions:
 # Of the tests that are about the packages, not of those about scripts, which run much of them by the
 # way; and without those of a full disk, which coverage itself can't write to. The kernels' bodies count
 # when Pallas traces them, on Python 3.12.
-NOT_COVERAGE := $(addprefix --ignore=tests/test_,$(addsuffix .py,ablation ablation_model benchmark docs \
-	evals_data evals_metrics evaluate_cli generate_cli reliability small)) \
-	--deselect=tests/test_convert_staging.py::test_full_disk
+NOT_COVERAGE := --ignore=tests/scripts --ignore=tests/small_model --ignore=tests/test_docs.py \
+	--deselect=tests/convert/test_staging.py::test_full_disk
 coverage: env $(VENV_KERNELS)/.installed
 	mkdir -p .cache/coverage
 	$(VENV)/bin/python -m pytest --cov --cov-report= $(NOT_COVERAGE) $(PYTEST_ARGS)

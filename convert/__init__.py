@@ -2,6 +2,6 @@
 
 from convert.cached import converted
 from convert.convert import Report, convert
-from convert.reverse import reverse
+from convert.export import reverse
 
 __all__ = ["Report", "convert", "converted", "reverse"]

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from convert.convert import convert
-from pdllm_jax.checkpoint import MANIFEST, CheckpointError
 from pdllm_jax.compilation import cache_folder
+from pdllm_jax.storage.checkpoint import MANIFEST, CheckpointError
 
 
 def converted(path: str | Path, cache: Path | None = None) -> Path:

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from convert import stream
 from convert.mapping import LM_HEAD, Target, lm_head, targets, tree
-from convert.reader import (
+from convert.shards import FLOATS, SourceTensor
+from convert.sources import (
     COMPANIONS,
     SAFETENSORS_INDEX,
     Source,
@@ -28,9 +29,10 @@ from convert.reader import (
     match,
     open_source,
 )
-from convert.shards import FLOATS, SourceTensor
 from convert.values import blocks, materialize
-from pdllm_jax.checkpoint import (
+from pdllm_jax.network.config import ModelConfig
+from pdllm_jax.storage.atomic import AtomicFolder, check_space, write_errors
+from pdllm_jax.storage.checkpoint import (
     CONFIG,
     MANIFEST,
     PARAMS,
@@ -40,8 +42,6 @@ from pdllm_jax.checkpoint import (
     parse_json,
     read_small,
 )
-from pdllm_jax.config import ModelConfig
-from pdllm_jax.staging import StagedFolder, check_space, write_errors
 
 OutputDtype = Literal["keep", "bfloat16", "float32"]
 # (stage, bytes done since the last call, bytes in all); stages are "convert" and "verify".
@@ -87,7 +87,7 @@ def convert(
     if dtype not in ("keep", "bfloat16", "float32"):
         raise CheckpointError(f"dtype {dtype!r} is not one of keep, bfloat16, float32")
     check_apart(folder, target)
-    staged = StagedFolder(target, overwrite=overwrite, replaceable=is_checkpoint)
+    staged = AtomicFolder(target, overwrite=overwrite, replaceable=is_checkpoint)
     staged.check()
     opened = open_source(folder)
     config_bytes = read_small(inside(folder, CONFIG))

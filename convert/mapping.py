@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pdllm_jax.config import ModelConfig
+from pdllm_jax.network.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

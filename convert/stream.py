@@ -25,8 +25,8 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from numpy.typing import NDArray
 
-from pdllm_jax.checkpoint import CheckpointError
-from pdllm_jax.checkpoint_arrays import open_array, quiet_orbax
+from pdllm_jax.storage.checkpoint import CheckpointError
+from pdllm_jax.storage.checkpoint_arrays import open_array, quiet_orbax
 
 CHUNK_BYTES = 128 << 20
 # All buffers together. At LLaDA-8B's size the two largest arrays, of 1.04 GB in bfloat16, fit.

@@ -36,7 +36,7 @@ from convert.torch_index import (
     kind_of,
     refuse,
 )
-from pdllm_jax.checkpoint import CheckpointError
+from pdllm_jax.storage.checkpoint import CheckpointError
 
 # PyTorch's reader takes these; torch.save writes 3.
 _VERSIONS = [b"%d" % number for number in range(1, 11)]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert.shards import FLOATS, SourceTensor
-from pdllm_jax.checkpoint import CheckpointError
+from pdllm_jax.storage.checkpoint import CheckpointError
 
 # Elements; 2 to 4 MB, so that a block is still in the cache when it is checked and cast.
 BLOCK = 1 << 20

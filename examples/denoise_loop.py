@@ -25,7 +25,7 @@ from pdllm_jax import (
     ChunkConfig,
     ChunkedPrompt,
     DecodeConfig,
-    LLaDA,
+    MaskPredictor,
     ModelConfig,
     SelectionConfig,
     Tokenizer,
@@ -46,7 +46,7 @@ RESELECT_EVERY = 4  # evaluations
 class Case(NamedTuple):
     """What is run; `stops` are the tokens that end a text, `text` spells ids."""
 
-    model: LLaDA
+    model: MaskPredictor
     prompt: ChunkedPrompt
     stops: tuple[int, ...]
     text: Callable[[list[int]], str]
@@ -55,7 +55,7 @@ class Case(NamedTuple):
 def tiny() -> Case:
     """Random weights, and a document of random tokens."""
     config = ModelConfig.tiny()
-    model = LLaDA(config, rngs=nnx.Rngs(0))
+    model = MaskPredictor(config, rngs=nnx.Rngs(0))
     # Larger weights, so that the network's predictions depend on what it sees.
     model = jax.tree.map(lambda w: w * 2.0 if w.ndim == 2 else w, model)
     rng = np.random.default_rng(0)

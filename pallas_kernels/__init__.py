@@ -2,7 +2,9 @@
 Knows nothing of the model or the method.
 """
 
-from pallas_kernels.api import (
+from pallas_kernels.all_reduce.api import Norm, SumImplementation, device_sum, resolve_sum
+from pallas_kernels.all_reduce.peer_memory import exchange_problem, exchange_table
+from pallas_kernels.chunk_attention.api import (
     ChunkAttention,
     ChunkMass,
     Implementation,
@@ -13,11 +15,9 @@ from pallas_kernels.api import (
     require_device,
     resolve_implementation,
 )
-from pallas_kernels.dense import attention
-from pallas_kernels.device_sum import Norm, SumImplementation, device_sum, resolve_sum
-from pallas_kernels.exchange import exchange_problem, exchange_table
-from pallas_kernels.matmul import matmul, resolve_matmul
-from pallas_kernels.partial import EMPTY_LSE, Near, Partial, merge
+from pallas_kernels.chunk_attention.dense import attention
+from pallas_kernels.common import EMPTY_LSE, OwnKV, Partial, merge
+from pallas_kernels.matmul.api import matmul, resolve_matmul
 
 __all__ = [
     "EMPTY_LSE",
@@ -25,8 +25,8 @@ __all__ = [
     "ChunkMass",
     "Implementation",
     "NamedImplementation",
-    "Near",
     "Norm",
+    "OwnKV",
     "Partial",
     "SumImplementation",
     "attention",

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from jax import Array
 
-from pdllm_jax.model_config import (
+from pdllm_jax.network.config import (
     ConfigError,
     ModelConfig,
     RopeScaling,

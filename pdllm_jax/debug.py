@@ -15,13 +15,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dense import attention
-from pdllm_jax.answer import GenerationResult
-from pdllm_jax.chunking import TokenIds, check_token_ids, split_context
+from pallas_kernels.chunk_attention.dense import attention
 from pdllm_jax.config import ChunkConfig
-from pdllm_jax.layers import swiglu
-from pdllm_jax.model import Block, LLaDA
-from pdllm_jax.rope import Rotation, rotate, rotation
+from pdllm_jax.engine.engine import GenerationResult
+from pdllm_jax.method.chunking import TokenIds, check_token_ids, split_context
+from pdllm_jax.network.rope import Rotation, rotate, rotation
+from pdllm_jax.network.transformer import Block, MaskPredictor, swiglu
 
 # What a block computes, in order; the last is the residual stream that leaves it.
 _TENSORS = (
@@ -80,7 +79,9 @@ def find_nonfinite_leaf(tree: Any) -> NonFinite | None:
     return None
 
 
-def find_nonfinite(model: LLaDA, token_ids: Int[Array, "B T"] | TokenIds) -> NonFinite | None:
+def find_nonfinite(
+    model: MaskPredictor, token_ids: Int[Array, "B T"] | TokenIds
+) -> NonFinite | None:
     """Goes through the weights, then forward through the model layer by layer.
 
     Args:
@@ -145,7 +146,7 @@ def _look_into(
 
 
 def check_answer(
-    model: LLaDA,
+    model: MaskPredictor,
     prefix_ids: TokenIds,
     context_ids: TokenIds,
     query_ids: TokenIds,

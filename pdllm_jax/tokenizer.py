@@ -15,7 +15,7 @@ from typing import Any
 
 import tokenizers
 
-from pdllm_jax.config import ModelConfig
+from pdllm_jax.network.config import ModelConfig
 
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
 START_HEADER, END_HEADER, END_TURN = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"

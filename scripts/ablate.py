@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # small_model
+
 from ablation import run
 from ablation.grid import FULL, GRIDS, Cell
 from ablation.run import LOOKS
@@ -52,7 +54,7 @@ def arguments() -> argparse.ArgumentParser:
         "  full        all but quick",
     )  # fmt: skip
     running.add_argument("--quick", action="store_true", help="grid quick")
-    running.add_argument("--corpora", type=Path, help="folder of scripts/small/corpus.py")
+    running.add_argument("--corpora", type=Path, help="folder of small_model/corpus.py")
     running.add_argument(
         "--examples", type=int, help=f"a cell, {EXAMPLES} by default ({QUICK_EXAMPLES} of quick)"
     )

@@ -37,7 +37,7 @@ from benchmark_convert import evict, sync
 from command_line import status
 
 from pdllm_jax import ChunkCache, ChunkConfig, ChunkPool, ModelConfig, ModelIdentity
-from pdllm_jax.snapshot import load_document, save_document
+from pdllm_jax.storage.snapshot import load_document, save_document
 
 C = 1024
 

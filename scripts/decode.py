@@ -18,8 +18,8 @@ import options
 from command_line import Parser, leave
 
 from pdllm_jax import GenerationResult, begin, finish, load_prefilled
-from pdllm_jax.snapshot import snapshot_holds
-from pdllm_jax.timing import Stopwatch
+from pdllm_jax.engine.request import Stopwatch
+from pdllm_jax.storage.snapshot import snapshot_holds
 
 
 def parser() -> argparse.ArgumentParser:

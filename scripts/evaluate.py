@@ -25,6 +25,8 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # small_model
+
 import jax
 from bench.record import conditions, write
 from command_line import Parser, leave, status
@@ -36,9 +38,9 @@ from options import DTYPES, add_chunking, add_placement, mesh_of
 
 from convert import converted
 from pdllm_jax import ChunkConfig, SelectionConfig, Tokenizer, load_config, load_model
-from pdllm_jax.checkpoint import MANIFEST
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.config import Scorer
+from pdllm_jax.storage.checkpoint import MANIFEST
 
 
 def common() -> argparse.ArgumentParser:
@@ -85,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     sub = add(
-        "generated", "retrieval tasks made from the corpora of scripts/small/corpus.py", "CORPORA"
+        "generated", "retrieval tasks made from the corpora of small_model/corpus.py", "CORPORA"
     )
     sub.add_argument("--tasks", nargs="+", choices=generated.NAMES, default=generated.NAMES)
     sub.add_argument("--lengths", nargs="+", type=int, default=[4096], metavar="TOKENS")
@@ -113,8 +115,8 @@ def load_tasks(args: argparse.Namespace, tokenizer: Tokenizer, malformed: Malfor
     if not args.data.exists():
         raise DataError(f"{args.data} does not exist")
     if args.benchmark == "generated":
-        from small import tasks
-        from small.corpus import load
+        from small_model import tasks
+        from small_model.corpus import load
 
         generated.check_tokenizer(args.data, tokenizer.backend)
         encode = tasks.Encoder(tokenizer.backend)

@@ -48,7 +48,7 @@ from pdllm_jax import (
 )
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.debug import check_answer
-from pdllm_jax.snapshot import snapshot_holds
+from pdllm_jax.storage.snapshot import snapshot_holds
 from pdllm_jax.tokenizer import INSTRUCTION
 
 

@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # small_model
+
 from command_line import status
 
 _ADAPTER = Path(__file__).resolve().parents[1] / "small_model" / "adapter.safetensors"
@@ -27,7 +29,7 @@ def build(dest: Path, *, gguf: Path | None, adapter: Path | None, dtype: str, ca
     Raises ValueError for a wrong GGUF or an adapter that does not fit, FileExistsError where
     `dest` is not an empty place.
     """
-    from small import base, lora
+    from small_model import base, lora
 
     if dest.exists():
         raise FileExistsError(f"{dest} exists already")

@@ -17,7 +17,7 @@ from convert import converted
 from pdllm_jax import (
     ChunkConfig,
     DecodeConfig,
-    LLaDA,
+    MaskPredictor,
     ModelConfig,
     SelectionConfig,
     Tokenizer,
@@ -26,7 +26,7 @@ from pdllm_jax import (
     make_mesh,
 )
 from pdllm_jax.config import BridgeTokens, Encoding, Positions, Recompute, Remasking, Reselect
-from pdllm_jax.parallel import parse_mesh
+from pdllm_jax.network.sharding import parse_mesh
 
 DTYPES = {"keep": None, "float32": "float32", "bfloat16": "bfloat16"}
 
@@ -322,7 +322,7 @@ def memory_limit(args: argparse.Namespace) -> int | None:
     return int(1e9 * args.memory_limit)
 
 
-def load(args: argparse.Namespace) -> tuple[LLaDA, Path]:
+def load(args: argparse.Namespace) -> tuple[MaskPredictor, Path]:
     """The model, and the converted folder that it comes from."""
     mesh = mesh_of(args)
     folder = converted(args.checkpoint)

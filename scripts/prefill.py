@@ -33,10 +33,10 @@ from pdllm_jax import (
     save_prefilled,
     without_other_chunks,
 )
-from pdllm_jax.chunking import check_token_ids, chunk_prompt
 from pdllm_jax.compilation import enable_compilation_cache
-from pdllm_jax.planner import require_document_memory
-from pdllm_jax.snapshot import check_destination
+from pdllm_jax.engine.memory import require_document_memory
+from pdllm_jax.method.chunking import check_token_ids, chunk_prompt
+from pdllm_jax.storage.snapshot import check_destination
 from pdllm_jax.tokenizer import INSTRUCTION
 
 

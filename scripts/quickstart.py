@@ -32,8 +32,8 @@ from pdllm_jax import (
     load_config,
     load_model,
 )
-from pdllm_jax.checkpoint import MANIFEST
 from pdllm_jax.compilation import cache_folder, enable_compilation_cache
+from pdllm_jax.storage.checkpoint import MANIFEST
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "examples" / "persuasion.txt"

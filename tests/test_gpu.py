@@ -21,14 +21,14 @@ from pallas_kernels import (
     exchange_table,
     merge,
 )
-from pallas_kernels.dense import _blocked, attention, dense_implementation
-from pallas_kernels.partial import EMPTY_LSE
-from pallas_kernels.sums import rms_norm
-from pdllm_jax.config import ChunkConfig, DecodeConfig, ModelConfig, SelectionConfig
-from pdllm_jax.generate import generate_ids
-from pdllm_jax.model import LLaDA
-from pdllm_jax.parallel import DATA, TENSOR, make_mesh, shard_model
-from tests.support import relative_error
+from pallas_kernels.chunk_attention.dense import _blocked, attention, dense_implementation
+from pallas_kernels.common import EMPTY_LSE, rms_norm
+from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
+from pdllm_jax.engine.engine import generate_ids
+from pdllm_jax.network.config import ModelConfig
+from pdllm_jax.network.sharding import DATA, TENSOR, make_mesh
+from pdllm_jax.network.transformer import MaskPredictor, shard_model
+from tests.support.models import relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -74,7 +74,7 @@ def test_generation_runs_and_repeats(encoding, dtype):
     config = dataclasses.replace(
         ModelConfig.tiny(), d_model=256, n_heads=4, n_kv_heads=2, mlp_hidden_size=384
     )
-    model = LLaDA(config, rngs=nnx.Rngs(0), dtype=dtype)
+    model = MaskPredictor(config, rngs=nnx.Rngs(0), dtype=dtype)
     rng = np.random.default_rng(0)
     prefix, context, query = (rng.integers(0, 250, n) for n in (9, 700, 21))
     runs = [
@@ -103,7 +103,7 @@ def test_the_kernel_gives_the_tokens_of_the_portable_path(encoding, recompute):
     config = dataclasses.replace(
         ModelConfig.tiny(), d_model=256, n_heads=4, n_kv_heads=2, mlp_hidden_size=384
     )
-    model = LLaDA(config, rngs=nnx.Rngs(0), dtype=jnp.float16)
+    model = MaskPredictor(config, rngs=nnx.Rngs(0), dtype=jnp.float16)
     rng = np.random.default_rng(0)
     prefix, context, query = (rng.integers(0, 250, n) for n in (9, 700, 21))
     runs = {
@@ -132,7 +132,7 @@ def test_several_gpus_give_the_tokens_of_one(mesh, encoding):
     config = dataclasses.replace(
         ModelConfig.tiny(), d_model=1024, n_heads=16, n_kv_heads=4, mlp_hidden_size=768
     )
-    model = LLaDA(config, rngs=nnx.Rngs(0), dtype=jnp.float16)
+    model = MaskPredictor(config, rngs=nnx.Rngs(0), dtype=jnp.float16)
     rng = np.random.default_rng(0)
     prefix, context, query = (rng.integers(0, 250, n) for n in (9, 700, 21))
     one, several = (
@@ -212,7 +212,7 @@ def test_programs_of_several_threads_do_not_mix_up_on_a_mesh(sums):
     config = dataclasses.replace(
         ModelConfig.tiny(), d_model=1024, n_heads=16, n_kv_heads=4, mlp_hidden_size=768
     )
-    model = LLaDA(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    model = MaskPredictor(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     model = shard_model(model, mesh, sums=sums)
     run = jax.jit(lambda model, ids: model.encode(ids))
     rng = np.random.default_rng(0)
@@ -263,7 +263,7 @@ def test_the_kernel_makes_no_copy_of_the_pool():
 @pytest.mark.slow
 def test_at_llada_8b_shapes_the_kernel_gives_the_tokens_of_the_portable_path():
     """Random weights decide between near ties, so most tokens and not all must agree."""
-    model = LLaDA(ModelConfig.llada_8b(), rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    model = MaskPredictor(ModelConfig.llada_8b(), rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     rng = np.random.default_rng(0)
     prefix, context, query = (rng.integers(0, 126_000, n) for n in (16, 8000, 32))
     runs = {
@@ -281,7 +281,7 @@ def test_at_llada_8b_shapes_the_kernel_gives_the_tokens_of_the_portable_path():
 
 @pytest.mark.parametrize("method", ["plain", "prefix-cache", "dual-cache"])
 def test_float32_gives_the_tokens_of_the_cpu(method):
-    model = LLaDA(ModelConfig.tiny(), rngs=nnx.Rngs(0))
+    model = MaskPredictor(ModelConfig.tiny(), rngs=nnx.Rngs(0))
     prompt = np.random.default_rng(0).integers(0, 250, 50)
     decode = DecodeConfig(gen_length=32, block_length=16)
     on_gpu = generate_ids(model, [], [], prompt, method=method, decode=decode)

@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from small import tasks
-from small.corpus import Corpora, Text, fingerprint, from_repository, load
 
 from ablation.flops import Sizes, answer_flops
 from ablation.grid import DENSE, GIVEN, Cell
@@ -21,7 +19,7 @@ from pallas_kernels import Implementation
 from pdllm_jax import (
     ChunkConfig,
     DecodeConfig,
-    LLaDA,
+    MaskPredictor,
     Tokenizer,
     denoise,
     generate_batch_ids,
@@ -30,10 +28,11 @@ from pdllm_jax import (
     load_config,
     load_model,
 )
-from pdllm_jax.answer import request_keys
-from pdllm_jax.chunking import bucket, split_context
-from pdllm_jax.generate import decode_config
-from pdllm_jax.timing import Stopwatch
+from pdllm_jax.engine.engine import decode_config, request_keys
+from pdllm_jax.engine.request import Stopwatch
+from pdllm_jax.method.chunking import bucket, split_context
+from small_model import tasks
+from small_model.corpus import Corpora, Text, fingerprint, from_repository, load
 
 FIRST_SEED = 100_000  # of examples; the small model never saw any
 
@@ -42,7 +41,7 @@ FIRST_SEED = 100_000  # of examples; the small model never saw any
 class Bench:
     """A model, what it is asked about, and how it is run."""
 
-    model: LLaDA
+    model: MaskPredictor
     tokenizer: Tokenizer
     encode: tasks.Encoder
     corpora: Corpora
@@ -61,7 +60,7 @@ class Bench:
         first_seed: int = FIRST_SEED,
         implementation: Implementation | None = None,
     ) -> Bench:
-        """folder: a converted checkpoint. corpora: of small/corpus.py; None: the repository's."""
+        """folder: a converted checkpoint. corpora: of small_model/corpus.py; None: the repository's."""
         tokenizer = Tokenizer.load(folder, load_config(folder))
         tokenizer.backend.encode_special_tokens = False  # the tasks spell the template out
         model = load_model(folder, dtype=dtype)
@@ -76,7 +75,7 @@ class Bench:
     @classmethod
     def of(
         cls,
-        model: LLaDA,
+        model: MaskPredictor,
         tokenizer: Tokenizer,
         texts: Corpora,
         *,
@@ -239,7 +238,10 @@ def joined(texts: Iterable[Text]) -> Text:
 
 
 def dense_answers(
-    model: LLaDA, prompts: Sequence[Sequence[int]], config: DecodeConfig, seeds: Sequence[int]
+    model: MaskPredictor,
+    prompts: Sequence[Sequence[int]],
+    config: DecodeConfig,
+    seeds: Sequence[int],
 ) -> tuple[Any, dict[str, float]]:
     """Final state and seconds of a batch without selection, the whole prompts as queries."""
     watch = Stopwatch()
@@ -256,7 +258,7 @@ def dense_answers(
     return state, watch.seconds
 
 
-def weights_fingerprint(model: LLaDA) -> str:
+def weights_fingerprint(model: MaskPredictor) -> str:
     """Tells weights apart by the first and the last row of every tensor, and by their shapes."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(

@@ -11,8 +11,9 @@ import math
 from collections.abc import Sequence
 
 from ablation.grid import DENSE, Cell
-from pdllm_jax.config import CONTROLS, ModelConfig
-from pdllm_jax.riders import RIDING
+from pdllm_jax.config import CONTROLS
+from pdllm_jax.method.scoring import QUERY_COPY_SCORERS
+from pdllm_jax.network.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,12 +113,12 @@ def _pass(count: Counter, cell: Cell, scorer: str, sizes: Sizes) -> float:
     if scorer in CONTROLS and not pooled and config.encoding == "joint":
         return 0.0
     cost = count.rows(sizes.prefix, sizes.prefix)
-    if scorer in RIDING or pooled:
+    if scorer in QUERY_COPY_SCORERS or pooled:
         cost += sum(count.rows(c, sizes.prefix + c) for c in sizes.chunks)
     if scorer == "attention":
         keys = sizes.prefix + sum(sizes.chunks) + sizes.query
         cost += count.rows(sizes.query, keys)
-    elif scorer in RIDING:
+    elif scorer in QUERY_COPY_SCORERS:
         rows = sizes.query + (0 if scorer == "query" else config.draft_length)
         scored = {
             "draft": sizes.query + config.draft_steps,

@@ -14,10 +14,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from small.tasks import TASKS
-
 from pdllm_jax import ChunkConfig, DecodeConfig, SelectionConfig
-from pdllm_jax.generate import Method
+from pdllm_jax.engine.engine import Method
+from small_model.tasks import TASKS
 
 # Nothing is selected: the whole prompt, recomputed as the method's name says.
 DENSE: dict[str, Method] = {

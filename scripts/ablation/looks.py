@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from small.tasks import RESPONSE_LENGTH
 
 from ablation.bench import Bench, needle_chunks
 from ablation.grid import Cell
@@ -21,7 +20,7 @@ from ablation.records import write_json
 from pallas_kernels import Implementation, Partial
 from pdllm_jax import (
     DenoiseState,
-    LLaDA,
+    MaskPredictor,
     ask_ids,
     batch_prompts,
     chunk_prompt,
@@ -30,10 +29,11 @@ from pdllm_jax import (
     init_denoise,
     prefill,
 )
-from pdllm_jax.cache import ChunkPool
-from pdllm_jax.forward import live_forward, live_positions, response_rows, view_from
-from pdllm_jax.rope import rotate
-from pdllm_jax.selection import select
+from pdllm_jax.method.cache import ChunkPool
+from pdllm_jax.method.live_forward import live_forward, live_positions, response_rows, row_rotations
+from pdllm_jax.method.selection import select
+from pdllm_jax.network.rope import rotate
+from small_model.tasks import RESPONSE_LENGTH
 
 
 class Shares(NamedTuple):
@@ -50,7 +50,7 @@ class Shares(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("implementation",))
 def attention_shares(
-    model: LLaDA,
+    model: MaskPredictor,
     pool: ChunkPool,
     state: DenoiseState,
     implementation: Implementation | None = None,
@@ -67,7 +67,7 @@ def attention_shares(
     )
     weight = counted / counted.sum(axis=1, keepdims=True)  # [B, T]
     where = live_positions(state, state.prefix_length[:, None] + place)
-    view = view_from(model.config, state, where)
+    view = row_rotations(model.config, state, where)
     ids = jnp.maximum(state.chunk_ids, 0)
     lengths = jnp.where(state.chunk_ids >= 0, pool.lengths[ids], 0)
     valid = jnp.arange(pool.k.shape[3]) < lengths[..., None]  # [B, K, C]
@@ -96,7 +96,15 @@ def attention_shares(
         return [*found, Shares(tokens[..., 0], tokens.sum(axis=-1), bos)]
 
     _, _, found = live_forward(
-        model, pool, state, rows, state.prefix_length, None, implementation, watch=watch, watched=[]
+        model,
+        pool,
+        state,
+        rows,
+        state.prefix_length,
+        None,
+        implementation,
+        watch=watch,
+        hook_carry=[],
     )
     return jax.tree.map(lambda *layers: jnp.stack(layers), *found)
 

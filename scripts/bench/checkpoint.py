@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from convert import stream
 from convert.mapping import targets, tree
-from pdllm_jax.checkpoint import CONFIG, MANIFEST, PARAMS, Manifest, TensorRecord
-from pdllm_jax.config import ModelConfig
+from pdllm_jax.network.config import ModelConfig
+from pdllm_jax.storage.checkpoint import CONFIG, MANIFEST, PARAMS, Manifest, TensorRecord
 
 BLOCK = 16 << 20
 

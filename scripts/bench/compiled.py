@@ -43,7 +43,7 @@ def compile_all(target: Path | None) -> None:
     from jax.sharding import SingleDeviceSharding
 
     from bench.memory import as_on_gpu
-    from pallas_kernels import Near, chunk_attention, matmul
+    from pallas_kernels import OwnKV, chunk_attention, matmul
 
     sharding, where = None, contextlib.nullcontext()
     if target is not None:
@@ -76,7 +76,7 @@ def compile_all(target: Path | None) -> None:
 
             def attend(q: Any, k: Any, v: Any, ids: Any, lengths: Any, near: Any) -> Any:
                 if near is not None:
-                    near = Near(near, near, lengths[: near.shape[0]])
+                    near = OwnKV(near, near, lengths[: near.shape[0]])
                 return chunk_attention(
                     q, k, v, ids, lengths, layer=1, near=near, implementation="mosaic_gpu"
                 )

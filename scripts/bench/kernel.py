@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from bench.record import command, conditions, copy_bandwidth, time_loop, write
 from pallas_kernels import Partial, chunk_attention
-from pallas_kernels.cudnn import attention_with_lse
-from pallas_kernels.mosaic_gpu import chunk_attention_mosaic_gpu
-from pallas_kernels.reference import chunk_attention_reference
+from pallas_kernels.chunk_attention.cudnn import attention_with_lse
+from pallas_kernels.chunk_attention.hopper import chunk_attention_mosaic_gpu
+from pallas_kernels.chunk_attention.reference import chunk_attention_reference
 from pallas_kernels.tuning import SHARED_MEMORY, Tuning, shared_memory
 
 READ_OVER_COPY = 3.0 / 2.92  # bandwidth of reads over that of copies

@@ -20,9 +20,10 @@ from unittest import mock
 
 import numpy as np
 
-from pdllm_jax.config import ChunkConfig, DecodeConfig, ModelConfig, SelectionConfig
-from pdllm_jax.passes import Method
-from pdllm_jax.plan import Plan
+from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
+from pdllm_jax.engine.memory import Plan
+from pdllm_jax.engine.request import Method
+from pdllm_jax.network.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +153,8 @@ def as_on_gpu() -> Iterator[None]:
     """The library's choices of implementation as a Hopper GPU would have them."""
     import jax
 
-    from pallas_kernels import compat, mosaic_gpu
+    from pallas_kernels import compat
+    from pallas_kernels.chunk_attention import hopper as mosaic_gpu
 
     with (
         mock.patch.object(jax, "default_backend", return_value="gpu"),
@@ -168,8 +170,8 @@ def compile_only(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
-    from pdllm_jax.planner import shapes_of
-    from pdllm_jax.programs import programs
+    from bench.programs import programs
+    from pdllm_jax.engine.memory import shapes_of
 
     config, sharding, where = model_config(args), None, contextlib.nullcontext()
     if args.target is not None:

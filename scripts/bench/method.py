@@ -29,8 +29,8 @@ from pdllm_jax import (
     score_chunks,
     select_top_k,
 )
-from pdllm_jax.cache import ChunkCache
-from pdllm_jax.riders import Question
+from pdllm_jax.method.cache import ChunkCache
+from pdllm_jax.method.scoring import Question
 
 SECTIONS = ("stream", "scoring", "ask", "batch", "choices")
 

@@ -21,8 +21,8 @@ from bench.requests import BLOCK, QUERY, SELECT
 from bench.run import begin, peak
 from pdllm_jax import DecodeConfig
 from pdllm_jax import begin as begin_answer
-from pdllm_jax.answer import finish, request_keys
-from pdllm_jax.offload import choose_offloaded, encode_offloaded, fetch, host_memory
+from pdllm_jax.engine.engine import finish, request_keys
+from pdllm_jax.engine.offload import choose_offloaded, encode_offloaded, fetch, host_memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

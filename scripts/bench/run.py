@@ -15,8 +15,8 @@ import numpy as np
 from flax import nnx
 
 from bench.record import command, conditions, write
-from pdllm_jax import ChunkConfig, LLaDA, ModelConfig, chunk_prompt
-from pdllm_jax.parallel import mesh_name
+from pdllm_jax import ChunkConfig, MaskPredictor, ModelConfig, chunk_prompt
+from pdllm_jax.network.sharding import mesh_name
 
 
 @dataclasses.dataclass
@@ -24,7 +24,7 @@ class Run:
     """A model with random weights, the record, and programs compiled side by side."""
 
     args: argparse.Namespace
-    model: LLaDA
+    model: MaskPredictor
     record: dict[str, Any]
     begun: float
     tracer: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1))
@@ -100,7 +100,7 @@ def begin(args: argparse.Namespace) -> Run:
     """Random bfloat16 weights of LLaDA-8B, or with args.tiny of a tiny model; an empty record."""
     begun = time.monotonic()
     config = ModelConfig.tiny() if args.tiny else ModelConfig.llada_8b()
-    model = LLaDA(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    model = MaskPredictor(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     jax.block_until_ready(jax.tree.leaves(model))
     record: dict[str, Any] = {
         "command": command(),
@@ -116,12 +116,12 @@ def begin(args: argparse.Namespace) -> Run:
     return Run(args, model, record, begun)
 
 
-def on(model: LLaDA) -> str:
+def on(model: MaskPredictor) -> str:
     """What names the model's mesh behind a row's name."""
     return "".join(f", mesh {name}" for name in of_mesh(model).values())
 
 
-def of_mesh(model: LLaDA) -> dict[str, str]:
+def of_mesh(model: MaskPredictor) -> dict[str, str]:
     """What names the model's mesh in a row, and what makes its sums where that isn't XLA."""
     if model.mesh is None:
         return {}

@@ -29,7 +29,7 @@ from bench.run import Run, begin, of_mesh, on
 from pallas_kernels import SumImplementation
 from pdllm_jax import (
     DecodeConfig,
-    LLaDA,
+    MaskPredictor,
     ModelConfig,
     denoise,
     denoise_step,
@@ -40,9 +40,9 @@ from pdllm_jax import (
     select_top_k,
     shard_model,
 )
-from pdllm_jax.cache import ChunkCache, ChunkPool
-from pdllm_jax.parallel import TENSOR, parse_mesh, place
-from pdllm_jax.riders import Question
+from pdllm_jax.method.cache import ChunkCache, ChunkPool
+from pdllm_jax.method.scoring import Question
+from pdllm_jax.network.sharding import TENSOR, parse_mesh, place
 
 SECTIONS = ("step", "prefill", "end-to-end", "stream")
 
@@ -106,7 +106,7 @@ def meshes(args: argparse.Namespace) -> Iterator[tuple[Mesh | None, SumImplement
         yield from ((mesh, sums) for sums in ((None,) if alone else args.sums))
 
 
-def threads_on(model: LLaDA, most: int | None = None) -> int | None:
+def threads_on(model: MaskPredictor, most: int | None = None) -> int | None:
     """How many may run programs: one on a mesh, where collectives must come in one order."""
     return most if model.mesh is None else 1
 

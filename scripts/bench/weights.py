@@ -10,16 +10,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from pdllm_jax import LLaDA, ModelConfig
+from pdllm_jax import MaskPredictor, ModelConfig
 
 
-def cheap_model(config: ModelConfig, dtype: DTypeLike = jnp.bfloat16) -> LLaDA:
+def cheap_model(config: ModelConfig, dtype: DTypeLike = jnp.bfloat16) -> MaskPredictor:
     """Weights from a hash of their places, with the spread that random ones would have.
 
     `LLaDA(config, rngs=...)` draws in float32, and a device's peak memory would be that of the
     drawing. Here every array comes from one fused program without temporaries.
     """
-    model = nnx.eval_shape(lambda: LLaDA(config, rngs=nnx.Rngs(0), dtype=dtype))
+    model = nnx.eval_shape(lambda: MaskPredictor(config, rngs=nnx.Rngs(0), dtype=dtype))
     graph, state = nnx.split(model)
     state = jax.tree.map(lambda leaf: _fill(leaf.shape, jnp.dtype(leaf.dtype)), state)
     return nnx.merge(graph, jax.block_until_ready(state))

@@ -21,11 +21,11 @@ from campaigns import samples
 from campaigns.kind import Kind, require
 from campaigns.mutate import dumped, mutated_bytes, mutated_json
 from convert.mapping import LM_HEAD, lm_head, targets
-from convert.reader import match, open_source
 from convert.shards import FLOATS, SourceTensor, open_safetensors
+from convert.sources import match, open_source
 from convert.values import materialize
-from pdllm_jax.checkpoint import CheckpointError, parse_json
-from pdllm_jax.config import ConfigError, ModelConfig
+from pdllm_jax.network.config import ConfigError, ModelConfig
+from pdllm_jax.storage.checkpoint import CheckpointError, parse_json
 
 
 class Safetensors(Kind):

@@ -19,8 +19,9 @@ from campaigns import samples, zarr
 from campaigns.kind import Kind, require
 from campaigns.mutate import dumped, mutated_bytes, mutated_json, mutated_value
 from convert import convert
-from convert.reverse import reverse
-from pdllm_jax.checkpoint import (
+from convert.export import reverse
+from pdllm_jax.network.transformer import MaskPredictor
+from pdllm_jax.storage.checkpoint import (
     MANIFEST,
     PARAMS,
     CheckpointError,
@@ -29,8 +30,7 @@ from pdllm_jax.checkpoint import (
     load_config,
     read_manifest,
 )
-from pdllm_jax.checkpoint_arrays import read_params
-from pdllm_jax.model import LLaDA
+from pdllm_jax.storage.checkpoint_arrays import read_params
 
 # Of an array's metadata: each asks for memory, for code, or for other values than the file's.
 LIES = (
@@ -103,7 +103,7 @@ class Parameters(Kind):
         convert(samples.write_checkpoint(folder / "source", **small), self.target)
         self.good = zarr.contents(self.target)
         self.files = self.good
-        model = nnx.eval_shape(lambda: LLaDA(load_config(self.target), rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: MaskPredictor(load_config(self.target), rngs=nnx.Rngs(0)))
         self.wanted = nnx.to_pure_dict(nnx.state(model))
         self.bait = folder.parent / "outside" / "bait"
         self.bait.parent.mkdir(exist_ok=True)

@@ -19,14 +19,14 @@ from jaxtyping import Array, Float, Int
 from pdllm_jax import (
     ChunkConfig,
     DecodeConfig,
-    LLaDA,
+    MaskPredictor,
     SelectionConfig,
     denoise_step,
     generate_ids,
     init_denoise,
 )
-from pdllm_jax.generate import Method
-from pdllm_jax.passes import decode_config
+from pdllm_jax.engine.engine import Method
+from pdllm_jax.engine.request import decode_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +48,15 @@ class Step:
 
 @jax.jit
 def _logits(
-    model: LLaDA, prompt: Int[Array, "P"], response: Int[Array, "G"]
+    model: MaskPredictor, prompt: Int[Array, "P"], response: Int[Array, "G"]
 ) -> Float[Array, "G V"]:
     hidden = model.encode(jnp.concatenate([prompt, response])[None])
     return model.logits(hidden[0, len(prompt) :])
 
 
-def drift(model: LLaDA, other: LLaDA, prompt: Sequence[int], config: DecodeConfig) -> list[Step]:
+def drift(
+    model: MaskPredictor, other: MaskPredictor, prompt: Sequence[int], config: DecodeConfig
+) -> list[Step]:
     """LLaDA's published generation by `model`; at each of its steps both models' logits."""
     config = decode_config("plain", config)
     ids = jnp.asarray(prompt, jnp.int32)
@@ -90,8 +92,8 @@ def _compare(wide: np.ndarray, narrow: np.ndarray) -> Step:
 
 
 def agreement(
-    model: LLaDA,
-    other: LLaDA,
+    model: MaskPredictor,
+    other: MaskPredictor,
     parts: tuple[Sequence[int], Sequence[int], Sequence[int]],
     config: DecodeConfig,
     method: Method,

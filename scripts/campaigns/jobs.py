@@ -103,7 +103,7 @@ class Conversion(Replacing):
 
     def __init__(self, sources: Path) -> None:
         super().__init__(sources)
-        from pdllm_jax.checkpoint import CheckpointError
+        from pdllm_jax.storage.checkpoint import CheckpointError
 
         self.refusal = CheckpointError  # type: ignore[misc]
 
@@ -121,8 +121,8 @@ class Conversion(Replacing):
         convert(self.sources / str(turn), folder / self.target, overwrite=True, verify=True)
 
     def read(self, folder: Path) -> Any:
-        from pdllm_jax.checkpoint import load_model
-        from pdllm_jax.fingerprint import model_identity
+        from pdllm_jax.storage.checkpoint import load_model
+        from pdllm_jax.storage.fingerprint import model_identity
 
         return model_identity(load_model(folder))
 
@@ -141,13 +141,13 @@ class Snapshot(Replacing):
 
     def __init__(self, sources: Path) -> None:
         super().__init__(sources)
-        from pdllm_jax.snapshot_format import SnapshotError
+        from pdllm_jax.storage.snapshot_format import SnapshotError
 
         self.refusal = SnapshotError  # type: ignore[misc]
 
     def work(self, folder: Path, turn: int) -> None:
         from campaigns import snapshot_kinds as kinds
-        from pdllm_jax.snapshot import save_document
+        from pdllm_jax.storage.snapshot import save_document
 
         save_document(
             folder / self.target, kinds.IDENTITY, kinds.document(turn, 5 + turn),
@@ -158,8 +158,8 @@ class Snapshot(Replacing):
         import numpy as np
 
         from campaigns import snapshot_kinds as kinds
-        from pdllm_jax.snapshot import load_document
-        from pdllm_jax.snapshot_tree import arrays_of
+        from pdllm_jax.storage.snapshot import load_document
+        from pdllm_jax.storage.snapshot_tree import arrays_of
 
         cache = load_document(folder, kinds.IDENTITY).cache
         return {k: np.asarray(x).tobytes() for k, x in arrays_of(cache, "cache").items()}

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
 from convert.mapping import targets
-from pdllm_jax.config import ModelConfig
+from pdllm_jax.network.config import ModelConfig
 
 SPECIAL = (
     "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>", "<|start_header_id|>",

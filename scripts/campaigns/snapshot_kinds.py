@@ -20,20 +20,21 @@ import numpy as np
 from campaigns import samples, zarr
 from campaigns.kind import Kind, require
 from campaigns.mutate import mutated_bytes, mutated_json, mutated_value
-from pdllm_jax.cache import ChunkCache, ChunkPool
-from pdllm_jax.config import ChunkConfig, DecodeConfig, ModelConfig, SelectionConfig
-from pdllm_jax.fingerprint import ModelIdentity
-from pdllm_jax.prefilled import Prefilled
-from pdllm_jax.selection import Selection
-from pdllm_jax.snapshot import (
+from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
+from pdllm_jax.engine.request import Prefilled
+from pdllm_jax.method.cache import ChunkCache, ChunkPool
+from pdllm_jax.method.selection import Selection
+from pdllm_jax.network.config import ModelConfig
+from pdllm_jax.storage.fingerprint import ModelIdentity
+from pdllm_jax.storage.snapshot import (
     load_document,
     load_prefilled,
     save_document,
     save_prefilled,
     snapshot_holds,
 )
-from pdllm_jax.snapshot_format import MANIFEST, SnapshotError, settings
-from pdllm_jax.snapshot_tree import arrays_of
+from pdllm_jax.storage.snapshot_format import MANIFEST, SnapshotError, settings
+from pdllm_jax.storage.snapshot_tree import arrays_of
 
 CHUNKS = ChunkConfig(4)
 IDENTITY = ModelIdentity(

@@ -18,8 +18,9 @@ from evals.records import RecordError, Records
 from campaigns import samples
 from campaigns.kind import Kind, require
 from campaigns.mutate import mutated_bytes, mutated_json
-from pdllm_jax.chunking import check_token_ids, chunk_prompt
-from pdllm_jax.config import ChunkConfig, ModelConfig
+from pdllm_jax.config import ChunkConfig
+from pdllm_jax.method.chunking import check_token_ids, chunk_prompt
+from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.tokenizer import Tokenizer, TokenizerError
 
 

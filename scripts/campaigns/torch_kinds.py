@@ -22,7 +22,7 @@ from campaigns.mutate import NUMBERS, TEXTS, mutated_bytes
 from convert.shards import FLOATS, SourceTensor
 from convert.torch_file import open_bin
 from convert.values import materialize
-from pdllm_jax.checkpoint import CheckpointError
+from pdllm_jax.storage.checkpoint import CheckpointError
 
 GLOBALS = (
     b"os\nsystem", b"posix\nsystem", b"builtins\neval", b"builtins\nexec", b"builtins\nbytearray",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pdllm_jax.prompts import SplitPrompt
+from pdllm_jax.evaluation.prompts import SplitPrompt
 
 OnMalformed = Literal["stop", "skip"]
 T = TypeVar("T")

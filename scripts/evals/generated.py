@@ -1,4 +1,4 @@
-"""Retrieval tasks made on the spot from the small model's held-out corpora (scripts/small)."""
+"""Retrieval tasks made on the spot from the small model's held-out corpora (small_model)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from small import tasks
-from small.corpus import Corpora
-from small.tasks import Encoder
 
 from evals.example import DataError, Example, Task
 from evals.ruler import match_all
+from small_model import tasks
+from small_model.corpus import Corpora
+from small_model.tasks import Encoder
 
 ASKED = 2  # of a multi-needle question
 # As the small model's responses, one for each needle asked for.
@@ -24,7 +24,7 @@ def check_tokenizer(corpora: Path, tokenizer: tokenizers.Tokenizer) -> None:
     """DataError unless the corpora are token ids of this tokenizer."""
     path = corpora / "tokenizer.json"
     if not path.is_file():
-        raise DataError(f"{path} is missing: the folder is not one of scripts/small/corpus.py")
+        raise DataError(f"{path} is missing: the folder is not one of small_model/corpus.py")
     if tokenizers.Tokenizer.from_file(str(path)).get_vocab() != tokenizer.get_vocab():
         raise DataError(f"{corpora} was made with another tokenizer than the checkpoint's")
 

@@ -23,7 +23,7 @@ from evals.example import (
     with_unique_ids,
 )
 from evals.text import chinese_characters, english_f1, f1
-from pdllm_jax.prompts import split_template
+from pdllm_jax.evaluation.prompts import split_template
 
 _OPTIONS = "A. {OPTION_A}\nB. {OPTION_B}\nC. {OPTION_C}\nD. {OPTION_D}"
 LETTERS = "ABCD"

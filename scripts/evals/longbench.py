@@ -28,7 +28,7 @@ from evals.example import (
     with_unique_ids,
 )
 from evals.text import chinese_characters, english_f1, f1
-from pdllm_jax.prompts import split_template
+from pdllm_jax.evaluation.prompts import split_template
 
 # Their predictions count up to the end of the first line.
 FIRST_LINE = frozenset({"trec", "triviaqa", "samsum", "lsht"})

@@ -13,7 +13,7 @@ from pathlib import Path
 from evals.example import DataError, Example, Task
 from evals.ruler import match_all
 from pdllm_jax import Tokenizer
-from pdllm_jax.prompts import SplitPrompt
+from pdllm_jax.evaluation.prompts import SplitPrompt
 from pdllm_jax.tokenizer import INSTRUCTION
 
 NEEDLE = (

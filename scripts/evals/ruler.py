@@ -23,7 +23,7 @@ from evals.example import (
     texts,
     with_unique_ids,
 )
-from pdllm_jax.prompts import split_ruler
+from pdllm_jax.evaluation.prompts import split_ruler
 
 # Response tokens, as in RULER's data/synthetic/constants.py.
 GEN_LENGTH = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}

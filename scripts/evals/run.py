@@ -16,14 +16,14 @@ from pallas_kernels import Implementation
 from pdllm_jax import (
     ChunkConfig,
     DecodeConfig,
-    LLaDA,
+    MaskPredictor,
     SelectionConfig,
     Tokenizer,
     generate_ids,
 )
-from pdllm_jax.chunking import TokenIds
-from pdllm_jax.generate import Method
-from pdllm_jax.prompts import dense_prompt, fitting_block, split_request, truncate_middle
+from pdllm_jax.engine.engine import Method
+from pdllm_jax.evaluation.prompts import dense_prompt, fitting_block, split_request, truncate_middle
+from pdllm_jax.method.chunking import TokenIds
 
 METHODS: tuple[Method, ...] = ("plain", "prefix-cache", "dual-cache", "prefilling")
 
@@ -38,7 +38,7 @@ class Asker:
     gen_length: response tokens, instead of the benchmark's.
     """
 
-    model: LLaDA
+    model: MaskPredictor
     tokenizer: Tokenizer
     chunking: ChunkConfig
     selection: SelectionConfig

@@ -10,13 +10,13 @@ from __future__ import annotations
 import numpy as np
 from flax import nnx
 
-from pdllm_jax.model import LLaDA
+from pdllm_jax.network.transformer import MaskPredictor
 
 
 class Definition:
     """The network of `model`, its weights in float64; plain RoPE only."""
 
-    def __init__(self, model: LLaDA):
+    def __init__(self, model: MaskPredictor):
         self.config = model.config
         assert self.config.rope_scaling is None
         state = nnx.to_pure_dict(nnx.state(model))

@@ -1,0 +1,82 @@
+"""cuDNN's attention with its float32 log-sum-exp, and chosen chunks gathered for it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.common import EMPTY_LSE, Partial, merge, selected_chunks
+
+Layout = Literal["BTNH", "BNTH"]
+
+
+def attention_with_lse(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G D"],
+    lengths: Int[Array, "B"] | None,
+    scale: float,
+    layout: Layout = "BTNH",
+) -> Partial:
+    """Attention over the first lengths[b] keys (all, where None); layout "BNTH": heads lead rows.
+
+    The result is [B, T, H, D] in either layout. jax.nn.dot_product_attention(return_residual=True)
+    rounds the residual to q's dtype, which in bfloat16 costs percents in a merge; the function
+    under it, used here, does not.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    batch = q.shape[0]
+    rows, heads = (q.shape[1], q.shape[2]) if layout == "BTNH" else (q.shape[2], q.shape[1])
+    q_lengths = kv_lengths = None
+    if lengths is not None:
+        # A part without keys gives NaN in cuDNN: read one key, and drop the result below.
+        q_lengths = jnp.full((batch,), rows, jnp.int32)
+        kv_lengths = jnp.maximum(lengths, 1).astype(jnp.int32)
+    out, lse = cudnn.dot_product_attention(
+        q,
+        k,
+        v,
+        q_seqlen=q_lengths,
+        kv_seqlen=kv_lengths,
+        scale=scale,
+        mask_type=cudnn.MaskType.NO_MASK if lengths is None else cudnn.MaskType.PADDING,
+        qkv_layout=layout,
+        return_residual=True,
+    )
+    if layout == "BNTH":
+        out = out.swapaxes(1, 2)
+    lse = lse.reshape(batch, heads, rows).astype(jnp.float32)
+    if lengths is not None:
+        lse = jnp.where(lengths[:, None, None] > 0, lse, EMPTY_LSE)
+    return Partial(out, lse)
+
+
+def chunk_attention_cudnn(
+    q: Float[Array, "B K T H D"],
+    k: Float[Array, "L N G C D"],
+    v: Float[Array, "L N G C D"],
+    layer: int | Int[Array, ""],
+    chunk_ids: Int[Array, "B K"],
+    chunk_lengths: Int[Array, "N"],
+    scale: float,
+) -> Partial:
+    """Gathers the chosen chunks into a copy; every slot is a row of cuDNN's batch."""
+    c = k.shape[3]
+    b, slots = chunk_ids.shape
+    ids, lengths = (x.reshape(-1) for x in selected_chunks(chunk_ids, chunk_lengths, c))
+    valid = (jnp.arange(c) < lengths[:, None])[:, None, :, None]  # [B K, 1, C, 1]
+
+    def gather(pool: Array) -> Array:
+        """[B K, G, C, D]; what is no key is zero, for cuDNN multiplies it all the same."""
+        return jnp.where(valid, pool[layer, ids], 0)
+
+    rows = q.reshape(b * slots, *q.shape[2:]).swapaxes(1, 2)  # [B K, H, T, D]
+    part = attention_with_lse(rows, gather(k), gather(v), lengths, scale, "BNTH")
+    out = part.out.reshape(b, slots, *part.out.shape[1:])
+    lse = part.lse.reshape(b, slots, *part.lse.shape[1:])
+    empty = (lse == EMPTY_LSE).swapaxes(2, 3)[..., None]
+    out = jnp.where(empty, 0, out)
+    return merge(*(Partial(out[:, i], lse[:, i]) for i in range(slots)))

@@ -1,0 +1,110 @@
+"""Bidirectional attention over keys that lie together: cuDNN on GPUs, blocked XLA elsewhere.
+
+Nothing here builds a T x S mask: validity is a length per row of the batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.chunk_attention.cudnn import attention_with_lse
+from pallas_kernels.common import EMPTY_LSE, Partial, row_sum
+
+DenseImplementation = Literal["cudnn", "xla"]
+
+# Scores of one block of query rows, in elements: bounds memory, and stays near the caches.
+BLOCK_SCORES = 1 << 24
+# Keys are filled up to this, for XLA's products on the CPU take a column in a narrower loop where
+# 1 to 8 are left over, and then a score's last bit would depend on how many keys there are.
+_KEYS_MULTIPLE = 16
+
+
+def dense_implementation(dtype: jnp.dtype, head_dim: int) -> DenseImplementation:
+    """What `attention` uses on the default backend for this dtype and head size."""
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    fits = head_dim % 8 == 0 and head_dim <= 128
+    return "cudnn" if jax.default_backend() == "gpu" and half and fits else "xla"
+
+
+def attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G D"],
+    lengths: Int[Array, "B"] | None = None,
+    *,
+    need_lse: bool = False,
+    scale: float | None = None,
+) -> Partial:
+    """Attention of every query row over the first lengths[b] keys (all, where lengths is None).
+
+    scale: of the scores, 1/sqrt(D) by default; softmax in float32; H a multiple of G. `lse` is
+    exact where `need_lse`, and otherwise may be absent (zeros): cuDNN's public, differentiable
+    entry is used.
+    """
+    if dense_implementation(q.dtype, q.shape[-1]) == "xla":
+        return _blocked(q, k, v, lengths, scale)
+    if need_lse:
+        return attention_with_lse(q, k, v, lengths, scale or q.shape[-1] ** -0.5)
+    out = jax.nn.dot_product_attention(
+        q, k, v, key_value_seq_lengths=lengths, implementation="cudnn", scale=scale
+    )
+    batch, rows, heads, _ = q.shape
+    return Partial(out, jnp.zeros((batch, heads, rows), jnp.float32))
+
+
+def _blocked(
+    q: Array, k: Array, v: Array, lengths: Array | None, scale: float | None = None
+) -> Partial:
+    """Plain softmax attention, a block of query rows at a time."""
+    batch, rows, heads, dim = q.shape
+    groups = k.shape[2]
+    valid = None if lengths is None else jnp.arange(k.shape[1]) < lengths[:, None]  # [B, S]
+    if odd := -k.shape[1] % _KEYS_MULTIPLE:
+        if valid is None:
+            valid = jnp.ones((batch, k.shape[1]), bool)
+        valid = jnp.pad(valid, ((0, 0), (0, odd)))
+        k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (k, v))
+    keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, G, S, D]
+    if valid is not None:
+        values = jnp.where(valid[:, None, :, None], values, 0)
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+
+    def block(query: Array) -> tuple[Array, Array]:
+        """[B, t, H, D] -> out [B, t, H, D], lse [B, H, t]."""
+        t = query.shape[1]
+        query = query.reshape(batch, t, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4)
+        query = query.reshape(batch, groups, -1, dim)
+        scores = product("bgmd,bgsd->bgms", query, keys) * (scale or dim**-0.5)
+        if valid is not None:
+            scores = jnp.where(valid[:, None, None], scores, EMPTY_LSE)
+        peak = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - peak)
+        total = row_sum(weights)[..., None]
+        out = product("bgms,bgsd->bgmd", weights.astype(v.dtype), values) / total
+        lse = (peak + jnp.log(total))[..., 0]
+        out = out.reshape(batch, groups, heads // groups, t, dim).transpose(0, 3, 1, 2, 4)
+        return out.reshape(batch, t, heads, dim).astype(q.dtype), lse.reshape(batch, heads, t)
+
+    size = max(16, BLOCK_SCORES // (batch * heads * k.shape[1]))
+    if rows <= size:
+        out, lse = block(q)
+    else:
+        n = -(-rows // size)
+        size = -(-rows // n)
+        padded = jnp.pad(q, ((0, 0), (0, n * size - rows), (0, 0), (0, 0)))
+        blocks = padded.reshape(batch, n, size, heads, dim).swapaxes(0, 1)
+        out, lse = lax.map(block, blocks)  # [n, B, t, H, D] and [n, B, H, t]
+        out = out.swapaxes(0, 1).reshape(batch, n * size, heads, dim)[:, :rows]
+        lse = jnp.moveaxis(lse, 0, 2).reshape(batch, heads, n * size)[..., :rows]
+    if lengths is not None:
+        some = lengths[:, None, None] > 0
+        out = jnp.where(some[..., None], out, 0)
+        lse = jnp.where(some, lse, EMPTY_LSE)
+    return Partial(out, lse)

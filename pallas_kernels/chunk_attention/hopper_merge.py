@@ -1,0 +1,120 @@
+"""The merge of the kernel's splits."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import compat
+from pallas_kernels.chunk_attention.hopper_kernel import tiled
+from pallas_kernels.geometry import ROWS, Geometry
+
+# Splits whose outputs lie in shared memory at once, and columns that a block of threads merges:
+# few, so that there are many blocks.
+_BUFFERS, _COLUMNS = 8, 32
+
+
+def build_merge(geo: Geometry, dtype: jnp.dtype, *, interpret):
+    """The callable: out [splits, R, D], lse [splits, R], both as the kernel leaves them.
+
+    Rows are (b, h, t), R of them, in tiles of 64. Returns out [B, T, H, D] in `dtype` and lse [R]
+    float32.
+    """
+    splits, width = geo.splits, _COLUMNS
+    buffers = min(splits, _BUFFERS)
+    pieces = ROWS // geo.rows_per_head
+    heads = geo.batch * geo.heads
+    by_row = plgpu.Layout.WGMMA.reduce(1)
+
+    def piece(first, i):
+        """(rows of the tile, request, rows of T, head, whether it exists) of a tile's i-th head."""
+        start = first + i * geo.rows_per_head
+        place = lax.div(start, jnp.int32(geo.rows))
+        head = jnp.minimum(place, heads - 1)
+        return (
+            pl.ds(i * geo.rows_per_head, geo.rows_per_head),
+            lax.div(head, jnp.int32(geo.heads)),
+            pl.ds(lax.rem(start, jnp.int32(geo.rows)), geo.rows_per_head),
+            lax.rem(head, jnp.int32(geo.heads)),
+            place < heads,
+        )
+
+    def merge_partials(
+        out_gmem, lse_gmem, merged_gmem, merged_lse_gmem, parts, lses, top_lse, ready, known
+    ):
+        first, share = lax.axis_index("tile") * ROWS, lax.axis_index("share")
+        columns = pl.ds(share * width, width)
+
+        def load(split):
+            plgpu.copy_gmem_to_smem(
+                out_gmem.at[split, pl.ds(first, ROWS), columns],
+                parts.at[split % buffers],
+                ready.at[split % buffers],
+            )
+
+        for split in range(splits):
+            plgpu.copy_gmem_to_smem(lse_gmem.at[split, pl.ds(first, ROWS)], lses.at[split], known)
+        for split in range(buffers):
+            load(split)
+        plgpu.barrier_wait(known)
+        scores = [compat.load(lses.at[split], by_row) for split in range(splits)]
+        top = scores[0]
+        for score in scores[1:]:
+            top = jnp.maximum(top, score)
+        total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row)
+        acc = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
+        for split, score in enumerate(scores):
+            weight = jnp.exp(score - top)
+            total += weight
+            plgpu.barrier_wait(ready.at[split % buffers])
+            part = compat.load(parts.at[split % buffers], plgpu.Layout.WGMMA)
+            acc += part.astype(jnp.float32) * lax.broadcast_in_dim(weight, acc.shape, [0])
+            if split + buffers < splits:
+                plgpu.commit_smem()  # all have read the buffer
+                load(split + buffers)
+        acc = acc * lax.broadcast_in_dim(1 / total, acc.shape, [0])
+        last = parts.at[(splits - 1) % buffers]
+        plgpu.commit_smem()
+        last[...] = acc.astype(dtype)
+        top_lse[...] = top + jnp.log(total)
+        plgpu.commit_smem()
+        for i in range(pieces):
+            rows, request, target, head, exists = piece(first, i)
+
+            @pl.when(exists)
+            def _(rows=rows, request=request, target=target, head=head):
+                plgpu.copy_smem_to_gmem(
+                    last.at[rows], merged_gmem.at[request, target, head, columns]
+                )
+
+        @pl.when(share == 0)
+        def _():
+            plgpu.copy_smem_to_gmem(top_lse, merged_lse_gmem.at[pl.ds(first, ROWS)])
+
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    return plgpu.kernel(
+        merge_partials,
+        out_type=[
+            jax.ShapeDtypeStruct((geo.batch, geo.rows, geo.heads, geo.dim), dtype),
+            jax.ShapeDtypeStruct((geo.flat_rows,), jnp.float32),
+        ],
+        scratch_types=[
+            plgpu.SMEM((buffers, ROWS, width), dtype, transforms=tiled(width)),
+            plgpu.SMEM((splits, ROWS), jnp.float32),
+            plgpu.SMEM((ROWS,), jnp.float32),
+            plgpu.Barrier(num_barriers=buffers),
+            plgpu.Barrier(num_arrivals=splits),
+        ],
+        grid=(geo.flat_rows // ROWS, geo.dim // width),
+        grid_names=("tile", "share"),
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+        ),
+    )

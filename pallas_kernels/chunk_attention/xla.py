@@ -1,0 +1,72 @@
+"""Portable path: one chunk at a time with a running log-sum-exp, no gathered copy of the KV."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.common import EMPTY_LSE, Partial, selected_chunks
+
+
+def chunk_attention_xla(
+    q: Float[Array, "B K T H D"],
+    k: Float[Array, "L N G C D"],
+    v: Float[Array, "L N G C D"],
+    layer: int | Int[Array, ""],
+    chunk_ids: Int[Array, "B K"],
+    chunk_lengths: Int[Array, "N"],
+    scale: float,
+) -> Partial:
+    """Scans over the K slots; each step reads one chunk per request where it lies in the pool."""
+    _, _, g, c, d = k.shape
+    b, _, t, h, _ = q.shape
+    ids, lengths = selected_chunks(chunk_ids, chunk_lengths, c)
+    # Batch and head lead, as dot_general wants them.
+    queries = q.reshape(b, -1, t, g, h // g, d).transpose(1, 0, 3, 4, 2, 5)  # [K, B, G, R, T, D]
+    queries = queries.reshape(-1, b, g, (h // g) * t, d)
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+
+    def read(pool: Array, chunk: Array) -> Array:
+        """[G, C, D] of one chunk: a slice of the pool, fused into its use."""
+        return lax.dynamic_slice(pool, (layer, chunk, 0, 0, 0), (1, 1, g, c, d))[0, 0]
+
+    def step(carry, slot):
+        peak, total, acc = carry
+        query, chunk, length = slot
+        keys, values = (jax.vmap(lambda i, p=pool: read(p, i))(chunk) for pool in (k, v))
+        valid = jnp.arange(c) < length[:, None]  # [B, C]
+        scores = jnp.einsum(
+            "bgmd,bgcd->bgmc",
+            query,
+            keys,
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+        scores = jnp.where(valid[:, None, None], scores * scale, EMPTY_LSE)
+        new_peak = jnp.maximum(peak, scores.max(axis=-1))
+        weights = jnp.where(valid[:, None, None], jnp.exp(scores - new_peak[..., None]), 0.0)
+        fade = jnp.exp(peak - new_peak)
+        # 0 x NaN is NaN: what lies behind a chunk's end must not reach the sum.
+        values = jnp.where(valid[:, None, :, None], values, 0)
+        added = jnp.einsum(
+            "bgmc,bgcd->bgmd",
+            weights.astype(values.dtype),
+            values,
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+        return (new_peak, total * fade + weights.sum(axis=-1), acc * fade[..., None] + added), None
+
+    rows = queries.shape[1:-1]
+    start = (
+        jnp.full(rows, EMPTY_LSE, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros((*rows, d), jnp.float32),
+    )
+    (peak, total, acc), _ = lax.scan(step, start, (queries, ids.T, lengths.T))
+    safe = jnp.maximum(total, 1e-30)
+    out = (acc / safe[..., None]).reshape(b, g, h // g, t, d).transpose(0, 3, 1, 2, 4)
+    lse = jnp.where(total > 0, peak + jnp.log(safe), EMPTY_LSE)
+    return Partial(out.reshape(b, t, h, d).astype(q.dtype), lse.reshape(b, h, t))

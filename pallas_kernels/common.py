@@ -1,0 +1,100 @@
+"""Attention over a part of the keys, and the exact merge of such parts.
+
+Run-time ids and lengths as the implementations may use them.
+
+Sums whose last bits do not depend on what lies beside a row.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# Finite, so that a part without any key merges to weight zero instead of NaN.
+EMPTY_LSE = -1e30
+
+
+class Partial(NamedTuple):
+    """Softmax attention restricted to some keys.
+
+    out [B, T, H, D]: weighted mean of those keys' values; zero where there is no key.
+    lse [B, H, T] float32: natural log of the sum of exp(scores); EMPTY_LSE where there is no key.
+      Heads come before rows, as attention kernels write it.
+    """
+
+    out: Float[Array, "B T H D"]
+    lse: Float[Array, "B H T"]
+
+
+class OwnKV(NamedTuple):
+    """Keys and values that each request has to itself, beside the chunks: prefix, query, response.
+
+    k, v [B, S, G, D]: of one layer, whether or not the pool has an axis of layers.
+    lengths [B] int32: valid keys of each request, clipped to [0, S]; what lies behind is never
+      used, whatever it holds.
+    """
+
+    k: Float[Array, "B S G D"]
+    v: Float[Array, "B S G D"]
+    lengths: Int[Array, "B"]
+
+
+def merge(*parts: Partial) -> Partial:
+    """Attention over the union of the parts' (disjoint) keys: weights exp(lse_i - max lse)."""
+    if len(parts) == 1:
+        return parts[0]
+    # Elementwise over the parts, so that the compiler makes no stacked copy of them.
+    top = functools.reduce(jnp.maximum, [part.lse for part in parts])
+    weights = [jnp.exp(part.lse - top) for part in parts]
+    total = functools.reduce(jnp.add, weights)
+
+    def weighted(part: Partial, weight: Array) -> Array:
+        return part.out.astype(jnp.float32) * (weight / total).swapaxes(1, 2)[..., None]
+
+    out = functools.reduce(jnp.add, map(weighted, parts, weights))
+    return Partial(out.astype(parts[0].out.dtype), top + jnp.log(total))
+
+
+def selected_chunks(
+    chunk_ids: Int[Array, "B K"], chunk_lengths: Int[Array, "N"], chunk_size: int
+) -> tuple[Int[Array, "B K"], Int[Array, "B K"]]:
+    """Ids inside the pool and the valid keys of each, 0 to chunk_size.
+
+    An id outside the pool becomes chunk 0 with no keys: nothing outside is read.
+    """
+    inside = (chunk_ids >= 0) & (chunk_ids < chunk_lengths.shape[0])
+    ids = jnp.where(inside, chunk_ids, 0)
+    return ids, jnp.where(inside, jnp.clip(chunk_lengths[ids], 0, chunk_size), 0)
+
+
+def _sum_by_halves(x: Float[Array, "*rows M"]) -> Float[Array, "*rows"]:
+    size = 1 << (x.shape[-1] - 1).bit_length()
+    # Behind a barrier, so that no product is fused with the first additions.
+    x = jax.lax.optimization_barrier(x)
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
+    while (half := x.shape[-1] // 2) > 0:
+        x = x[..., :half] + x[..., half:]
+    return x[..., 0]
+
+
+def row_sum(x: Float[Array, "*rows M"]) -> Float[Array, "*rows"]:
+    """Sum over the last axis, on the CPU in an order of its own.
+
+    XLA's reductions on the CPU choose their order by the size of the whole array, so that a row's
+    last bit would depend on its neighbours. By halves of a power of two it depends on the row
+    alone, and zeros behind it change nothing.
+    """
+    return jax.lax.platform_dependent(x, cpu=_sum_by_halves, default=lambda x: x.sum(axis=-1))
+
+
+def rms_norm(
+    x: Float[Array, "*rows M"], weight: Float[Array, "M"], eps: float
+) -> Float[Array, "*rows M"]:
+    """Root-mean-square norm: float32 inside, cast back, then scaled by the weight."""
+    wide = x.astype(jnp.float32)
+    mean = row_sum(wide * wide) / x.shape[-1]
+    return (wide * jax.lax.rsqrt(mean[..., None] + eps)).astype(x.dtype) * weight

@@ -1,0 +1,294 @@
+"""A document whose KV does not fit the device: it lies in the host's memory, chunk by chunk.
+
+    document = encode_offloaded(model, prompt)               a few chunks at a time on the device
+    chosen = choose_offloaded(model, document, query, ...)   scores it in groups that pass through,
+    finish(model, begin(model, chosen, decode))              then brings the K chosen chunks over
+
+Every chunk is two host arrays of its own, so that what comes over is exactly what was chosen, in
+one transfer each, with no slicing of host memory. They lie in pinned memory where the backend has
+it (JAX memory kinds), which a GPU reads by DMA while it computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import Implementation
+from pdllm_jax.config import CONTROLS, SelectionConfig
+from pdllm_jax.engine.memory import MemoryLimitError
+from pdllm_jax.engine.request import Prefilled, settled, trimmed
+from pdllm_jax.method.cache import ChunkCache, ChunkPool
+from pdllm_jax.method.chunking import ChunkedPrompt, TokenIds, bucket_rows, check_token_ids, pad_to
+from pdllm_jax.method.prefill import encode_document
+from pdllm_jax.method.scoring import Question, draft_response, score_chunks
+from pdllm_jax.method.selection import EMPTY_SLOT, control_scores, select
+from pdllm_jax.network.sharding import TENSOR
+from pdllm_jax.network.transformer import MaskPredictor
+
+_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"  # of pinned memory, in GiB; 64 where it is not set
+_RESERVED = 1 << 30  # for other transfers, and what allocating leaves between arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class OffloadedDocument:
+    """One document's KV in host memory; its tokens, and the prefix's KV, on the device.
+
+    k, v: of each chunk that holds tokens, [L, G, C, D], keys rotated at chunk-local positions.
+    cache: the document without a pool.
+    device: sharding of a chunk on the device.
+    """
+
+    k: tuple[Array, ...]
+    v: tuple[Array, ...]
+    cache: ChunkCache
+    device: Sharding
+
+    @property
+    def nbytes(self) -> int:
+        """In host memory."""
+        return sum(x.nbytes for x in (*self.k, *self.v))
+
+
+def host_memory(sharding: Sharding) -> Sharding:
+    """The same devices' host memory: pinned where there is such a thing.
+
+    Raises ValueError where the backend has no memory of the host's.
+    """
+    devices: Any = sharding.device_set
+    kinds = {memory.kind for device in devices for memory in device.addressable_memories()}
+    for kind in ("pinned_host", "unpinned_host"):
+        if kind in kinds:
+            return sharding.with_memory_kind(kind)
+    raise ValueError(f"the device has no host memory to offload to, only {sorted(kinds)}")
+
+
+def check_host_memory(host: Sharding, nbytes: int) -> None:
+    """Raises MemoryLimitError where XLA would not pin as much of a GPU's host memory.
+
+    The limit is one for all of a process's devices, and set as the first of them is used.
+    """
+    devices: Any = host.device_set
+    if next(iter(devices)).platform != "gpu" or host.memory_kind != "pinned_host":
+        return
+    limit = int(os.environ.get(_LIMIT, 64))
+    if nbytes > (limit << 30) - _RESERVED:
+        raise MemoryLimitError(
+            f"the document's KV takes {nbytes / 2**30:.1f} GiB of pinned host memory, XLA's limit "
+            f"is {limit}: start the process with {_LIMIT}={2 + -(-nbytes // 2**30)} or more"
+        )
+
+
+def encode_offloaded(
+    model: MaskPredictor, prompt: ChunkedPrompt, *, encode_batch: int = 8, group: int | None = None
+) -> OffloadedDocument:
+    """`encode_document`, with the KV of `group` chunks on the device at a time.
+
+    The KV is that of `encode_document` bit for bit where `group` is a multiple of encode_batch, as
+    it is by default (2 encode_batch).
+
+    Raises:
+      ValueError: a batch of prompts; no host memory.
+      MemoryLimitError: XLA would not pin so much of it (`check_host_memory`).
+    """
+    if prompt.chunks.ndim != 2:
+        raise ValueError("one document is offloaded at a time, not a batch of them")
+    group = 2 * encode_batch if group is None else group
+    n, size = prompt.n_chunks, prompt.chunk_size
+    device = _device(model.mesh)
+    host = host_memory(device)
+    config = model.config
+    values = 2 * config.n_layers * config.n_kv_heads * config.head_dim * size
+    check_host_memory(host, n * values * model.dtype.itemsize)
+    k: list[Array] = []
+    v: list[Array] = []
+    cache = None
+    for first in range(0, n, group):
+        part = dataclasses.replace(
+            prompt,
+            chunks=_rows(prompt.chunks, first, group, size),
+            chunk_lengths=_rows(prompt.chunk_lengths, first, group),
+        )
+        cache = encode_document(model, part, encode_batch=encode_batch)
+        assert cache.pool is not None
+        for i in range(min(group, n - first)):
+            # Asynchronous: the next group is encoded while this one is on its way.
+            k.append(jax.device_put(cache.pool.k[:, i], host))
+            v.append(jax.device_put(cache.pool.v[:, i], host))
+    assert cache is not None
+    cache = dataclasses.replace(
+        cache.without_pool(), tokens=prompt.chunks, lengths=prompt.chunk_lengths
+    )
+    return OffloadedDocument(tuple(k), tuple(v), cache, device)
+
+
+def offload(cache: ChunkCache) -> OffloadedDocument:
+    """A document that is on the device, or was restored to host memory, as one that is offloaded.
+
+    Of a snapshot: `load_document` with a placement that gives `host_memory` for the pool's arrays.
+    """
+    if cache.pool is None or cache.batched or cache.streamed:
+        raise ValueError("only one document's cache with the KV of every chunk can be offloaded")
+    lies = cache.pool.k.sharding
+    device = _device(lies.mesh if isinstance(lies, NamedSharding) else None)
+    host = host_memory(device)
+    n = int(np.count_nonzero(np.asarray(cache.lengths)))
+    check_host_memory(host, 2 * n * cache.pool.k.nbytes // cache.pool.k.shape[1])
+
+    def chunks(x: Array) -> tuple[Array, ...]:
+        on_device = x.sharding.memory_kind == device.memory_kind
+        # What lies in host memory is cut up there; an index would be computed on the device.
+        rows = x if on_device else np.asarray(x)
+        return tuple(jax.device_put(rows[:, i], host) for i in range(n))
+
+    return OffloadedDocument(
+        chunks(cache.pool.k), chunks(cache.pool.v), cache.without_pool(), device
+    )
+
+
+def fetch(document: OffloadedDocument, chunk_ids: Sequence[int]) -> ChunkPool:
+    """These chunks as a pool on the device, in this order; nothing else leaves the host.
+
+    EMPTY_SLOT gives a chunk of length 0, for which chunk 0 comes over.
+    """
+    ids = [max(int(i), 0) for i in chunk_ids]
+    lengths = np.where(np.asarray(chunk_ids) >= 0, np.asarray(document.cache.lengths)[ids], 0)
+    # All transfers are under way before the first is waited for.
+    k, v = ([jax.device_put(x[i], document.device) for i in ids] for x in (document.k, document.v))
+    return ChunkPool(_stacked(*k), _stacked(*v), jnp.asarray(lengths, jnp.int32))
+
+
+@jax.jit
+def _stacked(*chunks: Array) -> Array:
+    return jnp.stack(chunks, axis=1)
+
+
+def score_offloaded(
+    model: MaskPredictor,
+    document: OffloadedDocument,
+    query_ids: Int[Array, "Q"],
+    config: SelectionConfig,
+    *,
+    query_length: Int[Array, ""] | None = None,
+    key: Array | None = None,
+    group: int = 8,
+    implementation: Implementation | None = None,
+) -> Float[Array, "N"]:
+    """`score_chunks`, the KV passing through the device `group` chunks at a time.
+
+    Two groups lie on the device at once: one is scored while the next comes over. Each score is
+    that of `score_chunks` up to the order of sums; the controls read no KV.
+
+    Raises:
+      ValueError: scorer "attention", which compares all chunks' KV at once.
+    """
+    cache = document.cache
+    if config.scorer == "attention":
+        raise ValueError("scorer 'attention' compares all chunks' KV: it cannot be streamed")
+    if config.scorer in CONTROLS:
+        return control_scores(config, cache.lengths > 0, key)
+    rows = jnp.asarray(query_ids.shape[-1] if query_length is None else query_length, jnp.int32)
+    draft = None
+    if config.scorer == "draft":
+        question = Question(cache.prefix_ids, cache.prefix_length, query_ids, rows)
+        draft = draft_response(model, question, config)
+    n, size = len(document.k), cache.tokens.shape[1]
+
+    def part(first: int) -> ChunkCache:
+        ids = [i if i < n else EMPTY_SLOT for i in range(first, first + group)]
+        pool = fetch(document, ids)
+        tokens = _rows(cache.tokens, first, group, size)
+        return dataclasses.replace(cache, pool=pool, tokens=tokens, lengths=pool.lengths)
+
+    scores = []
+    following = part(0)
+    for first in range(0, n, group):
+        here = following
+        found = score_chunks(
+            model, here, query_ids, config,
+            query_length=rows, draft=draft, implementation=implementation,
+        )  # fmt: skip
+        if first + group < n:
+            following = part(first + group)
+        # No third group before the first is done with.
+        scores.append(jax.block_until_ready(found))
+    whole = jnp.concatenate(scores)[:n]
+    return jnp.pad(whole, (0, cache.lengths.shape[0] - n), constant_values=-jnp.inf)
+
+
+def choose_offloaded(
+    model: MaskPredictor,
+    document: OffloadedDocument,
+    query_ids: TokenIds,
+    selecting: SelectionConfig,
+    keys: Array,
+    *,
+    group: int = 8,
+    implementation: Implementation | None = None,
+) -> Prefilled:
+    """`choose` for one question on an offloaded document; go on with `begin`.
+
+    Encodings that start from a chunk's KV bring the K chosen chunks over, once; the others, which
+    make their own from the tokens, none.
+
+    Args:
+      keys: of the request, [1] (`request_keys`).
+
+    Raises:
+      ValueError: an empty question, ids outside the vocabulary; re-selection, which may want every
+        chunk's KV at every step; the scorers "attention" and "oracle".
+    """
+    if selecting.reselect != "never":
+        raise ValueError("re-selection reads all chunks' KV: the document cannot be offloaded")
+    ids = check_token_ids("query", query_ids, model.config.vocab_size)
+    if ids.size == 0:
+        raise ValueError("query is empty")
+    query, length = jnp.asarray(pad_to(ids, bucket_rows(ids.size))), jnp.int32(ids.size)
+    n = len(document.k)
+    selecting = settled(selecting, n)
+    scores = score_offloaded(
+        model, document, query, selecting.scoring(),
+        query_length=length, key=jax.random.fold_in(keys[0], 1), group=group,
+        implementation=implementation,
+    )  # fmt: skip
+    selection = select(scores, selecting)
+    if selecting.max_k is not None:
+        selection = trimmed(selection)
+    cache = document.cache
+    if selecting.encoding in ("independent", "bridge"):
+        chosen = np.asarray(selection.chunk_ids)
+        cache = dataclasses.replace(cache, pool=fetch(document, chosen.tolist()), streamed=True)
+        slots = np.where(chosen >= 0, np.arange(chosen.size), EMPTY_SLOT)
+        selection = dataclasses.replace(selection, slots=jnp.asarray(slots, jnp.int32))
+    return Prefilled(
+        cache=cache,
+        selection=selection,
+        query=query,
+        query_length=length,
+        keys=keys,
+        counts=jnp.asarray([n], jnp.int32),
+        scores=None if selecting.scorer == "all" else scores,
+        state=None,
+        selecting=selecting,
+    )
+
+
+def _device(mesh: Any) -> Sharding:
+    """Of a chunk [L, G, C, D]: by heads over a mesh, or JAX's default device."""
+    if mesh is None:
+        return jax.device_put(0).sharding
+    return NamedSharding(mesh, PartitionSpec(None, TENSOR))
+
+
+def _rows(x: Array, first: int, count: int, *axes: int) -> Array:
+    """x[first : first + count], zeros behind its end."""
+    piece = x[first : first + count]
+    return jnp.pad(piece, ((0, count - piece.shape[0]), *[(0, 0)] * len(axes)))

@@ -1,0 +1,297 @@
+"""Runs of rows at run-time places, request by request.
+
+KV state as pytrees: the pool of context chunks, and the live rows around it.
+
+Axes: L layers, N chunks, G KV heads, C chunk length, B batch, S live rows, D head size.
+
+The denoising state, and where its chunks are placed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from pdllm_jax.config import Positions
+from pdllm_jax.network.config import ModelConfig
+from pdllm_jax.network.sharding import constrain, heads_spec, local, rows_axis
+
+
+def dynamic_slices(x: Array, start: Int[Array, "B"], size: int) -> Array:
+    """x[b, start[b] : start[b] + size] for every request."""
+    return jax.vmap(lambda row, s: lax.dynamic_slice_in_dim(row, s, size))(x, start)
+
+
+def dynamic_updates(x: Array, start: Int[Array, "B"], values: Array) -> Array:
+    """x with values[b] written from start[b] on."""
+    put = functools.partial(lax.dynamic_update_slice_in_dim, axis=0)
+    return jax.vmap(lambda row, s, v: put(row, v.astype(row.dtype), s))(x, start, values)
+
+
+_LIVE_MULTIPLE = 128  # rows; the kernel reads them in blocks of as many
+# Runs of rows that are written by a copy in place each. More go as one scatter: XLA's fusion takes
+# time that grows with the square of such copies, minutes for a step of 32 requests.
+_ONE_BY_ONE = 8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChunkPool:
+    """KV of chunks, each [C, D] block of a chunk and head contiguous.
+
+    k: keys rotated at chunk-local positions 0..C-1, so that a chunk can be placed anywhere.
+    lengths: valid rows of each chunk; what lies behind is never attended to.
+    """
+
+    k: Float[Array, "L N G C D"]
+    v: Float[Array, "L N G C D"]
+    lengths: Int[Array, "N"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChunkCache:
+    """What is kept of a document, or of a batch of them, once it went through `prefill`.
+
+    pool: KV of every chunk, encoded on its own behind the prefix (None where only scores were
+      wanted: joint encoding makes its own). Chunk n of document b is the pool's b N + n.
+    tokens [*B, N, C], lengths [*B, N]: the chunks themselves, from which joint encoding starts.
+    prefix_ids [*B, P], prefix_length [*B]: the prefix.
+    prefix_k, prefix_v [L, *B, P, G, D]: its KV, keys rotated at 0..P-1 (None for an empty prefix,
+      and without a pool).
+    streamed: the pool holds the kept chunks alone, at the places that the selection names.
+    anchors: chunks begin with an anchor.
+    """
+
+    pool: ChunkPool | None
+    tokens: Int[Array, "*B N C"]
+    lengths: Int[Array, "*B N"]
+    prefix_ids: Int[Array, "*B P"]
+    prefix_length: Int[Array, "*B"]
+    prefix_k: Float[Array, "L *B P G D"] | None
+    prefix_v: Float[Array, "L *B P G D"] | None
+    streamed: bool = dataclasses.field(default=False, metadata={"static": True})
+    anchors: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    @property
+    def batched(self) -> bool:
+        """Whether there is a document for each request, rather than one for all."""
+        return self.tokens.ndim == 3
+
+    def per_document(self) -> ChunkCache:
+        """With an axis of documents, if only of one."""
+        if self.batched:
+            return self
+
+        def add(x: Array | None) -> Array | None:
+            return None if x is None else x[:, None]
+
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[None],
+            lengths=self.lengths[None],
+            prefix_ids=self.prefix_ids[None],
+            prefix_length=self.prefix_length[None],
+            prefix_k=add(self.prefix_k),
+            prefix_v=add(self.prefix_v),
+        )
+
+    def without_pool(self) -> ChunkCache:
+        """What decoding against a state's own chunks needs of it."""
+        return dataclasses.replace(self, pool=None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LiveCache:
+    """KV of prefix, query and response, in that order and without gaps, then padding up to whole
+    blocks of the kernel; an array for each layer, so that attention takes it as it is.
+
+    k: keys rotated at their positions in the prompt.
+    """
+
+    k: tuple[Float[Array, "B S G D"], ...]
+    v: tuple[Float[Array, "B S G D"], ...]
+
+    def write(
+        self,
+        layer: int,
+        k: Float[Array, "B T G D"],
+        v: Float[Array, "B T G D"],
+        start: Int[Array, "B"],
+        keep: Bool[Array, "B T"] | None = None,
+        *,
+        mesh: Mesh | None = None,
+    ) -> LiveCache:
+        """With T rows of a layer written from start[b] on; those where `keep` stay as they were.
+
+        mesh: that the cache lies on.
+        """
+        batch = start.shape[0]
+        heads, each = heads_spec(mesh, batch, 2), PartitionSpec(rows_axis(mesh, batch))
+        write = local(mesh, _write_rows, (heads, heads, each, each), heads)
+
+        def put(stores: tuple[Array, ...], rows: Array) -> tuple[Array, ...]:
+            written = write(stores[layer], rows, start, keep)
+            return (*stores[:layer], written, *stores[layer + 1 :])
+
+        return LiveCache(put(self.k, k), put(self.v, v))
+
+
+def init_pool(
+    config: ModelConfig, chunks: int, size: int, dtype: DTypeLike, mesh: Mesh | None = None
+) -> ChunkPool:
+    """An empty pool of `chunks` chunks of `size` rows. mesh: that it lies on; under jit."""
+    shape = (config.n_layers, chunks, config.n_kv_heads, size, config.head_dim)
+    pool = ChunkPool(
+        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((chunks,), jnp.int32)
+    )
+    return constrain(mesh, pool, "pool")
+
+
+def live_rows(rows: int) -> int:
+    """Rows that a live cache for so many has."""
+    return -(-rows // _LIVE_MULTIPLE) * _LIVE_MULTIPLE
+
+
+def init_live(
+    config: ModelConfig, batch: int, rows: int, dtype: DTypeLike, mesh: Mesh | None = None
+) -> LiveCache:
+    """An empty live cache of `live_rows(rows)` rows for each of `batch` requests.
+
+    mesh: that it lies on; under jit.
+    """
+    shape = (batch, live_rows(rows), config.n_kv_heads, config.head_dim)
+    k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)) for _ in range(2))
+    return constrain(mesh, LiveCache(k, v), "live")
+
+
+def _write_rows(
+    store: Float[Array, "B S G D"],
+    rows: Float[Array, "B T G D"],
+    start: Int[Array, "B"],
+    keep: Bool[Array, "B T"] | None,
+) -> Float[Array, "B S G D"]:
+    if keep is not None:
+        old = jax.vmap(lambda c, s: lax.dynamic_slice_in_dim(c, s, rows.shape[1]))(store, start)
+        rows = jnp.where(keep[..., None, None], old, rows)
+    rows = rows.astype(store.dtype)
+    batch, count = rows.shape[:2]
+    if batch > _ONE_BY_ONE:
+        places = start[:, None] + jnp.arange(count)
+        return store.at[jnp.arange(batch)[:, None], places].set(rows, mode="drop")
+    for b in range(batch):
+        store = lax.dynamic_update_slice(store, rows[b : b + 1], (b, start[b], 0, 0))
+    return store
+
+
+def write_chunks(
+    pool: ChunkPool, layer: int, k: Float[Array, "N C G D"], v: Array, where: int | Array
+) -> ChunkPool:
+    """Writes one layer's KV of chunks: at consecutive places from `where` on, or at `where` [N]."""
+
+    def put(store: Array, rows: Array) -> Array:
+        rows = rows.transpose(0, 2, 1, 3)[None].astype(store.dtype)
+        if jnp.ndim(where) == 0:
+            return lax.dynamic_update_slice(store, rows, (layer, where, 0, 0, 0))
+        if rows.shape[1] > _ONE_BY_ONE:
+            return store.at[layer, where].set(rows[0], mode="drop")
+        for i in range(rows.shape[1]):
+            one = rows[:, i : i + 1]
+            store = lax.dynamic_update_slice(store, one, (layer, jnp.asarray(where)[i], 0, 0, 0))
+        return store
+
+    return dataclasses.replace(pool, k=put(pool.k, k), v=put(pool.v, v))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DenoiseState:
+    """Everything that changes while a response is denoised; B requests, G response tokens each.
+
+    tokens [B, G] int32: the response; masked slots hold the mask token.
+    query [B, Q], query_length [B], prefix_length [B]: the other live rows.
+    selected [B, K]: ids of the document's chunks that are kept, ascending, negative for an empty
+      slot.
+    chunk_ids [B, K]: their places in the pool that is attended to, negative for an empty slot.
+    chunk_starts [B, K]: position of each chunk's first row.
+    query_start [B]: position of the query's first row, behind the last chunk's full slot.
+    live: KV of the live rows; None where nothing is ever read from it.
+    pool: chunks of the state's own (joint encoding, bridge, kept tokens); None where the document's
+      cache serves.
+    block [B], step [B]: block being denoised (all done at gen_length / block_length), and the
+      evaluations made in it.
+    stale [B]: live KV must be recomputed before it is used.
+    evaluations [B]: denoising evaluations so far; encoding and scoring are not among them.
+    rescored [B]: how often the chunks were scored anew (`reselect`).
+    keys [B]: PRNG key of each request.
+    live_encoded: live KV was made with the chunks' (joint encoding, bridge), so that it is stale
+      after a block alone.
+    """
+
+    tokens: Int[Array, "B G"]
+    query: Int[Array, "B Q"]
+    query_length: Int[Array, "B"]
+    prefix_length: Int[Array, "B"]
+    selected: Int[Array, "B K"]
+    chunk_ids: Int[Array, "B K"]
+    chunk_starts: Int[Array, "B K"]
+    query_start: Int[Array, "B"]
+    live: LiveCache | None
+    pool: ChunkPool | None
+    block: Int[Array, "B"]
+    step: Int[Array, "B"]
+    stale: Bool[Array, "B"]
+    evaluations: Int[Array, "B"]
+    rescored: Int[Array, "B"]
+    keys: Array
+    live_encoded: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+def place_chunks(
+    state: DenoiseState, cache: ChunkCache, selected: Int[Array, "B K"], positions: Positions
+) -> DenoiseState:
+    """The state with these chunks chosen, at their places in the cache's pool and in the prompt.
+
+    Positions of chunk j, id n: "continuous" P + j C, "absolute" P + n C, "reuse" P. The query
+    starts behind the full slot of the last: at P + K C, P + N C or P + C, K and N counting what
+    exists.
+    """
+    documents = cache.per_document()
+    n, size = documents.tokens.shape[1:]
+    there = selected >= 0
+    document = jnp.arange(selected.shape[0]) if cache.batched else jnp.zeros((), jnp.int32)
+    lengths = jnp.broadcast_to(documents.lengths, (selected.shape[0], n))
+    if positions == "continuous":
+        slot = jnp.arange(selected.shape[1])[None]
+        slots = jnp.count_nonzero(there, axis=1)
+    elif positions == "absolute":
+        slot, slots = jnp.maximum(selected, 0), jnp.count_nonzero(lengths, axis=1)
+    else:
+        slot, slots = jnp.zeros_like(selected), there.any(axis=1).astype(jnp.int32)
+    start = state.prefix_length[:, None]
+    return dataclasses.replace(
+        state,
+        selected=selected,
+        chunk_ids=jnp.where(there, document[..., None] * n + selected, -1),
+        chunk_starts=jnp.broadcast_to(start + slot * size, selected.shape),
+        query_start=state.prefix_length + slots * size,
+    )
+
+
+def chosen_chunks(
+    cache: ChunkCache, selected: Int[Array, "B K"]
+) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
+    """Tokens and valid lengths of the chosen chunks; empty slots have length 0."""
+    documents = cache.per_document()
+    batch, ids = selected.shape[0], jnp.maximum(selected, 0)
+    document = jnp.arange(batch)[:, None] if cache.batched else jnp.zeros((batch, 1), jnp.int32)
+    lengths = jnp.where(selected >= 0, documents.lengths[document, ids], 0)
+    return documents.tokens[document, ids], lengths

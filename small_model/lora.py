@@ -1,0 +1,118 @@
+"""The adapter: low-rank differences of the linear maps, all norms and the special tokens' rows.
+
+One safetensors file, int8: A [r, in] and B [out, r] of every linear map with a float32 scale for
+each of the r components on either side, so that W = W0 + (B * b_scale) @ (A * a_scale). Norms and
+rows are float32. Names follow the checkpoint's: `<tensor>.lora_a`, `.lora_a_scale`, and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from small_model.network import LINEAR, NORMS, Params, tensor_name
+
+_EMBEDDING = "model.transformer.wte.weight"
+_FINAL_NORM = "model.transformer.ln_f.weight"
+
+
+def _quantise(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """int8 values and float32 scales along `axis` of size r; all other axes share a scale."""
+    other = 1 - axis
+    scale = np.abs(values).max(axis=other, keepdims=True) / 127
+    scale = np.where(scale == 0, 1.0, scale).astype(np.float32)
+    return np.rint(values / scale).astype(np.int8), np.squeeze(scale, other)
+
+
+def from_trainable(trainable: Params, gain: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Adapter tensors, quantised, from what training holds (see network.merge)."""
+    adapter: dict[str, np.ndarray] = {}
+    for name in LINEAR:
+        pair = trainable["lora"][name]
+        for layer in range(len(pair["a"])):
+            target = tensor_name(layer, name)
+            a = np.asarray(pair["a"][layer], np.float32)
+            b = np.asarray(pair["b"][layer], np.float32) * gain[name][layer]
+            adapter[f"{target}.lora_a"], adapter[f"{target}.lora_a_scale"] = _quantise(a, 0)
+            adapter[f"{target}.lora_b"], adapter[f"{target}.lora_b_scale"] = _quantise(b, 1)
+    for name in NORMS:
+        for layer, values in enumerate(np.asarray(trainable["norms"][name], np.float32)):
+            adapter[tensor_name(layer, name)] = values
+    adapter[_FINAL_NORM] = np.asarray(trainable["norms"]["final_norm"], np.float32)
+    adapter[f"{_EMBEDDING}.rows"] = np.asarray(trainable["special"], np.float32)
+    return adapter
+
+
+def to_trainable(
+    adapter: Mapping[str, np.ndarray], gain: Mapping[str, np.ndarray], n_layers: int
+) -> Params:
+    """The way back, float32, so that training can go on from an adapter file."""
+    lora = {}
+    for name in LINEAR:
+        targets = [tensor_name(layer, name) for layer in range(n_layers)]
+        pairs = [_factors(adapter, target) for target in targets]
+        lora[name] = {
+            "a": np.stack([a for a, _ in pairs]),
+            "b": np.stack([b for _, b in pairs]) / gain[name][:, None, None],
+        }
+    norms = {
+        name: np.stack([adapter[tensor_name(layer, name)] for layer in range(n_layers)])
+        for name in NORMS
+    }
+    norms["final_norm"] = adapter[_FINAL_NORM]
+    return {"lora": lora, "norms": norms, "special": adapter[f"{_EMBEDDING}.rows"]}
+
+
+def _factors(adapter: Mapping[str, np.ndarray], target: str) -> tuple[np.ndarray, np.ndarray]:
+    """A [r, in] and B [out, r] of a linear map, float32."""
+    a = adapter[f"{target}.lora_a"] * adapter[f"{target}.lora_a_scale"][:, None]
+    b = adapter[f"{target}.lora_b"] * adapter[f"{target}.lora_b_scale"][None, :]
+    return a, b
+
+
+def apply(
+    tensors: Mapping[str, np.ndarray], adapter: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Base tensors (float32) with the adapter merged in; the base's arrays are left alone.
+
+    Raises ValueError where the adapter names a tensor that the base lacks, or sizes differ.
+    """
+    merged = dict(tensors)
+    for name, values in adapter.items():
+        target, _, part = name.partition(".weight")
+        target += ".weight"
+        if target not in tensors:
+            raise ValueError(f"the adapter's {name} belongs to no tensor of the base")
+        if part == "":
+            merged[target] = values
+        elif part == ".rows":
+            merged[target] = tensors[target].copy()
+            merged[target][: len(values)] = values
+        elif part == ".lora_a":
+            a, b = _factors(adapter, target)
+            if (len(b), a.shape[1]) != tensors[target].shape:
+                raise ValueError(f"the adapter's {name} does not fit {tensors[target].shape}")
+            merged[target] = tensors[target] + b @ a
+    return merged
+
+
+def save(path: str | Path, adapter: Mapping[str, np.ndarray], note: Mapping[str, str]) -> None:
+    """Writes the adapter; `note` goes into the file's metadata."""
+    arrays = {name: np.ascontiguousarray(values) for name, values in adapter.items()}
+    save_file(arrays, path, metadata=dict(note))
+
+
+def load_note(path: str | Path) -> dict[str, str]:
+    """The file's metadata, as `save` was given it: "rank" and "steps"."""
+    with safe_open(path, "np") as file:
+        return dict(file.metadata() or {})
+
+
+def load(path: str | Path) -> dict[str, np.ndarray]:
+    """Reads an adapter file."""
+    with safe_open(path, "np") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -1,0 +1,209 @@
+"""Training sequences for the small model, before masking; numpy only, deterministic by seed.
+
+Every sequence is exactly as long as its stage, so that no padding enters attention, and it is one
+plain document in one piece: the method that the model serves is training-free, so nothing here
+cuts a document into chunks or puts BOS anywhere but first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from small_model.corpus import Corpora, Text
+from small_model.phrases import BLOCK_QUESTIONS, QUESTIONS, Names, named_needle, reworded
+from small_model.tasks import (
+    ATTRIBUTES,
+    PREFIX,
+    QUERY_END,
+    RESPONSE_LENGTH,
+    Encoder,
+    Fact,
+    Keys,
+    Needle,
+    block_needle,
+    bury,
+    keyed_needle,
+    number,
+    question_pieces,
+)
+
+# Half of the dialogues begin with PREFIX, the others with one of these.
+_INSTRUCTION = "Read the document and answer the question about it."
+_OTHER_INSTRUCTIONS = (
+    "Answer the question with what the document says.",
+    "Some information is hidden in a long text. Find it and remember it.",
+    "Here is a document. A question follows.",
+)
+_NEXT_TURN = "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+
+# Share of a dialogue's sequences with several questions; the rest has one, as in evaluation.
+MANY_SHARE = 0.65
+TEXT_SHARE = 0.25  # plain text in a batch
+# Dialogues of one question whose needle is not in the document. Only the question is predicted
+# there, from what else it says: words must be no surer than they are without evidence.
+ABSENT_SHARE = 0.35
+CONTEXT, QUESTION, ANSWER = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSequence:
+    """tokens: uint16 [T]. role: uint8 [T], CONTEXT, QUESTION or ANSWER.
+
+    kind: "text", "many" or "single" questions, or "absent": one that the document cannot answer.
+    """
+
+    tokens: np.ndarray
+    role: np.ndarray
+    kind: str
+
+
+class SequenceMaker:
+    """Makes sequences of one length from the training side of the corpora."""
+
+    def __init__(self, corpora: Corpora, encode: Encoder, length: int):
+        self.corpora, self.encode, self.length = corpora, encode, length
+        self._texts = list(corpora.texts.values())
+        # Novels count in full, in either line layout; the Bible, as long as all of them, less.
+        sizes = [
+            len(text.tokens) * (0.3 if name == "bible" else 1.0)
+            for name, text in corpora.texts.items()
+        ]
+        self._shares = np.array(sizes) / sum(sizes)
+        instructions = [PREFIX.replace(_INSTRUCTION, other) for other in _OTHER_INSTRUCTIONS]
+        self._prefixes = [encode(prefix) for prefix in (PREFIX, *instructions)]
+
+    def text(self, rng: np.random.Generator) -> TrainingSequence:
+        """BOS and a stretch of a book."""
+        source = self._pick_text(rng).tokens
+        start = int(rng.integers(0, len(source) - self.length + 2))
+        bos = self._prefixes[0][:1]
+        tokens = np.concatenate([bos, source[start : start + self.length - 1]])
+        return TrainingSequence(tokens, np.zeros(self.length, np.uint8), "text")
+
+    def dialogue(self, rng: np.random.Generator) -> TrainingSequence:
+        """A document with needles, then one question or many with their answers."""
+        while True:
+            many = bool(rng.random() < MANY_SHARE)
+            needles, asked, source = self._many(rng) if many else self._single(rng)
+            absent = not many and rng.random() < ABSENT_SHARE
+            if absent:
+                needles = [needle for needle in needles if asked[0] not in needle.facts]
+            prefix = self._prefixes[0]
+            if rng.random() < 0.5:
+                prefix = self._prefixes[rng.integers(1, len(self._prefixes))]
+            tail, tail_role = self._turns(rng, asked, fill=not many or rng.random() < 0.25)
+            room = self.length - len(prefix) - len(tail)
+            if room >= sum(len(needle.tokens) for needle in needles):
+                break
+        document = bury(rng, source, needles, room).tokens
+        tokens = np.concatenate([prefix, document, tail])
+        role = np.zeros(self.length, np.uint8)
+        role[self.length - len(tail) :] = tail_role
+        kind = "many" if many else "absent" if absent else "single"
+        return TrainingSequence(tokens, role, kind)
+
+    def _turns(
+        self, rng: np.random.Generator, asked: Sequence[Fact], fill: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Questions and answers, tokens and roles; `fill` ends them with EOS, as a response is."""
+        parts, roles = [], []
+
+        def add(tokens: np.ndarray, role: int) -> None:
+            parts.append(tokens.astype(np.uint16))
+            roles.append(np.full(len(tokens), role, np.uint8))
+
+        for turn, fact in enumerate(asked):
+            if turn > 0:
+                add(self.encode(_NEXT_TURN)[1:], CONTEXT)  # its <|eot_id|> closed the answer
+            add(self.encode(*question_pieces(fact, first=turn == 0)), QUESTION)
+            add(self.encode(QUERY_END), QUESTION)  # scoring masks the template's tokens too
+            add(np.append(self.encode(*fact.answer), self.encode.eot), ANSWER)
+        if fill:
+            last, filled = len(parts[-1]), RESPONSE_LENGTH
+            if rng.random() < 0.5:
+                filled = int(rng.integers(min(last, RESPONSE_LENGTH), RESPONSE_LENGTH + 1))
+            add(np.full(max(filled - last, 0), self.encode.eos), ANSWER)
+        return np.concatenate(parts), np.concatenate(roles)
+
+    def _pick_text(self, rng: np.random.Generator) -> Text:
+        return self._texts[rng.choice(len(self._texts), p=self._shares)]
+
+    def _value(self, rng: np.random.Generator, usual: int) -> str:
+        """A number, of the usual count of digits in half of the cases."""
+        return number(rng, usual if rng.random() < 0.5 else int(rng.integers(4, 11)))
+
+    def _keyed(self, rng: np.random.Generator, keys: Keys, attribute: str) -> Needle:
+        key = keys.draw(lookalike=0.3)
+        if rng.random() < 0.1:
+            nouns = self.corpora.words.nouns
+            word = nouns[rng.integers(len(nouns))]
+            attribute = "secret word for"
+            needle = keyed_needle(self.encode, attribute, key, word, is_word=True)
+        else:
+            needle = keyed_needle(self.encode, attribute, key, self._value(rng, 7))
+        return reworded(rng, needle, QUESTIONS)
+
+    def _block(self, rng: np.random.Generator, keys: Keys, items: int) -> Needle:
+        digits = 7 if rng.random() < 0.5 else int(rng.integers(4, 11))
+        pairs = [(keys.draw(lookalike=0.2), number(rng, digits)) for _ in range(items)]
+        return reworded(rng, block_needle(self.encode, pairs), BLOCK_QUESTIONS)
+
+    def _named(self, rng: np.random.Generator, names: Names) -> Needle:
+        usual = (5, 7, 10)[rng.integers(3)]
+        return named_needle(self.encode, rng, names.draw(), self._value(rng, usual))
+
+    def _single(self, rng: np.random.Generator) -> tuple[list[Needle], list[Fact], Text]:
+        """Needles of one kind, one question, and the text to hide them in."""
+        keys, kind, source = Keys(self.corpora, rng), rng.random(), self._pick_text(rng)
+        fits = max((self.length - 160) // 24, 2)  # needles that leave some room for text
+        if kind < 0.35:
+            names = Names(self.corpora.words, rng)
+            count = 1 if rng.random() < 0.4 else int(rng.integers(2, 10))
+            needles = [self._named(rng, names) for _ in range(min(count, max(fits // 2, 1)))]
+            source = self.corpora.noise if rng.random() < 0.5 else source
+        elif kind < 0.65:
+            attribute = ATTRIBUTES[0 if rng.random() < 0.6 else rng.integers(len(ATTRIBUTES))]
+            count = min(int(rng.integers(2, 17)), fits)
+            needles = [self._keyed(rng, keys, attribute) for _ in range(count)]
+        else:
+            items = int(rng.integers(2, 13))
+            blocks = max(min(int(rng.integers(1, 7)), fits // items), 1)
+            needles = [self._block(rng, keys, min(items, fits)) for _ in range(blocks)]
+        facts = needles[rng.integers(len(needles))].facts
+        return needles, [facts[rng.integers(len(facts))]], source
+
+    def _many(self, rng: np.random.Generator) -> tuple[list[Needle], list[Fact], Text]:
+        """Needles of mixed kinds up to a share of the sequence, most of them asked about."""
+        keys, names = Keys(self.corpora, rng), Names(self.corpora.words, rng)
+        budget = (self.length - 64) * rng.uniform(0.35, 0.9)
+        asking, alike, blocks = rng.uniform(0.5, 1.0), rng.random() < 0.5, rng.uniform(0.0, 0.6)
+        named = rng.uniform(0.0, 0.7)
+        needles: list[Needle] = []
+        asked: list[Fact] = []
+
+        def admit(needle: Needle, chosen: list[Fact]) -> bool:
+            nonlocal budget
+            turn = 48  # tokens of a question, its answer and their headers
+            budget -= len(needle.tokens) + turn * len(chosen)
+            if budget < 0 and asked:
+                return False
+            needles.append(needle)
+            asked.extend(chosen)
+            return True
+
+        while budget > 0 or not asked:
+            if rng.random() < named:
+                needle = self._named(rng, names)
+            elif rng.random() < blocks:
+                needle = self._block(rng, keys, int(rng.integers(2, 13)))
+            else:
+                place = 0 if alike else rng.integers(len(ATTRIBUTES))
+                needle = self._keyed(rng, keys, ATTRIBUTES[place])
+            if not admit(needle, [fact for fact in needle.facts if rng.random() < asking]):
+                break
+        order, turns = rng.permutation(len(needles)), rng.permutation(len(asked))
+        shuffled = [needles[place] for place in order]
+        return shuffled, [asked[place] for place in turns], self._pick_text(rng)

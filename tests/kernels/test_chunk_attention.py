@@ -1,0 +1,396 @@
+"""One suite for every implementation of attention over chosen chunks."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import (
+    EMPTY_LSE,
+    OwnKV,
+    Partial,
+    chunk_attention,
+    chunk_attention_mass,
+    compat,
+    merge,
+    resolve_implementation,
+)
+from pallas_kernels.chunk_attention import api, cudnn
+from pallas_kernels.chunk_attention.dense import _blocked, attention
+from tests.support.models import relative_error
+
+HALF = {jnp.bfloat16: 8e-3, jnp.float16: 1e-3}
+TOLERANCE = {jnp.float32: 1e-6, **HALF}
+OLD_JAX = pytest.mark.skipif(
+    compat.mosaic_gpu_problem() is not None, reason=str(compat.mosaic_gpu_problem())
+)
+# All run the same cases, the last two on a GPU; "interpret" is the "mosaic_gpu" kernel on the CPU.
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "implementation",
+    [
+        "xla",
+        "reference",
+        pytest.param("interpret", marks=OLD_JAX),
+        pytest.param("mosaic_gpu", marks=pytest.mark.gpu),
+        pytest.param("cudnn", marks=pytest.mark.gpu),
+    ],
+)
+# One program for a case, as the method has it, rather than one for each of its operations.
+attend = jax.jit(chunk_attention, static_argnames=("implementation", "scale"))
+attend_mass = jax.jit(chunk_attention_mass, static_argnames=("implementation",))
+# Ragged and full chunks, empty ones, ids unsorted and repeated, two requests over one pool.
+IDS, LENGTHS = [[4, 0, 2], [1, 5, 1]], [128, 128, 70, 0, 1, 128]
+
+
+def normal(seed, dtype, *shapes):
+    """Arrays of these shapes, made on the host: there is nothing to compile."""
+    draw = np.random.default_rng(seed).standard_normal
+    return [jnp.asarray(draw(shape, np.float32).astype(dtype)) for shape in shapes]
+
+
+def case(implementation, heads=4, groups=2, dim=64, rows=8, size=128, n=6, dtype=None, layers=None):
+    """q, k, v; float32 where the implementation takes it and no dtype is asked for."""
+    dtype = dtype or (jnp.float32 if implementation in ("xla", "reference") else jnp.bfloat16)
+    pool = (n, groups, size, dim) if layers is None else (layers, n, groups, size, dim)
+    k, v, q = normal(0, dtype, pool, pool, (2, 3, rows, heads, dim))
+    return q, k, v
+
+
+def assert_close(got: Partial, want, dtype):
+    """Outputs by the Euclidean norm, to the dtype's rounding; log-sum-exps one by one."""
+    out, lse = want
+    assert got.out.dtype == dtype
+    assert got.lse.dtype == jnp.float32
+    assert relative_error(got.out, out) < {jnp.float32: 2e-6, jnp.bfloat16: 4e-3}.get(dtype, 1e-3)
+    np.testing.assert_allclose(got.lse, lse, atol=2e-5 if dtype == jnp.float32 else 2e-3)
+
+
+def by_hand(q, k, v, ids, lengths):
+    """float64 numpy, one softmax over the rows that count, request by request."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    b, slots, t, h, d = q.shape
+    out, lse = np.zeros((b, t, h, d)), np.full((b, t, h), -np.inf)
+    for i in range(b):
+        for head in range(h):
+            g = head // (h // k.shape[1])
+            scores, values = [], []
+            for j in range(slots):
+                c = int(ids[i][j])
+                if not 0 <= c < len(k):
+                    continue
+                n = min(max(int(lengths[c]), 0), k.shape[2])
+                scores.append(q[i, j, :, head] @ k[c, g, :n].T / np.sqrt(d))
+                values.append(v[c, g, :n])
+            if sum(len(x) for x in values) == 0:
+                continue
+            s, x = np.concatenate(scores, axis=1), np.concatenate(values)
+            peak = s.max(-1, keepdims=True)
+            w = np.exp(s - peak)
+            out[i, :, head] = w @ x / w.sum(-1, keepdims=True)
+            lse[i, :, head] = peak[:, 0] + np.log(w.sum(-1))
+    return out, lse.swapaxes(1, 2)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(
+    ("heads", "groups", "rows"),
+    [(4, 4, 32), (4, 2, 8), (14, 2, 32), (2, 2, 100)],
+    ids=["MHA", "GQA", "GQA with a last tile that is not full", "rows that fill no tile"],
+)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["float32", "bfloat16", "float16"])
+def test_against_one_softmax_by_hand(implementation, heads, groups, rows, dtype):
+    if dtype == jnp.float32 and implementation not in ("xla", "reference"):
+        pytest.skip("takes half precision alone")
+    if implementation == "interpret" and (dtype == jnp.float16) != (rows in (8, 100)):
+        pytest.skip("interpreted in the other half precision")
+    q, k, v = case(implementation, heads, groups, rows=rows, dtype=dtype)
+    got = attend(q, k, v, jnp.array(IDS), jnp.array(LENGTHS), implementation=implementation)
+    assert_close(got, by_hand(q, k, v, IDS, LENGTHS), dtype)
+
+
+@IMPLEMENTATIONS
+def test_ids_and_lengths_outside_are_clipped_and_read_nothing(implementation):
+    """Ids outside the pool are empty slots; lengths are clipped to the chunk."""
+    q, k, v = case(implementation)
+    k, v = k.at[0].set(jnp.nan).at[5].set(jnp.nan), v.at[0].set(jnp.nan).at[5].set(jnp.nan)
+    ids, lengths = [[-1, 6, 2], [1, 999, -7]], [128, -3, 999, 128, 128, 128]
+    got = attend(q, k, v, jnp.array(ids), jnp.array(lengths), implementation=implementation)
+    out, lse = by_hand(q, k, v, ids, lengths)
+    assert_close(Partial(got.out[:1], got.lse[:1]), (out[:1], lse[:1]), q.dtype.type)
+    assert (got.lse[1] == EMPTY_LSE).all()
+    assert (got.out[1] == 0).all()
+
+
+@IMPLEMENTATIONS
+def test_nan_in_padding_and_in_other_chunks_changes_nothing(implementation):
+    q, k, v = case(implementation)
+    lengths = jnp.array([128, 128, 37, 0, 65, 128])
+    ids = jnp.array([[4, 2, 3], [2, 4, 2]])
+    clean = attend(q, k, v, ids, lengths, implementation=implementation)
+    used = jnp.array([False, False, True, True, True, False])
+    counts = used[:, None] & (jnp.arange(128) < lengths[:, None])
+    poison = jnp.where(counts[:, None, :, None], 0.0, jnp.nan).astype(q.dtype)
+    dirty = attend(q, k + poison, v + poison, ids, lengths, implementation=implementation)
+    assert np.isfinite(clean.out.astype(jnp.float32)).all()
+    np.testing.assert_array_equal(dirty.out, clean.out)
+    np.testing.assert_array_equal(dirty.lse, clean.lse)
+
+
+@IMPLEMENTATIONS
+def test_a_layer_of_a_stacked_pool_and_shared_query_rows(implementation):
+    q, k, v = case(implementation, layers=3)
+    ids, lengths = jnp.array(IDS), jnp.array(LENGTHS)
+    shared = q[:, 0]
+
+    def run(layer):
+        return chunk_attention(
+            shared, k, v, ids, lengths, layer=layer, implementation=implementation
+        )
+
+    got = jax.jit(run)(jnp.int32(1))
+    repeated = jnp.broadcast_to(shared[:, None], q.shape)
+    assert_close(got, by_hand(repeated, k[1], v[1], IDS, LENGTHS), q.dtype.type)
+
+
+def test_what_is_gathered_for_cudnn(monkeypatch):
+    """All but cuDNN itself, which a plain softmax stands in for."""
+
+    def stand_in(q, k, v, lengths, scale, layout):
+        assert layout == "BNTH"
+        assert np.isfinite(k.astype(jnp.float32)).all()
+        assert np.isfinite(v.astype(jnp.float32)).all()
+        part = _blocked(*(x.swapaxes(1, 2) for x in (q, k, v)), lengths)
+        nan_where_empty = jnp.where(lengths[:, None, None, None] > 0, part.out, jnp.nan)
+        return Partial(nan_where_empty.astype(q.dtype), part.lse)
+
+    monkeypatch.setattr(cudnn, "attention_with_lse", stand_in)
+    q, k, v = case("cudnn", layers=2)
+    used = jnp.array([True, True, True, False, True, True])[:, None] & (
+        jnp.arange(128) < jnp.array(LENGTHS)[:, None]
+    )
+    poison = jnp.where(used[:, None, :, None], 0.0, jnp.nan).astype(q.dtype)
+    ids = [[4, 0, 2], [1, -1, 1]]
+    got = cudnn.chunk_attention_cudnn(
+        q, k + poison, v + poison, 1, jnp.array(ids), jnp.array(LENGTHS), 64**-0.5
+    )
+    assert_close(got, by_hand(q, k[1], v[1], ids, LENGTHS), q.dtype.type)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("rows", [8, 40])
+@pytest.mark.parametrize("size", [128, 70], ids=["whole blocks", "padded"])
+def test_near_keys(implementation, rows, size):
+    """As one chunk more, of which every request has its own; NaN behind their lengths."""
+    if implementation == "interpret" and (rows == 8) == (size == 128):
+        pytest.skip("interpreted with the other number of rows")
+    q, k, v = case(implementation, heads=6, rows=rows, layers=2)
+    ids, lengths = jnp.array([[4, 0, 2], [3, -1, 3]]), jnp.array(LENGTHS)
+    live = (2, size, 2, 64)
+    near_k, near_v, own = normal(1, q.dtype, live, live, (2, 1, *q.shape[2:]))
+    valid = [67, 3]
+    behind = (jnp.arange(size) >= jnp.array(valid)[:, None])[..., None, None]
+    near_k, near_v = (jnp.where(behind, jnp.nan, x) for x in (near_k, near_v))
+    near = OwnKV(near_k, near_v, jnp.array(valid))
+    got = attend(
+        jnp.concatenate([q, own], axis=1), k, v, ids, lengths,
+        layer=1, near=near, implementation=implementation,
+    )  # fmt: skip
+
+    def as_chunks(pool, rows):
+        rows = jnp.pad(rows.swapaxes(1, 2), ((0, 0), (0, 0), (0, 128 - size), (0, 0)))
+        return jnp.concatenate([pool[1], rows])
+
+    want = by_hand(
+        jnp.concatenate([q, own], axis=1), as_chunks(k, near_k), as_chunks(v, near_v),
+        [[4, 0, 2, 6], [3, -1, 3, 7]], [*LENGTHS, *valid],
+    )  # fmt: skip
+    assert_close(got, want, q.dtype.type)
+
+
+def test_what_dense_attention_is_given_of_near_keys(monkeypatch):
+    """Nothing but zeros behind their lengths: cuDNN, which may run there, multiplies it."""
+
+    def finite(q, k, v, lengths, **settings):
+        assert np.isfinite(k).all()
+        assert np.isfinite(v).all()
+        return attention(q, k, v, lengths, **settings)
+
+    monkeypatch.setattr(api, "attention", finite)
+    q, k, v = case("xla")
+    behind = (jnp.arange(70) >= jnp.array([67, 3])[:, None])[..., None, None]
+    near = jnp.where(behind, jnp.nan, jnp.ones((2, 70, 2, 64)))
+    got = chunk_attention(
+        jnp.concatenate([q, q[:, :1]], axis=1), k, v, jnp.array(IDS), jnp.array(LENGTHS),
+        near=OwnKV(near, near, jnp.array([67, 3])), implementation="xla",
+    )  # fmt: skip
+    assert np.isfinite(got.out).all()
+
+
+@IMPLEMENTATIONS
+def test_near_keys_that_are_none(implementation):
+    q, k, v = case(implementation)
+    q = jnp.concatenate([q, q[:, :1]], axis=1)
+    none = jnp.full((2, 128, 2, 64), jnp.nan, q.dtype)
+    ids, lengths = jnp.array([[4, 0, 2], [3, -1, 3]]), jnp.array(LENGTHS)
+    got = attend(
+        q, k, v, ids, lengths, near=OwnKV(none, none, jnp.array([0, -5])),
+        implementation=implementation,
+    )  # fmt: skip
+    out, lse = by_hand(q[:, :3], k, v, np.array(ids), LENGTHS)
+    assert_close(Partial(got.out[:1], got.lse[:1]), (out[:1], lse[:1]), q.dtype.type)
+    assert (got.lse[1] == EMPTY_LSE).all()
+    assert (got.out[1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": jnp.zeros((2, 8, 3, 64))}, "near k and v must be"),
+        ({"v": jnp.zeros((2, 9, 2, 64))}, "near k and v must be"),
+        ({"k": jnp.zeros((1, 2, 8, 2, 64))}, "near k and v must be"),
+        ({"lengths": jnp.zeros((3,), jnp.int32)}, r"near lengths must be \[2\] integers"),
+        (
+            {"k": jnp.zeros((2, 8, 2, 64), jnp.bfloat16), "v": jnp.zeros((2, 8, 2, 64))},
+            "near k and v must have the pool's dtype",
+        ),
+    ],
+)
+def test_near_keys_that_do_not_fit_are_named(change, message):
+    q, k, v = case("xla")
+    places = jnp.concatenate([q, q[:, :1]], axis=1)
+    near = OwnKV(jnp.zeros((2, 8, 2, 64)), jnp.zeros((2, 8, 2, 64)), jnp.array([1, 8]))
+    args = k, v, jnp.zeros((2, 3), jnp.int32), jnp.full((6,), 128)
+    attend(places, *args, near=near)
+    with pytest.raises(ValueError, match=message):
+        attend(places, *args, near=near._replace(**change))
+    for rows in (q, q[:, 0]):
+        with pytest.raises(ValueError, match=r"one for near keys|q must be \[B, K \+ 1"):
+            attend(rows, *args, near=near)
+
+
+@IMPLEMENTATIONS
+def test_the_share_of_every_chunk(implementation):
+    q, k, v = case(implementation)
+    ids, lengths = jnp.array([[4, 0, 2], [3, -1, 3]]), jnp.array(LENGTHS)
+    got = attend_mass(q, k, v, ids, lengths, implementation=implementation)
+    whole = attend(q, k, v, ids, lengths, implementation=implementation)
+    np.testing.assert_allclose(got.attention.lse, whole.lse, atol=1e-5)
+    lse = by_hand(q, k, v, IDS, LENGTHS)[1]
+    for slot in range(3):
+        alone = by_hand(q[:, slot : slot + 1], k, v, [[IDS[0][slot]], [0]], LENGTHS)[1]
+        share = np.exp(alone[0] - lse[0])
+        np.testing.assert_allclose(got.mass[0, ..., slot], share, atol=2e-3)
+    np.testing.assert_allclose(got.mass[0].sum(-1), 1, atol=1e-5)
+    assert (got.mass[1] == 0).all()  # of chunks without keys
+
+
+@IMPLEMENTATIONS
+def test_scores_that_overflow_an_exponential(implementation):
+    q, k, v = case(implementation)
+    lengths = [128] * 6
+    got = attend(
+        q * 100, k * 10, v, jnp.array(IDS), jnp.array(lengths), implementation=implementation
+    )
+    out, _ = by_hand(q * 100, k * 10, v, IDS, lengths)
+    np.testing.assert_allclose(got.out.astype(jnp.float32), out, atol=2e-2)
+
+
+def test_merge_is_attention_over_the_union():
+    q, k, v = case("xla")
+    ids, lengths = jnp.array([[4, 0, 2], [1, 5, 3]]), jnp.array([128, 3, 70, 128, 1, 128])
+    whole = attend(q, k, v, ids, lengths)
+    parts = [attend(q[:, j : j + 1], k, v, ids[:, j : j + 1], lengths) for j in range(3)]
+    nothing = attend(q[:, :1], k, v, jnp.full((2, 1), -1), lengths)
+    got = merge(nothing, *parts)
+    np.testing.assert_allclose(got.out, whole.out, atol=1e-6)
+    np.testing.assert_allclose(got.lse, whole.lse, atol=1e-6)
+    empty = merge(nothing, nothing)
+    assert isinstance(empty, Partial)
+    assert np.isfinite(empty.out).all()
+
+
+def test_the_chosen_chunks_are_not_gathered():
+    """No temporary of the size of the chosen KV: chunks are read one at a time."""
+    q, k, v = case("xla", size=512, n=64)
+    ids = jnp.tile(jnp.arange(32), (2, 1))
+    q = jnp.tile(q[:, :1], (1, 32, 1, 1, 1))
+    run = jax.jit(lambda *x: chunk_attention(*x, implementation="xla"))
+    compiled = run.lower(q, k, v, ids, jnp.full((64,), 512)).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    chosen = 2 * 32 * 2 * 2 * 512 * 64 * 4
+    assert temporary < chosen / 4, (temporary, chosen)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": jnp.zeros((2, 3, 4))}, "q must be"),
+        ({"q": jnp.zeros((2, 3, 8, 4, 16))}, "head size"),
+        ({"q": jnp.zeros((2, 3, 8, 3, 64))}, "no multiple of 2 KV heads"),
+        ({"q": jnp.zeros((2, 4, 8, 4, 64))}, "4 chunk slots"),
+        ({"q": jnp.zeros((2, 3, 8, 4, 64), jnp.bfloat16)}, "share a dtype"),
+        ({"v": jnp.zeros((6, 2, 15, 64))}, "differ in shape"),
+        ({"k": jnp.zeros((1, 6, 2, 128, 64))}, "without a layer index"),
+        ({"chunk_ids": jnp.zeros((2, 3))}, "chunk_ids must be integers"),
+        ({"chunk_ids": jnp.zeros((3, 3), jnp.int32)}, r"chunk_ids must be \[B, K\] with B = 2"),
+        ({"chunk_ids": jnp.zeros((2, 0), jnp.int32)}, "no chunk"),
+        ({"chunk_lengths": jnp.zeros((5,), jnp.int32)}, r"chunk_lengths must be \[6\]"),
+        ({"implementation": "triton"}, "'triton' is not known"),
+        ({"scale": -1.0}, "scale must be a positive number, got -1.0"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    q, k, v = case("xla")
+    fine = {
+        "q": q, "k": k, "v": v,
+        "chunk_ids": jnp.zeros((2, 3), jnp.int32), "chunk_lengths": jnp.full((6,), 128),
+    }  # fmt: skip
+    attend(**fine)
+    for function in (chunk_attention, chunk_attention_mass):
+        with pytest.raises(ValueError, match=message):
+            function(**{**fine, **change})
+
+
+def test_the_path_used_can_be_asked_for():
+    takes = {"dtype": jnp.bfloat16, "head_size": 128, "chunk_size": 1024}
+    for cpu in (jax.devices("cpu")[0], "cpu"):
+        with jax.default_device(cpu):
+            assert compat.default_device() == jax.devices("cpu")[0]
+            assert resolve_implementation(None, **takes) == "xla"
+    assert resolve_implementation("reference", **takes) == "reference"
+
+
+@OLD_JAX
+@pytest.mark.parametrize(
+    ("capability", "change", "path"),
+    [
+        ("9.0", {}, "mosaic_gpu"),
+        ("9.0", {"dtype": jnp.float16, "head_size": 64}, "mosaic_gpu"),
+        ("9.0", {"dtype": jnp.float32}, "xla"),
+        ("9.0", {"chunk_size": 1000}, "xla"),
+        ("8.0", {}, "xla"),
+        ("10.0", {}, "xla"),
+        (None, {}, "xla"),
+    ],
+)
+def test_the_kernel_is_chosen_where_it_runs(capability, change, path, monkeypatch):
+    monkeypatch.setattr(compat, "compute_capability", lambda: capability)
+    takes = {"dtype": jnp.bfloat16, "head_size": 128, "chunk_size": 1024, **change}
+    assert resolve_implementation(None, **takes) == path
+
+
+@OLD_JAX
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": jnp.float32}, "bfloat16 and float16, got float32"),
+        ({"head_size": 96}, "head sizes 64 and 128, got 96"),
+        ({"chunk_size": 1000}, "multiples of 64, got 1000"),
+    ],
+)
+def test_a_named_kernel_is_not_replaced(change, message):
+    takes = {"dtype": jnp.bfloat16, "head_size": 128, "chunk_size": 1024, **change}
+    with pytest.raises(ValueError, match=f"'mosaic_gpu'.*{message}"):
+        resolve_implementation("mosaic_gpu", **takes)

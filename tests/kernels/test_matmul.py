@@ -1,0 +1,187 @@
+"""Products of few rows: the kernel, interpreted and lowered for a GPU, against float64."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compat, matmul, resolve_matmul
+from pallas_kernels.geometry import MatmulGeometry
+from pallas_kernels.matmul.hopper_kernel import build_matmul
+from pallas_kernels.tuning import SHARED_MEMORY, matmul_geometry
+from tests.kernels.test_chunk_attention import OLD_JAX
+from tests.support.models import relative_error
+
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "implementation",
+    [
+        "xla",
+        pytest.param("interpret", marks=OLD_JAX),
+        pytest.param("mosaic_gpu", marks=pytest.mark.gpu),
+    ],
+)
+
+
+def operands(rows, inner, outs, dtype=jnp.bfloat16):
+    keys = jax.random.split(jax.random.key(0), len(outs) + 1)
+    x = jax.random.normal(keys[0], (*rows, inner)).astype(dtype)
+    weights = [jax.random.normal(k, (n, inner)) / 16 for k, n in zip(keys[1:], outs, strict=True)]
+    return x, [w.astype(dtype) for w in weights]
+
+
+def by_hand(x, weights):
+    return [np.asarray(x, np.float64) @ np.asarray(w, np.float64).T for w in weights]
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(
+    ("rows", "inner", "outs"),
+    [
+        ((2, 5), 128, (64, 32)),
+        ((64,), 192, (96,)),
+        ((3, 33), 512, (64,)),
+        ((1,), 256, (48, 16, 16)),
+    ],
+    ids=["few rows", "a full tile", "two tiles, the last in part", "one row, as GQA has columns"],
+)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+def test_products(implementation, rows, inner, outs, dtype):
+    if implementation == "interpret" and (dtype == jnp.float16) != (inner in (192, 256)):
+        pytest.skip("interpreted in the other half precision")
+    x, weights = operands(rows, inner, outs, dtype)
+    got = matmul(x, *weights, implementation=implementation)
+    for one, want in zip(got, by_hand(x, weights), strict=True):
+        assert one.shape == want.shape
+        assert one.dtype == dtype
+        assert relative_error(one, want) < (4e-3 if dtype == jnp.bfloat16 else 5e-4)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("rows", [32, 70])
+def test_swiglu(implementation, rows):
+    x, weights = operands((rows,), 256, (64, 64))
+    (got,) = matmul(x, *weights, activation="swiglu", implementation=implementation)
+    gate, up = by_hand(x, weights)
+    assert relative_error(got, gate / (1 + np.exp(-gate)) * up) < 8e-3
+
+
+@OLD_JAX
+def test_gradients_are_those_of_the_portable_path():
+    x, weights = operands((8,), 128, (32, 32))
+
+    def loss(x, weights, implementation):
+        (out,) = matmul(x, *weights, activation="swiglu", implementation=implementation)
+        return (out.astype(jnp.float32) ** 2).sum()
+
+    got, want = (jax.grad(loss, (0, 1))(x, weights, name) for name in ("interpret", "xla"))
+    # What is differentiated is still the kernel.
+    text = str(jax.make_jaxpr(lambda x: jax.value_and_grad(loss)(x, weights, "interpret"))(x))
+    assert "stream_matmul" in text
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert relative_error(one, other) < 2e-2
+
+
+@OLD_JAX
+@pytest.mark.parametrize(
+    ("rows", "activation"), [(32, "none"), (96, "swiglu")], ids=["splits", "two tiles, swiglu"]
+)
+def test_the_interpreter_finds_no_race(rows, activation):
+    x, weights = operands((rows,), 512, (64, 64))
+    splits = 2 if activation == "none" else 1
+    padded = 32 if rows <= 32 else 128
+    geo = MatmulGeometry(padded, 512, (64, 64), (32, 32), splits, 64, 2, activation)
+    assert geo.steps > geo.stages  # stages are used again
+    run = build_matmul(geo, x.dtype, interpret=compat.interpreter(detect_races=True))
+    made = run(jnp.pad(x, ((0, geo.rows - rows), (0, 0))), *weights)
+    want = by_hand(x, weights)
+    if activation == "swiglu":
+        want = [want[0] / (1 + np.exp(-want[0])) * want[1]]
+    for one, other in zip(made, want, strict=True):
+        whole = one.sum(axis=0) if geo.splits > 1 else one
+        assert relative_error(whole[:rows], other) < 8e-3
+    assert not compat.races_found()
+
+
+@OLD_JAX
+@pytest.mark.parametrize("rows", [1, 32, 64, 128])
+@pytest.mark.parametrize(
+    ("inner", "outs", "activation"),
+    [
+        (4096, (4096, 4096, 4096), "none"),
+        (4096, (12288, 12288), "swiglu"),
+        (12288, (4096,), "none"),
+        (4096, (4096,), "none"),
+        (3584, (3584, 512, 512), "none"),
+    ],
+    ids=["query, key, value", "gate and up", "down", "output", "28 heads over 4"],
+)
+def test_lowers_for_hopper(rows, inner, outs, activation):
+    geo = matmul_geometry(rows, inner, outs, activation, processors=132)
+    assert geo.shared_memory <= SHARED_MEMORY
+    x = jax.ShapeDtypeStruct((rows, inner), jnp.bfloat16)
+    weights = [jax.ShapeDtypeStruct((n, inner), jnp.bfloat16) for n in outs]
+
+    def layers(x, *weights):
+        return [
+            matmul(x * i, *weights, activation=activation, implementation="mosaic_gpu")
+            for i in range(3)
+        ]
+
+    text = jax.jit(layers).trace(x, *weights).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("func.func private @_launch") == 1
+    assert "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize("inner", [64, 576, 4096])
+@pytest.mark.parametrize("outs", [(64,), (192, 64, 64), (4096, 4096, 4096), (24, 24)])
+@pytest.mark.parametrize("rows", [1, 32, 64, 65, 128, 129])
+def test_geometry_covers_every_column_once(inner, outs, rows):
+    geo = matmul_geometry(rows, inner, outs, "none", processors=132)
+    if rows > 128 or any(n % 16 for n in outs):
+        assert geo is None
+        return
+    assert geo.rows >= rows
+    assert all(geo.units * n == out for n, out in zip(geo.columns, outs, strict=True))
+    assert geo.splits * geo.steps * geo.block == inner
+    assert geo.units * geo.splits <= 132
+    assert geo.shared_memory <= SHARED_MEMORY
+
+
+@OLD_JAX
+def test_which_path_is_taken(monkeypatch):
+    big, small = (jax.ShapeDtypeStruct((n, 4096), jnp.bfloat16) for n in (4096, 64))
+    wide = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
+    for capability, path in (("9.0", "mosaic_gpu"), ("8.0", "xla"), (None, "xla")):
+        monkeypatch.setattr(compat, "compute_capability", lambda c=capability: c)
+        assert resolve_matmul(None, 32, (big,)) == path
+    monkeypatch.setattr(compat, "compute_capability", lambda: "9.0")
+    assert resolve_matmul(None, 129, (big,)) == "xla"
+    assert resolve_matmul(None, 32, (small,)) == "xla"
+    assert resolve_matmul(None, 32, (wide,)) == "xla"
+    with pytest.raises(ValueError, match="129 rows"):
+        resolve_matmul("mosaic_gpu", 129, (big,))
+    with pytest.raises(ValueError, match="got float32"):
+        resolve_matmul("mosaic_gpu", 32, (wide,))
+    with pytest.raises(ValueError, match="'triton' is not known"):
+        resolve_matmul("triton", 32, (big,))
+
+
+@pytest.mark.parametrize(
+    ("weights", "more", "message"),
+    [
+        ([], {}, "at least one weight"),
+        ([(8, 31)], {}, r"weights must be \[O, 32\]"),
+        ([(8, 32, 1)], {}, r"weights must be \[O, 32\]"),
+        ([(8, 32)], {"activation": "swiglu"}, "swiglu needs two weights"),
+        ([(8, 32), (9, 32)], {"activation": "swiglu"}, "swiglu needs two weights"),
+        ([(8, 32)], {"activation": "gelu"}, "activation must be"),
+    ],
+)
+def test_what_does_not_fit_is_named(weights, more, message):
+    run = functools.partial(matmul, jnp.zeros((2, 32)), *map(jnp.zeros, weights), **more)
+    with pytest.raises(ValueError, match=message):
+        run()

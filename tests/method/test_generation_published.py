@@ -1,0 +1,231 @@
+"""Greedy generation without a document against the published algorithms, token for token."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pdllm_jax.config import DecodeConfig
+from pdllm_jax.engine.engine import generate_ids
+from pdllm_jax.method.denoise import denoise, denoise_step
+from pdllm_jax.method.encoding import init_denoise
+from tests.support.models import model_from_tensors
+
+torch = pytest.importorskip("torch")
+
+from tests.oracles import checkpoints, generation  # noqa: E402
+
+RECOMPUTE = {"plain": "response", "prefix_cache": "suffix", "dual_cache": "block"}
+METHODS = pytest.mark.parametrize("method", RECOMPUTE)
+LENGTHS = (11, 5, 8)  # of the prompts of a batch
+SLOW = pytest.mark.slow
+
+
+class Pair:
+    """The same random network twice: `network` in PyTorch, `model` in JAX; and some prompts."""
+
+    def __init__(self, seed: int = 0, change=None, **changes):
+        self.config = checkpoints.tiny_config(n_kv_heads=2, **changes)
+        tensors = checkpoints.random_tensors(self.config, seed)
+        if change is not None:
+            change(tensors, self.config["mask_token_id"])
+        self.network = generation.Network(tensors, self.config)
+        self.model = model_from_tensors(tensors, self.config)
+        rng = np.random.default_rng(seed)
+        self.prompts = [rng.integers(0, checkpoints.N_BYTES, n) for n in LENGTHS]
+
+    def published(self, method: str, config: DecodeConfig) -> tuple[np.ndarray, list[int]]:
+        """Responses [B, G] and evaluations, one prompt at a time."""
+        settings = {"cfg_scale": config.guidance} if config.guidance else {}
+        runs = [
+            getattr(generation, method)(
+                self.network,
+                torch.from_numpy(prompt)[None],
+                steps=config.steps_per_block * config.n_blocks,
+                gen_length=config.gen_length,
+                block_length=config.block_length,
+                threshold=config.threshold,
+                factor=config.factor,
+                mask_id=self.config["mask_token_id"],
+                **settings,
+            )
+            for prompt in self.prompts
+        ]
+        tokens = np.concatenate([run.tokens[:, -config.gen_length :].numpy() for run in runs])
+        return tokens, [run.evaluations for run in runs]
+
+    def start(self, config: DecodeConfig):
+        """The state for all prompts in one padded batch."""
+        padded = np.zeros((len(self.prompts), max(LENGTHS) + 2), np.int32)
+        for row, prompt in zip(padded, self.prompts, strict=True):
+            row[: len(prompt)] = prompt
+        return init_denoise(
+            self.model,
+            None,
+            None,
+            jnp.asarray(padded),
+            config,
+            jax.random.key(0),
+            query_length=jnp.asarray(LENGTHS),
+        )
+
+    def check(self, method: str, **settings) -> np.ndarray:
+        config = DecodeConfig(recompute=RECOMPUTE[method], **settings)
+        want, evaluations = self.published(method, config)
+        state = denoise(self.model, None, self.start(config), config=config)
+        np.testing.assert_array_equal(state.tokens, want)
+        assert state.evaluations.tolist() == evaluations
+        return want
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    return Pair()
+
+
+def test_prompts_of_the_batch_have_different_answers(pair):
+    """And the caches' approximations show: else the comparisons below would compare little."""
+    config = DecodeConfig(gen_length=24, block_length=8, steps=24)
+    tokens = {method: pair.published(method, config)[0] for method in RECOMPUTE}
+    assert len({tuple(row) for rows in tokens.values() for row in rows}) == 9
+    assert all(len(set(row)) > 6 for row in tokens["plain"])
+
+
+SCHEDULES = {  # length of response and block, evaluations
+    "3 blocks, a token at a time": (24, 8, 24),
+    "3 blocks of 8 in 3 evaluations: 3 3 2": (24, 8, 9),
+    "3 blocks of 6 in 4: 2 2 1 1": (18, 6, 12),
+    "1 block of 16 in 7": (16, 16, 7),
+    "2 blocks at once": (10, 5, 2),
+    "more evaluations than tokens": (6, 3, 12),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "gen_length", "block_length", "steps"),
+    [
+        pytest.param(
+            # Counts of tokens an evaluation are every method's: the caches have three of them each.
+            method, *schedule, id=f"{name}-{method}",
+            marks=SLOW if method != "plain" and i % 2 == (method == "dual_cache") else (),
+        )
+        for i, (name, schedule) in enumerate(SCHEDULES.items())
+        for method in RECOMPUTE
+    ],
+)  # fmt: skip
+def test_schedule(pair, method, gen_length, block_length, steps):
+    pair.check(method, gen_length=gen_length, block_length=block_length, steps=steps)
+
+
+@METHODS
+@pytest.mark.parametrize("threshold", [0.5, pytest.param(0.9, marks=SLOW)])
+def test_threshold(pair, method, threshold):
+    pair.check(method, gen_length=24, block_length=8, threshold=threshold)
+
+
+def test_threshold_unmasks_several_tokens_at_once(pair):
+    """And requests of a batch need different numbers of evaluations."""
+    config = DecodeConfig(gen_length=24, block_length=8, threshold=0.5, recompute="block")
+    _, evaluations = pair.published("dual_cache", config)
+    assert max(evaluations) < 24
+    assert len(set(evaluations)) > 1
+
+
+@pytest.mark.parametrize(
+    ("method", "factor"),
+    [
+        ("plain", 0.7),
+        ("prefix_cache", 1.5),
+        ("dual_cache", 0.7),
+        *(pytest.param(*x, marks=SLOW) for x in (("plain", 1.5), ("dual_cache", 1.5))),
+    ],
+)
+def test_factor(pair, method, factor):
+    pair.check(method, gen_length=24, block_length=8, factor=factor)
+
+
+@pytest.mark.parametrize("guidance", [pytest.param(0.5, marks=SLOW), 2.0])
+def test_guidance(pair, guidance):
+    settings = {"gen_length": 12, "block_length": 6, "steps": 8}
+    guided = pair.check("plain", **settings, guidance=guidance)
+    without, _ = pair.published("plain", DecodeConfig(recompute="response", **settings))
+    assert not np.array_equal(guided, without)
+
+
+@METHODS
+def test_generate_ids(pair, method):
+    """The public entry on the same network: prefix, context and query together are the prompt."""
+    config = DecodeConfig(gen_length=12, block_length=6, steps=8)
+    want, evaluations = pair.published(method, config)
+    ids = pair.prompts[0].tolist()
+    result = generate_ids(
+        pair.model, ids[:3], ids[3:9], ids[9:], method=method.replace("_", "-"), decode=config
+    )
+    assert result.tokens == want[0].tolist()
+    assert result.evaluations == evaluations[0]
+
+
+def quieten_the_mask(tensors, mask_id: int) -> None:
+    """A random tied head predicts a mask where it sees one."""
+    tensors["model.transformer.wte.weight"][mask_id] *= 0.3
+
+
+def test_tied_embeddings():
+    tied = Pair(seed=4, change=quieten_the_mask, weight_tying=True)
+    tied.check("dual_cache", gen_length=12, block_length=6, steps=6)
+
+
+@pytest.mark.parametrize("method", ["plain", "dual_cache"])
+def test_steps_by_hand_equal_the_loop_on_the_device(pair, method):
+    config = DecodeConfig(gen_length=12, block_length=6, threshold=0.5, recompute=RECOMPUTE[method])
+    want = denoise(pair.model, None, pair.start(config), config=config)
+    state = pair.start(config)
+    for _ in range(config.gen_length):
+        if (np.asarray(state.block) == config.n_blocks).all():
+            break
+        state = denoise_step(pair.model, None, state, config=config)
+    np.testing.assert_array_equal(state.tokens, want.tokens)
+    np.testing.assert_array_equal(state.evaluations, want.evaluations)
+
+
+def favour_the_mask(tensors, mask_id: int) -> None:
+    """The mask token becomes a frequent prediction."""
+    tensors["model.transformer.ff_out.weight"][mask_id] *= 1.4
+
+
+def test_predicted_masks_stay_open_as_published():
+    """LLaDA's loop may predict the mask token, and fill the slot during a later block."""
+    pair = Pair(seed=1, change=favour_the_mask)
+    tokens = pair.check("plain", gen_length=24, block_length=8, steps=12)
+    mask_id = pair.config["mask_token_id"]
+    assert (tokens == mask_id).any()
+
+    # It matters here that later blocks fill them: stopped after its own evaluations, the first
+    # block is left with more open slots.
+    config = DecodeConfig(gen_length=24, block_length=8, steps=12, recompute="response")
+    state = pair.start(config)
+    for _ in range(4):
+        state = denoise_step(pair.model, None, state, config=config)
+    early = np.asarray(state.tokens)[:, :8] == mask_id
+    assert (early & (tokens[:, :8] != mask_id)).any()
+
+
+@pytest.mark.parametrize("method", ["plain", "dual_cache"])
+def test_random_remasking_changes_the_order_alone(pair, method):
+    """With a block's tokens all at once there is no order, so the text is the published one."""
+    config = DecodeConfig(
+        gen_length=12, block_length=6, steps=2, recompute=RECOMPUTE[method], remasking="random"
+    )
+    want, _ = pair.published(method, dataclasses.replace(config, remasking="low_confidence"))
+    state = denoise(pair.model, None, pair.start(config), config=config)
+    np.testing.assert_array_equal(state.tokens, want)
+
+    # One at a time, it shows.
+    config = dataclasses.replace(config, steps=12)
+    want, _ = pair.published(method, config)
+    state = denoise(pair.model, None, pair.start(config), config=config)
+    assert not np.array_equal(state.tokens, want)

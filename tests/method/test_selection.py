@@ -1,0 +1,95 @@
+"""Top-K: highest scores, ties to the lower index, ascending, never a chunk that is not there."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pdllm_jax.config import SelectionConfig
+from pdllm_jax.method.selection import EMPTY_SLOT, control_scores, select_top_k
+
+SCORES = st.lists(st.sampled_from([-np.inf, -3.0, -1.5, -1.0, 0.0, 2.0]), min_size=1, max_size=9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(scores=SCORES, k=st.sampled_from([1, 2, 4, 20]), keep_first=st.booleans())
+def test_against_a_sort(scores, k, keep_first):
+    got = select_top_k(jnp.array(scores), k, keep_first=keep_first)
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    if keep_first and scores[0] > -np.inf:
+        order = [0, *(i for i in order if i != 0)]
+    want = sorted(i for i in order[:k] if scores[i] > -np.inf)
+    ids = got.chunk_ids.tolist()
+    assert ids[: len(want)] == want
+    assert set(ids[len(want) :]) <= {EMPTY_SLOT}
+    assert len(ids) == min(k, len(scores))
+    np.testing.assert_array_equal(got.scores[: len(want)], np.float32([scores[i] for i in want]))
+    assert np.isneginf(got.scores[len(want) :]).all()
+
+
+def test_batches_choose_row_by_row():
+    scores = jax.random.normal(jax.random.key(0), (3, 8))
+    whole = select_top_k(scores, 3)
+    for row, ids in zip(scores, whole.chunk_ids, strict=True):
+        np.testing.assert_array_equal(select_top_k(row, 3).chunk_ids, ids)
+
+
+def test_nan_ranks_below_every_number():
+    assert select_top_k(jnp.array([jnp.nan, -5.0, -jnp.inf]), 1).chunk_ids.tolist() == [1]
+    assert select_top_k(jnp.array([jnp.nan, -5.0, -jnp.inf]), 3).chunk_ids.tolist() == [0, 1, -1]
+
+
+@pytest.mark.parametrize("k", [0, -1])
+def test_k_must_be_positive(k):
+    with pytest.raises(ValueError, match="k must be positive"):
+        select_top_k(jnp.zeros(3), k)
+
+
+def test_controls():
+    exists = jnp.array([True, True, True, True, False])
+
+    def chosen(scorer, key=None):
+        scores = control_scores(SelectionConfig(scorer=scorer), exists, key)
+        assert np.isneginf(scores[4])
+        return select_top_k(scores, 2).chunk_ids.tolist()
+
+    assert chosen("first") == [0, 1]
+    assert chosen("last") == [2, 3]
+    seen = {tuple(chosen("random", jax.random.key(i))) for i in range(40)}
+    assert len(seen) == 6  # every pair of the four
+    with pytest.raises(ValueError, match="needs a key"):
+        chosen("random")
+    with pytest.raises(ValueError, match="needs the ids"):
+        chosen("oracle")
+    named = control_scores(SelectionConfig(scorer="oracle"), exists, None, jnp.array([4, 3, 1]))
+    assert select_top_k(named, 4).chunk_ids.tolist() == [1, 3, EMPTY_SLOT, EMPTY_SLOT]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    scores=SCORES,
+    k=st.sampled_from([1, 2, 4]),
+    more=st.sampled_from([0, 1, 3]),
+    margin=st.sampled_from([0.0, 0.5, 2.0]),
+)
+def test_adaptive_k_keeps_what_is_close_behind(scores, k, more, margin):
+    got = select_top_k(jnp.array(scores), k, max_k=k + more, margin=margin)
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    order = [i for i in order if scores[i] > -np.inf]
+    last = scores[order[k - 1]] if len(order) >= k else -np.inf
+    want = order[:k] + [i for i in order[k : k + more] if last - scores[i] <= margin]
+    ids = got.chunk_ids.tolist()
+    assert ids[: len(want)] == sorted(want)
+    assert set(ids[len(want) :]) <= {EMPTY_SLOT}
+    assert len(ids) == min(k + more, len(scores))
+    if more == 0:
+        np.testing.assert_array_equal(got.chunk_ids, select_top_k(jnp.array(scores), k).chunk_ids)
+
+
+def test_max_k_must_not_be_less_than_k():
+    with pytest.raises(ValueError, match="max_k 1 is less than k 2"):
+        select_top_k(jnp.zeros(3), 2, max_k=1)

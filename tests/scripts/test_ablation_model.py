@@ -1,0 +1,318 @@
+"""Ablations on a tiny random model: records end to end, FLOPs, attention, denoising order."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+pytest.importorskip("tokenizers")
+from ablation import bench, looks, run, summary
+from ablation.flops import Sizes, answer_flops
+from ablation.grid import Cell, Grid
+
+from pdllm_jax import (
+    ChunkConfig,
+    DecodeConfig,
+    MaskPredictor,
+    ModelConfig,
+    Tokenizer,
+    chunk_prompt,
+    denoise_step,
+    draft_response,
+    generate_ids,
+    init_denoise,
+    prefill,
+    select_top_k,
+)
+from pdllm_jax.network.rope import rotate, rotation
+from small_model import corpus, tasks
+from tests.method.test_prefill import sharpen
+from tests.small_model.test_training import CONFIG, encode, held_out_side, make_corpora  # noqa: F401
+
+PAIR = ("passkey", "number_string")
+CELL = Cell(length=320, chunk_size=64, top_k=2, tasks=PAIR, draft_length=2)
+
+
+@pytest.fixture(scope="module")
+def model() -> MaskPredictor:
+    return sharpen(MaskPredictor(ModelConfig.from_dict(CONFIG), rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module")
+def tiny_bench(model, encode, held_out_side) -> bench.Bench:  # noqa: F811
+    ids = encode.tokenizer.token_to_id
+    chat = tuple(ids(name) for name in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
+    tokenizer = Tokenizer(encode.tokenizer, ids("<|startoftext|>"), encode.mask, encode.eos, chat)
+    made = bench.Bench.of(model, tokenizer, held_out_side, first_seed=0)
+    return dataclasses.replace(made, batch_tokens=2 * CELL.length, encode_batch=4)
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("depth", [0.0, 0.3, 0.5, 1.0])
+def test_needles_stand_at_the_depth_that_is_asked_for(encode, held_out_side, task, depth):  # noqa: F811
+    make = tasks.make_example
+    for seed in range(3):
+        example = make(task, 2048, seed, corpora=held_out_side, encode=encode, depth=depth)
+        assert len(example["context"]) == len(
+            make(task, 2048, seed, corpora=held_out_side, encode=encode)["context"]
+        )
+        start, end = example["needle_span"]
+        assert example["answer"] in encode.tokenizer.decode(example["context"][start:end])
+        # At a sentence's end near by; other needles before it, and within its own block, move it.
+        slack = 60 if task in PAIR else 700
+        assert abs(start - depth * (len(example["context"]) - (end - start))) < slack
+    with pytest.raises(ValueError, match="depth must lie"):
+        make(task, 2048, 0, corpora=held_out_side, encode=encode, depth=1.2)
+
+
+def test_every_depth_gets_every_task():
+    cell = Cell(depths=11)
+    pairs = {(cell.tasks[i % 4], bench.asked_depth(cell, i)) for i in range(44)}
+    assert len(pairs) == 44
+    assert {depth for _, depth in pairs} == {i / 10 for i in range(11)}
+
+
+def test_given_chunks_hold_the_needle_or_nothing_of_it(tiny_bench):
+    for selection in ("oracle", "needle", "without"):
+        cell = dataclasses.replace(CELL, selection=selection, length=1024, chunk_size=128)
+        for index in range(8):
+            example = tiny_bench.example(cell, index)
+            kept = bench.given_chunks(cell, index, example)
+            assert kept == bench.given_chunks(cell, index, example)
+            start, end = example["needle_span"]
+            held = {place for i in kept for place in range(i * 127, i * 127 + 127)}
+            inside = set(range(start, end)) & held
+            assert inside == (set() if selection == "without" else set(range(start, end)))
+            assert selection == "needle" or len(kept) == cell.top_k
+
+
+def test_texts_of_the_repository_need_no_other_files(encode):  # noqa: F811
+    pytest.importorskip("wonderwords")
+    texts = corpus.from_repository(encode.tokenizer)
+    assert set(texts.texts) == set(corpus.HELD_OUT)
+    assert "Elliot" in encode.tokenizer.decode(texts.texts["persuasion"].tokens[:400].tolist())
+    assert all(corpus.is_held_out(word) for word in texts.words.nouns)
+    name = corpus.fingerprint(texts)
+    assert name == corpus.fingerprint(texts)
+    fewer = dataclasses.replace(texts, words=corpus.Words(texts.words.adjectives[1:], ()))
+    assert corpus.fingerprint(fewer) != name
+
+
+def test_other_weights_have_another_name(model):
+    name = bench.weights_fingerprint(model)
+    assert name == bench.weights_fingerprint(model)
+    changed = jax.tree.map(lambda x: x.at[-1].add(1e-3) if x.shape == (32,) else x, model)
+    assert bench.weights_fingerprint(changed) != name
+
+
+def test_a_run_end_to_end(tiny_bench, tmp_path, monkeypatch):
+    """Records, summary and checks; in a batch, dense tokens are those of the prompt alone."""
+    base = CELL.settings() | {"tasks": PAIR}
+    arms = ({"selection": "dense"}, {"selection": "all"}, {"top_k": 8})
+    grid = Grid("All of it, tiny.", base=base, arms=arms)
+    monkeypatch.setitem(summary.GRIDS, "tiny", grid)
+    note = {"device": "cpu", "versions": {"jax": jax.__version__}}
+    assert run.run_cells(tiny_bench, grid.cells(), 3, tmp_path, note=note)
+    record = summary.summarise(tmp_path, ["tiny"], 3)
+    json.dumps(record)
+    assert record["complete"]
+    assert [check["name"] for check in record["checks"] if not check["ok"]] == []
+    assert sum(check["name"].startswith("K = N") for check in record["checks"]) == 1
+    assert {cell["examples"] for cell in record["cells"].values()} == {3}
+    cell = dataclasses.replace(CELL, selection="dense").canonical()
+    file = run.CellFile(run.cell_path(tmp_path, cell), run.header(cell, tiny_bench.identity))
+    row, example = file.read()[2], tiny_bench.example(cell, 2)
+    alone = generate_ids(
+        tiny_bench.model, example["prefix"], example["context"], example["query"],
+        method="plain", decode=CELL.decoding(), seed=2,
+    )  # fmt: skip
+    assert row["tokens"] == alone.tokens
+    assert row["evaluations"] == alone.evaluations
+
+
+# ---- FLOPs, against the products of the traced programs
+
+
+def matmul_flops(jaxpr) -> float:
+    """Two for each multiply-add of every dot_general; scans by their length, other loops once."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contract, _), _ = params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            out = equation.outvars[0].aval.shape
+            total += 2 * np.prod(out, dtype=float) * np.prod([left[i] for i in contract])
+        elif name == "cond":
+            total += max(matmul_flops(branch.jaxpr) for branch in params["branches"])
+        else:
+            times = params.get("length", 1) if name == "scan" else 1
+            for value in params.values():
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    total += times * matmul_flops(inner)
+    return total
+
+
+# Nothing is padded: with 32 of a response there are 128 live rows.
+PREFIX, QUERY, DRAFT, COUNT, SIZE = 32, 64, 16, 4, 64
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"encoding": "independent"},
+        {"encoding": "query-conditioned"},
+        {"encoding": "bridge", "scorer": "query"},
+        {"scorer": "confidence"},
+        {"scorer": "attention"},
+        {"masked_copies": None},
+        {"selection": "first", "encoding": "independent"},
+        {"selection": "all"},
+    ],
+    ids=str,
+)
+def test_flops_are_the_products_of_the_traced_programs(model, change):
+    cell = Cell(**{**CELL.settings(), "tasks": PAIR, "draft_length": DRAFT, **change}).canonical()
+    config = cell.selecting(COUNT)
+    if cell.selection == "all":
+        config = dataclasses.replace(config, top_k=COUNT)
+    decode = DecodeConfig(gen_length=32, block_length=32, threshold=0.9)
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(6, 500, n) for n in (PREFIX, COUNT * (SIZE - 1), QUERY)]
+    prompt = chunk_prompt(*ids, ChunkConfig(SIZE), bos_id=0)
+    assert prompt.prefix.shape == (PREFIX,)
+    assert prompt.query.shape == (QUERY,)
+    draft = None
+    found = {"draft": 0.0}
+
+    def traced(function, *args, **kwargs):
+        return matmul_flops(jax.make_jaxpr(lambda *a: function(*a, **kwargs))(*args).jaxpr)
+
+    if config.scorer == "draft":
+        found["draft"] = traced(lambda m, p: draft_response(m, p, config), model, prompt)
+        draft = jax.eval_shape(lambda: draft_response(model, prompt, config))
+        draft = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), draft)
+    found["score"] = traced(lambda m, p: prefill(m, p, config, draft=draft), model, prompt)
+    cache, scores = jax.eval_shape(lambda: prefill(model, prompt, config, draft=draft))
+    chosen = jax.eval_shape(lambda s: select_top_k(s, config.top_k), scores)
+
+    def begin(cache, chosen):
+        return init_denoise(
+            model, cache, chosen, prompt.query, decode, jax.random.key(0), selecting=config
+        )
+
+    found["encode"] = matmul_flops(jax.make_jaxpr(begin)(cache, chosen).jaxpr)
+    state = jax.eval_shape(begin, cache, chosen)
+    found["decode"] = matmul_flops(
+        jax.make_jaxpr(lambda c, s: denoise_step(model, c, s, config=decode))(cache, state).jaxpr
+    )
+    kept = range(COUNT) if cell.selection == "all" else range(cell.top_k)
+    sizes = Sizes(PREFIX, QUERY, 32, COUNT * (SIZE - 1), [SIZE] * COUNT, list(kept))
+    want = answer_flops(model.config, cell, sizes, 1)
+    for phase, value in want.items():
+        assert found[phase] == pytest.approx(value, rel=0.02), phase
+
+
+# ---- what the pictures are made of
+
+
+def test_attention_shares_are_those_of_one_forward_over_everything(model):
+    """Joint encoding of whole chunks is a plain forward; its softmax, written out."""
+    rng = np.random.default_rng(3)
+    prefix, context, query = rng.integers(6, 500, 5), rng.integers(6, 500, 3 * 15), [7, 8, 9]
+    prompt = chunk_prompt(prefix, context, query, ChunkConfig(16), bos_id=0)
+    decode = DecodeConfig(gen_length=8, block_length=8)
+    config = Cell(selection="all", top_k=3).selecting()
+    cache, scores = prefill(model, prompt, config)
+    state = init_denoise(
+        model, cache, select_top_k(scores, 3), prompt.query, decode, jax.random.key(0),
+        query_length=prompt.query_length, selecting=config,
+    )  # fmt: skip
+    found = looks.attention_shares(model, state.pool, state)
+
+    mask = model.config.mask_token_id
+    chunks = np.insert(context.reshape(3, 15), 0, 0, axis=1).ravel()
+    tokens = np.array([[*prefix, *chunks, *query, *[mask] * 8]])
+    by = rotation(model.config, jnp.arange(tokens.shape[1]))
+    weights = []
+
+    def attend(layer, q, k, v, carry):
+        repeats = q.shape[2] // k.shape[2]
+        keys, values = (jnp.repeat(x, repeats, axis=2) for x in (rotate(k, by), v))
+        scores = jnp.einsum("bthd,bshd->bhts", rotate(q, by), keys) * q.shape[-1] ** -0.5
+        share = jax.nn.softmax(scores, axis=-1)
+        weights.append(np.asarray(share)[0, :, -8:].mean(axis=1))  # [H, S]
+        return jnp.einsum("bhts,bshd->bthd", share, values), carry
+
+    model.run(jnp.asarray(tokens), attend, None)
+    want = np.array(weights)  # [L, H, S]
+    inside = want[..., 5 : 5 + 48].reshape(*want.shape[:2], 3, 16)
+    np.testing.assert_allclose(found.chunk[:, 0], inside.sum(axis=-1), atol=1e-4)
+    np.testing.assert_allclose(found.first[:, 0], inside[..., 0], atol=1e-4)
+    np.testing.assert_allclose(found.bos[:, 0], want[..., 0], atol=1e-4)
+
+
+def test_looks_on_a_tiny_model(tiny_bench, tmp_path):
+    """Every slot is filled once, and the tokens are those of the answer; two looks, resumed."""
+    cell = dataclasses.replace(CELL, threshold=None)
+    cache, state, _ = looks.begun(tiny_bench, cell, [0])
+    steps, tokens = looks.denoising_order(tiny_bench, cache, state, cell)
+    filled = [step for step in steps if step]
+    assert sorted(filled) == list(range(1, len(filled) + 1))
+    example = tiny_bench.example(cell, 0)
+    alone = generate_ids(
+        tiny_bench.model, example["prefix"], example["context"], example["query"],
+        chunking=cell.chunking(), selection=cell.selecting(4), decode=cell.decoding(),
+    )  # fmt: skip
+    assert tokens == alone.tokens
+    path = tmp_path / "speed.json"
+    known = {"rows": [{"method": name, "length": 320} for name in looks.SPEED]}
+    assert looks.look_at_speed(tiny_bench, CELL, path, known, lengths=(320,), repeats=1)
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["method"] for row in rows[-1:]] == [looks.LATER]
+    assert rows[-1]["least"] <= rows[-1]["seconds"] <= rows[-1]["most"]
+    assert len(rows) == 5
+    assert not looks.look_at_speed(tiny_bench, CELL, path, {}, lengths=(320,), deadline=0.0)
+
+
+@pytest.mark.slow
+def test_the_command_line_with_two_processes(make_checkpoint, tmp_path, monkeypatch):
+    """A PyTorch checkpoint, texts of the repository, the report; then again with nothing to do."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("wonderwords")
+    import ablate
+    from ablation import report
+
+    monkeypatch.setenv("PDLLM_CACHE", str(tmp_path / "cache"))
+    checkpoint = make_checkpoint(n_kv_heads=2, tokenizer=True, max_sequence_length=1024).folder
+    settings = ["--set", "length=640", "chunk_size=128", "top_k=2", "tasks=passkey"]
+    command = ["run", str(checkpoint), "--out", str(tmp_path / "run"), "--examples", "2"]
+    command += ["--grid", "positions", "order", *settings, "--processes", "2"]
+    assert ablate.main([*command, "--time-limit", "0"]) == 0
+    record = json.loads((tmp_path / "run" / "ablation.json").read_text())
+    assert not record["complete"]
+    assert record["cells"] == {}
+    assert record["command"].startswith("scripts/ablate.py run CHECKPOINT --out DIR --examples 2")
+    assert ablate.main(command) == 0
+    record = json.loads((tmp_path / "run" / "ablation.json").read_text())
+    assert record["complete"]
+    assert {cell["examples"] for cell in record["cells"].values()} == {2}
+    assert len(record["order"]["rows"]) == 4
+    assert ablate.main(command) == 0
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    places = ["--results", str(tmp_path / "results.md"), "--readme", str(readme)]
+    source = str(tmp_path / "run" / "ablation.json")
+    assert ablate.main(["report", source, *places, "--pictures", str(tmp_path / "pictures")]) == 0
+    assert (tmp_path / "pictures" / "denoising_order.png").exists()
+    with pytest.raises(SystemExit):
+        ablate.main(["run", "--out", "x", "--grid", "unknown"])
+    assert ablate.main(["run", "--out", "x", "--set", "colour=red"]) == 2

@@ -1,0 +1,104 @@
+"""What the machine lacks: disk, device memory, a network."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+from pathlib import Path
+
+import command_line
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pdllm_jax.storage.snapshot import SnapshotError, load_document, save_document
+from tests.conftest import ROOT
+from tests.support import workers
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from evals.records import Key, RecordError, Records
+
+
+class SmallDisk:
+    """No file grows beyond so many bytes, which the system reports much as a full disk."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+    def __enter__(self) -> None:
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.nbytes, self.before[1]))
+
+    def __exit__(self, *_: object) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+def test_records_on_a_full_disk(tmp_path):
+    """What was recorded stays, no half line is left, and the run goes on when there is room."""
+    key = Key("b", "t", "m", "1")
+    with Records(tmp_path, {}) as records:
+        records.add(key, {"digest": "d", "score": 1.0})
+        whole = records.path.read_bytes()
+        with (
+            SmallDisk(len(whole) + 10),
+            pytest.raises(
+                RecordError, match=r"records\.jsonl can not be written \(File too large\)"
+            ),
+        ):
+            records.add(key._replace(id="2"), {"digest": "d", "score": 1.0, "text": "x" * 9000})
+        assert records.path.read_bytes() == whole
+        assert list(records.done) == [key]
+    with Records(tmp_path, {}) as records:
+        assert list(records.done) == [key]
+        assert records.dropped == 0
+        records.add(key._replace(id="2"), {"digest": "d", "score": 0.0})
+        assert len(records.done) == 2
+
+
+def test_a_snapshot_on_a_full_disk(tmp_path):
+    """A real one: the old snapshot is as it was, and nothing lies beside it."""
+    good = tmp_path / "s"
+    save_document(good, workers.IDENTITY, workers.document(), chunking=workers.CHUNKS)
+    before = load_document(good, workers.IDENTITY).cache
+    with SmallDisk(4096), pytest.raises(SnapshotError, match=f"disk full while writing {good}"):
+        save_document(
+            good, workers.IDENTITY, workers.document(chunks=7),
+            chunking=workers.CHUNKS, overwrite=True,
+        )  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+    after = load_document(good, workers.IDENTITY).cache
+    assert all(map(jnp.array_equal, jax.tree.leaves(before), jax.tree.leaves(after)))
+
+
+def test_out_of_device_memory_says_what_to_change(capsys):
+    """With the error that JAX raises for an array of 64 TB."""
+    flags = {"encode_batch", "top_k", "chunk_size", "gen_length", "dtype", "memory_limit"}
+    for having in (flags, flags - {"memory_limit"}, flags - {"dtype", "top_k"}, set()):
+        args = argparse.Namespace(**dict.fromkeys(having, "keep"))
+        status, result = command_line.guarded(
+            lambda: jnp.zeros(1 << 44).block_until_ready(), args if having else None
+        )
+        out, err = capsys.readouterr()
+        assert (status, result, out) == (2, None, "")
+        says = "error: the device ran out of memory (Out of memory allocating 70368744"
+        assert err.startswith(says)
+        named = {flag for flag in flags if f"--{flag.replace('_', '-')}" in err}
+        assert named == having
+        assert err.count("\n") == 1
+
+    def otherwise() -> None:
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        command_line.guarded(otherwise)
+
+
+def test_nothing_opens_a_socket(tmp_path):
+    """Convert, generate, evaluate, in a process where whatever connects fails."""
+    workers.run(workers.offline, tmp_path, tmp_path / "out.json")
+    found = json.loads(Path(tmp_path / "out.json").read_text())
+    assert found["statuses"] == [0, 0, 0]
+    assert found["caught"], "the audit would have seen a connection"
+    assert found["internet"] == []

@@ -1,0 +1,384 @@
+"""What tests do on several devices, in processes of their own. Importing begins nothing in JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from pallas_kernels import Norm, device_sum
+from pallas_kernels.all_reduce.peer_memory import CAPACITY, EMPTY, HEADER, _memory
+from pdllm_jax import (
+    ChunkConfig,
+    DecodeConfig,
+    DocumentStore,
+    MaskPredictor,
+    ModelConfig,
+    SelectionConfig,
+    SnapshotError,
+    ask_ids,
+    begin,
+    chunk_prompt,
+    denoise_step,
+    encode_document,
+    finish,
+    generate_batch_ids,
+    generate_ids,
+    init_denoise,
+    load_document,
+    load_model,
+    load_prefilled,
+    make_mesh,
+    model_identity,
+    prefill,
+    prefill_request,
+    reselect,
+    save_document,
+    save_prefilled,
+    select_top_k,
+    shard_model,
+)
+from pdllm_jax.engine.engine import request_keys
+from pdllm_jax.engine.offload import choose_offloaded, encode_offloaded, offload
+from pdllm_jax.method.likelihood import (
+    answer_log_likelihood,
+    answer_log_likelihood_kept,
+    keep_context,
+)
+from pdllm_jax.network.sharding import DATA, TENSOR
+from pdllm_jax.storage import snapshot_arrays
+
+DEVICES = 8
+CHUNKS = ChunkConfig(16)
+PREFIX = [253, 1, 2]
+SELECT: dict[str, Any] = {"top_k": 2, "masked_copies": 2, "encode_batch": 2}
+DECODE: dict[str, Any] = {"gen_length": 8, "block_length": 4}
+# Settings of a selection, of decoding, or both, each of which must give what one device gives.
+SETTINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    *[({"scorer": name}, {}) for name in ("draft", "query", "confidence", "attention")],
+    *[({"scorer": name}, {}) for name in ("first", "last", "random", "all", "oracle")],
+    ({"masked_copies": None}, {}),
+    *[({"encoding": name}, {}) for name in ("independent", "query-conditioned", "bridge")],
+    ({"encoding": "bridge", "bridge_tokens": "attention"}, {}),
+    ({"encoding": "independent", "positions": "absolute", "keep_first": True}, {}),
+    ({"encoding": "independent", "positions": "reuse", "max_k": 3, "margin": 0.3}, {}),
+    ({"keep_tokens": 5}, {}),
+    ({"encoding": "independent", "keep_tokens": 5, "reselect": "block"}, {}),
+    ({"encoding": "bridge", "reselect": "step", "scorer": "query"}, {}),
+    ({"scorer": "first"}, {"recompute": "suffix", "temperature": 0.7}),
+    ({"scorer": "first"}, {"recompute": "response", "remasking": "entropy"}),
+    ({"scorer": "first"}, {"remasking": "margin", "threshold": 0.02}),
+    ({"scorer": "first"}, {"remasking": "random", "stop_ids": tuple(range(120))}),
+    ({"scorer": "first"}, {"factor": 1.0}),
+]
+
+
+def setup() -> None:
+    """As tests/conftest.py has it, on virtual devices."""
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def model(tied: bool = False) -> MaskPredictor:
+    """Two layers, 16 query heads on 8 KV heads."""
+    config = dataclasses.replace(ModelConfig.tiny(), n_heads=16, n_kv_heads=8, weight_tying=tied)
+    return MaskPredictor(config, rngs=nnx.Rngs(0))
+
+
+def ids(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 250, count)
+
+
+DOCUMENT, QUERY = ids(70), ids(7, 1)  # 5 chunks: odd for any mesh of more than one
+
+
+def ask(model: MaskPredictor, selecting: dict, decoding: dict, **more: Any) -> Any:
+    oracle = [1, 4] if selecting.get("scorer") == "oracle" else None
+    return generate_ids(
+        model, PREFIX, DOCUMENT, QUERY,
+        chunking=CHUNKS, selection=SelectionConfig(**{**SELECT, **selecting}),
+        decode=DecodeConfig(**{**DECODE, **decoding}), oracle=oracle, seed=3, **more,
+    )  # fmt: skip
+
+
+def same(got: Any, want: Any, what: Any) -> None:
+    """Tokens, evaluations and chosen chunks are equal, scores up to the order of sums."""
+    assert got.tokens == want.tokens, (what, got.tokens, want.tokens)
+    assert got.evaluations == want.evaluations, what
+    if want.selection is None:
+        return
+    found, wanted = dict(got.selection), dict(want.selection)
+    scores, expected = found.pop("scores"), wanted.pop("scores")
+    assert found == wanted, (what, found, wanted)
+    if expected is not None:
+        np.testing.assert_allclose(scores, expected, rtol=2e-5, atol=2e-6, err_msg=str(what))
+
+
+def settings(data: int, tensor: int) -> None:
+    """Every setting of the method."""
+    setup()
+    one = model(tied=tensor == 2)
+    many = shard_model(one, make_mesh(data, tensor))
+    for setting in SETTINGS:
+        same(ask(many, *setting), ask(one, *setting), setting)
+
+
+def ways(data: int, tensor: int, folder: Path) -> None:
+    """Baselines, batches, questions, blocks, steps of one's own, host memory, likelihoods."""
+    setup()
+    one = model()
+    many = shard_model(one, make_mesh(data, tensor))
+    for method in ("plain", "prefix-cache", "dual-cache"):
+        decode = DecodeConfig(**DECODE)
+        if method == "plain":
+            decode = dataclasses.replace(decode, recompute="response", guidance=0.5)
+        got, want = (
+            generate_ids(m, PREFIX, DOCUMENT, QUERY, method=method, decode=decode)
+            for m in (many, one)
+        )
+        same(got, want, method)
+    both = [_ways(m) for m in (many, one)]
+    for got, want in zip(*both, strict=True):
+        if isinstance(want, float):
+            np.testing.assert_allclose(got, want, rtol=2e-5)
+        elif isinstance(want, list):
+            assert got == want
+        else:
+            same(got, want, "")
+    snapshots(one, many, folder)
+
+
+def _ways(model: MaskPredictor) -> list[Any]:
+    decode = DecodeConfig(**DECODE)
+    results: list[Any] = []
+    requests = [(PREFIX, DOCUMENT, QUERY), (PREFIX[:2], DOCUMENT[:40], QUERY[:3])] * 2
+    for encoding in ("joint", "independent", "bridge"):
+        selecting = SelectionConfig(**SELECT, encoding=encoding, keep_tokens=9)
+        results += generate_batch_ids(
+            model, [*requests, requests[0]], chunking=CHUNKS, selection=selecting, decode=decode
+        )
+    independent = SelectionConfig(**SELECT, encoding="independent")
+    prompt = chunk_prompt(PREFIX, DOCUMENT, QUERY, CHUNKS)
+    cache = encode_document(model, prompt, encode_batch=2)
+    results += ask_ids(model, cache, [QUERY, QUERY[:2]], selection=independent, decode=decode)
+    blocks: list[int] = []
+    ask(model, {"scorer": "first"}, {}, on_block=lambda request, block, ids: blocks.extend(ids))
+    results.append(blocks)
+    results.append(_steps(model, prompt, independent, decode))
+    for document in (encode_offloaded(model, prompt, encode_batch=2), offload(cache)):
+        chosen = choose_offloaded(model, document, QUERY, independent, request_keys([3], 1))
+        results += finish(model, begin(model, chosen, decode))
+    answer = ids(5, 2)
+    results.append(answer_log_likelihood(model, QUERY, answer, samples=8, group=4))
+    context = keep_context(model, prompt, independent)
+    results.append(answer_log_likelihood_kept(model, context, QUERY, answer, samples=8, group=4))
+    return results
+
+
+def _steps(
+    model: MaskPredictor, prompt: Any, selecting: SelectionConfig, decode: DecodeConfig
+) -> list:
+    cache, scores = prefill(model, prompt, selecting)
+    state = init_denoise(
+        model, cache, select_top_k(scores, 2), prompt.query, decode, jax.random.key(0),
+        query_length=prompt.query_length, selecting=selecting,
+    )  # fmt: skip
+    while int(state.block[0]) < decode.n_blocks:
+        if int(state.block[0]) == 1 and int(state.step[0]) == 0:
+            state = reselect(model, cache, state, selecting=selecting, config=decode)
+        state = denoise_step(model, cache, state, config=decode)
+    return np.asarray(state.tokens)[0].tolist()
+
+
+def snapshots(one: MaskPredictor, many: MaskPredictor, folder: Path) -> None:
+    """A request and a document, written on one mesh and gone on with on others."""
+    snapshot_arrays.SMALL_ARRAY_BYTES = snapshot_arrays.SMALL_CHUNK_BYTES = 1  # as if large
+    selecting = SelectionConfig(**SELECT)
+    want = ask(one, {}, {})
+    prompt = chunk_prompt(PREFIX, DOCUMENT, QUERY, CHUNKS)
+    independent = SelectionConfig(**SELECT, encoding="independent")
+    decode = DecodeConfig(**DECODE)
+
+    def asked(model: MaskPredictor, cache: Any) -> Any:
+        return ask_ids(model, cache, [QUERY], selection=independent, decode=decode)[0]
+
+    answered = asked(one, encode_document(one, prompt, encode_batch=2))
+    other = shard_model(one, make_mesh(1, DEVICES))
+    for name, wrote in (("one", one), ("many", many)):
+        prefilled = prefill_request(
+            wrote, PREFIX, DOCUMENT, QUERY,
+            chunking=CHUNKS, selection=selecting, decode=decode, seed=3,
+        )  # fmt: skip
+        request, document = folder / name, folder / f"{name}-document"
+        save_prefilled(request, wrote, prefilled, chunking=CHUNKS)
+        cache = encode_document(wrote, prompt, encode_batch=2)
+        save_document(document, wrote, cache, chunking=CHUNKS)
+        for read in (one, many, other):
+            if read is wrote:
+                continue
+            (got,) = finish(read, load_prefilled(request, read))
+            same(got, want, name)
+            cache = load_document(document, read).cache
+            assert cache.pool is not None
+            assert (cache.pool.k.sharding.device_set) == set(devices(read.mesh))
+            same(asked(read, cache), answered, name)
+
+
+def devices(mesh: Mesh | None) -> list[jax.Device]:
+    return jax.devices()[:1] if mesh is None else mesh.devices.reshape(-1).tolist()
+
+
+def loaded(folder: Path) -> None:
+    """A checkpoint goes to a mesh in parts, and its answer takes two sums a layer."""
+    setup()
+    one, mesh = load_model(folder), make_mesh(2, 4)
+    many = load_model(folder, mesh=mesh)
+    assert many.mesh == mesh
+    assert model_identity(many) == model_identity(one)
+    whole, parts = (nnx.to_pure_dict(nnx.state(m)) for m in (one, many))
+    block, part = whole["blocks"][0], parts["blocks"][0]
+
+    def divided(x: jax.Array, y: jax.Array) -> list[int]:
+        assert {shard.data.shape for shard in y.addressable_shards} == {
+            y.sharding.shard_shape(y.shape)
+        }
+        pairs = zip(x.shape, y.addressable_shards[0].data.shape, strict=True)
+        return [a // b for a, b in pairs]
+
+    for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+        assert divided(block[name]["weight"], part[name]["weight"]) == [4, 1]
+    for name in ("attn_out", "down_proj"):
+        assert divided(block[name]["weight"], part[name]["weight"]) == [1, 4]
+    for name in ("embedding", "lm_head"):
+        assert divided(whole[name]["weight"], parts[name]["weight"]) == [4, 1]
+    setting = {"scorer": "query", "encoding": "independent", "keep_tokens": 9}, {"temperature": 0.5}
+    got = ask(many, *setting)
+    same(got, ask(one, *setting), "loaded")
+    assert (got.paths["mesh"], got.paths["sums"]) == ("2x4", "xla")
+    _communication(many)
+
+
+def _communication(model: MaskPredictor) -> None:
+    """A step sums rows behind the embedding and twice a layer, and gathers logits; no KV moves."""
+    prompt = chunk_prompt(PREFIX, DOCUMENT, QUERY, CHUNKS)
+    selecting = SelectionConfig(**SELECT, scorer="first", encoding="independent")
+    decode = DecodeConfig(gen_length=4, block_length=4, recompute="response")
+    cache, scores = prefill(model, prompt, selecting)
+    state = init_denoise(
+        model, cache, select_top_k(scores, 2), prompt.query, decode, jax.random.key(0),
+        query_length=prompt.query_length, selecting=selecting,
+    )  # fmt: skip
+    compiled = denoise_step.lower(model, cache, state, config=decode).compile()
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    found = Counter(re.findall(rf"= \S+ ({kinds})(?:-start)?\(", compiled.as_text()))
+    sums = 2 * model.config.n_layers + 1
+    assert found == {"all-reduce": sums, "all-gather": 1}, found
+
+
+def sums(data: int, tensor: int) -> None:
+    """device_sum of parts that differ on every device, in float64 by NumPy."""
+    setup()
+    mesh = make_mesh(data, tensor)
+    rng = np.random.default_rng(0)
+    parts = rng.standard_normal((data, tensor, 3, 5, 24)).astype(np.float32)
+    residual = rng.standard_normal((data, 3, 5, 24)).astype(np.float32)
+    weight = rng.standard_normal(24).astype(np.float32)
+
+    def run(x: jax.Array, r: jax.Array, w: jax.Array) -> Any:
+        plain = device_sum(x[0, 0], TENSOR)
+        both = device_sum(x[0, 0], TENSOR, residual=r[0], norm=Norm(w, 0.5))
+        return jax.tree.map(lambda y: y[None, None], (plain, both))
+
+    each = PartitionSpec(DATA, TENSOR)
+    specs = each, PartitionSpec(DATA), PartitionSpec()
+    (plain,), (total, normed) = jax.jit(
+        jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=each, check_vma=False)
+    )(parts, residual, weight)
+    want = parts.astype(np.float64).sum(axis=1, keepdims=True).repeat(tensor, axis=1)
+    np.testing.assert_allclose(plain, want, rtol=1e-5, atol=1e-5)
+    want = want + residual[:, None]
+    np.testing.assert_allclose(total, want, rtol=1e-5, atol=1e-5)
+    want = want / np.sqrt((want**2).mean(axis=-1, keepdims=True) + 0.5) * weight
+    np.testing.assert_allclose(normed, want, rtol=1e-5, atol=1e-5)
+
+
+def exchange() -> None:
+    """The rows of a table: rank, and the addresses of the group's memory in the order of ranks."""
+    setup()
+    mesh = make_mesh(2, 4)
+    for axis, ranks in (
+        (TENSOR, np.arange(8).reshape(2, 4) % 4),
+        (DATA, np.arange(8).reshape(2, 4) // 4),
+    ):
+        words, table = _memory(mesh, axis)
+        rows = np.asarray(table).view(np.uint64)
+        np.testing.assert_array_equal(rows[..., 0], ranks)
+        where = {s.device: s.data.unsafe_buffer_pointer() for s in words.addressable_shards}
+        assert len(set(where.values())) == 8
+        for (i, j), _ in np.ndenumerate(ranks):
+            group = mesh.devices[i] if axis == TENSOR else mesh.devices[:, j]
+            assert rows[i, j, 1:].tolist() == [where[device] for device in group]
+        found = np.asarray(words).view(np.uint32)
+        assert (found[..., : HEADER // 4] == 0).all()
+        assert (found[..., HEADER // 4 :] == EMPTY).all()
+        assert found.shape[-1] * 4 == HEADER + 2 * mesh.shape[axis] * CAPACITY
+        assert _memory(mesh, axis)[0] is words
+
+
+def join(rank: int, port: int, **timeouts: int) -> None:
+    """This process becomes one of two with two devices each; timeouts as JAX takes them."""
+    setup()
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # With jax 0.12 gloo now and then gets data of another size than it waits for, as if XLA ran
+    # collectives in another order in each process. Not so where XLA does not look for concurrency.
+    os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    jax.distributed.initialize(f"localhost:{port}", 2, rank, **timeouts)
+
+
+def host(rank: int, port: int, folder: Path, out: Path) -> None:
+    """One of two processes with two devices each: loads its part, answers, says what came out."""
+    join(rank, port)
+    assert (jax.process_count(), jax.device_count()) == (2, 4)
+    try:
+        make_mesh(1, 2)
+    except ValueError as error:
+        assert "leaves out some of the 4 devices" in str(error)  # noqa: PT017
+    else:
+        raise AssertionError("a mesh of one process alone")
+    many = load_model(folder, mesh=make_mesh(2, 2))
+    prompt, store = chunk_prompt(PREFIX, DOCUMENT, QUERY, CHUNKS), DocumentStore(out, many)
+    for write in (
+        lambda: save_document(out / "s", many, encode_document(many, prompt), chunking=CHUNKS),
+        lambda: store.encode_ids(PREFIX, DOCUMENT, chunking=CHUNKS),
+    ):
+        try:
+            write()
+        except SnapshotError as error:
+            assert "is written by one process" in str(error)  # noqa: PT017
+        else:
+            raise AssertionError("a snapshot of several processes")
+    assert not list(out.glob(".*.lock"))
+    answered = host_answers(many)
+    (out / f"{rank}.json").write_text(json.dumps([model_identity(many).weights, answered]))
+    # As a program's end does it: the coordinator stays until the other has ended as well.
+    jax.distributed.shutdown()
+
+
+def host_answers(model: MaskPredictor) -> list[Any]:
+    selecting = SelectionConfig(**SELECT, scorer="query")
+    requests = [(PREFIX, DOCUMENT, QUERY), (PREFIX[:2], DOCUMENT[:40], QUERY[:3])]
+    results = generate_batch_ids(
+        model, requests, chunking=CHUNKS, selection=selecting, decode=DecodeConfig(**DECODE)
+    )
+    return [[result.tokens, result.selection["chunks"]] for result in results]  # type: ignore[index]

@@ -81,8 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _work(options: argparse.Namespace) -> None:
-    from convert import convert
-    from convert import export as reverse
+    from convert import convert, reverse
 
     bars = _Bars()
     start = time.perf_counter()

@@ -19,8 +19,7 @@ import pytest
 from flax import nnx
 from safetensors import safe_open
 
-from convert import convert
-from convert import export as reverse
+from convert import convert, reverse
 from convert.mapping import targets, tree
 from convert.values import BLOCK
 from pdllm_jax.network.config import ModelConfig

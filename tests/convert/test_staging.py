@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from convert import convert
-from convert import export as reverse
+from convert import convert, reverse
 from pdllm_jax.storage.atomic import AtomicFolder
 from pdllm_jax.storage.checkpoint import CheckpointError, load_model
 from tests.support import convert_sources as sources

@@ -14,8 +14,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert import convert
-from convert import export as reverse
+from convert import convert, reverse
 from pdllm_jax.config import DecodeConfig
 from pdllm_jax.method.cache import init_live, init_pool, write_chunks
 from pdllm_jax.method.sampling import log_probability, transfer

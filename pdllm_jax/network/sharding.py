@@ -301,13 +301,13 @@ def add_projected(
     norm of that as well.
     """
     if mesh is None:
-        total = stream + pallas_kernels.matmul.api(x, weight)[0]
+        total = stream + pallas_kernels.matmul(x, weight)[0]
         return (total,) if norm is None else (total, rms_norm(total, *norm))
     eps, scales = (None, ()) if norm is None else (norm.eps, (norm.weight,))
 
     def run(stream: Array, x: Array, weight: Array, *more: Array) -> tuple[Array, ...]:
-        return pallas_kernels.all_reduce.api(
-            pallas_kernels.matmul.api(x, weight)[0], TENSOR, residual=stream,
+        return pallas_kernels.device_sum(
+            pallas_kernels.matmul(x, weight)[0], TENSOR, residual=stream,
             norm=None if eps is None else Norm(more[0], eps),
             table=more[-1] if links is not None else None,
         )  # fmt: skip

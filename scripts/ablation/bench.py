@@ -60,7 +60,7 @@ class Bench:
         first_seed: int = FIRST_SEED,
         implementation: Implementation | None = None,
     ) -> Bench:
-        """folder: a converted checkpoint. corpora: of small_model/corpus.py; None: the repository's."""
+        """folder: a converted checkpoint. corpora: of small_model/corpus.py; None: built in."""
         tokenizer = Tokenizer.load(folder, load_config(folder))
         tokenizer.backend.encode_special_tokens = False  # the tasks spell the template out
         model = load_model(folder, dtype=dtype)

@@ -275,7 +275,8 @@ def test_the_command_finds_the_model(folder, tasks, tmp_path):
     settings = {"pretrained": folder, "method": "plain", "gen_length": 2}  # little to compile
     arguments = ",".join(f"{name}={value}" for name, value in settings.items())
     done = subprocess.run(
-        [sys.executable, "-m", "pdllm_jax.evaluation.lm_eval", "--model", "pdllm", "--model_args", arguments,
+        [sys.executable, "-m", "pdllm_jax.evaluation.lm_eval", "--model", "pdllm",
+         "--model_args", arguments,
          "--tasks", "local_qa", "--include_path", str(tasks), "--limit", "1",
          "--output_path", str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},

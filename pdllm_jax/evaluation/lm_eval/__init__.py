@@ -1,6 +1,6 @@
 """The adapter for lm-eval (EleutherAI's lm-evaluation-harness): importing this registers `pdllm`.
 
-    python -m pdllm_jax.evaluation.lm_eval --model pdllm --model_args pretrained=llada-8b --tasks ...
+    python -m pdllm_jax.evaluation.lm_eval --model pdllm --model_args pretrained=llada-8b ...
 
 is lm-eval's own command line with the model registered; docs/evaluation.md says what it does.
 """

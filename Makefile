@@ -23,7 +23,7 @@ test-kernels test-gpu:
 	@echo 'skipped: no Python 3.12 or newer here (set PYTHON_KERNELS=); the kernel needs it'
 else
 test-kernels: $(VENV_KERNELS)/.installed
-	$(VENV_KERNELS)/bin/python -m pytest $(KERNELS) $(PYTEST_ARGS)
+	$(VENV_KERNELS)/bin/python -m pytest $(PARALLEL) $(KERNELS) $(PYTEST_ARGS)
 
 test-gpu: $(VENV_KERNELS)/.installed
 	$(VENV_KERNELS)/bin/python $(INSTALL) -e '.[cuda]'
@@ -53,6 +53,7 @@ lint: env
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 
 format: env
 	$(VENV)/bin/ruff check --fix .

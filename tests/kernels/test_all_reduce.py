@@ -82,8 +82,8 @@ def test_a_model_takes_the_kernel_for_its_sums_where_it_can_run(monkeypatch, pro
         def __init__(self):
             self.shape = {"data": 1, "tensor": 2}
 
-    monkeypatch.setattr("pdllm_jax.network.sharding.peer_problem", lambda mesh, axis: problem)
-    monkeypatch.setattr("pdllm_jax.network.sharding.peer_table", lambda mesh, axis: TABLE)
+    monkeypatch.setattr("pdllm_jax.network.transformer.peer_problem", lambda mesh, axis: problem)
+    monkeypatch.setattr("pdllm_jax.network.transformer.peer_table", lambda mesh, axis: TABLE)
     model = workers.tiny()
     assert (put_on(model, OneByTwo(), None).links is None) == (problem is not None)
     assert put_on(model, OneByTwo(), "xla").links is None
@@ -138,7 +138,7 @@ def test_few_rows_go_through_the_kernel_and_many_through_xla(dtype):
         for norm in (True, False):
             text = lowered(rows, 4096, links=links, norm=norm, dtype=dtype)
             launches = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
-            assert (len(launches), text.count("all_reduce")) == (kernel, 1 - kernel)
+            assert (len(launches), text.count("stablehlo.all_reduce")) == (kernel, 1 - kernel)
             made = f"tensor<{rows}x4096x"
             assert all(line.rpartition("->")[2].count(made) == 1 + norm for line in launches)
             assert text.count("stablehlo.rsqrt") == (norm and not kernel)
@@ -152,4 +152,4 @@ def test_rows_that_no_block_of_threads_holds_are_normed_behind_the_kernel():
 
 def test_a_mesh_without_links_lowers_to_one_sum():
     text = lowered(32, 4096, links=False, norm=True)
-    assert (text.count("custom_call @mosaic_gpu"), text.count("all_reduce")) == (0, 1)
+    assert (text.count("custom_call @mosaic_gpu"), text.count("stablehlo.all_reduce")) == (0, 1)

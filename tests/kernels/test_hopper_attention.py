@@ -248,7 +248,7 @@ def test_lowers_on_a_mesh_with_a_devices_own_heads_and_columns(monkeypatch):
     taken = [line.rpartition(" : (")[2] for line in launches]
     wanted = ["2x64x8x1024x128xbf16", "64x4096xbf16>, tensor<3072x4096xbf16", "4096x3072xbf16"]
     assert [any(shape in line for line in taken) for shape in wanted] == [True] * 3, taken
-    assert text.count("all_reduce") == 1
+    assert text.count("stablehlo.all_reduce") == 1
 
 
 @pytest.mark.parametrize("rows", [8, 32, 64, 128])

@@ -199,8 +199,8 @@ class Engine:
         if self.method != "prefilling":
             raise ValueError(f"a document is asked with method 'prefilling', not {self.method!r}")
         check_scorable(document)
-        if document.lengths.size != document.lengths.shape[-1]:
-            raise ValueError("the cache holds several documents: ask about one")
+        if document.documents > 1:
+            raise ValueError(f"document must be one, the cache holds {document.documents}")
         for name, values in (("oracle", oracle), ("seeds", seeds)):
             if values is not None and len(values) != len(questions):
                 raise ValueError(f"{name} has {len(values)} entries for {len(questions)} questions")

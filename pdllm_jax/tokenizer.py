@@ -172,7 +172,7 @@ class Tokenizer:
 
 
 def _template(loaded: Any, backend: tokenizers.Tokenizer) -> tuple[str, str] | None:
-    """The chat template's text before and after a user's message; LLaDA's where its tokens exist."""
+    """The chat template's text around a user's message; LLaDA's where its tokens exist."""
     if loaded.chat_template is None:
         names = re.findall(r"<\|\w+\|>", "".join(LLADA_TEMPLATE))
         return None if None in map(backend.token_to_id, names) else LLADA_TEMPLATE

@@ -23,12 +23,11 @@ from pdllm_jax import (
     chunk_prompt,
     denoise,
     encode_document,
-    generate_ids,
     init_denoise,
-    prefill_request,
-    save_prefilled,
+    save_request,
     select_top_k,
 )
+from pdllm_jax.deprecated import generate_ids, prefill_request
 from tests.support.method import sharp_model
 
 CHUNKS = ChunkConfig(16)
@@ -124,7 +123,7 @@ def test_a_snapshot_holds_no_code(model, tmp_path):
     )
     for decode in (DecodeConfig(unmask=best_then_all), DecodeConfig(remasking=probability)):
         with pytest.raises(SnapshotError, match="remasking or unmask given as functions"):
-            save_prefilled(
+            save_request(
                 tmp_path / "s", model, dataclasses.replace(ready, decode=decode), chunking=CHUNKS
             )
     assert not (tmp_path / "s").exists()

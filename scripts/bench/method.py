@@ -22,14 +22,14 @@ from pdllm_jax import (
     SelectionConfig,
     batch_prompts,
     denoise,
-    draft_response,
     init_denoise,
     prefill,
-    prefill_top_k,
     score_chunks,
     select_top_k,
 )
 from pdllm_jax.method.cache import ChunkCache
+from pdllm_jax.method.prefill import prefill_top_k
+from pdllm_jax.method.scoring import draft_response
 
 SECTIONS = ("stream", "scoring", "ask", "batch", "choices")
 

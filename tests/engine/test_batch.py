@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
-from pdllm_jax.engine.engine import ask_ids, batch_size, generate_batch_ids, generate_ids
-from pdllm_jax.method.chunking import batch_prompts, chunk_prompt
+from pdllm_jax.deprecated import ask_ids, generate_batch_ids, generate_ids
+from pdllm_jax.method.chunking import batch_prompts, batch_size, chunk_prompt
 from pdllm_jax.method.denoise import denoise, denoise_step
 from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import encode_document, prefill, prefill_top_k
@@ -341,15 +341,15 @@ def test_what_does_not_fit_is_named(model):
         generate_batch_ids(model, [], **settings)
     with pytest.raises(ValueError, match=r"request 1: context\[0\] = 300 is outside"):
         generate_batch_ids(model, [good, (good[0], [300], good[2])], **settings)
-    with pytest.raises(ValueError, match="request 1: query is empty"):
+    with pytest.raises(ValueError, match="request 1: question is empty"):
         generate_batch_ids(model, [good, (good[0], good[1], [])], **settings)
-    with pytest.raises(ValueError, match="2 seeds for 1 requests"):
+    with pytest.raises(ValueError, match="seeds has 2 entries for 1 requests"):
         generate_batch_ids(model, [good], seeds=[1, 2], **settings)
     oracle = dataclasses.replace(SELECT, scorer="oracle")
     named = {"selection": oracle, "chunking": CHUNKS}
     with pytest.raises(ValueError, match="request 0: scorer 'oracle' needs the ids"):
         generate_batch_ids(model, [good], **named)
-    with pytest.raises(ValueError, match="ids for 2 requests, of which there are 1"):
+    with pytest.raises(ValueError, match="oracle has 2 entries for 1 requests"):
         generate_batch_ids(model, [good], oracle=[[0], [1]], **named)
     with pytest.raises(ValueError, match=r"request 1: oracle ids \[5\] are not all inside"):
         generate_batch_ids(model, [good, good], oracle=[[0], [5]], **named)
@@ -359,18 +359,18 @@ def test_what_does_not_fit_is_named(model):
     cache = encode_document(model, prompt)
     with pytest.raises(ValueError, match="question 0: scorer 'oracle' needs the ids"):
         ask_ids(model, cache, [good[2]], selection=oracle)
-    with pytest.raises(ValueError, match="ids for 2 questions, of which there are 1"):
+    with pytest.raises(ValueError, match="oracle has 2 entries for 1 questions"):
         ask_ids(model, cache, [good[2]], selection=oracle, oracle=[[0], [1]])
     with pytest.raises(ValueError, match=r"question 1: oracle ids \[8\] are not all inside"):
         ask_ids(model, cache, [good[2]] * 2, selection=oracle, oracle=[[0], [8]])
     with pytest.raises(ValueError, match="no questions"):
         ask_ids(model, cache, [])
-    with pytest.raises(ValueError, match="query 1 is empty"):
+    with pytest.raises(ValueError, match="question 1 is empty"):
         ask_ids(model, cache, [good[2], []])
     with pytest.raises(ValueError, match="keep_pool"):
         ask_ids(model, prefill(model, prompt, SELECT)[0], [good[2]])
     two = batch_prompts([prompt, prompt])
-    with pytest.raises(ValueError, match="several documents"):
+    with pytest.raises(ValueError, match="the cache holds 2"):
         ask_ids(model, encode_document(model, two), [good[2]])
     with pytest.raises(ValueError, match="one document is streamed at a time"):
         prefill_top_k(model, two, dataclasses.replace(SELECT, encoding="independent"))

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
-from pdllm_jax.engine.engine import generate_ids
+from pdllm_jax.deprecated import generate_ids
 from pdllm_jax.method.chunking import chunk_prompt
 from pdllm_jax.method.denoise import denoise, denoise_step
 from pdllm_jax.method.encoding import init_denoise

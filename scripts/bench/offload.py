@@ -20,7 +20,7 @@ from bench.record import write
 from bench.requests import BLOCK, QUERY, SELECT
 from bench.run import begin, peak
 from pdllm_jax import DecodeConfig, Engine
-from pdllm_jax.engine.offload import encode_offloaded, fetch, host_memory
+from pdllm_jax.engine.offload import encode_offloaded, fetch, host_memory, select_offloaded
 from pdllm_jax.engine.request import start_decoding
 
 

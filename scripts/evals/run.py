@@ -69,7 +69,7 @@ class Asker:
             request = split_request(
                 self.tokenizer, example.prompt, chat=chat, response=example.response
             )
-            return request, False
+            return (request.prefix, request.context, request.question), False
         room = self.model.config.max_sequence_length - (self.gen_length or task.gen_length)
         if example.ids is not None:
             # Token by token what the method gets, and the template is among them.

@@ -127,10 +127,11 @@ class Tokenizer:
 
     def encode_marked(self, text: str) -> list[int]:
         """Returns ids of a filled-in template, in which special tokens count as such."""
+        vocabulary: Any = self.backend
         ids, end = list[int](), 0
         for token in self._special.finditer(text):
             ids += self.encode(text[end : token.start()])
-            ids.append(self.backend.token_to_id(token.group()))
+            ids.append(vocabulary.token_to_id(token.group()))
             end = token.end()
         return ids + self.encode(text[end:])
 

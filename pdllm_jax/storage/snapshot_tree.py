@@ -1,8 +1,8 @@
 """The pytrees of a snapshot as named arrays, and what each of them must look like.
 
 One table says it all: for every field the dtype and the axes. An axis has one size throughout a
-snapshot, or, where its letter is small, within one pytree; "*B" is there for a batch alone; L, G
-and D are the model's layers, KV heads and head size; "kv" is its dtype. A field that may be None
+snapshot, or, where its letter is small, within one pytree. "d" is 1 or the batch size B; L, G and D
+are the model's layers, KV heads and head size; "kv" is its dtype. A field that may be None
 ends in "?".
 """
 
@@ -18,25 +18,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pdllm_jax.engine.request import Prefilled
+from pdllm_jax.engine.request import SelectedRequest, StartedRequest
 from pdllm_jax.method.cache import ChunkCache, ChunkPool, DenoiseState, LiveCache
 from pdllm_jax.method.selection import Selection
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.storage.snapshot_format import Manifest, refusal
 
-Tree = TypeVar("Tree", ChunkCache, Prefilled)
+Tree = TypeVar("Tree", ChunkCache, SelectedRequest, StartedRequest)
 
 _TREES: dict[type, dict[str, Any]] = {
     ChunkPool: {"k": "kv L z G c D", "v": "kv L z G c D", "lengths": "int32 z"},
     LiveCache: {"k": "kv L B s G D", "v": "kv L B s G D"},
     Selection: {
-        "chunk_ids": "int32 *B K", "scores": "float32 *B K", "slots": "int32 *B K ?",
+        "chunk_ids": "int32 B K", "scores": "float32 B K", "slots": "int32 B K ?",
     },
     ChunkCache: {
         "pool": (ChunkPool, "?"),
-        "tokens": "int32 *B N C", "lengths": "int32 *B N",
-        "prefix_ids": "int32 *B P", "prefix_length": "int32 *B",
-        "prefix_k": "kv L *B P G D ?", "prefix_v": "kv L *B P G D ?",
+        "tokens": "int32 d N C", "lengths": "int32 d N",
+        "prefix_ids": "int32 d P", "prefix_length": "int32 d",
+        "prefix_k": "kv L d P G D ?", "prefix_v": "kv L d P G D ?",
     },
     DenoiseState: {
         "tokens": "int32 B t", "query": "int32 B Q", "query_length": "int32 B",
@@ -46,10 +46,14 @@ _TREES: dict[type, dict[str, Any]] = {
         "block": "int32 B", "step": "int32 B", "stale": "bool B", "evaluations": "int32 B",
         "rescored": "int32 B", "keys": "uint32 B w",
     },
-    Prefilled: {
+    SelectedRequest: {
+        "cache": (ChunkCache, ""), "selection": (Selection, ""),
+        "query": "int32 B Q", "query_length": "int32 B", "keys": "uint32 B w",
+        "counts": "int32 B", "scores": "float32 B M ?",
+    },
+    StartedRequest: {
         "cache": (ChunkCache, "?"), "selection": (Selection, ""),
-        "query": "int32 *B Q", "query_length": "int32 *B", "keys": "uint32 B w",
-        "counts": "int32 n", "scores": "float32 *B M ?", "state": (DenoiseState, "?"),
+        "counts": "int32 B", "scores": "float32 B M ?", "state": (DenoiseState, ""),
     },
 }  # fmt: skip
 
@@ -57,13 +61,13 @@ _TREES: dict[type, dict[str, Any]] = {
 # Wherever a number is an index, one that is out of range would read other memory or another chunk.
 _RANGES = {
     "pool.lengths": (0, "c"), "tokens": (0, "V"), "lengths": (0, "C"), "prefix_ids": (0, "V"),
-    "prefix_length": (0, "P"), "chunk_ids": (-1, "N"), "slots": (-1, "Z"), "query": (0, "V"),
+    "prefix_length": (0, "P"), "chunk_ids": (-1, "N"), "slots": (-1, "Z"), "query": (-1, "V"),
     "query_length": (0, "Q"), "state.tokens": (0, "V"), "state.selected": (-1, "N"),
     "state.chunk_ids": (-1, "Z"), "state.block": (0, "blocks"),
 }  # fmt: skip
 
 
-def arrays_of(tree: ChunkCache | Prefilled, name: str) -> dict[str, Array]:
+def arrays_of(tree: ChunkCache | SelectedRequest | StartedRequest, name: str) -> dict[str, Array]:
     """The arrays of a pytree by name, "cache.pool.k"; PRNG keys as their data."""
     return dict(_walk(tree, name))
 
@@ -80,15 +84,16 @@ def _walk(tree: Any, name: str) -> Iterator[tuple[str, Array]]:
             yield where, jax.random.key_data(value) if keys else value
 
 
-def flags_of(tree: ChunkCache | Prefilled) -> dict[str, Any]:
+def flags_of(tree: ChunkCache | SelectedRequest | StartedRequest) -> dict[str, Any]:
     """Static fields by name, the settings not among them; and the kind of the PRNG keys."""
     flags: dict[str, Any] = {}
     cache = tree if isinstance(tree, ChunkCache) else tree.cache
     if cache is not None:
         flags |= {"anchors": cache.anchors, "streamed": cache.streamed}
-    if isinstance(tree, Prefilled):
-        flags |= {"requests": tree.requests, "keys": str(jax.random.key_impl(tree.keys))}
-        if tree.state is not None:
+    if not isinstance(tree, ChunkCache):
+        keys = tree.keys if isinstance(tree, SelectedRequest) else tree.state.keys
+        flags |= {"requests": tree.requests, "keys": str(jax.random.key_impl(keys))}
+        if isinstance(tree, StartedRequest):
             flags["live_encoded"] = tree.state.live_encoded
     return flags
 
@@ -120,7 +125,8 @@ def check_shapes(folder: Path, manifest: Manifest, config: ModelConfig) -> None:
     """
     document = manifest.holds == "document"
     wanted = {f"cache.{k}": v for k, v in _TREES[ChunkCache].items()}
-    wanted = wanted if document else dict(_TREES[Prefilled])
+    if not document:
+        wanted = dict(_TREES[StartedRequest if manifest.holds == "state" else SelectedRequest])
     sizes = {"L": config.n_layers, "G": config.n_kv_heads, "D": config.head_dim}
     sizes["C"] = manifest.chunking.chunk_size
     left = dict(manifest.arrays)
@@ -135,8 +141,6 @@ def check_shapes(folder: Path, manifest: Manifest, config: ModelConfig) -> None:
         dtype = manifest.model["dtype"] if dtype == "kv" else dtype
         if record.dtype != dtype:
             raise refusal(folder, f"{name} dtype", found=record.dtype, wanted=dtype)
-        batched = len(record.shape) == len(axes)
-        axes = [axis.lstrip("*") for axis in axes if batched or not axis.startswith("*")]
         where = name.rpartition(".")[0]
         if len(axes) != len(record.shape):
             raise refusal(folder, f"{name} shape", f"is {list(record.shape)}, of another rank")
@@ -162,6 +166,8 @@ def check_shapes(folder: Path, manifest: Manifest, config: ModelConfig) -> None:
     walk(wanted, "")
     if left:
         raise refusal(folder, next(iter(left)), "is no array of such a snapshot")
+    if not document and sizes.get("cache d", 1) not in (1, sizes["B"]):
+        raise refusal(folder, "cache.tokens shape", f"has {sizes['cache d']} documents")
     if sizes.get("cache.pool c", sizes["C"]) != sizes["C"]:
         raise refusal(folder, "cache.pool.k shape", f"has chunks of other than {sizes['C']} tokens")
     _check_flags(folder, manifest)
@@ -190,7 +196,8 @@ def _check_flags(folder: Path, manifest: Manifest) -> None:
     ):
         raise refusal(folder, "holds", f"{manifest.holds!r} does not go with its contents")
     if manifest.holds != "document":
-        requests, (batch, width) = manifest.flags["requests"], manifest.arrays["keys"].shape
+        where = "state.keys" if manifest.holds == "state" else "keys"
+        requests, (batch, width) = manifest.flags["requests"], manifest.arrays[where].shape
         if not 0 < requests <= batch:
             raise refusal(folder, "flags.requests", f"is {requests} in a batch of {batch}")
         key = jax.random.key(0)

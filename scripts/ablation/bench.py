@@ -22,14 +22,12 @@ from pdllm_jax import (
     MaskPredictor,
     Tokenizer,
     denoise,
-    generate_batch_ids,
-    generate_ids,
     init_denoise,
     load_config,
     load_model,
 )
-from pdllm_jax.engine.engine import decode_config, request_keys
-from pdllm_jax.engine.request import Stopwatch
+from pdllm_jax.deprecated import generate_batch_ids, generate_ids
+from pdllm_jax.engine.request import Timer, decode_config, request_keys
 from pdllm_jax.method.chunking import bucket, split_context
 from small_model import tasks
 from small_model.corpus import Corpora, Text, fingerprint, from_repository, load
@@ -244,18 +242,18 @@ def dense_answers(
     seeds: Sequence[int],
 ) -> tuple[Any, dict[str, float]]:
     """Final state and seconds of a batch without selection, the whole prompts as queries."""
-    watch = Stopwatch()
+    timer = Timer()
     longest = bucket(max(len(prompt) for prompt in prompts), 8)
     rows = np.zeros((len(prompts), longest), np.int32)
     for row, prompt in zip(rows, prompts, strict=True):
         row[: len(prompt)] = prompt
-    with watch.phase("decode"):
+    with timer.phase("decode"):
         state = init_denoise(
             model, None, None, jnp.asarray(rows), config, request_keys(seeds, len(prompts)),
             query_length=jnp.asarray([len(prompt) for prompt in prompts]),
         )  # fmt: skip
         state = jax.block_until_ready(denoise(model, None, state, config=config))
-    return state, watch.seconds
+    return state, timer.seconds
 
 
 def weights_fingerprint(model: MaskPredictor) -> str:

@@ -21,7 +21,6 @@ from pallas_kernels import Implementation, Partial
 from pdllm_jax import (
     DenoiseState,
     MaskPredictor,
-    ask_ids,
     batch_prompts,
     chunk_prompt,
     denoise_step,
@@ -29,6 +28,7 @@ from pdllm_jax import (
     init_denoise,
     prefill,
 )
+from pdllm_jax.deprecated import ask_ids
 from pdllm_jax.method.cache import ChunkPool
 from pdllm_jax.method.live_forward import live_forward, live_positions, response_rows, row_rotations
 from pdllm_jax.method.selection import select

@@ -13,15 +13,9 @@ from tqdm import tqdm
 from evals.example import Example, Task
 from evals.records import Key, Records
 from pallas_kernels import Implementation
-from pdllm_jax import (
-    ChunkConfig,
-    DecodeConfig,
-    MaskPredictor,
-    SelectionConfig,
-    Tokenizer,
-    generate_ids,
-)
-from pdllm_jax.engine.engine import Method
+from pdllm_jax import ChunkConfig, DecodeConfig, MaskPredictor, SelectionConfig, Tokenizer
+from pdllm_jax.deprecated import generate_ids
+from pdllm_jax.engine.request import Method
 from pdllm_jax.evaluation.prompts import dense_prompt, fitting_block, split_request, truncate_middle
 from pdllm_jax.method.chunking import TokenIds
 
@@ -75,7 +69,7 @@ class Asker:
             request = split_request(
                 self.tokenizer, example.prompt, chat=chat, response=example.response
             )
-            return request, False
+            return (request.prefix, request.context, request.question), False
         room = self.model.config.max_sequence_length - (self.gen_length or task.gen_length)
         if example.ids is not None:
             # Token by token what the method gets, and the template is among them.

@@ -24,16 +24,16 @@ from pdllm_jax import (
     Tokenizer,
     chunk_prompt,
     denoise_step,
-    draft_response,
-    generate_ids,
     init_denoise,
     prefill,
     select_top_k,
 )
+from pdllm_jax.deprecated import generate_ids
+from pdllm_jax.method.scoring import draft_response
 from pdllm_jax.network.rope import rotate, rotation
 from small_model import corpus, tasks
-from tests.method.test_prefill import sharpen
 from tests.small_model.test_training import CONFIG, encode, held_out_side, make_corpora  # noqa: F401
+from tests.support.method import sharpen
 
 PAIR = ("passkey", "number_string")
 CELL = Cell(length=320, chunk_size=64, top_k=2, tasks=PAIR, draft_length=2)

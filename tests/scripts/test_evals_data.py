@@ -291,7 +291,7 @@ def test_dense_prompts_drop_their_middle_before_the_chat_template(tmp_path):
     split = prompts.SplitPrompt("ab", "DOC", "cd")
     request = prompts.split_request(tokenizer, split, response=" So")
     assert request.context == tokenizer.encode("DOC")
-    joined = [*request.prefix, *request.context, *request.query]
+    joined = [*request.prefix, *request.context, *request.question]
     assert joined == prompts.dense_prompt(tokenizer, "abDOCcd", 99, response=" So")[0]
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pdllm_jax import GenerationResult, Tokenizer, load_config
+from pdllm_jax import Tokenizer, load_config
+from pdllm_jax.engine.answer import Answer
 from pdllm_jax.evaluation.prompts import SplitPrompt
 from tests.conftest import ROOT
 from tests.support import evals_data
@@ -73,7 +74,7 @@ class Answers:
         tokens = self.tokenizer.encode(self.says)[: decode.gen_length]
         tokens += [self.tokenizer.eos_id] * (decode.gen_length - len(tokens))
         selection = {"chunks": [0]} if method == "prefilling" else None
-        return GenerationResult(tokens, None, 1, selection, {"total": 1.0, "compile": 0.0}, {})
+        return Answer(tokens, None, 1, selection, {"total": 1.0, "compile": 0.0}, {})
 
 
 @pytest.fixture

@@ -1,0 +1,178 @@
+"""The jitted functions of an answer, traced on shapes: nothing is allocated or compiled.
+
+`memory.plan_memory` adds up their arrays. `scripts/bench/programs.py` lowers them, for the
+compiler's own figures and to fill the compilation cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import Implementation
+from pdllm_jax.config import DecodeConfig, SelectionConfig
+from pdllm_jax.engine.request import passing_config, streams
+from pdllm_jax.method.cache import ChunkCache, DenoiseState
+from pdllm_jax.method.chunking import ChunkedPrompt
+from pdllm_jax.method.denoise import denoise
+from pdllm_jax.method.encoding import init_denoise
+from pdllm_jax.method.prefill import encode_document, prefill, prefill_top_k
+from pdllm_jax.method.scoring import draft_response, score_chunks
+from pdllm_jax.method.selection import select
+from pdllm_jax.network.transformer import MaskPredictor
+
+
+class Shapes(NamedTuple):
+    """Padded sizes of a batch of requests.
+
+    requests: B; 0 where a document is encoded and no question is asked. chunks: of each document; 0
+    for a baseline, whose query is the whole prompt. encoded: the requests are questions about one
+    document that was encoded before.
+    """
+
+    requests: int
+    prefix: int
+    query: int
+    chunks: int
+    chunk_size: int
+    encoded: bool = False
+
+    @classmethod
+    def of(cls, prompt: ChunkedPrompt, cache: ChunkCache | None = None) -> Shapes:
+        """Returns the shapes of a prompt, or of questions about the document of a cache."""
+        chunks = prompt.chunks if cache is None else cache.tokens
+        sizes = prompt.prefix.shape[1], prompt.query.shape[1], *chunks.shape[1:]
+        return cls(prompt.query.shape[0], *sizes, encoded=cache is not None)
+
+    def prompt(self) -> ChunkedPrompt:
+        """Returns the arrays of the requests; for questions the document's chunks are in it."""
+        batch, documents = self.requests, 1 if self.encoded else self.requests
+        return ChunkedPrompt(
+            prefix=_ids(batch, self.prefix),
+            prefix_length=_ids(batch),
+            chunks=_ids(documents, self.chunks, self.chunk_size),
+            chunk_lengths=_ids(documents, self.chunks),
+            query=_ids(batch, self.query),
+            query_length=_ids(batch),
+        )
+
+
+class Program(NamedTuple):
+    """One jitted function of an answer: `function(*args, **settings)`.
+
+    phase: of the answer. result: what the function returns. held: pytrees on the device before it
+    runs, its arguments among them, by name. Arrays are `jax.ShapeDtypeStruct`s.
+    """
+
+    phase: str
+    function: Any
+    args: tuple[Any, ...]
+    settings: Mapping[str, Any]
+    held: Mapping[str, Any]
+    result: Any
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """The result's pytrees by name."""
+        parts: dict[str, Any] = {}
+        for value in self.result if type(self.result) is tuple else (self.result,):
+            if isinstance(value, ChunkCache):
+                kv = {name: getattr(value, name) for name in ("pool", "prefix_k", "prefix_v")}
+                parts["KV of the document"] = kv
+            elif isinstance(value, DenoiseState):
+                parts["live KV"] = {"live": value.live}
+                parts["KV of the chosen chunks"] = {"pool": value.pool}
+                parts["response"] = dataclasses.replace(value, live=None, pool=None)
+            else:
+                parts[f"{type(value).__name__.lower()} of {self.phase}"] = value
+        return parts
+
+
+def trace(function: Any, *args: Any, **settings: Any) -> Any:
+    """Returns the shapes of function(*args, **settings); settings are arrays or static values."""
+
+    def is_array(value: Any) -> bool:
+        return all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(value))
+
+    arrays = {name: value for name, value in settings.items() if is_array(value)}
+    static = {name: value for name, value in settings.items() if name not in arrays}
+    call = functools.partial(function, **static)
+    return jax.eval_shape(lambda args, arrays: call(*args, **arrays), args, arrays)
+
+
+def programs(
+    model: MaskPredictor,
+    shapes: Shapes,
+    selection: SelectionConfig,
+    decode: DecodeConfig,
+    implementation: Implementation | None = None,
+) -> Iterator[Program]:
+    """Traces the jitted functions of an answer, in the order in which it runs them.
+
+    Args:
+      model: weights, or shapes in their place.
+      shapes, selection, decode: of a plan.
+      implementation: of attention over chunks.
+    """
+    prompt, batch = shapes.prompt(), shapes.requests
+    held: dict[str, Any] = {"weights": model, "token ids": prompt}
+    result: Any = None
+
+    def program(phase: str, function: Any, *args: Any, **settings: Any) -> Program:
+        nonlocal result
+        result = trace(function, *args, **settings)
+        return Program(phase, function, args, settings, dict(held), result)
+
+    cache = chosen = draft = None
+    if shapes.encoded:
+        document = shapes._replace(requests=1, query=1).prompt()
+        group = selection.encode_batch
+        yield (step := program("encode document", encode_document, model, document, encode_batch=group))
+        held |= step.made
+        cache = result
+    if not batch:
+        return
+    keys = trace(lambda: jax.random.split(jax.random.key(0), batch))
+    if shapes.chunks:
+        scoring = selection.scoring()
+        if selection.scorer == "draft":
+            yield program("draft", draft_response, model, prompt.question, config=scoring)
+            draft = result
+        inputs = {"draft": draft, "key": keys, "oracle": _ids(batch, 1)}
+        if cache is not None:
+            inputs |= {"query_length": prompt.query_length, "implementation": implementation}
+            step = program("score", score_chunks, model, cache, prompt.query, config=scoring, **inputs)
+            scores = result
+        elif streams(selection, batched=batch > 1):
+            config = passing_config(selection, streaming=True)
+            step = program("score", prefill_top_k, model, prompt, config=config, **inputs)
+            cache, chosen, scores = result
+        else:
+            config = passing_config(selection, streaming=False)
+            step = program("score", prefill, model, prompt, config=config, **inputs)
+            cache, scores = result
+        yield step
+        held |= step.made
+        if chosen is None:
+            chosen = trace(select, scores, config=selection)
+    settings = {"implementation": implementation, "selecting": selection if cache else None}
+    inputs = {"config": decode, "key": keys, "query_length": prompt.query_length}
+    yield (step := program("encode", init_denoise, model, cache, chosen, prompt.query, **inputs, **settings))
+    held |= step.made
+    state = result
+    if selection.reselect == "never":
+        settings["selecting"] = None
+        if state.pool is not None:  # it serves instead of the document's
+            cache = None
+            if not shapes.encoded:
+                held.pop("KV of the document")
+    yield program("decode", denoise, model, cache, state, config=decode, **settings)
+
+
+def _ids(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)

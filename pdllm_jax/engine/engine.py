@@ -201,7 +201,7 @@ def answer(
         `cache`, the questions about its document(s): chunks are then not read.
       keys: one for each request of the batch, [B].
       cache: document(s) encoded before, with the KV of every chunk.
-      oracle: ids of the chunks to keep, [M] or [B, M]; ids of no chunk name nothing.
+      oracle: ids of the chunks to keep, [B, M]; ids of no chunk name nothing.
       memory_limit: bytes that the device may hold, by default what it says that it gives.
 
     Raises:
@@ -288,9 +288,9 @@ def finish(
         encoding=selecting.encoding,
         scorer=selecting.scorer,
     )
-    scored = None if prefilled.scores is None else np.atleast_2d(np.asarray(prefilled.scores))
+    scored = None if prefilled.scores is None else np.asarray(prefilled.scores)
     ids = prefilled.selection.chunk_ids
-    chosen_ids, at_end = (np.atleast_2d(np.asarray(x)) for x in (ids, state.selected))
+    chosen_ids, at_end = (np.asarray(x) for x in (ids, state.selected))
     counts, timings = np.asarray(prefilled.counts), phase_times(watch)
     counts = np.broadcast_to(counts, len(chosen_ids))
     results = []
@@ -431,7 +431,7 @@ def generate_ids(
         prompt, ids = _chunked(prefix, context, query, chunking, selection, bos_id, oracle)
         return answer(
             model, prompt, selection, config, request_keys([seed], 1),
-            oracle=ids, implementation=implementation, on_block=on_block,
+            oracle=_stacked([ids], 1), implementation=implementation, on_block=on_block,
             memory_limit=memory_limit,
         )[0]  # fmt: skip
     if oracle is not None:
@@ -481,7 +481,7 @@ def prefill_request(
     )  # fmt: skip
     chosen = choose(
         model, prompt, selection, request_keys([seed], 1),
-        oracle=ids, implementation=implementation,
+        oracle=_stacked([ids], 1), implementation=implementation,
     )  # fmt: skip
     if decode is None:
         return chosen
@@ -517,10 +517,9 @@ def _baseline(
             model,
             None,
             None,
-            jnp.asarray(pad_to(prompt, rows)),
+            jnp.asarray(pad_to(prompt, rows, -1))[None],
             config,
             key,
-            query_length=jnp.asarray(prompt.size),
         )
         state = decode(model, None, state, config, on_block=on_block)
         jax.block_until_ready(state)
@@ -579,7 +578,7 @@ def generate_batch_ids(
     ids_of = _oracle_of(oracle, len(requests), "requests")
     vocab = model.config.vocab_size
     bos_id = check_bos_id(bos_id, vocab)
-    tight = keeps_pool(selection, batched=True)
+    tight = keeps_pool(selection, batched=len(requests) > 1)
     prompts, named = [], []
     for i, (prefix, context, query) in enumerate(requests):
 
@@ -662,7 +661,7 @@ def ask_ids(
     if not queries:
         raise ValueError("no questions")
     check_scorable(cache)
-    if cache.batched:
+    if cache.documents > 1:
         raise ValueError("the cache holds several documents: ask about one")
     _check(decode)
     ids_of = _oracle_of(oracle, len(queries), "questions")
@@ -680,17 +679,17 @@ def ask_ids(
             raise ValueError(f"question {i}: {error}") from None
     size = batch_size(len(checked))
     rows = bucket_rows(max(ids.size for ids in checked))
-    query = np.zeros((size, rows), np.int32)
-    query[: len(checked)] = [pad_to(ids, rows) for ids in checked]
+    query = np.full((size, rows), -1, np.int32)
+    query[: len(checked)] = [pad_to(ids, rows, -1) for ids in checked]
     lengths = [ids.size for ids in checked] + [0] * (size - len(checked))
 
     def each(x: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(x, (size, *x.shape))
+        return jnp.broadcast_to(x, (size, *x.shape[1:]))
 
     prompt = ChunkedPrompt(
         prefix=each(cache.prefix_ids),
         prefix_length=each(cache.prefix_length),
-        chunks=jnp.zeros((size, 0, cache.tokens.shape[1]), jnp.int32),
+        chunks=jnp.zeros((size, 0, cache.tokens.shape[2]), jnp.int32),
         chunk_lengths=jnp.zeros((size, 0), jnp.int32),
         query=jnp.asarray(query),
         query_length=jnp.asarray(lengths, jnp.int32),

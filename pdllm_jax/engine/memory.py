@@ -1,8 +1,8 @@
 """Device memory of an answer: predicted from shapes, and refused where the device has less.
 
 The plan adds up what a device holds around each jitted function of an answer (`programs`).
-Arguments and results are exact: `jax.eval_shape` of the functions themselves gives their shapes. One
-layer is traced; weights and KV count once for each layer.
+Arguments and results are exact: `jax.eval_shape` of the functions gives their shapes. One layer is
+traced; weights and KV count once for each layer.
 
 XLA's temporaries are estimated, by one formula for every program (`_Device.temporaries`), from the
 forward passes that its trace contains:
@@ -32,25 +32,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 from jax.typing import DTypeLike
-from jaxtyping import Array
 
-from pallas_kernels import Implementation, Partial, implementation_name, resolve_implementation
+from pallas_kernels import Implementation, implementation_name, resolve_implementation
 from pallas_kernels.chunk_attention import dense
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
-from pdllm_jax.engine.programs import Program, Shapes, programs, trace
+from pdllm_jax.engine.programs import Program, RecordedModel, Recorder, Shapes, programs, trace
 from pdllm_jax.engine.request import Method, decode_config, keeps_pool, settled
 from pdllm_jax.method.cache import ChunkCache, live_rows
-from pdllm_jax.method.chunking import (
-    ChunkedPrompt,
-    batch_size,
-    bucket,
-    bucket_chunks,
-    bucket_rows,
-    count_chunks,
-)
+from pdllm_jax.method.chunking import ChunkedPrompt, bucket, count_chunks
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.sharding import DATA, TENSOR, mesh_sizes, shardings
-from pdllm_jax.network.transformer import Attend, Carry, MaskPredictor
+from pdllm_jax.network.transformer import MaskPredictor
 
 # XLA gives this workspace to every cuBLAS call on Hopper (GemmConfig::kHopperWorkspace).
 _CUBLAS_WORKSPACE = 32 << 20
@@ -106,10 +98,7 @@ class Plan:
         return max(self.phases, key=lambda phase: phase.nbytes)
 
     def __getitem__(self, name: str) -> Phase:
-        for phase in self.phases:
-            if phase.name == name:
-                return phase
-        raise KeyError(name)
+        return {phase.name: phase for phase in self.phases}[name]
 
     def __str__(self) -> str:
         """A table, sizes in GB (1e9 bytes)."""
@@ -123,40 +112,6 @@ class Plan:
         return "\n".join(lines)
 
 
-class _Recorder:
-    """What the trace of one program contains.
-
-    forwards: [B, T, rows that get logits] of each forward pass; over_chunks: (B, K, T) of each
-    attention over chunks, of one device.
-    """
-
-    def __init__(self) -> None:
-        self.forwards: list[list[int]] = []
-        self.over_chunks: list[tuple[int, int, int]] = []
-
-    def chunk_attention(self, q: Array, *_: Any) -> Partial:
-        """Stands for an implementation of `chunk_attention`."""
-        batch, slots, rows, heads, size = q.shape
-        self.over_chunks.append((batch, slots, rows))
-        out = jnp.zeros((batch, rows, heads, size), q.dtype)
-        return Partial(out, jnp.zeros((batch, heads, rows), jnp.float32))
-
-
-class _RecordedModel(MaskPredictor):
-    """Reports its forward passes. The recorder is static under jit, so that no trace is reused."""
-
-    recorder: _Recorder
-
-    def run(self, token_ids: Array, attend: Attend, carry: Carry) -> tuple[Array, Carry]:
-        self.recorder.forwards.append([*token_ids.shape, 0])
-        return super().run(token_ids, attend, carry)
-
-    def logits(self, hidden: Array) -> Array:
-        last = self.recorder.forwards[-1]
-        last[2] = max(last[2], hidden.size // hidden.shape[-1])
-        return super().logits(hidden)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Device:
     """One device of a mesh of (data, tensor) devices, the model on it, and its kernels."""
@@ -165,14 +120,19 @@ class _Device:
     dtype: jnp.dtype
     sizes: tuple[int, int]
     implementation: Implementation
-    attention: dense.DenseImplementation
+    attention: dense.DenseImplementation | None = None
+
+    @functools.cached_property
+    def portable(self) -> bool:
+        chosen = self.attention or dense.dense_implementation(self.dtype, self.config.head_dim)
+        return chosen == "xla"
 
     @functools.cached_property
     def gpu(self) -> bool:
-        return self.attention == "cudnn" or jax.default_backend() == "gpu"
+        return not self.portable or jax.default_backend() == "gpu"
 
     @functools.cached_property
-    def mesh(self) -> AbstractMesh | None:
+    def mesh(self) -> Any:  # an AbstractMesh, which has no devices
         if self.sizes == (1, 1):
             return None
         return AbstractMesh(self.sizes, (DATA, TENSOR), axis_types=(AxisType.Auto, AxisType.Auto))
@@ -190,7 +150,7 @@ class _Device:
             total += layers * math.prod(shape) * leaf.dtype.itemsize
         return total
 
-    def temporaries(self, recorder: _Recorder, chunk_size: int, live: int) -> dict[str, int]:
+    def temporaries(self, recorder: Recorder, chunk_size: int, live: int) -> dict[str, int]:
         """Estimates the activations of a program. live: rows of the live KV."""
         c, (data, tensor), item = self.config, self.sizes, self.dtype.itemsize
         heads, kv = c.n_heads // tensor, c.n_kv_heads // tensor * c.head_dim
@@ -201,7 +161,7 @@ class _Device:
             divided = data if batch % data == 0 else 1
             batch, read = batch // divided, read // divided
             layer = {"activations of a layer": batch * rows * max(mlp, attention) * item}
-            if self.attention == "xla":
+            if self.portable:
                 keys = batch * heads * max(rows, live)
                 block = min(rows, max(16, dense.BLOCK_SCORES // keys))
                 layer["attention scores"] = 2 * 4 * block * keys
@@ -222,14 +182,15 @@ class _Device:
         workspace = _CUBLAS_WORKSPACE if self.gpu else 0
         return widest | {"attention over chunks": over_chunks, "cuBLAS workspace": workspace}
 
-    def in_flight(self, program: Program, recorder: _Recorder) -> int:
+    def in_flight(self, program: Program, recorder: Recorder) -> int:
         """Bytes of KV that a program holds beside its results while it writes them."""
         made, nbytes = program.made, 0
         pool = made.get("KV of the document", {}).get("pool")
         if pool is not None:
             # The pool is carried through the loop over groups of chunks. One of K and V of a group
             # waits for its last layer, and XLA on GPUs copies one of K and V of the pool.
-            half, batch = self.nbytes({"pool": {"k": pool.k}}), max(recorder.forwards)[0]
+            half = self.nbytes({"pool": {"k": pool.k}})
+            batch = max(recorder.forwards, key=lambda x: x[0] * x[1])[0]
             nbytes += half // pool.k.shape[1] * (batch // self.sizes[0]) + self.gpu * half
         if "live KV" in made and recorder.forwards:
             nbytes += self.nbytes(made["live KV"])  # written when the last layer is through
@@ -253,17 +214,15 @@ def _plan(
     device: _Device, shapes: Shapes, selection: SelectionConfig, decode: DecodeConfig
 ) -> Plan:
     config = dataclasses.replace(device.config, n_layers=1)
-    model = nnx.eval_shape(lambda: _RecordedModel(config, rngs=nnx.Rngs(0), dtype=device.dtype))
-    recorder = _Recorder()
+    model = nnx.eval_shape(lambda: RecordedModel(config, rngs=nnx.Rngs(0), dtype=device.dtype))
+    recorder = Recorder()
     model.recorder, model.mesh = recorder, device.mesh
     phases = [Phase("load", {"weights": device.nbytes(model)})]
     resident = phases[0].nbytes
     live = live_rows(shapes.prefix + shapes.query + decode.gen_length)
     for program in programs(model, shapes, selection, decode, recorder.chunk_attention):
-        held, made = (
-            {name: device.nbytes(tree) for name, tree in trees.items()}
-            for trees in (program.held, program.made)
-        )
+        held = {name: device.nbytes(tree) for name, tree in program.held.items()}
+        made = {name: device.nbytes(tree) for name, tree in program.made.items()}
         scratch = device.temporaries(recorder, shapes.chunk_size, live)
         scratch["KV in flight"] = device.in_flight(program, recorder)
         phases.append(Phase(program.phase, held, made, scratch))
@@ -288,7 +247,7 @@ def plan_memory(
     decode: DecodeConfig = DecodeConfig(),
     dtype: DTypeLike = jnp.bfloat16,
     implementation: Implementation | None = None,
-    attention: DenseImplementation | None = None,
+    attention: dense.DenseImplementation | None = None,
     mesh: Mapping[str, int] | None = None,
 ) -> Plan:
     """Predicts the device memory of an answer; allocates and compiles nothing.
@@ -297,10 +256,9 @@ def plan_memory(
 
     Args:
       config: the model's architecture.
-      document, prefix, query: tokens of the document, before it and after it; of a batch the
-        maximum.
-      batch: requests that are answered together; None: one.
-      questions: questions that are asked together about one encoded document; excludes batch.
+      document, prefix, query: tokens (of a batch the maximum) in, before and after the document.
+      batch: requests that are answered together, one by default; or
+      questions: that are asked together about one document that is encoded before.
       method, chunking, selection, decode: settings of the answer.
       dtype: of weights and activations.
       implementation: of attention over chunks; attention: over other rows, "cudnn" or "xla". By
@@ -312,36 +270,35 @@ def plan_memory(
       The plan: phases load, encode document (for questions), draft, score, encode, decode.
 
     Raises:
-      ConfigError, ValueError: a count below its minimum; settings that exclude each other or do not
-        fit the mesh.
+      ConfigError, ValueError: a count below its minimum, or settings that exclude each other.
     """
     chunked = method == "prefilling"
     minimum = {"document": int(chunked), "prefix": 0, "query": 0, "batch": 1, "questions": 1}
-    counts = {"document": document, "prefix": prefix, "query": query}
-    for name, count in {**counts, "batch": batch, "questions": questions}.items():
-        if count is not None and (count != int(count) or count < minimum[name]):
-            raise ValueError(f"{name} must be an integer >= {minimum[name]}, got {count!r}")
+    counts = (document, prefix, query, batch, questions)
+    for (name, least), count in zip(minimum.items(), counts, strict=True):
+        if count is not None and (count != int(count) or count < least):
+            raise ValueError(f"{name} must be an integer >= {least}, got {count!r}")
     if batch is not None and questions is not None:
         raise ValueError("batch and questions exclude each other")
-    requests = batch_size(batch or questions or 1)
-    decode = decode_config(method, decode)
-    if chunked:
-        n = count_chunks(document, chunking)
-        tight = questions is not None or keeps_pool(selection, batched=requests > 1)
-        shapes = Shapes(
-            requests, bucket_rows(prefix), bucket_rows(query), bucket_chunks(n, tight),
-            chunking.chunk_size, encoded=questions is not None,
-        )  # fmt: skip
-        selection = settled(selection, n, named=selection.scorer == "oracle")
-    elif batch is not None or questions is not None:
+    if not chunked and (batch is not None or questions is not None):
         raise ValueError(f"method {method!r} answers one request at a time")
-    else:
-        shapes = Shapes(1, 0, bucket(prefix + document + query, 8), 0, 1)
-    size = min(selection.keep_tokens or chunking.chunk_size, chunking.chunk_size)
-    path = resolve_implementation(
-        implementation, dtype=jnp.dtype(dtype), head_size=config.head_dim, chunk_size=size
+    decode = decode_config(method, decode)
+    shapes, size = Shapes(1, 0, bucket(prefix + document + query, 8), 0, 1), chunking.chunk_size
+    if chunked:
+        requests, encoded = batch or questions or 1, questions is not None
+        n = count_chunks(document, chunking)
+        tight = encoded or keeps_pool(selection, batched=requests > 1)
+        shapes = Shapes.padded(requests, prefix, query, n, size, tight=tight, encoded=encoded)
+        selection = settled(selection, n, named=selection.scorer == "oracle")
+    implementation = resolve_implementation(
+        implementation,
+        dtype=jnp.dtype(dtype),
+        head_size=config.head_dim,
+        chunk_size=min(selection.keep_tokens or size, size),
     )
-    return _plan(_device(config, dtype, mesh, path, attention), shapes, selection, decode)
+    sizes = mesh_sizes(config, mesh)
+    device = _Device(config, jnp.dtype(dtype), sizes, implementation, attention)
+    return _plan(device, shapes, selection, decode)
 
 
 def require_memory(
@@ -365,7 +322,8 @@ def require_memory(
     Raises:
       MemoryLimitError: names the phase, its bytes, the limit, and settings that would fit.
     """
-    _require(model, Shapes.of(prompt, cache), selection, decode, implementation, limit)
+    shapes = Shapes.of(prompt, cache)
+    _require(model, limit, implementation, shapes, selection, decode)
 
 
 def require_document_memory(
@@ -374,14 +332,14 @@ def require_document_memory(
     """`require_memory` for `encode_document` alone."""
     shapes = Shapes.of(prompt)._replace(requests=0, query=1, encoded=True)
     selection = SelectionConfig(encode_batch=encode_batch)
-    _require(model, shapes, selection, DecodeConfig(), "xla", limit)
+    _require(model, limit, "xla", shapes, selection, DecodeConfig())
 
 
 def require_baseline_memory(
     model: MaskPredictor, rows: int, decode: DecodeConfig, *, limit: int | None = None
 ) -> None:
     """`require_memory` for a baseline. rows: of its whole prompt, padded."""
-    _require(model, Shapes(1, 0, rows, 0, 1), SelectionConfig(), decode, "xla", limit)
+    _require(model, limit, "xla", Shapes(1, 0, rows, 0, 1), SelectionConfig(), decode)
 
 
 def device_stats(model: MaskPredictor) -> dict[str, int]:
@@ -392,17 +350,18 @@ def device_stats(model: MaskPredictor) -> dict[str, int]:
 
 def _require(
     model: MaskPredictor,
+    limit: int | None,
+    implementation: Implementation,
     shapes: Shapes,
     selection: SelectionConfig,
     decode: DecodeConfig,
-    implementation: Implementation,
-    limit: int | None,
 ) -> None:
     stats = device_stats(model)
     limit = stats.get("bytes_limit") if limit is None else limit
     if limit is None:
         return
-    device = _device(model.config, model.dtype, model.mesh, implementation)
+    sizes = mesh_sizes(model.config, model.mesh)
+    device = _Device(model.config, model.dtype, sizes, implementation)
     plan = _plan(device, shapes, selection, decode)
     others = max(0, stats.get("bytes_in_use", 0) - plan.resident)
     if plan.peak + others <= limit:
@@ -412,17 +371,16 @@ def _require(
         return _plan(device, *change[1:], decode).peak + others <= limit
 
     fitting = []
-    for changes in _smaller(shapes, selection):
+    for changes in _changes(shapes, selection):
         first = bisect.bisect_left(changes, True, key=fits)
         fitting += [words for words, *_ in changes[first : first + 1]]
     advice = f"fits with {', or '.join(fitting)}" if fitting else "no one setting makes it fit"
     if not shapes.chunks:
         advice = "a shorter prompt needs less, and so does method 'prefilling'"
     phase = plan.largest
-    parts = sorted(
-        [*phase.held.items(), *phase.made.items(), *phase.scratch.items()], key=lambda x: -x[1]
-    )
-    largest = ", ".join(f"{name} {nbytes / 1e9:.2f}" for name, nbytes in parts[:4])
+    parts = {**phase.scratch, **phase.made, **phase.held}
+    names = sorted(parts, key=lambda name: -parts[name])[:4]
+    largest = ", ".join(f"{name} {parts[name] / 1e9:.2f}" for name in names)
     beside = f" ({others / 1e9:.2f} of them held already beside the model)" if others > 1e7 else ""
     raise MemoryLimitError(
         f"phase {phase.name!r} needs {(plan.peak + others) / 1e9:.2f} GB{beside}, "
@@ -430,32 +388,26 @@ def _require(
     )
 
 
-def _smaller(
+def _changes(
     shapes: Shapes, selection: SelectionConfig
 ) -> Iterator[list[tuple[str, Shapes, SelectionConfig]]]:
-    """Yields changes of one setting, in words; the smallest change first, each needs less memory
-    than the one before it."""
-
-    def settings(name: str, *values: Any) -> list[tuple[str, Shapes, SelectionConfig]]:
-        return [
-            (f"{name}={value!r}", shapes, dataclasses.replace(selection, **{name: value}))
-            for value in values
-            if value != getattr(selection, name)
-        ]
+    """Yields changes of one setting, in words; each needs at most the memory of the one before."""
 
     def halves(n: int) -> list[int]:
         return [n >> i for i in range(1, n.bit_length())]
 
+    def change(name: str, *values: Any) -> list[tuple[str, Shapes, SelectionConfig]]:
+        changed = [dataclasses.replace(selection, **{name: value}) for value in values]
+        return [(f"{name}={getattr(other, name)!r}", shapes, other) for other in changed]
+
     if shapes.chunks:
         chunks = shapes.chunks * max(1, shapes.requests)
-        yield settings("encode_batch", *halves(min(selection.encode_batch, chunks)))
+        yield change("encode_batch", *halves(min(selection.encode_batch, chunks)))
     if shapes.chunks and shapes.requests:
         if selection.max_k is None and selection.scorer != "all":
-            yield settings("top_k", *halves(selection.top_k))
-        yield settings("reselect", "never")
-        yield settings("encoding", "independent")
-        yield settings("encoding", "joint")
-    yield [
-        (f"{n} requests at a time", shapes._replace(requests=n), selection)
-        for n in halves(shapes.requests)
-    ]
+            yield change("top_k", *halves(selection.top_k))
+        yield change("reselect", "never")
+        yield change("encoding", "independent")
+        yield change("encoding", "joint")
+    fewer = halves(shapes.requests)
+    yield [(f"{n} requests at a time", shapes._replace(requests=n), selection) for n in fewer]

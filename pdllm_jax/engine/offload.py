@@ -27,9 +27,17 @@ from pdllm_jax.config import CONTROLS, SelectionConfig
 from pdllm_jax.engine.memory import MemoryLimitError
 from pdllm_jax.engine.request import Prefilled, settled, trimmed
 from pdllm_jax.method.cache import ChunkCache, ChunkPool
-from pdllm_jax.method.chunking import ChunkedPrompt, TokenIds, bucket_rows, check_token_ids, pad_to
+from pdllm_jax.method.chunking import (
+    ChunkedPrompt,
+    Question,
+    TokenIds,
+    bucket_rows,
+    check_token_ids,
+    count_ids,
+    pad_to,
+)
 from pdllm_jax.method.prefill import encode_document
-from pdllm_jax.method.scoring import Question, draft_response, score_chunks
+from pdllm_jax.method.scoring import draft_response, score_chunks
 from pdllm_jax.method.selection import EMPTY_SLOT, control_scores, select
 from pdllm_jax.network.sharding import TENSOR
 from pdllm_jax.network.transformer import MaskPredictor
@@ -99,14 +107,14 @@ def encode_offloaded(
       ValueError: a batch of prompts; no host memory.
       MemoryLimitError: XLA would not pin so much of it (`check_host_memory`).
     """
-    if prompt.chunks.ndim != 2:
-        raise ValueError("one document is offloaded at a time, not a batch of them")
+    if prompt.chunks.shape[0] > 1:
+        raise ValueError(f"one document is offloaded at a time, got {prompt.chunks.shape[0]}")
     group = 2 * encode_batch if group is None else group
-    n, size = prompt.n_chunks, prompt.chunk_size
+    n = prompt.n_chunks
     device = _device(model.mesh)
     host = host_memory(device)
     config = model.config
-    values = 2 * config.n_layers * config.n_kv_heads * config.head_dim * size
+    values = 2 * config.n_layers * config.n_kv_heads * config.head_dim * prompt.chunk_size
     check_host_memory(host, n * values * model.dtype.itemsize)
     k: list[Array] = []
     v: list[Array] = []
@@ -114,8 +122,8 @@ def encode_offloaded(
     for first in range(0, n, group):
         part = dataclasses.replace(
             prompt,
-            chunks=_rows(prompt.chunks, first, group, size),
-            chunk_lengths=_rows(prompt.chunk_lengths, first, group),
+            chunks=_chunks(prompt.chunks, first, group),
+            chunk_lengths=_chunks(prompt.chunk_lengths, first, group),
         )
         cache = encode_document(model, part, encode_batch=encode_batch)
         assert cache.pool is not None
@@ -135,7 +143,7 @@ def offload(cache: ChunkCache) -> OffloadedDocument:
 
     Of a snapshot: `load_document` with a placement that gives `host_memory` for the pool's arrays.
     """
-    if cache.pool is None or cache.batched or cache.streamed:
+    if cache.pool is None or cache.documents > 1 or cache.streamed:
         raise ValueError("only one document's cache with the KV of every chunk can be offloaded")
     lies = cache.pool.k.sharding
     device = _device(lies.mesh if isinstance(lies, NamedSharding) else None)
@@ -160,7 +168,7 @@ def fetch(document: OffloadedDocument, chunk_ids: Sequence[int]) -> ChunkPool:
     EMPTY_SLOT gives a chunk of length 0, for which chunk 0 comes over.
     """
     ids = [max(int(i), 0) for i in chunk_ids]
-    lengths = np.where(np.asarray(chunk_ids) >= 0, np.asarray(document.cache.lengths)[ids], 0)
+    lengths = np.where(np.asarray(chunk_ids) >= 0, np.asarray(document.cache.lengths)[0, ids], 0)
     # All transfers are under way before the first is waited for.
     k, v = ([jax.device_put(x[i], document.device) for i in ids] for x in (document.k, document.v))
     return ChunkPool(_stacked(*k), _stacked(*v), jnp.asarray(lengths, jnp.int32))
@@ -174,14 +182,14 @@ def _stacked(*chunks: Array) -> Array:
 def score_offloaded(
     model: MaskPredictor,
     document: OffloadedDocument,
-    query_ids: Int[Array, "Q"],
+    query_ids: Int[Array, "1 Q"],
     config: SelectionConfig,
     *,
-    query_length: Int[Array, ""] | None = None,
+    query_length: Int[Array, "1"] | None = None,
     key: Array | None = None,
     group: int = 8,
     implementation: Implementation | None = None,
-) -> Float[Array, "N"]:
+) -> Float[Array, "1 N"]:
     """`score_chunks`, the KV passing through the device `group` chunks at a time.
 
     Two groups lie on the device at once: one is scored while the next comes over. Each score is
@@ -195,18 +203,18 @@ def score_offloaded(
         raise ValueError("scorer 'attention' compares all chunks' KV: it cannot be streamed")
     if config.scorer in CONTROLS:
         return control_scores(config, cache.lengths > 0, key)
-    rows = jnp.asarray(query_ids.shape[-1] if query_length is None else query_length, jnp.int32)
+    rows = count_ids(query_ids) if query_length is None else query_length
     draft = None
     if config.scorer == "draft":
         question = Question(cache.prefix_ids, cache.prefix_length, query_ids, rows)
         draft = draft_response(model, question, config)
-    n, size = len(document.k), cache.tokens.shape[1]
+    n = len(document.k)
 
     def part(first: int) -> ChunkCache:
         ids = [i if i < n else EMPTY_SLOT for i in range(first, first + group)]
         pool = fetch(document, ids)
-        tokens = _rows(cache.tokens, first, group, size)
-        return dataclasses.replace(cache, pool=pool, tokens=tokens, lengths=pool.lengths)
+        tokens = _chunks(cache.tokens, first, group)
+        return dataclasses.replace(cache, pool=pool, tokens=tokens, lengths=pool.lengths[None])
 
     scores = []
     following = part(0)
@@ -220,8 +228,9 @@ def score_offloaded(
             following = part(first + group)
         # No third group before the first is done with.
         scores.append(jax.block_until_ready(found))
-    whole = jnp.concatenate(scores)[:n]
-    return jnp.pad(whole, (0, cache.lengths.shape[0] - n), constant_values=-jnp.inf)
+    whole = jnp.concatenate(scores, axis=1)[:, :n]
+    filling = ((0, 0), (0, cache.lengths.shape[1] - n))
+    return jnp.pad(whole, filling, constant_values=-jnp.inf)
 
 
 def choose_offloaded(
@@ -251,7 +260,8 @@ def choose_offloaded(
     ids = check_token_ids("query", query_ids, model.config.vocab_size)
     if ids.size == 0:
         raise ValueError("query is empty")
-    query, length = jnp.asarray(pad_to(ids, bucket_rows(ids.size))), jnp.int32(ids.size)
+    query = jnp.asarray(pad_to(ids, bucket_rows(ids.size), -1))[None]
+    length = jnp.asarray([ids.size], jnp.int32)
     n = len(document.k)
     selecting = settled(selecting, n)
     scores = score_offloaded(
@@ -265,7 +275,7 @@ def choose_offloaded(
     cache = document.cache
     if selecting.encoding in ("independent", "bridge"):
         chosen = np.asarray(selection.chunk_ids)
-        cache = dataclasses.replace(cache, pool=fetch(document, chosen.tolist()), streamed=True)
+        cache = dataclasses.replace(cache, pool=fetch(document, chosen[0].tolist()), streamed=True)
         slots = np.where(chosen >= 0, np.arange(chosen.size), EMPTY_SLOT)
         selection = dataclasses.replace(selection, slots=jnp.asarray(slots, jnp.int32))
     return Prefilled(
@@ -288,7 +298,7 @@ def _device(mesh: Any) -> Sharding:
     return NamedSharding(mesh, PartitionSpec(None, TENSOR))
 
 
-def _rows(x: Array, first: int, count: int, *axes: int) -> Array:
-    """x[first : first + count], zeros behind its end."""
-    piece = x[first : first + count]
-    return jnp.pad(piece, ((0, count - piece.shape[0]), *[(0, 0)] * len(axes)))
+def _chunks(x: Array, first: int, count: int) -> Array:
+    """x[:, first : first + count], padded with zeros."""
+    piece = x[:, first : first + count]
+    return jnp.pad(piece, [(0, 0), (0, count - piece.shape[1]), *[(0, 0)] * (x.ndim - 2)])

@@ -13,18 +13,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
-from pallas_kernels import Implementation
+from pallas_kernels import Implementation, Partial
 from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.engine.request import passing_config, streams
 from pdllm_jax.method.cache import ChunkCache, DenoiseState
-from pdllm_jax.method.chunking import ChunkedPrompt
+from pdllm_jax.method.chunking import ChunkedPrompt, batch_size, bucket_chunks, bucket_rows
 from pdllm_jax.method.denoise import denoise
 from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import encode_document, prefill, prefill_top_k
 from pdllm_jax.method.scoring import draft_response, score_chunks
 from pdllm_jax.method.selection import select
-from pdllm_jax.network.transformer import MaskPredictor
+from pdllm_jax.network.transformer import Attend, Carry, MaskPredictor
 
 
 class Shapes(NamedTuple):
@@ -46,8 +47,26 @@ class Shapes(NamedTuple):
     def of(cls, prompt: ChunkedPrompt, cache: ChunkCache | None = None) -> Shapes:
         """Returns the shapes of a prompt, or of questions about the document of a cache."""
         chunks = prompt.chunks if cache is None else cache.tokens
-        sizes = prompt.prefix.shape[1], prompt.query.shape[1], *chunks.shape[1:]
-        return cls(prompt.query.shape[0], *sizes, encoded=cache is not None)
+        (batch, prefix), query = prompt.prefix.shape, prompt.query.shape[1]
+        n, size = chunks.shape[1:]
+        return cls(batch, prefix, query, n, size, encoded=cache is not None)
+
+    @classmethod
+    def padded(
+        cls,
+        requests: int,
+        prefix: int,
+        query: int,
+        chunks: int,
+        chunk_size: int,
+        *,
+        tight: bool,
+        encoded: bool = False,
+    ) -> Shapes:
+        """Returns the shapes that a batch of these sizes is padded to. tight: as `chunk_prompt`."""
+        rows = bucket_rows(prefix), bucket_rows(query)
+        n = bucket_chunks(chunks, tight)
+        return cls(batch_size(requests), *rows, n, chunk_size, encoded)
 
     def prompt(self) -> ChunkedPrompt:
         """Returns the arrays of the requests; for questions the document's chunks are in it."""
@@ -78,7 +97,7 @@ class Program(NamedTuple):
 
     @property
     def made(self) -> dict[str, Any]:
-        """The result's pytrees by name."""
+        """The result's pytrees by name, without the state that takes the place of its argument."""
         parts: dict[str, Any] = {}
         for value in self.result if type(self.result) is tuple else (self.result,):
             if isinstance(value, ChunkCache):
@@ -90,7 +109,41 @@ class Program(NamedTuple):
                 parts["response"] = dataclasses.replace(value, live=None, pool=None)
             else:
                 parts[f"{type(value).__name__.lower()} of {self.phase}"] = value
-        return parts
+        return {name: part for name, part in parts.items() if name not in self.held}
+
+
+class Recorder:
+    """What the trace of one program contains.
+
+    forwards: [B, T, rows that get logits] of each forward pass; over_chunks: (B, K, T) of each
+    attention over chunks, of one device.
+    """
+
+    def __init__(self) -> None:
+        self.forwards: list[list[int]] = []
+        self.over_chunks: list[tuple[int, int, int]] = []
+
+    def chunk_attention(self, q: Array, *_: Any) -> Partial:
+        """Stands for an implementation of `chunk_attention`."""
+        batch, slots, rows, heads, size = q.shape
+        self.over_chunks.append((batch, slots, rows))
+        out = jnp.zeros((batch, rows, heads, size), q.dtype)
+        return Partial(out, jnp.zeros((batch, heads, rows), jnp.float32))
+
+
+class RecordedModel(MaskPredictor):
+    """Reports its forward passes. The recorder is static under jit, so that no trace is reused."""
+
+    recorder: Recorder
+
+    def run(self, token_ids: Array, attend: Attend, carry: Carry) -> tuple[Array, Carry]:
+        self.recorder.forwards.append([*token_ids.shape, 0])
+        return super().run(token_ids, attend, carry)
+
+    def logits(self, hidden: Array) -> Array:
+        last = self.recorder.forwards[-1]
+        last[2] = max(last[2], hidden.size // hidden.shape[-1])
+        return super().logits(hidden)
 
 
 def trace(function: Any, *args: Any, **settings: Any) -> Any:
@@ -132,7 +185,9 @@ def programs(
     if shapes.encoded:
         document = shapes._replace(requests=1, query=1).prompt()
         group = selection.encode_batch
-        yield (step := program("encode document", encode_document, model, document, encode_batch=group))
+        yield (
+            step := program("encode document", encode_document, model, document, encode_batch=group)
+        )
         held |= step.made
         cache = result
     if not batch:
@@ -146,7 +201,9 @@ def programs(
         inputs = {"draft": draft, "key": keys, "oracle": _ids(batch, 1)}
         if cache is not None:
             inputs |= {"query_length": prompt.query_length, "implementation": implementation}
-            step = program("score", score_chunks, model, cache, prompt.query, config=scoring, **inputs)
+            step = program(
+                "score", score_chunks, model, cache, prompt.query, config=scoring, **inputs
+            )
             scores = result
         elif streams(selection, batched=batch > 1):
             config = passing_config(selection, streaming=True)
@@ -162,7 +219,11 @@ def programs(
             chosen = trace(select, scores, config=selection)
     settings = {"implementation": implementation, "selecting": selection if cache else None}
     inputs = {"config": decode, "key": keys, "query_length": prompt.query_length}
-    yield (step := program("encode", init_denoise, model, cache, chosen, prompt.query, **inputs, **settings))
+    yield (
+        step := program(
+            "encode", init_denoise, model, cache, chosen, prompt.query, **inputs, **settings
+        )
+    )
     held |= step.made
     state = result
     if selection.reselect == "never":

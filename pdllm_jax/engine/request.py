@@ -28,7 +28,7 @@ from pdllm_jax.method.cache import ChunkCache, ChunkPool, DenoiseState
 from pdllm_jax.method.chunking import ChunkedPrompt
 from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import needs_pool, prefill, prefill_top_k
-from pdllm_jax.method.scoring import Question, draft_response, score_chunks
+from pdllm_jax.method.scoring import draft_response, score_chunks
 from pdllm_jax.method.selection import EMPTY_SLOT, Selection, select
 from pdllm_jax.network.config import ConfigError
 from pdllm_jax.network.transformer import MaskPredictor
@@ -162,7 +162,7 @@ class Prefilled:
 
     cache: the document(s); None where nothing that follows reads it.
     selection: the chunks that were chosen; scores: of every chunk, None where nothing was scored.
-    query [*B, Q], query_length [*B], keys [B]: what else `init_denoise` takes.
+    query [B, Q], query_length [B], keys [B]: what else `init_denoise` takes.
     counts: chunks of each document, [B], or [1] where there is one for all.
     state: that denoising starts from; None before `begin`.
     selecting: the settings as they are for these documents: K is at most their number of chunks.
@@ -172,11 +172,11 @@ class Prefilled:
 
     cache: ChunkCache | None
     selection: Selection
-    query: Int[Array, "*B Q"]
-    query_length: Int[Array, "*B"]
+    query: Int[Array, "B Q"]
+    query_length: Int[Array, "B"]
     keys: Array
     counts: Int[Array, "B"]
-    scores: Float[Array, "*B N"] | None
+    scores: Float[Array, "B N"] | None
     state: DenoiseState | None
     selecting: SelectionConfig = dataclasses.field(metadata={"static": True})
     requests: int = dataclasses.field(default=1, metadata={"static": True})
@@ -184,7 +184,7 @@ class Prefilled:
 
 
 def chunk_counts(prompt: ChunkedPrompt, cache: ChunkCache | None) -> np.ndarray:
-    """Chunks of each document, [] or [B]: of the prompt's, or of the cache that is asked about."""
+    """Chunks of each document, [B]: of the prompt's, or of the cache that is asked about."""
     lengths = prompt.chunk_lengths if cache is None else cache.lengths
     return np.count_nonzero(np.asarray(lengths), axis=-1)
 
@@ -204,11 +204,11 @@ def choose(
     """Draft, score, select.
 
     Args:
-      prompt: of one request or a batch, [] or [B]; those behind the first `requests` are filling.
+      prompt: of one request or a batch; those behind the first `requests` are filling.
       keys: PRNG keys, one for each request, [B]: all that is random follows from them.
       cache: document(s) encoded before, with the KV of every chunk; the prompt's chunks are then
         not read.
-      oracle: ids of the chunks to keep, [M] or [B, M] int32, for the scorer "oracle".
+      oracle: ids of the chunks to keep, [B, M] int32, for the scorer "oracle".
       implementation: of attention over chunks, by default what the device runs.
       watch: gets the times of "draft" and "score".
 
@@ -223,15 +223,10 @@ def choose(
     selecting = settled(selecting, int(counts.max()), named=oracle is not None)
     passing = selecting.scoring()
     scoring_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-    if prompt.query.ndim == 1:
-        scoring_keys = scoring_keys[0]
     draft = None
     if selecting.scorer == "draft":
         with watch.phase("draft"):
-            question = Question(
-                prompt.prefix, prompt.prefix_length, prompt.query, prompt.query_length
-            )
-            draft = jax.block_until_ready(draft_response(model, question, passing))
+            draft = jax.block_until_ready(draft_response(model, prompt.question, passing))
     with watch.phase("score"):
         shared = {"draft": draft, "key": scoring_keys, "oracle": oracle}
         if cache is not None:
@@ -240,7 +235,7 @@ def choose(
                 implementation=implementation, **shared,
             )  # fmt: skip
             chosen = select(scores, selecting)
-        elif streams(selecting, batched=prompt.query.ndim == 2):
+        elif streams(selecting, batched=prompt.query.shape[0] > 1):
             kept = passing_config(selecting, streaming=True)
             cache, chosen, scores = prefill_top_k(model, prompt, kept, **shared)
         else:
@@ -256,7 +251,7 @@ def choose(
         query=prompt.query,
         query_length=prompt.query_length,
         keys=keys,
-        counts=jnp.asarray(np.atleast_1d(counts), jnp.int32),
+        counts=jnp.asarray(counts, jnp.int32),
         scores=None if selecting.scorer in ("all", "oracle") else scores,
         state=None,
         selecting=selecting,
@@ -313,10 +308,7 @@ def without_other_chunks(prefilled: Prefilled) -> Prefilled:
     selection = prefilled.selection
     ids = selection.slots
     if ids is None:
-        ids = selection.chunk_ids
-        if cache.batched:
-            first = jnp.arange(ids.shape[0])[:, None] * cache.lengths.shape[-1]
-            ids = jnp.where(ids >= 0, first + ids, EMPTY_SLOT)
+        ids = cache.places(selection.chunk_ids)
     pool, places = _gathered(cache.pool, ids)
     return dataclasses.replace(
         prefilled,
@@ -331,7 +323,7 @@ def _without_cache(prefilled: Prefilled) -> Prefilled:
     return dataclasses.replace(prefilled, cache=None, selection=selection)
 
 
-def _gathered(pool: ChunkPool, ids: Int[Array, "*B K"]) -> tuple[ChunkPool, Int[Array, "*B K"]]:
+def _gathered(pool: ChunkPool, ids: Int[Array, "B K"]) -> tuple[ChunkPool, Int[Array, "B K"]]:
     """The chunks at these places, in this order, and where each is then."""
     at = jnp.maximum(ids, 0).reshape(-1)
     lengths = jnp.where(ids.reshape(-1) >= 0, pool.lengths[at], 0)

@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
         run.timed(name, lambda k=k: fetch(document, rng.permutation(args.chunks)[:k]))
         size = k * document.nbytes / len(document.k)
         run.note(f"GB/s, {name}", size / run.median(name) / 1e9)
-    query = np.asarray(prompt.query)[: int(prompt.query_length)]
+    query = np.asarray(prompt.query)[0, : int(prompt.query_length[0])]
     decode = DecodeConfig(gen_length=BLOCK, block_length=BLOCK)
 
     def ask(encoding: str) -> dict[str, float]:

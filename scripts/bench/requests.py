@@ -16,7 +16,7 @@ from bench.record import write
 from bench.run import Run, of_mesh, on, peak
 from pdllm_jax import ChunkConfig, DecodeConfig, SelectionConfig, generate_ids
 from pdllm_jax.compilation import enable_compilation_cache
-from pdllm_jax.engine.memory import shapes_of
+from pdllm_jax.engine.memory import plan_memory
 
 SELECT = SelectionConfig(top_k=4, masked_copies=4, draft_length=4, draft_steps=2)
 BLOCK, PREFIX, QUERY = 32, 16, 32
@@ -68,13 +68,14 @@ def end_to_end(run: Run) -> None:
         lowered = []
         for method, n, tokens in cases:
             chunked = method == "prefilling"
-            shapes, select, settings = shapes_of(
-                len(contexts[n]) + (0 if chunked else around),
+            plan = plan_memory(
+                run.model.config, len(contexts[n]) + (0 if chunked else around),
                 prefix=PREFIX if chunked else 0, query=QUERY if chunked else 0,
                 method=method, chunking=ChunkConfig(run.args.chunk_size), selection=SELECT,
                 decode=decoding(method, tokens),
             )  # fmt: skip
-            needed = programs(run.model.config, shapes, select, settings, dtype=jnp.bfloat16)
+            settings = plan.shapes, plan.selection, plan.decode
+            needed = programs(run.model.config, *settings, dtype=jnp.bfloat16)
             lowered += [program.lower() for program in needed]
         with ThreadPoolExecutor() as threads:
             list(threads.map(lambda program: program.compile(), lowered))

@@ -32,8 +32,8 @@ from pdllm_jax import (
 )
 from pdllm_jax.network.rope import rotate, rotation
 from small_model import corpus, tasks
-from tests.method.test_prefill import sharpen
 from tests.small_model.test_training import CONFIG, encode, held_out_side, make_corpora  # noqa: F401
+from tests.support.method import sharpen
 
 PAIR = ("passkey", "number_string")
 CELL = Cell(length=320, chunk_size=64, top_k=2, tasks=PAIR, draft_length=2)

@@ -33,8 +33,8 @@ from pdllm_jax.storage.snapshot import (
 from pdllm_jax.storage.snapshot_arrays import read_arrays
 from pdllm_jax.storage.snapshot_format import ArrayRecord, SnapshotError, read_manifest
 from pdllm_jax.storage.snapshot_tree import check_shapes
-from tests.method.test_prefill import sharpen
 from tests.support import workers
+from tests.support.method import sharp_model
 from tests.support.workers import CHUNKS, IDENTITY, document
 
 SELECT = SelectionConfig(top_k=2, masked_copies=2, encode_batch=2)
@@ -43,7 +43,7 @@ DECODE = DecodeConfig(gen_length=8, block_length=4)
 
 @pytest.fixture(scope="module")
 def model() -> MaskPredictor:
-    return sharpen(MaskPredictor(ModelConfig.tiny(), rngs=nnx.Rngs(0)))
+    return sharp_model()
 
 
 def assert_same(a, b) -> None:

@@ -4,8 +4,7 @@ The plan adds up what a device holds around each jitted function of an answer (`
 Arguments and results are exact: `jax.eval_shape` of the functions gives their shapes. One layer is
 traced; weights and KV count once for each layer.
 
-XLA's temporaries are estimated, by one formula for every program (`_Device.temporaries`), from the
-forward passes that its trace contains:
+XLA's temporaries follow from one formula for every program, of the forward passes in its trace:
 
 - The rows of one layer: the residual stream with the MLP (2 M + 2 F values a row), or with
   attention (M + 4 H D + 2 G D). Or the stream of the last layer with the float32 logits.
@@ -13,8 +12,8 @@ forward passes that its trace contains:
 - Of attention over chunks, the rotated query rows of each slot, and what its implementation copies.
 - KV that a program holds while it writes its results (`_Device.in_flight`).
 
-Not counted: the CUDA context, fragmentation of the allocator, and what compiling takes.
-`scripts/benchmark.py memory` compares plans with the peaks that a device measures.
+Not counted: the CUDA context, fragmentation, compiling. `scripts/benchmark.py memory` compares
+plans with the peaks that a device measures.
 """
 
 from __future__ import annotations
@@ -49,6 +48,8 @@ _CUBLAS_WORKSPACE = 32 << 20
 # Arrays that each layer has: weights of its block, and K and V of pools, prefixes and live rows.
 _PER_LAYER = re.compile(r"\bblocks\.|(^|[._])[kv](\.0)?$")
 
+_Settings = tuple[Shapes, SelectionConfig, DecodeConfig]
+
 
 class MemoryLimitError(ValueError):
     """An answer that does not fit the device; the message says which settings would."""
@@ -77,8 +78,7 @@ class Plan:
     """Bytes of one device, phase by phase.
 
     phases: in the order of an answer. resident: bytes held before it starts: the weights, and for
-    questions about an encoded document its KV. shapes, selection, decode: padded sizes and settings
-    that the plan is made for.
+    questions about an encoded document its KV. shapes, selection, decode: what the plan is for.
     """
 
     phases: tuple[Phase, ...]
@@ -120,16 +120,11 @@ class _Device:
     dtype: jnp.dtype
     sizes: tuple[int, int]
     implementation: Implementation
-    attention: dense.DenseImplementation | None = None
-
-    @functools.cached_property
-    def portable(self) -> bool:
-        chosen = self.attention or dense.dense_implementation(self.dtype, self.config.head_dim)
-        return chosen == "xla"
+    attention: dense.DenseImplementation
 
     @functools.cached_property
     def gpu(self) -> bool:
-        return not self.portable or jax.default_backend() == "gpu"
+        return self.attention == "cudnn" or jax.default_backend() == "gpu"
 
     @functools.cached_property
     def mesh(self) -> Any:  # an AbstractMesh, which has no devices
@@ -150,8 +145,10 @@ class _Device:
             total += layers * math.prod(shape) * leaf.dtype.itemsize
         return total
 
-    def temporaries(self, recorder: Recorder, chunk_size: int, live: int) -> dict[str, int]:
-        """Estimates the activations of a program. live: rows of the live KV."""
+    def temporaries(
+        self, recorder: Recorder, chunk_size: int, live: int, passing: bool
+    ) -> dict[str, int]:
+        """Estimates activations. live: rows of live KV; passing: a program that encodes chunks."""
         c, (data, tensor), item = self.config, self.sizes, self.dtype.itemsize
         heads, kv = c.n_heads // tensor, c.n_kv_heads // tensor * c.head_dim
         mlp = 2 * c.d_model + 2 * c.mlp_hidden_size // tensor
@@ -161,16 +158,14 @@ class _Device:
             divided = data if batch % data == 0 else 1
             batch, read = batch // divided, read // divided
             layer = {"activations of a layer": batch * rows * max(mlp, attention) * item}
-            if self.portable:
-                keys = batch * heads * max(rows, live)
+            if self.attention == "xla":
+                keys = batch * heads * (chunk_size if passing else max(rows, live))
                 block = min(rows, max(16, dense.BLOCK_SCORES // keys))
                 layer["attention scores"] = 2 * 4 * block * keys
             # A device computes its share of the logits and gathers the others.
-            parts = tensor + 1 if tensor > 1 else 1
-            last = {
-                "activations of the last layer": batch * rows * c.d_model * item,
-                "logits": 4 * read * c.embedding_size // tensor * parts,
-            }
+            logits = 4 * read * c.embedding_size // tensor * (tensor + 1 if tensor > 1 else 1)
+            last = {"activations of the last layer": batch * rows * c.d_model * item}
+            last["logits"] = logits
             widest = max(widest, layer, last, key=_total)
         over_chunks, path = 0, implementation_name(self.implementation)
         for batch, slots, rows in recorder.over_chunks:
@@ -218,19 +213,18 @@ def _plan(
     recorder = Recorder()
     model.recorder, model.mesh = recorder, device.mesh
     phases = [Phase("load", {"weights": device.nbytes(model)})]
-    resident = phases[0].nbytes
     live = live_rows(shapes.prefix + shapes.query + decode.gen_length)
     for program in programs(model, shapes, selection, decode, recorder.chunk_attention):
         held = {name: device.nbytes(tree) for name, tree in program.held.items()}
         made = {name: device.nbytes(tree) for name, tree in program.made.items()}
-        scratch = device.temporaries(recorder, shapes.chunk_size, live)
+        passing = "KV of the document" in made
+        scratch = device.temporaries(recorder, shapes.chunk_size, live, passing)
         scratch["KV in flight"] = device.in_flight(program, recorder)
         phases.append(Phase(program.phase, held, made, scratch))
         recorder.forwards.clear()
         recorder.over_chunks.clear()
-    if shapes.encoded:
-        resident += phases[1].made["KV of the document"]
-    return Plan(tuple(phases), resident, shapes, selection, decode)
+    document = phases[1].made["KV of the document"] if shapes.encoded else 0
+    return Plan(tuple(phases), phases[0].nbytes + document, shapes, selection, decode)
 
 
 def plan_memory(
@@ -250,9 +244,7 @@ def plan_memory(
     attention: dense.DenseImplementation | None = None,
     mesh: Mapping[str, int] | None = None,
 ) -> Plan:
-    """Predicts the device memory of an answer; allocates and compiles nothing.
-
-    Takes part of a second for new shapes and settings: it traces one layer of each function.
+    """Predicts the device memory of an answer: traces one layer, allocates and compiles nothing.
 
     Args:
       config: the model's architecture.
@@ -261,8 +253,8 @@ def plan_memory(
       questions: that are asked together about one document that is encoded before.
       method, chunking, selection, decode: settings of the answer.
       dtype: of weights and activations.
-      implementation: of attention over chunks; attention: over other rows, "cudnn" or "xla". By
-        default what the device of this process would use.
+      implementation: of attention over chunks; attention: over other rows, "cudnn" or "xla"; by
+        default as on the device of this process.
       mesh: sizes of the axes "tensor", which divides heads, MLP and vocabulary, and "data", which
         divides requests and the chunks of a pass. The plan is of one device.
 
@@ -296,6 +288,7 @@ def plan_memory(
         head_size=config.head_dim,
         chunk_size=min(selection.keep_tokens or size, size),
     )
+    attention = attention or dense.dense_implementation(jnp.dtype(dtype), config.head_dim)
     sizes = mesh_sizes(config, mesh)
     device = _Device(config, jnp.dtype(dtype), sizes, implementation, attention)
     return _plan(device, shapes, selection, decode)
@@ -316,14 +309,12 @@ def require_memory(
     Args:
       prompt: of a batch of requests; with a `cache`, its questions.
       selection: as `settled` returns it. implementation: of attention over chunks, resolved.
-      limit: bytes; None: what the device reports, beside the bytes that it holds already. Where it
-        reports nothing (the CPU), nothing is refused.
+      limit: bytes, by default as the device reports. The CPU reports none: nothing is refused.
 
     Raises:
       MemoryLimitError: names the phase, its bytes, the limit, and settings that would fit.
     """
-    shapes = Shapes.of(prompt, cache)
-    _require(model, limit, implementation, shapes, selection, decode)
+    _require(model, limit, implementation, (Shapes.of(prompt, cache), selection, decode))
 
 
 def require_document_memory(
@@ -332,14 +323,14 @@ def require_document_memory(
     """`require_memory` for `encode_document` alone."""
     shapes = Shapes.of(prompt)._replace(requests=0, query=1, encoded=True)
     selection = SelectionConfig(encode_batch=encode_batch)
-    _require(model, limit, "xla", shapes, selection, DecodeConfig())
+    _require(model, limit, "xla", (shapes, selection, DecodeConfig()))
 
 
 def require_baseline_memory(
     model: MaskPredictor, rows: int, decode: DecodeConfig, *, limit: int | None = None
 ) -> None:
     """`require_memory` for a baseline. rows: of its whole prompt, padded."""
-    _require(model, limit, "xla", Shapes(1, 0, rows, 0, 1), SelectionConfig(), decode)
+    _require(model, limit, "xla", (Shapes(1, 0, rows, 0, 1), SelectionConfig(), decode))
 
 
 def device_stats(model: MaskPredictor) -> dict[str, int]:
@@ -349,33 +340,29 @@ def device_stats(model: MaskPredictor) -> dict[str, int]:
 
 
 def _require(
-    model: MaskPredictor,
-    limit: int | None,
-    implementation: Implementation,
-    shapes: Shapes,
-    selection: SelectionConfig,
-    decode: DecodeConfig,
+    model: MaskPredictor, limit: int | None, implementation: Implementation, settings: _Settings
 ) -> None:
     stats = device_stats(model)
     limit = stats.get("bytes_limit") if limit is None else limit
     if limit is None:
         return
     sizes = mesh_sizes(model.config, model.mesh)
-    device = _Device(model.config, model.dtype, sizes, implementation)
-    plan = _plan(device, shapes, selection, decode)
+    attention = dense.dense_implementation(model.dtype, model.config.head_dim)
+    device = _Device(model.config, model.dtype, sizes, implementation, attention)
+    plan = _plan(device, *settings)
     others = max(0, stats.get("bytes_in_use", 0) - plan.resident)
     if plan.peak + others <= limit:
         return
 
-    def fits(change: tuple[str, Shapes, SelectionConfig]) -> bool:
-        return _plan(device, *change[1:], decode).peak + others <= limit
+    def fits(change: tuple[str, _Settings]) -> bool:
+        return _plan(device, *change[1]).peak + others <= limit
 
     fitting = []
-    for changes in _changes(shapes, selection):
+    for changes in _changes(*settings):
         first = bisect.bisect_left(changes, True, key=fits)
-        fitting += [words for words, *_ in changes[first : first + 1]]
+        fitting += [words for words, _ in changes[first : first + 1]]
     advice = f"fits with {', or '.join(fitting)}" if fitting else "no one setting makes it fit"
-    if not shapes.chunks:
+    if not settings[0].chunks:
         advice = "a shorter prompt needs less, and so does method 'prefilling'"
     phase = plan.largest
     parts = {**phase.scratch, **phase.made, **phase.held}
@@ -389,16 +376,16 @@ def _require(
 
 
 def _changes(
-    shapes: Shapes, selection: SelectionConfig
-) -> Iterator[list[tuple[str, Shapes, SelectionConfig]]]:
+    shapes: Shapes, selection: SelectionConfig, decode: DecodeConfig
+) -> Iterator[list[tuple[str, _Settings]]]:
     """Yields changes of one setting, in words; each needs at most the memory of the one before."""
 
     def halves(n: int) -> list[int]:
         return [n >> i for i in range(1, n.bit_length())]
 
-    def change(name: str, *values: Any) -> list[tuple[str, Shapes, SelectionConfig]]:
+    def change(name: str, *values: Any) -> list[tuple[str, _Settings]]:
         changed = [dataclasses.replace(selection, **{name: value}) for value in values]
-        return [(f"{name}={getattr(other, name)!r}", shapes, other) for other in changed]
+        return [(f"{name}={getattr(x, name)!r}", (shapes, x, decode)) for x in changed]
 
     if shapes.chunks:
         chunks = shapes.chunks * max(1, shapes.requests)
@@ -409,5 +396,5 @@ def _changes(
         yield change("reselect", "never")
         yield change("encoding", "independent")
         yield change("encoding", "joint")
-    fewer = halves(shapes.requests)
-    yield [(f"{n} requests at a time", shapes._replace(requests=n), selection) for n in fewer]
+    fewer = [shapes._replace(requests=n) for n in halves(shapes.requests)]
+    yield [(f"{x.requests} requests at a time", (x, selection, decode)) for x in fewer]

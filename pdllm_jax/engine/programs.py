@@ -108,7 +108,7 @@ class Program(NamedTuple):
                 parts["KV of the chosen chunks"] = {"pool": value.pool}
                 parts["response"] = dataclasses.replace(value, live=None, pool=None)
             else:
-                parts[f"{type(value).__name__.lower()} of {self.phase}"] = value
+                parts.setdefault(f"results of {self.phase}", []).append(value)
         return {name: part for name, part in parts.items() if name not in self.held}
 
 
@@ -179,60 +179,54 @@ def programs(
     def program(phase: str, function: Any, *args: Any, **settings: Any) -> Program:
         nonlocal result
         result = trace(function, *args, **settings)
-        return Program(phase, function, args, settings, dict(held), result)
+        traced = Program(phase, function, args, settings, dict(held), result)
+        held.update(traced.made)
+        return traced
 
     cache = chosen = draft = None
     if shapes.encoded:
         document = shapes._replace(requests=1, query=1).prompt()
-        group = selection.encode_batch
-        yield (
-            step := program("encode document", encode_document, model, document, encode_batch=group)
-        )
-        held |= step.made
+        group = {"encode_batch": selection.encode_batch}
+        yield program("encode document", encode_document, model, document, **group)
         cache = result
     if not batch:
         return
     keys = trace(lambda: jax.random.split(jax.random.key(0), batch))
+    lengths, path = {"query_length": prompt.query_length}, {"implementation": implementation}
     if shapes.chunks:
-        scoring = selection.scoring()
+        scoring = {"config": selection.scoring()}
         if selection.scorer == "draft":
-            yield program("draft", draft_response, model, prompt.question, config=scoring)
+            yield program("draft", draft_response, model, prompt.question, **scoring)
             draft = result
         inputs = {"draft": draft, "key": keys, "oracle": _ids(batch, 1)}
+        over_cache = {**inputs, **lengths, **scoring, **path}
         if cache is not None:
-            inputs |= {"query_length": prompt.query_length, "implementation": implementation}
-            step = program(
-                "score", score_chunks, model, cache, prompt.query, config=scoring, **inputs
-            )
+            yield program("score", score_chunks, model, cache, prompt.query, **over_cache)
             scores = result
         elif streams(selection, batched=batch > 1):
             config = passing_config(selection, streaming=True)
-            step = program("score", prefill_top_k, model, prompt, config=config, **inputs)
+            yield program("score", prefill_top_k, model, prompt, config=config, **inputs)
             cache, chosen, scores = result
         else:
             config = passing_config(selection, streaming=False)
             step = program("score", prefill, model, prompt, config=config, **inputs)
             cache, scores = result
-        yield step
-        held |= step.made
+            if selection.scorer == "attention":  # `prefill` does not take the implementation
+                trace(score_chunks, model, cache, prompt.query, **over_cache)
+            yield step
         if chosen is None:
             chosen = trace(select, scores, config=selection)
-    settings = {"implementation": implementation, "selecting": selection if cache else None}
-    inputs = {"config": decode, "key": keys, "query_length": prompt.query_length}
-    yield (
-        step := program(
-            "encode", init_denoise, model, cache, chosen, prompt.query, **inputs, **settings
-        )
-    )
-    held |= step.made
+    selecting = {"selecting": selection if cache else None}
+    inputs = {"config": decode, "key": keys, **lengths, **selecting, **path}
+    yield program("encode", init_denoise, model, cache, chosen, prompt.query, **inputs)
     state = result
     if selection.reselect == "never":
-        settings["selecting"] = None
+        selecting = {}
         if state.pool is not None:  # it serves instead of the document's
             cache = None
             if not shapes.encoded:
                 held.pop("KV of the document")
-    yield program("decode", denoise, model, cache, state, config=decode, **settings)
+    yield program("decode", denoise, model, cache, state, config=decode, **selecting, **path)
 
 
 def _ids(*shape: int) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import types
 from pathlib import Path
 
@@ -30,10 +29,9 @@ from pdllm_jax import (
     generate_ids,
     plan_memory,
 )
-from pdllm_jax.engine import engine as answer
-from pdllm_jax.engine import engine as batch
-from pdllm_jax.engine import memory as planner
+from pdllm_jax.engine import engine, memory
 from pdllm_jax.engine import request as prefilled
+from pdllm_jax.engine.memory import require_memory
 from pdllm_jax.method.chunking import chunk_prompt
 
 LLADA = ModelConfig.llada_8b()
@@ -59,6 +57,12 @@ def request_of(document: int = 90, query: int = 7):
 
 def planned(config: ModelConfig = LLADA, document: int = 32 * 1023, **settings):
     return plan_memory(config, document, **{**GPU, **settings})
+
+
+def tiny_plan(document: int = 90, **settings):
+    """The plan of `request_of(document)` for the tiny model, by default with SELECT."""
+    common = {"prefix": 5, "query": 7, "chunking": CHUNKS, "selection": SELECT, "decode": DECODE}
+    return plan_memory(ModelConfig.tiny(), document, dtype=jnp.float32, **{**common, **settings})
 
 
 def select(**changes) -> SelectionConfig:
@@ -143,15 +147,12 @@ def test_results_are_as_large_as_the_arrays_of_an_answer(model, monkeypatch, nam
         return seen["state"]
 
     monkeypatch.setattr(prefilled, "init_denoise", spy)
-    monkeypatch.setattr(answer, "decode", lambda model, cache, state, *_, **__: state)
+    monkeypatch.setattr(engine, "decode", lambda model, cache, state, *_, **__: state)
     prefix, document, query = request_of()
     generate_ids(
         model, prefix, document, query, chunking=CHUNKS, selection=selecting, decode=decode
     )
-    plan = planned(
-        ModelConfig.tiny(), 90, prefix=5, query=7, dtype=jnp.float32,
-        chunking=CHUNKS, selection=selecting, decode=decode,
-    )  # fmt: skip
+    plan = tiny_plan(selection=selecting, decode=decode)
     cache, state = seen["cache"], seen["state"]
     document = [cache.pool, cache.prefix_k, cache.prefix_v]
     assert plan["score"].made["KV of the document"] == tree_bytes(document)
@@ -160,30 +161,35 @@ def test_results_are_as_large_as_the_arrays_of_an_answer(model, monkeypatch, nam
 
 
 def test_a_batch_and_questions_hold_what_their_arrays_do(model):
-    config = ModelConfig.tiny()
-    pool = 2 * 2 * 8 * 16 * 2 * 16 * 4  # K and V, layers, chunks, rows, KV heads, head size
-    plan = planned(
-        config, 8 * 15, questions=3, dtype=jnp.float32, chunking=CHUNKS, selection=SELECT
-    )
+    plan = tiny_plan(8 * 15, questions=3)
     assert plan.shapes.requests == 4
     prompt = chunk_prompt(*request_of(8 * 15), CHUNKS, tight=True)
     cache = jax.eval_shape(lambda m: encode_document(m, prompt, encode_batch=2), model)
     arrays = tree_bytes([cache.pool, cache.prefix_k, cache.prefix_v])
-    assert plan.resident == planned(config, 90, dtype=jnp.float32).resident + arrays
-    row = pool // (8 * 16)
-    assert arrays == pool + 8 * 4 + 32 * row  # with lengths, and the prefix in its bucket
+    assert plan.resident == tiny_plan().resident + arrays
+    row = 2 * 2 * 2 * 16 * 4  # K and V, layers, KV heads, head size
+    assert arrays == 8 * (16 * row + 4) + 32 * row  # with lengths, and the prefix in its bucket
     kept = dataclasses.replace(SELECT, encoding="independent")
-    several = planned(config, 8 * 15, batch=3, dtype=jnp.float32, chunking=CHUNKS, selection=kept)
-    assert several["score"].made["KV of the document"] == 4 * (pool + 8 * 4 + 32 * row)
+    assert tiny_plan(8 * 15, batch=3, selection=kept)["score"].made["KV of the document"] == (
+        4 * arrays
+    )
 
 
 @pytest.mark.parametrize("name", ["joint", pytest.param("streamed", marks=pytest.mark.slow)])
 def test_the_compiler_takes_what_the_plan_says(name):
     """At a size whose rows outweigh what the CPU's products take for themselves, float32."""
     config = ModelConfig(
-        d_model=256, n_layers=2, n_heads=4, n_kv_heads=4, mlp_hidden_size=768, vocab_size=512,
-        embedding_size=512, mask_token_id=500, eos_token_id=501, pad_token_id=501,
-    )  # fmt: skip
+        d_model=256,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=4,
+        mlp_hidden_size=768,
+        vocab_size=512,
+        embedding_size=512,
+        mask_token_id=500,
+        eos_token_id=501,
+        pad_token_id=501,
+    )
     selection, decode = SETTINGS[name]
     plan = plan_memory(
         config,
@@ -273,76 +279,59 @@ def never(*args, **kwargs):
 
 
 def test_an_answer_that_does_not_fit_is_refused_before_anything_runs(model, monkeypatch):
-    for name in ("draft_response", "prefill", "prefill_top_k", "score_chunks", "init_denoise"):
-        monkeypatch.setattr(prefilled, name, never)
-    monkeypatch.setattr(sys.modules["pdllm_jax.engine.engine"], "init_denoise", never)
-    common = {"decode": DECODE, "selection": SELECT}
     request = request_of()
-    plan = plan_memory(
-        model.config, 90, prefix=5, query=7, dtype=jnp.float32, chunking=CHUNKS, **common
-    )
-    limit = plan.peak - 1
-    message = refused(generate_ids, model, *request, chunking=CHUNKS, memory_limit=limit, **common)
-    assert f"{plan.peak / 1e9:.2f} GB" in message
-    assert f"the device gives {limit / 1e9:.2f} GB" in message
-    assert f"phase {plan.largest.name!r}" in message
-    with pytest.raises(AssertionError, match="computed"):
-        generate_ids(model, *request, chunking=CHUNKS, memory_limit=plan.peak, **common)
-    small = {"memory_limit": 1000, **common}
-    assert "no one setting" in refused(
-        generate_batch_ids, model, [request] * 2, chunking=CHUNKS, **small
-    )
-    assert "'prefilling'" in refused(
-        generate_ids, model, *request, method="plain", decode=DECODE, memory_limit=1000
-    )
     prompt = chunk_prompt(*request, CHUNKS, tight=True)
     cache = jax.eval_shape(lambda m: encode_document(m, prompt), model)
     cache = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), cache)
-    refused(ask_ids, model, cache, [request[2]], **small)
-    monkeypatch.setattr(batch, "encode_document", never)
+    for name in ("draft_response", "prefill", "prefill_top_k", "score_chunks", "init_denoise"):
+        monkeypatch.setattr(prefilled, name, never)
+    for name in ("init_denoise", "encode_document"):
+        monkeypatch.setattr(engine, name, never)
+    settings = {"decode": DECODE, "selection": SELECT, "chunking": CHUNKS}
+    plan = tiny_plan()
+    message = refused(generate_ids, model, *request, memory_limit=plan.peak - 1, **settings)
+    assert f"phase {plan.largest.name!r} needs {plan.peak / 1e9:.2f} GB" in message
+    assert f"the device gives {(plan.peak - 1) / 1e9:.2f} GB" in message
+    with pytest.raises(AssertionError, match="computed"):
+        generate_ids(model, *request, memory_limit=plan.peak, **settings)
+    settings["memory_limit"] = 1000
+    assert "no one setting" in refused(generate_batch_ids, model, [request] * 2, **settings)
+    assert "'prefilling'" in refused(generate_ids, model, *request, method="plain", **settings)
+    del settings["chunking"]
+    refused(ask_ids, model, cache, [request[2]], **settings)
     words = types.SimpleNamespace(
-        around_document=lambda *_: (request[0], request[2]),
-        encode=lambda text: request[1],
-        bos_id=253,
+        around_document=lambda *_: (request[0], request[2]), encode=lambda _: request[1], bos_id=253
     )
     message = refused(encode_text, model, words, "text", chunking=CHUNKS, memory_limit=1000)
     assert "encode document" in message
 
 
-def test_what_the_refusal_advises_fits(model):
-    """The least change of each kind, and it is enough."""
+def require(model, limit=None, document: int = 90, selection: SelectionConfig = SELECT) -> None:
+    prompt = chunk_prompt(*request_of(document), CHUNKS)
+    require_memory(model, prompt, selection, DECODE, implementation="xla", limit=limit)
+
+
+def test_the_refusal_advises_the_smallest_changes_that_fit(model):
     selecting = dataclasses.replace(SELECT, top_k=4, encode_batch=8, encoding="independent")
-    request = request_of(300)
-    settings = {
-        "prefix": 5, "query": 7, "dtype": jnp.float32, "chunking": CHUNKS, "decode": DECODE,
-    }  # fmt: skip
 
     def peak(**changes) -> int:
-        changed = dataclasses.replace(selecting, **changes)
-        return plan_memory(model.config, 300, selection=changed, **settings).peak
+        return tiny_plan(300, selection=dataclasses.replace(selecting, **changes)).peak
 
     assert peak(encode_batch=2) < peak(encode_batch=4) < peak()
-    message = refused(
-        generate_ids, model, *request, chunking=CHUNKS, selection=selecting, decode=DECODE,
-        memory_limit=peak(encode_batch=4),
-    )  # fmt: skip
+    message = refused(require, model, peak(encode_batch=4), 300, selecting)
     assert "; fits with encode_batch=4" in message
     assert "encode_batch=2" not in message
+    advised = [value for value in (1, 2) if f"top_k={value}" in message]
+    fitting = [value for value in (1, 2) if peak(top_k=value) <= peak(encode_batch=4)]
+    assert advised == fitting[-1:]
 
 
-def test_the_devices_own_limit_counts_what_it_holds(model, monkeypatch):
-    plan = plan_memory(
-        model.config, 90, prefix=5, query=7, dtype=jnp.float32, chunking=CHUNKS,
-        selection=SELECT, decode=DECODE,
-    )  # fmt: skip
+def test_the_limit_of_the_device_counts_what_it_holds(model, monkeypatch):
+    plan = tiny_plan()
     stats = {"bytes_limit": plan.peak + 2**30, "bytes_in_use": plan.resident}
-    monkeypatch.setattr(planner, "device_stats", lambda model: stats)
-    monkeypatch.setattr(prefilled, "draft_response", never)
-    common = {"chunking": CHUNKS, "selection": SELECT, "decode": DECODE}
-    with pytest.raises(AssertionError, match="computed"):
-        generate_ids(model, *request_of(), **common)
+    monkeypatch.setattr(memory, "device_stats", lambda model: stats)
+    require(model)
     stats["bytes_in_use"] += 2**30 + 1
-    assert "1.07 of them held already" in refused(generate_ids, model, *request_of(), **common)
-    stats.clear()  # as on the CPU: nothing is known and nothing refused
-    with pytest.raises(AssertionError, match="computed"):
-        generate_ids(model, *request_of(), **common)
+    assert "1.07 of them held already" in refused(require, model)
+    stats.clear()  # as on the CPU, which reports nothing
+    require(model)

@@ -65,10 +65,6 @@ def tiny_plan(document: int = 90, **settings):
     return plan_memory(ModelConfig.tiny(), document, dtype=jnp.float32, **{**common, **settings})
 
 
-def select(**changes) -> SelectionConfig:
-    return SelectionConfig(**changes)
-
-
 def settings_of(kind, row):
     """Settings as a record writes them."""
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
@@ -112,7 +108,7 @@ def test_figures_worked_out_by_hand():
     # 8 chunks with 4 copies of 36 rows behind each.
     score = plan["score"]
     assert score.scratch["activations of a layer"] == 8 * (1024 + 4 * 36) * row
-    streamed = planned(selection=select(encoding="independent"))["score"]
+    streamed = planned(selection=SelectionConfig(encoding="independent"))["score"]
     assert streamed.made["KV of the document"] == (4 + 8) * (1024 * token + 4) + 32 * token
     # One of K and V: of the pool, copied, and of a group.
     assert streamed.scratch["KV in flight"] == (4 + 8 + 8) * 1024 * token // 2
@@ -148,14 +144,12 @@ def test_results_are_as_large_as_the_arrays_of_an_answer(model, monkeypatch, nam
 
     monkeypatch.setattr(prefilled, "init_denoise", spy)
     monkeypatch.setattr(engine, "decode", lambda model, cache, state, *_, **__: state)
-    prefix, document, query = request_of()
-    generate_ids(
-        model, prefix, document, query, chunking=CHUNKS, selection=selecting, decode=decode
-    )
-    plan = tiny_plan(selection=selecting, decode=decode)
+    settings = {"selection": selecting, "decode": decode}
+    generate_ids(model, *request_of(), chunking=CHUNKS, **settings)
+    plan = tiny_plan(**settings)
     cache, state = seen["cache"], seen["state"]
-    document = [cache.pool, cache.prefix_k, cache.prefix_v]
-    assert plan["score"].made["KV of the document"] == tree_bytes(document)
+    arrays = [cache.pool, cache.prefix_k, cache.prefix_v]
+    assert plan["score"].made["KV of the document"] == tree_bytes(arrays)
     assert plan["encode"].made["live KV"] == tree_bytes(state.live)
     assert plan["encode"].made["KV of the chosen chunks"] == tree_bytes(state.pool)
 
@@ -169,42 +163,23 @@ def test_a_batch_and_questions_hold_what_their_arrays_do(model):
     assert plan.resident == tiny_plan().resident + arrays
     row = 2 * 2 * 2 * 16 * 4  # K and V, layers, KV heads, head size
     assert arrays == 8 * (16 * row + 4) + 32 * row  # with lengths, and the prefix in its bucket
-    kept = dataclasses.replace(SELECT, encoding="independent")
-    assert tiny_plan(8 * 15, batch=3, selection=kept)["score"].made["KV of the document"] == (
-        4 * arrays
-    )
+    several = tiny_plan(8 * 15, batch=3, selection=SETTINGS["streamed"][0])
+    assert several["score"].made["KV of the document"] == 4 * arrays
 
 
 @pytest.mark.parametrize("name", ["joint", pytest.param("streamed", marks=pytest.mark.slow)])
 def test_the_compiler_takes_what_the_plan_says(name):
     """At a size whose rows outweigh what the CPU's products take for themselves, float32."""
-    config = ModelConfig(
-        d_model=256,
-        n_layers=2,
-        n_heads=4,
-        n_kv_heads=4,
-        mlp_hidden_size=768,
-        vocab_size=512,
-        embedding_size=512,
-        mask_token_id=500,
-        eos_token_id=501,
-        pad_token_id=501,
-    )
+    sizes = {"d_model": 256, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 768}
+    config = dataclasses.replace(ModelConfig.tiny(), **sizes)
     selection, decode = SETTINGS[name]
+    settings = {"chunking": ChunkConfig(256), "selection": selection, "decode": decode}
     plan = plan_memory(
-        config,
-        8 * 255,
-        chunking=ChunkConfig(256),
-        selection=selection,
-        decode=decode,
-        dtype=jnp.float32,
-        implementation="xla",
-        attention="xla",
+        config, 8 * 255, dtype=jnp.float32, implementation="xla", attention="xla", **settings
     )
     peaks = []
-    for program in programs(
-        config, plan.shapes, plan.selection, plan.decode, dtype=jnp.float32, implementation="xla"
-    ):
+    settings = plan.shapes, plan.selection, plan.decode
+    for program in programs(config, *settings, dtype=jnp.float32, implementation="xla"):
         compiled = program.lower().compile().memory_analysis()
         made = compiled.output_size_in_bytes - compiled.alias_size_in_bytes
         phase = plan[program.phase]
@@ -215,10 +190,10 @@ def test_the_compiler_takes_what_the_plan_says(name):
 
 
 def test_more_of_anything_takes_more():
-    base = planned(selection=select(top_k=4, encode_batch=8))
-    assert planned(selection=select(top_k=8)).peak > base.peak
+    base = planned(selection=SelectionConfig(top_k=4, encode_batch=8))
+    assert planned(selection=SelectionConfig(top_k=8)).peak > base.peak
     # The pass is not the peak of joint encoding, but it grows with the group.
-    wider = planned(selection=select(encode_batch=16))
+    wider = planned(selection=SelectionConfig(encode_batch=16))
     assert wider["score"].nbytes > base["score"].nbytes
     assert planned(query=500).peak > base.peak
     assert planned(batch=4).peak > base.peak
@@ -231,7 +206,7 @@ def test_more_of_anything_takes_more():
 
 
 def test_a_streamed_document_takes_its_token_ids_alone():
-    streaming = select(encoding="independent")
+    streaming = SelectionConfig(encoding="independent")
     short, long = (planned(document=n * 1023, selection=streaming) for n in (64, 1024))
     assert long.peak - short.peak == 4 * (1024 - 64) * (1025 + 1)  # ids, lengths and scores
     kept = planned(document=64 * 1023, batch=2, selection=streaming)

@@ -1,129 +1,104 @@
-"""What an answer needs of a device's memory: the plan, how it is printed, and the refusal.
+"""Device memory of an answer: predicted from shapes, and refused where the device has less.
 
-Shapes of an answer, and bytes of arrays on one device; `footprint.py` adds them up.
+The plan adds up what a device holds around each jitted function of an answer (`programs`).
+Arguments and results are exact: `jax.eval_shape` of the functions gives their shapes. One layer is
+traced; weights and KV count once for each layer.
 
-What the phases of an answer hold on a device, from shapes alone.
+XLA's temporaries follow from one formula for every program, of the forward passes in its trace:
 
-A phase's peak is what the device holds before it, its results, and XLA's temporaries. The first two
-are the shapes of `ChunkCache`, `DenoiseState` and the weights, exactly. The temporaries are the
-largest set of intermediate arrays that live at once; what that set is follows from the programs:
+- The rows of one layer: the residual stream with the MLP (2 M + 2 F values a row), or with
+  attention (M + 4 H D + 2 G D). Or the stream of the last layer with the float32 logits.
+- Of the portable attention, float32 scores and weights of one block of rows.
+- Of attention over chunks, the rotated query rows of each slot, and what its implementation copies.
+- KV that a program holds while it writes its results (`_Device.in_flight`).
 
-- One layer's rows live at a time. The widest moment is the MLP (residual stream, its norm, gate and
-  up: 2 M + 2 F values a row) or attention (stream, q, k, v, and three results on their way
-  together: 5 M + 2 KV). Where a step recomputes rows of which some stay as they were (blocks behind
-  the first), keys and values are there four times, new, old, merged and as attention reads them:
-  3 M + 8 KV. Weights are never copied.
-- Logits are float32 and only of the rows that are read; they come when the last layer is through,
-  so that the wider of the two moments counts.
-- Joint encoding's writes of live KV wait for the program's end. Those of chunks would too, were
-  they not held to their layer (`encoding.encode_jointly`).
-- A pool that is the carry of the loop over chunks is kept with a chunk's rows outermost: one of K
-  and V passes through a temporary of its size (GPU alone), and one of K and V of a group waits.
-- The portable attention adds float32 scores and weights of a block of rows.
-
-`programs.py` asks the compiler instead; tests compare the two, `scripts/benchmark.py memory` both
-with what a device has measured. Of what libraries take for themselves cuBLAS' workspace is counted;
-CUDA's context, fragmentation, and what compiling takes are not.
-
-Device memory of an answer, predicted before anything is allocated or compiled; and the refusal.
-
-`footprint.py` says what is counted and what is assumed of XLA.
+Not counted: the CUDA context, fragmentation, compiling. `scripts/benchmark.py memory` compares
+plans with the peaks that a device measures.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-import itertools
+import functools
 import math
+import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
 from jax.typing import DTypeLike
 
 from pallas_kernels import Implementation, implementation_name, resolve_implementation
-from pallas_kernels.chunk_attention.dense import (
-    BLOCK_SCORES,
-    DenseImplementation,
-    dense_implementation,
-)
-from pdllm_jax.config import CONTROLS, ChunkConfig, DecodeConfig, SelectionConfig
-from pdllm_jax.engine.request import Method, decode_config, keeps_pool, settled, streams
+from pallas_kernels.chunk_attention import dense
+from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
+from pdllm_jax.engine.programs import Program, RecordedModel, Recorder, Shapes, programs, trace
+from pdllm_jax.engine.request import Method, decode_config, keeps_pool, settled
 from pdllm_jax.method.cache import ChunkCache, live_rows
-from pdllm_jax.method.chunking import (
-    ChunkedPrompt,
-    batch_size,
-    bucket,
-    bucket_chunks,
-    bucket_rows,
-    count_chunks,
-)
-from pdllm_jax.method.prefill import needs_pool
-from pdllm_jax.method.scoring import QUERY_COPY_SCORERS
-from pdllm_jax.method.token_selection import LAST_ROWS
+from pdllm_jax.method.chunking import ChunkedPrompt, bucket, count_chunks
 from pdllm_jax.network.config import ModelConfig
-from pdllm_jax.network.sharding import mesh_sizes
+from pdllm_jax.network.sharding import DATA, TENSOR, mesh_sizes, shardings
 from pdllm_jax.network.transformer import MaskPredictor
+
+# XLA gives this workspace to every cuBLAS call on Hopper (GemmConfig::kHopperWorkspace).
+_CUBLAS_WORKSPACE = 32 << 20
+# Arrays that each layer has: weights of its block, and K and V of pools, prefixes and live rows.
+_PER_LAYER = re.compile(r"\bblocks\.|(^|[._])[kv](\.0)?$")
+
+_Settings = tuple[Shapes, SelectionConfig, DecodeConfig]
 
 
 class MemoryLimitError(ValueError):
-    """An answer that does not fit the device; the message says what would."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """Bytes of one device under one name."""
-
-    name: str
-    nbytes: int
+    """An answer that does not fit the device; the message says which settings would."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One program of an answer, or the time before the first.
+    """One program of an answer, or the time before the first. Bytes of one device, by name.
 
-    held: what lies on the device before it begins (and stays, unless a later phase lacks it);
-    made: its results; scratch: XLA's temporaries, which go when it ends.
+    held: live before the phase starts; made: its results; scratch: XLA's temporaries.
     """
 
     name: str
-    held: tuple[Item, ...]
-    made: tuple[Item, ...] = ()
-    scratch: tuple[Item, ...] = ()
+    held: Mapping[str, int]
+    made: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    scratch: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        """Most bytes at once: XLA allocates results and temporaries before a program runs."""
-        return sum(item.nbytes for item in (*self.held, *self.made, *self.scratch))
+        """Bytes while the program runs: XLA allocates results and temporaries before it starts."""
+        return _total(self.held) + _total(self.made) + _total(self.scratch)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Bytes of one device, phase by phase.
 
-    phases: in the order of an answer. resident: bytes that are there before it begins (weights,
-      and of questions about an encoded document its cache).
+    phases: in the order of an answer. resident: bytes held before it starts: the weights, and for
+    questions about an encoded document its KV. shapes, selection, decode: what the plan is for.
     """
 
     phases: tuple[Phase, ...]
     resident: int
+    shapes: Shapes
+    selection: SelectionConfig
+    decode: DecodeConfig
 
     @property
     def peak(self) -> int:
-        """Most bytes that the device holds at once."""
+        """Maximum bytes that the device holds at once."""
         return self.largest.nbytes
 
     @property
     def largest(self) -> Phase:
-        """The phase of the peak, the first of equals."""
+        """The phase with the peak, the first of equals."""
         return max(self.phases, key=lambda phase: phase.nbytes)
 
     def __getitem__(self, name: str) -> Phase:
-        for phase in self.phases:
-            if phase.name == name:
-                return phase
-        raise KeyError(name)
+        return {phase.name: phase for phase in self.phases}[name]
 
     def __str__(self) -> str:
         """A table, sizes in GB (1e9 bytes)."""
@@ -131,419 +106,125 @@ class Plan:
         for phase in self.phases:
             mark = "  <- peak" if phase is self.largest else ""
             lines.append(f"{phase.name:44}{phase.nbytes / 1e9:10.3f} GB{mark}")
-            lines += [
-                f"  {kind:8}{item.name:34}{item.nbytes / 1e9:10.3f}"
-                for kind in ("held", "made", "scratch")
-                for item in getattr(phase, kind)
-                if item.nbytes
-            ]
+            for kind in ("held", "made", "scratch"):
+                parts = getattr(phase, kind).items()
+                lines += [f"  {kind:8}{name:34}{n / 1e9:10.3f}" for name, n in parts if n]
         return "\n".join(lines)
 
-    def require(self, limit: int, *, in_use: int | None = None, advice: str = "") -> None:
-        """Refuses an answer that would not fit.
 
-        limit: bytes that the device gives. in_use: bytes that it holds now, by default those that
-        the plan says are there.
+@dataclasses.dataclass(frozen=True)
+class _Device:
+    """One device of a mesh of (data, tensor) devices, the model on it, and its kernels."""
 
-        Raises:
-          MemoryLimitError: the peak exceeds the limit.
-        """
-        elsewhere = 0 if in_use is None else max(0, in_use - self.resident)
-        peak = self.peak + elsewhere
-        if peak <= limit:
-            return
-        other = f" ({elsewhere / 1e9:.2f} of them held already beside the model)"
-        items = sorted(
-            (i for kind in ("held", "made", "scratch") for i in getattr(self.largest, kind)),
-            key=lambda item: -item.nbytes,
-        )
-        parts = ", ".join(f"{item.name} {item.nbytes / 1e9:.2f}" for item in items[:4])
-        raise MemoryLimitError(
-            f"phase {self.largest.name!r} would take {peak / 1e9:.2f} GB"
-            f"{other if elsewhere > 1e7 else ''}, the device gives {limit / 1e9:.2f} GB; "
-            f"most of it: {parts}{'; ' + advice if advice else ''}"
-        )
+    config: ModelConfig
+    dtype: jnp.dtype
+    sizes: tuple[int, int]
+    implementation: Implementation
+    attention: dense.DenseImplementation
 
+    @functools.cached_property
+    def gpu(self) -> bool:
+        return self.attention == "cudnn" or jax.default_backend() == "gpu"
 
-class Shapes(NamedTuple):
-    """Padded sizes of a batch of requests.
+    @functools.cached_property
+    def mesh(self) -> Any:  # an AbstractMesh, which has no devices
+        if self.sizes == (1, 1):
+            return None
+        return AbstractMesh(self.sizes, (DATA, TENSOR), axis_types=(AxisType.Auto, AxisType.Auto))
 
-    chunks: places of chunks a document; 0: no document, the query is the whole prompt.
-    pooled: one document's KV is held already, and `requests` questions are asked about it.
-    """
+    def nbytes(self, tree: Any) -> int:
+        """Bytes on this device of a pytree that was traced with one layer."""
+        if isinstance(tree, MaskPredictor):
+            tree = nnx.to_pure_dict(nnx.state(tree))
+        places = [] if self.mesh is None else jax.tree.leaves(shardings(self.mesh, tree))
+        total = 0
+        for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            shape = places[i].shard_shape(leaf.shape) if places else leaf.shape
+            layers = self.config.n_layers if _PER_LAYER.search(name) else 1
+            total += layers * math.prod(shape) * leaf.dtype.itemsize
+        return total
 
-    requests: int
-    prefix: int
-    query: int
-    chunks: int
-    chunk_size: int
-    pooled: bool = False
+    def temporaries(
+        self, recorder: Recorder, chunk_size: int, live: int, passing: bool
+    ) -> dict[str, int]:
+        """Estimates activations. live: rows of live KV; passing: a program that encodes chunks."""
+        c, (data, tensor), item = self.config, self.sizes, self.dtype.itemsize
+        heads, kv = c.n_heads // tensor, c.n_kv_heads // tensor * c.head_dim
+        mlp = 2 * c.d_model + 2 * c.mlp_hidden_size // tensor
+        attention = c.d_model + 4 * heads * c.head_dim + 2 * kv
+        widest: dict[str, int] = {}
+        for batch, rows, read in recorder.forwards:
+            divided = data if batch % data == 0 else 1
+            batch, read = batch // divided, read // divided
+            layer = {"activations of a layer": batch * rows * max(mlp, attention) * item}
+            if self.attention == "xla":
+                keys = batch * heads * (chunk_size if passing else max(rows, live))
+                block = min(rows, max(16, dense.BLOCK_SCORES // keys))
+                layer["attention scores"] = 2 * 4 * block * keys
+            # A device computes its share of the logits and gathers the others.
+            logits = 4 * read * c.embedding_size // tensor * (tensor + 1 if tensor > 1 else 1)
+            last = {"activations of the last layer": batch * rows * c.d_model * item}
+            last["logits"] = logits
+            widest = max(widest, layer, last, key=_total)
+        over_chunks, path = 0, implementation_name(self.implementation)
+        for batch, slots, rows in recorder.over_chunks:
+            nbytes = batch * slots * rows * heads * c.head_dim * item
+            if path not in ("mosaic_gpu", "interpret"):
+                copied = slots if path == "cudnn" else 1
+                nbytes += batch * chunk_size * (copied * 2 * kv * item + 2 * 4 * rows * heads)
+            over_chunks = max(over_chunks, nbytes)
+        workspace = _CUBLAS_WORKSPACE if self.gpu else 0
+        return widest | {"attention over chunks": over_chunks, "cuBLAS workspace": workspace}
 
-    @classmethod
-    def of(cls, prompt: ChunkedPrompt, cache: ChunkCache | None = None) -> Shapes:
-        """Those of a prompt, or of questions about the document of a cache."""
-        chunks = prompt.chunks if cache is None else cache.tokens
-        return cls(
-            requests=prompt.query.shape[0],
-            prefix=prompt.prefix.shape[-1],
-            query=prompt.query.shape[-1],
-            chunks=chunks.shape[-2],
-            chunk_size=prompt.chunk_size,
-            pooled=cache is not None,
-        )
-
-
-class Sizes:
-    """Bytes of arrays and sets of them, of one device of a mesh."""
-
-    def __init__(
-        self, config: ModelConfig, dtype: DTypeLike, attention: DenseImplementation, tensor: int
-    ):
-        self.config, self.attention, self.tensor = config, attention, tensor
-        self.gpu = attention == "cudnn" or jax.default_backend() == "gpu"
-        self.itemsize = jnp.dtype(dtype).itemsize
-        self.kv_size = config.n_kv_heads * config.head_dim // tensor
-
-    def weights(self) -> int:
-        """As `LLaDA` holds them; norms on every device."""
-        c = self.config
-        kv = c.n_kv_heads * c.head_dim
-        matrices = 2 * c.d_model**2 + 2 * c.d_model * kv + 3 * c.d_model * c.mlp_hidden_size
-        tables = (1 if c.weight_tying else 2) * c.embedding_size * c.d_model
-        norms = (2 * c.n_layers + 1) * c.d_model
-        return self.itemsize * ((c.n_layers * matrices + tables) // self.tensor + norms)
-
-    def kv(self, rows: int) -> int:
-        """Keys and values of rows, in all layers."""
-        return 2 * self.config.n_layers * rows * self.kv_size * self.itemsize
-
-    def layer(self, rows: int, merging: bool = False) -> int:
-        """The widest moment of one layer. merging: its rows' KV with what the live cache holds."""
-        c = self.config
-        heads = c.d_model // self.tensor
-        mlp = 2 * c.d_model + 2 * c.mlp_hidden_size // self.tensor
-        attention = c.d_model + 4 * heads + 2 * self.kv_size
-        if merging:
-            attention = c.d_model + 2 * heads + 8 * self.kv_size
-        return rows * max(mlp, attention) * self.itemsize
-
-    def stream(self, rows: int) -> int:
-        """The residual stream."""
-        return rows * self.config.d_model * self.itemsize
-
-    def scores(self, batch: int, rows: int, keys: int) -> int:
-        """Of the portable attention: one block of query rows, float32 scores and weights."""
-        if self.attention == "cudnn":
-            return 0
-        heads = self.config.n_heads // self.tensor
-        size = max(16, BLOCK_SCORES // (batch * heads * keys))
-        return 2 * 4 * batch * heads * min(rows, size) * keys
-
-    def logits(self, rows: int) -> int:
-        """Logits of rows, float32: a device's share and, gathered, all of them."""
-        whole = 4 * rows * self.config.embedding_size
-        return whole if self.tensor == 1 else whole + whole // self.tensor
+    def in_flight(self, program: Program, recorder: Recorder) -> int:
+        """Bytes of KV that a program holds beside its results while it writes them."""
+        made, nbytes = program.made, 0
+        pool = made.get("KV of the document", {}).get("pool")
+        if pool is not None:
+            # The pool is carried through the loop over groups of chunks. One of K and V of a group
+            # waits for its last layer, and XLA on GPUs copies one of K and V of the pool.
+            half = self.nbytes({"pool": {"k": pool.k}})
+            batch = max(recorder.forwards, key=lambda x: x[0] * x[1])[0]
+            nbytes += half // pool.k.shape[1] * (batch // self.sizes[0]) + self.gpu * half
+        if "live KV" in made and recorder.forwards:
+            nbytes += self.nbytes(made["live KV"])  # written when the last layer is through
+        selection = program.settings.get("selecting")
+        if selection is not None and program.phase == "decode":
+            nbytes += self.nbytes(program.held["KV of the chosen chunks"])  # re-selected beside it
+        elif selection is not None and selection.keep_tokens is not None:
+            # Tokens are kept of a pool of whole chunks.
+            whole = {"selecting": dataclasses.replace(selection, keep_tokens=None)}
+            state = trace(program.function, *program.args, **{**program.settings, **whole})
+            nbytes += self.nbytes({"pool": state.pool})
+        return nbytes
 
 
-# GemmConfig::kHopperWorkspace of XLA, which it gives to every cuBLAS call; one runs at a time.
-_CUBLAS_WORKSPACE = 32 << 20
+def _total(parts: Mapping[str, int]) -> int:
+    return sum(parts.values())
 
 
-def plan_shapes(
-    config: ModelConfig,
-    shapes: Shapes,
-    selecting: SelectionConfig,
-    decode: DecodeConfig,
-    *,
-    dtype: DTypeLike,
-    implementation: Implementation,
-    attention: DenseImplementation,
-    mesh: Mapping[str, int] | None = None,
+@functools.lru_cache(maxsize=256)
+def _plan(
+    device: _Device, shapes: Shapes, selection: SelectionConfig, decode: DecodeConfig
 ) -> Plan:
-    """The plan of what `answer` does with arrays of these shapes.
-
-    selecting: as `passes.settled` leaves it; implementation: of attention over chunks, attention:
-    over other rows, as they are resolved. mesh: see `plan_memory`.
-    """
-    data, tensor = mesh_sizes(config, mesh)
-    sizes = Sizes(config, dtype, attention, tensor)
-    weights = Item("weights", sizes.weights())
-    planned = _Answer(sizes, shapes, selecting, decode, implementation, data)
-    if not shapes.chunks:
-        phases = [Phase("load", (weights,)), *planned.baseline(weights)]
-        return Plan(tuple(phases), weights.nbytes)
-    phases = [Phase("load", (weights,)), *planned.phases(weights)]
-    return Plan(tuple(phases), weights.nbytes + (planned.pool_bytes() if shapes.pooled else 0))
-
-
-class _Answer:
-    """The phases of one answer; everything counted per device."""
-
-    def __init__(
-        self,
-        sizes: Sizes,
-        shapes: Shapes,
-        selecting: SelectionConfig,
-        decode: DecodeConfig,
-        implementation: Implementation,
-        data: int,
-    ):
-        self.sizes, self.shapes, self.selecting, self.decode = sizes, shapes, selecting, decode
-        self.implementation, self.data = implementation, data
-        # A device's share, as `parallel.rows_axis` divides; pools lie whole on the data axis.
-        self.requests = shapes.requests // (1 if shapes.requests % data else data)
-        self.streams = streams(selecting, batched=shapes.requests > 1) and not shapes.pooled
-        self.pooling = (
-            self.streams
-            or shapes.pooled
-            or needs_pool(selecting)
-            or selecting.scorer == "attention"
-        )
-        self.group = min(selecting.encode_batch, shapes.chunks * shapes.requests)
-        self.group = -(-self.group // data) * data
-        self.slots = min(selecting.slots, shapes.chunks)
-        d = selecting.draft_length
-        query = shapes.query
-        scored, rows = query, query
-        if selecting.scorer == "draft":
-            scored, rows = query + min(selecting.draft_steps, d), query + d
-        elif selecting.scorer == "confidence":
-            scored, rows = d, query + d
-        copies = selecting.masked_copies
-        if selecting.scorer == "confidence" or copies is None:
-            copies = 1 if selecting.scorer == "confidence" else scored
-        self.scored, self.copies, self.rider_rows = scored, copies, rows
-
-    # Arrays.
-
-    def prompt(self) -> Item:
-        s = self.shapes
-        documents = 1 if s.pooled else s.requests
-        ids = documents * s.chunks * (s.chunk_size + 1) + s.requests * (s.prefix + s.query + 2)
-        return Item("token ids", 4 * ids)
-
-    def places(self) -> int:
-        """Chunks that the pool has places for, on one device."""
-        documents = 1 if self.shapes.pooled else self.shapes.requests
-        if self.streams:
-            return self.slots + self.group
-        chunks = documents * self.shapes.chunks
-        return -(-chunks // self.group) * self.group
-
-    def pool_bytes(self) -> int:
-        """Of the document's pool, its lengths, and the prefix' KV."""
-        if not self.pooling:
-            return self.prefix_bytes() if self.selecting.encoding != "joint" else 0
-        pool = self.sizes.kv(self.places() * self.shapes.chunk_size)
-        return pool + self.prefix_bytes() + 4 * self.places()
-
-    def prefix_bytes(self) -> int:
-        documents = 1 if self.shapes.pooled else self.shapes.requests
-        return self.sizes.kv(documents * self.shapes.prefix)
-
-    def live_bytes(self) -> int:
-        s = self.shapes
-        if self.decode.recompute == "response" and not (s.chunks and s.prefix):
-            return 0
-        prefix = s.prefix if s.chunks else 0
-        return self.sizes.kv(self.requests * live_rows(prefix + s.query + self.decode.gen_length))
-
-    def own_pool_bytes(self) -> int:
-        """Of the state's own pool: chosen chunks, or what is kept of their tokens."""
-        s, size, keep = self.shapes, self.shapes.chunk_size, self.selecting.keep_tokens
-        if keep is not None and keep < size:
-            return self.sizes.kv(s.requests * self.slots * keep)
-        if self.selecting.encoding == "independent":
-            return 0
-        return self.sizes.kv(s.requests * self.slots * size)
-
-    # Temporaries.
-
-    def _layer(
-        self, rows: int, batch: int, keys: int, read: int = 0, merging: bool = False
-    ) -> list[Item]:
-        """The widest moment of a forward over `rows` rows in all, of which `read` get logits."""
-        sizes = self.sizes
-        layer = Item("one layer's rows", sizes.layer(rows, merging))
-        scores = Item("attention scores", sizes.scores(batch, -(-rows // batch), keys))
-        logits = Item("logits", sizes.logits(read))
-        last = Item("the last layer's rows", sizes.stream(rows))
-        widest = max(((layer, scores), (last, logits)), key=lambda x: x[0].nbytes + x[1].nbytes)
-        return [*widest, Item("cuBLAS workspace", _CUBLAS_WORKSPACE if sizes.gpu else 0)]
-
-    def _chunk_attention(self, batch: int, rows: int, slots: int) -> Item:
-        """Attention over chosen chunks: rotated rows of every slot, and what it gathers."""
-        c, s = self.sizes.config, self.sizes
-        heads = c.d_model // s.tensor
-        turned = batch * slots * rows * heads * s.itemsize
-        chunk = 2 * self.shapes.chunk_size * s.kv_size * s.itemsize
-        # Of an implementation of the caller's own nothing is known: as "xla".
-        named = isinstance(self.implementation, str)
-        path = implementation_name(self.implementation) if named else "xla"
-        gathered = {"cudnn": batch * slots * chunk, "xla": batch * chunk}
-        scores = 2 * 4 * batch * rows * c.n_heads // s.tensor * self.shapes.chunk_size
-        more = gathered.get(path, 0) + (scores if path == "xla" else 0)
-        return Item("attention over chunks", turned + more)
-
-    def _pass(self) -> list[Item]:
-        """Of `prefill`: a group of chunks with riders behind them."""
-        s, sizes = self.shapes, self.sizes
-        group = self.group // self.data
-        riding = self.selecting.scorer in QUERY_COPY_SCORERS
-        rows = group * (s.chunk_size + (self.copies * self.rider_rows if riding else 0))
-        items = self._layer(rows, group, s.chunk_size, group * self.scored if riding else 0)
-        items.append(Item("prefix KV", self.prefix_bytes()))
-        if self.pooling:
-            if sizes.gpu:
-                half = sizes.kv(self.places() * s.chunk_size) // 2
-                items.append(Item("pool in another layout, K or V", half))
-            items.append(Item("KV of a group, K or V", sizes.kv(group * s.chunk_size) // 2))
-        return items
-
-    def _score_questions(self) -> list[Item]:
-        """Of `score_chunks`: groups of (question, chunk) pairs, or one pass of the questions."""
-        s = self.shapes
-        if self.selecting.scorer == "attention":
-            rows = self.requests * s.query
-            pairs = self.requests * s.chunks
-            return [
-                *self._layer(rows, self.requests, s.query),
-                self._chunk_attention(pairs, s.query, 1),
-            ]
-        each = self.copies * self.rider_rows
-        pairs = self.requests * s.chunks
-        group = min(pairs, max(1, self.selecting.encode_batch * s.chunk_size // each))
-        return [
-            *self._layer(group * each, group, max(s.prefix, self.rider_rows), group * self.scored),
-            self._chunk_attention(group, each, 1),
-        ]
-
-    def _forward_and_store(self, rows: int, batch: int, live: int = 0) -> list[Item]:
-        """An encoding that stores its KV layer by layer; that of `live` rows when it is through."""
-        return [
-            *self._layer(rows, batch, rows // batch),
-            Item("KV of live rows, to be stored", self.sizes.kv(live)),
-        ]
-
-    def _encode(self) -> list[Item]:
-        """Of `init_denoise`."""
-        s, b, how = self.shapes, self.requests, self.selecting
-        own = s.query + self.decode.gen_length
-        items: list[Item] = []
-        if how.encoding == "joint":
-            live = b * (s.prefix + own)
-            items = self._forward_and_store(b * self.slots * s.chunk_size + live, b, live)
-        elif how.encoding == "query-conditioned":
-            each = s.prefix + s.chunk_size + s.query
-            items = self._forward_and_store(b * self.slots * each, b * self.slots)
-        elif how.encoding == "bridge":
-            count = min(s.chunk_size, math.ceil(how.bridge_share * s.chunk_size))
-            rows = b * (self.slots * count + own)
-            items = [
-                *self._layer(rows, b, own + s.prefix),
-                self._chunk_attention(b, rows // b, self.slots),
-            ]
-            if how.bridge_tokens == "attention":
-                items.append(self._received())
-        if how.keep_tokens is not None and how.keep_tokens < s.chunk_size:
-            if not items:
-                items = [
-                    *self._layer(b * own, b, own + s.prefix),
-                    self._chunk_attention(b, own, self.slots),
-                ]
-            items.append(self._received())
-            if how.encoding != "independent":  # the pool that tokens are kept of
-                whole = self.sizes.kv(b * self.slots * s.chunk_size)
-                items.append(Item("KV of the chosen chunks", whole))
-        return items
-
-    def _received(self) -> Item:
-        """Of `sparsity`: a layer's chosen keys and values, and float32 weights on them."""
-        b, size, c = self.requests, self.shapes.chunk_size, self.sizes.config
-        last = min(LAST_ROWS, self.shapes.query)
-        chosen = 2 * b * self.slots * size * self.sizes.kv_size * self.sizes.itemsize
-        weights = 4 * b * self.slots * (c.n_heads // self.sizes.tensor) * (last + 1) * size
-        return Item("attention received by tokens", chosen + weights)
-
-    def _steps(self) -> list[Item]:
-        """Of `denoise`: the wider of a step's forms."""
-        s, d, b, how = self.shapes, self.decode, self.requests, self.selecting
-        chosen = bool(s.chunks)
-        whole = s.query + d.gen_length
-        rows, merging = whole, d.recompute != "response"
-        if merging and chosen and how.encoding in ("joint", "bridge") and d.n_blocks == 1:
-            rows, merging = d.block_length, False  # live KV is never stale
-        read = d.gen_length if d.n_blocks > 1 else d.block_length
-        twice = 2 if d.guidance > 0 else 1
-        keys = (s.prefix if chosen else 0) + whole
-        items = self._layer(twice * b * rows, twice * b, keys, twice * b * read, merging)
-        if chosen:
-            items.append(self._chunk_attention(b, rows, self.slots))
-        return items
-
-    # Phases.
-
-    def baseline(self, weights: Item) -> list[Phase]:
-        ids = self.prompt()
-        live = Item("KV of prompt and response", self.live_bytes())
-        held = (weights, ids)
-        return [
-            Phase("encode", held, (live,)),
-            Phase("decode", (*held, live), (), tuple(self._steps())),
-        ]
-
-    def phases(self, weights: Item) -> list[Phase]:
-        s, sizes, how = self.shapes, self.sizes, self.selecting
-        held: tuple[Item, ...] = (weights, self.prompt())
-        document = Item(
-            "KV of the document" if not self.streams else "KV of kept chunks and a group",
-            self.pool_bytes(),
-        )
-        found = []
-        if s.pooled:
-            one = dataclasses.replace(how, scorer="first", encoding="independent", reselect="never")
-            alone = _Answer(
-                sizes, s._replace(requests=1), one, self.decode, self.implementation, self.data
-            )
-            found.append(
-                Phase(
-                    "encode document", (weights, self.prompt()), (document,), tuple(alone._pass())
-                )
-            )
-            held = (*held, document)
-        if how.scorer == "draft":
-            rows = self.requests * (s.prefix + s.query + how.draft_length)
-            read = self.requests * how.draft_length
-            scratch = self._layer(rows, self.requests, rows // self.requests, read)
-            found.append(Phase("draft", held, (), tuple(scratch)))
-        scores = Item("scores", 4 * self.requests * s.chunks)
-        if s.pooled:
-            scratch = [] if how.scorer in CONTROLS else self._score_questions()
-            found.append(Phase("score", held, (scores,), tuple(scratch)))
-        else:
-            scratch = self._pass() if self.pooling or how.scorer in QUERY_COPY_SCORERS else []
-            found.append(Phase("score", held, (document, scores), tuple(scratch)))
-            if how.scorer == "attention":
-                more = tuple(self._score_questions())
-                last = found.pop()
-                found.append(dataclasses.replace(last, scratch=(*last.scratch, *more)))
-            held = (*held, document)
-        found.append(Phase("select", (*held, scores), (), (Item("order", 3 * scores.nbytes),)))
-        live = Item("KV of prefix, query and response", self.live_bytes())
-        own = Item("KV of the chosen chunks", self.own_pool_bytes())
-        scratch = self._encode()
-        found.append(Phase("encode", held, (live, own), tuple(scratch)))
-        again = how.reselect != "never"
-        if own.nbytes and not again and not s.pooled:
-            held = held[:-1]
-        scratch = self._steps()
-        if again:
-            scratch += self._score_questions()
-            if own.nbytes:  # a state's pool is made anew beside it
-                scratch.append(Item("chunks chosen anew", own.nbytes))
-            scratch += self._encode()
-        found.append(Phase("decode", (*held, live, own), (), tuple(scratch)))
-        return found
+    config = dataclasses.replace(device.config, n_layers=1)
+    model = nnx.eval_shape(lambda: RecordedModel(config, rngs=nnx.Rngs(0), dtype=device.dtype))
+    recorder = Recorder()
+    model.recorder, model.mesh = recorder, device.mesh
+    phases = [Phase("load", {"weights": device.nbytes(model)})]
+    live = live_rows(shapes.prefix + shapes.query + decode.gen_length)
+    for program in programs(model, shapes, selection, decode, recorder.chunk_attention):
+        held = {name: device.nbytes(tree) for name, tree in program.held.items()}
+        made = {name: device.nbytes(tree) for name, tree in program.made.items()}
+        passing = "KV of the document" in made
+        scratch = device.temporaries(recorder, shapes.chunk_size, live, passing)
+        scratch["KV in flight"] = device.in_flight(program, recorder)
+        phases.append(Phase(program.phase, held, made, scratch))
+        recorder.forwards.clear()
+        recorder.over_chunks.clear()
+    document = phases[1].made["KV of the document"] if shapes.encoded else 0
+    return Plan(tuple(phases), phases[0].nbytes + document, shapes, selection, decode)
 
 
 def plan_memory(
@@ -560,239 +241,160 @@ def plan_memory(
     decode: DecodeConfig = DecodeConfig(),
     dtype: DTypeLike = jnp.bfloat16,
     implementation: Implementation | None = None,
-    attention: DenseImplementation | None = None,
+    attention: dense.DenseImplementation | None = None,
     mesh: Mapping[str, int] | None = None,
 ) -> Plan:
-    """Predicts the device memory of an answer; allocates and compiles nothing.
+    """Predicts the device memory of an answer: traces one layer, allocates and compiles nothing.
 
     Args:
       config: the model's architecture.
-      document, prefix, query: tokens of the document, before and behind it; of a batch the most.
-      batch: requests of `generate_batch_ids`; None: `generate`.
-      questions: questions of `ask` about one encoded document instead; excludes batch.
-      method, chunking, selection, decode: as `generate` takes them.
+      document, prefix, query: tokens (of a batch the maximum) in, before and after the document.
+      batch: requests that are answered together, one by default; or
+      questions: that are asked together about one document that is encoded before.
+      method, chunking, selection, decode: settings of the answer.
       dtype: of weights and activations.
-      implementation: of attention over chunks; attention: over other rows, "cudnn" or "xla". By
-        default what this process' device would use.
+      implementation: of attention over chunks; attention: over other rows, "cudnn" or "xla"; by
+        default as on the device of this process.
       mesh: sizes of the axes "tensor", which divides heads, MLP and vocabulary, and "data", which
-        divides requests and the chunks of a pass (`parallel`); the plan is of one device.
+        divides requests and the chunks of a pass. The plan is of one device.
 
     Returns:
-      The plan: phases load, encode document (of questions), draft, score, select, encode, decode.
+      The plan: phases load, encode document (for questions), draft, score, encode, decode.
 
     Raises:
-      ConfigError, ValueError: settings that do not go together or with the mesh.
+      ConfigError, ValueError: a count below its minimum, or settings that exclude each other.
     """
-    shapes, selection, decode = shapes_of(
-        document, prefix=prefix, query=query, batch=batch, questions=questions, method=method,
-        chunking=chunking, selection=selection, decode=decode,
-    )  # fmt: skip
-    implementation, attention = _paths(
-        config, selection, chunking.chunk_size, jnp.dtype(dtype), implementation, attention
-    )
-    return plan_shapes(
-        config, shapes, selection, decode,
-        dtype=dtype, implementation=implementation, attention=attention, mesh=mesh,
-    )  # fmt: skip
-
-
-def shapes_of(
-    document: int,
-    *,
-    prefix: int = 16,
-    query: int = 32,
-    batch: int | None = None,
-    questions: int | None = None,
-    method: Method = "prefilling",
-    chunking: ChunkConfig = ChunkConfig(),
-    selection: SelectionConfig = SelectionConfig(),
-    decode: DecodeConfig = DecodeConfig(),
-) -> tuple[Shapes, SelectionConfig, DecodeConfig]:
-    """The bucketed shapes of an answer, and its settings as they apply to them.
-
-    Arguments and errors as `plan_memory`.
-    """
-    least = {
-        "document": int(method == "prefilling"),
-        "prefix": 0,
-        "query": 0,
-        "batch": 1,
-        "questions": 1,
-    }
-    given = {"document": document, "prefix": prefix, "query": query}
-    for name, count in {**given, "batch": batch, "questions": questions}.items():
-        if count is not None and (count != int(count) or count < least[name]):
-            raise ValueError(f"{name} must be a number of at least {least[name]}, got {count!r}")
+    chunked = method == "prefilling"
+    minimum = {"document": int(chunked), "prefix": 0, "query": 0, "batch": 1, "questions": 1}
+    counts = (document, prefix, query, batch, questions)
+    for (name, least), count in zip(minimum.items(), counts, strict=True):
+        if count is not None and (count != int(count) or count < least):
+            raise ValueError(f"{name} must be an integer >= {least}, got {count!r}")
     if batch is not None and questions is not None:
         raise ValueError("batch and questions exclude each other")
+    if not chunked and (batch is not None or questions is not None):
+        raise ValueError(f"method {method!r} answers one request at a time")
     decode = decode_config(method, decode)
-    if method != "prefilling":
-        if batch is not None or questions is not None:
-            raise ValueError(f"method {method!r} answers one request at a time")
-        rows = bucket(prefix + document + query, 8)
-        return Shapes(1, 0, rows, 0, chunking.chunk_size), selection, decode
-    n = count_chunks(document, chunking)
-    several = batch if questions is None else questions
-    tight = questions is not None or keeps_pool(selection, batched=(batch or 1) > 1)
-    shapes = Shapes(
-        requests=batch_size(several or 1),
-        prefix=bucket_rows(prefix),
-        query=bucket_rows(query),
-        chunks=bucket_chunks(n, tight),
-        chunk_size=chunking.chunk_size,
-        pooled=questions is not None,
+    shapes, size = Shapes(1, 0, bucket(prefix + document + query, 8), 0, 1), chunking.chunk_size
+    if chunked:
+        requests, encoded = batch or questions or 1, questions is not None
+        n = count_chunks(document, chunking)
+        tight = encoded or keeps_pool(selection, batched=requests > 1)
+        shapes = Shapes.padded(requests, prefix, query, n, size, tight=tight, encoded=encoded)
+        selection = settled(selection, n, named=selection.scorer == "oracle")
+    implementation = resolve_implementation(
+        implementation,
+        dtype=jnp.dtype(dtype),
+        head_size=config.head_dim,
+        chunk_size=min(selection.keep_tokens or size, size),
     )
-    return shapes, settled(selection, n, named=selection.scorer == "oracle"), decode
-
-
-def _paths(
-    config: ModelConfig,
-    selecting: SelectionConfig,
-    chunk_size: int,
-    dtype: jnp.dtype,
-    implementation: Implementation | None,
-    attention: DenseImplementation | None,
-) -> tuple[Implementation, DenseImplementation]:
-    keep = selecting.keep_tokens
-    size = chunk_size if keep is None else min(keep, chunk_size)
-    found = resolve_implementation(
-        implementation, dtype=dtype, head_size=config.head_dim, chunk_size=size
-    )
-    return found, attention or dense_implementation(dtype, config.head_dim)
+    attention = attention or dense.dense_implementation(jnp.dtype(dtype), config.head_dim)
+    sizes = mesh_sizes(config, mesh)
+    device = _Device(config, jnp.dtype(dtype), sizes, implementation, attention)
+    return _plan(device, shapes, selection, decode)
 
 
 def require_memory(
     model: MaskPredictor,
     prompt: ChunkedPrompt,
-    selecting: SelectionConfig,
+    selection: SelectionConfig,
     decode: DecodeConfig,
     *,
     cache: ChunkCache | None = None,
     implementation: Implementation,
     limit: int | None = None,
 ) -> None:
-    """Refuses what `answer` is about to do where the device would run out.
+    """Refuses an answer that would exceed the device memory, before anything is computed.
 
-    selecting: as `passes.settled` leaves it. limit: bytes, by default what the device reports, with
-    what it holds already; where it reports nothing (the CPU), nothing is refused.
+    Args:
+      prompt: of a batch of requests; with a `cache`, its questions.
+      selection: as `settled` returns it. implementation: of attention over chunks, resolved.
+      limit: bytes, by default as the device reports. The CPU reports none: nothing is refused.
 
     Raises:
-      MemoryLimitError: names the phase, its bytes, the limit, and what would fit.
+      MemoryLimitError: names the phase, its bytes, the limit, and settings that would fit.
     """
-    found = _limit(model, limit)
-    if found is not None:
-        shapes = Shapes.of(prompt, cache)
-        _require(model, shapes, selecting, decode, implementation, *found)
+    _require(model, limit, implementation, (Shapes.of(prompt, cache), selection, decode))
 
 
 def require_document_memory(
     model: MaskPredictor, prompt: ChunkedPrompt, encode_batch: int, *, limit: int | None = None
 ) -> None:
-    """`require_memory` of `encode_document` alone."""
-    found = _limit(model, limit)
-    if found is None:
-        return
-    shapes = Shapes.of(prompt)._replace(pooled=True)
-    select = SelectionConfig(scorer="first", encoding="independent", encode_batch=encode_batch)
-    attention = dense_implementation(model.dtype, model.config.head_dim)
-    whole = plan_shapes(
-        model.config, shapes, select, DecodeConfig(),
-        dtype=model.dtype, implementation="xla", attention=attention, mesh=_sizes(model),
-    )  # fmt: skip
-    weights = whole["load"].nbytes
-    plan = Plan((whole["load"], whole["encode document"]), weights)
-    plan.require(found[0], in_use=found[1], advice="a smaller encode_batch or document takes less")
+    """`require_memory` for `encode_document` alone."""
+    shapes = Shapes.of(prompt)._replace(requests=0, query=1, encoded=True)
+    selection = SelectionConfig(encode_batch=encode_batch)
+    _require(model, limit, "xla", (shapes, selection, DecodeConfig()))
 
 
 def require_baseline_memory(
     model: MaskPredictor, rows: int, decode: DecodeConfig, *, limit: int | None = None
 ) -> None:
-    """`require_memory` of a baseline, whose whole prompt has so many rows."""
-    found = _limit(model, limit)
-    if found is not None:
-        shapes = Shapes(1, 0, rows, 0, 1)
-        _require(model, shapes, SelectionConfig(), decode, "xla", *found)
+    """`require_memory` for a baseline. rows: of its whole prompt, padded."""
+    _require(model, limit, "xla", (Shapes(1, 0, rows, 0, 1), SelectionConfig(), decode))
 
 
 def device_stats(model: MaskPredictor) -> dict[str, int]:
-    """What the model's device, or the first of a mesh, says of its memory; nothing on the CPU."""
+    """Returns the memory statistics of the model's first device; empty on the CPU."""
     device = model.embedding.weight[...].addressable_shards[0].device
     return device.memory_stats() or {}
 
 
-def _sizes(model: MaskPredictor) -> Mapping[str, int] | None:
-    return None if model.mesh is None else model.mesh.shape
-
-
-def _limit(model: MaskPredictor, limit: int | None) -> tuple[int, int | None] | None:
-    """Bytes that the model's device gives, and those that it holds where it says so."""
-    stats = device_stats(model)
-    if limit is None:
-        limit = stats.get("bytes_limit")
-    return None if limit is None else (limit, stats.get("bytes_in_use"))
-
-
 def _require(
-    model: MaskPredictor,
-    shapes: Shapes,
-    selecting: SelectionConfig,
-    decode: DecodeConfig,
-    implementation: Implementation,
-    limit: int,
-    in_use: int | None,
+    model: MaskPredictor, limit: int | None, implementation: Implementation, settings: _Settings
 ) -> None:
-    attention = dense_implementation(model.dtype, model.config.head_dim)
-
-    def plan(shapes: Shapes, selecting: SelectionConfig, decode: DecodeConfig) -> Plan:
-        return plan_shapes(
-            model.config, shapes, selecting, decode,
-            dtype=model.dtype, implementation=implementation, attention=attention,
-            mesh=_sizes(model),
-        )  # fmt: skip
-
-    wanted = plan(shapes, selecting, decode)
-    beside = 0 if in_use is None else max(0, in_use - wanted.resident)
-    if wanted.peak + beside <= limit:
+    stats = device_stats(model)
+    limit = stats.get("bytes_limit") if limit is None else limit
+    if limit is None:
         return
-    fitting: list[str] = []
-    for kind in _changes(shapes, selecting, decode):
-        fits = (words for words, others in kind if plan(*others).peak + beside <= limit)
-        fitting += itertools.islice(fits, 1)
-    advice = "no one setting makes it fit" if not fitting else f"fits with {', or '.join(fitting)}"
-    if not shapes.chunks:
-        advice = "a shorter prompt takes less, and so does method 'prefilling'"
-    wanted.require(limit, in_use=in_use, advice=advice)
+    sizes = mesh_sizes(model.config, model.mesh)
+    attention = dense.dense_implementation(model.dtype, model.config.head_dim)
+    device = _Device(model.config, model.dtype, sizes, implementation, attention)
+    plan = _plan(device, *settings)
+    others = max(0, stats.get("bytes_in_use", 0) - plan.resident)
+    if plan.peak + others <= limit:
+        return
 
+    def fits(change: tuple[str, _Settings]) -> bool:
+        return _plan(device, *change[1]).peak + others <= limit
 
-_Settings = tuple[Shapes, SelectionConfig, DecodeConfig]
+    fitting = []
+    for changes in _changes(*settings):
+        first = bisect.bisect_left(changes, True, key=fits)
+        fitting += [words for words, _ in changes[first : first + 1]]
+    advice = f"fits with {', or '.join(fitting)}" if fitting else "no one setting makes it fit"
+    if not settings[0].chunks:
+        advice = "a shorter prompt needs less, and so does method 'prefilling'"
+    phase = plan.largest
+    parts = {**phase.scratch, **phase.made, **phase.held}
+    names = sorted(parts, key=lambda name: -parts[name])[:4]
+    largest = ", ".join(f"{name} {parts[name] / 1e9:.2f}" for name in names)
+    beside = f" ({others / 1e9:.2f} of them held already beside the model)" if others > 1e7 else ""
+    raise MemoryLimitError(
+        f"phase {phase.name!r} needs {(plan.peak + others) / 1e9:.2f} GB{beside}, "
+        f"the device gives {limit / 1e9:.2f} GB; largest: {largest}; {advice}"
+    )
 
 
 def _changes(
-    shapes: Shapes, selecting: SelectionConfig, decode: DecodeConfig
+    shapes: Shapes, selection: SelectionConfig, decode: DecodeConfig
 ) -> Iterator[list[tuple[str, _Settings]]]:
-    """Settings that differ in one thing and take less memory, in words; least change first."""
-
-    def select(words: str, **changes: Any) -> tuple[str, _Settings]:
-        return words, (shapes, dataclasses.replace(selecting, **changes), decode)
+    """Yields changes of one setting, in words; each needs at most the memory of the one before."""
 
     def halves(n: int) -> list[int]:
         return [n >> i for i in range(1, n.bit_length())]
 
+    def change(name: str, *values: Any) -> list[tuple[str, _Settings]]:
+        changed = [dataclasses.replace(selection, **{name: value}) for value in values]
+        return [(f"{name}={getattr(x, name)!r}", (shapes, x, decode)) for x in changed]
+
     if shapes.chunks:
-        group = min(selecting.encode_batch, shapes.chunks * shapes.requests)
-        yield [select(f"encode_batch={n}", encode_batch=n) for n in halves(group)]
-        if selecting.max_k is None and selecting.scorer != "all":
-            yield [select(f"top_k={n}", top_k=n) for n in halves(selecting.top_k)]
-        if selecting.reselect != "never":
-            yield [select("reselect='never'", reselect="never")]
-        if selecting.encoding != "independent" and shapes.requests == 1 and not shapes.pooled:
-            words = "encoding='independent', which streams the document"
-            yield [select(words, encoding="independent")]
-        if needs_pool(selecting) and shapes.requests > 1 and not shapes.pooled:
-            words = "encoding='joint', which keeps no KV of the document"
-            yield [select(words, encoding="joint")]
-    if shapes.requests > 1:
-        yield [
-            (f"{n} requests at a time", (shapes._replace(requests=n), selecting, decode))
-            for n in halves(shapes.requests)
-        ]
+        chunks = shapes.chunks * max(1, shapes.requests)
+        yield change("encode_batch", *halves(min(selection.encode_batch, chunks)))
+    if shapes.chunks and shapes.requests:
+        if selection.max_k is None and selection.scorer != "all":
+            yield change("top_k", *halves(selection.top_k))
+        yield change("reselect", "never")
+        yield change("encoding", "independent")
+        yield change("encoding", "joint")
+    fewer = [shapes._replace(requests=n) for n in halves(shapes.requests)]
+    yield [(f"{x.requests} requests at a time", (x, selection, decode)) for x in fewer]

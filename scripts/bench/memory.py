@@ -170,7 +170,6 @@ def compile_only(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     from jax.sharding import SingleDeviceSharding
 
     from bench.programs import programs
-    from pdllm_jax.engine.memory import shapes_of
 
     config, sharding, where = model_config(args), None, contextlib.nullcontext()
     if args.target is not None:
@@ -179,15 +178,9 @@ def compile_only(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
         sharding, where = SingleDeviceSharding(there.devices[0]), as_on_gpu()
     with where:
         planned = setting.plan(config, args.chunk_size)
-        shapes, select, decode = shapes_of(
-            setting.document(args.chunk_size), query=setting.query, batch=setting.batch,
-            questions=setting.questions, method=setting.method,
-            chunking=ChunkConfig(args.chunk_size), selection=setting.select, decode=setting.decode,
-        )  # fmt: skip
+        settings = planned.shapes, planned.selection, planned.decode
         phases = {}
-        for program in programs(
-            config, shapes, select, decode, dtype=jnp.bfloat16, sharding=sharding
-        ):
+        for program in programs(config, *settings, dtype=jnp.bfloat16, sharding=sharding):
             found = program.lower().compile().memory_analysis()
             phases[program.phase] = {
                 "held": program.held,

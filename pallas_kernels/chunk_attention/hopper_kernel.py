@@ -44,9 +44,8 @@ def build(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
     """
     scratch = _scratch(geo, dtype)
     own = ("own_k_gmem", "own_v_gmem") if geo.own_blocks else ()
-    inputs = ("q_gmem", "k_gmem", "v_gmem", *own)
     tables = ("blocks_gmem", "facts_gmem", "units_gmem", "layer_gmem")
-    names = (*inputs, *tables, "out_gmem", "lse_gmem", *scratch)
+    names = ("q_gmem", "k_gmem", "v_gmem", *own, *tables, "out_gmem", "lse_gmem", *scratch)
 
     def chunk_attention(*refs: Any) -> None:
         cta = Cta(geo, dtype, SimpleNamespace(**dict(zip(names, refs, strict=True))))
@@ -175,13 +174,9 @@ class _Consumer:
 
     def load_queries(self, item: _Item, slot: Any) -> None:
         for rows, row, query_head, _ in self.segments(item.head, item.tile):
-            plgpu.copy_gmem_to_smem(
-                self.refs.q_gmem.at[
-                    item.request, slot, pl.ds(row, self.geo.rows_per_head), query_head
-                ],
-                self.q_tile.at[rows],
-                self.q_ready,
-            )
+            place = item.request, slot, pl.ds(row, self.geo.rows_per_head), query_head
+            source = self.refs.q_gmem.at[place]
+            plgpu.copy_gmem_to_smem(source, self.q_tile.at[rows], self.q_ready)
 
     def prefetch_queries(self, item: _Item, wanted: Any) -> None:
         """Starts to load the query rows that the item begins with."""

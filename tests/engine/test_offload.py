@@ -119,7 +119,7 @@ def test_only_the_chosen_chunks_come_over(document, cache, monkeypatch):
     assert pool.k.sharding.memory_kind == jax.devices()[0].default_memory().kind
     np.testing.assert_array_equal(pool.k[:, :2], cache.pool.k[:, jnp.array([1, 6])])
     np.testing.assert_array_equal(pool.v[:, :2], cache.pool.v[:, jnp.array([1, 6])])
-    assert pool.lengths.tolist() == [16, int(cache.lengths[6]), 0]
+    assert pool.lengths.tolist() == [16, int(cache.lengths[0, 6]), 0]
     assert moved == [document.k[0].nbytes] * 6
 
 

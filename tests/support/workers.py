@@ -58,11 +58,11 @@ def document(
             kv(chunks + 1, config.n_kv_heads, 16), kv(chunks + 1, config.n_kv_heads, 16),
             jnp.asarray([16] * (chunks - 1) + [9, 0], jnp.int32),
         ),
-        tokens=jnp.asarray(rng.integers(0, 250, (chunks, 16)), jnp.int32),
-        lengths=jnp.asarray([16] * (chunks - 1) + [9], jnp.int32),
-        prefix_ids=jnp.asarray(rng.integers(0, 250, 32), jnp.int32),
-        prefix_length=jnp.asarray(3, jnp.int32),
-        prefix_k=kv(32, config.n_kv_heads), prefix_v=kv(32, config.n_kv_heads),
+        tokens=jnp.asarray(rng.integers(0, 250, (1, chunks, 16)), jnp.int32),
+        lengths=jnp.asarray([[16] * (chunks - 1) + [9]], jnp.int32),
+        prefix_ids=jnp.asarray(rng.integers(0, 250, (1, 32)), jnp.int32),
+        prefix_length=jnp.asarray([3], jnp.int32),
+        prefix_k=kv(1, 32, config.n_kv_heads), prefix_v=kv(1, 32, config.n_kv_heads),
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from options import (
     stopping,
 )
 
-from convert import converted
+from convert.__main__ import converted
 from pdllm_jax import (
     ChunkConfig,
     DocumentStore,

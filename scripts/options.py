@@ -13,7 +13,7 @@ from typing import Any, get_args
 from command_line import Parser
 from jax.sharding import Mesh
 
-from convert import converted
+from convert.__main__ import converted
 from pdllm_jax import (
     ChunkConfig,
     DecodeConfig,

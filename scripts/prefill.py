@@ -23,7 +23,7 @@ from pathlib import Path
 import options
 from command_line import guarded, leave
 
-from convert import converted
+from convert.__main__ import converted
 from pdllm_jax import (
     Prefilled,
     encode_document,

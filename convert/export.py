@@ -23,7 +23,7 @@ from convert.convert import (
 from convert.mapping import targets
 from convert.sources import SAFETENSORS_INDEX, open_source
 from pdllm_jax.storage.atomic import AtomicFolder
-from pdllm_jax.storage.checkpoint import CHECKPOINT, CONFIG, PARAMS, load_config, open_checkpoint
+from pdllm_jax.storage.checkpoint import CHECKPOINT, PARAMS, load_config, open_checkpoint
 
 
 def reverse(
@@ -63,18 +63,19 @@ def reverse(
     shards = list(batches(sizes, shard_bytes))
     weight_map: dict[str, str] = {}
     with output.write() as partial:
-        copy_companions(folder, partial)
         for number, paths in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             arrays = orbax_stream.restore(folder / PARAMS, paths)
             tensors = {rows[path]: arrays[path] for path in paths}
             save_file(tensors, partial / file, {"format": "pt"})
-            shutil.copymode(partial / CONFIG, partial / file)  # the library's files are private
             weight_map |= dict.fromkeys(tensors, file)
             report("convert", sum(sizes[path] for path in paths))
             del arrays, tensors  # before the next shard is read
         index = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
         (partial / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        for file in set(weight_map.values()):  # the library makes its files private
+            shutil.copymode(partial / SAFETENSORS_INDEX, partial / file)
+        copy_companions(folder, partial)
         if verify:
             written = open_source(partial).tensors
             compare(folder / PARAMS, {p: written[name] for p, name in rows.items()}, report)

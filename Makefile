@@ -39,7 +39,7 @@ test-versions:
 # way; and without those of a full disk, which coverage itself can't write to. The kernels' bodies count
 # when Pallas traces them, on Python 3.12.
 NOT_COVERAGE := --ignore=tests/scripts --ignore=tests/small_model --ignore=tests/test_docs.py \
-	--deselect=tests/convert/test_staging.py::test_full_disk
+	--deselect=tests/storage/test_atomic.py::test_full_disk
 coverage: env $(VENV_KERNELS)/.installed
 	mkdir -p .cache/coverage
 	$(VENV)/bin/python -m pytest --cov --cov-report= $(NOT_COVERAGE) $(PYTEST_ARGS)

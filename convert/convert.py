@@ -1,60 +1,63 @@
-"""The conversion itself: a PyTorch folder to a folder with Orbax parameters.
+"""The conversion: a PyTorch folder to a folder with Orbax parameters.
 
-Tensors are streamed: one is read and checked while those before it are written, and what is held at
-a time is bounded (`stream.BUFFER_BYTES`, or the largest tensor). The result appears under its
-name when it is complete, verified (if asked for) and on disk; see `pdllm_jax.staging`.
+Tensors are streamed: one is read and checked while those before it are written. The result appears
+under its name when it is complete, verified (if asked for) and on disk.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from convert import stream
-from convert.mapping import LM_HEAD, Target, lm_head, targets, tree
-from convert.shards import FLOATS, SourceTensor
+from convert import orbax_stream
+from convert.mapping import LM_HEAD, Target, lm_head, targets
 from convert.sources import (
-    COMPANIONS,
+    BLOCK,
     SAFETENSORS_INDEX,
     Source,
-    check_depth,
-    inside,
+    SourceTensor,
     match,
     open_source,
 )
-from convert.values import blocks, materialize
+from pdllm_jax.compilation import cache_folder
 from pdllm_jax.network.config import ModelConfig
-from pdllm_jax.storage.atomic import AtomicFolder, check_space, write_errors
-from pdllm_jax.storage.checkpoint import (
-    CONFIG,
-    MANIFEST,
-    PARAMS,
-    CheckpointError,
-    Manifest,
-    TensorRecord,
-    parse_json,
-    read_small,
-)
+from pdllm_jax.storage.atomic import AtomicFolder
+from pdllm_jax.storage.checkpoint import CHECKPOINT, CONFIG, PARAMS
+from pdllm_jax.storage.manifest import MANIFEST, CheckpointError, read_json, write_manifest
 
 OutputDtype = Literal["keep", "bfloat16", "float32"]
-# (stage, bytes done since the last call, bytes in all); stages are "convert" and "verify".
+# (stage, bytes done since the last call, bytes in total); stages are "convert" and "verify".
 Progress = Callable[[str, int, int], None]
 
-_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+# Files that travel along with the weights, so that the result is complete; never code.
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE",
+)  # fmt: skip
+# The manifest of format version 1.
+_OLD_MANIFEST = "pdllm.json"
+# Arrays that are compared at a time.
+_COMPARE_BYTES = 1 << 29
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What was done.
 
-    nbytes: of the parameters written. ignored: tensors of the source that were left out.
+    Args:
+      nbytes: of the parameters written.
+      dtype: of the model; where tensors differ, float32.
+      ignored: tensors of the source that were left out.
     """
 
     destination: Path
@@ -75,103 +78,131 @@ def convert(
 ) -> Report:
     """Converts a PyTorch LLaDA checkpoint to a folder that `pdllm_jax.load_model` reads.
 
-    source: folder with config.json and safetensors or .bin files, bfloat16, float16 or float32.
-    dtype: "keep" copies every tensor's bits; else all are cast, rounding to nearest even.
-    verify: the result is read back and compared, bit by bit, before it gets its name.
-    overwrite: replaces a checkpoint that stands at `destination`.
+    Args:
+      source: folder with config.json and safetensors or .bin files in bfloat16, float16 or float32.
+      dtype: "keep" copies every tensor's bits; the others cast all, rounding to nearest even.
+      verify: reads the result back and compares it bit by bit before it gets its name.
+      overwrite: replaces a checkpoint at `destination`.
 
-    Raises CheckpointError or ConfigError for bad input, an occupied destination or a full disk;
-    nothing is left behind then.
+    Raises:
+      CheckpointError: lists everything that is wrong with the source; or the destination exists,
+        or the disk is full. Nothing is left behind.
+      ConfigError: config.json describes an architecture that is not implemented.
     """
     folder, target = Path(source), Path(os.path.abspath(destination))
-    if dtype not in ("keep", "bfloat16", "float32"):
-        raise CheckpointError(f"dtype {dtype!r} is not one of keep, bfloat16, float32")
+    if dtype not in get_args(OutputDtype):
+        allowed = ", ".join(get_args(OutputDtype))
+        raise CheckpointError(f"dtype must be one of {allowed}, got {dtype!r}")
     check_apart(folder, target)
-    staged = AtomicFolder(target, overwrite=overwrite, replaceable=is_checkpoint)
-    staged.check()
+    output = AtomicFolder(target, CHECKPOINT, is_checkpoint, overwrite)
+    output.check()
     opened = open_source(folder)
-    config_bytes = read_small(inside(folder, CONFIG))
-    config = ModelConfig.from_dict(parse_json(config_bytes, str(folder / CONFIG)))
-    check_depth(opened, config.n_layers)
-    wanted = targets(config)
-    match(opened, wanted, {LM_HEAD.source: lm_head(config)})
-    if config.weight_tying:
-        _check_tied(opened, next(iter(wanted.values())))
+    config = ModelConfig.from_dict(read_json(folder / CONFIG))
+    wanted = _match(opened, config)
 
-    total = sum(opened.tensors[name].nbytes for name in wanted)
+    chosen = {row.path: opened.tensors[name] for name, row in wanted.items()}
+    dtypes = {p: tensor.dtype if dtype == "keep" else dtype for p, tensor in chosen.items()}
+    total = sum(tensor.nbytes for tensor in chosen.values())
     report = count(progress, total)
-    leaves = {
-        row.path: _Leaf(
-            row.path, opened.tensors[row.source], _target_dtype(opened, row, dtype), report
-        )
-        for row in wanted.values()
-    }
+
+    def leaf(path: str) -> orbax_stream.Leaf:
+        def load() -> NDArray[Any]:
+            array = tensor.read(dtypes[path])
+            report("convert", tensor.nbytes)
+            return array
+
+        tensor = chosen[path]
+        nbytes = int(np.prod(tensor.shape)) * np.dtype(dtypes[path]).itemsize
+        return orbax_stream.Leaf(tensor.order, nbytes, load)
+
+    leaves = {path: leaf(path) for path in chosen}
     nbytes = sum(leaf.nbytes for leaf in leaves.values())
-    check_space(target.parent, nbytes)
-    with staged, write_errors(target):
-        stream.save(staged.path / PARAMS, tree(leaves), _Leaf)
-        copy_companions(folder, staged.path)
-        (staged.path / CONFIG).write_bytes(config_bytes)
+    output.check_space(nbytes)
+    kinds = set(dtypes.values())
+    model_dtype = kinds.pop() if len(kinds) == 1 else "float32"
+    with output.write() as partial:
+        orbax_stream.save(partial / PARAMS, leaves)
+        copy_companions(folder, partial)
         if verify:
-            compare(
-                staged.path / PARAMS, {path: leaf.tensor for path, leaf in leaves.items()}, report
-            )
-        manifest = _manifest(staged.path, leaves)
-        (staged.path / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        staged.commit()
+            compare(partial / PARAMS, chosen, report)
+        write_manifest(partial, CHECKPOINT, {"dtype": model_dtype})
     ignored = tuple(sorted(opened.tensors.keys() - wanted.keys()))
-    return Report(target, len(leaves), nbytes, manifest.dtype, ignored)
+    return Report(target, len(leaves), nbytes, model_dtype, ignored)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Leaf:
-    """A tensor on its way to Orbax; `dtype` is a name of FLOATS."""
+def converted(
+    path: str | Path,
+    cache: Path | None = None,
+    *,
+    notify: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Returns a converted checkpoint for `path`: itself, or its conversion, made on first use.
 
-    path: str
-    tensor: SourceTensor
-    dtype: str
-    done: Callable[[str, int], None]
+    The cache key covers name, size and modification time of every file of the source, so that a
+    changed checkpoint is converted again.
 
-    @property
-    def order(self) -> tuple[str, int]:
-        return str(self.tensor.file), self.tensor.order
+    Args:
+      cache: folder that keeps conversions; by default below the user's cache folder.
+      notify: called with one line when a conversion begins.
 
-    @property
-    def nbytes(self) -> int:
-        return self.tensor.size * FLOATS[self.dtype].itemsize
-
-    def load(self, buffer: NDArray[np.uint8]) -> NDArray[Any]:
-        array = materialize(self.tensor, self.dtype, buffer)
-        self.done("convert", self.tensor.nbytes)
-        return array
+    Raises:
+      CheckpointError, ConfigError: as `convert`.
+    """
+    source = Path(path)
+    if not source.is_dir():
+        raise CheckpointError(f"{source} is not a directory")
+    if (source / MANIFEST).is_file():
+        return source
+    real = os.path.realpath(source)
+    digest = hashlib.sha256(f"{CHECKPOINT.version} {real}".encode())
+    for file in sorted(source.iterdir()):
+        stat = file.stat()
+        digest.update(f"\0{file.name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
+    folder = (cache or cache_folder()) / "converted"
+    target = folder / f"{Path(real).name}-{digest.hexdigest()[:16]}"
+    if not (target / MANIFEST).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        notify(f"converting {source} (kept in {target})")
+        convert(source, target)
+    return target
 
 
 def compare(
-    params: Path, tensors: Mapping[str, SourceTensor], done: Callable[[str, int], None]
+    params: Path, tensors: Mapping[str, SourceTensor], report: Callable[[str, int], None]
 ) -> None:
     """Compares Orbax parameters with tensors cast to their dtypes, bit by bit.
 
-    tensors: by parameter path. Raises CheckpointError that names the first difference.
+    Args:
+      tensors: by parameter path.
+
+    Raises:
+      CheckpointError: names the first difference.
     """
-
-    def check(path: str, array: NDArray[Any]) -> None:
-        tensor = tensors[path]
-        if array.shape != tensor.shape:
-            raise CheckpointError(f"verification failed: {path} should not be {array.shape}")
-        flat = array.reshape(-1)
-        for start, block in blocks(tensor):
-            stored = flat[start : start + block.size]
-            with np.errstate(over="ignore"):
-                expected = block.astype(array.dtype)
-            if not np.array_equal(stored.view(np.uint8), expected.view(np.uint8)):
+    for paths in batches({path: tensors[path].nbytes for path in tensors}, _COMPARE_BYTES):
+        for path, array in orbax_stream.restore(params, paths).items():
+            tensor = tensors[path]
+            expected = tensor.read(array.dtype.name)
+            if array.shape != expected.shape or not _equal(array, expected):
                 raise CheckpointError(f"verification failed: {path} differs from {tensor.file}")
-        done("verify", tensor.nbytes)
+            report("verify", tensor.nbytes)
 
-    stream.restore(params, tensors, check)
+
+def batches(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
+    """Yields runs of names whose sizes add up to at most `limit`, or one name that exceeds it."""
+    batch: list[str] = []
+    total = 0
+    for name, size in sizes.items():
+        if batch and total + size > limit:
+            yield batch
+            batch, total = [], 0
+        batch.append(name)
+        total += size
+    if batch:
+        yield batch
 
 
 def count(progress: Progress | None, total: int) -> Callable[[str, int], None]:
-    """`progress` with its last argument filled in; what does nothing where there is none."""
+    """Returns `progress` with its last argument filled in."""
     if progress is None:
         return lambda stage, nbytes: None
     return lambda stage, nbytes: progress(stage, nbytes, total)
@@ -189,50 +220,48 @@ def check_apart(source: Path, destination: Path) -> None:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder holds what `convert` or `reverse` write, and nothing else."""
+    """Returns whether a folder holds what `convert` or `reverse` write, and nothing else."""
     names = {entry.name for entry in folder.iterdir()}
     weights = {name for name in names if name.endswith(".safetensors")}
-    ours = {CONFIG, MANIFEST, PARAMS, SAFETENSORS_INDEX, *COMPANIONS}
-    return CONFIG in names and (MANIFEST in names or bool(weights)) and names <= ours | weights
+    manifests = {MANIFEST, _OLD_MANIFEST}
+    ours = {CONFIG, PARAMS, SAFETENSORS_INDEX, *COMPANIONS} | manifests | weights
+    return CONFIG in names and bool(names & (manifests | weights)) and names <= ours
 
 
 def copy_companions(source: Path, destination: Path) -> None:
-    """Copies the tokenizer's files and licences, which must be files of the folder itself."""
-    for name in COMPANIONS:
+    """Copies config.json, the tokenizer's files and licences."""
+    for name in (CONFIG, *COMPANIONS):
         if (source / name).is_file():
-            shutil.copyfile(inside(source, name), destination / name)
+            shutil.copyfile(source / name, destination / name)
 
 
-def _target_dtype(source: Source, row: Target, dtype: OutputDtype) -> str:
-    return source.tensors[row.source].dtype if dtype == "keep" else _NAMES[dtype]
-
-
-def _check_tied(source: Source, embedding: Target) -> None:
-    """A tied checkpoint may carry its LM head, if that is the embedding."""
-    head = source.tensors.get(LM_HEAD.source)
-    if head is None:
-        return
-    other = source.tensors[embedding.source]
-    pairs = zip(blocks(other), blocks(head), strict=True)
-    if not all(
-        np.array_equal(a.astype(np.float32).view(np.uint32), b.astype(np.float32).view(np.uint32))
-        for (_, a), (_, b) in pairs
-    ):
+def _match(source: Source, config: ModelConfig) -> dict[str, Target]:
+    """Returns the tensors to convert, by their names in the source, after all checks."""
+    if config.n_layers > len(source.tensors):  # before a row is made for every layer
         raise CheckpointError(
-            f"{source.folder / CONFIG} ties the LM head to the embedding, but {head.name!r} in "
-            f"{head.file.name} differs from {other.name!r}"
+            f"{source.folder / CONFIG} says n_layers {config.n_layers}, but the checkpoint holds "
+            f"{len(source.tensors)} tensors"
         )
+    wanted = targets(config)
+    match(source, wanted, {LM_HEAD.source: lm_head(config)})
+    head = source.tensors.get(LM_HEAD.source)
+    if config.weight_tying and head is not None:
+        embedding = source.tensors[next(iter(wanted))]
+        if not _equal(embedding.load(), head.load()):
+            raise CheckpointError(
+                f"{source.folder / CONFIG} ties the LM head to the embedding, but {head.name!r} in "
+                f"{head.file.name} differs from {embedding.name!r}"
+            )
+    return wanted
 
 
-def _manifest(folder: Path, leaves: Mapping[str, _Leaf]) -> Manifest:
-    names = {name: FLOATS[name].name for name in FLOATS}
-    kinds = {leaf.dtype for leaf in leaves.values()}
-    params = sorted(path for path in (folder / PARAMS).rglob("*") if path.is_file())
-    return Manifest(
-        dtype=names[kinds.pop()] if len(kinds) == 1 else "float32",
-        tensors=tuple(
-            TensorRecord(path, leaf.tensor.shape, names[leaf.dtype], leaf.tensor.name)
-            for path, leaf in leaves.items()
-        ),
-        files={path.relative_to(folder).as_posix(): path.stat().st_size for path in params},
+def _equal(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    """Returns whether two arrays of one size have the same bits as float32."""
+    a, b = a.reshape(-1), b.reshape(-1)
+    return all(
+        np.array_equal(
+            a[start : start + BLOCK].astype(np.float32).view(np.uint32),
+            b[start : start + BLOCK].astype(np.float32).view(np.uint32),
+        )
+        for start in range(0, a.size, BLOCK)
     )

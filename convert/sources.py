@@ -1,42 +1,103 @@
-"""A folder with a PyTorch checkpoint: which files, which tensors, and what contradicts what.
+"""A folder with a PyTorch checkpoint: its files, its tensors, and what contradicts what.
 
 Read are, in this order of preference: model.safetensors.index.json with its shards, a single
-model.safetensors, pytorch_model.bin.index.json with its shards, a single pytorch_model.bin. A
-folder that holds both formats is read from safetensors. No code from the folder is ever run.
+model.safetensors, pytorch_model.bin.index.json with its shards, a single pytorch_model.bin. No code
+from the folder is ever executed: safetensors holds no code, and PyTorch reads weights only.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import os
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from convert.mapping import IGNORED, Target
-from convert.shards import FLOATS, SourceTensor, open_safetensors
-from convert.torch_file import open_bin
-from pdllm_jax.storage.checkpoint import CONFIG, MANIFEST, CheckpointError, read_json
+from pdllm_jax.storage.atomic import reason
+from pdllm_jax.storage.checkpoint import CONFIG, DTYPES
+from pdllm_jax.storage.manifest import MANIFEST, CheckpointError, read_json
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN = "pytorch_model.bin"
 BIN_INDEX = "pytorch_model.bin.index.json"
+# Elements that are checked and cast at a time; 2 to 4 MB, which stay in the cache.
+BLOCK = 1 << 20
 
-# What travels along with the weights so that the result is enough by itself; never code.
-COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-    "chat_template.jinja", "chat_template.json", "generation_config.json",
-    "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE",
-)  # fmt: skip
+_SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+# An exponent of all ones is Inf or NaN.
+_EXPONENTS: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
+    "bfloat16": (np.uint16, 0x7F80),
+    "float16": (np.uint16, 0x7C00),
+    "float32": (np.uint32, 0x7F800000),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceTensor:
+    """A tensor that has not been read.
+
+    Args:
+      dtype: one of DTYPES, or the file's name of one that is not supported.
+      order: sorts tensors so that files are read from front to back.
+      load: reads the tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+    order: tuple[str, int]
+    load: Callable[[], NDArray[Any]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def read(self, dtype: str) -> NDArray[Any]:
+        """Reads the tensor in `dtype`, rounded to nearest even where that is narrower.
+
+        Raises:
+          CheckpointError: names a value that is NaN, infinite or too large for the dtype.
+        """
+        source = self.load().reshape(-1)
+        result = source if dtype == self.dtype else np.empty(source.size, dtype)
+        for start in range(0, source.size, BLOCK):
+            part = source[start : start + BLOCK]
+            self._check(part, start, "is NaN or infinite")
+            if result is not source:
+                with np.errstate(over="ignore"):
+                    result[start : start + BLOCK] = part.astype(dtype)
+                self._check(result[start : start + BLOCK], start, f"is too large for {dtype}")
+        return result.reshape(self.shape)
+
+    def _check(self, values: NDArray[Any], start: int, complaint: str) -> None:
+        unsigned, mask = _EXPONENTS[values.dtype.name]
+        exponents = values.view(unsigned) & unsigned(mask)
+        if exponents.max() == mask:
+            element = start + int(np.argmax(exponents == mask))
+            raise CheckpointError(
+                f"{self.file}: tensor {self.name!r} has a value that {complaint} "
+                f"(element {element})"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """An opened PyTorch checkpoint.
+    """A PyTorch checkpoint whose tensors have not been read.
 
-    tensors: by name, none of them read yet.
-    problems: contradictions between index and shards, one line each.
+    Args:
+      tensors: by name.
+      problems: contradictions between index and files, one line each.
     """
 
     folder: Path
@@ -44,62 +105,40 @@ class Source:
     problems: tuple[str, ...]
 
 
-def inside(folder: Path, name: str) -> Path:
-    """The path of a file that must lie in `folder`; CheckpointError where it would not.
-
-    Symbolic links may lead out of the folder in one case: Hugging Face's cache, where
-    snapshots/<revision>/<file> links into the blobs/ beside snapshots/.
-    """
-    relative = PurePosixPath(name)
-    if not name or "\0" in name or relative.is_absolute() or ".." in relative.parts:
-        raise CheckpointError(f"{folder} names a file outside of itself: {name!r}")
-    path = folder / relative
-    try:
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        pass  # whoever needs the file says so
-    except (OSError, ValueError) as error:
-        # Too long a name, a ring of links, what no file system can spell.
-        raise CheckpointError(
-            f"{folder} names a file that can't be: {name!r:.99} ({error})"
-        ) from None
-    root = Path(os.path.realpath(folder))
-    allowed = [root]
-    if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
-    if not any(Path(os.path.realpath(path)).is_relative_to(place) for place in allowed):
-        raise CheckpointError(f"{path} is a link that leads outside the folder")
-    return path
-
-
 def open_source(folder: Path) -> Source:
-    """Lists the tensors of a PyTorch checkpoint; CheckpointError where a file is unreadable."""
+    """Lists the tensors of a PyTorch checkpoint.
+
+    Raises:
+      CheckpointError: the folder holds no weights, or a file cannot be read.
+    """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder")
+        raise CheckpointError(f"{folder} is not a directory")
     for index, single in ((SAFETENSORS_INDEX, SAFETENSORS), (BIN_INDEX, BIN)):
         if (folder / index).exists():
             return _open_sharded(folder, index, single)
         if (folder / single).exists():
             return _open_files(folder, [single], None)
     if (folder / MANIFEST).exists():
-        raise CheckpointError(f"{folder} is a converted checkpoint already (--reverse goes back)")
+        raise CheckpointError(f"{folder} is converted already (--reverse converts it back)")
     raise CheckpointError(
         f"{folder} holds no weights: no {SAFETENSORS}, {BIN} or the index of either"
     )
 
 
 def _open_sharded(folder: Path, index: str, single: str) -> Source:
-    weight_map = read_json(inside(folder, index)).get("weight_map")
     where = folder / index
+    weight_map = read_json(where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where} has no weight_map")
     for name, file in weight_map.items():
         if not isinstance(file, str):
             raise CheckpointError(f"{where} names no file for tensor {name!r}: {file!r}")
+        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+            raise CheckpointError(f"{where} names a file outside of the folder: {file!r}")
     files = sorted(set(weight_map.values()))
-    absent = [file for file in files if not inside(folder, file).exists()]
+    absent = [repr(file) for file in files if not os.path.isfile(folder / file)]
     if absent:
-        raise CheckpointError(f"{where} names absent files: {', '.join(map(repr, absent))}")
+        raise CheckpointError(f"{where} names absent files: {', '.join(absent):.999}")
     if (folder / single).exists() and single not in files:
         raise CheckpointError(f"{folder} holds {single} and {index}, which does not name it")
     return _open_files(folder, files, weight_map)
@@ -109,9 +148,12 @@ def _open_files(folder: Path, files: list[str], weight_map: Mapping[str, str] | 
     tensors: dict[str, SourceTensor] = {}
     holders: dict[str, list[str]] = {}
     for file in files:
-        path = inside(folder, file)
-        opened = open_bin(path) if file.endswith((".bin", ".pt")) else open_safetensors(path)
-        for tensor in opened:
+        path = folder / file
+        if not path.is_file():  # a pipe would never answer
+            raise CheckpointError(f"{path} is not a regular file")
+        for tensor in (
+            _open_bin(path) if file.endswith((".bin", ".pt")) else _open_safetensors(path)
+        ):
             holders.setdefault(tensor.name, []).append(file)
             tensors[tensor.name] = tensor
     problems = [
@@ -133,21 +175,78 @@ def _open_files(folder: Path, files: list[str], weight_map: Mapping[str, str] | 
     return Source(folder, tensors, tuple(problems))
 
 
-def check_depth(source: Source, n_layers: int) -> None:
-    """Refuses a config.json with more layers than there are tensors, before anything is listed."""
-    if n_layers > len(source.tensors):
+def _open_safetensors(path: Path) -> Iterator[SourceTensor]:
+    try:
+        with safe_open(path, "numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+            headers = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is truncated or corrupt: {reason(error)}") from None
+    for position, (name, (dtype, shape)) in enumerate(headers.items()):
+        known = _SAFETENSORS_DTYPES.get(dtype, dtype)
+        load = functools.partial(_load_safetensors, path, name)
+        yield SourceTensor(name, tuple(shape), known, path, (str(path), position), load)
+
+
+def _load_safetensors(path: Path, name: str) -> NDArray[Any]:
+    # Opened for every tensor: the pages of a file that stays mapped count as resident memory.
+    with safe_open(path, "numpy") as file:
+        return file.get_tensor(name)
+
+
+def _open_bin(path: Path) -> Iterator[SourceTensor]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # PyTorch does not compare the checksums
+    except Exception as error:  # BadZipFile, NotImplementedError, struct.error, zlib.error, ...
         raise CheckpointError(
-            f"{source.folder / CONFIG} says n_layers {n_layers}, but the checkpoint holds "
-            f"{len(source.tensors)} tensors"
-        )
+            f"{path} is truncated, corrupt, or in PyTorch's format from before 1.6: {reason(error)}"
+        ) from None
+    if damaged is not None:
+        raise CheckpointError(f"{path} is corrupt: the checksum of {damaged!r} differs")
+    content = _torch_load(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+    for position, (name, value) in enumerate(content.items()):
+        if not isinstance(name, str) or not hasattr(value, "untyped_storage"):
+            raise CheckpointError(f"{path}: entry {name!r:.200} is not a tensor")
+        dtype = str(value.dtype).removeprefix("torch.")
+        load = functools.partial(_load_bin, path, name)
+        yield SourceTensor(name, tuple(value.shape), dtype, path, (str(path), position), load)
+
+
+def _load_bin(path: Path, name: str) -> NDArray[Any]:
+    import torch
+
+    tensor = _torch_load(path)[name].detach().contiguous()
+    if tensor.dtype == torch.bfloat16:  # which NumPy does not have
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _torch_load(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise CheckpointError(
+            f"{path} needs PyTorch to be read: pip install 'pdllm-jax[torch]'"
+        ) from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # errors of zip, pickle and PyTorch
+        raise CheckpointError(f"{path} does not hold plain weights: {reason(error)}") from None
 
 
 def match(source: Source, targets: Mapping[str, Target], optional: Mapping[str, Target]) -> None:
-    """Compares a checkpoint with what its config demands.
+    """Compares a checkpoint with what its config.json demands.
 
-    targets: tensors that must be there. optional: tensors that may be.
-    Raises one CheckpointError that lists every contradiction, missing, unknown or misshaped tensor
-    and every unsupported dtype.
+    Args:
+      targets: tensors that must exist.
+      optional: tensors that may exist.
+
+    Raises:
+      CheckpointError: lists every contradiction, every missing, unknown or misshaped tensor and
+        every unsupported dtype.
     """
     problems = list(source.problems)
     problems += [f"missing {name!r}" for name in targets if name not in source.tensors]
@@ -162,10 +261,10 @@ def match(source: Source, targets: Mapping[str, Target], optional: Mapping[str, 
                 f"misshaped {name!r}: {list(tensor.shape)} in {tensor.file.name}, "
                 f"{list(target.shape)} by {CONFIG}"
             )
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in DTYPES:
             problems.append(
                 f"unsupported dtype of {name!r}: {tensor.dtype} in {tensor.file.name} "
-                f"({', '.join(FLOATS)} are)"
+                f"({', '.join(DTYPES)} are)"
             )
     if problems:
         count = f"{len(problems)} problem" + "s" * (len(problems) > 1)

@@ -117,7 +117,7 @@ def checkpoint_of(args: argparse.Namespace) -> Path:
         import quickstart
 
         return quickstart.checkpoint()
-    from convert import converted
+    from convert.__main__ import converted
 
     return converted(args.checkpoint)
 

@@ -195,7 +195,8 @@ def kill_halfway(source: Path, destination: Path, total: int) -> dict[str, Any]:
     process.send_signal(signal.SIGKILL)
     process.wait()
     sys.path.insert(0, str(ROOT))
-    from pdllm_jax.storage.checkpoint import CheckpointError, load_model
+    from pdllm_jax.storage.checkpoint import load_model
+    from pdllm_jax.storage.manifest import CheckpointError
 
     loadable = []
     for folder in (destination, partial, partial / "params"):

@@ -36,11 +36,11 @@ from evals.records import Records
 from evals.run import METHODS, Asker, run, summarise, table
 from options import DTYPES, add_chunking, add_placement, mesh_of
 
-from convert import converted
+from convert.__main__ import converted
 from pdllm_jax import ChunkConfig, SelectionConfig, Tokenizer, load_config, load_model
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.config import Scorer
-from pdllm_jax.storage.checkpoint import MANIFEST
+from pdllm_jax.storage.manifest import MANIFEST
 
 
 def common() -> argparse.ArgumentParser:

@@ -128,7 +128,7 @@ def run_drift(args: argparse.Namespace) -> int:
 
     from campaigns import drift
 
-    from convert import converted
+    from convert.__main__ import converted
     from pdllm_jax import (
         ChunkConfig,
         DecodeConfig,

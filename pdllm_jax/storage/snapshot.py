@@ -20,13 +20,14 @@ from pdllm_jax.engine.request import SelectedRequest, StartedRequest
 from pdllm_jax.method.cache import ChunkCache
 from pdllm_jax.network.sharding import sharding_of
 from pdllm_jax.network.transformer import MaskPredictor
-from pdllm_jax.storage.atomic import AtomicFolder, check_space, write_errors
+from pdllm_jax.storage.atomic import AtomicFolder
 from pdllm_jax.storage.fingerprint import (
     ModelIdentity,
     document_fingerprint,
     model_identity,
     tokenizer_fingerprint,
 )
+from pdllm_jax.storage.manifest import FolderKind
 from pdllm_jax.storage.snapshot_format import (
     ARRAYS,
     MANIFEST,
@@ -178,9 +179,7 @@ def check_destination(path: str | Path, *, overwrite: bool = False) -> None:
 
 
 def _staged(target: Path, overwrite: bool) -> AtomicFolder:
-    return AtomicFolder(
-        target, overwrite=overwrite, replaceable=is_snapshot, kind="snapshot", error=SnapshotError
-    )
+    return AtomicFolder(target, FolderKind("snapshot", 1, SnapshotError), is_snapshot, overwrite)
 
 
 def _save(
@@ -226,14 +225,13 @@ def _save(
         files={},
     )
     check_shapes(target, manifest, identity.config)
-    check_space(target.parent, sum(x.nbytes for x in manifest.arrays.values()), SnapshotError)
-    with staged, write_errors(target, SnapshotError):
+    staged.check_space(sum(x.nbytes for x in manifest.arrays.values()))
+    with staged.write() as folder:
         from pdllm_jax.storage.snapshot_arrays import write_arrays  # Orbax: slow to import
 
-        files = write_arrays(staged.path, arrays)
+        files = write_arrays(folder, arrays)
         manifest = dataclasses.replace(manifest, files=files)
-        (staged.path / MANIFEST).write_bytes(manifest.to_json())
-        staged.commit()
+        (folder / MANIFEST).write_bytes(manifest.to_json())
 
 
 def _load(

@@ -30,7 +30,7 @@ import tensorstore as ts
 from jax.sharding import Sharding
 from jaxtyping import Array
 
-from pdllm_jax.storage.checkpoint import reason
+from pdllm_jax.storage.atomic import reason
 from pdllm_jax.storage.checkpoint_arrays import quiet_orbax, read_array
 from pdllm_jax.storage.snapshot_format import (
     ARRAYS,

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.network.config import ConfigError
-from pdllm_jax.storage.checkpoint import CheckpointError, parse_json
 from pdllm_jax.storage.fingerprint import ModelIdentity
+from pdllm_jax.storage.manifest import CheckpointError, parse_json
 
 MANIFEST = "snapshot.json"
 ARRAYS = "arrays"

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import json
+import math
 import os
 import time
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from convert import stream
-from convert.mapping import targets, tree
+from convert import orbax_stream
+from convert.mapping import targets
 from pdllm_jax.network.config import ModelConfig
-from pdllm_jax.storage.checkpoint import CONFIG, MANIFEST, PARAMS, Manifest, TensorRecord
+from pdllm_jax.storage.checkpoint import CHECKPOINT, CONFIG, PARAMS
+from pdllm_jax.storage.manifest import write_manifest
 
 BLOCK = 16 << 20
 
@@ -34,26 +37,13 @@ def config_json(layers: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class _Random:
-    """A tensor of random finite bfloat16 values, as `convert.stream` takes them."""
-
-    order: int
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return 2 * int(np.prod(self.shape))
-
-    def load(self, buffer: NDArray[np.uint8]) -> NDArray[Any]:
-        import ml_dtypes
-
-        words = -(-self.nbytes // 8)
-        bits = np.random.default_rng(self.order).integers(0, 1 << 64, words, np.uint64)
-        # Clearing the exponent's highest bits leaves values below 2^-62, none of them NaN.
-        bits &= np.uint64(0xBFFFBFFFBFFFBFFF)
-        buffer[:] = bits.view(np.uint8)[: self.nbytes]
-        return buffer.view(ml_dtypes.bfloat16).reshape(self.shape)
+def _random(seed: int, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Returns random finite bfloat16 values."""
+    nbytes = 2 * math.prod(shape)
+    bits = np.random.default_rng(seed).integers(0, 1 << 64, -(-nbytes // 8), np.uint64)
+    # Clearing the exponent's highest bits leaves values below 2^-62, none of them NaN.
+    bits &= np.uint64(0xBFFFBFFFBFFFBFFF)
+    return bits.view(np.uint8)[:nbytes].view(ml_dtypes.bfloat16).reshape(shape)
 
 
 def make(folder: Path, layers: int) -> None:
@@ -61,16 +51,15 @@ def make(folder: Path, layers: int) -> None:
     folder.mkdir(parents=True)
     raw = config_json(layers)
     rows = targets(ModelConfig.from_dict(raw)).values()
-    leaves = {row.path: _Random(i, row.shape) for i, row in enumerate(rows)}
-    stream.save((folder / PARAMS).resolve(), tree(leaves), _Random)
+    leaves = {
+        row.path: orbax_stream.Leaf(
+            i, 2 * math.prod(row.shape), functools.partial(_random, i, row.shape)
+        )
+        for i, row in enumerate(rows)
+    }
+    orbax_stream.save((folder / PARAMS).resolve(), leaves)
     (folder / CONFIG).write_text(json.dumps(raw, indent=1), encoding="utf-8")
-    files = [path for path in sorted((folder / PARAMS).rglob("*")) if path.is_file()]
-    manifest = Manifest(
-        dtype="bfloat16",
-        tensors=tuple(TensorRecord(row.path, row.shape, "bfloat16", row.source) for row in rows),
-        files={path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
-    )
-    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    write_manifest(folder, CHECKPOINT, {"dtype": "bfloat16"})
 
 
 def evict(folder: Path) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,43 +11,20 @@ from typing import Any
 import convert_checkpoint
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from safetensors import safe_open
 
-from convert import convert, reverse
+from convert import convert, converted, reverse
 from convert.mapping import targets, tree
-from convert.values import BLOCK
+from convert.sources import BLOCK
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.transformer import MaskPredictor
-from pdllm_jax.storage.checkpoint import CheckpointError, load_model
+from pdllm_jax.storage.checkpoint import load_model
+from pdllm_jax.storage.manifest import CheckpointError
 from tests.support import convert_sources as sources
 
 PREFIX = sources.PREFIX
-
-
-def read_params(folder: Path) -> dict[str, np.ndarray]:
-    """Parameters by dotted path, through Orbax's plain API and without a target."""
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        restored = checkpointer.restore((folder / "params").resolve())
-    leaves = jax.tree_util.tree_leaves_with_path(restored)
-    return {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}
-
-
-def parameter_path(name: str) -> str:
-    """The checkpoint's names translated as the documentation of the layout says."""
-    path = name.removeprefix(PREFIX)
-    path = re.sub(r"^(blocks\.\d+)\.ff_proj", r"\1.gate_proj", path)
-    path = re.sub(r"^(blocks\.\d+)\.ff_out", r"\1.down_proj", path)
-    path = re.sub(r"^ff_out", "lm_head", path)
-    return re.sub(r"^ln_f", "final_norm", re.sub(r"^wte", "embedding", path))
-
-
-def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert sorted(found) == sorted(expected)
-    different = [k for k in expected if sources.bits(found[k]) != sources.bits(expected[k])]
-    assert not different
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -73,11 +47,10 @@ def test_round_trip_is_bit_exact(tmp_path: Path, dtype: str, shards: int | None)
 
     report = convert(source, tmp_path / "converted", verify=True)
     assert (report.tensors, report.dtype, report.ignored) == (21, dtype, ())
-    expected = {parameter_path(name): value for name, value in values.items()}
-    assert_same(read_params(tmp_path / "converted"), expected)
+    sources.assert_converted(tmp_path / "converted", values)
 
     reverse(tmp_path / "converted", tmp_path / "back", verify=True)
-    assert_same(sources.read_folder(tmp_path / "back"), values)
+    sources.assert_same(sources.read_folder(tmp_path / "back"), values)
     assert (tmp_path / "back" / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
@@ -94,10 +67,10 @@ def test_casts_round_to_nearest_even(tmp_path: Path, source_dtype: str, dtype: A
     report = convert(source, tmp_path / "converted", dtype=dtype, verify=True)
 
     assert report.dtype == dtype
-    found = read_params(tmp_path / "converted")
+    found = sources.read_params(tmp_path / "converted")
     for name, value in values.items():
         cast = torch.from_numpy(value.astype(np.float32)).to(getattr(torch, dtype))
-        array = found[parameter_path(name)]
+        array = found[sources.parameter_path(name)]
         assert array.dtype.name == dtype
         np.testing.assert_array_equal(array.astype(np.float32), cast.float().numpy())
 
@@ -114,7 +87,7 @@ def test_tensors_of_several_dtypes_are_kept(tmp_path: Path) -> None:
     assert load_model(tmp_path / "converted").dtype == np.float32
     reverse(tmp_path / "converted", tmp_path / "back", verify=True)
 
-    assert_same(sources.read_folder(tmp_path / "back"), values)
+    sources.assert_same(sources.read_folder(tmp_path / "back"), values)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -124,10 +97,10 @@ def test_bin_files(
 ) -> None:
     made = make_checkpoint(dtype=dtype, shards=shards, format="bin", n_kv_heads=2)
     convert(made.folder, tmp_path / "converted", verify=True)
-    found = read_params(tmp_path / "converted")
+    found = sources.read_params(tmp_path / "converted")
     assert {array.dtype.name for array in found.values()} == {dtype}
     for name, value in made.numpy().items():
-        np.testing.assert_array_equal(found[parameter_path(name)].astype(np.float32), value)
+        np.testing.assert_array_equal(found[sources.parameter_path(name)].astype(np.float32), value)
 
 
 def test_bin_with_strided_and_shared_tensors(tmp_path: Path) -> None:
@@ -144,9 +117,8 @@ def test_bin_with_strided_and_shared_tensors(tmp_path: Path) -> None:
 
     convert(source, tmp_path / "converted", verify=True)
 
-    assert_same(
-        read_params(tmp_path / "converted"),
-        {parameter_path(name): value.contiguous().numpy() for name, value in values.items()},
+    sources.assert_converted(
+        tmp_path / "converted", {k: v.contiguous().numpy() for k, v in values.items()}
     )
 
 
@@ -156,7 +128,7 @@ def test_tensor_larger_than_a_block(tmp_path: Path) -> None:
     values = sources.tensors(settings, "bfloat16")
     source = sources.write(tmp_path / "source", values, settings)
     convert(source, tmp_path / "converted", dtype="float32", verify=True)
-    found = read_params(tmp_path / "converted")["embedding.weight"]
+    found = sources.read_params(tmp_path / "converted")["embedding.weight"]
     np.testing.assert_array_equal(found, values[f"{PREFIX}wte.weight"].astype(np.float32))
 
 
@@ -188,10 +160,7 @@ def test_other_writers_of_safetensors(tmp_path: Path) -> None:
 
     convert(source, tmp_path / "converted")
 
-    assert_same(
-        read_params(tmp_path / "converted"),
-        {parameter_path(name): value for name, value in values.items()},
-    )
+    sources.assert_converted(tmp_path / "converted", values)
 
 
 def test_single_file_that_has_an_index(tmp_path: Path) -> None:
@@ -209,7 +178,7 @@ def test_rotary_buffers_are_left_out_and_reported(tmp_path: Path) -> None:
     source = sources.write(tmp_path / "source", values, settings)
     report = convert(source, tmp_path / "converted", verify=True)
     assert report.ignored == (name,)
-    assert len(read_params(tmp_path / "converted")) == 21
+    assert len(sources.read_params(tmp_path / "converted")) == 21
 
 
 @pytest.mark.parametrize("head", ["absent", "the same", "the same in another dtype"])
@@ -226,10 +195,10 @@ def test_tied_weights(tmp_path: Path, head: str) -> None:
     report = convert(source, tmp_path / "converted", verify=True)
 
     assert report.ignored == (() if head == "absent" else (name,))
-    assert "lm_head.weight" not in read_params(tmp_path / "converted")
+    assert "lm_head.weight" not in sources.read_params(tmp_path / "converted")
     reverse(tmp_path / "converted", tmp_path / "back")
     values.pop(name, None)
-    assert_same(sources.read_folder(tmp_path / "back"), values)
+    sources.assert_same(sources.read_folder(tmp_path / "back"), values)
 
 
 def test_companions_travel_and_code_does_not(tmp_path: Path) -> None:
@@ -243,7 +212,7 @@ def test_companions_travel_and_code_does_not(tmp_path: Path) -> None:
     for folder in ("converted", "back"):
         found = {path.name for path in (tmp_path / folder).iterdir()}
         assert {
-            name for name in found if not name.startswith(("model", "params", "pdllm"))
+            name for name in found if not name.startswith(("model", "params", "manifest"))
         } == names
         for name in names:
             assert (tmp_path / folder / name).read_bytes() == (source / name).read_bytes()
@@ -272,6 +241,7 @@ def test_reverse_writes_what_other_tools_read(tmp_path: Path) -> None:
             assert opened.metadata() == {"format": "pt"}
         header, data = sources.read_raw(path)
         assert len(data) <= limit
+        assert path.stat().st_mode & 0o444 == 0o444
         assert (path.stat().st_size - len(data)) % 8 == 0
         assert all(
             entry["data_offsets"][0] % (4 if entry["dtype"] == "F32" else 2) == 0
@@ -328,39 +298,36 @@ def test_progress_counts_every_byte(tmp_path: Path) -> None:
     assert done == {"convert": 2 * total, "verify": 2 * total}
 
 
-@pytest.mark.parametrize("spoil", ["manifest", "file", "config", "more", "less"])
-def test_reverse_refuses_a_damaged_checkpoint(tmp_path: Path, spoil: str) -> None:
+@pytest.mark.parametrize("way", ["load", "reverse"])
+def test_verification_finds_a_bit_flipped_after_the_conversion(tmp_path: Path, way: str) -> None:
     settings = sources.config()
-    source = sources.write(tmp_path / "source", sources.tensors(settings), settings)
+    source = sources.write(tmp_path / "source", sources.tensors(settings, "float32"), settings)
     folder = tmp_path / "converted"
     convert(source, folder)
-    if spoil == "manifest":
-        (folder / "pdllm.json").unlink()
-        expected = "no pdllm.json"
-    elif spoil == "file":
-        os.truncate(folder / "params/final_norm.weight/0", 5)
-        expected = "has 5 bytes where 96 were written"
-    elif spoil in ("more", "less"):
-        # Orbax' list of arrays. One more would be read as its own metadata likes, up to all memory.
-        path = folder / "params/_METADATA"
-        listed = json.loads(path.read_text())
-        row = listed["tree_metadata"].pop("('final_norm', 'weight')")
-        expected = "params lacks final_norm.weight"
-        if spoil == "more":
-            row["key_metadata"][0]["key"] = "more"
-            listed["tree_metadata"]["('more', 'weight')"] = row
-            shutil.copytree(folder / "params/final_norm.weight", folder / "params/more.weight")
-            expected = "params also holds 'more.weight'"
-        path.write_text(json.dumps(listed))
-        manifest = json.loads((folder / "pdllm.json").read_text())
-        manifest["files"]["params/_METADATA"] = path.stat().st_size
-        (folder / "pdllm.json").write_text(json.dumps(manifest))
-    else:
-        (folder / "config.json").write_text(json.dumps({**settings, "n_layers": 10**9}))
-        expected = "n_layers 1000000000"
-    with pytest.raises(CheckpointError, match=expected):
-        reverse(folder, tmp_path / "back")
+    path = folder / "params/final_norm.weight/0"
+    # Weights are compared with their checksums on demand; every other file always is.
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    run = {
+        "load": lambda: load_model(folder, verify=True),
+        "reverse": lambda: reverse(folder, tmp_path / "back", verify=True),
+    }[way]
+    with pytest.raises(CheckpointError, match=r"params/final_norm.weight/0 has changed"):
+        run()
     assert not (tmp_path / "back").exists()
+
+
+def test_cached_conversion(tmp_path: Path) -> None:
+    settings = sources.config()
+    source = sources.write(tmp_path / "source", sources.tensors(settings), settings)
+    lines: list[str] = []
+    first = converted(source, tmp_path / "cache", notify=lines.append)
+    assert converted(source, tmp_path / "cache", notify=lines.append) == first
+    assert converted(first) == first
+    assert lines == [f"converting {source} (kept in {first})"]
+    (source / "LICENSE").write_text("changed")
+    assert converted(source, tmp_path / "cache") != first
+    with pytest.raises(CheckpointError, match="is not a directory"):
+        converted(tmp_path / "nothing")
 
 
 # --- the command line --------------------------------------------------------------------------
@@ -394,13 +361,16 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["{source}", "{source}"], "is the source itself"),
         (["{source}", "{source}/inside"], "lies inside the source"),
         (["{source}", "{source}/..", "--overwrite"], "contains the source"),
-        (["{source}", "{target}/a/b"], "is no folder"),
-        (["{target}", "{target}2"], "is not a folder"),
-        (["{source}", "{target}", "--reverse"], "is not a converted checkpoint"),
-        (["{loop}", "{target}"], "is not a folder"),
+        (["{source}", "{target}/a/b"], "not a directory"),
+        (["{target}", "{target}2"], "not a directory"),
+        (
+            ["{source}", "{target}", "--reverse"],
+            "manifest.json is missing; convert it (again)",
+        ),
+        (["{loop}", "{target}"], "not a directory"),
         (["{source}", "{loop}"], "exists"),
         (["{source}", "{target}", "--reverse", "--shard-size", "inf"], "number of GB, got inf"),
-        (["{source}/bad\nname", "{target}"], "bad name is not a folder"),
+        (["{source}/bad\nname", "{target}"], "bad name is not a directory"),
     ],
 )
 def test_command_line_errors(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -128,10 +131,36 @@ def write_raw(path: Path, header: Mapping[str, Any] | bytes, data: bytes) -> Non
 
 
 def read_folder(folder: Path) -> Tensors:
-    """All tensors of a folder with safetensors, through the safetensors library."""
-    from safetensors.numpy import load_file
-
-    found: Tensors = {}
+    """Returns all tensors of a folder with safetensors, through the safetensors library."""
+    result: Tensors = {}
     for path in folder.glob("*.safetensors"):
-        found |= load_file(path)
-    return found
+        result |= load_file(path)
+    return result
+
+
+def read_params(folder: Path) -> Tensors:
+    """Returns a converted folder's parameters by dotted path, through Orbax's plain API."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        restored = checkpointer.restore((folder / "params").resolve())
+    leaves = jax.tree_util.tree_leaves_with_path(restored)
+    return {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+def parameter_path(name: str) -> str:
+    """Translates a checkpoint's name as the documentation of the layout says."""
+    path = name.removeprefix(PREFIX)
+    path = re.sub(r"^(blocks\.\d+)\.ff_proj", r"\1.gate_proj", path)
+    path = re.sub(r"^(blocks\.\d+)\.ff_out", r"\1.down_proj", path)
+    path = re.sub(r"^ff_out", "lm_head", path)
+    return re.sub(r"^ln_f", "final_norm", re.sub(r"^wte", "embedding", path))
+
+
+def assert_same(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Compares names, dtypes, shapes and bits."""
+    assert sorted(actual) == sorted(expected)
+    assert not [k for k in expected if bits(actual[k]) != bits(expected[k])]
+
+
+def assert_converted(folder: Path, expected: Mapping[str, Any]) -> None:
+    """Compares a converted folder with the tensors of its source."""
+    assert_same(read_params(folder), {parameter_path(k): v for k, v in expected.items()})

@@ -14,8 +14,8 @@ from tests.conftest import ROOT
 from tests.support import evals_data
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from evals import infinitebench, longbench, needle, ruler
-from evals.example import DataError, Malformed, with_unique_ids
+from experiments.benchmarks import infinitebench, longbench, needle, ruler
+from experiments.benchmarks.example import DataError, Example, Malformed, with_unique_ids
 
 
 class Bytes:
@@ -126,7 +126,7 @@ def test_malformed_lines_of_certain_tasks(tmp_path):
     folder = evals_data.infinitebench(tmp_path / "infinite")
     row = {"id": 1, "context": "c", "input": "q", "answer": "Z", "options": ["a", "b", "c", "d"]}
     for change, reason in (
-        ({}, "is none of the options"),
+        ({}, "must be one of the options"),
         ({"options": ["a"]}, "list of four"),
         ({"answer": None}, "answer is missing"),
         ({"answer": True}, "strings or numbers"),
@@ -210,8 +210,6 @@ def test_the_needle_lies_behind_a_sentence_s_end_at_its_depth(tmp_path):
 
 
 def test_ids_that_occur_twice_get_a_number():
-    from evals.example import Example
-
     found = with_unique_ids([Example(name, ("x",)) for name in ("a", "b", "a", "a")])
     assert [example.id for example in found] == ["a", "b", "a#2", "a#3"]
 

@@ -189,10 +189,10 @@ def fake_record(cell: Cell, index: int, n: int = 8) -> dict:
     depth = None if cell.depths is None else (index // len(cell.tasks)) % cell.depths
     record = {
         "example": index, "task": cell.tasks[index % len(cell.tasks)], "depth": needle / n,
-        "asked_depth": None if depth is None else depth / (cell.depths - 1),
-        "score": 1.0,
-        "answers": ["12"], "response": "It is 12.", "tokens": [index, 7], "evaluations": 1 + index % 2,
-        "seconds": {"decode": 0.5, "total": 0.5}, "flops": {"decode": 1e9},
+        "asked_depth": None if depth is None else depth / (cell.depths - 1), "score": 1.0,
+        "answers": ["12"], "response": "It is 12.", "tokens": [index, 7],
+        "evaluations": 1 + index % 2, "seconds": {"decode": 0.5, "total": 0.5},
+        "flops": {"decode": 1e9},
     }  # fmt: skip
     if cell.selection in DENSE:
         return record

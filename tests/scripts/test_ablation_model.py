@@ -279,6 +279,7 @@ def test_measurements_on_a_tiny_model(tiny_bench, tmp_path):
     assert tokens == alone.tokens
     path = tmp_path / "speed.json"
     record = {"rows": [{"method": name, "length": 320} for name in measurements.SPEED]}
+    del record["rows"][-1]  # the later question's
     assert measurements.measure_speed(tiny_bench, CELL, path, record, lengths=(320,), repeats=1)
     rows = json.loads(path.read_text())["rows"]
     assert [row["method"] for row in rows[-1:]] == [measurements.LATER]

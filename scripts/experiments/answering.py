@@ -13,15 +13,14 @@ from pallas_kernels import Implementation
 from pdllm_jax import (
     ChunkConfig,
     DecodeConfig,
+    Engine,
     MaskPredictor,
+    Request,
     SelectionConfig,
     denoise,
-    generate_batch_ids,
-    generate_ids,
     init_denoise,
 )
-from pdllm_jax.engine.engine import Method, decode_config, request_keys
-from pdllm_jax.engine.request import Stopwatch
+from pdllm_jax.engine.request import Method, Timer, decode_config, request_keys
 from pdllm_jax.method.chunking import TokenIds, bucket
 
 METHODS: tuple[Method, ...] = ("plain", "prefix-cache", "dual-cache", "prefilling")
@@ -52,27 +51,25 @@ def answer(
         For each prompt tokens, evaluations, seconds by phase (compiling left out), and the kept
         chunks with the scores of all chunks, both None for a baseline.
     """
-    settings: dict[str, Any] = {
-        "chunking": chunking, "selection": selection, "decode": decoding, "bos_id": bos_id,
-        "implementation": implementation,
-    }  # fmt: skip
-    if not together:
-        results = [
-            generate_ids(
-                model, *prompt, method=method, seed=seed, oracle=oracles and oracles[i], **settings
-            )
-            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
-        ]
-    elif method != "prefilling":
+    if together and method != "prefilling":
         return _dense(model, prompts, decode_config(method, decoding), seeds)
+    engine = Engine(
+        model, chunking=chunking, selection=selection, decoding=decoding, method=method,
+        bos_id=bos_id, implementation=implementation,
+    )  # fmt: skip
+    requests = [
+        Request(context, query, prefix, oracles and oracles[i], seed)
+        for i, ((prefix, context, query), seed) in enumerate(zip(prompts, seeds, strict=True))
+    ]
+    if together:
+        results, share = engine.answer_batch(requests), len(requests)
     else:
-        results = generate_batch_ids(model, prompts, oracle=oracles, seeds=seeds, **settings)
-    requests = len(results) if together else 1
+        results, share = [engine.answer(**request._asdict()) for request in requests], 1
     return [
         {
             "tokens": result.tokens,
             "evaluations": result.evaluations,
-            "seconds": _seconds(result.timings, requests),
+            "seconds": _seconds(result.timings, share),
             "chunks": result.selection and result.selection["chunks"],
             "scores": result.selection and result.selection["scores"],
         }
@@ -84,19 +81,19 @@ def _dense(
     model: MaskPredictor, prompts: Sequence[Prompt], config: DecodeConfig, seeds: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Answers whole prompts in one batch; the tokens are the same as one by one."""
-    watch = Stopwatch()
+    timer = Timer()
     joined = [[*prefix, *context, *query] for prefix, context, query in prompts]
     rows = np.zeros((len(prompts), bucket(max(map(len, joined)), 8)), np.int32)
     for row, prompt in zip(rows, joined, strict=True):
         row[: len(prompt)] = prompt
-    with watch.phase("decode"):
+    with timer.phase("decode"):
         state = init_denoise(
             model, None, None, jnp.asarray(rows), config, request_keys(seeds, len(prompts)),
             query_length=jnp.asarray([len(prompt) for prompt in joined]),
         )  # fmt: skip
         state = jax.block_until_ready(denoise(model, None, state, config=config))
     tokens, evaluations = (np.asarray(x).tolist() for x in (state.tokens, state.evaluations))
-    seconds = _seconds(watch.seconds, len(prompts))
+    seconds = _seconds(timer.seconds, len(prompts))
     return [
         {"tokens": row, "evaluations": n, "seconds": seconds, "chunks": None, "scores": None}
         for row, n in zip(tokens, evaluations, strict=True)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pdllm_jax import ChunkConfig, DecodeConfig, SelectionConfig
-from pdllm_jax.engine.engine import Method
+from pdllm_jax.engine.request import Method
 from small_model.tasks import TASKS
 
 # Baselines without a selection: the whole prompt, recomputed as the method's name says.

@@ -20,8 +20,8 @@ from experiments.retrieval import Retrieval, needle_chunks
 from pallas_kernels import Implementation, Partial
 from pdllm_jax import (
     DenoiseState,
+    Engine,
     MaskPredictor,
-    ask_ids,
     batch_prompts,
     chunk_prompt,
     denoise_step,
@@ -213,11 +213,11 @@ def _later_question(bench: Retrieval, cell: Cell, index: int) -> float:
         example["prefix"], example["context"], example["query"], cell.chunk_config(), tight=True
     )
     cache = encode_document(bench.model, prompt, encode_batch=bench.encode_batch)
-    (result,) = ask_ids(
-        bench.model, jax.block_until_ready(cache), [example["query"]],
-        selection=cell.selection_config(bench.encode_batch),
-        decode=cell.decode_config(RESPONSE_LENGTH), implementation=bench.implementation,
+    engine = Engine(
+        bench.model, selection=cell.selection_config(bench.encode_batch),
+        decoding=cell.decode_config(RESPONSE_LENGTH), implementation=bench.implementation,
     )  # fmt: skip
+    (result,) = engine.ask(jax.block_until_ready(cache), [example["query"]])
     return result.timings["total"] - result.timings["compile"]
 
 

@@ -20,17 +20,17 @@ from experiments.records import Records
 from pdllm_jax import (
     ChunkConfig,
     DecodeConfig,
+    Engine,
     MaskPredictor,
     ModelConfig,
     Tokenizer,
     chunk_prompt,
     denoise_step,
-    draft_response,
-    generate_ids,
     init_denoise,
     prefill,
     select_top_k,
 )
+from pdllm_jax.method.scoring import draft_response
 from pdllm_jax.network.rope import rotate, rotation
 from small_model import corpus, tasks
 from tests.method.test_prefill import sharpen
@@ -131,10 +131,9 @@ def test_a_run_end_to_end(tiny_bench, tmp_path, monkeypatch):
     with Records(tmp_path, tiny_bench.identity) as opened:
         row = retrieval.records_of(cell, opened.done, 3)[2]
     example = tiny_bench.example(cell, 2)
-    alone = generate_ids(
-        tiny_bench.model, example["prefix"], example["context"], example["query"],
-        method="plain", decode=CELL.decode_config(), seed=2,
-    )  # fmt: skip
+    ids = [*example["prefix"], *example["context"], *example["query"]]
+    engine = Engine(tiny_bench.model, decoding=CELL.decode_config(), method="plain")
+    alone = engine.answer([], ids, prefix=[], seed=2)
     assert row["tokens"] == alone.tokens
     assert row["evaluations"] == alone.evaluations
 
@@ -271,11 +270,11 @@ def test_measurements_on_a_tiny_model(tiny_bench, tmp_path):
     filled = [step for step in steps if step]
     assert sorted(filled) == list(range(1, len(filled) + 1))
     example = tiny_bench.example(cell, 0)
-    alone = generate_ids(
-        tiny_bench.model, example["prefix"], example["context"], example["query"],
-        chunking=cell.chunk_config(), selection=cell.selection_config(4),
-        decode=cell.decode_config(),
+    engine = Engine(
+        tiny_bench.model, chunking=cell.chunk_config(), selection=cell.selection_config(4),
+        decoding=cell.decode_config(),
     )  # fmt: skip
+    alone = engine.answer(example["context"], example["query"], prefix=example["prefix"])
     assert tokens == alone.tokens
     path = tmp_path / "speed.json"
     record = {"rows": [{"method": name, "length": 320} for name in measurements.SPEED]}

@@ -103,10 +103,10 @@ def main(argv: list[str] | None = None) -> list[int]:
     config = DecodeConfig(gen_length=16, block_length=8)
     # All chunks' KV stays, for they are scored again; the settings of the pass alone go in.
     cache, scores = prefill(model, prompt, selecting.scoring(), keep_pool=True)
-    print("scores:", " ".join(f"{x:.2f}" for x in scores[: prompt.n_chunks].tolist()))
+    print("scores:", " ".join(f"{x:.2f}" for x in scores[0, : prompt.n_chunks].tolist()))
     state = init_denoise(
         model, cache, select_top_k(scores, selecting.top_k), prompt.query, config,
-        jax.random.key(0), query_length=prompt.query_length, selecting=selecting,
+        jax.random.key(0), selecting=selecting,
     )  # fmt: skip
 
     tokens = np.asarray(state.tokens[0])

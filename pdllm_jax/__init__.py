@@ -1,5 +1,6 @@
 """Long-context inference for diffusion language models (Prefilling-dLLM) in JAX."""
 
+import importlib
 from typing import Any
 
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
@@ -67,6 +68,4 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Names of version 0.1, with a DeprecationWarning."""
-    from pdllm_jax import deprecated
-
-    return deprecated.lookup(name)
+    return importlib.import_module("pdllm_jax.deprecated").lookup(name)

@@ -24,8 +24,11 @@ INSTRUCTION = "Read the document and answer the question about it."
 # LLaDA's special tokens and chat template, for checkpoints that come without a template.
 BOS, MASK = "<|startoftext|>", "<|mdm_mask|>"
 LLADA_TEMPLATE = (
-    f"{BOS}<|start_header_id|>user<|end_header_id|>\n\n",
-    "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "{% for message in messages %}{{ ('<|startoftext|>' if loop.first else '')"
+    " + '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{% endif %}"
 )
 _PLACE = "PLACE-OF-THE-MESSAGE"  # stands for the user's text while the template is rendered
 
@@ -39,7 +42,7 @@ class Tokenizer:
     """A checkpoint's tokenizer and chat template.
 
     template: text of the chat template (before, after) a user's message; None for a base model.
-    digest: SHA-256 of tokenizer.json, hexadecimal.
+    digest: SHA-256 of tokenizer.json, hexadecimal. renderer: the transformers tokenizer.
     """
 
     backend: tokenizers.Tokenizer
@@ -48,6 +51,7 @@ class Tokenizer:
     eos_id: int
     template: tuple[str, str] | None
     digest: str = ""
+    renderer: Any = dataclasses.field(default=None, repr=False, compare=False)
 
     @classmethod
     def load(cls, folder: str | Path, config: ModelConfig) -> Tokenizer:
@@ -100,6 +104,7 @@ class Tokenizer:
             eos_id=config.eos_token_id if loaded.eos_token is None else loaded.eos_token_id,
             template=_template(loaded, backend),
             digest=hashlib.sha256(content).hexdigest(),
+            renderer=loaded,
         )
 
     @functools.cached_property
@@ -122,10 +127,11 @@ class Tokenizer:
 
     def encode_marked(self, text: str) -> list[int]:
         """Returns ids of a filled-in template, in which special tokens count as such."""
+        vocabulary: Any = self.backend
         ids, end = list[int](), 0
         for token in self._special.finditer(text):
             ids += self.encode(text[end : token.start()])
-            ids.append(self.backend.token_to_id(token.group()))
+            ids.append(vocabulary.token_to_id(token.group()))
             end = token.end()
         return ids + self.encode(text[end:])
 
@@ -142,6 +148,22 @@ class Tokenizer:
     def query(self, question: str) -> list[int]:
         """Returns the ids after a document: a question and the template's end."""
         return self.around("", f"\n\n{question}" if self.template else f"\n\n{question}\n")[1]
+
+    def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
+        """Returns a conversation in the chat template; the last turn open without a prompt for it.
+
+        Raises:
+          TokenizerError: the checkpoint has no chat template.
+        """
+        if self.template is None:
+            raise TokenizerError("the checkpoint's tokenizer has no tokens for a chat template")
+        with _refusing("the chat template cannot be used"):
+            return self.renderer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
 
     def around_document(
         self, question: str, instruction: str = INSTRUCTION
@@ -172,10 +194,12 @@ class Tokenizer:
 
 
 def _template(loaded: Any, backend: tokenizers.Tokenizer) -> tuple[str, str] | None:
-    """The chat template's text before and after a user's message; LLaDA's where its tokens exist."""
+    """The chat template's text around a user's message; LLaDA's where its tokens exist."""
     if loaded.chat_template is None:
-        names = re.findall(r"<\|\w+\|>", "".join(LLADA_TEMPLATE))
-        return None if None in map(backend.token_to_id, names) else LLADA_TEMPLATE
+        names = re.findall(r"<\|\w+\|>", LLADA_TEMPLATE)
+        if None in map(backend.token_to_id, names):
+            return None
+        loaded.chat_template = LLADA_TEMPLATE
     with _refusing("the chat template cannot be used"):
         message = [{"role": "user", "content": _PLACE}]
         text = loaded.apply_chat_template(message, tokenize=False, add_generation_prompt=True)

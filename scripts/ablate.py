@@ -27,10 +27,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # small_model
 
-from command_line import Parser, status
 from experiments.grids import GRIDS, Cell, all_cells
 from experiments.records import Records, count_lines, read_json, write_json
 from experiments.runner import run, run_processes
+
+from pdllm_jax.cli.errors import Parser, status
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES, QUICK_EXAMPLES = 352, 4  # 352: 88 of each task, 32 at each of 11 depths

@@ -36,7 +36,9 @@ import numpy as np
 from benchmark_convert import evict, sync
 from command_line import status
 
-from pdllm_jax import ChunkCache, ChunkConfig, ChunkPool, ModelConfig, ModelIdentity
+from pdllm_jax import ChunkCache, ChunkConfig, ModelConfig
+from pdllm_jax.method.cache import ChunkPool
+from pdllm_jax.storage.fingerprint import ModelIdentity
 from pdllm_jax.storage.snapshot import load_document, save_document
 
 C = 1024

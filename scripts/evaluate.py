@@ -28,17 +28,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # small_model
 
 import jax
 from bench.record import conditions
-from command_line import Parser, leave, status
 from experiments.answering import METHODS
 from experiments.benchmarks import generated, infinitebench, longbench, needle, ruler
 from experiments.benchmarks.example import DataError, Malformed, OnMalformed, Task
 from experiments.benchmarks.run import Asker, missing_work, summarise, table
 from experiments.records import Records, read_json, write_json
 from experiments.runner import run
-from options import DTYPES, add_chunking, add_placement, mesh_of
 
 from convert import converted
 from pdllm_jax import ChunkConfig, SelectionConfig, Tokenizer, load_config, load_model
+from pdllm_jax.cli.errors import Parser, leave, status
+from pdllm_jax.cli.flags import DTYPES, add_chunking, add_placement, from_args, mesh_of
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.config import Scorer
 from pdllm_jax.storage.checkpoint import MANIFEST
@@ -177,11 +177,8 @@ def evaluate(args: argparse.Namespace) -> int:
     if not all(phrase.strip() for phrase in getattr(args, "expect", ())):
         raise ValueError("--expect must not hold an empty phrase: every answer contains it")
     malformed = Malformed(args.on_malformed, lambda line: print(line, file=sys.stderr))
-    chunking = ChunkConfig(args.chunk_size, anchors=not args.no_anchors, overlap=args.overlap)
-    selection = SelectionConfig(
-        top_k=args.top_k, scorer=args.score, encoding=args.encoding, positions=args.positions,
-        encode_batch=args.encode_batch,
-    )  # fmt: skip
+    chunking = from_args(ChunkConfig, args)
+    selection = from_args(SelectionConfig, args, scorer=args.score)
     mesh = mesh_of(args)
     folder = converted(args.checkpoint)
     tokenizer = Tokenizer.load(folder, load_config(folder))

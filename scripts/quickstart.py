@@ -25,14 +25,14 @@ from convert import convert
 from pdllm_jax import (
     ChunkConfig,
     DecodeConfig,
-    GenerationResult,
     SelectionConfig,
     Tokenizer,
-    generate,
     load_config,
     load_model,
 )
 from pdllm_jax.compilation import cache_folder, enable_compilation_cache
+from pdllm_jax.deprecated import generate
+from pdllm_jax.engine.answer import Answer
 from pdllm_jax.storage.checkpoint import MANIFEST
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,7 +89,7 @@ def plant(text: str) -> str:
     return text
 
 
-def bars(result: GenerationResult, width: int = 30) -> str:
+def bars(result: Answer, width: int = 30) -> str:
     """Chunk scores as a bar chart; the lowest has no bar."""
     assert result.selection is not None
     scores, kept = result.selection["scores"], result.selection["chunks"]
@@ -102,7 +102,7 @@ def bars(result: GenerationResult, width: int = 30) -> str:
     return "\n".join(lines)
 
 
-def split(result: GenerationResult) -> str:
+def split(result: Answer) -> str:
     """Seconds by phase."""
     phases = ("draft", "score", "encode", "decode")
     used = sum(result.timings[phase] for phase in phases)

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from pallas_kernels import EMPTY_LSE, Partial, chunk_attention, resolve_implementation
 from pdllm_jax import (
@@ -19,19 +18,17 @@ from pdllm_jax import (
     ConfigError,
     DecodeConfig,
     MaskPredictor,
-    ModelConfig,
     SelectionConfig,
     SnapshotError,
     chunk_prompt,
     denoise,
     encode_document,
-    generate_ids,
     init_denoise,
-    prefill_request,
-    save_prefilled,
+    save_request,
     select_top_k,
 )
-from tests.method.test_prefill import sharpen
+from pdllm_jax.deprecated import generate_ids, prefill_request
+from tests.support.method import sharp_model
 
 CHUNKS = ChunkConfig(16)
 RNG = np.random.default_rng(0)
@@ -42,7 +39,7 @@ DECODE = DecodeConfig(gen_length=8, block_length=4)
 
 @pytest.fixture(scope="module")
 def model() -> MaskPredictor:
-    return sharpen(MaskPredictor(ModelConfig.tiny(), rngs=nnx.Rngs(0)))
+    return sharp_model()
 
 
 def answer(model, decode=DECODE, chunks=(0, 4), **more):
@@ -56,15 +53,17 @@ def test_a_scorer(model):
     """The chunk whose tokens the question shares is kept, as counted by hand."""
     prompt = chunk_prompt(PREFIX, DOCUMENT, DOCUMENT[33:40], CHUNKS)
     cache = encode_document(model, prompt)
-    there = np.arange(16) < np.asarray(cache.lengths)[:, None]
+    there = np.arange(16) < np.asarray(cache.lengths)[..., None]
     scores = jnp.where(
-        cache.lengths > 0, (jnp.isin(cache.tokens, prompt.query[:7]) & there).sum(1) * 1.0, -jnp.inf
+        cache.lengths > 0,
+        (jnp.isin(cache.tokens, prompt.query[0, :7]) & there).sum(2) * 1.0,
+        -jnp.inf,
     )
     selection = select_top_k(scores, 2)
     pieces = [set(DOCUMENT[i : i + 15].tolist()) for i in range(0, 90, 15)]
     shared = [len(set(DOCUMENT[33:40].tolist()) & piece) for piece in pieces]
     assert int(np.argmax(shared)) == 2
-    kept = selection.chunk_ids.tolist()
+    kept = selection.chunk_ids[0].tolist()
     assert 2 in kept
     state = init_denoise(
         model, cache, selection, prompt.query, DECODE, jax.random.key(0),
@@ -124,7 +123,7 @@ def test_a_snapshot_holds_no_code(model, tmp_path):
     )
     for decode in (DecodeConfig(unmask=best_then_all), DecodeConfig(remasking=probability)):
         with pytest.raises(SnapshotError, match="remasking or unmask given as functions"):
-            save_prefilled(
+            save_request(
                 tmp_path / "s", model, dataclasses.replace(ready, decode=decode), chunking=CHUNKS
             )
     assert not (tmp_path / "s").exists()

@@ -24,7 +24,7 @@ from pallas_kernels import (
 from pallas_kernels.chunk_attention.dense import _blocked, attention, dense_implementation
 from pallas_kernels.common import EMPTY_LSE, rms_norm
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
-from pdllm_jax.engine.engine import generate_ids
+from pdllm_jax.deprecated import generate_ids
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.sharding import DATA, TENSOR, make_mesh
 from pdllm_jax.network.transformer import MaskPredictor, shard_model

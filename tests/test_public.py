@@ -16,6 +16,7 @@ import pytest
 import convert
 import pallas_kernels
 import pdllm_jax
+from pdllm_jax import deprecated
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -26,7 +27,7 @@ def test_importing_touches_no_device_and_little_else():
     code = (
         "import sys, jax, flax.nnx; before = set(sys.modules);"
         "import pdllm_jax; from jax._src import xla_bridge; assert not xla_bridge._backends;"
-        "ours = {'pdllm_jax', 'pallas_kernels', 'jaxtyping', 'tokenizers'};"
+        "ours = {'pdllm_jax', 'pallas_kernels', 'jaxtyping'};"
         "new = {name.partition('.')[0] for name in sys.modules.keys() - before};"
         "assert not new - ours - sys.stdlib_module_names, new"
     )
@@ -34,7 +35,7 @@ def test_importing_touches_no_device_and_little_else():
 
 
 def test_how_command_lines_end(capsys):
-    from command_line import status
+    from pdllm_jax.cli.errors import status
 
     def fail(error):
         def call():
@@ -62,8 +63,7 @@ def test_how_command_lines_end(capsys):
 
 SAYS = """
 import sys
-sys.path.insert(0, "scripts")
-from command_line import leave, status
+from pdllm_jax.cli.errors import leave, status
 leave(status(lambda: print("\u00e9 " * 10)))
 """
 
@@ -85,10 +85,9 @@ def test_output_that_nobody_takes_is_one_line(place):
 
 
 ENDLESS = """
-import os, signal, sys, threading
-sys.path.insert(0, "scripts")
+import os, signal, threading
 import jax
-from command_line import leave, status
+from pdllm_jax.cli.errors import leave, status
 signal.signal(signal.SIGINT, signal.default_int_handler)
 def step(carry):
     return carry[0] + 1, jax.numpy.sin(carry[1] @ carry[1])
@@ -186,3 +185,13 @@ def test_the_wheel_holds_the_three_packages(tmp_path):
     }
     assert names == wanted
     assert {f"{package}/py.typed" for package in packages} <= names
+
+
+def test_there_are_at_most_40_public_names_and_old_ones_are_found_with_a_warning():
+    assert len(pdllm_jax.__all__) <= 40
+    for name in deprecated._NAMES:
+        assert name not in pdllm_jax.__all__
+        with pytest.warns(DeprecationWarning, match=f"pdllm_jax.{name} is deprecated. Use "):
+            assert getattr(pdllm_jax, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = pdllm_jax.nothing

@@ -134,7 +134,9 @@ def denoise_blocks(
     selecting: SelectionConfig | None = None,
     on_block: OnBlock | None = None,
 ) -> DenoiseState:
-    """Runs `denoise` and waits for it; with `on_block` a block at a time, which the host hands out one block later.
+    """Runs `denoise` and waits for it; with `on_block`, hands out every finished block.
+
+    A block is fetched while the next one is computed.
 
     A request has ended where its `state.block` says that it is done and only EOS follows one of its
     `stop_ids`.

@@ -199,8 +199,8 @@ class Engine:
         if self.method != "prefilling":
             raise ValueError(f"a document is asked with method 'prefilling', not {self.method!r}")
         check_scorable(document)
-        if document.lengths.size != document.lengths.shape[-1]:
-            raise ValueError("the cache holds several documents: ask about one")
+        if document.documents > 1:
+            raise ValueError(f"document must be one, the cache holds {document.documents}")
         for name, values in (("oracle", oracle), ("seeds", seeds)):
             if values is not None and len(values) != len(questions):
                 raise ValueError(f"{name} has {len(values)} entries for {len(questions)} questions")
@@ -305,8 +305,8 @@ class Engine:
         vocab = self.model.config.vocab_size
         return [check_token_ids("prefix", [] if prefix is None else prefix, vocab), ids]
 
-    def _parts(self, request: Request) -> list[np.ndarray]:
-        """[prefix, context, question]."""
+    def token_ids(self, request: Request) -> list[np.ndarray]:
+        """Returns the checked token ids of a request: [prefix, context, question], int32."""
         if isinstance(request.context, str) != isinstance(request.question, str):
             raise ValueError("context and question must both be text, or both token ids")
         document = self._document_ids(request.context, request.prefix)
@@ -318,7 +318,7 @@ class Engine:
         prompts, named = [], []
         for name, request in zip(names, requests, strict=True):
             with _naming(name):
-                parts = self._parts(request)
+                parts = self.token_ids(request)
                 prompt = chunk_prompt(*parts, self.chunking, bos_id=self._bos_id, tight=tight)
                 prompts.append(prompt)
                 named.append(oracle_ids(request.oracle, self.selection, prompt.n_chunks))
@@ -340,7 +340,7 @@ class Engine:
             with _naming(name):
                 if request.oracle is not None:
                     raise ValueError(f"oracle is for method 'prefilling', not for {self.method!r}")
-                prompts.append(np.concatenate(self._parts(request)))
+                prompts.append(np.concatenate(self.token_ids(request)))
                 if prompts[-1].size == 0:
                     raise ValueError("prompt is empty: prefix, context and question have no tokens")
                 self._require_baseline_memory(prompts[-1])

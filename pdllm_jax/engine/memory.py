@@ -166,29 +166,25 @@ class Plan:
 
 
 class Shapes(NamedTuple):
-    """What is padded how far; the prompt's arrays have an axis of `batch` requests, if not None.
+    """Padded sizes of a batch of requests.
 
     chunks: places of chunks a document; 0: no document, the query is the whole prompt.
-    pooled: one document's KV is held already, and `batch` questions are asked about it.
+    pooled: one document's KV is held already, and `requests` questions are asked about it.
     """
 
-    batch: int | None
+    requests: int
     prefix: int
     query: int
     chunks: int
     chunk_size: int
     pooled: bool = False
 
-    @property
-    def requests(self) -> int:
-        return 1 if self.batch is None else self.batch
-
     @classmethod
     def of(cls, prompt: ChunkedPrompt, cache: ChunkCache | None = None) -> Shapes:
         """Those of a prompt, or of questions about the document of a cache."""
         chunks = prompt.chunks if cache is None else cache.tokens
         return cls(
-            batch=prompt.query.shape[0] if prompt.query.ndim == 2 else None,
+            requests=prompt.query.shape[0],
             prefix=prompt.prefix.shape[-1],
             query=prompt.query.shape[-1],
             chunks=chunks.shape[-2],
@@ -296,7 +292,7 @@ class _Answer:
         self.implementation, self.data = implementation, data
         # A device's share, as `parallel.rows_axis` divides; pools lie whole on the data axis.
         self.requests = shapes.requests // (1 if shapes.requests % data else data)
-        self.streams = streams(selecting, batched=shapes.batch is not None) and not shapes.pooled
+        self.streams = streams(selecting, batched=shapes.requests > 1) and not shapes.pooled
         self.pooling = (
             self.streams
             or shapes.pooled
@@ -507,7 +503,7 @@ class _Answer:
         if s.pooled:
             one = dataclasses.replace(how, scorer="first", encoding="independent", reselect="never")
             alone = _Answer(
-                sizes, s._replace(batch=None), one, self.decode, self.implementation, self.data
+                sizes, s._replace(requests=1), one, self.decode, self.implementation, self.data
             )
             found.append(
                 Phase(
@@ -634,12 +630,12 @@ def shapes_of(
         if batch is not None or questions is not None:
             raise ValueError(f"method {method!r} answers one request at a time")
         rows = bucket(prefix + document + query, 8)
-        return Shapes(None, 0, rows, 0, chunking.chunk_size), selection, decode
+        return Shapes(1, 0, rows, 0, chunking.chunk_size), selection, decode
     n = count_chunks(document, chunking)
     several = batch if questions is None else questions
-    tight = questions is not None or keeps_pool(selection, batched=batch is not None)
+    tight = questions is not None or keeps_pool(selection, batched=(batch or 1) > 1)
     shapes = Shapes(
-        batch=None if several is None else batch_size(several),
+        requests=batch_size(several or 1),
         prefix=bucket_rows(prefix),
         query=bucket_rows(query),
         chunks=bucket_chunks(n, tight),
@@ -714,7 +710,7 @@ def require_baseline_memory(
     """`require_memory` of a baseline, whose whole prompt has so many rows."""
     found = _limit(model, limit)
     if found is not None:
-        shapes = Shapes(None, 0, rows, 0, 1)
+        shapes = Shapes(1, 0, rows, 0, 1)
         _require(model, shapes, SelectionConfig(), decode, "xla", *found)
 
 
@@ -789,14 +785,14 @@ def _changes(
             yield [select(f"top_k={n}", top_k=n) for n in halves(selecting.top_k)]
         if selecting.reselect != "never":
             yield [select("reselect='never'", reselect="never")]
-        if selecting.encoding != "independent" and shapes.batch is None:
+        if selecting.encoding != "independent" and shapes.requests == 1 and not shapes.pooled:
             words = "encoding='independent', which streams the document"
             yield [select(words, encoding="independent")]
-        if needs_pool(selecting) and shapes.batch is not None and not shapes.pooled:
+        if needs_pool(selecting) and shapes.requests > 1 and not shapes.pooled:
             words = "encoding='joint', which keeps no KV of the document"
             yield [select(words, encoding="joint")]
-    if shapes.batch is not None:
+    if shapes.requests > 1:
         yield [
-            (f"{n} requests at a time", (shapes._replace(batch=n), selecting, decode))
-            for n in halves(shapes.batch)
+            (f"{n} requests at a time", (shapes._replace(requests=n), selecting, decode))
+            for n in halves(shapes.requests)
         ]

@@ -1,12 +1,12 @@
 """A document whose KV does not fit the device: it lies in the host's memory, chunk by chunk.
 
-    document = encode_offloaded(model, prompt)               a few chunks at a time on the device
-    chosen = choose_offloaded(model, document, query, ...)   scores it in groups that pass through,
-    finish(model, begin(model, chosen, decode))              then brings the K chosen chunks over
+    document = encode_offloaded(model, prompt)              a few chunks at a time on the device
+    selected = select_offloaded(model, document, query_ids, config)
+    (answer,) = engine.decode(selected)
 
-Every chunk is two host arrays of its own, so that what comes over is exactly what was chosen, in
-one transfer each, with no slicing of host memory. They lie in pinned memory where the backend has
-it (JAX memory kinds), which a GPU reads by DMA while it computes.
+Selection scores groups of chunks that pass through the device, then brings the K chosen ones over.
+Every chunk is two host arrays, so that one transfer each moves exactly what was chosen. They lie in
+pinned memory where the backend has it (JAX memory kinds), which a GPU reads by DMA.
 """
 
 from __future__ import annotations
@@ -20,16 +20,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels import Implementation
 from pdllm_jax.config import CONTROLS, SelectionConfig
 from pdllm_jax.engine.memory import MemoryLimitError
-from pdllm_jax.engine.request import Prefilled, settled, trimmed
+from pdllm_jax.engine.request import (
+    PreparedRequest,
+    SelectedRequest,
+    Timer,
+    prepare,
+    question_prompt,
+    request_keys,
+)
 from pdllm_jax.method.cache import ChunkCache, ChunkPool
-from pdllm_jax.method.chunking import ChunkedPrompt, TokenIds, bucket_rows, check_token_ids, pad_to
-from pdllm_jax.method.prefill import encode_document
-from pdllm_jax.method.scoring import Question, draft_response, score_chunks
+from pdllm_jax.method.chunking import ChunkedPrompt, TokenIds, check_token_ids
+from pdllm_jax.method.prefill import encode_document, needs_pool
+from pdllm_jax.method.scoring import score_chunks
 from pdllm_jax.method.selection import EMPTY_SLOT, control_scores, select
 from pdllm_jax.network.sharding import TENSOR
 from pdllm_jax.network.transformer import MaskPredictor
@@ -99,14 +106,14 @@ def encode_offloaded(
       ValueError: a batch of prompts; no host memory.
       MemoryLimitError: XLA would not pin so much of it (`check_host_memory`).
     """
-    if prompt.chunks.ndim != 2:
-        raise ValueError("one document is offloaded at a time, not a batch of them")
+    if prompt.chunks.shape[0] > 1:
+        raise ValueError(f"one document is offloaded at a time, got {prompt.chunks.shape[0]}")
     group = 2 * encode_batch if group is None else group
-    n, size = prompt.n_chunks, prompt.chunk_size
+    n = prompt.n_chunks
     device = _device(model.mesh)
     host = host_memory(device)
     config = model.config
-    values = 2 * config.n_layers * config.n_kv_heads * config.head_dim * size
+    values = 2 * config.n_layers * config.n_kv_heads * config.head_dim * prompt.chunk_size
     check_host_memory(host, n * values * model.dtype.itemsize)
     k: list[Array] = []
     v: list[Array] = []
@@ -114,8 +121,8 @@ def encode_offloaded(
     for first in range(0, n, group):
         part = dataclasses.replace(
             prompt,
-            chunks=_rows(prompt.chunks, first, group, size),
-            chunk_lengths=_rows(prompt.chunk_lengths, first, group),
+            chunks=_chunks(prompt.chunks, first, group),
+            chunk_lengths=_chunks(prompt.chunk_lengths, first, group),
         )
         cache = encode_document(model, part, encode_batch=encode_batch)
         assert cache.pool is not None
@@ -135,7 +142,7 @@ def offload(cache: ChunkCache) -> OffloadedDocument:
 
     Of a snapshot: `load_document` with a placement that gives `host_memory` for the pool's arrays.
     """
-    if cache.pool is None or cache.batched or cache.streamed:
+    if cache.pool is None or cache.documents > 1 or cache.streamed:
         raise ValueError("only one document's cache with the KV of every chunk can be offloaded")
     lies = cache.pool.k.sharding
     device = _device(lies.mesh if isinstance(lies, NamedSharding) else None)
@@ -160,7 +167,7 @@ def fetch(document: OffloadedDocument, chunk_ids: Sequence[int]) -> ChunkPool:
     EMPTY_SLOT gives a chunk of length 0, for which chunk 0 comes over.
     """
     ids = [max(int(i), 0) for i in chunk_ids]
-    lengths = np.where(np.asarray(chunk_ids) >= 0, np.asarray(document.cache.lengths)[ids], 0)
+    lengths = np.where(np.asarray(chunk_ids) >= 0, np.asarray(document.cache.lengths)[0, ids], 0)
     # All transfers are under way before the first is waited for.
     k, v = ([jax.device_put(x[i], document.device) for i in ids] for x in (document.k, document.v))
     return ChunkPool(_stacked(*k), _stacked(*v), jnp.asarray(lengths, jnp.int32))
@@ -174,110 +181,117 @@ def _stacked(*chunks: Array) -> Array:
 def score_offloaded(
     model: MaskPredictor,
     document: OffloadedDocument,
-    query_ids: Int[Array, "Q"],
-    config: SelectionConfig,
+    request: PreparedRequest,
     *,
-    query_length: Int[Array, ""] | None = None,
-    key: Array | None = None,
     group: int = 8,
     implementation: Implementation | None = None,
-) -> Float[Array, "N"]:
-    """`score_chunks`, the KV passing through the device `group` chunks at a time.
+    timer: Timer | None = None,
+) -> Float[Array, "1 N"]:
+    """Returns the scores of `score_chunks`, up to the order of sums.
 
-    Two groups lie on the device at once: one is scored while the next comes over. Each score is
-    that of `score_chunks` up to the order of sums; the controls read no KV.
+    Two groups of chunks lie on the device at once: one is scored while the next comes over. The
+    controls read no KV.
 
-    Raises:
-      ValueError: scorer "attention", which compares all chunks' KV at once.
+    Args:
+      request: one question about the document's cache (`offloaded_request`).
+      group: chunks of a group.
     """
-    cache = document.cache
-    if config.scorer == "attention":
-        raise ValueError("scorer 'attention' compares all chunks' KV: it cannot be streamed")
-    if config.scorer in CONTROLS:
-        return control_scores(config, cache.lengths > 0, key)
-    rows = jnp.asarray(query_ids.shape[-1] if query_length is None else query_length, jnp.int32)
-    draft = None
-    if config.scorer == "draft":
-        question = Question(cache.prefix_ids, cache.prefix_length, query_ids, rows)
-        draft = draft_response(model, question, config)
-    n, size = len(document.k), cache.tokens.shape[1]
+    timer, config, prompt = timer or Timer(), request.config.scoring(), request.prompt
+    draft = request.draft(model, timer)
+    cache, n = document.cache, len(document.k)
 
     def part(first: int) -> ChunkCache:
-        ids = [i if i < n else EMPTY_SLOT for i in range(first, first + group)]
-        pool = fetch(document, ids)
-        tokens = _rows(cache.tokens, first, group, size)
-        return dataclasses.replace(cache, pool=pool, tokens=tokens, lengths=pool.lengths)
+        pool = fetch(document, [i if i < n else EMPTY_SLOT for i in range(first, first + group)])
+        tokens = _chunks(cache.tokens, first, group)
+        return dataclasses.replace(cache, pool=pool, tokens=tokens, lengths=pool.lengths[None])
 
-    scores = []
-    following = part(0)
-    for first in range(0, n, group):
-        here = following
-        found = score_chunks(
-            model, here, query_ids, config,
-            query_length=rows, draft=draft, implementation=implementation,
-        )  # fmt: skip
-        if first + group < n:
-            following = part(first + group)
-        # No third group before the first is done with.
-        scores.append(jax.block_until_ready(found))
-    whole = jnp.concatenate(scores)[:n]
-    return jnp.pad(whole, (0, cache.lengths.shape[0] - n), constant_values=-jnp.inf)
+    with timer.phase("score"):
+        if config.scorer in CONTROLS:
+            return control_scores(config, cache.lengths > 0, request.scoring_keys())
+        scores = []
+        following = part(0)
+        for first in range(0, n, group):
+            current = following
+            rows = score_chunks(
+                model,
+                current,
+                prompt.query,
+                config,
+                query_length=prompt.query_length,
+                draft=draft,
+                implementation=implementation,
+            )
+            if first + group < n:
+                following = part(first + group)
+            # The first group is done before a third one comes over.
+            scores.append(jax.block_until_ready(rows))
+        joined = jnp.concatenate(scores, axis=1)[:, :n]
+        padding = ((0, 0), (0, cache.lengths.shape[1] - n))
+        return jnp.pad(joined, padding, constant_values=-jnp.inf)
 
 
-def choose_offloaded(
+def offloaded_request(
+    document: OffloadedDocument,
+    query_ids: TokenIds,
+    config: SelectionConfig,
+    *,
+    seed: int = 0,
+    vocab_size: int | None = None,
+) -> PreparedRequest:
+    """Prepares one question about an offloaded document.
+
+    Raises:
+      ValueError: an empty question; ids outside the vocabulary; settings that need the KV of every
+        chunk at once: re-selection and the scorer "attention"; the scorer "oracle".
+    """
+    if config.reselect != "never":
+        raise ValueError("re-selection reads all chunks' KV: the document cannot be offloaded")
+    if config.scorer == "attention":
+        raise ValueError("scorer 'attention' compares all chunks' KV: it cannot be streamed")
+    if config.scorer == "oracle":
+        raise ValueError("scorer 'oracle' needs the ids of the chunks to keep")
+    ids = check_token_ids("query", query_ids, vocab_size or 1 << 31)
+    if ids.size == 0:
+        raise ValueError("query is empty")
+    prompt = question_prompt(document.cache, [ids], 1)
+    return prepare(prompt, config, request_keys([seed], 1), cache=document.cache)
+
+
+def select_offloaded(
     model: MaskPredictor,
     document: OffloadedDocument,
     query_ids: TokenIds,
-    selecting: SelectionConfig,
-    keys: Array,
+    config: SelectionConfig,
     *,
+    seed: int = 0,
     group: int = 8,
     implementation: Implementation | None = None,
-) -> Prefilled:
-    """`choose` for one question on an offloaded document; go on with `begin`.
+) -> SelectedRequest:
+    """Selects chunks of an offloaded document for one question; `Engine.decode` goes on.
 
-    Encodings that start from a chunk's KV bring the K chosen chunks over, once; the others, which
-    make their own from the tokens, none.
+    Encodings that start from a chunk's KV bring the K chosen chunks over, once. The others compute
+    their own KV from the tokens.
 
     Args:
-      keys: of the request, [1] (`request_keys`).
+      query_ids: token ids behind the document. config: settings of the selection.
+      seed: of the request. group: as in `score_offloaded`.
 
     Raises:
-      ValueError: an empty question, ids outside the vocabulary; re-selection, which may want every
-        chunk's KV at every step; the scorers "attention" and "oracle".
+      ValueError: as `offloaded_request`.
     """
-    if selecting.reselect != "never":
-        raise ValueError("re-selection reads all chunks' KV: the document cannot be offloaded")
-    ids = check_token_ids("query", query_ids, model.config.vocab_size)
-    if ids.size == 0:
-        raise ValueError("query is empty")
-    query, length = jnp.asarray(pad_to(ids, bucket_rows(ids.size))), jnp.int32(ids.size)
-    n = len(document.k)
-    selecting = settled(selecting, n)
-    scores = score_offloaded(
-        model, document, query, selecting.scoring(),
-        query_length=length, key=jax.random.fold_in(keys[0], 1), group=group,
-        implementation=implementation,
-    )  # fmt: skip
-    selection = select(scores, selecting)
-    if selecting.max_k is not None:
-        selection = trimmed(selection)
-    cache = document.cache
-    if selecting.encoding in ("independent", "bridge"):
-        chosen = np.asarray(selection.chunk_ids)
-        cache = dataclasses.replace(cache, pool=fetch(document, chosen.tolist()), streamed=True)
-        slots = np.where(chosen >= 0, np.arange(chosen.size), EMPTY_SLOT)
-        selection = dataclasses.replace(selection, slots=jnp.asarray(slots, jnp.int32))
-    return Prefilled(
-        cache=cache,
-        selection=selection,
-        query=query,
-        query_length=length,
-        keys=keys,
-        counts=jnp.asarray([n], jnp.int32),
-        scores=None if selecting.scorer == "all" else scores,
-        state=None,
-        selecting=selecting,
+    vocab = model.config.vocab_size
+    request = offloaded_request(document, query_ids, config, seed=seed, vocab_size=vocab)
+    scores = score_offloaded(model, document, request, group=group, implementation=implementation)
+    selected = request.selected(document.cache, select(scores, request.config), scores)
+    if not needs_pool(request.config):
+        return selected
+    ids = np.asarray(selected.selection.chunk_ids)
+    pool = fetch(document, ids[0].tolist())
+    slots = jnp.asarray(np.where(ids >= 0, np.arange(ids.size), EMPTY_SLOT), jnp.int32)
+    return dataclasses.replace(
+        selected,
+        cache=dataclasses.replace(document.cache, pool=pool, streamed=True),
+        selection=dataclasses.replace(selected.selection, slots=slots),
     )
 
 
@@ -288,7 +302,7 @@ def _device(mesh: Any) -> Sharding:
     return NamedSharding(mesh, PartitionSpec(None, TENSOR))
 
 
-def _rows(x: Array, first: int, count: int, *axes: int) -> Array:
-    """x[first : first + count], zeros behind its end."""
-    piece = x[first : first + count]
-    return jnp.pad(piece, ((0, count - piece.shape[0]), *[(0, 0)] * len(axes)))
+def _chunks(x: Array, first: int, count: int) -> Array:
+    """x[:, first : first + count], padded with zeros."""
+    piece = x[:, first : first + count]
+    return jnp.pad(piece, [(0, 0), (0, count - piece.shape[1]), *[(0, 0)] * (x.ndim - 2)])

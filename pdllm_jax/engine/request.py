@@ -36,7 +36,7 @@ from pdllm_jax.method.chunking import (
 from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import needs_pool, prefill, prefill_top_k
 from pdllm_jax.method.sampling import random_key
-from pdllm_jax.method.scoring import Draft, Question, draft_response, score_chunks
+from pdllm_jax.method.scoring import Draft, draft_response, score_chunks
 from pdllm_jax.method.selection import EMPTY_SLOT, Selection, select
 from pdllm_jax.network.config import ConfigError
 from pdllm_jax.network.transformer import MaskPredictor
@@ -45,7 +45,7 @@ _COMPILE_EVENTS = "/jax/core/compile/"
 
 
 class Timer:
-    """Seconds of each phase. What this thread traces and compiles counts under "compile" instead."""
+    """Seconds of each phase; what this thread traces and compiles counts under "compile"."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {"compile": 0.0}
@@ -168,11 +168,8 @@ class PreparedRequest:
         if self.config.scorer != "draft":
             return None
         with timer.phase("draft"):
-            prompt = self.prompt
-            question = Question(
-                prompt.prefix, prompt.prefix_length, prompt.query, prompt.query_length
-            )
-            return jax.block_until_ready(draft_response(model, question, self.config.scoring()))
+            draft = draft_response(model, self.prompt, self.config.scoring())
+            return jax.block_until_ready(draft)
 
     def scoring_keys(self) -> Array:
         """PRNG keys of the scorer "random", [B]."""
@@ -311,9 +308,7 @@ def select_chunks(
             )
         elif request.streams:
             passing = passing_config(config, streaming=True)
-            alone, inputs = jax.tree.map(lambda x: x[0], (prompt, shared))
-            cache, *rows = prefill_top_k(model, alone, passing, **inputs)
-            return request.selected(cache, *jax.tree.map(lambda x: x[None], rows))
+            return request.selected(*prefill_top_k(model, prompt, passing, **shared))
         else:
             passing = passing_config(config, streaming=False)
             cache, scores = prefill(model, prompt, passing, **shared)
@@ -390,11 +385,7 @@ def drop_other_chunks(request: AnyRequest) -> AnyRequest:
         return dataclasses.replace(request, cache=cache.without_pool())
     ids = selection.slots
     if ids is None:
-        ids = selection.chunk_ids
-        if cache.lengths.ndim == 2:
-            documents, n = cache.lengths.shape
-            first = jnp.arange(documents)[:, None] * n
-            ids = jnp.where(ids >= 0, first + ids, EMPTY_SLOT)
+        ids = cache.places(selection.chunk_ids)
     pool, places = _gathered(cache.pool, ids)
     return dataclasses.replace(
         request,
@@ -413,7 +404,7 @@ def _gathered(pool: ChunkPool, ids: Int[Array, "B K"]) -> tuple[ChunkPool, Int[A
 
 
 def trimmed(selection: Selection) -> Selection:
-    """Removes the slots that are empty in every request, so that later phases do not pay for them."""
+    """Removes the slots that are empty in every request: later phases would pay for them."""
     kept = np.count_nonzero(np.asarray(selection.chunk_ids) != EMPTY_SLOT, axis=-1)
     return jax.tree.map(lambda x: x[..., : max(1, int(kept.max()))], selection)
 
@@ -434,12 +425,12 @@ def document_prompt(
     chunks, lengths = split_context(context_ids, config, bos_id)
     n = bucket_chunks(len(chunks), tight=True)
     return ChunkedPrompt(
-        prefix=jnp.asarray(pad_to(prefix, bucket_rows(prefix.size))),
-        prefix_length=jnp.asarray(prefix.size, jnp.int32),
-        chunks=jnp.asarray(pad_to(chunks, n)),
-        chunk_lengths=jnp.asarray(pad_to(lengths, n)),
-        query=jnp.zeros((0,), jnp.int32),
-        query_length=jnp.zeros((), jnp.int32),
+        prefix=jnp.asarray(pad_to(prefix, bucket_rows(prefix.size))[None]),
+        prefix_length=jnp.asarray([prefix.size], jnp.int32),
+        chunks=jnp.asarray(pad_to(chunks, n)[None]),
+        chunk_lengths=jnp.asarray(pad_to(lengths, n)[None]),
+        query=jnp.zeros((1, 0), jnp.int32),
+        query_length=jnp.zeros((1,), jnp.int32),
         anchors=config.anchors,
     )
 
@@ -449,10 +440,10 @@ def question_prompt(
 ) -> ChunkedPrompt:
     """Questions about one encoded document, padded to a batch of `size`, without its chunks."""
     rows = bucket_rows(max(ids.size for ids in questions))
-    query = np.zeros((size, rows), np.int32)
-    query[: len(questions)] = [pad_to(ids, rows) for ids in questions]
+    query = np.full((size, rows), -1, np.int32)
+    query[: len(questions)] = [pad_to(ids, rows, -1) for ids in questions]
     lengths = [ids.size for ids in questions] + [0] * (size - len(questions))
-    chunk_size = document.tokens.shape[-1]
+    chunk_size = document.tokens.shape[2]
     return ChunkedPrompt(
         prefix=jnp.broadcast_to(document.prefix_ids, (size, document.prefix_ids.shape[-1])),
         prefix_length=jnp.broadcast_to(document.prefix_length, (size,)),

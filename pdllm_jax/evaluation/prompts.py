@@ -12,15 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from pdllm_jax.engine.engine import Request
-from pdllm_jax.tokenizer import (
-    BOS,
-    END_HEADER,
-    END_TURN,
-    EOS,
-    MASK,
-    START_HEADER,
-    Tokenizer,
-)
+from pdllm_jax.tokenizer import Tokenizer
 
 # Of `split_by_rule`, in characters: the longest first paragraph that is taken for an instruction,
 # and how much is taken for the question.
@@ -179,24 +171,9 @@ def split_request(
 ) -> Request:
     """The token ids that the method gets of a prompt, each part encoded by itself."""
     prefix, query = tokenizer.around(prompt.before, prompt.after, chat=chat, response=response)
-    return Request(prefix, tokenizer.encode(prompt.context), query)
+    return Request(tokenizer.encode(prompt.context), query, prefix=prefix)
 
 
 def fitting_block(gen_length: int, most: int) -> int:
     """The longest block of at most `most` tokens that responses of this length can be cut into."""
     return next(n for n in range(min(most, gen_length), 0, -1) if gen_length % n == 0)
-
-
-def encode_marked(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text in which special tokens that are spelt out count as such: a filled-in template.
-
-    `Tokenizer.encode` takes them for text, as it should where the text is a document.
-    """
-    names = (BOS, EOS, MASK, START_HEADER, END_HEADER, END_TURN)
-    ids = {name: tokenizer.backend.token_to_id(name) for name in names}
-    known = [name for name, index in ids.items() if index is not None]
-    found: list[int] = []
-    for part in re.split("(" + "|".join(map(re.escape, known)) + ")", text):
-        index = ids.get(part)
-        found += tokenizer.encode(part) if index is None else [index]
-    return found

@@ -58,53 +58,52 @@ class ChunkPool:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ChunkCache:
-    """What is kept of a document, or of a batch of them, once it went through `prefill`.
+    """Documents after `prefill`: their tokens, and the KV that later steps read.
 
-    pool: KV of every chunk, encoded on its own behind the prefix (None where only scores were
-      wanted: joint encoding makes its own). Chunk n of document b is the pool's b N + n.
-    tokens [*B, N, C], lengths [*B, N]: the chunks themselves, from which joint encoding starts.
-    prefix_ids [*B, P], prefix_length [*B]: the prefix.
-    prefix_k, prefix_v [L, *B, P, G, D]: its KV, keys rotated at 0..P-1 (None for an empty prefix,
+    Z documents: one for each request, or one that all requests share.
+
+    pool: KV of every chunk, each encoded behind the prefix alone; None where only scores were
+      needed (joint encoding computes its own KV). Chunk n of document z is the pool's z N + n.
+    tokens [Z, N, C], lengths [Z, N]: the chunks, from which joint encoding starts.
+    prefix_ids [Z, P], prefix_length [Z]: the prefix.
+    prefix_k, prefix_v [L, Z, P, G, D]: its KV, keys rotated at 0..P-1 (None for an empty prefix,
       and without a pool).
-    streamed: the pool holds the kept chunks alone, at the places that the selection names.
+    streamed: the pool holds the kept chunks only, at the places that `Selection.slots` names.
     anchors: chunks begin with an anchor.
     """
 
     pool: ChunkPool | None
-    tokens: Int[Array, "*B N C"]
-    lengths: Int[Array, "*B N"]
-    prefix_ids: Int[Array, "*B P"]
-    prefix_length: Int[Array, "*B"]
-    prefix_k: Float[Array, "L *B P G D"] | None
-    prefix_v: Float[Array, "L *B P G D"] | None
+    tokens: Int[Array, "Z N C"]
+    lengths: Int[Array, "Z N"]
+    prefix_ids: Int[Array, "Z P"]
+    prefix_length: Int[Array, "Z"]
+    prefix_k: Float[Array, "L Z P G D"] | None
+    prefix_v: Float[Array, "L Z P G D"] | None
     streamed: bool = dataclasses.field(default=False, metadata={"static": True})
     anchors: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
-    def batched(self) -> bool:
-        """Whether there is a document for each request, rather than one for all."""
-        return self.tokens.ndim == 3
+    def documents(self) -> int:
+        """Z, the number of documents."""
+        return self.tokens.shape[0]
 
-    def per_document(self) -> ChunkCache:
-        """With an axis of documents, if only of one."""
-        if self.batched:
-            return self
+    def document_of(self, batch: int) -> Int[Array, "B"]:
+        """The document of each of `batch` requests.
 
-        def add(x: Array | None) -> Array | None:
-            return None if x is None else x[:, None]
+        Raises:
+          ValueError: there are several documents, and not one for each request.
+        """
+        if self.documents not in (1, batch):
+            raise ValueError(f"{batch} questions for a cache of {self.documents} documents")
+        return jnp.arange(batch) if self.documents > 1 else jnp.zeros((batch,), jnp.int32)
 
-        return dataclasses.replace(
-            self,
-            tokens=self.tokens[None],
-            lengths=self.lengths[None],
-            prefix_ids=self.prefix_ids[None],
-            prefix_length=self.prefix_length[None],
-            prefix_k=add(self.prefix_k),
-            prefix_v=add(self.prefix_v),
-        )
+    def places(self, chunk_ids: Int[Array, "B K"]) -> Int[Array, "B K"]:
+        """Where the pool holds chunks of each request's document; -1 for an empty slot."""
+        first = self.document_of(chunk_ids.shape[0])[:, None] * self.tokens.shape[1]
+        return jnp.where(chunk_ids >= 0, first + chunk_ids, -1)
 
     def without_pool(self) -> ChunkCache:
-        """What decoding against a state's own chunks needs of it."""
+        """The cache for decoding against chunks that the state holds itself."""
         return dataclasses.replace(self, pool=None)
 
 
@@ -264,23 +263,21 @@ def place_chunks(
     starts behind the full slot of the last: at P + K C, P + N C or P + C, K and N counting what
     exists.
     """
-    documents = cache.per_document()
-    n, size = documents.tokens.shape[1:]
-    there = selected >= 0
-    document = jnp.arange(selected.shape[0]) if cache.batched else jnp.zeros((), jnp.int32)
-    lengths = jnp.broadcast_to(documents.lengths, (selected.shape[0], n))
+    batch, (n, size) = selected.shape[0], cache.tokens.shape[1:]
+    valid = selected >= 0
     if positions == "continuous":
         slot = jnp.arange(selected.shape[1])[None]
-        slots = jnp.count_nonzero(there, axis=1)
+        slots = jnp.count_nonzero(valid, axis=1)
     elif positions == "absolute":
+        lengths = jnp.broadcast_to(cache.lengths, (batch, n))
         slot, slots = jnp.maximum(selected, 0), jnp.count_nonzero(lengths, axis=1)
     else:
-        slot, slots = jnp.zeros_like(selected), there.any(axis=1).astype(jnp.int32)
+        slot, slots = jnp.zeros_like(selected), valid.any(axis=1).astype(jnp.int32)
     start = state.prefix_length[:, None]
     return dataclasses.replace(
         state,
         selected=selected,
-        chunk_ids=jnp.where(there, document[..., None] * n + selected, -1),
+        chunk_ids=cache.places(selected),
         chunk_starts=jnp.broadcast_to(start + slot * size, selected.shape),
         query_start=state.prefix_length + slots * size,
     )
@@ -290,8 +287,6 @@ def chosen_chunks(
     cache: ChunkCache, selected: Int[Array, "B K"]
 ) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
     """Tokens and valid lengths of the chosen chunks; empty slots have length 0."""
-    documents = cache.per_document()
-    batch, ids = selected.shape[0], jnp.maximum(selected, 0)
-    document = jnp.arange(batch)[:, None] if cache.batched else jnp.zeros((batch, 1), jnp.int32)
-    lengths = jnp.where(selected >= 0, documents.lengths[document, ids], 0)
-    return documents.tokens[document, ids], lengths
+    document, ids = cache.document_of(selected.shape[0])[:, None], jnp.maximum(selected, 0)
+    lengths = jnp.where(selected >= 0, cache.lengths[document, ids], 0)
+    return cache.tokens[document, ids], lengths

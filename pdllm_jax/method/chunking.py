@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,33 +22,48 @@ TokenIds = Sequence[int] | np.ndarray
 _ANY = 1 << 31  # a vocabulary that has every id
 
 
+class Question(NamedTuple):
+    """Prefix and query of each request, padded behind their lengths."""
+
+    prefix: Int[Array, "B P"]
+    prefix_length: Int[Array, "B"]
+    query: Int[Array, "B Q"]
+    query_length: Int[Array, "B"]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ChunkedPrompt:
-    """A long prompt cut up, or a batch of them; int32 arrays, padded to buckets.
+    """A batch of long prompts, each cut into chunks; int32 arrays, padded to buckets.
 
-    prefix [*B, P'], prefix_length [*B]: tokens before the document; so many of them count.
-    chunks [*B, N', C], chunk_lengths [*B, N']: the document; empty chunks (length 0) come last.
-    query [*B, Q'], query_length [*B]: tokens after the document.
+    prefix [B, P], prefix_length [B]: tokens before the document, padding behind the length.
+    chunks [B, N, C], chunk_lengths [B, N]: the document; empty chunks (length 0) come last.
+    query [B, Q], query_length [B]: tokens after the document, -1 behind the length.
     anchors: chunks begin with an anchor.
     """
 
-    prefix: Int[Array, "*B P"]
-    prefix_length: Int[Array, "*B"]
-    chunks: Int[Array, "*B N C"]
-    chunk_lengths: Int[Array, "*B N"]
-    query: Int[Array, "*B Q"]
-    query_length: Int[Array, "*B"]
+    prefix: Int[Array, "B P"]
+    prefix_length: Int[Array, "B"]
+    chunks: Int[Array, "B N C"]
+    chunk_lengths: Int[Array, "B N"]
+    query: Int[Array, "B Q"]
+    query_length: Int[Array, "B"]
     anchors: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
     def n_chunks(self) -> int:
-        """Chunks that hold tokens, the most of a batch. Fetches from the device: not under jit."""
+        """Chunks that hold tokens, the maximum over the batch. Waits for the device."""
         return int(np.count_nonzero(np.asarray(self.chunk_lengths), axis=-1).max())
 
     @property
     def chunk_size(self) -> int:
+        """C, rows of a chunk."""
         return self.chunks.shape[-1]
+
+    @property
+    def question(self) -> Question:
+        """Prefix and query, without the document."""
+        return Question(self.prefix, self.prefix_length, self.query, self.query_length)
 
 
 def bucket(n: int, granularity: int = 1, parts: int = 8) -> int:
@@ -131,9 +147,14 @@ def split_context(
     return chunks, lengths
 
 
-def pad_to(ids: np.ndarray, size: int) -> np.ndarray:
-    """ids with zeros behind, `size` rows in all."""
-    return np.concatenate([ids, np.zeros((size - len(ids), *ids.shape[1:]), ids.dtype)])
+def pad_to(ids: np.ndarray, size: int, fill: int = 0) -> np.ndarray:
+    """ids padded to `size` rows with `fill`."""
+    return np.concatenate([ids, np.full((size - len(ids), *ids.shape[1:]), fill, ids.dtype)])
+
+
+def count_ids(query_ids: Int[Array, "B Q"]) -> Int[Array, "B"]:
+    """Ids of each row that are not padding (-1)."""
+    return jnp.count_nonzero(query_ids >= 0, axis=1).astype(jnp.int32)
 
 
 def chunk_prompt(
@@ -145,7 +166,7 @@ def chunk_prompt(
     bos_id: int | None = None,
     tight: bool = False,
 ) -> ChunkedPrompt:
-    """Cuts a prompt into what `prefill` takes.
+    """Cuts a prompt into the arrays that `prefill` takes: a batch of one, [1, N, C].
 
     Args:
       prefix_ids: BOS and instruction; may be empty where there are no anchors.
@@ -168,12 +189,12 @@ def chunk_prompt(
     chunks, lengths = split_context(context_ids, config, bos_id)
     n = bucket_chunks(len(chunks), tight)
     return ChunkedPrompt(
-        prefix=jnp.asarray(pad_to(prefix, bucket_rows(prefix.size))),
-        prefix_length=jnp.asarray(prefix.size, jnp.int32),
-        chunks=jnp.asarray(pad_to(chunks, n)),
-        chunk_lengths=jnp.asarray(pad_to(lengths, n)),
-        query=jnp.asarray(pad_to(query, bucket_rows(query.size))),
-        query_length=jnp.asarray(query.size, jnp.int32),
+        prefix=jnp.asarray(pad_to(prefix, bucket_rows(prefix.size))[None]),
+        prefix_length=jnp.asarray([prefix.size], jnp.int32),
+        chunks=jnp.asarray(pad_to(chunks, n)[None]),
+        chunk_lengths=jnp.asarray(pad_to(lengths, n)[None]),
+        query=jnp.asarray(pad_to(query, bucket_rows(query.size), -1)[None]),
+        query_length=jnp.asarray([query.size], jnp.int32),
         anchors=config.anchors,
     )
 
@@ -182,9 +203,9 @@ def batch_prompts(prompts: Sequence[ChunkedPrompt], size: int | None = None) -> 
     """Prompts of different lengths as one batch: every axis padded to the longest.
 
     Args:
-      prompts: at least one, not batched, of one chunk size.
-      size: requests of the batch, by default as many as there are; those added are empty (nothing
-        is encoded or scored for them).
+      prompts: at least one, each of one request, with the same chunk size and anchors.
+      size: requests of the batch, by default the number of prompts. Requests that are added are
+        empty: nothing is encoded or scored for them.
 
     Raises:
       ValueError: no prompt, more than `size`, or different chunk sizes or anchors.
@@ -198,12 +219,13 @@ def batch_prompts(prompts: Sequence[ChunkedPrompt], size: int | None = None) -> 
     if extra < 0:
         raise ValueError(f"{len(prompts)} prompts do not fit a batch of {size}")
 
-    def stack(*values: Array) -> Array:
-        arrays = [np.asarray(value) for value in values]
-        shape = [max(lengths) for lengths in zip(*(x.shape for x in arrays), strict=True)]
-        rows = np.zeros((len(arrays) + extra, *shape), np.int32)
+    def stack(field: str) -> Array:
+        arrays = [np.asarray(getattr(prompt, field)) for prompt in prompts]
+        _, *shape = np.max([x.shape for x in arrays], axis=0)
+        rows = np.full((len(arrays) + extra, *shape), -1 if field == "query" else 0, np.int32)
         for i, x in enumerate(arrays):
-            np.copyto(rows[i : i + 1][(slice(None), *map(slice, x.shape))], x)
+            rows[i : i + 1][tuple(map(slice, x.shape))] = x
         return jnp.asarray(rows)
 
-    return jax.tree.map(stack, *prompts)
+    names = [field.name for field in dataclasses.fields(ChunkedPrompt) if field.name != "anchors"]
+    return ChunkedPrompt(**{name: stack(name) for name in names}, anchors=prompts[0].anchors)

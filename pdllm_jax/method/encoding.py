@@ -30,6 +30,7 @@ from pdllm_jax.method.cache import (
     place_chunks,
     write_chunks,
 )
+from pdllm_jax.method.chunking import count_ids
 from pdllm_jax.method.live_forward import attend_all, response_rows, row_rotations
 from pdllm_jax.method.selection import Selection
 from pdllm_jax.method.token_selection import best_tokens, keep_tokens, token_attention
@@ -53,11 +54,10 @@ def encode_chosen(
     """
     fresh = config.encoding in ("joint", "bridge")
     state = dataclasses.replace(state, pool=None, stale=jnp.full(state.stale.shape, not fresh))
-    documents = cache.per_document()
-    if config.encoding != "joint" and state.live is not None and documents.prefix_k is not None:
-        assert documents.prefix_v is not None
+    if config.encoding != "joint" and state.live is not None and cache.prefix_k is not None:
+        assert cache.prefix_v is not None
         live, at_start = state.live, jnp.zeros_like(state.query_length)
-        for layer, (k, v) in enumerate(zip(documents.prefix_k, documents.prefix_v, strict=True)):
+        for layer, (k, v) in enumerate(zip(cache.prefix_k, cache.prefix_v, strict=True)):
             shape = (state.query.shape[0], *k.shape[1:])
             live = live.write(
                 layer, jnp.broadcast_to(k, shape), jnp.broadcast_to(v, shape), at_start,
@@ -86,8 +86,7 @@ def encode_jointly(model: MaskPredictor, cache: ChunkCache, state: DenoiseState)
     Full attention among all of them. Gives the state its pool and fresh live KV.
     """
     batch, slots = state.selected.shape
-    documents = cache.per_document()
-    size, prefix_rows = documents.tokens.shape[2], documents.prefix_ids.shape[1]
+    size, prefix_rows = cache.tokens.shape[2], cache.prefix_ids.shape[1]
     context_rows = slots * size
     own_rows = state.query.shape[1] + state.tokens.shape[1]
     tokens, lengths = chosen_chunks(cache, state.selected)
@@ -98,7 +97,7 @@ def encode_jointly(model: MaskPredictor, cache: ChunkCache, state: DenoiseState)
 
     # Rows and positions: each part overwrites the padding of the one before it.
     rows = jnp.zeros((batch, prefix_rows + context_rows + own_rows), jnp.int32)
-    rows = rows.at[:, :prefix_rows].set(documents.prefix_ids)
+    rows = rows.at[:, :prefix_rows].set(cache.prefix_ids)
     positions = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)
     inside = jnp.arange(size)
     starts = state.prefix_length[:, None] + ends - lengths  # first row of each chunk, [B, K]
@@ -160,7 +159,6 @@ def encode_with_query(model: MaskPredictor, cache: ChunkCache, state: DenoiseSta
     as stale as it was.
     """
     batch, slots = state.selected.shape
-    documents = cache.per_document()
 
     def each(x: Array) -> Array:
         """What a request has, for each of its chunks."""
@@ -174,16 +172,17 @@ def encode_with_query(model: MaskPredictor, cache: ChunkCache, state: DenoiseSta
         prefix_length=each(state.prefix_length),
         selected=state.selected.reshape(-1, 1),
         chunk_starts=each(state.prefix_length)[:, None],
-        query_start=each(state.prefix_length) + documents.tokens.shape[2],
+        query_start=each(state.prefix_length) + cache.tokens.shape[2],
         live=None,
         pool=None,
     )
-    if cache.batched:
+    if cache.documents > 1:
         cache = dataclasses.replace(
             cache.without_pool(),
             tokens=each(cache.tokens),
             lengths=each(cache.lengths),
             prefix_ids=each(cache.prefix_ids),
+            prefix_length=each(cache.prefix_length),
         )
     pool = encode_jointly(model, cache, apart).pool
     own = jnp.where(state.selected >= 0, _own_ids(state), -1)
@@ -274,11 +273,11 @@ def init_denoise(
     model: MaskPredictor,
     cache: ChunkCache | None,
     selection: Selection | None,
-    query_ids: Int[Array, "*B Q"],
+    query_ids: Int[Array, "B Q"],
     config: DecodeConfig,
     key: Array,
     *,
-    query_length: Int[Array, "*B"] | None = None,
+    query_length: Int[Array, "B"] | None = None,
     encoding: Encoding | None = None,
     selecting: SelectionConfig | None = None,
     implementation: Implementation | None = None,
@@ -288,10 +287,10 @@ def init_denoise(
     Compiles once for each (shapes, config, encoding, selecting, implementation).
 
     Args:
-      cache, selection: from `prefill` and `select_top_k`; selection.chunk_ids [K] or [B, K]. Both
-        None for generation without a document's cache, where query_ids is the whole prompt. A
-        cache of one document serves all requests, one of a batch of them a request each.
-      query_ids: [Q] or [B, Q], padded behind query_length where that is given.
+      cache, selection: from `prefill` and `select_top_k`; selection.chunk_ids [B, K]. Both None for
+        generation without a document's cache, where query_ids is the whole prompt. A cache has
+        one document for all requests or one for each.
+      query_ids: [B, Q], padded with -1, or with any ids behind query_length where that is given.
       config: lengths and sampling rule.
       key: PRNG key, of which request b uses fold_in(key, b); or a key for each request, [B].
       encoding: what the chunks' KV is computed from (see `SelectionConfig`). By default
@@ -303,11 +302,10 @@ def init_denoise(
       ValueError: an encoding that needs a pool asked of a cache without; cache without selection;
         guidance with a cache; both encoding and selecting.
     """
-    query_ids = jnp.atleast_2d(query_ids).astype(jnp.int32)
+    query_ids = jnp.asarray(query_ids, jnp.int32)
     batch, q_rows = query_ids.shape
     if query_length is None:
-        query_length = jnp.full((batch,), q_rows, jnp.int32)
-    query_length = jnp.broadcast_to(jnp.atleast_1d(query_length), (batch,)).astype(jnp.int32)
+        query_length = count_ids(query_ids)
     if (cache is None) != (selection is None):
         raise ValueError("cache and selection go together: give both or neither")
     if encoding is not None and selecting is not None:
@@ -319,8 +317,8 @@ def init_denoise(
     none = jnp.zeros((batch, 0), jnp.int32)
     state = DenoiseState(
         tokens=jnp.full((batch, config.gen_length), mask_id, jnp.int32),
-        query=query_ids,
-        query_length=query_length,
+        query=jnp.maximum(query_ids, 0),
+        query_length=jnp.asarray(query_length, jnp.int32),
         prefix_length=zeros,
         selected=none,
         chunk_ids=none,
@@ -347,8 +345,6 @@ def init_denoise(
     if selecting is None:
         default: Encoding = "joint" if cache.pool is None else "independent"
         selecting = SelectionConfig(encoding=encoding or default)
-    if cache.batched and cache.tokens.shape[0] != batch:
-        raise ValueError(f"{batch} questions for a cache of {cache.tokens.shape[0]} documents")
     starts_from_pool = selecting.encoding in ("independent", "bridge")
     if starts_from_pool and cache.pool is None:
         raise ValueError(
@@ -359,17 +355,16 @@ def init_denoise(
     if starts_from_pool and (selection.slots is not None) != cache.streamed:
         raise ValueError("cache and selection are not from the same call of prefill_top_k")
 
-    def each(ids: Array) -> Array:
-        return jnp.broadcast_to(jnp.atleast_2d(ids), (batch, ids.shape[-1])).astype(jnp.int32)
-
-    prefix_length = jnp.broadcast_to(cache.prefix_length, (batch,))
+    if selection.chunk_ids.shape[0] != batch:
+        raise ValueError(f"{batch} questions for {selection.chunk_ids.shape[0]} selections")
+    prefix_length = cache.prefix_length[cache.document_of(batch)]
     state = dataclasses.replace(
         state,
         prefix_length=prefix_length,
         live_encoded=selecting.encoding in ("joint", "bridge"),
     )
-    state = place_chunks(state, cache, each(selection.chunk_ids), selecting.positions)
+    state = place_chunks(state, cache, selection.chunk_ids, selecting.positions)
     if starts_from_pool and selection.slots is not None:
-        state = dataclasses.replace(state, chunk_ids=each(selection.slots))
+        state = dataclasses.replace(state, chunk_ids=selection.slots)
     state = encode_chosen(model, cache, state, selecting, implementation)
     return constrain(model.mesh, state)

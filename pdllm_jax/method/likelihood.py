@@ -225,20 +225,20 @@ def _on_chunks(
     blank = jnp.where(inside, model.config.mask_token_id, tokens)
     # The answer's rows are the query's last ones here, for their number must not be a shape. The
     # response that init_denoise makes is taken off again.
-    together = jnp.atleast_1d(start + length)
+    together = (start + length)[None]
     state = init_denoise(
-        model, None, None, blank, DecodeConfig(gen_length=1, block_length=1), key,
+        model, None, None, blank[None], DecodeConfig(gen_length=1, block_length=1), key,
         # Only joint encoding sees the response's masks.
-        query_length=together if settings.encoding == "joint" else start,
+        query_length=together if settings.encoding == "joint" else start[None],
     )  # fmt: skip
     prefix_rows = cache.prefix_ids.shape[-1]
     state = dataclasses.replace(
         state,
         tokens=jnp.zeros((1, 0), jnp.int32),
-        prefix_length=jnp.atleast_1d(cache.prefix_length),
+        prefix_length=cache.prefix_length,
         live=init_live(model.config, 1, prefix_rows + tokens.size, model.dtype, model.mesh),
     )
-    state = place_chunks(state, cache, selection.chunk_ids[None], settings.positions)
+    state = place_chunks(state, cache, selection.chunk_ids, settings.positions)
     state = encode_chosen(model, cache, state, settings, implementation)
     state = dataclasses.replace(state, query_length=together)
     pool = cache.pool if state.pool is None else state.pool

@@ -26,7 +26,6 @@ from pdllm_jax.method.scoring import (
     QueryCopies,
     attend_copies,
     make_query_copies,
-    question_of,
     read_scores,
     score_chunks,
 )
@@ -66,9 +65,9 @@ def prefill(
     *,
     draft: Draft | None = None,
     key: Array | None = None,
-    oracle: Int[Array, "*B M"] | None = None,
+    oracle: Int[Array, "B M"] | None = None,
     keep_pool: bool | None = None,
-) -> tuple[ChunkCache, Float[Array, "*B N"]]:
+) -> tuple[ChunkCache, Float[Array, "B N"]]:
     """Encodes and scores every chunk of a document, or of a batch of them, in one pass.
 
     Pure; compiles once for each (shapes of prompt, config). Chunks that are padding cost nothing.
@@ -84,29 +83,27 @@ def prefill(
         questions. By default where the config needs it.
 
     Returns:
-      The cache, and the scores [*B, N], float32, natural log, -inf for chunks that are padding. The
+      The cache, and the scores [B, N], float32, natural log, -inf for chunks that are padding. The
       scorer "attention" reads the pool, which is then kept in any case.
     """
     pooling = needs_pool(config) if keep_pool is None else keep_pool
     pooling |= config.scorer == "attention"
-    whole = _batched(prompt)
     query_copies = None
     if config.scorer in QUERY_COPY_SCORERS:
-        query_copies = make_query_copies(model, question_of(whole), config, draft)
+        query_copies = make_query_copies(model, prompt.question, config, draft)
     prefix = _Prefix((), ())
     if pooling or query_copies is not None or config.encoding != "joint":
-        prefix = _encode_prefix(model, whole)
+        prefix = _encode_prefix(model, prompt)
     pool, scores = None, None
     if pooling or query_copies is not None:
-        pool, scores, _ = _encode_chunks(model, whole, config, prefix, query_copies, pooling)
+        pool, scores, _ = _encode_chunks(model, prompt, config, prefix, query_copies, pooling)
     cache = _cache(model, prompt, prefix, pool, pooling or config.encoding != "joint")
     if config.scorer == "attention":
         scores = score_chunks(model, cache, prompt.query, config, query_length=prompt.query_length)
     elif config.scorer in CONTROLS:
         scores = control_scores(config, prompt.chunk_lengths > 0, key, oracle)
     assert scores is not None
-    scores = constrain(model.mesh, scores)
-    return cache, scores if scores.ndim == prompt.chunk_lengths.ndim else scores[0]
+    return cache, constrain(model.mesh, scores)
 
 
 def needs_pool(config: SelectionConfig) -> bool:
@@ -135,8 +132,8 @@ def prefill_top_k(
     *,
     draft: Draft | None = None,
     key: Array | None = None,
-    oracle: Int[Array, "M"] | None = None,
-) -> tuple[ChunkCache, Selection, Float[Array, "N"]]:
+    oracle: Int[Array, "1 M"] | None = None,
+) -> tuple[ChunkCache, Selection, Float[Array, "1 N"]]:
     """`prefill` and selection in one pass that keeps the KV of the running top K alone.
 
     The device holds config.slots + encode_batch chunks' KV, however long the document is.
@@ -155,26 +152,21 @@ def prefill_top_k(
         raise ValueError("scorer 'attention' compares all chunks' KV: it cannot be streamed")
     if config.reselect != "never":
         raise ValueError("re-selection reads all chunks' KV: the document cannot be streamed")
-    if prompt.chunks.ndim != 2:
-        raise ValueError("one document is streamed at a time, not a batch of them")
-    whole = _batched(prompt)
+    if prompt.chunks.shape[0] > 1:
+        raise ValueError(f"one document is streamed at a time, got {prompt.chunks.shape[0]}")
     query_copies, known = None, None
     if config.scorer in QUERY_COPY_SCORERS:
-        query_copies = make_query_copies(model, question_of(whole), config, draft)
+        query_copies = make_query_copies(model, prompt.question, config, draft)
     else:
-        known = control_scores(config, prompt.chunk_lengths > 0, key, oracle)
-    prefix = _encode_prefix(model, whole)
+        known = control_scores(config, prompt.chunk_lengths > 0, key, oracle)[0]
+    prefix = _encode_prefix(model, prompt)
     pool, scores, selection = _encode_chunks(
-        model, whole, config, prefix, query_copies, True, streaming=True, known=known
+        model, prompt, config, prefix, query_copies, True, streaming=True, known=known
     )
     assert selection is not None
     assert scores is not None
     cache = _cache(model, prompt, prefix, pool, True, streamed=True)
-    return cache, *constrain(model.mesh, (selection, scores[0]))
-
-
-def _batched(prompt: ChunkedPrompt) -> ChunkedPrompt:
-    return prompt if prompt.chunks.ndim == 3 else jax.tree.map(lambda x: x[None], prompt)
+    return cache, *constrain(model.mesh, (selection, scores))
 
 
 def _cache(
@@ -189,8 +181,6 @@ def _cache(
     if keep_prefix and prefix.k:
         by = rotation(model.config, jnp.arange(prefix.k[0].shape[1]))
         k, v = rotate(jnp.stack(prefix.k), by), jnp.stack(prefix.v)
-        if prompt.chunks.ndim == 2:
-            k, v = k[:, 0], v[:, 0]
     cache = ChunkCache(
         pool=pool,
         tokens=prompt.chunks,
@@ -344,9 +334,9 @@ def _kept_selection(kept: _Kept, k: int, n: int, config: SelectionConfig) -> Sel
     order = jnp.argsort(jnp.where(found, ids, n))
     found = found[order]
     return Selection(
-        chunk_ids=jnp.where(found, ids[order], EMPTY_SLOT),
-        scores=jnp.where(found, scores[order], -jnp.inf),
-        slots=jnp.where(found, slots[order], EMPTY_SLOT),
+        chunk_ids=jnp.where(found, ids[order], EMPTY_SLOT)[None],
+        scores=jnp.where(found, scores[order], -jnp.inf)[None],
+        slots=jnp.where(found, slots[order], EMPTY_SLOT)[None],
     )
 
 

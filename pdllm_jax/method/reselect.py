@@ -27,11 +27,11 @@ from jaxtyping import Array, Bool
 from pallas_kernels import Implementation
 from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.method.cache import ChunkCache, DenoiseState, dynamic_updates, place_chunks
+from pdllm_jax.method.chunking import Question
 from pdllm_jax.method.encoding import encode_chosen
 from pdllm_jax.method.live_forward import response_rows
 from pdllm_jax.method.scoring import (
     Draft,
-    Question,
     check_scorable,
     copies_from_tail,
     score_question,
@@ -116,8 +116,7 @@ def _scores(
     due: Bool[Array, "B"],
 ) -> Array:
     unmasked = state.tokens != model.config.mask_token_id
-    prefix = cache.per_document().prefix_ids
-    prefix = jnp.broadcast_to(prefix, (state.tokens.shape[0], prefix.shape[1]))
+    prefix = cache.prefix_ids[cache.document_of(state.tokens.shape[0])]
     question = Question(prefix, state.prefix_length, state.query, state.query_length)
     query_copies, counted = None, None
     if selecting.scorer == "attention":

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from pallas_kernels import Implementation, Partial, merge
 from pallas_kernels.common import row_sum
 from pdllm_jax.config import CONTROLS, SelectionConfig
 from pdllm_jax.method.cache import ChunkCache, dynamic_slices, dynamic_updates
+from pdllm_jax.method.chunking import ChunkedPrompt, Question, count_ids
 from pdllm_jax.method.sampling import log_probability
 from pdllm_jax.method.selection import control_scores
 from pdllm_jax.network.rope import rotate, rotation
@@ -44,53 +45,26 @@ from pdllm_jax.network.transformer import MaskPredictor
 QUERY_COPY_SCORERS = ("draft", "query", "confidence")
 
 
-class Question(NamedTuple):
-    """Prefix and query of each request: all that a question brings, padded behind its lengths."""
-
-    prefix: Int[Array, "B P"]
-    prefix_length: Int[Array, "B"]
-    query: Int[Array, "B Q"]
-    query_length: Int[Array, "B"]
-
-
-class HasQuestion(Protocol):
-    """A `Question`, or a prompt that has one; with or without an axis of requests."""
-
-    @property
-    def prefix(self) -> Array: ...
-    @property
-    def prefix_length(self) -> Array: ...
-    @property
-    def query(self) -> Array: ...
-    @property
-    def query_length(self) -> Array: ...
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Draft:
     """d tokens behind the query: guesses where `confirmed`, mask tokens elsewhere."""
 
-    tokens: Int[Array, "*B d"]
-    confirmed: Bool[Array, "*B d"]
-
-
-def question_of(prompt: HasQuestion) -> Question:
-    """Its question, with an axis of requests, if only of one."""
-    found = Question(prompt.prefix, prompt.prefix_length, prompt.query, prompt.query_length)
-    return found if prompt.query.ndim == 2 else jax.tree.map(lambda x: x[None], found)
+    tokens: Int[Array, "B d"]
+    confirmed: Bool[Array, "B d"]
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def draft_response(model: MaskPredictor, prompt: HasQuestion, config: SelectionConfig) -> Draft:
+def draft_response(
+    model: MaskPredictor, prompt: ChunkedPrompt | Question, config: SelectionConfig
+) -> Draft:
     """Guesses the response's first tokens from prefix and query alone, `draft_steps` evaluations.
 
     Slot 0 first, then each time the most confident of the slots that are still masked.
-    prompt: a `ChunkedPrompt` or a `Question`, of one request or a batch of them, [] or [B].
-    Returns tokens [*B, d] int32, d being `draft_length`, and which of them are guesses, [*B, d].
+    Returns tokens [B, d] int32, d = `draft_length`, and which of them are guesses, [B, d] bool.
     """
-    draft = constrain(model.mesh, _draft(model, question_of(prompt), config))
-    return draft if prompt.query.ndim == 2 else jax.tree.map(lambda x: x[0], draft)
+    question = prompt.question if isinstance(prompt, ChunkedPrompt) else prompt
+    return constrain(model.mesh, _draft(model, question, config))
 
 
 def _draft(model: MaskPredictor, question: Question, config: SelectionConfig) -> Draft:
@@ -146,8 +120,6 @@ def make_query_copies(
         return copies_from_tail(model, question, _masks(model, batch, 0), config, 0)
     if draft is None:
         draft = _draft(model, question, config)
-    elif draft.tokens.ndim == 1:
-        draft = jax.tree.map(lambda x: x[None], draft)
     return copies_from_tail(
         model, question, draft, config, min(config.draft_steps, draft.tokens.shape[1])
     )
@@ -231,15 +203,15 @@ def attend_copies(
 def score_chunks(
     model: MaskPredictor,
     cache: ChunkCache,
-    query_ids: Int[Array, "*B Q"],
+    query_ids: Int[Array, "B Q"],
     config: SelectionConfig = SelectionConfig(),
     *,
-    query_length: Int[Array, "*B"] | None = None,
+    query_length: Int[Array, "B"] | None = None,
     draft: Draft | None = None,
     key: Array | None = None,
-    oracle: Int[Array, "*B M"] | None = None,
+    oracle: Int[Array, "B M"] | None = None,
     implementation: Implementation | None = None,
-) -> Float[Array, "*B N"]:
+) -> Float[Array, "B N"]:
     """Scores of a document's chunks for another question, from the KV that `prefill` has kept.
 
     The scores that `prefill` gives for the same question and scorer, at the cost of the question's
@@ -259,41 +231,26 @@ def score_chunks(
 
     Raises:
       ValueError: the cache holds no pool, or that of a streamed document; questions that do not
-        go with the documents.
+        go with the cache.
     """
     query_ids = jnp.asarray(query_ids, jnp.int32)
-    rows = query_ids.shape[-1]
-    if query_length is None:
-        query_length = jnp.full(query_ids.shape[:-1], rows, jnp.int32)
-    query_length = jnp.asarray(query_length, jnp.int32)
-    if cache.batched and cache.tokens.shape[:1] != query_ids.shape[:-1]:
-        raise ValueError(
-            f"query_ids {query_ids.shape} for {cache.tokens.shape[0]} documents: want one for each"
-        )
+    batch = query_ids.shape[0]
+    document = cache.document_of(batch)
     if config.scorer in CONTROLS:
-        exists = jnp.broadcast_to(
-            cache.lengths > 0, (*query_ids.shape[:-1], cache.lengths.shape[-1])
-        )
-        return control_scores(config, exists, key, oracle)
-    queries = jnp.atleast_2d(query_ids)
-    documents = cache.per_document()
-    batch = queries.shape[0]
+        return control_scores(config, cache.lengths[document] > 0, key, oracle)
     question = Question(
-        jnp.broadcast_to(documents.prefix_ids, (batch, documents.prefix_ids.shape[1])),
-        jnp.broadcast_to(documents.prefix_length, (batch,)),
-        queries,
-        jnp.broadcast_to(query_length, (batch,)),
+        cache.prefix_ids[document],
+        cache.prefix_length[document],
+        query_ids,
+        count_ids(query_ids) if query_length is None else jnp.asarray(query_length, jnp.int32),
     )
     check_scorable(cache)
-    if draft is not None and draft.tokens.shape[:-1] != query_ids.shape[:-1]:
-        raise ValueError(
-            f"draft of {draft.tokens.shape} for questions of {query_ids.shape}: want one for each"
-        )
+    if draft is not None and draft.tokens.shape[0] != batch:
+        raise ValueError(f"{draft.tokens.shape[0]} drafts for {batch} questions")
     query_copies = None
     if config.scorer in QUERY_COPY_SCORERS:
         query_copies = make_query_copies(model, question, config, draft)
-    scores = score_question(model, cache, question, query_copies, config, implementation)
-    return scores if query_ids.ndim == 2 else scores[0]
+    return score_question(model, cache, question, query_copies, config, implementation)
 
 
 def check_scorable(cache: ChunkCache) -> None:
@@ -320,12 +277,11 @@ def score_question(
     counted: query rows whose attention counts, all by default. wanted: requests that are scored at
     all, which cost nothing elsewhere; -inf for the others.
     """
-    batch, (documents, n) = question.query.shape[0], cache.per_document().lengths.shape
-    document = jnp.arange(batch) if documents == batch else jnp.zeros((batch,), jnp.int32)
-    exists = cache.per_document().lengths[document] > 0
+    document = cache.document_of(question.query.shape[0])
+    exists = cache.lengths[document] > 0
     if wanted is not None:
         exists &= wanted[:, None]
-    place = jnp.where(exists, document[:, None] * n + jnp.arange(n), -1)  # [B, N], in the pool
+    place = cache.places(jnp.where(exists, jnp.arange(exists.shape[1]), -1))
     if query_copies is None:
         if counted is None:
             counted = jnp.arange(question.query.shape[1]) < question.query_length[:, None]
@@ -345,7 +301,7 @@ def _score_riders(
     implementation: Implementation | None,
 ) -> Float[Array, "B N"]:
     """Groups of (request, chunk) pairs go through the network together."""
-    pool, documents = cache.pool, cache.per_document()
+    pool = cache.pool
     assert pool is not None
     size, (batch, n) = cache.tokens.shape[-1], place.shape
     _, copies, t = query_copies.ids.shape
@@ -363,18 +319,18 @@ def _score_riders(
         request, chunk = pair // n, jnp.where(at < batch * n, places[pair], -1)
         here = query_copies.of(request)
         owner = document[request]
-        start = documents.prefix_length[owner, None]
+        start = cache.prefix_length[owner, None]
         behind_prefix = rotation(model.config, start + size + place_in)
 
         def attend(layer: int, q: Array, k: Array, v: Array, carry: None) -> tuple[Array, None]:
             before = None
-            if documents.prefix_k is not None and documents.prefix_v is not None:
+            if cache.prefix_k is not None and cache.prefix_v is not None:
                 before = attention(
                     model.mesh,
                     rotate(q, behind_prefix),
-                    documents.prefix_k[layer][owner],
-                    documents.prefix_v[layer][owner],
-                    documents.prefix_length[owner],
+                    cache.prefix_k[layer][owner],
+                    cache.prefix_v[layer][owner],
+                    cache.prefix_length[owner],
                     need_lse=True,
                 )
             turned, own_k = rotate(q, local), rotate(k, local)
@@ -410,11 +366,11 @@ def _attention_mass(
     The query goes through the network once, behind the prefix, and sees every chunk as if it lay
     just before it. The mean over layers, heads and rows.
     """
-    pool, documents = cache.pool, cache.per_document()
+    pool = cache.pool
     assert pool is not None
     row = jnp.arange(question.query.shape[1])
     local = rotation(model.config, cache.tokens.shape[-1] + row)
-    start = documents.prefix_length[document, None] + cache.tokens.shape[-1]
+    start = cache.prefix_length[document, None] + cache.tokens.shape[-1]
     behind_prefix = rotation(model.config, start + row)
     counts = counted.astype(jnp.float32)
 
@@ -422,14 +378,14 @@ def _attention_mass(
         turned = rotate(q, local)
         own = turned, rotate(k, local), v
         parts = [attention(model.mesh, *own, question.query_length, need_lse=True)]
-        if documents.prefix_k is not None and documents.prefix_v is not None:
+        if cache.prefix_k is not None and cache.prefix_v is not None:
             parts.append(
                 attention(
                     model.mesh,
                     rotate(q, behind_prefix),
-                    documents.prefix_k[layer][document],
-                    documents.prefix_v[layer][document],
-                    documents.prefix_length[document],
+                    cache.prefix_k[layer][document],
+                    cache.prefix_v[layer][document],
+                    cache.prefix_length[document],
                     need_lse=True,
                 )
             )

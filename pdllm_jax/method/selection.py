@@ -19,20 +19,20 @@ EMPTY_SLOT = -1
 class Selection:
     """Chunks kept, in document order.
 
-    chunk_ids [*B, K] int32: ascending; EMPTY_SLOT behind them where fewer than K chunks exist.
-    scores [*B, K] float32: the scores of those chunks, -inf for empty slots.
-    slots [*B, K] int32: their places in the cache's pool, where these are not the chunk ids
+    chunk_ids [B, K] int32: ascending; EMPTY_SLOT behind them where fewer than K chunks exist.
+    scores [B, K] float32: the scores of those chunks, -inf for empty slots.
+    slots [B, K] int32: their places in the cache's pool, where these are not the chunk ids
       (`prefill_top_k`).
     """
 
-    chunk_ids: Int[Array, "*B K"]
-    scores: Float[Array, "*B K"]
-    slots: Int[Array, "*B K"] | None = None
+    chunk_ids: Int[Array, "B K"]
+    scores: Float[Array, "B K"]
+    slots: Int[Array, "B K"] | None = None
 
 
 def ranking(
-    scores: Float[Array, "*B N"], ids: Int[Array, "*B N"], keep_first: bool
-) -> Float[Array, "*B N"]:
+    scores: Float[Array, "B N"], ids: Int[Array, "B N"], keep_first: bool
+) -> Float[Array, "B N"]:
     """What chunks are ranked by: NaN below every number but above -inf, which is no chunk at all.
 
     keep_first: chunk 0, if it exists, comes first.
@@ -43,7 +43,7 @@ def ranking(
     return rank_by
 
 
-def within_margin(ranked: Float[Array, "*B S"], k: int, margin: float) -> Bool[Array, "*B S"]:
+def within_margin(ranked: Float[Array, "B S"], k: int, margin: float) -> Bool[Array, "B S"]:
     """Which of the best S chunks, best first, are kept: k, and those close behind the k-th.
 
     ranked: what chunks are ranked by, descending. A chunk behind the k-th is kept where that one's
@@ -57,7 +57,7 @@ def within_margin(ranked: Float[Array, "*B S"], k: int, margin: float) -> Bool[A
 
 @functools.partial(jax.jit, static_argnames=("k", "keep_first", "max_k", "margin"))
 def select_top_k(
-    scores: Float[Array, "*B N"],
+    scores: Float[Array, "B N"],
     k: int,
     *,
     keep_first: bool = False,
@@ -93,7 +93,7 @@ def select_top_k(
     return Selection(jnp.where(ids == n, EMPTY_SLOT, ids), jnp.where(ids == n, -jnp.inf, chosen))
 
 
-def select(scores: Float[Array, "*B N"], config: SelectionConfig) -> Selection:
+def select(scores: Float[Array, "B N"], config: SelectionConfig) -> Selection:
     """`select_top_k` as a configuration asks for it."""
     return select_top_k(
         scores,
@@ -106,10 +106,10 @@ def select(scores: Float[Array, "*B N"], config: SelectionConfig) -> Selection:
 
 def control_scores(
     config: SelectionConfig,
-    exists: Bool[Array, "*B N"],
+    exists: Bool[Array, "B N"],
     key: Array | None,
-    oracle: Int[Array, "*B M"] | None = None,
-) -> Float[Array, "*B N"]:
+    oracle: Int[Array, "B M"] | None = None,
+) -> Float[Array, "B N"]:
     """Scores of the controls, which read neither document nor question.
 
     "all" and "first" prefer early chunks, "last" late ones, "random" takes them at random by key
@@ -127,7 +127,7 @@ def control_scores(
         def draw(key: Array) -> Array:
             return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(chunk)
 
-        scores = draw(key) if key.ndim == 0 else jax.vmap(draw)(key)
+        scores = jax.vmap(draw)(jnp.broadcast_to(key, exists.shape[:1]))
     elif config.scorer == "oracle":
         if oracle is None:
             raise ValueError("scorer 'oracle' needs the ids of the chunks to keep")

@@ -29,7 +29,7 @@ from pdllm_jax.storage.fingerprint import ModelIdentity
 MANIFEST = "snapshot.json"
 ARRAYS = "arrays"
 FORMAT = "pdllm-jax KV snapshot"
-VERSION = 1
+VERSION = 2
 # A document of a million tokens at LLaDA-8B's shapes has some 10^4 files, of 100 bytes each here.
 MAX_MANIFEST_BYTES = 16 << 20
 DTYPES = ("bfloat16", "float16", "float32", "int32", "uint32", "bool")

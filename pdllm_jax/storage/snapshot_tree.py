@@ -1,8 +1,8 @@
 """The pytrees of a snapshot as named arrays, and what each of them must look like.
 
 One table says it all: for every field the dtype and the axes. An axis has one size throughout a
-snapshot, or, where its letter is small, within one pytree; "*B" is there for a batch alone; L, G
-and D are the model's layers, KV heads and head size; "kv" is its dtype. A field that may be None
+snapshot, or, where its letter is small, within one pytree. "d" is 1 or the batch size B; L, G and D
+are the model's layers, KV heads and head size; "kv" is its dtype. A field that may be None
 ends in "?".
 """
 
@@ -30,13 +30,13 @@ _TREES: dict[type, dict[str, Any]] = {
     ChunkPool: {"k": "kv L z G c D", "v": "kv L z G c D", "lengths": "int32 z"},
     LiveCache: {"k": "kv L B s G D", "v": "kv L B s G D"},
     Selection: {
-        "chunk_ids": "int32 *B K", "scores": "float32 *B K", "slots": "int32 *B K ?",
+        "chunk_ids": "int32 B K", "scores": "float32 B K", "slots": "int32 B K ?",
     },
     ChunkCache: {
         "pool": (ChunkPool, "?"),
-        "tokens": "int32 *B N C", "lengths": "int32 *B N",
-        "prefix_ids": "int32 *B P", "prefix_length": "int32 *B",
-        "prefix_k": "kv L *B P G D ?", "prefix_v": "kv L *B P G D ?",
+        "tokens": "int32 d N C", "lengths": "int32 d N",
+        "prefix_ids": "int32 d P", "prefix_length": "int32 d",
+        "prefix_k": "kv L d P G D ?", "prefix_v": "kv L d P G D ?",
     },
     DenoiseState: {
         "tokens": "int32 B t", "query": "int32 B Q", "query_length": "int32 B",
@@ -61,7 +61,7 @@ _TREES: dict[type, dict[str, Any]] = {
 # Wherever a number is an index, one that is out of range would read other memory or another chunk.
 _RANGES = {
     "pool.lengths": (0, "c"), "tokens": (0, "V"), "lengths": (0, "C"), "prefix_ids": (0, "V"),
-    "prefix_length": (0, "P"), "chunk_ids": (-1, "N"), "slots": (-1, "Z"), "query": (0, "V"),
+    "prefix_length": (0, "P"), "chunk_ids": (-1, "N"), "slots": (-1, "Z"), "query": (-1, "V"),
     "query_length": (0, "Q"), "state.tokens": (0, "V"), "state.selected": (-1, "N"),
     "state.chunk_ids": (-1, "Z"), "state.block": (0, "blocks"),
 }  # fmt: skip
@@ -141,8 +141,6 @@ def check_shapes(folder: Path, manifest: Manifest, config: ModelConfig) -> None:
         dtype = manifest.model["dtype"] if dtype == "kv" else dtype
         if record.dtype != dtype:
             raise refusal(folder, f"{name} dtype", found=record.dtype, wanted=dtype)
-        batched = len(record.shape) == len(axes)
-        axes = [axis.lstrip("*") for axis in axes if batched or not axis.startswith("*")]
         where = name.rpartition(".")[0]
         if len(axes) != len(record.shape):
             raise refusal(folder, f"{name} shape", f"is {list(record.shape)}, of another rank")
@@ -168,6 +166,8 @@ def check_shapes(folder: Path, manifest: Manifest, config: ModelConfig) -> None:
     walk(wanted, "")
     if left:
         raise refusal(folder, next(iter(left)), "is no array of such a snapshot")
+    if not document and sizes.get("cache d", 1) not in (1, sizes["B"]):
+        raise refusal(folder, "cache.tokens shape", f"has {sizes['cache d']} documents")
     if sizes.get("cache.pool c", sizes["C"]) != sizes["C"]:
         raise refusal(folder, "cache.pool.k shape", f"has chunks of other than {sizes['C']} tokens")
     _check_flags(folder, manifest)

@@ -49,8 +49,9 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     from bench.weights import cheap_model
-    from pdllm_jax import ChunkConfig, generate_ids, load_model
+    from pdllm_jax import ChunkConfig, load_model
     from pdllm_jax.compilation import enable_compilation_cache
+    from pdllm_jax.deprecated import generate_ids
 
     enable_compilation_cache()
     jax.block_until_ready(jax.device_put(np.zeros(8)))

@@ -110,7 +110,8 @@ def run(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     import jax
 
     from bench.weights import cheap_model
-    from pdllm_jax import ask_ids, chunk_prompt, encode_document, generate_batch_ids, generate_ids
+    from pdllm_jax import chunk_prompt, encode_document
+    from pdllm_jax.deprecated import ask_ids, generate_batch_ids, generate_ids
 
     config = model_config(args)
     planned = setting.plan(config, args.chunk_size)

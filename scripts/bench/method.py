@@ -22,15 +22,14 @@ from pdllm_jax import (
     SelectionConfig,
     batch_prompts,
     denoise,
-    draft_response,
     init_denoise,
     prefill,
-    prefill_top_k,
     score_chunks,
     select_top_k,
 )
 from pdllm_jax.method.cache import ChunkCache
-from pdllm_jax.method.scoring import Question
+from pdllm_jax.method.prefill import prefill_top_k
+from pdllm_jax.method.scoring import draft_response
 
 SECTIONS = ("stream", "scoring", "ask", "batch", "choices")
 
@@ -103,15 +102,15 @@ def lower_stream(run: Run) -> None:
 def stream(run: Run) -> None:
     """Documents of growing length through one program; what is kept is K chunks and a group."""
     go = run.compile("stream")["stream"]
-    places = run.prompt(max(run.args.stream)).chunks.shape[0]
+    places = run.prompt(max(run.args.stream)).chunks.shape[1]
 
     def padded(chunks: int):
         prompt = run.prompt(chunks)
-        extra = places - prompt.chunks.shape[0]
+        extra = places - prompt.chunks.shape[1]
         return dataclasses.replace(
             prompt,
-            chunks=jnp.pad(prompt.chunks, ((0, extra), (0, 0))),
-            chunk_lengths=jnp.pad(prompt.chunk_lengths, (0, extra)),
+            chunks=jnp.pad(prompt.chunks, ((0, 0), (0, extra), (0, 0))),
+            chunk_lengths=jnp.pad(prompt.chunk_lengths, ((0, 0), (0, extra))),
         )
 
     jax.block_until_ready(go(run.model, padded(min(run.args.stream))))
@@ -132,13 +131,9 @@ def stream(run: Run) -> None:
         write(run.args.out, run.record)
 
 
-def _question(prompt) -> Question:
-    return Question(prompt.prefix, prompt.prefix_length, prompt.query, prompt.query_length)
-
-
 def lower_scoring(run: Run) -> None:
     prompt = run.prompt(run.args.document)
-    question, passing = _question(prompt), SELECT.scoring()
+    question, passing = prompt.question, SELECT.scoring()
 
     def with_draft():
         draft = jax.eval_shape(lambda: draft_response(run.model, question, passing))
@@ -155,7 +150,7 @@ def scoring(run: Run) -> None:
     """The same chunks encoded alone, and with R = 4 masked copies of the question riding along."""
     prompt = run.prompt(run.args.document)
     go = run.compile("draft", "encode", "encode_and_score")
-    made = run.timed("draft", lambda: go["draft"](run.model, _question(prompt)))
+    made = run.timed("draft", lambda: go["draft"](run.model, prompt.question))
     run.timed("encode the document", lambda: go["encode"](run.model, prompt)[1])
     run.timed(
         "encode and score it", lambda: go["encode_and_score"](run.model, prompt, draft=made)[1]
@@ -170,7 +165,7 @@ def lower_ask(run: Run) -> None:
 
     def score():
         cache = jax.eval_shape(lambda: prefill(run.model, prompt, ENCODE)[0])
-        draft = jax.eval_shape(lambda: draft_response(run.model, _question(later), passing))
+        draft = jax.eval_shape(lambda: draft_response(run.model, later.question, passing))
         return score_chunks.lower(
             run.model, cache, later.query, passing, query_length=later.query_length, draft=draft
         )
@@ -193,7 +188,7 @@ def ask(run: Run) -> None:
     """A second question on an encoded document against the first, every cost counted."""
     prompt, later, cache = run.prompt(run.args.document), run.prompt(1, seed=1), run.document()
     go = run.compile("score", "joint")
-    draft = go["draft"](run.model, _question(later))
+    draft = go["draft"](run.model, later.question)
     run.timed(
         "score another question",
         lambda: go["score"](
@@ -223,7 +218,9 @@ def _ragged(run: Run):
     rng = np.random.default_rng(2)
     prompts = [run.prompt(k, query=int(rng.integers(20, 33)), seed=b) for b in range(REQUESTS)]
     return [
-        dataclasses.replace(p, chunk_lengths=p.chunk_lengths.at[-1].set(int(rng.integers(1, size))))
+        dataclasses.replace(
+            p, chunk_lengths=p.chunk_lengths.at[:, -1].set(int(rng.integers(1, size)))
+        )
         for p in prompts
     ]
 

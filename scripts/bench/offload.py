@@ -19,10 +19,9 @@ import numpy as np
 from bench.record import write
 from bench.requests import BLOCK, QUERY, SELECT
 from bench.run import begin, peak
-from pdllm_jax import DecodeConfig
-from pdllm_jax import begin as begin_answer
-from pdllm_jax.engine.engine import finish, request_keys
-from pdllm_jax.engine.offload import choose_offloaded, encode_offloaded, fetch, host_memory
+from pdllm_jax import DecodeConfig, Engine
+from pdllm_jax.engine.offload import encode_offloaded, fetch, host_memory, select_offloaded
+from pdllm_jax.engine.request import start_decoding
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
         run.timed(name, lambda k=k: fetch(document, rng.permutation(args.chunks)[:k]))
         size = k * document.nbytes / len(document.k)
         run.note(f"GB/s, {name}", size / run.median(name) / 1e9)
-    query = np.asarray(prompt.query)[: int(prompt.query_length)]
+    query = np.asarray(prompt.query)[0, : int(prompt.query_length[0])]
     decode = DecodeConfig(gen_length=BLOCK, block_length=BLOCK)
 
     def ask(encoding: str) -> dict[str, float]:
@@ -74,11 +73,11 @@ def main(args: argparse.Namespace) -> int:
             jax.block_until_ready(arrays)
             times.append(time.perf_counter())
 
-        chosen = choose_offloaded(run.model, document, query, selecting, request_keys([0], 1))
+        chosen = select_offloaded(run.model, document, query, selecting)
         done(chosen.cache, chosen.selection)
-        state = begin_answer(run.model, chosen, decode)
+        state = start_decoding(run.model, chosen, decode)
         done(state)
-        finish(run.model, state)
+        Engine(run.model).decode(state)
         done()
         names = ("draft, score, bring over", "encode", "decode")
         return dict(zip(names, np.diff(times).tolist(), strict=True))

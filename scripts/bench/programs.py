@@ -27,7 +27,7 @@ from pdllm_jax.method.chunking import ChunkedPrompt
 from pdllm_jax.method.denoise import denoise
 from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import encode_document, prefill, prefill_top_k
-from pdllm_jax.method.scoring import Question, draft_response, score_chunks
+from pdllm_jax.method.scoring import draft_response, score_chunks
 from pdllm_jax.method.selection import Selection, select
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.transformer import MaskPredictor
@@ -85,7 +85,7 @@ def programs(
     """
     model = abstract_model(config, dtype, sharding)
 
-    def ids(*shape: int, lead: int | None = shapes.batch) -> Any:
+    def ids(*shape: int, lead: int | None = shapes.requests) -> Any:
         full = shape if lead is None else (lead, *shape)
         return jax.ShapeDtypeStruct(full, jnp.int32, sharding=sharding)
 
@@ -113,7 +113,7 @@ def programs(
         yield program("decode", denoise, None, model, None, state, config=decode)
         return
 
-    lead = None if shapes.pooled else shapes.batch
+    lead = 1 if shapes.pooled else shapes.requests
     size = shapes.chunk_size
     prompt = ChunkedPrompt(
         prefix=ids(shapes.prefix), prefix_length=ids(),
@@ -123,8 +123,8 @@ def programs(
     cache: Any = None
     if shapes.pooled:
         document = dataclasses.replace(
-            prompt, prefix=ids(shapes.prefix, lead=None), prefix_length=ids(lead=None),
-            query=ids(1, lead=None), query_length=ids(lead=None),
+            prompt, prefix=ids(shapes.prefix, lead=1), prefix_length=ids(lead=1),
+            query=ids(1, lead=1), query_length=ids(lead=1),
         )  # fmt: skip
         batch = selecting.encode_batch
         yield program("encode document", encode_document, None, model, document, encode_batch=batch)
@@ -132,10 +132,10 @@ def programs(
     passing = selecting.scoring()
     draft = None
     if selecting.scorer == "draft":
-        question = Question(prompt.prefix, prompt.prefix_length, query, length)
+        question = prompt.question
         yield program("draft", draft_response, cache, model, question, passing)
         draft = made(lambda m, q: draft_response(m, q, passing), model, question)
-    scoring_keys = made(lambda k: k if shapes.batch is not None else k[0], keys)
+    scoring_keys = keys
     chosen: Selection
     if shapes.pooled:
 
@@ -152,9 +152,9 @@ def programs(
             scores = made(score, model, cache, query, length, draft, scoring_keys)
         scores = jax.ShapeDtypeStruct(scores.shape, jnp.float32, sharding=sharding)
         chosen = made(lambda s: select(s, selecting), scores)
-    elif streams(selecting, batched=shapes.batch is not None):
+    elif streams(selecting, batched=shapes.requests > 1):
         kept = passing_config(selecting, streaming=True)
-        oracle = ids(1, lead=None) if selecting.scorer == "oracle" else None
+        oracle = ids(1) if selecting.scorer == "oracle" else None
         more = {"draft": draft, "key": scoring_keys, "oracle": oracle}
         yield program("score", prefill_top_k, None, model, prompt, kept, **more)
         cache, chosen, _ = made(
@@ -162,7 +162,7 @@ def programs(
         )
     else:
         pooling = passing_config(selecting, streaming=False)
-        oracle = ids(1, lead=None) if selecting.scorer == "oracle" else None
+        oracle = ids(1) if selecting.scorer == "oracle" else None
         more = {"draft": draft, "key": scoring_keys, "oracle": oracle}
         yield program("score", prefill, None, model, prompt, pooling, **more)
         cache, scores = made(lambda m, p, more: prefill(m, p, pooling, **more), model, prompt, more)

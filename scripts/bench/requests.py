@@ -14,8 +14,9 @@ import numpy as np
 from bench.programs import programs
 from bench.record import write
 from bench.run import Run, of_mesh, on, peak
-from pdllm_jax import ChunkConfig, DecodeConfig, SelectionConfig, generate_ids
+from pdllm_jax import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.compilation import enable_compilation_cache
+from pdllm_jax.deprecated import generate_ids
 from pdllm_jax.engine.memory import shapes_of
 
 SELECT = SelectionConfig(top_k=4, masked_copies=4, draft_length=4, draft_steps=2)

@@ -33,7 +33,6 @@ from pdllm_jax import (
     ModelConfig,
     denoise,
     denoise_step,
-    draft_response,
     init_denoise,
     make_mesh,
     prefill,
@@ -41,7 +40,7 @@ from pdllm_jax import (
     shard_model,
 )
 from pdllm_jax.method.cache import ChunkCache, ChunkPool
-from pdllm_jax.method.scoring import Question
+from pdllm_jax.method.scoring import draft_response
 from pdllm_jax.network.sharding import TENSOR, parse_mesh, place
 
 SECTIONS = ("step", "prefill", "end-to-end", "stream")
@@ -152,9 +151,11 @@ def step(run: Run) -> None:
 
     pool = ChunkPool(fill(jax.random.key(1)), fill(jax.random.key(2)), jnp.full((most,), size))
     prompt = run.prompt(most, QUERY)
-    prefix = jnp.zeros((config.n_layers, PREFIX, config.n_kv_heads, config.head_dim), jnp.bfloat16)
+    prefix = jnp.zeros(
+        (config.n_layers, 1, PREFIX, config.n_kv_heads, config.head_dim), jnp.bfloat16
+    )
     cache = ChunkCache(
-        pool, prompt.chunks[:most], prompt.chunk_lengths[:most], prompt.prefix,
+        pool, prompt.chunks[:, :most], prompt.chunk_lengths[:, :most], prompt.prefix,
         prompt.prefix_length, prefix, prefix,
     )  # fmt: skip
     cache = place(run.model.mesh, cache)
@@ -162,7 +163,7 @@ def step(run: Run) -> None:
 
     def start(k: int):
         """As after joint encoding: live KV that is fresh."""
-        chosen = select_top_k(-jnp.arange(most, dtype=jnp.float32), k)
+        chosen = select_top_k(-jnp.arange(most, dtype=jnp.float32)[None], k)
         state = init_denoise(
             run.model, cache, chosen, prompt.query, decode, jax.random.key(0),
             query_length=prompt.query_length, encoding="independent",
@@ -245,8 +246,7 @@ def score_document(run: Run) -> None:
     """A document scored as joint encoding needs it: TFLOP/s of the pass, draft apart."""
     chunks = max(run.args.documents)
     prompt, passing = run.prompt(chunks, QUERY), SELECT.scoring()
-    question = Question(prompt.prefix, prompt.prefix_length, prompt.query, prompt.query_length)
-    draft = run.timed(f"draft{on(run.model)}", lambda: draft_response(run.model, question, passing))
+    draft = run.timed(f"draft{on(run.model)}", lambda: draft_response(run.model, prompt, passing))
     name = f"score {chunks} chunks{on(run.model)}"
     run.timed(name, lambda: prefill(run.model, prompt, SELECT, draft=draft)[1])
     work = pass_flops(

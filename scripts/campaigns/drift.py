@@ -22,11 +22,10 @@ from pdllm_jax import (
     MaskPredictor,
     SelectionConfig,
     denoise_step,
-    generate_ids,
     init_denoise,
 )
-from pdllm_jax.engine.engine import Method
-from pdllm_jax.engine.request import decode_config
+from pdllm_jax.deprecated import generate_ids
+from pdllm_jax.engine.request import Method, decode_config
 
 
 @dataclasses.dataclass(frozen=True)

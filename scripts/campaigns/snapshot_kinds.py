@@ -53,12 +53,12 @@ def document(seed: int = 0, chunks: int = 3) -> ChunkCache:
     lengths = jnp.asarray([4] * (chunks - 1) + [2], jnp.int32)
     return ChunkCache(
         pool=ChunkPool(kv(chunks, config.n_kv_heads, 4), kv(chunks, config.n_kv_heads, 4), lengths),
-        tokens=jnp.asarray(rng.integers(0, 250, (chunks, 4)), jnp.int32),
-        lengths=lengths,
-        prefix_ids=jnp.asarray(rng.integers(0, 250, 4), jnp.int32),
-        prefix_length=jnp.asarray(3, jnp.int32),
-        prefix_k=kv(4, config.n_kv_heads),
-        prefix_v=kv(4, config.n_kv_heads),
+        tokens=jnp.asarray(rng.integers(0, 250, (1, chunks, 4)), jnp.int32),
+        lengths=lengths[None],
+        prefix_ids=jnp.asarray(rng.integers(0, 250, (1, 4)), jnp.int32),
+        prefix_length=jnp.asarray([3], jnp.int32),
+        prefix_k=kv(1, 4, config.n_kv_heads),
+        prefix_v=kv(1, 4, config.n_kv_heads),
     )
 
 
@@ -66,10 +66,10 @@ def request() -> Prefilled:
     """A request for that document, its chunks chosen."""
     return Prefilled(
         cache=document(),
-        selection=Selection(jnp.asarray([0, 2], jnp.int32), jnp.asarray([1.0, 0.5])),
-        query=jnp.asarray([5, 6, 7, 0], jnp.int32), query_length=jnp.asarray(3, jnp.int32),
+        selection=Selection(jnp.asarray([[0, 2]], jnp.int32), jnp.asarray([[1.0, 0.5]])),
+        query=jnp.asarray([[5, 6, 7, -1]], jnp.int32), query_length=jnp.asarray([3], jnp.int32),
         keys=jax.random.key(0)[None], counts=jnp.asarray([3], jnp.int32),
-        scores=jnp.asarray([1.0, -1.0, 0.5]), state=None,
+        scores=jnp.asarray([[1.0, -1.0, 0.5]]), state=None,
         selecting=SelectionConfig(top_k=2, encoding="independent"), decode=DecodeConfig(8, 4),
         requests=1,
     )  # fmt: skip

@@ -143,8 +143,8 @@ class Prompts(Kind):
         require([part.tolist() for part in ids] == says, "other ids after the check")
         require(all(type(i) is int and 0 <= i < 264 for part in says for i in part), "no ids")
         if prompt is not None:
-            n = prompt.chunk_lengths.tolist()
-            rows = [row[1:k] for row, k in zip(prompt.chunks.tolist(), n, strict=True) if k]
+            n = prompt.chunk_lengths[0].tolist()
+            rows = [row[1:k] for row, k in zip(prompt.chunks[0].tolist(), n, strict=True) if k]
             whole = [token for row in rows for token in row]
             require(whole == says[1], "the document was not cut as it is")
 

@@ -8,19 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
-from pdllm_jax.engine.engine import ask_ids, batch_size, generate_batch_ids, generate_ids
-from pdllm_jax.method.chunking import batch_prompts, chunk_prompt
+from pdllm_jax.deprecated import ask_ids, generate_batch_ids, generate_ids
+from pdllm_jax.method.chunking import batch_prompts, batch_size, chunk_prompt
 from pdllm_jax.method.denoise import denoise, denoise_step
 from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import encode_document, prefill, prefill_top_k
 from pdllm_jax.method.scoring import draft_response, score_chunks
 from pdllm_jax.method.selection import select
-from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.transformer import MaskPredictor
-from tests.method.test_prefill import BOS, CHUNKS, sharpen
+from tests.support.method import BOS, CHUNKS, sharp_model
 
 SELECT = SelectionConfig(top_k=2, masked_copies=3, encode_batch=3)
 DECODE = DecodeConfig(gen_length=8, block_length=4)
@@ -28,7 +26,7 @@ DECODE = DecodeConfig(gen_length=8, block_length=4)
 
 @pytest.fixture(scope="module")
 def model() -> MaskPredictor:
-    return sharpen(MaskPredictor(ModelConfig.tiny(), rngs=nnx.Rngs(0)))
+    return sharp_model()
 
 
 def request_of(prefix: int, context: int, query: int, seed: int = 0):
@@ -116,10 +114,10 @@ def test_padding_and_buckets_change_no_bit(model):
     prompt = chunk_prompt(*RAGGED[0], CHUNKS)
     wider = dataclasses.replace(
         prompt,
-        prefix=jnp.pad(prompt.prefix, (0, 16), constant_values=9),
-        chunks=jnp.pad(prompt.chunks, ((0, 3), (0, 0)), constant_values=9),
-        chunk_lengths=jnp.pad(prompt.chunk_lengths, (0, 3)),
-        query=jnp.pad(prompt.query, (0, 16), constant_values=9),
+        prefix=jnp.pad(prompt.prefix, ((0, 0), (0, 16)), constant_values=9),
+        chunks=jnp.pad(prompt.chunks, ((0, 0), (0, 3), (0, 0)), constant_values=9),
+        chunk_lengths=jnp.pad(prompt.chunk_lengths, ((0, 0), (0, 3))),
+        query=jnp.pad(prompt.query, ((0, 0), (0, 16)), constant_values=9),
     )
     other = chunk_prompt(*RAGGED[2], CHUNKS)
     selecting = dataclasses.replace(SELECT, encoding="independent")
@@ -128,19 +126,19 @@ def test_padding_and_buckets_change_no_bit(model):
     for batch in (batch_prompts([wider]), batch_prompts([other, wider], 4)):
         row = 0 if batch.chunks.shape[0] == 1 else 1
         got, found = prefill(model, batch, selecting)
-        np.testing.assert_array_equal(found[row, :n], scores[:n])
+        np.testing.assert_array_equal(found[row, :n], scores[0, :n])
         assert np.isneginf(found[row, n:]).all()
         if row:
             assert np.isneginf(found[2:]).all()  # requests that are filling
         first = row * batch.chunks.shape[1]
-        for i, length in enumerate(np.asarray(prompt.chunk_lengths[:n])):
+        for i, length in enumerate(np.asarray(prompt.chunk_lengths[0, :n])):
             for mine, theirs in ((cache.pool.k, got.pool.k), (cache.pool.v, got.pool.v)):
                 np.testing.assert_array_equal(
                     mine[:, i, :, :length], theirs[:, first + i, :, :length]
                 )
         draft = draft_response(model, batch, selecting)
         np.testing.assert_array_equal(
-            draft.tokens[row], draft_response(model, prompt, selecting).tokens
+            draft.tokens[row], draft_response(model, prompt, selecting).tokens[0]
         )
 
 
@@ -149,17 +147,17 @@ def test_documents_of_a_batch_can_be_asked_again(model):
     prompts = [chunk_prompt(*request, CHUNKS) for request in RAGGED[:3]]
     cache = encode_document(model, batch_prompts(prompts))
     later = [chunk_prompt(*request[:2], RAGGED[3][2], CHUNKS) for request in RAGGED[:3]]
-    query = jnp.stack([prompt.query for prompt in later])
-    lengths = jnp.stack([prompt.query_length for prompt in later])
+    query = jnp.concatenate([prompt.query for prompt in later])
+    lengths = jnp.concatenate([prompt.query_length for prompt in later])
     got = score_chunks(model, cache, query, SELECT, query_length=lengths)
     for row, prompt in zip(got, later, strict=True):
-        want = prefill(model, prompt, SELECT)[1]
+        want = prefill(model, prompt, SELECT)[1][0]
         n = prompt.n_chunks
         np.testing.assert_allclose(row[:n], want[:n], atol=2e-4)
         assert np.isneginf(row[n:]).all()
-    with pytest.raises(ValueError, match="want one for each"):
+    with pytest.raises(ValueError, match="2 questions for a cache of 3 documents"):
         score_chunks(model, cache, query[:2], SELECT)
-    with pytest.raises(ValueError, match=r"draft of \(4,\) for questions"):
+    with pytest.raises(ValueError, match="1 drafts for 3 questions"):
         score_chunks(model, cache, query, SELECT, draft=draft_response(model, prompts[0], SELECT))
     with pytest.raises(ValueError, match="a cache of 3 documents"):
         init_denoise(model, cache, select(got[:2], SELECT), query[:2], DECODE, jax.random.key(0))
@@ -343,15 +341,15 @@ def test_what_does_not_fit_is_named(model):
         generate_batch_ids(model, [], **settings)
     with pytest.raises(ValueError, match=r"request 1: context\[0\] = 300 is outside"):
         generate_batch_ids(model, [good, (good[0], [300], good[2])], **settings)
-    with pytest.raises(ValueError, match="request 1: query is empty"):
+    with pytest.raises(ValueError, match="request 1: question is empty"):
         generate_batch_ids(model, [good, (good[0], good[1], [])], **settings)
-    with pytest.raises(ValueError, match="2 seeds for 1 requests"):
+    with pytest.raises(ValueError, match="seeds has 2 entries for 1 requests"):
         generate_batch_ids(model, [good], seeds=[1, 2], **settings)
     oracle = dataclasses.replace(SELECT, scorer="oracle")
     named = {"selection": oracle, "chunking": CHUNKS}
     with pytest.raises(ValueError, match="request 0: scorer 'oracle' needs the ids"):
         generate_batch_ids(model, [good], **named)
-    with pytest.raises(ValueError, match="ids for 2 requests, of which there are 1"):
+    with pytest.raises(ValueError, match="oracle has 2 entries for 1 requests"):
         generate_batch_ids(model, [good], oracle=[[0], [1]], **named)
     with pytest.raises(ValueError, match=r"request 1: oracle ids \[5\] are not all inside"):
         generate_batch_ids(model, [good, good], oracle=[[0], [5]], **named)
@@ -361,18 +359,18 @@ def test_what_does_not_fit_is_named(model):
     cache = encode_document(model, prompt)
     with pytest.raises(ValueError, match="question 0: scorer 'oracle' needs the ids"):
         ask_ids(model, cache, [good[2]], selection=oracle)
-    with pytest.raises(ValueError, match="ids for 2 questions, of which there are 1"):
+    with pytest.raises(ValueError, match="oracle has 2 entries for 1 questions"):
         ask_ids(model, cache, [good[2]], selection=oracle, oracle=[[0], [1]])
     with pytest.raises(ValueError, match=r"question 1: oracle ids \[8\] are not all inside"):
         ask_ids(model, cache, [good[2]] * 2, selection=oracle, oracle=[[0], [8]])
     with pytest.raises(ValueError, match="no questions"):
         ask_ids(model, cache, [])
-    with pytest.raises(ValueError, match="query 1 is empty"):
+    with pytest.raises(ValueError, match="question 1 is empty"):
         ask_ids(model, cache, [good[2], []])
     with pytest.raises(ValueError, match="keep_pool"):
         ask_ids(model, prefill(model, prompt, SELECT)[0], [good[2]])
     two = batch_prompts([prompt, prompt])
-    with pytest.raises(ValueError, match="several documents"):
+    with pytest.raises(ValueError, match="the cache holds 2"):
         ask_ids(model, encode_document(model, two), [good[2]])
     with pytest.raises(ValueError, match="one document is streamed at a time"):
         prefill_top_k(model, two, dataclasses.replace(SELECT, encoding="independent"))
@@ -430,7 +428,7 @@ def test_the_baselines_in_a_ragged_batch(model, recompute):
     )  # fmt: skip
     together = denoise(model, None, state, config=config)
     for row, prompt in zip(together.tokens, prompts, strict=True):
-        alone = init_denoise(model, None, None, jnp.asarray(prompt), config, key[None])
+        alone = init_denoise(model, None, None, jnp.asarray(prompt)[None], config, key[None])
         np.testing.assert_array_equal(row, denoise(model, None, alone, config=config).tokens[0])
 
 
@@ -441,8 +439,8 @@ def test_leave_one_out_in_a_batch(model):
     _, together = prefill(model, batch_prompts(prompts), exact)
     for row, prompt in zip(together, prompts, strict=True):
         n = prompt.n_chunks
-        slots = int(prompt.query_length) + SELECT.draft_steps
-        alone = prefill(model, prompt, dataclasses.replace(SELECT, masked_copies=slots))[1]
+        slots = int(prompt.query_length[0]) + SELECT.draft_steps
+        alone = prefill(model, prompt, dataclasses.replace(SELECT, masked_copies=slots))[1][0]
         np.testing.assert_allclose(row[:n], alone[:n], rtol=1e-5)
 
 
@@ -476,11 +474,11 @@ def test_streaming_each_document_keeps_what_the_batch_keeps(model):
     n = together.chunks.shape[1]
     for b, prompt in enumerate(prompts):
         streamed, kept, found = prefill_top_k(model, prompt, selecting)
-        np.testing.assert_array_equal(found[: prompt.n_chunks], scores[b, : prompt.n_chunks])
+        np.testing.assert_array_equal(found[0, : prompt.n_chunks], scores[b, : prompt.n_chunks])
         want = [i for i in chosen.chunk_ids[b].tolist() if i >= 0]
-        assert [i for i in kept.chunk_ids.tolist() if i >= 0] == want
-        for i, slot in zip(want, kept.slots.tolist(), strict=False):
-            length = int(prompt.chunk_lengths[i])
+        assert [i for i in kept.chunk_ids[0].tolist() if i >= 0] == want
+        for i, slot in zip(want, kept.slots[0].tolist(), strict=False):
+            length = int(prompt.chunk_lengths[0, i])
             np.testing.assert_array_equal(
                 streamed.pool.k[:, slot, :, :length], cache.pool.k[:, b * n + i, :, :length]
             )

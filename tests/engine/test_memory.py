@@ -21,13 +21,10 @@ from pdllm_jax import (
     MemoryLimitError,
     ModelConfig,
     SelectionConfig,
-    ask_ids,
     encode_document,
-    encode_text,
-    generate_batch_ids,
-    generate_ids,
     plan_memory,
 )
+from pdllm_jax.deprecated import ask_ids, encode_text, generate_batch_ids, generate_ids
 from pdllm_jax.engine import engine as answer
 from pdllm_jax.engine import engine as batch
 from pdllm_jax.engine import memory as planner

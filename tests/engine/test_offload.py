@@ -9,29 +9,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
+from pdllm_jax import Engine
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
+from pdllm_jax.deprecated import ask_ids
 from pdllm_jax.engine import offload as module
-from pdllm_jax.engine.engine import ask_ids, finish, request_keys
 from pdllm_jax.engine.memory import MemoryLimitError
 from pdllm_jax.engine.offload import (
-    choose_offloaded,
     encode_offloaded,
     fetch,
     host_memory,
     offload,
+    offloaded_request,
     score_offloaded,
+    select_offloaded,
 )
-from pdllm_jax.engine.request import begin
 from pdllm_jax.method.chunking import batch_prompts, chunk_prompt
 from pdllm_jax.method.prefill import encode_document
 from pdllm_jax.method.scoring import score_chunks
-from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.transformer import MaskPredictor
 from pdllm_jax.storage.snapshot import load_document, save_document
-from tests.method.test_prefill import sharpen
 from tests.support import workers
+from tests.support.method import sharp_model
 
 SELECT = SelectionConfig(top_k=2, masked_copies=1, scorer="query", encode_batch=2)
 DECODE = DecodeConfig(gen_length=4, block_length=4)
@@ -40,7 +39,7 @@ QUERY = [7, 8, 9, 10, 11]
 
 @pytest.fixture(scope="module")
 def model() -> MaskPredictor:
-    return sharpen(MaskPredictor(ModelConfig.tiny(), rngs=nnx.Rngs(0)))
+    return sharp_model()
 
 
 @pytest.fixture(scope="module")
@@ -126,13 +125,15 @@ def test_only_the_chosen_chunks_come_over(document, cache, monkeypatch):
 
 @pytest.mark.parametrize("scorer", ["query", "random"])
 def test_scores_of_later_questions_are_those_on_the_device(model, document, cache, prompt, scorer):
-    config = dataclasses.replace(SELECT, scorer=scorer).scoring()
-    key = jax.random.key(1)
-    given = {"query_length": prompt.query_length, "key": key}
-    want = score_chunks(model, cache, prompt.query, config, **given)
-    got = score_offloaded(model, document, prompt.query, config, group=3, **given)
-    np.testing.assert_allclose(got[:7], want[:7], atol=2e-4)
-    assert np.isneginf(got[7:]).all()
+    config = dataclasses.replace(SELECT, scorer=scorer)
+    request = offloaded_request(document, QUERY, config, seed=1)
+    want = score_chunks(
+        model, cache, prompt.query, config.scoring(),
+        query_length=prompt.query_length, key=request.scoring_keys(),
+    )  # fmt: skip
+    got = score_offloaded(model, document, request, group=3)
+    np.testing.assert_allclose(got[0, :7], want[0, :7], atol=2e-4)
+    assert np.isneginf(got[0, 7:]).all()
     assert got.shape == want.shape
 
 
@@ -140,20 +141,19 @@ def test_scores_of_later_questions_are_those_on_the_device(model, document, cach
 def test_answers_are_those_of_the_device(model, document, cache, encoding):
     selecting = dataclasses.replace(SELECT, encoding=encoding)
     (want,) = ask_ids(model, cache, [QUERY], selection=selecting, decode=DECODE, seeds=[5])
-    chosen = choose_offloaded(model, document, QUERY, selecting, request_keys([5], 1), group=4)
-    (got,) = finish(model, begin(model, chosen, DECODE))
+    chosen = select_offloaded(model, document, QUERY, selecting, seed=5, group=4)
+    (got,) = Engine(model, decoding=DECODE).decode(chosen)
     assert got.tokens == want.tokens
     assert got.selection["chunks"] == want.selection["chunks"]
     np.testing.assert_allclose(got.selection["scores"], want.selection["scores"], atol=2e-4)
     adaptive = dataclasses.replace(selecting, max_k=4, margin=0.0)
-    trimmed = choose_offloaded(model, document, QUERY, adaptive, request_keys([5], 1), group=4)
-    assert trimmed.selection.chunk_ids.shape == (2,)
+    trimmed = select_offloaded(model, document, QUERY, adaptive, seed=5, group=4)
+    assert trimmed.selection.chunk_ids.shape == (1, 2)
     pool = chosen.cache.pool
     assert (None if pool is None else pool.k.shape[1]) == (None if encoding == "joint" else 2)
 
 
 def test_what_can_not_be_streamed_is_refused(model, document, cache, prompt):
-    keys = request_keys([0], 1)
     for change, message in (
         ({"reselect": "block"}, "re-selection reads all"),
         ({"scorer": "attention"}, "it cannot be streamed"),
@@ -161,9 +161,9 @@ def test_what_can_not_be_streamed_is_refused(model, document, cache, prompt):
     ):
         selecting = dataclasses.replace(SELECT, **change)
         with pytest.raises(ValueError, match=message):
-            choose_offloaded(model, document, QUERY, selecting, keys)
+            select_offloaded(model, document, QUERY, selecting)
     with pytest.raises(ValueError, match="query is empty"):
-        choose_offloaded(model, document, [], SELECT, keys)
+        select_offloaded(model, document, [], SELECT)
     with pytest.raises(ValueError, match="one document is offloaded"):
         encode_offloaded(model, batch_prompts([prompt, prompt]))
     with pytest.raises(ValueError, match="only one document's cache"):

@@ -7,13 +7,13 @@ import threading
 import jax
 import jax.numpy as jnp
 
-from pdllm_jax.engine.request import Stopwatch
+from pdllm_jax.engine.request import Timer
 
 
 def test_a_thread_counts_what_it_compiles_itself():
     """Two phases at once that end in the order in which they began; one of them compiles."""
     began, compiled = threading.Event(), threading.Event()
-    idle, busy = Stopwatch(), Stopwatch()
+    idle, busy = Timer(), Timer()
 
     def wait() -> None:
         with idle.phase("wait"):
@@ -28,8 +28,6 @@ def test_a_thread_counts_what_it_compiles_itself():
         compiled.set()
         thread.join()
     assert not thread.is_alive()
-    assert busy.compilations == 1
     assert busy.seconds["compile"] > 0
-    assert idle.compilations == 0
     assert idle.seconds["compile"] == 0
     assert idle.seconds["wait"] >= busy.seconds["compile"]

@@ -59,21 +59,22 @@ def test_last_token_of_a_full_chunk_survives_its_anchor():
 def test_context_shorter_than_a_chunk():
     prompt = chunk_prompt([1, 2], [3, 4], [5], ChunkConfig(16))
     assert prompt.n_chunks == 1
-    assert prompt.chunk_lengths.tolist() == [3]
-    assert prompt.chunks[0, :3].tolist() == [1, 3, 4]  # the prefix's first token is the anchor
+    assert prompt.chunk_lengths.tolist() == [[3]]
+    assert prompt.chunks[0, 0, :3].tolist() == [1, 3, 4]  # the prefix's first token is the anchor
 
 
 def test_true_lengths_behind_the_padding():
     prompt = chunk_prompt([1] * 9, range(100), [5] * 11, ChunkConfig(8), bos_id=7)
-    assert prompt.prefix.shape == (32,)
-    assert int(prompt.prefix_length) == 9
-    assert prompt.query.shape == (32,)
-    assert int(prompt.query_length) == 11
+    assert prompt.prefix.shape == (1, 32)
+    assert prompt.prefix_length.tolist() == [9]
+    assert prompt.query.shape == (1, 32)
+    assert prompt.query_length.tolist() == [11]
+    assert prompt.query[0].tolist() == [5] * 11 + [-1] * 21
     assert prompt.n_chunks == 15
-    assert prompt.chunks.shape == (16, 8)
+    assert prompt.chunks.shape == (1, 16, 8)
     tight = chunk_prompt([1], range(150), [5], ChunkConfig(8), tight=True)
-    assert tight.chunks.shape == (22, 8)
-    assert (np.asarray(prompt.chunks)[:15, 0] == 7).all()
+    assert tight.chunks.shape == (1, 22, 8)
+    assert (np.asarray(prompt.chunks)[0, :15, 0] == 7).all()
 
 
 @given(st.integers(1, 10**6))
@@ -104,7 +105,7 @@ def test_empty_parts_are_refused(arguments, message):
 
 def test_an_empty_prefix_works_without_anchors():
     prompt = chunk_prompt([], [2], [3], ChunkConfig(8, anchors=False))
-    assert prompt.prefix.shape == (0,)
+    assert prompt.prefix.shape == (1, 0)
 
 
 @pytest.mark.parametrize(

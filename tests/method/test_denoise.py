@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
-from pdllm_jax.engine.engine import generate_ids
+from pdllm_jax.deprecated import generate_ids
 from pdllm_jax.method.chunking import chunk_prompt
 from pdllm_jax.method.denoise import denoise, denoise_step
 from pdllm_jax.method.encoding import init_denoise
@@ -123,10 +123,10 @@ def test_requests_of_a_batch_do_not_touch_each_other(model, encoding, rule):
     cache, scores = prefill(model, prompt, select)
     questions = np.array([[*ids(6, 3), 0, 0], ids(8, 4)])
     lengths = np.array([6, 8])
-    selections = [select_top_k(s, 2) for s in (scores, -scores.at[5:].set(jnp.inf))]
+    selections = [select_top_k(s, 2) for s in (scores, -scores.at[:, 5:].set(jnp.inf))]
 
     def run(rows):
-        chosen = jax.tree.map(lambda *x: jnp.stack(x), *[selections[r] for r in rows])
+        chosen = jax.tree.map(lambda *x: jnp.concatenate(x), *[selections[r] for r in rows])
         state = init_denoise(
             model, cache, chosen, jnp.asarray(questions[rows]), config, jax.random.key(0),
             query_length=jnp.asarray(lengths[rows]),
@@ -192,7 +192,7 @@ def test_no_temporary_of_the_size_of_the_vocabulary_by_all_rows(model):
     """A step's logits are those of its block: 4 rows of 8, and of no prompt row."""
     wide = dataclasses.replace(ModelConfig.tiny(), vocab_size=1 << 16, embedding_size=1 << 16)
     large = MaskPredictor(wide, rngs=nnx.Rngs(0))
-    state = init_denoise(large, None, None, jnp.array(ids(90)), DECODE, jax.random.key(0))
+    state = init_denoise(large, None, None, jnp.array([ids(90)]), DECODE, jax.random.key(0))
     compiled = denoise_step.lower(large, None, state, config=DECODE).compile()
     rows = 8 * (1 << 16) * 4
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * rows

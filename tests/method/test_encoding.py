@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.method.chunking import chunk_prompt
@@ -18,27 +17,14 @@ from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import prefill, prefill_top_k
 from pdllm_jax.method.selection import select
 from pdllm_jax.method.token_selection import best_tokens, token_attention
-from pdllm_jax.network.config import ConfigError, ModelConfig
-from pdllm_jax.network.transformer import MaskPredictor
-from tests.method.test_prefill import BOS, CHUNKS, MASK, greedy, pieces, sharpen
+from pdllm_jax.network.config import ConfigError
 from tests.oracles.definition import Definition
+from tests.support.method import BOS, CHUNKS, MASK, greedy, pieces
 
 G = 6
 # Everything is recomputed at every step, so that a step's logits are one dense forward's.
 DECODE = DecodeConfig(gen_length=G, block_length=G, recompute="response")
 SELECT = SelectionConfig(top_k=3, scorer="last", encode_batch=2)
-
-
-@pytest.fixture(scope="module")
-def model() -> MaskPredictor:
-    return sharpen(MaskPredictor(ModelConfig.tiny(), rngs=nnx.Rngs(0)))
-
-
-@pytest.fixture(scope="module")
-def parts():
-    rng = np.random.default_rng(1)
-    prefix = [BOS, *rng.integers(0, 250, 4).tolist()]
-    return prefix, rng.integers(0, 250, 53).tolist(), rng.integers(0, 250, 7).tolist()
 
 
 def run(model, parts, selecting, decode=DECODE, chunking=CHUNKS, **fields):
@@ -52,7 +38,7 @@ def run(model, parts, selecting, decode=DECODE, chunking=CHUNKS, **fields):
     )  # fmt: skip
     begun = jax.tree.map(jnp.copy, state)
     tokens = denoise(model, cache, state, config=decode).tokens[0].tolist()
-    return [pieces(prompt)[i] for i in chosen.chunk_ids.tolist()], begun, tokens
+    return [pieces(prompt)[i] for i in chosen.chunk_ids[0].tolist()], begun, tokens
 
 
 def test_query_conditioned_encoding_is_the_defined_one(model, parts):
@@ -218,7 +204,7 @@ def test_attention_of_padding_and_empty_slots_is_none(model, parts):
     pool = dataclasses.replace(
         cache.pool, k=jnp.where(poison[None, :, None, :, None], 1e4, cache.pool.k)
     )
-    wider = jnp.pad(scores, (0, 3), constant_values=-jnp.inf)
+    wider = jnp.pad(scores, ((0, 0), (0, 3)), constant_values=-jnp.inf)
     state = init_denoise(
         model, cache, select(wider, selecting), prompt.query, DECODE, jax.random.key(0),
         query_length=prompt.query_length, selecting=selecting,

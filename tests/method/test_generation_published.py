@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pdllm_jax.config import DecodeConfig
-from pdllm_jax.engine.engine import generate_ids
+from pdllm_jax.deprecated import generate_ids
 from pdllm_jax.method.denoise import denoise, denoise_step
 from pdllm_jax.method.encoding import init_denoise
 from tests.support.models import model_from_tensors

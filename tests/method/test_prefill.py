@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.method.chunking import chunk_prompt
@@ -17,41 +16,11 @@ from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import encode_document, prefill, prefill_top_k
 from pdllm_jax.method.scoring import Draft, draft_response, score_chunks
 from pdllm_jax.method.selection import select_top_k
-from pdllm_jax.network.config import ModelConfig
-from pdllm_jax.network.transformer import MaskPredictor
 from tests.oracles.definition import Definition
+from tests.support.method import BOS, CHUNKS, MASK, greedy, pieces
 
-MASK = ModelConfig.tiny().mask_token_id
-BOS = ModelConfig.tiny().bos_token_id
-
-
-def sharpen(model: MaskPredictor) -> MaskPredictor:
-    """Random weights large enough that attention is far from uniform."""
-    return jax.tree.map(lambda w: w * 2.0 if w.ndim == 2 else w * 1.3, model)
-
-
-@pytest.fixture(scope="module")
-def model() -> MaskPredictor:
-    return sharpen(MaskPredictor(ModelConfig.tiny(), rngs=nnx.Rngs(0)))
-
-
-@pytest.fixture(scope="module")
-def parts():
-    rng = np.random.default_rng(1)
-    prefix = [BOS, *rng.integers(0, 250, 4).tolist()]
-    return prefix, rng.integers(0, 250, 53).tolist(), rng.integers(0, 250, 7).tolist()
-
-
-CHUNKS = ChunkConfig(chunk_size=12)
 SELECT = SelectionConfig(top_k=2, masked_copies=3, encode_batch=2)
-DRAFT = Draft(jnp.array([17, MASK, 99, MASK], jnp.int32), jnp.array([True, False, True, False]))
-
-
-def pieces(prompt) -> list[list[int]]:
-    lengths = np.asarray(prompt.chunk_lengths)
-    return [
-        np.asarray(row)[:n].tolist() for row, n in zip(prompt.chunks, lengths, strict=True) if n
-    ]
+DRAFT = Draft(jnp.array([[17, MASK, 99, MASK]], jnp.int32), jnp.array([[True, False, True, False]]))
 
 
 def defined_scores(model, prompt, parts, draft_tokens, confirmed, copies) -> np.ndarray:
@@ -74,7 +43,7 @@ def defined_scores(model, prompt, parts, draft_tokens, confirmed, copies) -> np.
 def test_scores_are_the_defined_ones(model, parts, copies):
     prompt = chunk_prompt(*parts, CHUNKS)
     config = dataclasses.replace(SELECT, masked_copies=copies)
-    _, scores = prefill(model, prompt, config, draft=DRAFT)
+    _, (scores,) = prefill(model, prompt, config, draft=DRAFT)
     want = defined_scores(model, prompt, parts, [17, MASK, 99, MASK], [0, 2], copies)
     np.testing.assert_allclose(scores[: len(want)], want, rtol=2e-5)
     assert np.isneginf(scores[len(want) :]).all()
@@ -84,7 +53,7 @@ def test_scores_are_the_defined_ones(model, parts, copies):
 def test_confidence_is_that_of_the_masks_behind_the_query(model, parts):
     prompt = chunk_prompt(*parts, CHUNKS)
     config = dataclasses.replace(SELECT, scorer="confidence", draft_length=3)
-    _, scores = prefill(model, prompt, config)
+    _, (scores,) = prefill(model, prompt, config)
     prefix, _, query = parts
     slots, definition = [*query, MASK, MASK, MASK], Definition(model)
     want = [
@@ -99,7 +68,7 @@ def test_confidence_is_that_of_the_masks_behind_the_query(model, parts):
 def test_query_scorer_and_empty_prefix(model, parts):
     prompt = chunk_prompt([], *parts[1:], CHUNKS, bos_id=BOS)
     config = dataclasses.replace(SELECT, scorer="query")
-    _, scores = prefill(model, prompt, config)
+    _, (scores,) = prefill(model, prompt, config)
     want = defined_scores(model, prompt, ([], *parts[1:]), [], [], 3)
     np.testing.assert_allclose(scores[: len(want)], want, rtol=2e-5)
 
@@ -108,12 +77,12 @@ def test_leave_one_out_equals_as_many_copies_as_scored_slots(model, parts):
     prompt = chunk_prompt(*parts, CHUNKS)
     slots = len(parts[2]) + 2
     exact, copies = (
-        prefill(model, prompt, dataclasses.replace(SELECT, masked_copies=r), draft=DRAFT)[1]
+        prefill(model, prompt, dataclasses.replace(SELECT, masked_copies=r), draft=DRAFT)[1][0]
         for r in (None, slots)
     )
     np.testing.assert_allclose(exact, copies, rtol=1e-5)
     fewer = dataclasses.replace(SELECT, masked_copies=slots - 1)
-    _, other = prefill(model, prompt, fewer, draft=DRAFT)
+    _, (other,) = prefill(model, prompt, fewer, draft=DRAFT)
     assert not np.allclose(exact[:3], other[:3], rtol=1e-5)
 
 
@@ -129,8 +98,8 @@ def test_draft_is_the_defined_one(model, parts):
         open_slots = [i for i in range(4) if draft[i] == MASK]
         slot = 0 if step == 0 else max(open_slots, key=lambda i: sure[i])
         draft[slot] = int(guess[slot])
-    assert got.tokens.tolist() == draft
-    assert got.confirmed.tolist() == [token != MASK for token in draft]
+    assert got.tokens[0].tolist() == draft
+    assert got.confirmed[0].tolist() == [token != MASK for token in draft]
 
 
 def test_draft_is_made_where_none_is_given(model, parts):
@@ -141,20 +110,20 @@ def test_draft_is_made_where_none_is_given(model, parts):
 
 def test_scores_do_not_depend_on_groups_or_padding(model, parts):
     prompt = chunk_prompt(*parts, CHUNKS)
-    want = prefill(model, prompt, SELECT, draft=DRAFT)[1]
+    want = prefill(model, prompt, SELECT, draft=DRAFT)[1][0]
     n = prompt.n_chunks
     for size in (1, 64):
         config = dataclasses.replace(SELECT, encode_batch=size)
-        got = prefill(model, prompt, config, draft=DRAFT)[1]
+        got = prefill(model, prompt, config, draft=DRAFT)[1][0]
         np.testing.assert_allclose(got[:n], want[:n], rtol=1e-5)
     wider = dataclasses.replace(
         prompt,
-        chunks=jnp.pad(prompt.chunks, ((0, 5), (0, 0)), constant_values=7),
-        chunk_lengths=jnp.pad(prompt.chunk_lengths, (0, 5)),
-        query=jnp.pad(prompt.query, (0, 8), constant_values=9),
-        prefix=jnp.pad(prompt.prefix, (0, 8), constant_values=9),
+        chunks=jnp.pad(prompt.chunks, ((0, 0), (0, 5), (0, 0)), constant_values=7),
+        chunk_lengths=jnp.pad(prompt.chunk_lengths, ((0, 0), (0, 5))),
+        query=jnp.pad(prompt.query, ((0, 0), (0, 8)), constant_values=9),
+        prefix=jnp.pad(prompt.prefix, ((0, 0), (0, 8)), constant_values=9),
     )
-    got = prefill(model, wider, SELECT, draft=DRAFT)[1]
+    got = prefill(model, wider, SELECT, draft=DRAFT)[1][0]
     np.testing.assert_allclose(got[:n], want[:n], rtol=1e-5)
 
 
@@ -163,8 +132,8 @@ def prefilling(model, parts, chunking, select, decode, query_pad=0, prefix_pad=0
     if query_pad or prefix_pad:
         prompt = dataclasses.replace(
             prompt,
-            query=jnp.pad(prompt.query, (0, query_pad), constant_values=5),
-            prefix=jnp.pad(prompt.prefix, (0, prefix_pad), constant_values=5),
+            query=jnp.pad(prompt.query, ((0, 0), (0, query_pad)), constant_values=5),
+            prefix=jnp.pad(prompt.prefix, ((0, 0), (0, prefix_pad)), constant_values=5),
         )
     cache, scores = prefill(model, prompt, select, draft=DRAFT)
     chosen = select_top_k(scores, min(select.top_k, prompt.n_chunks))
@@ -173,18 +142,6 @@ def prefilling(model, parts, chunking, select, decode, query_pad=0, prefix_pad=0
         query_length=prompt.query_length, encoding=select.encoding,
     )  # fmt: skip
     return prompt, cache, chosen, state
-
-
-def greedy(logits_of, length: int) -> list[int]:
-    """One token at a time, the most confident first, from a function tokens -> logits [G, V]."""
-    tokens = [MASK] * length
-    for _ in range(length):
-        logits = logits_of(tokens)
-        shifted = logits - logits.max(-1, keepdims=True)
-        confidence = np.exp(shifted).max(-1) / np.exp(shifted).sum(-1)
-        slot = max((i for i in range(length) if tokens[i] == MASK), key=lambda i: confidence[i])
-        tokens[slot] = int(logits[slot].argmax())
-    return tokens
 
 
 @pytest.mark.parametrize("pads", [(0, 0), (16, 8)], ids=["exact", "padded"])
@@ -197,7 +154,7 @@ def test_joint_encoding_without_anchors_is_the_whole_prompt(model, parts, pads):
     _, _, _, state = prefilling(
         model, (prefix, context, query), ChunkConfig(12, anchors=False), select, decode, *pads
     )
-    other = init_denoise(model, None, None, jnp.asarray(whole), decode, jax.random.key(0))
+    other = init_denoise(model, None, None, jnp.asarray([whole]), decode, jax.random.key(0))
 
     logits = Definition(model).plain([*whole, *[MASK] * 8])[-8:]
     first = int((np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)).argmin())
@@ -218,9 +175,9 @@ def test_joint_encoding_of_chosen_chunks_is_the_dual_cache_on_them(model, parts)
     prompt, _, chosen, state = prefilling(
         model, (parts[0], parts[1][:44], parts[2]), CHUNKS, SELECT, decode
     )
-    kept = [token for i in chosen.chunk_ids.tolist() for token in pieces(prompt)[i]]
+    kept = [token for i in chosen.chunk_ids[0].tolist() for token in pieces(prompt)[i]]
     assert len(kept) == 24
-    whole = jnp.asarray([*parts[0], *kept, *parts[2]])
+    whole = jnp.asarray([[*parts[0], *kept, *parts[2]]])
     want = denoise(
         model, None, init_denoise(model, None, None, whole, decode, jax.random.key(0)),
         config=decode,
@@ -241,7 +198,7 @@ def test_independent_encoding_is_the_defined_one(model, parts, pads):
     decode = DecodeConfig(gen_length=6, block_length=6, recompute="response")
     prompt, cache, chosen, state = prefilling(model, parts, CHUNKS, select, decode, *pads)
     assert len(pieces(prompt)[-1]) < CHUNKS.chunk_size
-    chunks = [pieces(prompt)[i] for i in chosen.chunk_ids.tolist()]
+    chunks = [pieces(prompt)[i] for i in chosen.chunk_ids[0].tolist()]
     assert chunks[-1] == pieces(prompt)[-1]
     definition = Definition(model)
     want = greedy(
@@ -277,7 +234,7 @@ def test_top_k_of_all_chunks_is_a_no_op(model, parts, encoding):
         assert prompt.n_chunks == 5
         cache, scores = prefill(model, prompt, select, draft=DRAFT)
         chosen = select_top_k(scores, prompt.n_chunks if scorer == "all" else k)
-        assert [i for i in chosen.chunk_ids.tolist() if i >= 0] == [0, 1, 2, 3, 4]
+        assert [i for i in chosen.chunk_ids[0].tolist() if i >= 0] == [0, 1, 2, 3, 4]
         state = init_denoise(
             model, cache, chosen, prompt.query, decode, jax.random.key(0),
             query_length=prompt.query_length,
@@ -313,14 +270,14 @@ def test_random_scores_follow_the_key_and_not_the_bucket(model, parts):
     config = SelectionConfig(scorer="random", top_k=2)
     prompt = chunk_prompt(*parts, CHUNKS)
     n = prompt.n_chunks
-    a, b = (prefill(model, prompt, config, key=jax.random.key(i))[1][:n] for i in (0, 1))
+    a, b = (prefill(model, prompt, config, key=jax.random.key(i))[1][0, :n] for i in (0, 1))
     assert not np.array_equal(a, b)
     wider = dataclasses.replace(
         prompt,
-        chunks=jnp.pad(prompt.chunks, ((0, 3), (0, 0))),
-        chunk_lengths=jnp.pad(prompt.chunk_lengths, (0, 3)),
+        chunks=jnp.pad(prompt.chunks, ((0, 0), (0, 3), (0, 0))),
+        chunk_lengths=jnp.pad(prompt.chunk_lengths, ((0, 0), (0, 3))),
     )
-    again = prefill(model, wider, config, key=jax.random.key(0))[1]
+    again = prefill(model, wider, config, key=jax.random.key(0))[1][0]
     np.testing.assert_array_equal(again[:n], a)
     assert np.isneginf(again[n:]).all()
 
@@ -346,30 +303,30 @@ def test_a_later_question_gets_the_scores_that_the_pass_over_the_document_gives(
     several = score_chunks(
         model,
         encode_document(model, prompt, encode_batch=3),
-        jnp.stack([prompt.query, other.query]),
+        jnp.concatenate([prompt.query, other.query]),
         config,
-        query_length=jnp.stack([prompt.query_length, other.query_length]),
+        query_length=jnp.concatenate([prompt.query_length, other.query_length]),
     )
-    np.testing.assert_allclose(several[0], want, atol=2e-4)
-    np.testing.assert_allclose(several[1], prefill(model, other, config)[1], atol=2e-4)
+    np.testing.assert_allclose(several[:1], want, atol=2e-4)
+    np.testing.assert_allclose(several[1:], prefill(model, other, config)[1], atol=2e-4)
 
 
 def test_attention_scores_are_shares_of_the_attention_to_the_document(model, parts):
     config = dataclasses.replace(SELECT, scorer="attention")
     prompt = prompt_of(parts)
-    cache, scores = prefill(model, prompt, config)
-    there = np.asarray(prompt.chunk_lengths) > 0
+    cache, (scores,) = prefill(model, prompt, config)
+    there = np.asarray(prompt.chunk_lengths[0]) > 0
     assert np.asarray(scores)[there].sum() == pytest.approx(1, abs=1e-5)
     assert (np.asarray(scores)[~there] == -np.inf).all()
     # What lies behind the query's length, and chunks that are only padding, change nothing.
-    longer = jnp.concatenate([prompt.query, jnp.full(3, 7)])
+    longer = jnp.concatenate([prompt.query, jnp.full((1, 3), 7)], axis=1)
     got = score_chunks(model, cache, longer, config, query_length=prompt.query_length)
-    np.testing.assert_allclose(got, scores, atol=1e-6)
+    np.testing.assert_allclose(got[0], scores, atol=1e-6)
     # A document of one chunk twice: each gets half.
     twice = dataclasses.replace(
         prompt,
-        chunks=jnp.stack([prompt.chunks[0]] * 2),
-        chunk_lengths=prompt.chunk_lengths[:1].repeat(2),
+        chunks=jnp.stack([prompt.chunks[0, 0]] * 2)[None],
+        chunk_lengths=prompt.chunk_lengths[:, :1].repeat(2, axis=1),
     )
     np.testing.assert_allclose(prefill(model, twice, config)[1], 0.5, atol=1e-5)
 
@@ -399,13 +356,13 @@ def test_streaming_keeps_what_scoring_everything_first_keeps(
     np.testing.assert_array_equal(got.chunk_ids, want.chunk_ids)
     np.testing.assert_array_equal(got.scores, want.scores)
     np.testing.assert_array_equal(streamed_scores, scores)
-    n = prompt.chunks.shape[0]
+    n = prompt.chunks.shape[1]
     assert streamed.pool.k.shape[1] == min(top_k, n) + config.encode_batch
-    for chunk, slot in zip(got.chunk_ids.tolist(), got.slots.tolist(), strict=True):
+    for chunk, slot in zip(got.chunk_ids[0].tolist(), got.slots[0].tolist(), strict=True):
         if chunk < 0:
             assert slot < 0
             continue
-        assert streamed.pool.lengths[slot] == cache.lengths[chunk]
+        assert streamed.pool.lengths[slot] == cache.lengths[0, chunk]
         np.testing.assert_array_equal(streamed.pool.k[:, slot], cache.pool.k[:, chunk])
         np.testing.assert_array_equal(streamed.pool.v[:, slot], cache.pool.v[:, chunk])
     if scorer != "draft":

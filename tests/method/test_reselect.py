@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.method.chunking import chunk_prompt
@@ -18,10 +17,8 @@ from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import prefill
 from pdllm_jax.method.reselect import reselect
 from pdllm_jax.method.selection import select
-from pdllm_jax.network.config import ModelConfig
-from pdllm_jax.network.transformer import MaskPredictor
-from tests.method.test_prefill import BOS, CHUNKS, MASK, pieces, sharpen
 from tests.oracles.definition import Definition
+from tests.support.method import CHUNKS, MASK, pieces, prompt_parts
 
 DECODE = DecodeConfig(gen_length=8, block_length=4)
 SELECT = SelectionConfig(
@@ -30,15 +27,8 @@ SELECT = SelectionConfig(
 
 
 @pytest.fixture(scope="module")
-def model() -> MaskPredictor:
-    return sharpen(MaskPredictor(ModelConfig.tiny(), rngs=nnx.Rngs(0)))
-
-
-@pytest.fixture(scope="module")
 def prompt():
-    rng = np.random.default_rng(1)
-    parts = [BOS, *rng.integers(0, 250, 4)], rng.integers(0, 250, 53), rng.integers(0, 250, 7)
-    return chunk_prompt(*parts, CHUNKS)
+    return chunk_prompt(*prompt_parts(), CHUNKS)
 
 
 def start(model, prompt, selecting, decode=DECODE, scores=None):
@@ -57,8 +47,8 @@ def copy(state):
 
 def defined(model, prompt, state, scorer, copies=3) -> np.ndarray:
     """Scores of every chunk from the formulas in reselect.py, in float64."""
-    prefix = prompt.prefix[: int(prompt.prefix_length)].tolist()
-    query = prompt.query[: int(prompt.query_length)].tolist()
+    prefix = prompt.prefix[0, : int(prompt.prefix_length[0])].tolist()
+    query = prompt.query[0, : int(prompt.query_length[0])].tolist()
     response = state.tokens[0].tolist()
     slots, q = [*query, *response], len(query)
     scored = [*range(q)]
@@ -112,8 +102,8 @@ def test_attention_counts_query_and_unmasked_response(model, prompt):
         state = denoise_step(model, cache, state, config=DECODE)
     before = copy(state)
     state = reselect(model, cache, state, selecting=selecting, config=DECODE)
-    prefix = prompt.prefix[: int(prompt.prefix_length)].tolist()
-    query, response = prompt.query[:7].tolist(), before.tokens[0].tolist()
+    prefix = prompt.prefix[0, : int(prompt.prefix_length[0])].tolist()
+    query, response = prompt.query[0, :7].tolist(), before.tokens[0].tolist()
     chunks, size = pieces(prompt), CHUNKS.chunk_size
     # Every chunk as if it lay just before the query, which sees them all.
     p, n, live = len(prefix), len(chunks), [*query, *response]
@@ -156,7 +146,7 @@ def test_the_loop_is_the_loop_by_hand(model, prompt, encoding, when):
     selecting = dataclasses.replace(
         SELECT, encoding=encoding, reselect=when, keep_tokens=8, bridge_share=0.25
     )
-    worst = jnp.array([0.0, 1.0, -1.0, -2.0, -3.0])
+    worst = jnp.array([[0.0, 1.0, -1.0, -2.0, -3.0]])
     cache, state = start(model, prompt, selecting, scores=worst)
     other = copy(state)
     steps, seen = 0, []
@@ -182,9 +172,9 @@ def test_a_request_that_keeps_its_chunks_keeps_its_kv(model, prompt):
     def begin(rows):
         chosen = select(jnp.stack(rows), selecting)
         state = init_denoise(
-            model, cache, chosen, jnp.stack([prompt.query] * len(rows)), DECODE,
+            model, cache, chosen, jnp.repeat(prompt.query, len(rows), axis=0), DECODE,
             jnp.stack([jax.random.key(7)] * len(rows)),
-            query_length=jnp.stack([prompt.query_length] * len(rows)), selecting=selecting,
+            query_length=jnp.repeat(prompt.query_length, len(rows)), selecting=selecting,
         )  # fmt: skip
         return denoise_step(model, cache, state, config=DECODE)
 
@@ -193,7 +183,7 @@ def test_a_request_that_keeps_its_chunks_keeps_its_kv(model, prompt):
 
     # A request whose chunks are those that it would choose again, and one of which this is not so.
     choices = [
-        jnp.where(jnp.isin(jnp.arange(scores.shape[0]), jnp.array(choice)), 0.0, -jnp.inf)
+        jnp.where(jnp.isin(jnp.arange(scores.shape[1]), jnp.array(choice)), 0.0, -jnp.inf)
         for choice in itertools.combinations(range(5), 3)
     ]
     stays = [

@@ -50,12 +50,12 @@ def test_k_must_be_positive(k):
 
 
 def test_controls():
-    exists = jnp.array([True, True, True, True, False])
+    exists = jnp.array([[True, True, True, True, False]])
 
     def chosen(scorer, key=None):
         scores = control_scores(SelectionConfig(scorer=scorer), exists, key)
-        assert np.isneginf(scores[4])
-        return select_top_k(scores, 2).chunk_ids.tolist()
+        assert np.isneginf(scores[0, 4])
+        return select_top_k(scores, 2).chunk_ids[0].tolist()
 
     assert chosen("first") == [0, 1]
     assert chosen("last") == [2, 3]
@@ -65,8 +65,8 @@ def test_controls():
         chosen("random")
     with pytest.raises(ValueError, match="needs the ids"):
         chosen("oracle")
-    named = control_scores(SelectionConfig(scorer="oracle"), exists, None, jnp.array([4, 3, 1]))
-    assert select_top_k(named, 4).chunk_ids.tolist() == [1, 3, EMPTY_SLOT, EMPTY_SLOT]
+    named = control_scores(SelectionConfig(scorer="oracle"), exists, None, jnp.array([[4, 3, 1]]))
+    assert select_top_k(named, 4).chunk_ids[0].tolist() == [1, 3, EMPTY_SLOT, EMPTY_SLOT]
 
 
 @settings(max_examples=100, deadline=None)

@@ -33,9 +33,9 @@ from pdllm_jax import (
 from pdllm_jax.method.scoring import draft_response
 from pdllm_jax.network.rope import rotate, rotation
 from small_model import corpus, tasks
-from tests.method.test_prefill import sharpen
 from tests.scripts.test_ablation import answer_all
 from tests.small_model.test_training import CONFIG, encode, held_out_side, make_corpora  # noqa: F401
+from tests.support.method import sharpen
 
 PAIR = ("passkey", "number_string")
 CELL = Cell(length=320, chunk_size=64, top_k=2, tasks=PAIR, draft_length=2)
@@ -49,8 +49,7 @@ def model() -> MaskPredictor:
 @pytest.fixture(scope="module")
 def tiny_bench(model, encode, held_out_side) -> retrieval.Retrieval:  # noqa: F811
     ids = encode.tokenizer.token_to_id
-    chat = tuple(ids(name) for name in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
-    tokenizer = Tokenizer(encode.tokenizer, ids("<|startoftext|>"), encode.mask, encode.eos, chat)
+    tokenizer = Tokenizer(encode.tokenizer, ids("<|startoftext|>"), encode.mask, encode.eos, None)
     made = retrieval.Retrieval.of(model, tokenizer, held_out_side, first_seed=0)
     return dataclasses.replace(made, batch_tokens=2 * CELL.length, encode_batch=4)
 
@@ -190,8 +189,8 @@ def test_flops_are_the_products_of_the_traced_programs(model, change):
     rng = np.random.default_rng(0)
     ids = [rng.integers(6, 500, n) for n in (PREFIX, COUNT * (SIZE - 1), QUERY)]
     prompt = chunk_prompt(*ids, ChunkConfig(SIZE), bos_id=0)
-    assert prompt.prefix.shape == (PREFIX,)
-    assert prompt.query.shape == (QUERY,)
+    assert prompt.prefix.shape == (1, PREFIX)
+    assert prompt.query.shape == (1, QUERY)
     draft = None
     found = {"draft": 0.0}
 

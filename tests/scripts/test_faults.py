@@ -8,11 +8,11 @@ import resource
 import sys
 from pathlib import Path
 
-import command_line
 import jax
 import jax.numpy as jnp
 import pytest
 
+from pdllm_jax.cli import errors as command_line
 from pdllm_jax.storage.snapshot import SnapshotError, load_document, save_document
 from tests.conftest import ROOT
 from tests.support import workers

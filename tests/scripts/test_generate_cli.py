@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from pdllm_jax import Tokenizer, TokenizerError, load_config, load_model
+from pdllm_jax import Tokenizer, load_config, load_model
+from pdllm_jax.tokenizer import TokenizerError
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import generate
+
+from pdllm_jax.cli.commands import Stream
 
 PROMPT = {"prefix": [256, 5, 6], "context": list(range(60)), "query": [9, 8, 7]}
 SMALL = [
@@ -159,7 +162,7 @@ class Spelling:
 
 
 def test_a_stream_writes_whole_characters_and_what_has_changed(capsys):
-    stream = generate.Stream()
+    stream = Stream()
     stream.tokenizer = Spelling()
     seen = []
     for piece in ([65, 0xC3], [0xA4, 66], [67]):
@@ -170,7 +173,7 @@ def test_a_stream_writes_whole_characters_and_what_has_changed(capsys):
     assert capsys.readouterr().out == " and more\n"
     stream.finish("A\u00e4XC")
     assert capsys.readouterr().out == "\nA\u00e4XC\n"
-    bare = generate.Stream()
+    bare = Stream()
     bare(0, 0, [3, 4])
     bare(0, 1, [5])
     bare.finish("3 4 5 6")
@@ -191,7 +194,7 @@ BAD = {
     "id outside": ([], {"context": [3, 272]}, r"context\[1\] = 272 is outside the vocabulary"),
     "negative id": ([], {"query": [-1]}, "outside the vocabulary"),
     "empty context": ([], {"context": []}, "context is empty"),
-    "empty query": ([], {"query": []}, "query is empty"),
+    "empty query": ([], {"query": []}, "question is empty"),
     "strings": ([], {"query": ["a"]}, "list of integers"),
     "true": ([], {"query": [True]}, "list of integers"),
     "block": (["--gen-length", "8", "--block-length", "3"], {}, "does not divide"),
@@ -369,6 +372,6 @@ def test_chat_template_around_the_document(checkpoint):
 def test_response_ends_at_the_end_of_turn(checkpoint):
     tokenizer = Tokenizer.load(checkpoint, load_config(checkpoint))
     ids = tokenizer.encode("yes")
-    assert tokenizer.decode([*ids, tokenizer.chat[2], *ids]) == "yes"
+    assert tokenizer.decode([*ids, tokenizer.stop_ids[1], *ids]) == "yes"
     assert tokenizer.decode([*ids, tokenizer.eos_id, *ids]) == "yes"
     assert tokenizer.decode(ids) == "yes"

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from pdllm_jax import SnapshotError, finish, load_model, load_prefilled, model_identity
+from pdllm_jax import SnapshotError, load_model, load_request
+from pdllm_jax.deprecated import finish
+from pdllm_jax.storage.fingerprint import model_identity
 from tests.storage.test_checkpoint import DIVISIBLE, make
 from tests.support import fault_workers
 from tests.support.workers import PROCESSES
@@ -114,10 +116,10 @@ def test_killed_while_writing_decoding_and_reading(folder, model, want, tmp_path
         partial = tmp_path / f".{point}.partial"
         assert partial.is_dir()
         with pytest.raises(SnapshotError):
-            load_prefilled(tmp_path / point, identity)
+            load_request(tmp_path / point, identity)
         if not (partial / "snapshot.json").exists():
             with pytest.raises(SnapshotError):
-                load_prefilled(partial, identity)
+                load_request(partial, identity)
     half = tmp_path / points[0]
     refused = Hosts(folder, tmp_path / "half", half)
     again = write(folder, half)

@@ -18,23 +18,25 @@ from flax import nnx
 
 from pdllm_jax import MaskPredictor, ModelConfig, RopeScaling
 from pdllm_jax.config import DecodeConfig, SelectionConfig
-from pdllm_jax.engine.engine import finish, request_keys
-from pdllm_jax.engine.request import begin, choose, without_other_chunks
+from pdllm_jax.deprecated import choose, finish
+from pdllm_jax.engine.request import drop_other_chunks as without_other_chunks
+from pdllm_jax.engine.request import request_keys
+from pdllm_jax.engine.request import start_decoding as begin
 from pdllm_jax.method.chunking import chunk_prompt
 from pdllm_jax.storage.checkpoint_arrays import _aligned
 from pdllm_jax.storage.fingerprint import model_identity
 from pdllm_jax.storage.snapshot import (
     load_document,
-    load_prefilled,
+    load_request,
     save_document,
-    save_prefilled,
+    save_request,
     snapshot_holds,
 )
 from pdllm_jax.storage.snapshot_arrays import read_arrays
 from pdllm_jax.storage.snapshot_format import ArrayRecord, SnapshotError, read_manifest
 from pdllm_jax.storage.snapshot_tree import check_shapes
-from tests.method.test_prefill import sharpen
 from tests.support import workers
+from tests.support.method import sharp_model
 from tests.support.workers import CHUNKS, IDENTITY, document
 
 SELECT = SelectionConfig(top_k=2, masked_copies=2, encode_batch=2)
@@ -43,7 +45,7 @@ DECODE = DecodeConfig(gen_length=8, block_length=4)
 
 @pytest.fixture(scope="module")
 def model() -> MaskPredictor:
-    return sharpen(MaskPredictor(ModelConfig.tiny(), rngs=nnx.Rngs(0)))
+    return sharp_model()
 
 
 def assert_same(a, b) -> None:
@@ -102,9 +104,9 @@ def test_decoding_goes_on_from_a_snapshot_token_for_token(model, tmp_path, chang
     copies = [jax.tree.map(jnp.copy, form) for form in forms]
     want = finish(model, begun)[0]
     for i, form in enumerate(copies):
-        save_prefilled(tmp_path / str(i), identity, form, chunking=CHUNKS)
+        save_request(tmp_path / str(i), identity, form, chunking=CHUNKS)
         assert snapshot_holds(tmp_path / str(i)) == ("selection" if i < 2 else "state")
-        found = load_prefilled(tmp_path / str(i), identity)
+        found = load_request(tmp_path / str(i), identity)
         assert_same(found, form)
         if found.state is None:
             found = begin(model, found, DECODE)
@@ -137,7 +139,7 @@ def test_what_does_not_match_is_refused_by_name(saved, tmp_path):
     with pytest.raises(SnapshotError, match="tokenizer is None where '") as refused:
         load_document(saved, IDENTITY, tokenizer=FakeTokenizer())
     with pytest.raises(SnapshotError, match="holds is 'document' where"):
-        load_prefilled(saved, IDENTITY)
+        load_request(saved, IDENTITY)
     with pytest.raises(SnapshotError, match=r"exists \(--overwrite"):
         save_document(saved, IDENTITY, document(), chunking=CHUNKS)
     with pytest.raises(SnapshotError, match="not a snapshot and nothing else, so"):
@@ -363,10 +365,10 @@ def test_indices_out_of_range_are_refused(model, tmp_path):
         (dataclasses.replace(good, query=good.query - 300), "query holds -"),
         (dataclasses.replace(good, query_length=jnp.int32(999)), "query_length holds 999"),
     ):
-        save_prefilled(tmp_path / "s", IDENTITY, bad, chunking=CHUNKS, overwrite=True)
+        save_request(tmp_path / "s", IDENTITY, bad, chunking=CHUNKS, overwrite=True)
         with pytest.raises(SnapshotError, match=field):
-            load_prefilled(tmp_path / "s", IDENTITY)
-    save_prefilled(tmp_path / "s", IDENTITY, good, chunking=CHUNKS, overwrite=True)
+            load_request(tmp_path / "s", IDENTITY)
+    save_request(tmp_path / "s", IDENTITY, good, chunking=CHUNKS, overwrite=True)
     manifest = read_manifest(tmp_path / "s")
     wide = {name: ArrayRecord((1, 4), "uint32") for name in ("keys", "state.keys")}
     manifest = dataclasses.replace(manifest, arrays={**manifest.arrays, **wide})

@@ -19,11 +19,13 @@ import numpy as np
 import pytest
 
 from pdllm_jax.config import DecodeConfig, SelectionConfig
-from pdllm_jax.engine.engine import finish, request_keys
-from pdllm_jax.engine.request import begin, choose, without_other_chunks
+from pdllm_jax.deprecated import choose, finish
+from pdllm_jax.engine.request import drop_other_chunks as without_other_chunks
+from pdllm_jax.engine.request import request_keys
+from pdllm_jax.engine.request import start_decoding as begin
 from pdllm_jax.method.chunking import chunk_prompt
 from pdllm_jax.storage.fingerprint import model_identity
-from pdllm_jax.storage.snapshot import SnapshotError, load_document, load_prefilled, save_prefilled
+from pdllm_jax.storage.snapshot import SnapshotError, load_document, load_request, save_request
 from pdllm_jax.storage.store import DocumentStore
 from tests.support import workers
 from tests.support.workers import CHUNKS, PREFIX, PROCESSES
@@ -163,8 +165,8 @@ def test_killed_while_decoding(model, tmp_path, kills):
     selecting = SelectionConfig(top_k=2, scorer="last", encoding="independent")
     decode = DecodeConfig(gen_length=16, block_length=4)
     begun = begin(model, choose(model, prompt, selecting, request_keys([0], 1)), decode)
-    save_prefilled(tmp_path / "s", model, without_other_chunks(begun), chunking=CHUNKS)
-    want = finish(model, load_prefilled(tmp_path / "s", model))[0].tokens
+    save_request(tmp_path / "s", model, without_other_chunks(begun), chunking=CHUNKS)
+    want = finish(model, load_request(tmp_path / "s", model))[0].tokens
     undisturbed = Worker(workers.decode, tmp_path / "s")
     undisturbed.until("decode")
     start = time.monotonic()
@@ -176,5 +178,5 @@ def test_killed_while_decoding(model, tmp_path, kills):
             time.sleep(draw.uniform(0, longest))
             worker.kill()
         worker.ended()
-        assert finish(model, load_prefilled(tmp_path / "s", model))[0].tokens == want
+        assert finish(model, load_request(tmp_path / "s", model))[0].tokens == want
     assert [path.name for path in tmp_path.iterdir()] == ["s"]

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from pdllm_jax import ChunkConfig, MaskPredictor, generate_ids
+from pdllm_jax import ChunkConfig, MaskPredictor
 from pdllm_jax.config import DecodeConfig, SelectionConfig
-from pdllm_jax.engine.engine import ask_ids, generate_batch_ids
+from pdllm_jax.deprecated import ask_ids, generate_batch_ids, generate_ids
 from pdllm_jax.storage import store as module
 from pdllm_jax.storage.snapshot_format import SnapshotError
 from pdllm_jax.storage.store import DocumentStore

@@ -15,16 +15,15 @@ from pdllm_jax import (
     DecodeConfig,
     SelectionConfig,
     SnapshotError,
-    finish,
     load_model,
-    load_prefilled,
+    load_request,
     make_mesh,
-    model_identity,
-    prefill_request,
-    save_prefilled,
+    save_request,
 )
+from pdllm_jax.deprecated import finish, prefill_request
 from pdllm_jax.network import sharding as sharded
 from pdllm_jax.storage import snapshot_arrays
+from pdllm_jax.storage.fingerprint import model_identity
 from tests.support.mesh_workers import CHUNKS, DECODE, DOCUMENT, PREFIX, QUERY, SELECT, join, setup
 from tests.support.workers import owner, strike
 
@@ -81,7 +80,7 @@ def host(
         else:
             if dies == "load":
                 strike(snapshot_arrays, "verify", at)
-            begun = load_prefilled(snapshot, model)
+            begun = load_request(snapshot, model)
         phase = "decode"
         (result,) = finish(model, begun)
         left: dict[str, Any] = {"tokens": result.tokens}
@@ -100,4 +99,4 @@ def writer(folder: Path, snapshot: Path, point: str) -> None:
     begun, identity = prefilled(model), model_identity(model)
     if point:
         strike(*owner(point))
-    save_prefilled(snapshot, identity, begun, chunking=CHUNKS)
+    save_request(snapshot, identity, begun, chunking=CHUNKS)

@@ -25,30 +25,25 @@ from pdllm_jax import (
     ModelConfig,
     SelectionConfig,
     SnapshotError,
-    ask_ids,
-    begin,
     chunk_prompt,
     denoise_step,
     encode_document,
-    finish,
-    generate_batch_ids,
-    generate_ids,
     init_denoise,
     load_document,
     load_model,
-    load_prefilled,
+    load_request,
     make_mesh,
-    model_identity,
     prefill,
-    prefill_request,
     reselect,
     save_document,
-    save_prefilled,
+    save_request,
     select_top_k,
     shard_model,
 )
-from pdllm_jax.engine.engine import request_keys
+from pdllm_jax.deprecated import ask_ids, finish, generate_batch_ids, generate_ids, prefill_request
 from pdllm_jax.engine.offload import choose_offloaded, encode_offloaded, offload
+from pdllm_jax.engine.request import request_keys
+from pdllm_jax.engine.request import start_decoding as begin
 from pdllm_jax.method.likelihood import (
     answer_log_likelihood,
     answer_log_likelihood_kept,
@@ -56,6 +51,7 @@ from pdllm_jax.method.likelihood import (
 )
 from pdllm_jax.network.sharding import DATA, TENSOR
 from pdllm_jax.storage import snapshot_arrays
+from pdllm_jax.storage.fingerprint import model_identity
 
 DEVICES = 8
 CHUNKS = ChunkConfig(16)
@@ -220,13 +216,13 @@ def snapshots(one: MaskPredictor, many: MaskPredictor, folder: Path) -> None:
             chunking=CHUNKS, selection=selecting, decode=decode, seed=3,
         )  # fmt: skip
         request, document = folder / name, folder / f"{name}-document"
-        save_prefilled(request, wrote, prefilled, chunking=CHUNKS)
+        save_request(request, wrote, prefilled, chunking=CHUNKS)
         cache = encode_document(wrote, prompt, encode_batch=2)
         save_document(document, wrote, cache, chunking=CHUNKS)
         for read in (one, many, other):
             if read is wrote:
                 continue
-            (got,) = finish(read, load_prefilled(request, read))
+            (got,) = finish(read, load_request(request, read))
             same(got, want, name)
             cache = load_document(document, read).cache
             assert cache.pool is not None

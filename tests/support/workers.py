@@ -19,12 +19,12 @@ from flax import nnx
 
 from pdllm_jax import MaskPredictor
 from pdllm_jax.config import ChunkConfig
-from pdllm_jax.engine.engine import finish
+from pdllm_jax.deprecated import finish
 from pdllm_jax.method.cache import ChunkCache, ChunkPool
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.storage import snapshot_arrays, store
 from pdllm_jax.storage.fingerprint import ModelIdentity
-from pdllm_jax.storage.snapshot import load_document, load_prefilled, save_document
+from pdllm_jax.storage.snapshot import load_document, load_request, save_document
 
 # Real processes that need not import everything anew: forked from one that has.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -123,7 +123,7 @@ def decode(folder: Path, phases: Any) -> None:
     _fast_compilation()
     model = tiny()
     phases.send("load")
-    prefilled = load_prefilled(folder, model)
+    prefilled = load_request(folder, model)
     phases.send("decode")
     (result,) = finish(model, prefilled, on_block=lambda *block: None)
     phases.send(result.tokens)

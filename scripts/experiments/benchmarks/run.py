@@ -68,7 +68,8 @@ class Asker:
             return ([], [], kept), len(kept) < len(ids)
         assert example.prompt is not None
         if method == "prefilling":
-            return split_request(self.tokenizer, example.prompt, **shape), False
+            request = split_request(self.tokenizer, example.prompt, **shape)
+            return (request.prefix, request.context, request.question), False
         template, _ = dense_prompt(self.tokenizer, "", 2, **shape)
         ids, truncated = dense_prompt(
             self.tokenizer,

@@ -1,27 +1,41 @@
-"""lm-eval's LM interface over this library: generate_until and Monte Carlo log-likelihood."""
+"""The adapter for lm-eval (EleutherAI's lm-evaluation-harness): importing this registers `pdllm`.
+
+    python -m pdllm_jax.evaluation.lm_eval --model pdllm --model_args pretrained=llada-8b ...
+
+is lm-eval's own command line with the model registered; docs/evaluation.md describes it.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import re
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
-from lm_eval.api.registry import register_model
+try:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+except ImportError as error:
+    if error.name is None or error.name.partition(".")[0] != "lm_eval":
+        raise
+    message = "the adapter needs lm-eval: pip install 'pdllm-jax[lm-eval]'"
+    if __name__ == "__main__":
+        sys.exit(f"error: {message}")
+    raise ImportError(message, name="lm_eval") from None
 from tqdm import tqdm
 
 from pallas_kernels import Implementation
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.config import ChunkConfig, DecodeConfig, Encoding, Positions, Scorer, SelectionConfig
-from pdllm_jax.engine.engine import Method, Request, decode_config, generate_ids
+from pdllm_jax.engine.engine import Engine, Request
+from pdllm_jax.engine.request import Method
 from pdllm_jax.evaluation.prompts import (
     SplitPrompt,
     dense_prompt,
-    encode_marked,
     fitting_block,
     split_at_context,
     split_by_rule,
@@ -37,19 +51,11 @@ from pdllm_jax.method.likelihood import (
 )
 from pdllm_jax.network.config import ConfigError
 from pdllm_jax.storage.checkpoint import load_config, load_model
-from pdllm_jax.tokenizer import BOS, END_HEADER, END_TURN, START_HEADER, Tokenizer
+from pdllm_jax.tokenizer import Tokenizer
 
 _logger = logging.getLogger(__name__)
 
-# A prompt that is one user's turn in the chat template, and what the response begins with.
-_ONE_TURN = re.compile(
-    "".join(map(re.escape, (BOS, START_HEADER, "user", END_HEADER)))
-    + r"\n\n(?P<text>.*)"
-    + "".join(map(re.escape, (END_TURN, START_HEADER, "assistant", END_HEADER)))
-    + r"\n\n(?P<response>.*)",
-    re.DOTALL,
-)
-# What a task may ask for that greedy decoding has no use for.
+# Settings of a task that greedy decoding does not read.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "num_beams", "early_stopping")
 # How a prompt was cut, for the report at the end of a run.
 Cut = Literal["context", "ruler", "rule", "short", "whole"]
@@ -114,10 +120,17 @@ class PrefillingLM(LM):
             top_k=top_k, scorer=scorer, encoding=encoding, positions=positions,
             encode_batch=encode_batch,
         )  # fmt: skip
-        decode_config(method, DecodeConfig())  # refuses unknown methods
         self.folder = Path(pretrained)
         self.tokenizer = Tokenizer.load(self.folder, load_config(self.folder))
         self.model = load_model(self.folder, dtype=dtype)
+        self.engine = Engine(
+            self.model,
+            self.tokenizer,
+            chunking=self.chunking,
+            selection=self.selection,
+            method=method,
+            implementation=implementation,
+        )
         self.cuts: Counter[Cut] = Counter()
         self.truncated = 0
         self._kept: tuple[Request, KeptContext] | None = None
@@ -131,23 +144,28 @@ class PrefillingLM(LM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """LLaDA's template. Without a generation prompt the last turn stays open."""
-        if self.tokenizer.chat is None:
-            raise ConfigError("the checkpoint's tokenizer has no tokens for a chat template")
-        text = BOS
-        for turn in chat_history:
-            header = f"{START_HEADER}{turn['role']}{END_HEADER}\n\n"
-            text += header + turn["content"].strip() + END_TURN
-        if add_generation_prompt:
-            return f"{text}{START_HEADER}assistant{END_HEADER}\n\n"
-        return text.removesuffix(END_TURN)
+        """Fills in the checkpoint's template. Without a generation prompt the last turn is open."""
+        return self.tokenizer.render(chat_history, add_generation_prompt=add_generation_prompt)
 
     # Prompts.
 
+    def _turn(self, prompt: str) -> tuple[int, int] | None:
+        """Where the user's text lies in a prompt that is one turn of the chat template."""
+        head, tail = self.tokenizer.template or ("", "")
+        end = prompt.rfind(tail)
+        if not head or not prompt.startswith(head) or end < len(head):
+            return None
+        return len(head), end
+
+    def _templated(self, text: str) -> bool:
+        """Whether a text begins as the chat template does."""
+        template = self.tokenizer.template
+        return template is not None and text.startswith(template[0][:8])
+
     def _encode(self, text: str) -> list[int]:
         """Prompt text; special tokens count as such behind a chat template alone."""
-        if text.startswith(BOS):
-            return encode_marked(self.tokenizer, text)
+        if self._templated(text):
+            return self.tokenizer.encode_marked(text)
         return [*([self.tokenizer.bos_id] if self.bos else []), *self.tokenizer.encode(text)]
 
     def _split(self, prompt: str, instance: Instance) -> tuple[SplitPrompt | None, Cut]:
@@ -158,8 +176,7 @@ class PrefillingLM(LM):
                 return found, "context"
         if instance.task_name and (found := split_ruler(instance.task_name, prompt)):
             return found, "ruler"
-        turn = _ONE_TURN.fullmatch(prompt)
-        start, end = turn.span("text") if turn else (0, len(prompt))
+        start, end = self._turn(prompt) or (0, len(prompt))
         found = split_by_rule(prompt[start:end])
         if found is None:
             return None, "whole"
@@ -176,27 +193,27 @@ class PrefillingLM(LM):
         self.cuts[cut] += 1
         if split is None:
             return None
-        templated = prompt.startswith(BOS)
+        templated = self._templated(prompt)
         after = (
-            encode_marked(self.tokenizer, split.after)
+            self.tokenizer.encode_marked(split.after)
             if templated
             else self.tokenizer.encode(split.after)
         )
         before = self._encode(split.before)
-        return Request(before, self.tokenizer.encode(split.context), after)
+        return Request(self.tokenizer.encode(split.context), after, prefix=before)
 
     def _dense(self, prompt: str, response: int) -> list[int]:
         """All ids of a prompt; too long a one loses its middle."""
         room = self.model.config.max_sequence_length - response
-        turn = _ONE_TURN.fullmatch(prompt)
-        if turn is not None and START_HEADER not in turn["text"]:
-            begins = turn["response"]
+        turn, (head, tail) = self._turn(prompt), self.tokenizer.template or ("", "")
+        if turn is not None and head.strip() not in (text := prompt[slice(*turn)]):
+            begins = prompt[turn[1] + len(tail) :]
             template, _ = dense_prompt(self.tokenizer, "", 2, response=begins)
             ids, cut = dense_prompt(
-                self.tokenizer, turn["text"], self.max_length or room - len(template),
+                self.tokenizer, text, self.max_length or room - len(template),
                 response=begins,
             )  # fmt: skip
-        elif not prompt.startswith(BOS):
+        elif not self._templated(prompt):
             ids, cut = dense_prompt(
                 self.tokenizer, prompt, self.max_length or room - self.bos, chat=False
             )
@@ -247,18 +264,17 @@ class PrefillingLM(LM):
             text = text.split(stop)[0]
         return text
 
-    def _respond(self, prompt: str, decode: DecodeConfig, instance: Instance) -> list[int]:
+    def _respond(self, prompt: str, decoding: DecodeConfig, instance: Instance) -> list[int]:
         method, request = self.method, None
         if method == "prefilling":
             request = self._request(prompt, instance)
             method = "prefilling" if request else "dual-cache"
         if request is None:
-            request = Request([], [], self._dense(prompt, decode.gen_length))
-        return generate_ids(
-            self.model, *request,
-            method=method, chunking=self.chunking, selection=self.selection, decode=decode,
-            bos_id=self.tokenizer.bos_id, seed=self.seed, implementation=self.implementation,
-        ).tokens  # fmt: skip
+            request = Request([], self._dense(prompt, decoding.gen_length), prefix=[])
+        engine = dataclasses.replace(self.engine, method=method, decoding=decoding)
+        return engine.answer(
+            request.context, request.question, prefix=request.prefix, seed=self.seed
+        ).tokens
 
     # Log-likelihood.
 
@@ -279,7 +295,7 @@ class PrefillingLM(LM):
         self, context: str, continuation: str, instance: Instance
     ) -> tuple[float, bool]:
         spaces = len(context) - len(context.rstrip())
-        if spaces and not context.startswith(BOS):  # as lm-eval and LLaDA's harness do
+        if spaces and not self._templated(context):  # as lm-eval and LLaDA's harness do
             context, continuation = context[:-spaces], context[-spaces:] + continuation
         prompt = self._encode(context)
         answer = self._encode(context + continuation)[len(prompt) :]
@@ -294,7 +310,7 @@ class PrefillingLM(LM):
             value = answer_log_likelihood(self.model, prompt, answer, **estimate)
         else:
             value = answer_log_likelihood_kept(
-                self.model, self._kept_for(request), request.query, answer,
+                self.model, self._kept_for(request), request.question, answer,
                 implementation=self.implementation, **estimate,
             )  # fmt: skip
         greedy = False
@@ -306,7 +322,8 @@ class PrefillingLM(LM):
     def _kept_for(self, request: Request) -> KeptContext:
         """The chunks kept for a question; the choices of one question follow each other."""
         if self._kept is None or self._kept[0] != request:
-            prompt = chunk_prompt(*request, self.chunking, bos_id=self.tokenizer.bos_id)
+            parts = self.engine.token_ids(request)
+            prompt = chunk_prompt(*parts, self.chunking, bos_id=self.tokenizer.bos_id)
             self._kept = request, keep_context(self.model, prompt, self.selection)
         return self._kept[1]
 
@@ -334,3 +351,9 @@ def _documents(doc: Mapping[str, Any] | None, prompt: str) -> list[str]:
     first = [fields.pop("context")] if "context" in fields else []
     rest = sorted((v for v in fields.values() if 2 * len(v) > len(prompt)), key=len, reverse=True)
     return first + rest
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

@@ -1,0 +1,68 @@
+"""A small model whose attention is far from uniform, and prompts for it."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+from flax import nnx
+
+from pdllm_jax.config import ChunkConfig
+from pdllm_jax.method.chunking import ChunkedPrompt
+from pdllm_jax.method.encoding import init_denoise
+from pdllm_jax.network.config import ModelConfig
+from pdllm_jax.network.transformer import MaskPredictor
+
+MASK = ModelConfig.tiny().mask_token_id
+BOS = ModelConfig.tiny().bos_token_id
+CHUNKS = ChunkConfig(chunk_size=12)
+
+
+def sharpen(model: MaskPredictor) -> MaskPredictor:
+    """Multiplies random weights, so that what a row attends to changes its prediction."""
+    return jax.tree.map(lambda w: w * 2.0 if w.ndim == 2 else w * 1.3, model)
+
+
+@functools.cache
+def tiny_model() -> MaskPredictor:
+    """The tiny model with random weights."""
+    return MaskPredictor(ModelConfig.tiny(), rngs=nnx.Rngs(0))
+
+
+@functools.cache
+def sharp_model() -> MaskPredictor:
+    """`tiny_model` with sharpened weights."""
+    return sharpen(tiny_model())
+
+
+def prompt_parts() -> tuple[list[int], list[int], list[int]]:
+    """Prefix of 5 ids, document of 53 (5 chunks, the last one short), query of 7."""
+    rng = np.random.default_rng(1)
+    prefix = [BOS, *rng.integers(0, 250, 4).tolist()]
+    return prefix, rng.integers(0, 250, 53).tolist(), rng.integers(0, 250, 7).tolist()
+
+
+def pieces(prompt: ChunkedPrompt) -> list[list[int]]:
+    """The ids of each chunk of the first document, without padding."""
+    lengths = np.asarray(prompt.chunk_lengths[0])
+    rows = np.asarray(prompt.chunks[0])
+    return [row[:n].tolist() for row, n in zip(rows, lengths, strict=True) if n]
+
+
+def start(model, cache, selection, prompt, decode, **settings):
+    """`init_denoise` with the key 0."""
+    key = jax.random.key(0)
+    return init_denoise(model, cache, selection, prompt.query, decode, key, **settings)
+
+
+def greedy(logits_of, length: int) -> list[int]:
+    """One token at a time, the most confident first, from a function tokens -> logits [G, V]."""
+    tokens = [MASK] * length
+    for _ in range(length):
+        logits = logits_of(tokens)
+        shifted = logits - logits.max(-1, keepdims=True)
+        confidence = np.exp(shifted).max(-1) / np.exp(shifted).sum(-1)
+        slot = max((i for i in range(length) if tokens[i] == MASK), key=lambda i: confidence[i])
+        tokens[slot] = int(logits[slot].argmax())
+    return tokens

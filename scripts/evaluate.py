@@ -8,8 +8,8 @@
   scripts/evaluate.py CHECKPOINT needle TEXT --out DIR --lengths 4096 8192
 
 DIR gets records.jsonl (a line for each example and method), settings.json and summary.json; the
-table goes to stdout. A run that was stopped, in whatever way, goes on where it was when the same
-command is given again. docs/evaluation.md says what is exact.
+table goes to stdout. The same command goes on where a run was stopped or killed.
+docs/evaluation.md says what is exact.
 
 Exit status: 0; 1 when all is done but malformed lines were skipped; 2 and one line for bad input;
 130 when interrupted.
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import json
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -28,16 +27,18 @@ from typing import Any, get_args
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # small_model
 
 import jax
-from bench.record import conditions, write
-from command_line import Parser, leave, status
-from evals import generated, infinitebench, longbench, needle, ruler
-from evals.example import DataError, Malformed, OnMalformed, Task
-from evals.records import Records
-from evals.run import METHODS, Asker, run, summarise, table
-from options import DTYPES, add_chunking, add_placement, mesh_of
+from bench.record import conditions
+from experiments.answering import METHODS
+from experiments.benchmarks import generated, infinitebench, longbench, needle, ruler
+from experiments.benchmarks.example import DataError, Malformed, OnMalformed, Task
+from experiments.benchmarks.run import Asker, missing_work, summarise, table
+from experiments.records import Records, read_json, write_json
+from experiments.runner import run
 
 from convert.__main__ import converted
 from pdllm_jax import ChunkConfig, SelectionConfig, Tokenizer, load_config, load_model
+from pdllm_jax.cli.errors import Parser, leave, status
+from pdllm_jax.cli.flags import DTYPES, add_chunking, add_placement, from_args, mesh_of
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.config import Scorer
 from pdllm_jax.storage.manifest import MANIFEST
@@ -53,7 +54,7 @@ def common() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=int, metavar="N", help="the first N examples of every task")
     p.add_argument(
         "--on-malformed", choices=get_args(OnMalformed), default="stop",
-        help="a bad line ends the run, or is reported and left out (default: %(default)s)",
+        help="a malformed line ends the run, or is reported and left out (default: %(default)s)",
     )  # fmt: skip
     p.add_argument(
         "--max-length", type=int, metavar="N",
@@ -74,35 +75,38 @@ def common() -> argparse.ArgumentParser:
     return p
 
 
+BENCHMARKS = {
+    "generated": ("retrieval tasks made from the corpora of small_model/corpus.py", "CORPORA"),
+    "longbench": ("LongBench v1, or LongBench-E, from a local copy", "FOLDER"),
+    "infinitebench": ("InfiniteBench from a local copy", "FOLDER"),
+    "ruler": ("RULER from files that its scripts made", "FOLDER"),
+    "needle": ("needle in a haystack: a text file, or a folder of them", "TEXT"),
+}
+
+
 def parser() -> argparse.ArgumentParser:
     """CHECKPOINT, the benchmark and its data, then flags."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
     kinds = p.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    shared = common()
-
-    def add(name: str, text: str, data: str) -> argparse.ArgumentParser:
+    shared, subs = common(), {}
+    for name, (text, data) in BENCHMARKS.items():
         sub = kinds.add_parser(name, help=text, description=text, parents=[shared])
         sub.add_argument("data", type=Path, metavar=data)
-        return sub
-
-    sub = add(
-        "generated", "retrieval tasks made from the corpora of small_model/corpus.py", "CORPORA"
-    )
+        if name in ("generated", "needle"):
+            sub.add_argument("--lengths", nargs="+", type=int, default=[4096], metavar="TOKENS")
+        else:
+            sub.add_argument("--tasks", nargs="+", metavar="TASK")
+        subs[name] = sub
+    sub = subs["generated"]
     sub.add_argument("--tasks", nargs="+", choices=generated.NAMES, default=generated.NAMES)
-    sub.add_argument("--lengths", nargs="+", type=int, default=[4096], metavar="TOKENS")
     sub.add_argument("--examples", type=int, default=500, help="of a cell (default: %(default)s)")
     sub.add_argument("--first", type=int, default=100_000, help="seed of the first example")
-    sub = add("longbench", "LongBench v1, or LongBench-E, from a local copy", "FOLDER")
-    sub.add_argument("--tasks", nargs="+", metavar="TASK")
-    sub.add_argument("--config", type=Path, help="folder of dataset2prompt.json")
-    sub = add("infinitebench", "InfiniteBench from a local copy", "FOLDER")
-    sub.add_argument("--tasks", nargs="+", metavar="TASK")
-    sub.add_argument("--templates", type=Path, metavar="F", help="JSON: prompts by task")
-    sub = add("ruler", "RULER from files that its scripts made", "FOLDER")
-    sub.add_argument("--tasks", nargs="+", metavar="TASK")
-    sub = add("needle", "needle in a haystack: a text file, or a folder of them", "TEXT")
-    sub.add_argument("--lengths", nargs="+", type=int, default=[4096], metavar="TOKENS")
+    subs["longbench"].add_argument("--config", type=Path, help="folder of dataset2prompt.json")
+    subs["infinitebench"].add_argument(
+        "--templates", type=Path, metavar="F", help="JSON: prompts by task"
+    )
+    sub = subs["needle"]
     sub.add_argument("--depths", type=int, default=11, metavar="N", help="evenly from 0 to 1")
     sub.add_argument("--needle", default=needle.NEEDLE)
     sub.add_argument("--question", default=needle.QUESTION)
@@ -111,36 +115,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def load_tasks(args: argparse.Namespace, tokenizer: Tokenizer, malformed: Malformed) -> list[Task]:
-    """The benchmark's tasks with their examples."""
+    """Loads the benchmark's tasks with their examples."""
     if not args.data.exists():
         raise DataError(f"{args.data} does not exist")
     if args.benchmark == "generated":
-        from small_model import tasks
-        from small_model.corpus import load
-
-        generated.check_tokenizer(args.data, tokenizer.backend)
-        encode = tasks.Encoder(tokenizer.backend)
-        # These tasks spell the chat template out.
-        tokenizer.backend.encode_special_tokens = False
-        try:
-            count = args.examples if args.limit is None else min(args.examples, args.limit)
-            return generated.make(
-                args.tasks, args.lengths, count,
-                corpora=load(args.data, held_out=True), encode=encode, first_seed=args.first,
-            )  # fmt: skip
-        finally:
-            tokenizer.backend.encode_special_tokens = True
+        return load_generated(args, tokenizer)
     if args.benchmark == "longbench":
         return longbench.load(args.data, args.tasks, malformed, args.config)
     if args.benchmark == "infinitebench":
-        templates = None
-        if args.templates is not None:
-            try:
-                templates = json.loads(args.templates.read_text(encoding="utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{args.templates} is not valid JSON: {error}") from None
-            if not isinstance(templates, dict):
-                raise DataError(f"{args.templates} must hold a JSON object")
+        templates = args.templates and read_json(args.templates, DataError)
         return infinitebench.load(args.data, args.tasks, malformed, templates)
     if args.benchmark == "ruler":
         return ruler.load(args.data, args.tasks, malformed)
@@ -154,13 +137,27 @@ def load_tasks(args: argparse.Namespace, tokenizer: Tokenizer, malformed: Malfor
     )  # fmt: skip
 
 
+def load_generated(args: argparse.Namespace, tokenizer: Tokenizer) -> list[Task]:
+    """Makes the generated tasks."""
+    from small_model import tasks
+    from small_model.corpus import load
+
+    generated.check_tokenizer(args.data, tokenizer.backend)
+    encode = tasks.Encoder(tokenizer.backend)
+    tokenizer.backend.encode_special_tokens = False  # the tasks spell the chat template out
+    try:
+        count = args.examples if args.limit is None else min(args.examples, args.limit)
+        return generated.make(
+            args.tasks, args.lengths, count,
+            corpora=load(args.data, held_out=True), encode=encode, first_seed=args.first,
+        )  # fmt: skip
+    finally:
+        tokenizer.backend.encode_special_tokens = True
+
+
 def settings(ask: Asker, folder: Path) -> dict[str, Any]:
-    """What a record depends on beside its example and method."""
-    plain = {
-        name: value
-        for name, value in vars(ask).items()
-        if name not in ("model", "tokenizer", "chunking", "selection")
-    }
+    """Returns what a record depends on beside its example and method."""
+    plain = {k: v for k, v in vars(ask).items() if k not in ("model", "tokenizer")}
     return {
         **plain,
         "chunking": dataclasses.asdict(ask.chunking),
@@ -172,19 +169,16 @@ def settings(ask: Asker, folder: Path) -> dict[str, Any]:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Everything that the command line asks for; the exit status."""
+    """Runs all that the command line asks for; returns the exit status."""
     for name in ("limit", "gen_length", "block_length"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if not all(phrase.strip() for phrase in getattr(args, "expect", ())):
-        raise ValueError("--expect: an empty phrase is in every answer")
+        raise ValueError("--expect must not hold an empty phrase: every answer contains it")
     malformed = Malformed(args.on_malformed, lambda line: print(line, file=sys.stderr))
-    chunking = ChunkConfig(args.chunk_size, anchors=not args.no_anchors, overlap=args.overlap)
-    selection = SelectionConfig(
-        top_k=args.top_k, scorer=args.score, encoding=args.encoding, positions=args.positions,
-        encode_batch=args.encode_batch,
-    )  # fmt: skip
+    chunking = from_args(ChunkConfig, args)
+    selection = from_args(SelectionConfig, args, scorer=args.score)
     mesh = mesh_of(args)
     folder = converted(args.checkpoint)
     tokenizer = Tokenizer.load(folder, load_config(folder))
@@ -198,25 +192,26 @@ def evaluate(args: argparse.Namespace) -> int:
         chat=not args.no_chat, seed=args.seed, implementation=args.implementation,
     )  # fmt: skip
     for task in tasks:
-        ask.decode(task)  # refuses bad settings before anything is computed
+        ask.decoding(task)  # refuses bad settings before anything is computed
+    where = {**conditions(), "platform": jax.default_backend()}
     with Records(args.out, settings(ask, folder)) as records:
         if records.dropped:
             print(
                 f"{records.path}: the last line was cut off ({records.dropped} bytes dropped)",
                 file=sys.stderr,
             )
-        run(ask, tasks, args.methods, records, show=sys.stderr.isatty())
+        work = list(missing_work(ask, tasks, args.methods, records))
+        total = sum(len(task.examples) for task in tasks) * len(args.methods)
+        run(work, records, total=total, started=total - len(work), note=where)
         rows = summarise(tasks, args.methods, records)
-    write(
-        args.out / "summary.json",
-        {
-            "command": " ".join(["scripts/evaluate.py", *sys.argv[1:]]),
-            "conditions": {**conditions(), "platform": jax.default_backend()},
-            "settings": json.loads((args.out / "settings.json").read_text(encoding="utf-8")),
-            "malformed_lines": malformed.count,
-            "rows": rows,
-        },
-    )
+    summary = {
+        "command": " ".join(["scripts/evaluate.py", *sys.argv[1:]]),
+        "conditions": where,
+        "settings": read_json(args.out / "settings.json"),
+        "malformed_lines": malformed.count,
+        "rows": rows,
+    }
+    write_json(args.out / "summary.json", summary)
     print(table(rows))
     if malformed.count:
         print(f"{malformed.count} malformed lines were left out", file=sys.stderr)
@@ -224,7 +219,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line."""
+    """Runs the command line; returns the exit status."""
     args = parser().parse_args(argv)
     enable_compilation_cache()
     return status(lambda: evaluate(args), args)

@@ -9,11 +9,9 @@ from random import Random
 from typing import Any, ClassVar
 
 import options
-from ablation.records import CellFile
-from ablation.records import RecordError as CellError
-from evals import infinitebench, longbench, ruler
-from evals.example import DataError, Malformed, Task
-from evals.records import RecordError, Records
+from experiments.benchmarks import infinitebench, longbench, ruler
+from experiments.benchmarks.example import DataError, Malformed, Task
+from experiments.records import FORMAT, RecordError, Records
 
 from campaigns import samples
 from campaigns.kind import Kind, require
@@ -237,69 +235,55 @@ class Benchmarks(Kind):
 
 
 class RunRecords(Kind):
-    """records.jsonl and settings.json of an evaluation; a cell of an ablation."""
+    """records.jsonl and settings.json of an experiment."""
 
     name = "records"
-    refusals = (RecordError, CellError)
+    refusals = (RecordError,)
     SETTINGS: ClassVar = {"seed": 0, "chunking": {"chunk_size": 64}}
-    HEADER: ClassVar = {"cell": "a", "identity": {"seed": 0}}
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.path, self.settings = folder / "records.jsonl", folder / "settings.json"
-        self.cell = folder / "cell.jsonl"
         key = {"benchmark": "b", "task": "t", "method": "plain"}
-        rows = [
+        rows: list[dict[str, Any]] = [{"run": {"device": "cpu"}}]
+        rows += [
             {**key, "id": str(i), "digest": "d", "score": i / 2, "tokens": [1]} for i in range(3)
         ]
         self.rows = [json.dumps(row).encode() for row in rows]
-        cells = [self.HEADER, {"run": {"device": "cpu"}}, {"example": 0, "score": 1.0}]
-        self.cells = [json.dumps(row).encode() for row in cells]
-        self.kept, self.of_cell = (b"\n".join([*x, b""]) for x in (self.rows, self.cells))
-        self._put(json.dumps(self.SETTINGS).encode())
+        self.kept = b"\n".join([*self.rows, b""])
+        self._put(self._settings())
+
+    def _settings(self) -> bytes:
+        return json.dumps({"format": FORMAT, **self.SETTINGS}).encode()
 
     def _put(self, settings: bytes) -> None:
         self.path.write_bytes(self.kept)
-        self.cell.write_bytes(self.of_cell)
         self.settings.write_bytes(settings)
 
     def write(self, rng: Random) -> None:
-        def broken(lines: list[bytes]) -> bytes:
-            kind = rng.randrange(3)
-            if kind == 0:
-                lines = [mutated_json(rng, x) if rng.random() < 0.5 else x for x in lines]
-            content = b"\n".join(lines) + b"\n"
-            if kind == 1:
-                content = mutated_bytes(rng, content)
-            return content[: rng.randrange(len(content) + 1)] if kind == 2 else content
-
-        self.kept, self.of_cell = broken(self.rows), broken(self.cells)
-        settings = json.dumps(self.SETTINGS).encode()
+        kind, lines = rng.randrange(3), self.rows
+        if kind == 0:
+            lines = [mutated_json(rng, x) if rng.random() < 0.5 else x for x in lines]
+        content = b"\n".join(lines) + b"\n"
+        if kind == 1:
+            content = mutated_bytes(rng, content)
+        self.kept = content[: rng.randrange(len(content) + 1)] if kind == 2 else content
+        settings = self._settings()
         self._put(mutated_json(rng, settings) if rng.random() < 0.2 else settings)
 
     def load(self) -> Any:
-        cell = CellFile(self.cell, self.HEADER)
-        try:
-            read = cell.read(), cell.runs()
-        except CellError:
-            read = None
         with Records(self.folder, self.SETTINGS) as records:
-            return records.done, records.dropped, read
+            return records.done, records.dropped
 
     def check(self, loaded: Any) -> None:
-        done, dropped, cell = loaded
-        *whole, rest = self.kept.split(b"\n")
+        done, dropped = loaded
+        *lines, rest = self.kept.split(b"\n")
         require(dropped == len(rest), "other than the last line was dropped")
-        says = {}
-        for row in map(json.loads, whole):
-            says[row["benchmark"], row["task"], row["method"], row["id"]] = row
+        rows = [row for row in map(json.loads, lines) if "run" not in row]
+        says = {(r["benchmark"], r["task"], r["method"], r["id"]): r for r in rows}
         require(repr({tuple(k): v for k, v in done.items()}) == repr(says), "other records")
         left = self.path.read_bytes()
         require(left == self.kept[: len(self.kept) - dropped], "records were changed")
-        if cell is not None:
-            lines = [json.loads(line) for line in self.of_cell.split(b"\n")[:-1]]
-            rows = {row["example"]: row for row in lines[1:] if "run" not in row}
-            require(repr(cell[0]) == repr(rows), "other rows of the cell")
 
 
 KINDS = (Tokenizers, Prompts, Benchmarks, RunRecords)

@@ -72,7 +72,7 @@ def tasks(tmp_path_factory) -> Path:
     evals_data.write_lines(place / "choice.jsonl", choices)
     (place / "metric.py").write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT / 'scripts')!r})\n"
-        "from evals.text import english_f1\n\n\n"
+        "from experiments.benchmarks.text import english_f1\n\n\n"
         "def results(doc, found):\n"
         "    return {'f1': max(english_f1(found[0], answer) for answer in doc['answers'])}\n"
     )

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 pytest.importorskip("tokenizers")
-from ablation import checks, flops, plots, report, run, statistics, summary
-from ablation.grid import DENSE, GRIDS, Cell
-from ablation.records import CellFile, RecordError
+from experiments import checks, flops, plots, report, runner, statistics, summary
+from experiments.grids import DENSE, GRIDS, Cell, all_cells
+from experiments.records import RecordError, Records, count_lines, read_folder, write_json
+from experiments.retrieval import missing_work, records_of, shard_cells
 
 from tests.conftest import ROOT
 
@@ -36,7 +37,7 @@ def test_wilson_interval_solves_its_equation(hits, n):
 
 
 def test_wilson_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="0 examples"):
+    with pytest.raises(ValueError, match="got 0 examples"):
         statistics.wilson(0, 0)
 
 
@@ -58,7 +59,7 @@ def test_paired_counts_discordant_examples():
     assert found.p == pytest.approx(statistics.mcnemar(3, 1))
     swapped = statistics.paired(b, a)
     assert swapped.difference.value == -found.difference.value
-    with pytest.raises(ValueError, match="must be the same"):
+    with pytest.raises(ValueError, match="need the same examples"):
         statistics.paired(a, b[:-1])
 
 
@@ -134,7 +135,7 @@ def test_what_a_selection_does_not_read_makes_no_other_cell():
 
 
 def test_settings_that_do_not_exist_are_refused():
-    with pytest.raises(ValueError, match="selection 'best' is not known"):
+    with pytest.raises(ValueError, match=r"selection must be of .*, got best"):
         Cell(selection="best")
     with pytest.raises(ValueError, match="encoding"):
         Cell(encoding="both")
@@ -175,6 +176,12 @@ class Fake:
         return [fake_record(cell, index) for index in indices]
 
 
+def answer_all(bench, cells, count: int, folder, **settings) -> bool:
+    with Records(folder, bench.identity) as records:
+        work = missing_work(bench, cells, count, records)
+        return runner.run(work, records, total=len(cells) * count, show=False, **settings)
+
+
 def fake_record(cell: Cell, index: int, n: int = 8) -> dict:
     """Needle in chunk index % n, scored best in three of four examples; right where it is kept."""
     needle, rng = index % n, np.random.default_rng(index)
@@ -182,9 +189,10 @@ def fake_record(cell: Cell, index: int, n: int = 8) -> dict:
     depth = None if cell.depths is None else (index // len(cell.tasks)) % cell.depths
     record = {
         "example": index, "task": cell.tasks[index % len(cell.tasks)], "depth": needle / n,
-        "asked_depth": None if depth is None else depth / (cell.depths - 1), "right": True,
-        "answer": "12", "response": "It is 12.", "tokens": [index, 7], "evaluations": 1 + index % 2,
-        "seconds": {"decode": 0.5, "total": 0.5}, "flops": {"decode": 1e9},
+        "asked_depth": None if depth is None else depth / (cell.depths - 1), "score": 1.0,
+        "answers": ["12"], "response": "It is 12.", "tokens": [index, 7],
+        "evaluations": 1 + index % 2, "seconds": {"decode": 0.5, "total": 0.5},
+        "flops": {"decode": 1e9},
     }  # fmt: skip
     if cell.selection in DENSE:
         return record
@@ -206,48 +214,44 @@ def fake_record(cell: Cell, index: int, n: int = 8) -> dict:
     scored = cell.selection in ("top-k", "random") and k < n
     return {
         **record, "chunks": chunks, "scores": scores if scored else None, "needle": [needle],
-        "n_chunks": n, "right": needle in chunks,
+        "n_chunks": n, "score": float(needle in chunks),
     }  # fmt: skip
 
 
 def test_a_run_goes_on_where_it_was_killed(tmp_path):
-    """SIGKILL in the middle, a half-written last line: the end is that of a run without a break."""
+    """SIGKILL in the middle, a half-written last line: it ends like a run without a break."""
     cells = [Cell(), Cell(selection="random")]
     script = (
-        "import sys; from pathlib import Path; from ablation import run; from ablation.grid import"
-        " Cell; from tests.scripts.test_ablation import Fake\n"
-        "run.run_cells(Fake(die_at=6), [Cell(), Cell(selection='random')], 8, Path(sys.argv[1]))"
+        "import sys; from pathlib import Path; from experiments.grids import Cell;"
+        " from tests.scripts.test_ablation import Fake, answer_all\n"
+        "answer_all(Fake(die_at=6), [Cell(), Cell(selection='random')], 8, Path(sys.argv[1]))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")])}
     died = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "run")], env=environment, check=False
     )
     assert died.returncode == -signal.SIGKILL
-    path = run.cell_path(tmp_path / "run", cells[0])
-    whole = path.read_bytes()
-    assert whole.count(b'{"example"') == 6
-    path.write_bytes(whole[:-9])  # as if killed while writing
+    path = tmp_path / "run" / "records.jsonl"
+    content = path.read_bytes()
+    assert content.count(b"\n") == count_lines(tmp_path / "run") == 6
+    path.write_bytes(content[:-9])  # as if killed while writing
     fake = Fake()
-    assert run.run_cells(fake, cells, 8, tmp_path / "run")
+    assert answer_all(fake, cells, 8, tmp_path / "run")
     assert fake.answered == [5, 6, 7, *range(8)]
-    assert run.run_cells(Fake(), cells, 8, tmp_path / "whole")
-    for cell in cells:
-        files = [
-            CellFile(run.cell_path(tmp_path / f, cell), run.header(cell, fake.identity))
-            for f in ("run", "whole")
-        ]
-        assert files[0].read() == files[1].read()
-        assert len(files[0].read()) == 8
-    again = Fake()
-    assert run.run_cells(again, cells, 8, tmp_path / "run")
-    assert again.answered == []
-    assert run.run_cells(again, cells, 9, tmp_path / "run")
-    assert again.answered == [8, 8], "more examples are asked for later"
+    assert answer_all(Fake(), cells, 8, tmp_path / "through")
+    done = [read_folder(tmp_path / name)[0] for name in ("run", "through")]
+    assert done[0] == done[1]
+    assert [len(records_of(cell, done[0], 8)) for cell in cells] == [8, 8]
+    resumed = Fake()
+    assert answer_all(resumed, cells, 8, tmp_path / "run")
+    assert resumed.answered == []
+    assert answer_all(resumed, cells, 9, tmp_path / "run")
+    assert resumed.answered == [8, 8], "more examples are asked for later"
 
 
 def test_processes_share_the_cells_by_what_is_compiled():
-    cells = list(dict.fromkeys(cell for grid in GRIDS.values() for cell in grid.cells()))
-    shares = [run.share_of(cells, i, 4) for i in range(4)]
+    cells = all_cells(list(GRIDS))
+    shares = [shard_cells(cells, i, 4) for i in range(4)]
     assert sorted(cell.key for share in shares for cell in share) == sorted(c.key for c in cells)
     for a, b in ((0, 1), (0, 2), (1, 3)):
         assert not {c.programs() for c in shares[a]} & {c.programs() for c in shares[b]}
@@ -258,26 +262,40 @@ def test_processes_share_the_cells_by_what_is_compiled():
     assert Cell().programs() != Cell(anchors=False).programs()
 
 
+def test_processes_write_files_of_one_run(tmp_path):
+    """Each process has its own file; all are read, and only one process may hold a file."""
+    fake = Fake()
+    for index, cell in enumerate((Cell(), Cell(top_k=2))):
+        with Records(tmp_path, fake.identity, f"records-{index}") as records:
+            work = missing_work(fake, [cell], 4, records)
+            assert runner.run(work, records, total=4, note={"process": index}, show=False)
+            with pytest.raises(RecordError, match="being written by another run"):
+                Records(tmp_path, fake.identity, f"records-{index}")
+    assert count_lines(tmp_path) == 8
+    assert answer_all(fake, [Cell(), Cell(top_k=2)], 4, tmp_path)
+    assert len(fake.answered) == 8, "nothing is asked twice"
+    with Records(tmp_path, fake.identity) as records:
+        assert records.runs == [{"process": 0}, {"process": 1}]
+
+
 def test_the_time_limit_stops_between_batches(tmp_path):
     fake = Fake()
-    assert not run.run_cells(fake, [Cell()], 8, tmp_path, deadline=0.0)
-    assert not run.run_cells(fake, [Cell()], 8, tmp_path, parent=-1), "its parent was killed"
+    assert not answer_all(fake, [Cell()], 8, tmp_path, deadline=0.0)
+    assert not answer_all(fake, [Cell()], 8, tmp_path, parent=-1), "its parent was killed"
     assert fake.answered == []
-    assert run.run_cells(fake, [Cell()], 8, tmp_path, parent=os.getppid())
-    assert run.count_records(tmp_path, [Cell()], 8) == 8
+    assert answer_all(fake, [Cell()], 8, tmp_path, parent=os.getppid())
+    assert count_lines(tmp_path) == 8
 
 
-def test_records_of_another_run_or_broken_inside_are_refused(tmp_path):
-    file = CellFile(tmp_path / "a.jsonl", {"cell": 1, "model": "x"})
-    file.append([{"example": 0}, {"example": 1}])
-    assert set(file.read()) == {0, 1}
-    with pytest.raises(RecordError, match="model 'x' instead of 'y'"):
-        CellFile(file.path, {"cell": 1, "model": "y"}).read()
-    lines = file.path.read_bytes().split(b"\n")
-    lines[1] = lines[1][:-3]
-    file.path.write_bytes(b"\n".join(lines))
-    with pytest.raises(RecordError, match=r"a\.jsonl, line 2"):
-        file.read()
+def test_folders_of_another_run_or_format_are_refused(tmp_path):
+    assert answer_all(Fake(), [Cell()], 3, tmp_path)
+    other = Fake()
+    other.identity["model"] = "other"
+    with pytest.raises(RecordError, match=r"other settings \(model\)"):
+        answer_all(other, [Cell()], 3, tmp_path)
+    (tmp_path / "old" / "cells").mkdir(parents=True)
+    with pytest.raises(RecordError, match="holds records of format 1, not 2: give another folder"):
+        answer_all(Fake(), [Cell()], 3, tmp_path / "old")
 
 
 # ---- checks
@@ -316,9 +334,9 @@ def test_checks_hold_for_numbers_that_fit():
         ("records are possible", "all", {"chunks": [0]}),
         ("best scores are kept", "top-k", {"chunks": [0, 1, 2, 3]}),
         ("recall is K/N", "random", {"needle": [0], "chunks": [0, 1, 2, 3]}),
-        ("no answer without", "without", {"right": True}),
-        ("accuracy is recall times", "top-k", {"right": True}),
-        ("accuracy is recall times", "top-k", {"right": False}),
+        ("no answer without", "without", {"score": 1.0}),
+        ("accuracy is recall times", "top-k", {"score": 1.0}),
+        ("accuracy is recall times", "top-k", {"score": 0.0}),
         ("K = N keeps all", "K = N", {"tokens": [0, 0]}),
     ],
 )
@@ -352,9 +370,9 @@ def record(tmp_path_factory) -> dict:
     """A summary of made-up records of three grids, as JSON gives it back."""
     folder = tmp_path_factory.mktemp("run")
     grids = ["main", "depth", "anchors", "encoding"]
-    cells = list(dict.fromkeys(c for name in grids for c in GRIDS[name].cells()))
+    cells = all_cells(grids)
     note = {"device": "a device", "versions": {"jax": "0"}, "processes": 1, "parameters": 4_000_000}
-    assert run.run_cells(Fake(batch=44), cells, 88, folder, note=note, quiet=True)
+    assert answer_all(Fake(batch=44), cells, 88, folder, note=note)
     shares = np.linspace(0, 0.1, 6).reshape(2, 3)
     looks = {
         "attention": {"rows": [
@@ -369,12 +387,11 @@ def record(tmp_path_factory) -> dict:
     }  # fmt: skip
     for name, content in looks.items():
         content |= {"run": {"device": "cpu" if name == "order" else "a device"}, "dtype": "float16"}
-        run.write_json(folder / f"{name}.json", content)
+        write_json(folder / f"{name}.json", content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "RESAMPLES", 200)
         made = {**summary.summarise(folder, grids, 88), "command": "scripts/ablate.py run"}
-    made["calls"] = [run.note_call(folder, seconds) for seconds in (10.0, 20.0)][-1]
-    return json.loads(json.dumps(made))
+    return json.loads(json.dumps({**made, "calls": [10.0, 20.0]}))
 
 
 def test_a_summary_has_the_records_numbers(record):
@@ -382,7 +399,7 @@ def test_a_summary_has_the_records_numbers(record):
     assert all(check["ok"] for check in record["checks"])
     cell = record["cells"][Cell().key]
     rows = [fake_record(Cell(), i) for i in range(88)]
-    assert cell["accuracy"][3:] == [sum(row["right"] for row in rows), 88]
+    assert cell["accuracy"][3:] == [sum(row["score"] for row in rows), 88]
     assert cell["recall"][0] == cell["accuracy"][0]
     assert cell["recall_at_1"][0] == pytest.approx(3 / 4)
     leads = [
@@ -391,39 +408,31 @@ def test_a_summary_has_the_records_numbers(record):
     ]
     assert cell["lead"][0] == pytest.approx(np.mean(leads))
     kept = [summary.margin(row, 4) > 0 for row in rows]
-    assert kept == [row["right"] for row in rows]
+    assert kept == [row["score"] for row in rows]
     assert cell["evaluations"][0] == pytest.approx(1.5)
     group = next(g for g in record["grids"]["main"]["groups"] if g["over"]["length"] == 4096)
     arm = next(a for a in group["arms"] if a["label"] == "random")
-    other = [fake_record(Cell(selection="random"), i)["right"] for i in range(88)]
+    other = [fake_record(Cell(selection="random"), i)["score"] for i in range(88)]
     assert arm["difference"][0] == pytest.approx(np.mean(other) - cell["accuracy"][0])
-    assert arm["b_only"] == sum(b and not row["right"] for b, row in zip(other, rows, strict=True))
+    assert arm["b_only"] == sum(b and not row["score"] for b, row in zip(other, rows, strict=True))
     assert arm["p"] <= arm["p_holm"] <= 1
 
 
 def test_the_middle_of_the_document_is_compared_with_its_ends():
-    rows = [{"asked_depth": d / 10, "right": d in (4, 5)} for d in range(11)]
-    columns = [np.array([row["right"] for row in rows], float), *summary.zones(rows)]
-    assert summary._middle_less_ends(*columns) == pytest.approx(2 / 5)
+    rows = [{"asked_depth": d / 10, "score": d in (4, 5)} for d in range(11)]
+    columns = [np.array([row["score"] for row in rows], float), *summary.zones(rows)]
+    assert summary.middle_less_ends(*columns) == pytest.approx(2 / 5)
 
 
-def test_signs_are_those_of_the_data():
+def test_differences_are_named_by_their_interval_and_p():
     row = {"examples": 300, "p": 0.001, "p_holm": 0.01, "difference": [-0.05, -0.08, -0.02]}
-    assert report.verdict(row).startswith("lower: -5.0 [-8.0, -2.0] points")
-    higher = {**row, "difference": [0.05, 0.02, 0.08]}
-    assert report.verdict(higher).startswith("higher: +5.0 [+2.0, +8.0] points")
+    assert report.verdict(row) == "lower"
+    assert report.difference(row) == "**-5.0 [-8.0, -2.0]**"
+    assert report.verdict({**row, "difference": [0.05, 0.02, 0.08]}) == "higher"
     for unclear in ({"p_holm": 0.2}, {"difference": [0.01, -0.01, 0.03]}):
-        assert report.verdict({**row, **unclear}).startswith("no difference shown")
-
-
-def test_of_other_choices_those_are_told_that_change_something():
-    clear = {"difference": [-0.05, -0.08, -0.02], "p_holm": 0.01, "label": "a"}
-    unclear = {**clear, "p_holm": 0.2, "label": "b"}
-    group = {"over": {"length": 4096}, "arms": [clear, unclear, {"label": "not run"}]}
-    record = {"grids": {"encoding": {"groups": [group]}, "main": {"groups": [group]}}}
-    want = "- encoding, 4,096 tokens: a -5.0 [-8.0, -2.0]. no difference shown: b."
-    assert report.choices(record) == [want]
-    assert report.choices({"grids": {}}) == ["Not measured in this run."]
+        assert report.verdict({**row, **unclear}) == "no difference shown"
+        assert "**" not in report.difference({**row, **unclear})
+    assert report.difference({"label": "not run"}) == "-"
 
 
 def test_pictures_show_the_jsons_values(record):
@@ -469,16 +478,21 @@ def test_a_report_is_made_of_the_json_alone(record, tmp_path):
     assert part.startswith(f"before\n{report.BEGIN}\n")
     assert part.endswith(f"{report.END}\nafter\n")
     assert "old" not in part
-    for name in plots.PICTURES:
+    for name in report.CAPTIONS:
         assert (tmp_path / "docs" / "pictures" / f"{name}.png").stat().st_size > 5_000
         assert f"](pictures/{name}.png)" in text
     assert "](docs/pictures/needle_heat_map.png)" in part
     cell = record["cells"][Cell().key]
     value, low, high = (100 * x for x in cell["accuracy"][:3])
     assert f"{value:.1f} [{low:.1f}, {high:.1f}]" in text
-    assert "a device; jax 0; a model of 4M parameters, float32. 88 examples a cell" in text
-    assert "Called 2 times, 30 s in all" in text
-    assert "Measured elsewhere than the cells: order: cpu, float16.\n" in text
+    facts = {"device": "a device", "jax": "0", "parameters": "4M", "dtype": "float32"}
+    facts |= {"examples a cell": "88", "calls": "2, 30 s in all"}
+    for name, value in facts.items():
+        assert f"\n| {name} | {value} |\n" in text
+    assert "\n| order | cpu | float16 |\n" in text
+    arm = next(g for g in record["grids"]["main"]["groups"] if g["over"]["length"] == 4096)["arms"]
+    random = next(row for row in arm if row["label"] == "random")
+    assert f"| {report.difference(random)} |" in text
     assert text.count("**FAILS**") == 0
     failing = {**record, "checks": [{**record["checks"][0], "ok": False}]}
     assert "**FAILS**" in report.results_page(failing, [], "pictures", "x.json")
@@ -499,13 +513,13 @@ def test_what_was_not_run_is_said(record):
     short = {**record, "cells": dropped, "complete": False}
     page = report.results_page(short, [], "pictures", "x.json")
     assert "not run" in page
-    assert "Not complete" in page
-    after = page.split("### Independent against joint encoding?")[1]
+    assert "not complete" in page
+    after = page.split("### Independent or joint encoding?")[1]
     assert after.lstrip().startswith("Not measured in this run.")
 
 
 def test_a_summary_on_disk_is_the_same_with_an_entry_a_line(record, tmp_path):
-    run.write_json(tmp_path / "a.json", record)
+    write_json(tmp_path / "a.json", record)
     assert json.loads((tmp_path / "a.json").read_text()) == record
     lines = (tmp_path / "a.json").read_text().splitlines()
     assert sum(line.lstrip().startswith(f'"{Cell().key}"') for line in lines) == 1

@@ -12,13 +12,15 @@ import pytest
 from flax import nnx
 
 pytest.importorskip("tokenizers")
-from ablation import bench, looks, run, summary
-from ablation.flops import Sizes, answer_flops
-from ablation.grid import Cell, Grid
+from experiments import measurements, retrieval, summary
+from experiments.flops import Sizes, answer_flops
+from experiments.grids import Cell, Grid
+from experiments.records import Records
 
 from pdllm_jax import (
     ChunkConfig,
     DecodeConfig,
+    Engine,
     MaskPredictor,
     ModelConfig,
     Tokenizer,
@@ -28,10 +30,10 @@ from pdllm_jax import (
     prefill,
     select_top_k,
 )
-from pdllm_jax.deprecated import generate_ids
 from pdllm_jax.method.scoring import draft_response
 from pdllm_jax.network.rope import rotate, rotation
 from small_model import corpus, tasks
+from tests.scripts.test_ablation import answer_all
 from tests.small_model.test_training import CONFIG, encode, held_out_side, make_corpora  # noqa: F401
 from tests.support.method import sharpen
 
@@ -45,11 +47,10 @@ def model() -> MaskPredictor:
 
 
 @pytest.fixture(scope="module")
-def tiny_bench(model, encode, held_out_side) -> bench.Bench:  # noqa: F811
+def tiny_bench(model, encode, held_out_side) -> retrieval.Retrieval:  # noqa: F811
     ids = encode.tokenizer.token_to_id
-    chat = tuple(ids(name) for name in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
-    tokenizer = Tokenizer(encode.tokenizer, ids("<|startoftext|>"), encode.mask, encode.eos, chat)
-    made = bench.Bench.of(model, tokenizer, held_out_side, first_seed=0)
+    tokenizer = Tokenizer(encode.tokenizer, ids("<|startoftext|>"), encode.mask, encode.eos, None)
+    made = retrieval.Retrieval.of(model, tokenizer, held_out_side, first_seed=0)
     return dataclasses.replace(made, batch_tokens=2 * CELL.length, encode_batch=4)
 
 
@@ -73,7 +74,7 @@ def test_needles_stand_at_the_depth_that_is_asked_for(encode, held_out_side, tas
 
 def test_every_depth_gets_every_task():
     cell = Cell(depths=11)
-    pairs = {(cell.tasks[i % 4], bench.asked_depth(cell, i)) for i in range(44)}
+    pairs = {(cell.tasks[i % 4], cell.depth(i)) for i in range(44)}
     assert len(pairs) == 44
     assert {depth for _, depth in pairs} == {i / 10 for i in range(11)}
 
@@ -83,8 +84,8 @@ def test_given_chunks_hold_the_needle_or_nothing_of_it(tiny_bench):
         cell = dataclasses.replace(CELL, selection=selection, length=1024, chunk_size=128)
         for index in range(8):
             example = tiny_bench.example(cell, index)
-            kept = bench.given_chunks(cell, index, example)
-            assert kept == bench.given_chunks(cell, index, example)
+            kept = retrieval.given_chunks(cell, index, example)
+            assert kept == retrieval.given_chunks(cell, index, example)
             start, end = example["needle_span"]
             held = {place for i in kept for place in range(i * 127, i * 127 + 127)}
             inside = set(range(start, end)) & held
@@ -105,10 +106,10 @@ def test_texts_of_the_repository_need_no_other_files(encode):  # noqa: F811
 
 
 def test_other_weights_have_another_name(model):
-    name = bench.weights_fingerprint(model)
-    assert name == bench.weights_fingerprint(model)
+    name = retrieval.weights_fingerprint(model)
+    assert name == retrieval.weights_fingerprint(model)
     changed = jax.tree.map(lambda x: x.at[-1].add(1e-3) if x.shape == (32,) else x, model)
-    assert bench.weights_fingerprint(changed) != name
+    assert retrieval.weights_fingerprint(changed) != name
 
 
 def test_a_run_end_to_end(tiny_bench, tmp_path, monkeypatch):
@@ -118,7 +119,7 @@ def test_a_run_end_to_end(tiny_bench, tmp_path, monkeypatch):
     grid = Grid("All of it, tiny.", base=base, arms=arms)
     monkeypatch.setitem(summary.GRIDS, "tiny", grid)
     note = {"device": "cpu", "versions": {"jax": jax.__version__}}
-    assert run.run_cells(tiny_bench, grid.cells(), 3, tmp_path, note=note)
+    assert answer_all(tiny_bench, grid.cells(), 3, tmp_path, note=note)
     record = summary.summarise(tmp_path, ["tiny"], 3)
     json.dumps(record)
     assert record["complete"]
@@ -126,12 +127,12 @@ def test_a_run_end_to_end(tiny_bench, tmp_path, monkeypatch):
     assert sum(check["name"].startswith("K = N") for check in record["checks"]) == 1
     assert {cell["examples"] for cell in record["cells"].values()} == {3}
     cell = dataclasses.replace(CELL, selection="dense").canonical()
-    file = run.CellFile(run.cell_path(tmp_path, cell), run.header(cell, tiny_bench.identity))
-    row, example = file.read()[2], tiny_bench.example(cell, 2)
-    alone = generate_ids(
-        tiny_bench.model, example["prefix"], example["context"], example["query"],
-        method="plain", decode=CELL.decoding(), seed=2,
-    )  # fmt: skip
+    with Records(tmp_path, tiny_bench.identity) as opened:
+        row = retrieval.records_of(cell, opened.done, 3)[2]
+    example = tiny_bench.example(cell, 2)
+    ids = [*example["prefix"], *example["context"], *example["query"]]
+    engine = Engine(tiny_bench.model, decoding=CELL.decode_config(), method="plain")
+    alone = engine.answer([], ids, prefix=[], seed=2)
     assert row["tokens"] == alone.tokens
     assert row["evaluations"] == alone.evaluations
 
@@ -181,15 +182,15 @@ PREFIX, QUERY, DRAFT, COUNT, SIZE = 32, 64, 16, 4, 64
 )
 def test_flops_are_the_products_of_the_traced_programs(model, change):
     cell = Cell(**{**CELL.settings(), "tasks": PAIR, "draft_length": DRAFT, **change}).canonical()
-    config = cell.selecting(COUNT)
+    config = cell.selection_config(COUNT)
     if cell.selection == "all":
         config = dataclasses.replace(config, top_k=COUNT)
     decode = DecodeConfig(gen_length=32, block_length=32, threshold=0.9)
     rng = np.random.default_rng(0)
     ids = [rng.integers(6, 500, n) for n in (PREFIX, COUNT * (SIZE - 1), QUERY)]
     prompt = chunk_prompt(*ids, ChunkConfig(SIZE), bos_id=0)
-    assert prompt.prefix.shape == (PREFIX,)
-    assert prompt.query.shape == (QUERY,)
+    assert prompt.prefix.shape == (1, PREFIX)
+    assert prompt.query.shape == (1, QUERY)
     draft = None
     found = {"draft": 0.0}
 
@@ -230,13 +231,13 @@ def test_attention_shares_are_those_of_one_forward_over_everything(model):
     prefix, context, query = rng.integers(6, 500, 5), rng.integers(6, 500, 3 * 15), [7, 8, 9]
     prompt = chunk_prompt(prefix, context, query, ChunkConfig(16), bos_id=0)
     decode = DecodeConfig(gen_length=8, block_length=8)
-    config = Cell(selection="all", top_k=3).selecting()
+    config = Cell(selection="all", top_k=3).selection_config()
     cache, scores = prefill(model, prompt, config)
     state = init_denoise(
         model, cache, select_top_k(scores, 3), prompt.query, decode, jax.random.key(0),
         query_length=prompt.query_length, selecting=config,
     )  # fmt: skip
-    found = looks.attention_shares(model, state.pool, state)
+    found = measurements.attention_shares(model, state.pool, state)
 
     mask = model.config.mask_token_id
     chunks = np.insert(context.reshape(3, 15), 0, 0, axis=1).ravel()
@@ -260,27 +261,29 @@ def test_attention_shares_are_those_of_one_forward_over_everything(model):
     np.testing.assert_allclose(found.bos[:, 0], want[..., 0], atol=1e-4)
 
 
-def test_looks_on_a_tiny_model(tiny_bench, tmp_path):
-    """Every slot is filled once, and the tokens are those of the answer; two looks, resumed."""
+def test_measurements_on_a_tiny_model(tiny_bench, tmp_path):
+    """Every slot is filled once, and the tokens are the answer's; speed is resumed."""
     cell = dataclasses.replace(CELL, threshold=None)
-    cache, state, _ = looks.begun(tiny_bench, cell, [0])
-    steps, tokens = looks.denoising_order(tiny_bench, cache, state, cell)
+    cache, state, _ = measurements.start(tiny_bench, cell, [0])
+    steps, tokens = measurements.denoising_order(tiny_bench, cache, state, cell)
     filled = [step for step in steps if step]
     assert sorted(filled) == list(range(1, len(filled) + 1))
     example = tiny_bench.example(cell, 0)
-    alone = generate_ids(
-        tiny_bench.model, example["prefix"], example["context"], example["query"],
-        chunking=cell.chunking(), selection=cell.selecting(4), decode=cell.decoding(),
+    engine = Engine(
+        tiny_bench.model, chunking=cell.chunk_config(), selection=cell.selection_config(4),
+        decoding=cell.decode_config(),
     )  # fmt: skip
+    alone = engine.answer(example["context"], example["query"], prefix=example["prefix"])
     assert tokens == alone.tokens
     path = tmp_path / "speed.json"
-    known = {"rows": [{"method": name, "length": 320} for name in looks.SPEED]}
-    assert looks.look_at_speed(tiny_bench, CELL, path, known, lengths=(320,), repeats=1)
+    record = {"rows": [{"method": name, "length": 320} for name in measurements.SPEED]}
+    del record["rows"][-1]  # the later question's
+    assert measurements.measure_speed(tiny_bench, CELL, path, record, lengths=(320,), repeats=1)
     rows = json.loads(path.read_text())["rows"]
-    assert [row["method"] for row in rows[-1:]] == [looks.LATER]
+    assert [row["method"] for row in rows[-1:]] == [measurements.LATER]
     assert rows[-1]["least"] <= rows[-1]["seconds"] <= rows[-1]["most"]
     assert len(rows) == 5
-    assert not looks.look_at_speed(tiny_bench, CELL, path, {}, lengths=(320,), deadline=0.0)
+    assert not measurements.measure_speed(tiny_bench, CELL, path, {}, lengths=(320,), deadline=0.0)
 
 
 @pytest.mark.slow
@@ -289,7 +292,7 @@ def test_the_command_line_with_two_processes(make_checkpoint, tmp_path, monkeypa
     pytest.importorskip("matplotlib")
     pytest.importorskip("wonderwords")
     import ablate
-    from ablation import report
+    from experiments import report
 
     monkeypatch.setenv("PDLLM_CACHE", str(tmp_path / "cache"))
     checkpoint = make_checkpoint(n_kv_heads=2, tokenizer=True, max_sequence_length=1024).folder

@@ -15,8 +15,8 @@ from tests.conftest import ROOT
 from tests.oracles import metrics as oracle
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from evals import infinitebench, longbench, ruler, text
-from evals.example import Example
+from experiments.benchmarks import infinitebench, longbench, ruler, text
+from experiments.benchmarks.example import Example
 
 CASES = 300
 ENGLISH = [

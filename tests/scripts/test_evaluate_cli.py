@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 
 from pdllm_jax import Tokenizer, load_config
-from pdllm_jax.engine.answer import Answer
 from pdllm_jax.evaluation.prompts import SplitPrompt
 from tests.conftest import ROOT
 from tests.support import evals_data
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import evaluate
-from evals.example import Example, Task
-from evals.records import Key, RecordError, Records
-from evals.run import run as run_all
+from experiments.benchmarks.example import Example, Task
+from experiments.benchmarks.run import missing_work
+from experiments.records import FORMAT, Key, RecordError, Records
+from experiments.runner import run as run_all
 
 SMALL = [
     "--chunk-size", "64", "--top-k", "2", "--encode-batch", "4", "--gen-length", "6",
@@ -55,7 +55,9 @@ def run(capsys, *argv) -> tuple[int, str, str]:
 
 
 def records(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "records.jsonl").read_bytes().splitlines()]
+    """The records, without the notes on runs."""
+    rows = [json.loads(line) for line in (out / "records.jsonl").read_bytes().splitlines()]
+    return [row for row in rows if "run" not in row]
 
 
 def without_times(out: Path) -> list[dict]:
@@ -63,24 +65,25 @@ def without_times(out: Path) -> list[dict]:
 
 
 class Answers:
-    """Stands in for `generate_ids`: keeps what it is given, and answers as it is told."""
+    """Stands in for `answer`: keeps what it is given, and answers as it is told."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.asked, self.says = tokenizer, [], "Anne"
 
-    def __call__(self, model, prefix, context, query, *, method, decode, **_):
-        ids = [*prefix, *context, *query]
+    def __call__(self, model, prompts, *, method, decoding, **_):
+        (prompt,) = prompts
+        ids = [token for part in prompt for token in part]
         self.asked.append((method, self.tokenizer.backend.decode(ids, skip_special_tokens=False)))
-        tokens = self.tokenizer.encode(self.says)[: decode.gen_length]
-        tokens += [self.tokenizer.eos_id] * (decode.gen_length - len(tokens))
-        selection = {"chunks": [0]} if method == "prefilling" else None
-        return Answer(tokens, None, 1, selection, {"total": 1.0, "compile": 0.0}, {})
+        tokens = self.tokenizer.encode(self.says)[: decoding.gen_length]
+        tokens += [self.tokenizer.eos_id] * (decoding.gen_length - len(tokens))
+        chunks = [0] if method == "prefilling" else None
+        return [{"tokens": tokens, "evaluations": 1, "seconds": {"total": 1.0}, "chunks": chunks}]
 
 
 @pytest.fixture
 def answers(folder, monkeypatch) -> Answers:
     stand_in = Answers(Tokenizer.load(folder, load_config(folder)))
-    monkeypatch.setattr("evals.run.generate_ids", stand_in)
+    monkeypatch.setattr("experiments.benchmarks.run.answer", stand_in)
     return stand_in
 
 
@@ -149,13 +152,19 @@ def test_a_run_of_every_method_on_a_real_model(folder, tmp_path, capsys):
         assert record["evaluations"] >= 1
     assert table.count("| needle | 600 |") == 3
     assert "| 2 |" in table
-    status, _, err = run(
-        capsys, folder, "needle", data, "--out", tmp_path / "mesh", "--lengths", 600, "--depths", 2,
-        *SMALL, "--methods", "prefilling", "--mesh", "1x1",
-    )  # fmt: skip
-    assert status == 0, err
-    kept = [record for record in without_times(out) if record["method"] == "prefilling"]
-    assert without_times(tmp_path / "mesh") == kept
+
+
+@pytest.mark.slow
+def test_a_mesh_of_one_device_gives_the_same_records(folder, tmp_path, capsys):
+    data = tmp_path / "text.txt"
+    data.write_text(evals_data.TEXT * 20, encoding="utf-8")
+    for out, flags in (("plain", []), ("mesh", ["--mesh", "1x1"])):
+        status, _, err = run(
+            capsys, folder, "needle", data, "--out", tmp_path / out, "--lengths", 600,
+            "--depths", 2, *SMALL, "--methods", "prefilling", *flags,
+        )  # fmt: skip
+        assert status == 0, err
+    assert without_times(tmp_path / "mesh") == without_times(tmp_path / "plain")
     settings = json.loads((tmp_path / "mesh" / "settings.json").read_text())
     assert settings["mesh"] == {"data": 1, "tensor": 1}
 
@@ -239,7 +248,7 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
         ([folder, "infinitebench", tmp_path, "--out", tmp_path / "o"], "holds no InfiniteBench"),
         (
             [folder, "infinitebench", data, "--out", tmp_path / "o", "--limit", 0],
-            "must be positive",
+            "must be at least 1, got 0",
         ),
         ([folder, "infinitebench", data, "--out", tmp_path / "o", "--top-k", 0], "top_k"),
         ([folder, "infinitebench", data], "--out"),
@@ -303,7 +312,7 @@ def test_records_damaged_and_cut_off(tmp_path):
     )
     for line in hostile:
         path.write_bytes(line + b"\n" + whole)
-        with pytest.raises(RecordError, match=r"records\.jsonl:1: not a record"):
+        with pytest.raises(RecordError, match=r"records\.jsonl:1: not a record of format"):
             Records(tmp_path, settings)
     path.write_bytes(whole)
     with pytest.raises(RecordError, match=r"other settings \(x, y\)"):
@@ -313,6 +322,9 @@ def test_records_damaged_and_cut_off(tmp_path):
         pytest.raises(RecordError, match="data have changed"),
     ):
         opened.get(key, "other")
+    (tmp_path / "settings.json").write_text('{"x": [1, 2]}')
+    with pytest.raises(RecordError, match=f"records of format 1, not {FORMAT}"):
+        Records(tmp_path, settings)
     (tmp_path / "settings.json").write_text("[]")
     with pytest.raises(RecordError, match="must hold a JSON object"):
         Records(tmp_path, settings)
@@ -335,15 +347,15 @@ def slow_run(out: str, pause: float) -> None:
 
     def ask(task, example, method):
         time.sleep(pause)
-        return {
-            "score": task.metric("7", example), "digest": example.digest(),
-            "long": method + example.id * 2000,
-        }  # fmt: skip
+        score, digest = task.metric("7", example), example.digest()
+        return [{"score": score, "digest": digest, "long": method + example.id * 2000}]
 
     with Records(Path(out), {}) as opened:
-        run_all(ask, [task], ["plain", "prefilling"], opened, show=False)
+        work = missing_work(ask, [task], ["plain", "prefilling"], opened)
+        run_all(work, opened, total=40, show=False)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
     """Killed twice with SIGKILL: in the end there are the records of a run that was not."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}"}

@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 from tests.support import workers
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from evals.records import Key, RecordError, Records
+from experiments.records import Key, RecordError, Records
 
 
 class SmallDisk:
@@ -44,7 +44,7 @@ def test_records_on_a_full_disk(tmp_path):
         with (
             SmallDisk(len(whole) + 10),
             pytest.raises(
-                RecordError, match=r"records\.jsonl can not be written \(File too large\)"
+                RecordError, match=r"records\.jsonl cannot be written \(File too large\)"
             ),
         ):
             records.add(key._replace(id="2"), {"digest": "d", "score": 1.0, "text": "x" * 9000})

@@ -1,7 +1,7 @@
 """InfiniteBench (arXiv 2402.13718; MIT): its main tasks' metrics, and examples from a local copy.
 
-Prompts and response lengths are those of its own runs of open models (src/prompt.py, the
-"yarn-mistral" set, and src/eval_utils.py).
+Prompts and response lengths follow its runs of open models (src/prompt.py, the "yarn-mistral" set,
+and src/eval_utils.py).
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evals.example import (
-    DataError,
+from experiments.benchmarks.example import (
     Example,
     Malformed,
     Task,
-    field,
-    read_jsonl,
-    texts,
-    with_unique_ids,
+    answers_field,
+    document_field,
+    on_answers,
+    read_examples,
+    task_files,
+    text_field,
 )
-from evals.text import chinese_characters, english_f1, f1
+from experiments.benchmarks.text import chinese_characters, english_f1, f1
 from pdllm_jax.evaluation.prompts import split_template
 
 _OPTIONS = "A. {OPTION_A}\nB. {OPTION_B}\nC. {OPTION_C}\nD. {OPTION_D}"
@@ -30,30 +31,29 @@ LETTERS = "ABCD"
 
 
 def _spaced(text: str, marks: Sequence[str]) -> str:
-    """The text with spaces for what is in `marks`."""
+    """Replaces every mark by a space."""
     for mark in marks:
         text = text.replace(mark, " ")
     return text
 
 
 def first_digits(prediction: str, answers: Sequence[str]) -> bool:
-    """The first run of digits is the answer. ASCII digits alone, as published."""
-    found = re.search("[0-9]+", prediction)
-    return found is not None and found.group() == answers[0]
+    """Tells whether the first run of ASCII digits is the answer."""
+    match = re.search("[0-9]+", prediction)
+    return match is not None and match.group() == answers[0]
 
 
 def named_value(prediction: str, answers: Sequence[str]) -> bool:
-    """The answer is one of the prediction's words."""
+    """Tells whether the answer is one of the prediction's words."""
     words = _spaced(prediction, ("\n", ":", '"', "'", ".", ",", "?", "!", "{", "}")).split()
     return answers[0] in words
 
 
 def choice(prediction: str, answers: Sequence[str]) -> bool:
-    """The option is named: answers are its text and its letter.
+    """Tells whether the option is named; answers are its text and its letter.
 
-    Its letter first of all, or behind "answer is" and the like, or as the first word that is made
-    of consecutive letters of ABCD. As published, a text that begins with A to D is judged by that
-    letter alone, and both spellings, text and letter, count behind the cue.
+    As published: a text that begins with A to D is judged by that letter alone; behind "answer is"
+    and the like text or letter count; else the first word made of consecutive letters of ABCD does.
     """
     if not prediction:
         return False
@@ -71,10 +71,9 @@ def choice(prediction: str, answers: Sequence[str]) -> bool:
 
 
 def wrong_function(prediction: str, answers: Sequence[str]) -> bool:
-    """The function with the error is named: answers are its name and its letter.
+    """Tells whether the function with the error is named; answers are its name and its letter.
 
-    As "B." or "B:" at the very beginning, or as letter or name behind "answer is:", "is:" or
-    "answer:".
+    It must begin with "B." or "B:", or have letter or name behind "answer is:", "is:" or "answer:".
     """
     name, letter = answers
     if prediction[:2] in (f"{letter}.", f"{letter}:"):
@@ -90,18 +89,18 @@ def wrong_function(prediction: str, answers: Sequence[str]) -> bool:
 
 
 def best_f1(prediction: str, answers: Sequence[str]) -> float:
-    """Token F1, the best over the answers."""
+    """Returns token F1, the best over the answers."""
     return max(english_f1(prediction, answer) for answer in answers)
 
 
 def best_chinese_f1(prediction: str, answers: Sequence[str]) -> float:
-    """F1 on characters after normalisation (LongBench's is on jieba's words)."""
-    said = chinese_characters(prediction)
-    return max(f1(said, chinese_characters(answer)) for answer in answers)
+    """Returns F1 on normalised characters (LongBench's is on jieba's words)."""
+    characters = chinese_characters(prediction)
+    return max(f1(characters, chinese_characters(answer)) for answer in answers)
 
 
 class Kind(NamedTuple):
-    """What a task is: response tokens, prompt, metric, whether that is 0 or 1, has options."""
+    """A task's response tokens, prompt and metric; binary: 0 or 1; options: of A to D."""
 
     gen_length: int
     template: str
@@ -169,43 +168,26 @@ def load(
     malformed: Malformed,
     templates: Mapping[str, str] | None = None,
 ) -> list[Task]:
-    """Tasks from `{task}.jsonl` in the folder, all known ones that are there by default.
+    """Loads tasks from `{task}.jsonl` in the folder, all that exist by default.
 
     templates: prompts to be used instead, by task.
     """
-    wanted = [t for t in KINDS if (folder / f"{t}.jsonl").is_file()] if tasks is None else tasks
-    if not wanted:
-        raise DataError(f"{folder} holds no InfiniteBench task, such as passkey.jsonl")
+    files = task_files("InfiniteBench", folder, KINDS, tasks, lambda task: folder / f"{task}.jsonl")
     loaded = []
-    for task in wanted:
-        if task not in KINDS:
-            raise DataError(f"InfiniteBench's {task!r} is not among {', '.join(KINDS)}")
+    for task, path in files.items():
         kind = KINDS[task]
         template = (templates or {}).get(task, kind.template)
-        path = folder / f"{task}.jsonl"
-        if not path.is_file():
-            raise DataError(f"{path} is missing")
-        examples = read_jsonl(path, functools.partial(_parse, kind, template), malformed)
-        loaded.append(
-            Task(
-                "infinitebench", task, kind.gen_length, functools.partial(_score, kind.metric),
-                with_unique_ids(examples), binary=kind.binary,
-            )
-        )  # fmt: skip
+        examples = read_examples(path, functools.partial(_parse, kind, template), malformed)
+        metric = on_answers(kind.metric)
+        loaded.append(Task("infinitebench", task, kind.gen_length, metric, examples, kind.binary))
     return loaded
 
 
-def _score(metric: Callable[[str, Sequence[str]], float], text: str, example: Example) -> float:
-    return float(metric(text, example.answers))
-
-
 def _parse(kind: Kind, template: str, raw: dict[str, Any], line: int) -> Example:
-    """`answer` may be a text, a number or a list of them; `content` and `question` are aliases."""
-    context = field(raw, "context", "content")
-    if not context.strip():
-        raise ValueError("context is empty")
-    question = field(raw, "input", "question")
-    answers = texts(raw, "answer")
+    """Makes an example; mirrors call `context` `content` and `input` `question`."""
+    context = document_field(raw, "context", "content")
+    question = text_field(raw, "input", "question")
+    answers = answers_field(raw, "answer")
     fields = {**raw, "context": context, "input": question, "question": question}
     if kind.options:
         options = raw.get("options")
@@ -223,11 +205,11 @@ def _parse(kind: Kind, template: str, raw: dict[str, Any], line: int) -> Example
 
 
 def _option(answers: Sequence[str], options: Sequence[str]) -> tuple[str, str]:
-    """(text, letter) of an answer given as the text, the letter, or both."""
+    """Returns (text, letter) of an answer given as the text, the letter, or both."""
     if len(answers) == 2 and answers[1] in tuple(LETTERS):
         return answers[0], answers[1]
     if len(answers) == 1 and answers[0] in options:
         return answers[0], LETTERS[options.index(answers[0])]
     if len(answers) == 1 and answers[0] in tuple(LETTERS):
         return options[LETTERS.index(answers[0])], answers[0]
-    raise ValueError(f"answer {list(answers)} is none of the options")
+    raise ValueError(f"answer must be one of the options, got {list(answers)}")

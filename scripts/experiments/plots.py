@@ -1,7 +1,7 @@
-"""Pictures of a run, from its JSON alone. matplotlib without a display.
+"""Draws a run's pictures from its JSON, with matplotlib and without a display.
 
-Every function draws what its own part of the record holds and returns the figure, or None where
-the record has nothing for it.
+Every function draws its own part of the record and returns the figure, or None where the record
+holds nothing for it.
 """
 
 from __future__ import annotations
@@ -17,32 +17,39 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Record = Mapping[str, Any]
-_DPI = 110
-_COLOURS = "viridis"
 
 
-def _depth_arms(record: Record) -> dict[str, list[dict[str, Any]]]:
-    """Cells of the heat map by arm, shortest first; arms that have none are left out."""
-    groups = (record["grids"].get("depth") or {"groups": []})["groups"]
-    arms: dict[str, list[dict[str, Any]]] = {}
-    names = {"dense": "plain", True: "prefilling, anchors", False: "prefilling, no anchors"}
-    for group in groups:
-        for key in (group["reference"], *(arm["cell"] for arm in group["arms"])):
-            if (cell := record["cells"].get(key)) is not None:
-                settings = cell["settings"]
-                dense = settings["selection"] == "dense"
-                arms.setdefault(names["dense" if dense else settings["anchors"]], []).append(cell)
-    order = [name for name in names.values() if name in arms]
-    return {name: sorted(arms[name], key=lambda c: c["settings"]["length"]) for name in order}
+def _groups(record: Record, grid: str) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Returns a grid's groups with the cells that were run, the reference first."""
+    groups = []
+    for group in (record["grids"].get(grid) or {"groups": []})["groups"]:
+        keys = (group["reference"], *(arm["cell"] for arm in group["arms"]))
+        if cells := [record["cells"][key] for key in keys if key in record["cells"]]:
+            groups.append((group, cells))
+    return groups
+
+
+def _rows(record: Record, name: str) -> list[dict[str, Any]]:
+    return (record.get(name) or {"rows": []})["rows"]
 
 
 def needle_heat_map(record: Record) -> Figure | None:
-    """Accuracy by length and depth, one panel a method; every field says its share."""
-    arms = _depth_arms(record)
+    """Draws accuracy by length and depth, a panel for each method, with the share in each field."""
+    names = {"dense": "plain", True: "prefilling, anchors", False: "prefilling, no anchors"}
+    arms: dict[str, list[dict[str, Any]]] = {name: [] for name in names.values()}
+    for _, cells in _groups(record, "depth"):
+        for cell in cells:
+            settings = cell["settings"]
+            dense = settings["selection"] == "dense"
+            arms[names["dense" if dense else settings["anchors"]]].append(cell)
+    arms = {
+        name: sorted(cells, key=lambda c: c["settings"]["length"])
+        for name, cells in arms.items()
+        if cells
+    }
     if not arms:
         return None
     picture, axes = figure(3.6 * len(arms) + 0.8, 4.2, 1, len(arms), sharey=True)
-    image = None
     for axis, (name, cells) in zip(axes[0], arms.items(), strict=True):
         depths = sorted({depth for cell in cells for depth, _ in cell["by_depth"]})
         grid = np.full((len(depths), len(cells)), np.nan)
@@ -56,27 +63,22 @@ def needle_heat_map(record: Record) -> Figure | None:
         axis.set_xticks(range(len(cells)), [f"{c['settings']['length']:,}" for c in cells])
         axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f}%" for depth in depths])
         examples = cells[0]["by_depth"][0][1][4]
-        axis.set(xlabel="tokens", title=f"{name}\n({examples} answers a field)")
-        axis.title.set_fontsize(9)
+        axis.set_xlabel("tokens")
+        axis.set_title(f"{name}\n({examples} answers a field)", fontsize=9)
     axes[0][0].set_ylabel("depth of the needle")
     picture.colorbar(image, ax=axes[0].tolist(), label="accuracy")
     return picture
 
 
 def accuracy_by_depth(record: Record) -> Figure | None:
-    """Accuracy against depth with and without anchors, one panel for each setting; 95% bands."""
-    groups = [
-        (group, [group["reference"], *(arm["cell"] for arm in group["arms"])])
-        for group in (record["grids"].get("anchors") or {"groups": []})["groups"]
-    ]
-    drawn = [(g, [record["cells"][k] for k in keys if k in record["cells"]]) for g, keys in groups]
-    drawn = [(group, cells) for group, cells in drawn if cells]
-    if not drawn:
+    """Draws accuracy against depth with and without anchors, a panel for each setting."""
+    groups = _groups(record, "anchors")
+    if not groups:
         return None
-    columns = min(4, len(drawn))
-    rows = -(-len(drawn) // columns)
+    columns = min(4, len(groups))
+    rows = -(-len(groups) // columns)
     picture, axes = figure(3.2 * columns, 2.7 * rows + 0.4, rows, columns, sharex=True, sharey=True)
-    for axis, (group, cells) in zip(axes.flat, drawn, strict=False):
+    for axis, (group, cells) in zip(axes.flat, groups, strict=False):
         for cell in cells:
             depth = [100 * place for place, _ in cell["by_depth"]]
             value, low, high = ([estimate[i] for _, estimate in cell["by_depth"]] for i in range(3))
@@ -94,7 +96,7 @@ def accuracy_by_depth(record: Record) -> Figure | None:
 
 
 def chunk_scores(record: Record) -> Figure | None:
-    """Scores against the chunk's place in the document; the needle's chunk and the kept ones."""
+    """Draws scores against the chunk's place; marks the needle's chunk and the kept ones."""
     rows = record["chunk_scores"]
     if not rows:
         return None
@@ -110,7 +112,7 @@ def chunk_scores(record: Record) -> Figure | None:
         axis.scatter(kept, scores[kept], s=70, facecolors="none", edgecolors="tab:blue", zorder=4)
         axis.set_title(f"{row['task'].replace('_', ' ')}, example {row['example']}", fontsize=9)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    for axis in list(axes.flat)[len(rows) :]:
+    for axis in axes.flat[len(rows) :]:
         axis.set_axis_off()
     for axis in axes[-1]:
         axis.set_xlabel("chunk")
@@ -121,27 +123,27 @@ def chunk_scores(record: Record) -> Figure | None:
 
 
 def attention_on_anchors(record: Record) -> Figure | None:
-    """Attention of the masked response on the kept chunks' first tokens, by layer and head."""
-    rows = (record.get("attention") or {"rows": []})["rows"]
+    """Draws the masked response's attention on the kept chunks' first tokens, by layer and head."""
+    rows = _rows(record, "attention")
     if not rows:
         return None
     picture, axes = figure(2.7 * len(rows) + 1, 4.6, 1, len(rows), sharey=True)
     grids = [np.array(row["first_tokens"]) for row in rows]
     most = max(grid.max() for grid in grids)
     for axis, row, grid in zip(axes[0], rows, grids, strict=True):
-        image = axis.imshow(grid, vmin=0, vmax=most, cmap=_COLOURS, aspect="auto", origin="lower")
+        image = axis.imshow(grid, vmin=0, vmax=most, aspect="auto", origin="lower")
         anchors = "anchors" if row["settings"]["anchors"] else "no anchors"
         title = f"{row['settings']['encoding']}, {anchors}\nmean {100 * grid.mean():.2f}%"
-        axis.set(xlabel="head", title=title)
-        axis.title.set_fontsize(9)
+        axis.set_xlabel("head")
+        axis.set_title(title, fontsize=9)
     axes[0][0].set_ylabel("layer")
     picture.colorbar(image, ax=axes[0].tolist(), label="attention on the chunks' first tokens")
     return picture
 
 
 def denoising_order(record: Record) -> Figure | None:
-    """In which evaluation each slot of a response was filled, with the token that it got."""
-    rows = (record.get("order") or {"rows": []})["rows"]
+    """Draws in which evaluation each slot of a response was filled, with its token."""
+    rows = _rows(record, "order")
     if not rows:
         return None
     slots = max(len(row["step"]) for row in rows)
@@ -150,16 +152,15 @@ def denoising_order(record: Record) -> Figure | None:
     grid = np.full((len(rows), slots), np.nan)
     for i, row in enumerate(rows):
         grid[i, : len(row["step"])] = row["step"]
-    image = axis.imshow(grid, cmap=_COLOURS, aspect="auto", vmin=1, vmax=max(2, np.nanmax(grid)))
-    middle = (1 + np.nanmax(grid)) / 2
+    last = np.nanmax(grid)
+    image = axis.imshow(grid, aspect="auto", vmin=1, vmax=max(2, last))
     for i, row in enumerate(rows):
         for j, (step, text) in enumerate(zip(row["step"], row["text"], strict=True)):
             shown = text.replace("\n", "↵").strip().removeprefix("<|").removesuffix("|>")
             shown = shown.replace("$", r"\$") if shown.isprintable() and shown else "·"
-            axis.text(
-                j, i, f"{shown[:7]}\n{step}", ha="center", va="center", fontsize=5.5,
-                color="black" if step > middle else "white",
-            )  # fmt: skip
+            colour = "black" if step > (1 + last) / 2 else "white"
+            place = {"ha": "center", "va": "center", "fontsize": 5.5}
+            axis.text(j, i, f"{shown[:7]}\n{step}", color=colour, **place)
     axis.set_yticks(range(len(rows)), [row["task"].replace("_", " ") for row in rows])
     axis.set(xlabel="slot of the response")
     picture.colorbar(image, ax=axis, label="filled in evaluation")
@@ -167,14 +168,14 @@ def denoising_order(record: Record) -> Figure | None:
 
 
 def speed(record: Record) -> Figure | None:
-    """Seconds of one answer against length, both logarithmic; the least and the most of repeats."""
-    rows = (record.get("speed") or {"rows": []})["rows"]
+    """Draws seconds of one answer against length, with the least and the most of repeats."""
+    rows = sorted(_rows(record, "speed"), key=lambda row: row["length"])
     if not rows:
         return None
     picture, axes = figure(5.6, 4.0)
     axis = axes[0][0]
     for name in dict.fromkeys(row["method"] for row in rows):
-        line = sorted((r for r in rows if r["method"] == name), key=lambda r: r["length"])
+        line = [row for row in rows if row["method"] == name]
         length, seconds = [r["length"] for r in line], np.array([r["seconds"] for r in line])
         spread = [seconds - [r["least"] for r in line], [r["most"] for r in line] - seconds]
         axis.errorbar(length, seconds, yerr=spread, marker="o", markersize=4, capsize=2, label=name)
@@ -187,8 +188,8 @@ def speed(record: Record) -> Figure | None:
     return picture
 
 
-def one_factor(record: Record) -> Figure | None:
-    """Every grid's arms less their reference, in points, with 95% intervals."""
+def differences(record: Record) -> Figure | None:
+    """Draws every grid's arms minus their reference, in points, with 95% intervals."""
     drawn = {
         name: rows
         for name, grid in record["grids"].items()
@@ -203,11 +204,9 @@ def one_factor(record: Record) -> Figure | None:
     for name, rows in drawn.items():
         for group, arm in rows:
             value, low, high = (100 * x for x in arm["difference"])
-            clear = low > 0 or high < 0
-            axis.errorbar(
-                value, place, xerr=[[value - low], [high - value]], marker="o", markersize=3,
-                color="tab:red" if clear else "tab:grey", linewidth=1,
-            )  # fmt: skip
+            colour = "tab:red" if low > 0 or high < 0 else "tab:grey"
+            spread = [[value - low], [high - value]]
+            axis.errorbar(value, place, xerr=spread, marker="o", markersize=3, color=colour)
             over = ", ".join(str(x) for x in group["over"].values() if not isinstance(x, list))
             ticks.append((place, f"{name}: {arm['label']}" + (f"  ({over})" if over else "")))
             place += 1
@@ -215,29 +214,24 @@ def one_factor(record: Record) -> Figure | None:
     axis.axvline(0, color="black", linewidth=0.6)
     axis.set_yticks([at for at, _ in ticks], [text for _, text in ticks], fontsize=6)
     axis.set_ylim(place, -1)
-    axis.set_xlabel("accuracy less the reference's, points")
+    axis.set_xlabel("accuracy minus the reference's, points")
     axis.grid(axis="x", alpha=0.3)
     return picture
 
 
-PICTURES: dict[str, Callable[[Record], Figure | None]] = {
-    "needle_heat_map": needle_heat_map,
-    "accuracy_by_depth": accuracy_by_depth,
-    "chunk_scores": chunk_scores,
-    "attention_on_anchors": attention_on_anchors,
-    "denoising_order": denoising_order,
-    "speed": speed,
-    "differences": one_factor,
-}
+PICTURES: tuple[Callable[[Record], Figure | None], ...] = (
+    needle_heat_map, accuracy_by_depth, chunk_scores, attention_on_anchors, denoising_order, speed,
+    differences,
+)  # fmt: skip
 
 
 def draw_all(record: Record, folder: Path) -> list[str]:
     """Writes the pictures that the record has data for; returns their names."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = []
-    for name, draw in PICTURES.items():
-        picture = draw(record)
-        if picture is not None:
-            picture.savefig(folder / f"{name}.png", dpi=_DPI, metadata={"Software": None})
-            made.append(name)
-    return made
+    names = []
+    for draw in PICTURES:
+        if (picture := draw(record)) is not None:
+            path = folder / f"{draw.__name__}.png"
+            picture.savefig(path, dpi=110, metadata={"Software": None})
+            names.append(draw.__name__)
+    return names

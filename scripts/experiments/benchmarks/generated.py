@@ -1,4 +1,4 @@
-"""Retrieval tasks made on the spot from the small model's held-out corpora (small_model)."""
+"""Retrieval tasks made from the small model's held-out corpora (small_model)."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from evals.example import DataError, Example, Task
-from evals.ruler import match_all
+from experiments.benchmarks.example import DataError, Example, Task, on_answers
+from experiments.benchmarks.ruler import match_all
 from small_model import tasks
 from small_model.corpus import Corpora
 from small_model.tasks import Encoder
 
-ASKED = 2  # of a multi-needle question
-# As the small model's responses, one for each needle asked for.
+ASKED = 2  # numbers that a multi-needle question asks for
+# As the small model's responses, one for each number asked for.
 _MULTI_LENGTH = ASKED * tasks.RESPONSE_LENGTH
 NAMES = (*tasks.TASKS, "multi_needle")
 
 
 def check_tokenizer(corpora: Path, tokenizer: tokenizers.Tokenizer) -> None:
-    """DataError unless the corpora are token ids of this tokenizer."""
+    """Raises DataError unless the corpora are token ids of this tokenizer."""
     path = corpora / "tokenizer.json"
     if not path.is_file():
-        raise DataError(f"{path} is missing: the folder is not one of small_model/corpus.py")
+        raise DataError(f"{path} is missing: give a folder that small_model/corpus.py made")
     if tokenizers.Tokenizer.from_file(str(path)).get_vocab() != tokenizer.get_vocab():
         raise DataError(f"{corpora} was made with another tokenizer than the checkpoint's")
 
@@ -38,52 +38,48 @@ def make(
     encode: Encoder,
     first_seed: int = 100_000,
 ) -> list[Task]:
-    """`count` examples of each task and length; prompt and response are `length` tokens together.
+    """Makes `count` examples of each task and length, in tokens of prompt and response.
 
     corpora: the held-out side.
     """
+    if unknown := [name for name in names if name not in NAMES]:
+        raise ValueError(f"tasks must be of {', '.join(NAMES)}, got {', '.join(unknown)}")
+    seeds = range(first_seed, first_seed + count)
     made = []
     for length in lengths:
         for name in names:
-            if name not in NAMES:
-                raise ValueError(f"there is no generated task {name!r} ({', '.join(NAMES)})")
-            examples = []
-            for seed in range(first_seed, first_seed + count):
-                if name == "multi_needle":
-                    examples.append(_multi_needle(length, seed, corpora, encode))
-                    continue
-                one = tasks.make_example(name, length, seed, corpora=corpora, encode=encode)
-                examples.append(
-                    Example(
-                        id=str(seed),
-                        answers=(one["answer"],),
-                        ids=(one["prefix"], one["context"], one["query"]),
-                        details={"length": length, "needles": [list(one["needle_span"])]},
-                    )
-                )
             multi = name == "multi_needle"
-            made.append(
-                Task(
-                    "generated", f"{name}_{length}",
-                    _MULTI_LENGTH if multi else tasks.RESPONSE_LENGTH,
-                    _all_named if multi else _is_right, tuple(examples), binary=not multi,
-                )
-            )  # fmt: skip
+            examples = tuple(
+                _multi_needle(length, seed, corpora, encode)
+                if multi
+                else _single(name, length, seed, corpora, encode)
+                for seed in seeds
+            )
+            gen_length = _MULTI_LENGTH if multi else tasks.RESPONSE_LENGTH
+            metric = on_answers(match_all if multi else _is_right)
+            title = f"{name}_{length}"
+            made.append(Task("generated", title, gen_length, metric, examples, not multi))
     return made
 
 
-def _is_right(prediction: str, example: Example) -> float:
-    return float(tasks.is_right(example.answers[0], prediction))
+def _is_right(prediction: str, answers: Sequence[str]) -> bool:
+    return tasks.is_right(answers[0], prediction)
 
 
-def _all_named(prediction: str, example: Example) -> float:
-    return match_all(prediction, example.answers)
+def _single(name: str, length: int, seed: int, corpora: Corpora, encode: Encoder) -> Example:
+    one = tasks.make_example(name, length, seed, corpora=corpora, encode=encode)
+    return Example(
+        id=str(seed),
+        answers=(one["answer"],),
+        ids=(one["prefix"], one["context"], one["query"]),
+        details={"length": length, "needles": [list(one["needle_span"])]},
+    )
 
 
 def _multi_needle(length: int, seed: int, corpora: Corpora, encode: Encoder) -> Example:
-    """Magic numbers among distractors, `ASKED` of them asked for at once; the share found counts.
+    """Makes a question for ASKED magic numbers among distractors, as RULER's multi-query needles.
 
-    As RULER's multi-query needles. The small model was trained on one question at a time.
+    The small model was trained on one question at a time.
     """
     rng = np.random.default_rng([len(tasks.TASKS), length, seed])
     keys = tasks.Keys(corpora, rng)

@@ -1,4 +1,4 @@
-"""Normalisation and F1 that LongBench and InfiniteBench share (SQuAD's, and its Chinese form)."""
+"""Normalisation and F1 of LongBench and InfiniteBench (SQuAD's, and its Chinese form)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def english_words(text: str) -> list[str]:
-    """Lower case, without ASCII punctuation, then without articles, split at white space."""
+    """Splits lower-case text, without ASCII punctuation and then articles, at white space."""
     return _ARTICLES.sub(" ", text.lower().translate(_ENGLISH)).split()
 
 
 def chinese_characters(text: str) -> str:
-    """Lower case, without punctuation of either kind and white space."""
+    """Returns lower-case text without punctuation of both kinds and white space."""
     return "".join(text.lower().translate(_CHINESE).split())
 
 
 def f1(prediction: Sequence[str], answer: Sequence[str]) -> float:
-    """F1 of two bags of tokens; 0 where they share none, or one is empty."""
+    """Returns F1 of two bags of tokens; 0 where they share none, or one is empty."""
     shared = sum((Counter(prediction) & Counter(answer)).values())
     if shared == 0:
         return 0.0
@@ -37,5 +37,5 @@ def f1(prediction: Sequence[str], answer: Sequence[str]) -> float:
 
 
 def english_f1(prediction: str, answer: str) -> float:
-    """Token F1 after normalisation."""
+    """Returns token F1 after normalisation."""
     return f1(english_words(prediction), english_words(answer))

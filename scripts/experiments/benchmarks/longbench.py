@@ -1,15 +1,14 @@
 """LongBench v1 (arXiv 2308.14508; MIT): its metrics, and its examples from a local copy.
 
-A prediction's score is the best over the answers; a task's is the mean times 100. Prompts and
-response lengths come from the copy's config/dataset2prompt.json and dataset2maxlen.json. Tasks of
-LongBench-E are called `{task}_e` and share the prompts.
+A prediction's score is the best over the answers. Prompts and response lengths come from the copy's
+config/dataset2prompt.json and dataset2maxlen.json. Tasks of LongBench-E are called `{task}_e` and
+share the prompts.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
-import json
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -17,17 +16,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from evals.example import (
+from experiments.benchmarks.example import (
     DataError,
     Example,
     Malformed,
     Task,
-    field,
-    read_jsonl,
-    texts,
-    with_unique_ids,
+    answers_field,
+    document_field,
+    read_examples,
+    task_files,
+    text_field,
 )
-from evals.text import chinese_characters, english_f1, f1
+from experiments.benchmarks.text import chinese_characters, english_f1, f1
+from experiments.records import read_json
 from pdllm_jax.evaluation.prompts import split_template
 
 # Their predictions count up to the end of the first line.
@@ -37,10 +38,10 @@ CONTINUED = FIRST_LINE | {"lcc", "repobench-p"}
 
 
 def classification(prediction: str, answer: str, classes: Sequence[str]) -> float:
-    """1 / (number of classes named), if the answer is among them.
+    """Returns 1 / (number of classes named) if the answer is among them, else 0.
 
-    A class that is named only as a part of the answer's name does not count; as published, the list
-    shrinks while it is gone through, so that the class behind one that is dropped is not looked at.
+    A class that is only a part of the answer's name does not count. As published, the loop removes
+    items of the list that it goes through, and so skips the class behind a removed one.
     """
     named = [name for name in classes if name in prediction]
     for name in named:
@@ -50,29 +51,29 @@ def classification(prediction: str, answer: str, classes: Sequence[str]) -> floa
 
 
 def numbers_equal(prediction: str, answer: str) -> float:
-    """The share of the prediction's numbers that are the answer; 0 without any."""
+    """Returns the share of the prediction's numbers that are the answer; 0 without numbers."""
     numbers = re.findall(r"\d+", prediction)
     return sum(number == answer for number in numbers) / len(numbers) if numbers else 0.0
 
 
 def retrieval(prediction: str, answer: str, pattern: str) -> float:
-    """`numbers_equal` for the number that `pattern` finds in the answer ("Paragraph 7")."""
+    """Returns `numbers_equal` for the number that `pattern` finds in the answer."""
     return numbers_equal(prediction, paragraph(answer, pattern))
 
 
 def paragraph(answer: str, pattern: str) -> str:
-    """The paragraph's number; ValueError where the answer names none."""
-    found = re.search(pattern, answer)
-    if found is None:
+    """Returns the paragraph's number; ValueError where the answer names none."""
+    match = re.search(pattern, answer)
+    if match is None:
         raise ValueError(f"answer {answer!r} names no paragraph")
-    return found.group(1)
+    return match.group(1)
 
 
 def code_similarity(prediction: str, answer: str) -> float:
-    """difflib's ratio of the first line that is no comment and the answer, in whole hundredths.
+    """Compares the answer with the first code line: difflib's ratio in whole hundredths.
 
-    That is fuzzywuzzy.fuzz.ratio without python-Levenshtein, whose ratio is another; rapidfuzz's is
-    too. A line is a comment that has a back-tick, "#" or "//" anywhere.
+    This is fuzzywuzzy.fuzz.ratio without python-Levenshtein (which gives other ratios, as rapidfuzz
+    does). A line with a back-tick, "#" or "//" anywhere counts as a comment.
     """
     lines = prediction.lstrip("\n").split("\n")
     line = next((x for x in lines if not any(mark in x for mark in ("`", "#", "//"))), "")
@@ -84,10 +85,10 @@ def code_similarity(prediction: str, answer: str) -> float:
 
 
 def rouge_l(prediction: str, answer: str) -> float:
-    """F of ROUGE-L by the package `rouge` 1.0.1; whatever it raises counts 0, as published.
+    """Returns F of ROUGE-L by the package `rouge` 1.0.1; any error counts 0, as published.
 
-    It recurses as deep as sentences are long, and fails at Python's limit: where that is must not
-    depend on who calls, so it has a thread, and with it a stack, of its own.
+    The package recurses once a word and fails at Python's limit. A new thread has an empty stack,
+    so that the limit does not depend on the caller.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_rouge_l, prediction, answer).result()
@@ -112,22 +113,22 @@ def _rouge() -> Any:
 def _jieba() -> Any:
     import jieba
 
-    jieba.setLogLevel(logging.WARNING)  # it tells of its cache on stderr
+    jieba.setLogLevel(logging.WARNING)  # it reports its cache on stderr
     return jieba
 
 
 def chinese_words(text: str) -> list[str]:
-    """jieba's words, in its precise mode."""
+    """Returns jieba's words, in its precise mode."""
     return list(_jieba().cut(text, cut_all=False))
 
 
 def chinese_rouge_l(prediction: str, answer: str) -> float:
-    """`rouge_l` on words that jieba found."""
+    """Returns `rouge_l` on jieba's words."""
     return rouge_l(" ".join(chinese_words(prediction)), " ".join(chinese_words(answer)))
 
 
 def chinese_f1(prediction: str, answer: str) -> float:
-    """Token F1 on jieba's words, each normalised, those dropped of which nothing is left."""
+    """Returns token F1 on jieba's words, each normalised, empty ones dropped."""
     bags = [
         [word for word in map(chinese_characters, chinese_words(text)) if word]
         for text in (prediction, answer)
@@ -162,12 +163,12 @@ METRICS: dict[str, _Compare | None] = {
 
 
 def plain_name(task: str) -> str:
-    """The task that one of LongBench-E belongs to."""
+    """Returns the LongBench task that a task of LongBench-E belongs to."""
     return task.removesuffix("_e") if task not in METRICS else task
 
 
 def score(task: str, prediction: str, example: Example) -> float:
-    """The best over the example's answers, in [0, 1]."""
+    """Returns the best score over the example's answers, in [0, 1]."""
     name = plain_name(task)
     if name in FIRST_LINE:
         prediction = prediction.lstrip("\n").split("\n")[0]
@@ -178,7 +179,7 @@ def score(task: str, prediction: str, example: Example) -> float:
 
 
 def _check_packages(task: str) -> None:
-    """The packages that the task's metric needs; DataError says how to get them."""
+    """Imports what the task's metric needs; DataError says how to install it."""
     compare = METRICS[plain_name(task)]
     try:
         if compare in (rouge_l, chinese_rouge_l):
@@ -194,26 +195,18 @@ def _check_packages(task: str) -> None:
 def load(
     folder: Path, tasks: Sequence[str] | None, malformed: Malformed, config: Path | None = None
 ) -> list[Task]:
-    """Tasks from `{task}.jsonl` in the folder (or its data/), all that are there by default.
+    """Loads tasks from `{task}.jsonl` in the folder (or its data/), all that exist by default.
 
-    config: the folder with the two files; by default looked for beside the data.
+    config: the folder with the two JSON files; by default the data's config/, or the one beside it.
     """
     data = folder / "data" if (folder / "data").is_dir() else folder
-    found = {
-        path.stem: path for path in sorted(data.glob("*.jsonl")) if plain_name(path.stem) in METRICS
-    }
-    wanted = list(found) if tasks is None else list(tasks)
-    if not wanted:
-        raise DataError(f"{data} holds no LongBench task, such as hotpotqa.jsonl")
+    known = [name + suffix for name in METRICS for suffix in ("", "_e")]
+    files = task_files("LongBench", data, known, tasks, lambda task: data / f"{task}.jsonl")
     prompts, lengths = (
         _config(folder, config, name) for name in ("dataset2prompt.json", "dataset2maxlen.json")
     )
     loaded = []
-    for task in wanted:
-        if plain_name(task) not in METRICS:
-            raise DataError(f"LongBench has no task {task!r}")
-        if task not in found:
-            raise DataError(f"{data / f'{task}.jsonl'} is missing")
+    for task, path in files.items():
         _check_packages(task)
         name = plain_name(task)
         template, gen_length = prompts.get(name), lengths.get(name)
@@ -221,13 +214,10 @@ def load(
             raise DataError(f"dataset2prompt.json needs a prompt for {name} with one {{context}}")
         if not isinstance(gen_length, int) or gen_length < 1:
             raise DataError(f"dataset2maxlen.json needs a positive number for {name}")
-        examples = read_jsonl(found[task], functools.partial(_parse, task, template), malformed)
-        loaded.append(
-            Task(
-                "longbench", task, gen_length, functools.partial(score, task),
-                with_unique_ids(examples), chat=name not in CONTINUED,
-            )
-        )  # fmt: skip
+        examples = read_examples(path, functools.partial(_parse, name, template), malformed)
+        metric = functools.partial(score, task)
+        chat = name not in CONTINUED
+        loaded.append(Task("longbench", task, gen_length, metric, examples, chat=chat))
     return loaded
 
 
@@ -236,26 +226,15 @@ def _config(folder: Path, config: Path | None, name: str) -> dict[str, Any]:
     path = next((place / name for place in places if (place / name).is_file()), None)
     if path is None:
         raise DataError(f"{name} is not in {' or '.join(map(str, places))}: give its folder")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise DataError(f"{path} must hold a JSON object")
-    return raw
+    return read_json(path, DataError)
 
 
-def _parse(task: str, template: str, raw: dict[str, Any], line: int) -> Example:
-    """A mirror calls the field `input` `question`; either name may stand in the template."""
-    question = field(raw, "input", "question", default="")
-    context = field(raw, "context")
-    if not context.strip():
-        raise ValueError("context is empty")
-    if not question and ("{input}" in template or "{question}" in template):
-        # Some tasks (lcc, gov_report) have none; one that asks for it must have the field at least.
-        field(raw, "input", "question")
-    answers = texts(raw, "answers", "answer")
-    name = plain_name(task)
+def _parse(name: str, template: str, raw: dict[str, Any], line: int) -> Example:
+    """Makes an example; mirrors call `input` `question`, and a template may use either name."""
+    asks = "{input}" in template or "{question}" in template
+    context = document_field(raw, "context")
+    question = text_field(raw, "input", "question", default=None if asks else "")
+    answers = answers_field(raw, "answers", "answer")
     details: dict[str, Any] = {"length": raw.get("length")}
     if METRICS[name] is None:
         classes = raw.get("all_classes")

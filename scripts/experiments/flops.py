@@ -1,7 +1,7 @@
 """Floating-point operations of an answer: two for each multiply-add of every matrix product.
 
-From the true lengths (docs/algorithm.md's tables of rows), padding not counted: what the method
-asks for, not what a bucketed shape makes of it. Norms, softmax and rotations are left out.
+They follow from the true lengths (docs/algorithm.md's tables of rows). Padding, norms, softmax and
+rotations are not counted.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from ablation.grid import DENSE, Cell
+from experiments.grids import DENSE, Cell
 from pdllm_jax.config import CONTROLS
 from pdllm_jax.method.scoring import QUERY_COPY_SCORERS
 from pdllm_jax.network.config import ModelConfig
@@ -18,7 +18,7 @@ from pdllm_jax.network.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Tokens of one example. chunks: true length of every chunk; kept: ids of those that stay."""
+    """Tokens of one example. chunks: true length of every chunk; kept: ids of the kept ones."""
 
     prefix: int
     query: int
@@ -29,7 +29,7 @@ class Sizes:
 
 
 class Counter:
-    """Cost of rows of a network."""
+    """Counts the operations of rows of a network."""
 
     def __init__(self, model: ModelConfig):
         d, kv = model.d_model, model.n_kv_heads * model.head_dim
@@ -38,16 +38,16 @@ class Counter:
         self.word = 2 * d * model.embedding_size
 
     def rows(self, count: float, keys: float) -> float:
-        """Rows that each attend to `keys` keys."""
+        """Counts rows that attend to `keys` keys each."""
         return count * (self.row + self.pair * keys)
 
 
 def answer_flops(
     model: ModelConfig, cell: Cell, sizes: Sizes, evaluations: int
 ) -> dict[str, float] | None:
-    """By phase: draft, score (the pass over the document), encode, decode.
+    """Counts by phase: draft, score (the pass over the document), encode, decode.
 
-    None for re-selection, of which records do not say how much was encoded again.
+    Returns None for re-selection: records do not say how much was encoded again.
     """
     count = Counter(model)
     if cell.selection in DENSE:
@@ -55,13 +55,11 @@ def answer_flops(
     if cell.reselect != "never":
         return None
     size = sum(sizes.chunks[i] for i in sizes.kept)
-    config = cell.selecting()
-    everything = cell.selection == "all" or (
-        len(sizes.chunks) <= config.top_k and config.scorer != "oracle"
-    )
-    scorer = "all" if everything else config.scorer
-    own = sizes.query + sizes.response
-    view = sizes.prefix + size + own
+    config = cell.selection_config()
+    keeps_all = len(sizes.chunks) <= config.top_k and config.scorer != "oracle"
+    scorer = "all" if cell.selection == "all" or keeps_all else config.scorer
+    live = sizes.query + sizes.response
+    view = sizes.prefix + size + live
 
     draft = 0.0
     if scorer == "draft":
@@ -78,12 +76,12 @@ def answer_flops(
             encode += count.rows(rows, rows)
     elif config.encoding == "bridge":
         share = math.ceil(config.bridge_share * cell.chunk_size)
-        rows = sum(min(share, sizes.chunks[i]) for i in sizes.kept) + own
+        rows = sum(min(share, sizes.chunks[i]) for i in sizes.kept) + live
         encode = count.rows(rows, view)
         if config.bridge_tokens == "attention":
-            encode += count.rows(own, view)
+            encode += count.rows(live, view)
     if config.keep_tokens is not None and config.keep_tokens < cell.chunk_size:
-        encode += count.rows(own, view)
+        encode += count.rows(live, view)
         view += sum(min(config.keep_tokens, sizes.chunks[i]) for i in sizes.kept) - size
 
     decode = evaluations * (count.rows(sizes.response, view) + sizes.response * count.word)
@@ -107,8 +105,8 @@ def _dense(count: Counter, cell: Cell, sizes: Sizes, evaluations: int) -> dict[s
 
 
 def _pass(count: Counter, cell: Cell, scorer: str, sizes: Sizes) -> float:
-    """The pass over all chunks, with what rides behind them."""
-    config = cell.selecting()
+    """Counts the pass over all chunks, with the query copies that run with each."""
+    config = cell.selection_config()
     pooled = config.encoding in ("independent", "bridge") or scorer == "attention"
     if scorer in CONTROLS and not pooled and config.encoding == "joint":
         return 0.0

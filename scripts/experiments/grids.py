@@ -1,8 +1,8 @@
-"""What is compared: cells, and the grids that they are drawn from. Pure data.
+"""What an ablation compares: cells, and the grids that they are drawn from. Pure data.
 
-A cell is one setting of everything. A grid asks one question: `over` what it is asked (every
-combination), which arm is the `reference`, and which `arms` are compared with it, over the same
-examples. Cells that several grids share are run once.
+A cell is one setting of everything. A grid asks one question: `over` lists under which settings
+(every combination), `reference` and `arms` what is compared, over the same examples. A cell that
+several grids share runs once.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pdllm_jax import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine.request import Method
 from small_model.tasks import TASKS
 
-# Nothing is selected: the whole prompt, recomputed as the method's name says.
+# Baselines without a selection: the whole prompt, recomputed as the method's name says.
 DENSE: dict[str, Method] = {
     "dense": "plain",
     "prefix-cache": "prefix-cache",
     "dual-cache": "dual-cache",
 }
-# Ids that are made here: the needle's chunks and others at random, K in all; the needle's alone; K
-# at random that hold nothing of the needle.
+# Chunk ids that the experiment gives. oracle: the needle's chunks and random others, K in all;
+# needle: the needle's alone; without: K random ones that hold nothing of the needle.
 GIVEN = ("oracle", "needle", "without")
 SELECTIONS = (*DENSE, "all", "top-k", "random", "first", "last", *GIVEN)
 DEPTHS = 11
@@ -33,12 +33,12 @@ DEPTHS = 11
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One setting; the defaults are what every factor is varied from.
+    """One setting; every factor is varied from these defaults.
 
-    length: tokens of prompt and response; with chunk_size it gives N. tasks: in turn. depths: how
-    many evenly spaced places the needle takes in turn; None: anywhere. streamed: one request at a
-    time, as `generate_ids` streams them. keep_tokens: token budget, as a share of the chunk.
-    margin: adaptive K, from 1 up to top_k. The others are the library's.
+    length: tokens of prompt and response. tasks: in turn. depths: number of evenly spaced depths
+    that the needle takes in turn; None: any depth. streamed: one request at a time, the document's
+    KV not kept. keep_tokens: share of a kept chunk's tokens. margin: adaptive K, from 1 up to
+    top_k. The others are the library's settings.
     """
 
     selection: str = "top-k"
@@ -65,130 +65,142 @@ class Cell:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.selection not in SELECTIONS:
-            known = ", ".join(SELECTIONS)
-            raise ValueError(f"selection {self.selection!r} is not known ({known})")
-        unknown = [task for task in self.tasks if task not in TASKS]
-        if unknown or not self.tasks:
-            raise ValueError(f"tasks {unknown} are not known ({', '.join(TASKS)})")
-        if self.selection not in DENSE:
-            self.chunking(), self.selecting()
-        self.decoding()
+        for name, values, allowed in (
+            ("selection", (self.selection,), SELECTIONS), ("tasks", self.tasks, TASKS),
+        ):  # fmt: skip
+            if not values or not set(values) <= set(allowed):
+                got = ", ".join(values) or "none"
+                raise ValueError(f"{name} must be of {', '.join(allowed)}, got {got}")
+        self.chunk_config(), self.selection_config(), self.decode_config()
 
-    def chunking(self) -> ChunkConfig:
+    def depth(self, index: int) -> float | None:
+        """Returns the depth that an example's needle is put at; every depth gets every task."""
+        if self.depths is None:
+            return None
+        return (index // len(self.tasks)) % self.depths / max(1, self.depths - 1)
+
+    def chunk_config(self) -> ChunkConfig:
         return ChunkConfig(self.chunk_size, self.anchors, self.overlap)
 
-    def selecting(self, encode_batch: int = 8) -> SelectionConfig:
-        """The library's settings; of a dense cell they have no meaning."""
+    def selection_config(self, encode_batch: int = 8) -> SelectionConfig:
+        """Returns the library's settings; a baseline has the default ones and ignores them."""
+        if self.selection in DENSE:
+            return SelectionConfig()
         scorer = self.scorer
         if self.selection != "top-k":
             scorer = "oracle" if self.selection in GIVEN else self.selection
-        adaptive = self.margin is not None
+        share, adaptive = self.keep_tokens, self.margin is not None
+        common = (
+            "keep_first", "reselect", "masked_copies", "draft_length", "draft_steps", "encoding",
+            "bridge_tokens", "positions",
+        )  # fmt: skip
         return SelectionConfig(
             top_k=1 if adaptive else self.top_k,
             max_k=self.top_k if adaptive else None,
             margin=self.margin or 0.0,
-            keep_first=self.keep_first,
-            reselect=self.reselect,
             scorer=scorer,
-            masked_copies=self.masked_copies,
-            draft_length=self.draft_length,
-            draft_steps=self.draft_steps,
             encode_batch=encode_batch,
-            encoding=self.encoding,
-            bridge_tokens=self.bridge_tokens,
-            positions=self.positions,
-            keep_tokens=None
-            if self.keep_tokens is None
-            else max(1, int(self.keep_tokens * self.chunk_size)),
+            keep_tokens=None if share is None else max(1, int(share * self.chunk_size)),
+            **{name: getattr(self, name) for name in common},
         )
 
-    def decoding(self, length: int = 32) -> DecodeConfig:
+    def decode_config(self, length: int = 32) -> DecodeConfig:
         return DecodeConfig(gen_length=length, block_length=length, threshold=self.threshold)
 
-    def reads(self) -> set[str]:
-        """Settings that have a meaning for the cell."""
-        keep = {"selection", "length", "tasks", "depths", "threshold"}
-        if self.selection not in DENSE:
-            keep |= {"chunk_size", "anchors", "overlap", "encoding", "positions", "keep_tokens"}
-            keep |= {"streamed"}
-            if self.encoding == "bridge":
-                keep |= {"bridge_tokens"}
-            if self.selection != "all":
-                keep |= {"top_k"}
-            if self.selection == "top-k":
-                keep |= {"scorer", "margin", "keep_first", "reselect"}
-                if self.scorer not in ("attention", "confidence"):
-                    keep |= {"masked_copies"}
-                if self.scorer in ("draft", "confidence"):
-                    keep |= {"draft_length"}
-                if self.scorer == "draft":
-                    keep |= {"draft_steps"}
-            if self.selection in ("random", "oracle", "without"):
-                keep |= {"seed"}
-        return keep
+    def used_settings(self) -> set[str]:
+        """Returns the names of the settings that change anything of this cell."""
+        names = {"selection", "length", "tasks", "depths", "threshold"}
+        if self.selection in DENSE:
+            return names
+        names |= {"chunk_size", "anchors", "overlap", "encoding", "positions", "keep_tokens"}
+        names |= {"streamed"}
+        if self.encoding == "bridge":
+            names |= {"bridge_tokens"}
+        if self.selection != "all":
+            names |= {"top_k"}
+        if self.selection == "top-k":
+            names |= {"scorer", "margin", "keep_first", "reselect"}
+            if self.scorer not in ("attention", "confidence"):
+                names |= {"masked_copies"}
+            if self.scorer in ("draft", "confidence"):
+                names |= {"draft_length"}
+            if self.scorer == "draft":
+                names |= {"draft_steps"}
+        if self.selection in ("random", "oracle", "without"):
+            names |= {"seed"}
+        return names
 
     def canonical(self) -> Cell:
-        """The cell with all that it does not read at its default."""
-        return Cell(**{name: getattr(self, name) for name in self.reads()})
+        """Returns the cell with every setting that it does not use at its default."""
+        return Cell(**{name: getattr(self, name) for name in self.used_settings()})
 
     def programs(self) -> tuple[Any, ...]:
-        """Cells with the same ones are answered by the same compiled programs."""
-        own = (self.selection,) if self.selection in DENSE else (self.selecting(), self.chunking())
-        return (*own, self.length, self.streamed, self.decoding())
+        """Returns a key that cells with the same compiled programs share."""
+        dense = self.selection in DENSE
+        method = self.selection if dense else (self.selection_config(), self.chunk_config())
+        return (method, self.length, self.streamed, self.decode_config())
 
     def selected_by(self, selection: str) -> Cell:
-        """The same with another selection."""
+        """Returns the cell with another selection."""
         plain = {"reselect": "never", "margin": None, "keep_first": False}
         return dataclasses.replace(self, selection=selection, **plain).canonical()
 
     def settings(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Returns the settings as JSON holds them."""
         return {**dataclasses.asdict(self), "tasks": list(self.tasks)}
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Cell:
-        return cls(**{**settings, "tasks": tuple(settings["tasks"])})
+        """Makes a cell of settings that come from JSON."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
 
     def label(self, base: Cell | None = None) -> str:
-        """What differs from `base`, by default the defaults."""
-        base, read = base or Cell(), self.reads()
+        """Names the settings that differ from `base`, by default from the defaults."""
+        base, used = base or Cell(), self.used_settings()
         changes = [
-            _said(field.name, getattr(self, field.name))
+            _label(field.name, getattr(self, field.name))
             for field in dataclasses.fields(self)
-            if field.name in read and getattr(self, field.name) != getattr(base, field.name)
+            if field.name in used and getattr(self, field.name) != getattr(base, field.name)
         ]
         return ", ".join(changes) or "default"
 
     @property
     def key(self) -> str:
-        """Name of the cell's file: readable, and different for all that differs."""
+        """The cell's name in records: readable, and different for all that differs."""
         text = json.dumps(self.settings(), sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:10]
         return f"{self.selection}-{self.length}-{digest}"
 
 
-def _said(name: str, value: Any) -> str:
+# Names of settings in labels, and of values that need one of their own.
+_SYMBOLS = {"length": "length", "chunk_size": "C =", "top_k": "K =", "draft_length": "d ="}
+_VALUES: dict[tuple[str, Any], str] = {
+    ("anchors", True): "anchors",
+    ("anchors", False): "no anchors",
+    ("depths", None): "any depth",
+    ("streamed", True): "streamed",
+    ("streamed", False): "in batches",
+    ("keep_tokens", None): "all tokens",
+    ("masked_copies", None): "leave-one-out",
+    ("reselect", "never"): "no re-selection",
+    ("threshold", None): "one token a step",
+}
+
+
+def _label(name: str, value: Any) -> str:
+    if (name, value) in _VALUES:
+        return _VALUES[name, value]
     if name in ("selection", "encoding"):
         return str(value)
     if name == "tasks":
         return " and ".join(task.replace("_", " ") for task in value)
-    if name == "anchors":
-        return "anchors" if value else "no anchors"
     if name == "depths":
-        return f"{value} depths" if value else "any depth"
-    if name == "streamed":
-        return "streamed" if value else "in batches"
+        return f"{value} depths"
     if name == "keep_tokens":
-        return f"{value:.3g} of the tokens" if value else "all tokens"
-    if name == "masked_copies" and value is None:
-        return "leave-one-out"
+        return f"{value:.3g} of the tokens"
     if name == "reselect":
-        return f"re-selection every {value}" if value != "never" else "no re-selection"
-    if name == "threshold" and value is None:
-        return "one token a step"
-    symbols = {"length": "length", "chunk_size": "C =", "top_k": "K =", "draft_length": "d ="}
-    return f"{symbols.get(name, name.replace('_', ' '))} {value}"
+        return f"re-selection every {value}"
+    return f"{_SYMBOLS.get(name, name.replace('_', ' '))} {value}"
 
 
 Change = Mapping[str, Any]
@@ -196,9 +208,9 @@ Change = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """One question. over: settings under which it is asked; reference and arms: what is compared.
+    """One question. over: settings under which it is asked; reference, arms: what is compared.
 
-    varied: the settings that arms differ in; the report names rows by them.
+    base: settings of all its cells.
     """
 
     question: str
@@ -208,21 +220,25 @@ class Grid:
     base: Change = dataclasses.field(default_factory=dict)
 
     def groups(self, changes: Change | None = None) -> list[tuple[Cell, list[Cell]]]:
-        """(reference, arms) for each combination of `over`; changes: to what all cells have."""
-        found = []
+        """Returns (reference, arms) for each combination of `over`; changes: to all cells."""
+        groups = []
         for values in itertools.product(*self.over.values()):
-            asked = dict(zip(self.over, values, strict=True))
-            common = {**self.base, **(changes or {}), **asked}
+            over = dict(zip(self.over, values, strict=True))
+            common = {**self.base, **(changes or {}), **over}
             reference, *arms = (
                 Cell(**{**common, **change}).canonical() for change in (self.reference, *self.arms)
             )
-            found.append((reference, list(dict.fromkeys(arm for arm in arms if arm != reference))))
-        return found
+            groups.append((reference, [arm for arm in dict.fromkeys(arms) if arm != reference]))
+        return groups
 
     def cells(self, changes: Change | None = None) -> list[Cell]:
-        return list(
-            dict.fromkeys(c for first, arms in self.groups(changes) for c in (first, *arms))
-        )
+        """Returns the grid's cells, each once."""
+        return list(dict.fromkeys(c for cell, arms in self.groups(changes) for c in (cell, *arms)))
+
+
+def all_cells(names: Sequence[str], changes: Change | None = None) -> list[Cell]:
+    """Returns the cells of several grids, each once."""
+    return list(dict.fromkeys(cell for name in names for cell in GRIDS[name].cells(changes)))
 
 
 def values(name: str, *settings: Any) -> tuple[Change, ...]:
@@ -239,7 +255,7 @@ QUICK_TASKS = ("passkey", "magic_number")
 
 GRIDS: dict[str, Grid] = {
     "main": Grid(
-        "What is a chunk selection worth, beside everything and beside controls?",
+        "What is a chunk selection worth against the whole prompt and against controls?",
         over={"length": (4096, 8192)},
         arms=CONTROLS,
     ),
@@ -287,7 +303,7 @@ GRIDS: dict[str, Grid] = {
         arms=tuple({"chunk_size": c, "top_k": 1024 // c} for c in (128, 512, 1024)),
     ),
     "chunks": Grid(
-        "How does it go with the number of chunks, N = 4 to 32?",
+        "Does accuracy hold as the number of chunks grows, N = 4 to 32?",
         over={"length": (1024, 2048, 4096, 8192)},
         arms=values("selection", "dense", "random", "oracle"),
         base={"top_k": 2},
@@ -311,7 +327,7 @@ GRIDS: dict[str, Grid] = {
         arms=values("threshold", 0.5, None),
     ),
     "stream": Grid(
-        "Is the needle found in a document that is streamed, its KV never all there?",
+        "Is the needle found in a streamed document, whose KV is not kept?",
         base={"encoding": "independent", "chunk_size": 512, "streamed": True},
         over={"length": (32_768, 131_072)},
         arms=values("selection", "random", "oracle"),
@@ -323,7 +339,7 @@ GRIDS: dict[str, Grid] = {
         arms=values("selection", "dense", "random"),
     ),
     "quick": Grid(
-        "All of it in small: two tasks, 512 tokens, one chunk of four.",
+        "A small run of everything: two tasks, 512 tokens, one chunk of four.",
         base={"length": 512, "chunk_size": 128, "top_k": 1, "tasks": QUICK_TASKS},
         arms=(
             *values("selection", "dense", "random", "oracle", "without"),

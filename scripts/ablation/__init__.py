@@ -1,1 +1,0 @@
-"""Ablations of the method: grids, records, statistics, pictures."""

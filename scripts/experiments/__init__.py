@@ -1,0 +1,1 @@
+"""Experiments: the same examples under several settings, answered, recorded, compared, reported."""

@@ -1,0 +1,194 @@
+"""A benchmark's examples, and how to read them from JSON lines that may be malformed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pdllm_jax.evaluation.prompts import SplitPrompt
+
+OnMalformed = Literal["stop", "skip"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One question with what its answer is compared to.
+
+    id: unique in its task.
+    prompt: text in three parts; or ids: token ids of prefix, context and query (generated tasks).
+    response: how the response begins, as part of the prompt (RULER's answer_prefix).
+    answers: right answers; the metric says what several of them mean.
+    details: what the metric or the report needs besides (all_classes, length, depth).
+    """
+
+    id: str
+    answers: tuple[str, ...]
+    prompt: SplitPrompt | None = None
+    ids: tuple[list[int], list[int], list[int]] | None = None
+    response: str = ""
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def digest(self) -> str:
+        """Returns a digest of all but the id."""
+        content = [self.prompt, self.ids, self.response, self.answers, self.details]
+        return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+Metric = Callable[[str, Example], float]  # (prediction, example) -> score in [0, 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Examples that are asked and scored alike.
+
+    gen_length: response tokens. binary: every score is 0 or 1. chat: the prompt is a user's turn
+    in the chat template; False for prompts that are texts to be continued.
+    """
+
+    benchmark: str
+    name: str
+    gen_length: int
+    metric: Metric
+    examples: tuple[Example, ...]
+    binary: bool = False
+    chat: bool = True
+
+
+class DataError(ValueError):
+    """A benchmark's files are missing or malformed; one line."""
+
+
+class Malformed:
+    """Handles malformed lines: "stop" raises DataError, "skip" reports each and goes on.
+
+    count: lines that were skipped.
+    """
+
+    def __init__(self, then: OnMalformed, report: Callable[[str], None]) -> None:
+        self.then, self.report, self.count = then, report, 0
+
+    def __call__(self, path: Path, line: int, reason: object) -> None:
+        message = f"{path}:{line}: {' '.join(str(reason).split())}"
+        if self.then == "stop":
+            raise DataError(message)
+        self.count += 1
+        self.report(message)
+
+
+def on_answers(metric: Callable[[str, Sequence[str]], float]) -> Metric:
+    """Makes a Metric of a function of (prediction, answers)."""
+    return lambda prediction, example: float(metric(prediction, example.answers))
+
+
+def task_files(
+    benchmark: str,
+    folder: Path,
+    known: Collection[str],
+    tasks: Sequence[str] | None,
+    place: Callable[[str], Path],
+) -> dict[str, Path]:
+    """Returns the files of the wanted tasks, by default of all known ones that exist.
+
+    Args:
+        place: the path at which a task's file is expected.
+
+    Raises:
+        DataError: a task is unknown, or its file is missing.
+    """
+    if tasks is None:
+        tasks = [task for task in known if place(task).is_file()]
+    if not tasks:
+        first = place(next(iter(known))).relative_to(folder)
+        raise DataError(f"{folder} holds no {benchmark} task, such as {first}")
+    for task in tasks:
+        if task not in known:
+            raise DataError(f"{benchmark} has no task {task!r} ({', '.join(known)})")
+        if not place(task).is_file():
+            raise DataError(f"{place(task)} is missing")
+    return {task: place(task) for task in tasks}
+
+
+def read_examples(
+    path: Path, parse: Callable[[dict[str, Any], int], Example], malformed: Malformed
+) -> tuple[Example, ...]:
+    """Returns what `parse(object, line number)` makes of every line that is not blank.
+
+    A line is malformed that is not UTF-8, not a JSON object, or of which `parse` raises ValueError.
+    Lines are numbered from 1. Ids that repeat get a number. Raises DataError where the file cannot
+    be read.
+    """
+    examples = []
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                try:
+                    text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                    if text:
+                        examples.append(parse(_object(text), number))
+                except ValueError as error:  # also errors of JSON and UTF-8
+                    malformed(path, number, error)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    return with_unique_ids(examples)
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        raw = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"must be a JSON object, is {type(raw).__name__}")
+    return raw
+
+
+def text_field(raw: dict[str, Any], *names: str, default: str | None = None) -> str:
+    """Returns the text under the first name that is present. ValueError: missing, or not text."""
+    value = next((raw[name] for name in names if raw.get(name) is not None), default)
+    if value is None:
+        raise ValueError(f"{' or '.join(names)} is missing")
+    if not isinstance(value, str):
+        name = next(name for name in names if raw.get(name) is not None)
+        raise ValueError(f"{name} must be a string, is {type(value).__name__}")
+    return value
+
+
+def document_field(raw: dict[str, Any], *names: str) -> str:
+    """Returns a text that must not be blank."""
+    context = text_field(raw, *names)
+    if not context.strip():
+        raise ValueError(f"{names[0]} is empty")
+    return context
+
+
+def answers_field(raw: dict[str, Any], *names: str) -> tuple[str, ...]:
+    """Returns the answers under the first name that is present: texts or numbers, one or a list."""
+    for name in names:
+        value = raw.get(name)
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        for item in values:
+            if isinstance(item, bool) or not isinstance(item, str | int | float):
+                raise ValueError(f"{name} must hold strings or numbers, got {type(item).__name__}")
+        if not values:
+            raise ValueError(f"{name} is empty")
+        return tuple(str(item) for item in values)
+    raise ValueError(f"{' or '.join(names)} is missing")
+
+
+def with_unique_ids(examples: Iterable[Example]) -> tuple[Example, ...]:
+    """Returns the examples, a number added to ids that an earlier example has."""
+    seen: dict[str, int] = {}
+    unique = []
+    for example in examples:
+        times = seen[example.id] = seen.get(example.id, 0) + 1
+        name = example.id if times == 1 else f"{example.id}#{times}"
+        unique.append(dataclasses.replace(example, id=name))
+    return tuple(unique)

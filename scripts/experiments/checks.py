@@ -1,0 +1,165 @@
+"""Checks whether the numbers of a run fit together.
+
+Exact checks compare identities: one example that deviates fails them (token for token: one in a
+hundred). Statistical checks fail where a 99.9% interval leaves the expected value out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import statistics
+from experiments.grids import DENSE, Cell
+
+CONFIDENCE, QUANTILE = 0.999, 3.29
+Row = Mapping[str, Any]
+Records = Mapping[int, Row]
+Outcome = tuple[bool, int, str]  # whether the check holds, over how many examples, what was seen
+
+
+def check_all(cells: Mapping[Cell, Records]) -> list[dict[str, Any]]:
+    """Makes every check that the cells allow, as {"name", "ok", "examples", "found"}."""
+    return [
+        {"name": f"{name}: {cell.label()}", "ok": bool(ok), "examples": examples, "found": text}
+        for cell, records in cells.items()
+        if records
+        for name, (ok, examples, text) in _checks(cell, records, cells)
+    ]
+
+
+def _checks(
+    cell: Cell, records: Records, cells: Mapping[Cell, Records]
+) -> Iterator[tuple[str, Outcome]]:
+    yield "records are possible", possible(cell, records)
+    if cell.selection in ("random", "first", "last"):
+        yield "recall is K/N", chance_recall(records)
+    if cell.selection == "without":
+        yield "no answer without the needle", no_answer(records)
+    if cell.selection != "top-k" or cell.reselect != "never" or cell.margin is not None:
+        return
+    yield "best scores are kept", best_kept(cell, records)
+    oracle, everything = (cells.get(cell.selected_by(name), {}) for name in ("oracle", "all"))
+    # Where a border cuts the needle, one part may be enough or not: recall cannot tell.
+    both = sorted(i for i in {*records} & {*oracle} if len(records[i]["needle"]) == 1)
+    if both:
+        columns = ([rows[i] for i in both] for rows in (records, oracle))
+        yield "accuracy is recall times the oracle's, uncut needles", recall_times_oracle(*columns)
+    complete = [i for i in records if i in everything and records[i]["n_chunks"] <= cell.top_k]
+    if complete:
+        pairs = [(records[i], everything[i]) for i in complete]
+        yield "K = N keeps all, token for token", same_tokens(pairs)
+
+
+def _none(records: Records, wrong: Callable[[Row], bool], what: str) -> Outcome:
+    bad = [index for index, record in records.items() if wrong(record)]
+    text = f"{len(bad)} {what}" + (f", first example {bad[0]}" if bad else "")
+    return not bad, len(records), text
+
+
+def possible(cell: Cell, records: Records) -> Outcome:
+    """Checks that counts, times and ids of every record are in range."""
+    most = cell.selection_config().slots if cell.selection not in DENSE else 0
+
+    def wrong(record: Row) -> bool:
+        fine = 1 <= record["evaluations"] <= len(record["tokens"])
+        fine &= math.isfinite(record["seconds"]["total"]) and record["seconds"]["total"] > 0
+        fine &= record["flops"] is None or sum(record["flops"].values()) > 0
+        if cell.selection in DENSE:
+            return not fine
+        n, chunks, needle = record["n_chunks"], record["chunks"], set(record["needle"])
+        fine &= chunks == sorted(set(chunks)) and all(0 <= i < n for i in chunks)
+        fine &= needle <= set(range(n)) and len(needle) > 0
+        if cell.selection == "all":
+            fine &= chunks == list(range(n))
+        elif cell.selection == "needle":
+            fine &= set(chunks) <= needle
+        elif cell.selection in ("oracle", "without"):
+            fine &= len(chunks) <= most
+        elif cell.margin is None:
+            fine &= len(chunks) == min(n, most)
+        if cell.selection == "oracle" and len(needle) <= cell.top_k:
+            fine &= needle <= set(chunks)
+        if cell.selection == "without":
+            fine &= not needle & set(chunks)
+        return not fine
+
+    return _none(records, wrong, "impossible records")
+
+
+def best_kept(cell: Cell, records: Records) -> Outcome:
+    """Checks that the kept chunks are the best by the recorded scores, ties to the earlier one."""
+
+    def wrong(record: Row) -> bool:
+        if record["scores"] is None:
+            return record["chunks"] != list(range(record["n_chunks"]))
+        scores = np.array(record["scores"], float)
+        scores[np.isnan(scores)] = -np.inf
+        if cell.keep_first:
+            scores[0] = np.inf
+        best = np.argsort(-scores, stable=True)[: cell.top_k]
+        return record["chunks"] != sorted(best.tolist())
+
+    return _none(records, wrong, "other selections")
+
+
+def chance_recall(records: Records) -> Outcome:
+    """Compares recall with what K of N chunks hold by chance, cut needles included."""
+    chances = []
+    for record in records.values():
+        n, k, m = record["n_chunks"], len(record["chunks"]), len(record["needle"])
+        chances.append(math.comb(n - m, k - m) / math.comb(n, k) if k >= m else 0.0)
+    hits = sum(holds_needle(record) for record in records.values())
+    p = np.array(chances)
+    spread = QUANTILE * math.sqrt((p * (1 - p)).sum()) + 0.5
+    ok = abs(hits - p.sum()) <= spread
+    return ok, len(p), f"{hits} found, {p.sum():.1f} ± {spread:.1f} expected"
+
+
+def no_answer(records: Records) -> Outcome:
+    """Checks that accuracy may be below one in a hundred without the needle's chunk."""
+    hits = int(sum(record["score"] for record in records.values()))
+    low = statistics.wilson(hits, len(records), CONFIDENCE).low
+    return low < 0.01, len(records), f"{hits} right"
+
+
+def recall_times_oracle(kept: Sequence[Row], oracle: Sequence[Row]) -> Outcome:
+    """Compares accuracy with recall times the oracle's accuracy, which keeps as many chunks."""
+    columns = [
+        np.array(column, float)
+        for column in (
+            [record["score"] for record in kept],
+            [holds_needle(record) for record in kept],
+            [record["score"] for record in oracle],
+        )
+    ]
+
+    def gap(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+        return a.mean(axis=-1) - b.mean(axis=-1) * c.mean(axis=-1)
+
+    _, low, high = statistics.bootstrap(gap, *columns, confidence=CONFIDENCE)
+    # Where every resample agrees the interval has no width: widen it by one example.
+    slack = 1 / len(kept)
+    right, recall, best = (column.mean() for column in columns)
+    text = (
+        f"{right:.4f} against {recall:.4f} x {best:.4f} = {recall * best:.4f}, "
+        f"gap [{low:.4f}, {high:.4f}]"
+    )
+    return low - slack <= 0 <= high + slack, len(kept), text
+
+
+def same_tokens(pairs: Sequence[tuple[Row, Row]]) -> Outcome:
+    """Checks that both answers have the same tokens, but for one in a hundred.
+
+    Two processes may have compiled the same program with products whose last bits differ.
+    """
+    other = sum(a["tokens"] != b["tokens"] for a, b in pairs)
+    return other <= len(pairs) // 100, len(pairs), f"{other} answers differ"
+
+
+def holds_needle(record: Row) -> bool:
+    """Tells whether all chunks that hold the needle are kept."""
+    return set(record["needle"]) <= set(record["chunks"])

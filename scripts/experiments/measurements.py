@@ -1,0 +1,288 @@
+"""Measures what accuracy does not show: attention on anchors, denoising order, time by length."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from experiments.grids import Cell
+from experiments.records import RecordError, read_json, write_json
+from experiments.retrieval import Retrieval, needle_chunks
+from pallas_kernels import Implementation, Partial
+from pdllm_jax import (
+    DenoiseState,
+    Engine,
+    MaskPredictor,
+    batch_prompts,
+    chunk_prompt,
+    denoise_step,
+    encode_document,
+    init_denoise,
+    prefill,
+)
+from pdllm_jax.method.cache import ChunkPool
+from pdllm_jax.method.live_forward import live_forward, live_positions, response_rows, row_rotations
+from pdllm_jax.method.selection import select
+from pdllm_jax.network.rope import rotate
+from small_model.tasks import RESPONSE_LENGTH
+
+
+class Shares(NamedTuple):
+    """Attention of the masked response, the mean over its rows; the rest goes to live rows.
+
+    first: to each kept chunk's first token (its anchor, if chunks have one). chunk: to the whole
+    chunk. bos: to the prompt's first token.
+    """
+
+    first: Float[Array, "L B H K"]
+    chunk: Float[Array, "L B H K"]
+    bos: Float[Array, "L B H"]
+
+
+@functools.partial(jax.jit, static_argnames=("implementation",))
+def attention_shares(
+    model: MaskPredictor,
+    pool: ChunkPool,
+    state: DenoiseState,
+    implementation: Implementation | None = None,
+) -> Shares:
+    """Returns the attention of a state's next evaluation, layer by layer.
+
+    One pass of query and response over the kept chunks gives the log-sum-exps; the weights are
+    computed beside it, from the same queries and keys.
+    """
+    rows = response_rows(state)
+    place = jnp.arange(rows.shape[1])
+    in_response = (place >= state.query_length[:, None]) & (
+        place < state.query_length[:, None] + state.tokens.shape[1]
+    )
+    weight = in_response / in_response.sum(axis=1, keepdims=True)  # [B, T]
+    positions = live_positions(state, state.prefix_length[:, None] + place)
+    rotations = row_rotations(model.config, state, positions)
+    ids = jnp.maximum(state.chunk_ids, 0)
+    lengths = jnp.where(state.chunk_ids >= 0, pool.lengths[ids], 0)
+    valid = jnp.arange(pool.k.shape[3]) < lengths[..., None]  # [B, K, C]
+    product = functools.partial(
+        jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
+
+    def hook(layer: int, q: Array, partial: Partial, layers: list[Shares]) -> list[Shares]:
+        batch, t, heads, dim = q.shape
+        groups = pool.k.shape[2]
+
+        def mean_share(scores: Array) -> Array:
+            """[B, T, G, R, ..] scores to shares, the mean over response rows, [B, H, ..]."""
+            scores = scores.reshape(batch, t, heads, *scores.shape[4:]) * dim**-0.5
+            lse = partial.lse.swapaxes(1, 2).reshape(batch, t, heads, *[1] * (scores.ndim - 3))
+            return product("bth...,bt->bh...", jnp.exp(scores - lse), weight)
+
+        chunk_q = rotate(q[:, None], rotations.meeting)[:, :-1]
+        chunk_q = chunk_q.reshape(*chunk_q.shape[:3], groups, heads // groups, dim)
+        scores = product("bktgrd,bkgcd->btgrkc", chunk_q, pool.k[layer, ids])
+        tokens = jnp.where(valid[:, None], mean_share(scores), 0.0)  # [B, H, K, C]
+        bos = jnp.zeros((batch, heads), jnp.float32)
+        if state.live is not None:
+            live_q = rotate(q, rotations.own).reshape(batch, t, groups, heads // groups, dim)
+            bos = mean_share(product("btgrd,bgd->btgr", live_q, state.live.k[layer][:, 0]))
+        return [*layers, Shares(tokens[..., 0], tokens.sum(axis=-1), bos)]
+
+    _, _, layers = live_forward(
+        model, pool, state, rows, state.prefix_length, None, implementation,
+        watch=hook, hook_carry=[],
+    )  # fmt: skip
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
+
+
+def start(
+    bench: Retrieval, cell: Cell, indices: list[int]
+) -> tuple[Any, DenoiseState, list[list[int]]]:
+    """Returns cache and state before the first step, and the ids of the kept chunks."""
+    config = cell.selection_config(bench.encode_batch)
+    examples = [bench.example(cell, index) for index in indices]
+    prompt = batch_prompts([
+        chunk_prompt(e["prefix"], e["context"], e["query"], cell.chunk_config()) for e in examples
+    ])  # fmt: skip
+    cache, scores = prefill(bench.model, prompt, config)
+    selection = select(scores, config)
+    state = init_denoise(
+        bench.model, cache, selection, prompt.query, cell.decode_config(RESPONSE_LENGTH),
+        jax.random.key(0), query_length=prompt.query_length, selecting=config,
+        implementation=bench.implementation,
+    )  # fmt: skip
+    return cache, state, np.asarray(selection.chunk_ids).tolist()
+
+
+def measure_attention(bench: Retrieval, cell: Cell, tiny: bool = False) -> dict[str, Any]:
+    """Returns mean shares by layer and head of each encoding, with and without anchors."""
+    encodings = ("joint",) if tiny else ("joint", "independent")
+    examples, rows = 2 if tiny else 16, []
+    for encoding in encodings:
+        for anchors in (True, False):
+            variant = dataclasses.replace(cell, encoding=encoding, anchors=anchors)
+            size = bench.batch_size(variant)
+            sums: dict[str, list[Any]] = {
+                name: [] for name in ("first_tokens", "chunks", "needle_chunks", "bos")
+            }
+            for first in range(0, examples, size):
+                indices = list(range(first, min(first + size, examples)))
+                cache, state, kept = start(bench, variant, indices)
+                pool = cache.pool if state.pool is None else state.pool
+                shares = attention_shares(bench.model, pool, state, bench.implementation)
+                for b, index in enumerate(indices):
+                    span = bench.example(variant, index)["needle_span"]
+                    needle = sorted(needle_chunks(span, variant.chunk_config()))
+                    first_tokens, chunks, bos = (np.asarray(x)[:, b] for x in shares)
+                    sums["first_tokens"].append(first_tokens.sum(axis=-1))
+                    sums["chunks"].append(chunks.sum(axis=-1))
+                    sums["needle_chunks"].append(chunks[..., np.isin(kept[b], needle)].sum(axis=-1))
+                    sums["bos"].append(bos)
+            means = {name: np.mean(x, axis=0).round(5).tolist() for name, x in sums.items()}
+            settings = variant.canonical().settings()
+            rows.append({"settings": settings, "examples": examples, **means})
+    return {"rows": rows}
+
+
+def measure_order(bench: Retrieval, cell: Cell, examples: int = 4) -> dict[str, Any]:
+    """Returns which evaluation filled each slot of the response, at one token a step."""
+    cell, decode = dataclasses.replace(cell, threshold=None), bench.tokenizer.backend.decode
+    rows = []
+    for index in range(examples):
+        cache, state, _ = start(bench, cell, [index])
+        steps, tokens = denoising_order(bench, cache, state, cell)
+        text = [decode([token], skip_special_tokens=False) for token in tokens]
+        task = cell.tasks[index % len(cell.tasks)]
+        rows.append({"example": index, "task": task, "step": steps, "text": text})
+    return {"settings": cell.canonical().settings(), "rows": rows}
+
+
+def denoising_order(
+    bench: Retrieval, cache: Any, state: DenoiseState, cell: Cell
+) -> tuple[list[int], list[int]]:
+    """Returns the evaluation (from 1) that filled each slot, 0 for none, and the tokens."""
+    config = cell.decode_config(state.tokens.shape[1])
+    steps = np.zeros(state.tokens.shape[1], int)
+    while int(state.block[0]) < config.n_blocks:
+        state = denoise_step(
+            bench.model, cache, state, config=config, implementation=bench.implementation
+        )
+        filled = np.asarray(state.tokens[0]) != bench.model.config.mask_token_id
+        steps[filled & (steps == 0)] = int(state.evaluations[0])
+    return steps.tolist(), np.asarray(state.tokens[0]).tolist()
+
+
+LENGTHS, REPEATS = (1024, 2048, 4096, 8192, 16384, 32768), 5
+LATER = "a later question, joint"
+SPEED: dict[str, dict[str, Any]] = {
+    "plain LLaDA": {"selection": "dense"},
+    "dual cache": {"selection": "dual-cache"},
+    "prefilling, joint": {"selection": "top-k"},
+    "prefilling, independent": {"selection": "top-k", "encoding": "independent"},
+    LATER: {},
+}
+
+
+def speed_row(bench: Retrieval, cell: Cell, method: str, repeats: int) -> dict[str, Any]:
+    """Times one request at a time after a warm-up: 32 tokens, one a step."""
+    alone, seconds, flops = dataclasses.replace(bench, batch_tokens=1), [], None
+    for repeat in range(repeats + 1):
+        if method == LATER:
+            seconds.append(_later_question(alone, cell, repeat))
+        else:
+            (record,) = alone.records(cell, [repeat])
+            seconds.append(record["seconds"]["total"])
+            flops = record["flops"] and sum(record["flops"].values())
+    return {
+        "method": method, "length": cell.length, "seconds": float(np.median(seconds[1:])),
+        "least": min(seconds[1:]), "most": max(seconds[1:]), "repeats": repeats, "flops": flops,
+    }  # fmt: skip
+
+
+def _later_question(bench: Retrieval, cell: Cell, index: int) -> float:
+    """Returns the seconds of a question about a document that was encoded before."""
+    example = bench.example(cell, index)
+    prompt = chunk_prompt(
+        example["prefix"], example["context"], example["query"], cell.chunk_config(), tight=True
+    )
+    cache = encode_document(bench.model, prompt, encode_batch=bench.encode_batch)
+    engine = Engine(
+        bench.model, selection=cell.selection_config(bench.encode_batch),
+        decoding=cell.decode_config(RESPONSE_LENGTH), implementation=bench.implementation,
+    )  # fmt: skip
+    (result,) = engine.ask(jax.block_until_ready(cache), [example["query"]])
+    return result.timings["total"] - result.timings["compile"]
+
+
+def measure_speed(
+    bench: Retrieval,
+    cell: Cell,
+    path: Path,
+    record: dict[str, Any],
+    *,
+    lengths: tuple[int, ...] = LENGTHS,
+    repeats: int = REPEATS,
+    deadline: float = float("inf"),
+) -> bool:
+    """Writes every row when it is measured, and skips those that the record has.
+
+    Returns False where the deadline (time.monotonic) came first.
+    """
+    rows = record.setdefault("rows", [])
+    done = {(row["method"], row["length"]) for row in rows}
+    # This task's text is long enough for every length; all documents are equally long.
+    task = ("magic_number",) if "magic_number" in cell.tasks else cell.tasks[:1]
+    for length in lengths:
+        for method, change in SPEED.items():
+            if (method, length) in done:
+                continue
+            if time.monotonic() > deadline:
+                return False
+            settings = {"length": length, "threshold": None, "tasks": task, **change}
+            variant = dataclasses.replace(cell, **settings).canonical()
+            rows.append(speed_row(bench, variant, method, repeats))
+            write_json(path, record)
+    return True
+
+
+def measure(
+    bench: Retrieval,
+    names: list[str],
+    cell: Cell,
+    folder: Path,
+    *,
+    deadline: float = float("inf"),
+    note: Mapping[str, Any] | None = None,
+    tiny: bool = False,
+) -> bool:
+    """Makes the measurements that are missing; False where the deadline came first."""
+    for name in names:
+        path = folder / f"{name}.json"
+        record = read_json(path) if path.exists() else {}
+        if record and any(record.get(key) != value for key, value in bench.identity.items()):
+            raise RecordError(f"{path} is of another model or other texts: give another folder")
+        if record.get("complete"):
+            continue
+        if time.monotonic() > deadline:
+            return False
+        record = {**bench.identity, "run": dict(note or {}), **record}
+        if name == "speed":
+            small: dict[str, Any] = {"lengths": (256, 512), "repeats": 1} if tiny else {}
+            record["complete"] = measure_speed(
+                bench, cell, path, record, deadline=deadline, **small
+            )
+        else:
+            rows = measure_order(bench, cell) if name == "order" else None
+            record |= rows or measure_attention(bench, cell, tiny)
+            record["complete"] = True
+        write_json(path, record)
+        if not record["complete"]:
+            return False
+    return True

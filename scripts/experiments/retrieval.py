@@ -1,0 +1,250 @@
+"""The ablation's examples: retrieval tasks of the small model, and one record for each answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from experiments.answering import answer
+from experiments.flops import Sizes, answer_flops
+from experiments.grids import DENSE, GIVEN, Cell
+from experiments.records import Key, Records
+from experiments.runner import Work, share_of
+from pallas_kernels import Implementation
+from pdllm_jax import ChunkConfig, MaskPredictor, Tokenizer, load_config, load_model
+from pdllm_jax.method.chunking import split_context
+from small_model import tasks
+from small_model.corpus import Corpora, Text, fingerprint, from_repository, load
+
+FIRST_SEED = 100_000  # of examples; the small model was not trained on any from here on
+
+
+def record_key(cell: Cell, index: int) -> Key:
+    """Returns the key of an example's record."""
+    return Key("retrieval", cell.tasks[index % len(cell.tasks)], cell.key, str(index))
+
+
+def records_of(
+    cell: Cell, done: Mapping[Key, dict[str, Any]], wanted: int
+) -> dict[int, dict[str, Any]]:
+    """Returns the cell's records by example, of the first `wanted` examples."""
+    rows = {i: done.get(record_key(cell, i)) for i in range(wanted)}
+    return {index: row for index, row in rows.items() if row is not None}
+
+
+def missing_work(
+    bench: Any, cells: Sequence[Cell], wanted: int, records: Records
+) -> Iterator[Work]:
+    """Makes work of the examples that have no record, in batches. bench: a Retrieval."""
+    for cell in cells:
+        existing = records_of(cell, records.done, wanted)
+        missing = [index for index in range(wanted) if index not in existing]
+        size = bench.batch_size(cell)
+        for start in range(0, len(missing), size):
+            batch = missing[start : start + size]
+            keys = [record_key(cell, index) for index in batch]
+            yield Work(cell.key, keys, partial(bench.records, cell, batch))
+
+
+def shard_cells(cells: Sequence[Cell], index: int, count: int) -> list[Cell]:
+    """Returns one process's share of the cells; each program is compiled by one process alone."""
+    # Compiling takes about as long as two cells of 4,096 tokens.
+    loads: dict[Any, float] = dict.fromkeys((cell.programs() for cell in cells), 2.0)
+    for cell in cells:
+        loads[cell.programs()] += cell.length / 4096
+    share = share_of(loads, index, count)
+    return [cell for cell in cells if cell.programs() in share]
+
+
+@dataclasses.dataclass
+class Retrieval:
+    """A model, the texts that it is asked about, and how it runs.
+
+    identity: what all records of a run have in common. batch_tokens: tokens of a batch.
+    """
+
+    model: MaskPredictor
+    tokenizer: Tokenizer
+    encode: tasks.Encoder
+    corpora: Corpora
+    identity: dict[str, Any]
+    batch_tokens: int
+    encode_batch: int
+    implementation: Implementation | None = None
+
+    @classmethod
+    def load(
+        cls, folder: Path, corpora: Path | None, *, dtype: str | None = None, **settings: Any
+    ) -> Retrieval:
+        """Loads a converted checkpoint, and corpora of small_model/corpus.py or built-in ones."""
+        tokenizer = Tokenizer.load(folder, load_config(folder))
+        tokenizer.backend.encode_special_tokens = False  # the tasks spell the chat template out
+        texts = (
+            from_repository(tokenizer.backend) if corpora is None else load(corpora, held_out=True)
+        )
+        return cls.of(load_model(folder, dtype=dtype), tokenizer, texts, **settings)
+
+    @classmethod
+    def of(
+        cls,
+        model: MaskPredictor,
+        tokenizer: Tokenizer,
+        texts: Corpora,
+        *,
+        first_seed: int = FIRST_SEED,
+        implementation: Implementation | None = None,
+    ) -> Retrieval:
+        """Takes a model and texts at hand; batches are sized for the device."""
+        on_gpu = jax.default_backend() == "gpu"
+        identity = {
+            "model": weights_fingerprint(model), "dtype": str(model.dtype),
+            "corpora": fingerprint(texts), "first_seed": first_seed,
+        }  # fmt: skip
+        return cls(
+            model, tokenizer, tasks.Encoder(tokenizer.backend), texts, identity,
+            batch_tokens=1 << 17 if on_gpu else 1 << 11, encode_batch=64 if on_gpu else 8,
+            implementation=implementation,
+        )  # fmt: skip
+
+    def batch_size(self, cell: Cell) -> int:
+        """Returns the examples of a batch: a power of two, at most 32."""
+        if cell.streamed:
+            return 1
+        fits = max(1, min(32, self.batch_tokens // cell.length))
+        return 1 << (fits.bit_length() - 1)
+
+    def example(self, cell: Cell, index: int) -> tasks.Example:
+        """Returns example `index` of all cells with this length, these tasks and depths."""
+        texts = {k: t for k, t in self.corpora.texts.items() if len(t.tokens) >= cell.length}
+        if not texts:  # longer than any one of them
+            texts = {"all": joined(self.corpora.texts.values())}
+            if (tokens := len(texts["all"].tokens)) < cell.length:
+                raise ValueError(f"all texts have {tokens} tokens, not {cell.length}")
+        return tasks.make_example(
+            cell.tasks[index % len(cell.tasks)],
+            cell.length,
+            self.identity["first_seed"] + index,
+            corpora=dataclasses.replace(self.corpora, texts=texts),
+            encode=self.encode,
+            haystack="auto" if len(self.corpora.noise.tokens) >= cell.length else "text",
+            depth=cell.depth(index),
+        )
+
+    def answers(
+        self, cell: Cell, indices: Sequence[int], examples: Sequence[tasks.Example]
+    ) -> list[dict[str, Any]]:
+        """Answers examples as the cell says."""
+        given = None
+        if cell.selection in GIVEN:
+            given = [given_chunks(cell, *pair) for pair in zip(indices, examples, strict=True)]
+        dense = cell.selection in DENSE
+        return answer(
+            self.model,
+            [(e["prefix"], e["context"], e["query"]) for e in examples],
+            method=DENSE.get(cell.selection, "prefilling"),
+            chunking=cell.chunk_config(),
+            selection=cell.selection_config(self.encode_batch),
+            decoding=cell.decode_config(tasks.RESPONSE_LENGTH),
+            bos_id=self.tokenizer.bos_id,
+            seeds=[index if dense else cell.seed * 1_000_003 + index for index in indices],
+            oracles=given,
+            implementation=self.implementation,
+            together=not cell.streamed,
+        )
+
+    def records(self, cell: Cell, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Answers these examples in one batch and returns their records."""
+        # One shape, one compilation: the last batch is filled up with answers that are dropped.
+        size = max(self.batch_size(cell), len(indices))
+        filled = [indices[min(i, len(indices) - 1)] for i in range(size)]
+        examples = [self.example(cell, index) for index in filled]
+        answers = self.answers(cell, filled, examples)[: len(indices)]
+        return [self._record(cell, *row) for row in zip(filled, examples, answers, strict=False)]
+
+    def _record(
+        self, cell: Cell, index: int, example: tasks.Example, answered: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        span, chunking = example["needle_span"], cell.chunk_config()
+        record = {
+            "score": float(tasks.score(self.encode, example["answer"], answered["tokens"])),
+            "response": self.encode.decode(answered["tokens"]),
+            "answers": [example["answer"]],
+            **answered,
+            "example": index,
+            "depth": round(span[0] / len(example["context"]), 4),
+            "asked_depth": cell.depth(index),
+        }
+        lengths: list[int] = []
+        if cell.selection not in DENSE:
+            bos = example["prefix"][0]
+            lengths = split_context(example["context"], chunking, bos)[1].tolist()
+            record |= {"needle": sorted(needle_chunks(span, chunking)), "n_chunks": len(lengths)}
+        sizes = Sizes(
+            prefix=len(example["prefix"]), query=len(example["query"]),
+            response=tasks.RESPONSE_LENGTH, context=len(example["context"]),
+            chunks=lengths, kept=answered["chunks"] or (),
+        )  # fmt: skip
+        record["flops"] = answer_flops(self.model.config, cell, sizes, answered["evaluations"])
+        return record
+
+
+def joined(texts: Iterable[Text]) -> Text:
+    """Joins texts into one."""
+    texts = list(texts)
+    starts = np.cumsum([0, *(len(text.tokens) for text in texts)])
+    breaks = [text.breaks + start for text, start in zip(texts, starts, strict=False)]
+    return Text(np.concatenate([text.tokens for text in texts]), np.unique(np.concatenate(breaks)))
+
+
+def weights_fingerprint(model: MaskPredictor) -> str:
+    """Tells weights apart by the first and the last row of every tensor, and by their shapes."""
+    digest = hashlib.sha256()
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    for path, leaf in leaves:
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape}".encode())
+        for row in (leaf[:1], leaf[-1:]):
+            digest.update(np.asarray(row, np.float32).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _overlapping(span: tuple[int, int], chunking: ChunkConfig) -> dict[int, bool]:
+    """Returns the chunks that hold a part of the span, and whether they hold all of it."""
+    size, stride = chunking.chunk_size - int(chunking.anchors), chunking.stride
+    start, end = span
+    return {
+        i: i * stride <= start and end <= i * stride + size
+        for i in range((end - 1) // stride + 1)
+        if start < i * stride + size
+    }
+
+
+def needle_chunks(span: tuple[int, int], chunking: ChunkConfig) -> set[int]:
+    """Returns the chunks that hold the whole needle; if none does, one set that covers it."""
+    parts = _overlapping(span, chunking)
+    whole = {i for i, complete in parts.items() if complete}
+    first = span[0] // chunking.stride
+    return whole or {i for i in parts if i >= first}
+
+
+def given_chunks(cell: Cell, index: int, example: tasks.Example) -> list[int]:
+    """Returns the chunks that the selections of GIVEN keep, at most K of them."""
+    chunking = cell.chunk_config()
+    n = len(split_context(example["context"], chunking, 0)[1])
+    if cell.selection == "without":
+        avoid, kept = set(_overlapping(example["needle_span"], chunking)), []
+    else:
+        avoid = needle_chunks(example["needle_span"], chunking)
+        kept = sorted(avoid)[: cell.top_k]
+    if cell.selection != "needle":
+        rest = [i for i in range(n) if i not in avoid]
+        order = np.random.default_rng([cell.seed, index]).permutation(len(rest))
+        kept += [rest[i] for i in order[: cell.top_k - len(kept)]]
+    return sorted(kept)

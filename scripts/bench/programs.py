@@ -1,9 +1,8 @@
-"""The jitted programs of one answer, traced on shapes alone: what the compiler says they need.
+"""The jitted programs of one answer, traced on shapes: what the compiler says that they need.
 
-`answer` runs a draft, a pass over the document, an encoding and the denoising loop. Here the same
-functions are lowered for the same shapes and settings without an array being made, so that
-`compiled.memory_analysis()` tells what each would take. Compiling them takes as long as before a
-first answer; `planner.plan_memory` predicts the same without it.
+An answer runs a draft, a pass over the document, an encoding and the denoising loop. Here the same
+functions are lowered for the same shapes and settings, and no array is made. `plan_memory` predicts
+what `lower().compile().memory_analysis()` tells, without compiling.
 """
 
 from __future__ import annotations
@@ -22,13 +21,12 @@ from pallas_kernels import Implementation
 from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.engine.memory import Shapes
 from pdllm_jax.engine.request import passing_config, streams
-from pdllm_jax.method.cache import ChunkCache
 from pdllm_jax.method.chunking import ChunkedPrompt
 from pdllm_jax.method.denoise import denoise
 from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import encode_document, prefill, prefill_top_k
 from pdllm_jax.method.scoring import Question, draft_response, score_chunks
-from pdllm_jax.method.selection import Selection, select
+from pdllm_jax.method.selection import select
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.transformer import MaskPredictor
 
@@ -36,7 +34,7 @@ from pdllm_jax.network.transformer import MaskPredictor
 class Program(NamedTuple):
     """A jitted function at certain shapes.
 
-    phase: of the plan; name: of the function; lower: traces it; held: bytes on the device before it
+    phase: of the plan. name: of the function. lower: traces it. held: bytes on the device before it
     runs, its arguments included.
     """
 
@@ -47,7 +45,7 @@ class Program(NamedTuple):
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of a pytree's arrays, or of what stands for them."""
+    """Returns the bytes of a pytree's arrays, or of their shapes."""
 
     def size(x: Any) -> int:
         key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
@@ -59,7 +57,7 @@ def tree_bytes(tree: Any) -> int:
 def abstract_model(
     config: ModelConfig, dtype: DTypeLike, sharding: Sharding | None = None
 ) -> MaskPredictor:
-    """The model's skeleton: shapes in the place of weights."""
+    """Returns the model with shapes in the place of weights."""
     model = nnx.eval_shape(lambda: MaskPredictor(config, rngs=nnx.Rngs(0), dtype=dtype))
     return _place(model, sharding)
 
@@ -78,10 +76,10 @@ def programs(
     implementation: Implementation | None = None,
     sharding: Sharding | None = None,
 ) -> Iterator[Program]:
-    """The programs in the order in which an answer runs them; nothing is allocated.
+    """Yields the programs in the order in which an answer runs them; nothing is allocated.
 
-    selecting: as `answer.settled` leaves it. shapes.chunks 0: no document, a baseline.
-    sharding: of all arguments, to compile for a device that need not be there.
+    selecting, shapes, decode: as `shapes_of` returns them. shapes.chunks 0: a baseline without a
+    document. sharding: of all arguments, to compile for a device that is not there.
     """
     model = abstract_model(config, dtype, sharding)
 
@@ -89,36 +87,33 @@ def programs(
         full = shape if lead is None else (lead, *shape)
         return jax.ShapeDtypeStruct(full, jnp.int32, sharding=sharding)
 
-    def made(call: Callable[..., Any], *args: Any) -> Any:
-        return _place(jax.eval_shape(call, *args), sharding)
-
-    def program(phase: str, function: Any, beside: Any, *args: Any, **settings: Any) -> Program:
-        """beside: a pytree on the device that the program does not take."""
+    def program(
+        phase: str, function: Any, *args: Any, beside: Any = None, **settings: Any
+    ) -> tuple[Program, Any]:
+        """Returns the program and its result's shapes. beside: held on the device as well."""
         arrays = [x for x in jax.tree.leaves((args, settings, beside)) if hasattr(x, "dtype")]
-        return Program(
-            phase, function.__name__, lambda: function.lower(*args, **settings), tree_bytes(arrays)
-        )
+        result = function.eval_shape(*args, **settings)
+        lower = lambda: function.lower(*args, **settings)  # noqa: E731
+        item = Program(phase, function.__name__, lower, tree_bytes(arrays))
+        return item, _place(result, sharding)
 
-    keys = made(lambda: jax.random.split(jax.random.key(0), shapes.requests))
+    keys = _place(
+        jax.eval_shape(lambda: jax.random.split(jax.random.key(0), shapes.requests)), sharding
+    )
     query, length = ids(shapes.query), ids()
     if not shapes.chunks:
-        yield program(
-            "encode", init_denoise, None, model, None, None, query, decode, keys,
-            query_length=length,
-        )  # fmt: skip
-        state = made(
-            lambda m, q, n, k: init_denoise(m, None, None, q, decode, k, query_length=n),
-            model, query, length, keys,
-        )  # fmt: skip
-        yield program("decode", denoise, None, model, None, state, config=decode)
+        item, state = program(
+            "encode", init_denoise, model, None, None, query, decode, keys, query_length=length
+        )
+        yield item
+        yield program("decode", denoise, model, None, state, config=decode)[0]
         return
 
     lead = None if shapes.pooled else shapes.batch
-    size = shapes.chunk_size
     prompt = ChunkedPrompt(
         prefix=ids(shapes.prefix), prefix_length=ids(),
-        chunks=ids(shapes.chunks, size, lead=lead), chunk_lengths=ids(shapes.chunks, lead=lead),
-        query=query, query_length=length,
+        chunks=ids(shapes.chunks, shapes.chunk_size, lead=lead),
+        chunk_lengths=ids(shapes.chunks, lead=lead), query=query, query_length=length,
     )  # fmt: skip
     cache: Any = None
     if shapes.pooled:
@@ -127,63 +122,52 @@ def programs(
             query=ids(1, lead=None), query_length=ids(lead=None),
         )  # fmt: skip
         batch = selecting.encode_batch
-        yield program("encode document", encode_document, None, model, document, encode_batch=batch)
-        cache = made(lambda m, p: encode_document(m, p, encode_batch=batch), model, document)
-    passing = selecting.scoring()
-    draft = None
+        item, cache = program(
+            "encode document", encode_document, model, document, encode_batch=batch
+        )
+        yield item
+    scoring, draft = selecting.scoring(), None
     if selecting.scorer == "draft":
         question = Question(prompt.prefix, prompt.prefix_length, query, length)
-        yield program("draft", draft_response, cache, model, question, passing)
-        draft = made(lambda m, q: draft_response(m, q, passing), model, question)
-    scoring_keys = made(lambda k: k if shapes.batch is not None else k[0], keys)
-    chosen: Selection
+        item, draft = program("draft", draft_response, model, question, scoring, beside=cache)
+        yield item
+    key = (
+        keys if shapes.batch is not None else _place(jax.eval_shape(lambda k: k[0], keys), sharding)
+    )
+    oracle = ids(1, lead=None) if selecting.scorer == "oracle" else None
+    scores: Any = jax.ShapeDtypeStruct(ids(shapes.chunks).shape, jnp.float32, sharding=sharding)
+    chosen: Any = None
     if shapes.pooled:
-
-        def score(m: MaskPredictor, c: ChunkCache, q: Any, n: Any, d: Any, k: Any) -> Any:
-            return score_chunks(m, c, q, passing, query_length=n, draft=d, key=k)
-
-        if selecting.scorer in ("all", "first", "last", "random", "oracle"):
-            scores = ids(shapes.chunks)
-        else:
-            yield program(
-                "score", score_chunks, None, model, cache, query, passing, query_length=length,
-                draft=draft, key=scoring_keys, implementation=implementation,
+        if selecting.scorer not in ("all", "first", "last", "random", "oracle"):
+            item, scores = program(
+                "score", score_chunks, model, cache, query, scoring, query_length=length,
+                draft=draft, key=key, implementation=implementation,
             )  # fmt: skip
-            scores = made(score, model, cache, query, length, draft, scoring_keys)
-        scores = jax.ShapeDtypeStruct(scores.shape, jnp.float32, sharding=sharding)
-        chosen = made(lambda s: select(s, selecting), scores)
+            yield item
     elif streams(selecting, batched=shapes.batch is not None):
-        kept = passing_config(selecting, streaming=True)
-        oracle = ids(1, lead=None) if selecting.scorer == "oracle" else None
-        more = {"draft": draft, "key": scoring_keys, "oracle": oracle}
-        yield program("score", prefill_top_k, None, model, prompt, kept, **more)
-        cache, chosen, _ = made(
-            lambda m, p, more: prefill_top_k(m, p, kept, **more), model, prompt, more
+        config_ = passing_config(selecting, streaming=True)
+        item, (cache, chosen, _) = program(
+            "score", prefill_top_k, model, prompt, config_, draft=draft, key=key, oracle=oracle
         )
+        yield item
     else:
-        pooling = passing_config(selecting, streaming=False)
-        oracle = ids(1, lead=None) if selecting.scorer == "oracle" else None
-        more = {"draft": draft, "key": scoring_keys, "oracle": oracle}
-        yield program("score", prefill, None, model, prompt, pooling, **more)
-        cache, scores = made(lambda m, p, more: prefill(m, p, pooling, **more), model, prompt, more)
-        chosen = made(lambda s: select(s, selecting), scores)
-
-    def start(m: MaskPredictor, c: ChunkCache, s: Selection, q: Any, n: Any, k: Any) -> Any:
-        return init_denoise(
-            m, c, s, q, decode, k,
-            query_length=n, selecting=selecting, implementation=implementation,
-        )  # fmt: skip
-
-    yield program(
-        "encode", init_denoise, None, model, cache, chosen, query, decode, keys,
+        config_ = passing_config(selecting, streaming=False)
+        item, (cache, scores) = program(
+            "score", prefill, model, prompt, config_, draft=draft, key=key, oracle=oracle
+        )
+        yield item
+    if chosen is None:
+        chosen = _place(jax.eval_shape(lambda s: select(s, selecting), scores), sharding)
+    item, state = program(
+        "encode", init_denoise, model, cache, chosen, query, decode, keys,
         query_length=length, selecting=selecting, implementation=implementation,
     )  # fmt: skip
-    state = made(start, model, cache, chosen, query, length, keys)
+    yield item
     again = selecting.reselect != "never"
     needed = cache if state.pool is None or again else None
+    # The cache of a document with several questions stays with the caller.
+    beside = cache if needed is None and shapes.pooled else None
     yield program(
-        # Of questions about one document, its cache is the caller's.
-        "decode", denoise, cache if needed is None and shapes.pooled else None,
-        model, needed, state, config=decode, implementation=implementation,
-        selecting=selecting if again else None,
-    )  # fmt: skip
+        "decode", denoise, model, needed, state, beside=beside, config=decode,
+        implementation=implementation, selecting=selecting if again else None,
+    )[0]  # fmt: skip

@@ -1,95 +1,72 @@
-"""Long-context inference for the diffusion language model LLaDA (Prefilling-dLLM) in JAX."""
+"""Long-context inference for diffusion language models (Prefilling-dLLM) in JAX."""
+
+from typing import Any
 
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
-from pdllm_jax.engine.engine import (
-    GenerationResult,
-    Request,
-    ask,
-    ask_ids,
-    encode_text,
-    finish,
-    generate,
-    generate_batch_ids,
-    generate_ids,
-    prefill_request,
-)
-from pdllm_jax.engine.memory import MemoryLimitError, Plan, plan_memory
-from pdllm_jax.engine.request import Prefilled, begin, choose, without_other_chunks
-from pdllm_jax.method.cache import ChunkCache, ChunkPool, DenoiseState, LiveCache
+from pdllm_jax.engine.answer import Answer
+from pdllm_jax.engine.engine import Engine, Request
+from pdllm_jax.engine.memory import MemoryLimitError, plan_memory
+from pdllm_jax.method.cache import ChunkCache, DenoiseState
 from pdllm_jax.method.chunking import ChunkedPrompt, batch_prompts, chunk_prompt
 from pdllm_jax.method.denoise import denoise, denoise_step
 from pdllm_jax.method.encoding import init_denoise
-from pdllm_jax.method.prefill import encode_document, prefill, prefill_top_k
+from pdllm_jax.method.prefill import encode_document, prefill
 from pdllm_jax.method.reselect import reselect
-from pdllm_jax.method.scoring import Draft, draft_response, score_chunks
+from pdllm_jax.method.scoring import score_chunks
 from pdllm_jax.method.selection import Selection, select_top_k
 from pdllm_jax.network.config import ConfigError, ModelConfig, RopeScaling
 from pdllm_jax.network.sharding import make_mesh
 from pdllm_jax.network.transformer import MaskPredictor, shard_model
 from pdllm_jax.storage.checkpoint import CheckpointError, load_config, load_model
-from pdllm_jax.storage.fingerprint import ModelIdentity, model_identity
-from pdllm_jax.storage.snapshot import load_document, load_prefilled, save_document, save_prefilled
+from pdllm_jax.storage.snapshot import load_document, load_request, save_document, save_request
 from pdllm_jax.storage.snapshot_format import SnapshotError
 from pdllm_jax.storage.store import DocumentStore
-from pdllm_jax.tokenizer import Tokenizer, TokenizerError
+from pdllm_jax.tokenizer import Tokenizer
 
 __all__ = [
+    "Answer",
     "CheckpointError",
     "ChunkCache",
     "ChunkConfig",
-    "ChunkPool",
     "ChunkedPrompt",
     "ConfigError",
     "DecodeConfig",
     "DenoiseState",
     "DocumentStore",
-    "Draft",
-    "GenerationResult",
-    "LiveCache",
+    "Engine",
     "MaskPredictor",
     "MemoryLimitError",
     "ModelConfig",
-    "ModelIdentity",
-    "Plan",
-    "Prefilled",
     "Request",
     "RopeScaling",
     "Selection",
     "SelectionConfig",
     "SnapshotError",
     "Tokenizer",
-    "TokenizerError",
-    "ask",
-    "ask_ids",
     "batch_prompts",
-    "begin",
-    "choose",
     "chunk_prompt",
     "denoise",
     "denoise_step",
-    "draft_response",
     "encode_document",
-    "encode_text",
-    "finish",
-    "generate",
-    "generate_batch_ids",
-    "generate_ids",
     "init_denoise",
     "load_config",
     "load_document",
     "load_model",
-    "load_prefilled",
+    "load_request",
     "make_mesh",
-    "model_identity",
     "plan_memory",
     "prefill",
-    "prefill_request",
-    "prefill_top_k",
     "reselect",
     "save_document",
-    "save_prefilled",
+    "save_request",
     "score_chunks",
     "select_top_k",
     "shard_model",
-    "without_other_chunks",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Names of version 0.1, with a DeprecationWarning."""
+    from pdllm_jax import deprecated
+
+    return deprecated.lookup(name)

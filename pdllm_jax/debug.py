@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.chunk_attention.dense import attention
 from pdllm_jax.config import ChunkConfig
-from pdllm_jax.engine.engine import GenerationResult
+from pdllm_jax.engine.answer import Answer
 from pdllm_jax.method.chunking import TokenIds, check_token_ids, split_context
 from pdllm_jax.network.rope import Rotation, rotate, rotation
 from pdllm_jax.network.transformer import Block, MaskPredictor, swiglu
@@ -151,7 +151,7 @@ def check_answer(
     context_ids: TokenIds,
     query_ids: TokenIds,
     chunking: ChunkConfig,
-    result: GenerationResult,
+    result: Answer,
     bos_id: int | None = None,
 ) -> None:
     """Runs `find_nonfinite` on what an answer was computed from: prefix, the chunks that were kept

@@ -1,26 +1,33 @@
 """Text to token ids and back, and the prompt around a document.
 
-Reads tokenizer.json with the `tokenizers` library: data only, nothing from the folder is executed.
+`transformers.AutoTokenizer` reads the checkpoint's files; nothing in the folder is executed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import tokenizers
+from typing import TYPE_CHECKING, Any
 
 from pdllm_jax.network.config import ModelConfig
 
-BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
-START_HEADER, END_HEADER, END_TURN = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+if TYPE_CHECKING:
+    import tokenizers
 
 INSTRUCTION = "Read the document and answer the question about it."
+# LLaDA's special tokens and chat template, for checkpoints that come without a template.
+BOS, MASK = "<|startoftext|>", "<|mdm_mask|>"
+LLADA_TEMPLATE = (
+    f"{BOS}<|start_header_id|>user<|end_header_id|>\n\n",
+    "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+)
+_PLACE = "PLACE-OF-THE-MESSAGE"  # stands for the user's text while the template is rendered
 
 
 class TokenizerError(ValueError):
@@ -29,9 +36,9 @@ class TokenizerError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A fast tokenizer and the ids of LLaDA's special tokens.
+    """A checkpoint's tokenizer and chat template.
 
-    chat: (start_header, end_header, end_of_turn) ids, or None for a base model without them.
+    template: text of the chat template (before, after) a user's message; None for a base model.
     digest: SHA-256 of tokenizer.json, hexadecimal.
     """
 
@@ -39,40 +46,40 @@ class Tokenizer:
     bos_id: int
     mask_id: int
     eos_id: int
-    chat: tuple[int, int, int] | None
+    template: tuple[str, str] | None
     digest: str = ""
 
     @classmethod
     def load(cls, folder: str | Path, config: ModelConfig) -> Tokenizer:
-        """Reads tokenizer.json (and tokenizer_config.json) of a checkpoint.
+        """Reads the tokenizer and chat template of a checkpoint.
 
         Raises:
-          TokenizerError: no readable tokenizer.json; no BOS or mask token; ids that disagree with
-            the model's config.
+          TokenizerError: no readable tokenizer.json; a template without the user's message; no BOS
+            or mask token; ids that disagree with the model's config.
         """
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise TokenizerError(f"{path.name} is missing from the checkpoint: text needs it")
-        with _refusing(f"{path.name} cannot be read"):
+        with _refusing("the tokenizer cannot be read"):
+            import transformers  # takes seconds
+
             content = path.read_bytes()
-            backend = tokenizers.Tokenizer.from_buffer(content)
+            loaded: Any = transformers.AutoTokenizer.from_pretrained(
+                str(folder),
+                config=transformers.PreTrainedConfig(),  # the model's type decides nothing
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+            backend: tokenizers.Tokenizer = loaded.backend_tokenizer
             _check_ids(backend, json.loads(content))
-        named = _named_tokens(Path(folder) / "tokenizer_config.json")
-
-        def find(role: str, default: str) -> int | None:
-            return backend.token_to_id(named.get(role) or default)
-
-        bos, mask, eos = find("bos_token", BOS), find("mask_token", MASK), find("eos_token", EOS)
+            bos = backend.token_to_id(loaded.bos_token or BOS)
+            mask = backend.token_to_id(loaded.mask_token or MASK)
         if bos is None:
-            raise TokenizerError(
-                f"the tokenizer has no BOS token ({named.get('bos_token') or BOS})"
-            )
+            raise TokenizerError(f"the tokenizer has no BOS token ({loaded.bos_token or BOS})")
         if mask is None and "mask" in (backend.id_to_token(config.mask_token_id) or "").lower():
-            mask = config.mask_token_id  # under a name of its own
+            mask = config.mask_token_id
         if mask is None:
-            raise TokenizerError(
-                f"the tokenizer has no mask token ({named.get('mask_token') or MASK})"
-            )
+            raise TokenizerError(f"the tokenizer has no mask token ({loaded.mask_token or MASK})")
         if mask != config.mask_token_id:
             raise TokenizerError(
                 f"mask token: {mask} in the tokenizer, {config.mask_token_id} in config.json"
@@ -82,75 +89,109 @@ class Tokenizer:
                 f"the tokenizer has {backend.get_vocab_size()} tokens, the model's embedding "
                 f"{config.embedding_size}"
             )
-        chat = [backend.token_to_id(name) for name in (START_HEADER, END_HEADER, END_TURN)]
-        # Text is data: special tokens spelt out in a document stay ordinary text.
+        # Special tokens that are spelt out in a document stay text. All of a document is read.
         backend.encode_special_tokens = True
-        # All of it is read, and nothing is added, whatever lengths the file was last saved with.
         backend.no_truncation()
         backend.no_padding()
         return cls(
             backend=backend,
             bos_id=bos,
-            mask_id=config.mask_token_id,
-            eos_id=config.eos_token_id if eos is None else eos,
-            chat=None if None in chat else tuple(chat),  # type: ignore[arg-type]
+            mask_id=mask,
+            eos_id=config.eos_token_id if loaded.eos_token is None else loaded.eos_token_id,
+            template=_template(loaded, backend),
             digest=hashlib.sha256(content).hexdigest(),
         )
 
-    @property
+    @functools.cached_property
+    def _special(self) -> re.Pattern[str]:
+        """Matches a special token in text."""
+        added = self.backend.get_added_tokens_decoder().values()
+        names = sorted((t.content for t in added if t.special), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) if names else r"(?!)")
+
+    @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """End of text and, where there is one, end of turn."""
-        return (self.eos_id, *(self.chat[2:] if self.chat else ()))
+        """Ids of end of text and, with a template, of the token that ends a user's turn."""
+        end = None if self.template is None else self._special.search(self.template[1])
+        return (self.eos_id, *([] if end is None else self.encode_marked(end.group())))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; nothing is added. TokenizerError where the tokenizer breaks on it."""
+        """Returns ids of plain text, nothing added. Raises TokenizerError if that fails."""
         with _refusing("the tokenizer cannot encode the text"):
             return self.backend.encode(text, add_special_tokens=False).ids
 
+    def encode_marked(self, text: str) -> list[int]:
+        """Returns ids of a filled-in template, in which special tokens count as such."""
+        ids, end = list[int](), 0
+        for token in self._special.finditer(text):
+            ids += self.encode(text[end : token.start()])
+            ids.append(self.backend.token_to_id(token.group()))
+            end = token.end()
+        return ids + self.encode(text[end:])
+
     def decode(self, ids: list[int]) -> str:
-        """Text up to the end of turn or of text, special tokens left out."""
-        stop = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
+        """Returns the text up to the first of `stop_ids`, special tokens left out."""
+        end = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
         with _refusing("the tokenizer cannot decode the tokens"):
-            return self.backend.decode([int(i) for i in ids[:stop]], skip_special_tokens=True)
+            return self.backend.decode([int(i) for i in ids[:end]], skip_special_tokens=True)
+
+    def prefix(self, instruction: str = INSTRUCTION) -> list[int]:
+        """Returns the ids before a document: the template's beginning and an instruction."""
+        return self.around(f"{instruction}\n\n", "")[0]
+
+    def query(self, question: str) -> list[int]:
+        """Returns the ids after a document: a question and the template's end."""
+        return self.around("", f"\n\n{question}" if self.template else f"\n\n{question}\n")[1]
 
     def around_document(
         self, question: str, instruction: str = INSTRUCTION
     ) -> tuple[list[int], list[int]]:
-        """(prefix ids, query ids): what comes before and after the document.
-
-        LLaDA's chat template where its tokens exist: BOS, user header, instruction | document |
-        question, end of turn, assistant header. Else BOS, instruction | document | question.
-        """
-        if self.chat is None:
-            return self.around(f"{instruction}\n\n", f"\n\n{question}\n")
-        return self.around(f"{instruction}\n\n", f"\n\n{question}")
+        """Returns (prefix ids, query ids), what comes before and after a document."""
+        return self.prefix(instruction), self.query(question)
 
     def around(
         self, before: str, after: str, *, chat: bool = True, response: str = ""
     ) -> tuple[list[int], list[int]]:
-        """(prefix ids, query ids) of any text before and after a document, taken as it is.
+        """Returns (prefix ids, query ids) of any text before and after a document.
 
-        chat: one user's turn in LLaDA's chat template, where its tokens exist; else BOS comes
-          first and nothing else is added.
-        response: how the response begins, behind the assistant's header.
+        Args:
+          chat: the whole is a user's turn in the chat template; without a template, or with False,
+            BOS comes first and nothing else is added.
+          response: how the response begins.
         """
-        if self.chat is None or not chat:
+        if self.template is None or not chat:
             return [self.bos_id, *self.encode(before)], self.encode(after + response)
-        start, end, end_of_turn = self.chat
+        head, tail = self.template
+        # Text of the template next to the user's is tokenized together with it.
+        start = max((token.end() for token in self._special.finditer(head)), default=0)
+        spans = [token.span() for token in self._special.finditer(tail)]
+        first, last = (spans[0][0], spans[-1][1]) if spans else (len(tail), len(tail))
+        prefix = self.encode_marked(head[:start]) + self.encode(head[start:] + before)
+        query = self.encode(after + tail[:first]) + self.encode_marked(tail[first:last])
+        return prefix, query + self.encode(tail[last:] + response)
 
-        def header(role: str) -> list[int]:
-            return [start, *self.encode(role), end]
 
-        prefix = [self.bos_id, *header("user"), *self.encode(f"\n\n{before}")]
-        query = [*self.encode(after), end_of_turn, *header("assistant")]
-        return prefix, query + self.encode(f"\n\n{response}")
+def _template(loaded: Any, backend: tokenizers.Tokenizer) -> tuple[str, str] | None:
+    """The chat template's text before and after a user's message; LLaDA's where its tokens exist."""
+    if loaded.chat_template is None:
+        names = re.findall(r"<\|\w+\|>", "".join(LLADA_TEMPLATE))
+        return None if None in map(backend.token_to_id, names) else LLADA_TEMPLATE
+    with _refusing("the chat template cannot be used"):
+        message = [{"role": "user", "content": _PLACE}]
+        text = loaded.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        parts = text.split(_PLACE)
+        if len(parts) != 2:
+            raise TokenizerError(
+                f"the chat template has the user's message {len(parts) - 1} times, not once"
+            )
+        return parts[0], parts[1]
 
 
 @contextlib.contextmanager
 def _refusing(what: str) -> Iterator[None]:
-    """Turns whatever the library raises into a TokenizerError of one line.
+    """Turns every error of the library into a TokenizerError of one line.
 
-    It raises bare Exception, and where its own code panics a PanicException, which is none.
+    A panic of its Rust code is a PanicException, which is not an Exception.
     """
     try:
         yield
@@ -159,36 +200,18 @@ def _refusing(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise TokenizerError(f"{what}: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            reason = "it needs Python code from the checkpoint, which is never executed"
+        raise TokenizerError(f"{what}: {reason}") from None
 
 
 def _check_ids(backend: tokenizers.Tokenizer, raw: Any) -> None:
-    """The library numbers added tokens itself, whatever ids the file gives them."""
+    """Refuses gaps between the ids of added tokens: the library would number them anew."""
     for row in raw["added_tokens"]:
-        found = backend.token_to_id(row["content"])
-        if found != row["id"]:
+        index = backend.token_to_id(row["content"])
+        if index != row["id"]:
             raise TokenizerError(
                 f"token {row['content']!r} has the id {row['id']} in tokenizer.json but is read as "
-                f"{found}: ids have gaps or are out of order"
+                f"{index}: ids have gaps or are out of order"
             )
-
-
-def _named_tokens(path: Path) -> dict[str, str]:
-    """Special tokens by role from tokenizer_config.json, where it exists."""
-    if not path.is_file():
-        return {}
-    try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # ValueError: too many digits, too
-        raise TokenizerError(f"{path.name} is not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise TokenizerError(f"{path.name} must hold an object")
-    named = {}
-    for role in ("bos_token", "eos_token", "mask_token"):
-        value = raw.get(role)
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            if any("\ud800" <= c <= "\udfff" for c in value):
-                raise TokenizerError(f"{path.name}: {role} is no text: {value!r}")
-            named[role] = value
-    return named

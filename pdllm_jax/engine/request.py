@@ -1,11 +1,11 @@
-"""Wall-clock time of phases, with compilation apart.
+"""The phases of a batch of requests before decoding, and what each phase hands to the next.
 
-What follows from the settings of an answer: rows recomputed, and what its pass must keep.
+    prepare          settings and chunk counts of the documents    -> PreparedRequest
+    select_chunks    draft, score, select                          -> SelectedRequest
+    start_decoding   place and encode the chosen chunks            -> StartedRequest
 
-What the phases before decoding leave for it: chosen chunks, then a state to start from.
-
-`choose` drafts, scores and selects, `begin` places and encodes. What either returns is a pytree
-that another process can go on from (`snapshot`).
+Every array has a batch axis B. Rows after the first `requests` are padding. SelectedRequest and
+StartedRequest are pytrees that another process can go on from (`storage.snapshot`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
-from typing import Literal, get_args
+from collections.abc import Iterator, Sequence
+from typing import Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,20 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import Implementation
-from pdllm_jax.config import DecodeConfig, Recompute, SelectionConfig
+from pdllm_jax.config import ChunkConfig, DecodeConfig, Recompute, SelectionConfig
 from pdllm_jax.method.cache import ChunkCache, ChunkPool, DenoiseState
-from pdllm_jax.method.chunking import ChunkedPrompt
+from pdllm_jax.method.chunking import (
+    ChunkedPrompt,
+    TokenIds,
+    bucket_chunks,
+    bucket_rows,
+    pad_to,
+    split_context,
+)
 from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import needs_pool, prefill, prefill_top_k
-from pdllm_jax.method.scoring import Question, draft_response, score_chunks
+from pdllm_jax.method.sampling import random_key
+from pdllm_jax.method.scoring import Draft, Question, draft_response, score_chunks
 from pdllm_jax.method.selection import EMPTY_SLOT, Selection, select
 from pdllm_jax.network.config import ConfigError
 from pdllm_jax.network.transformer import MaskPredictor
@@ -36,58 +44,32 @@ from pdllm_jax.network.transformer import MaskPredictor
 _COMPILE_EVENTS = "/jax/core/compile/"
 
 
-class _Active(threading.local):
-    """Of the phases that a thread is in: the spans in which it traced or compiled."""
-
-    def __init__(self) -> None:
-        self.phases: list[list[tuple[float, float]]] = []
-
-
-_active = _Active()
-
-
-def _record(event: str, duration_secs: float, **_: str | int) -> None:
-    if event.startswith(_COMPILE_EVENTS):
-        now = time.perf_counter()
-        for spans in _active.phases:
-            spans.append((now - duration_secs, now))
-
-
-jax.monitoring.register_event_duration_secs_listener(_record)
-
-
-def _covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union: tracing events nest."""
-    total, end = 0.0, float("-inf")
-    for start, stop in sorted(spans):
-        total += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    return total
-
-
-class Stopwatch:
-    """Seconds by phase. Time spent tracing and compiling is added up under "compile" instead.
-
-    Threads count what they compile themselves.
-    """
+class Timer:
+    """Seconds of each phase. What this thread traces and compiles counts under "compile" instead."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {"compile": 0.0}
-        self.compilations = 0
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the block's time to `name`. The block must wait for its own results."""
-        spans: list[tuple[float, float]] = []
-        _active.phases.append(spans)
-        start = time.perf_counter()
+        """Adds the duration of a `with` block, which must wait for its own results, to `name`."""
+        thread, spans = threading.get_ident(), list[tuple[float, float]]()
+
+        def record(event: str, duration: float, **_: str | int) -> None:
+            if event.startswith(_COMPILE_EVENTS) and threading.get_ident() == thread:
+                end = time.perf_counter()
+                while spans and spans[-1][0] >= end - duration:
+                    spans.pop()  # nested in this one
+                spans.append((end - duration, end))
+
+        jax.monitoring.register_event_duration_secs_listener(record)
+        begin = time.perf_counter()
         try:
             yield
         finally:
-            elapsed = time.perf_counter() - start
-            _active.phases.pop()
-            compiling = min(_covered(spans), elapsed)
-            self.compilations += bool(spans)
+            elapsed = time.perf_counter() - begin
+            jax.monitoring.unregister_event_duration_listener(record)
+            compiling = min(sum(end - start for start, end in spans), elapsed)
             self.seconds["compile"] += compiling
             self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - compiling
 
@@ -102,7 +84,11 @@ _RECOMPUTE: dict[Method, Recompute] = {
 
 
 def decode_config(method: Method, config: DecodeConfig) -> DecodeConfig:
-    """config with the rows that a baseline recomputes; the method itself keeps its own choice."""
+    """Returns config with the rows that a baseline recomputes; "prefilling" keeps its own.
+
+    Raises:
+      ConfigError: an unknown method; guidance with another method than "plain".
+    """
     if method not in get_args(Method):
         raise ConfigError(f"method {method!r} is not known ({', '.join(get_args(Method))})")
     if config.guidance > 0 and method != "plain":
@@ -112,234 +98,367 @@ def decode_config(method: Method, config: DecodeConfig) -> DecodeConfig:
     return dataclasses.replace(config, recompute=_RECOMPUTE[method])
 
 
-def keeps_pool(selecting: SelectionConfig, *, batched: bool) -> bool:
-    """Whether answering keeps the KV of all chunks of the document, or of a batch of them.
+def keeps_pool(config: SelectionConfig, *, batched: bool) -> bool:
+    """Whether the pass keeps the KV of all chunks of the document, or of a batch of documents.
 
-    Joint and query-conditioned encoding make their own, and what is wanted of one document alone is
-    kept while it streams through.
+    Joint and query-conditioned encoding compute their own KV; one document alone is streamed.
     """
-    reads_all = selecting.reselect != "never" or selecting.scorer == "attention"
-    return reads_all or (batched and needs_pool(selecting))
+    reads_all = config.reselect != "never" or config.scorer == "attention"
+    return reads_all or (batched and needs_pool(config))
 
 
-def streams(selecting: SelectionConfig, *, batched: bool) -> bool:
-    """Whether nothing but the kept chunks is ever asked for, so that no more lies in memory."""
-    return needs_pool(selecting) and not keeps_pool(selecting, batched=batched)
+def streams(config: SelectionConfig, *, batched: bool) -> bool:
+    """Whether the pass keeps the KV of the running top K alone."""
+    return needs_pool(config) and not keeps_pool(config, batched=batched)
 
 
-def settled(selecting: SelectionConfig, n: int, *, named: bool = False) -> SelectionConfig:
+def settled(config: SelectionConfig, n: int, *, named: bool = False) -> SelectionConfig:
     """The settings for documents of at most n chunks. named: the chunks to keep are given."""
-    if selecting.scorer == "all":
-        return dataclasses.replace(selecting, top_k=n, max_k=None, margin=0.0)
-    if n <= selecting.top_k and not named:
+    if config.scorer == "all":
+        return dataclasses.replace(config, top_k=n, max_k=None, margin=0.0)
+    if n <= config.top_k and not named:
         # Everything is kept: there is nothing to score, now or later.
         return dataclasses.replace(
-            selecting, scorer="all", top_k=n, max_k=None, margin=0.0, reselect="never"
+            config, scorer="all", top_k=n, max_k=None, margin=0.0, reselect="never"
         )
-    if selecting.max_k is not None:
-        return dataclasses.replace(selecting, max_k=min(selecting.max_k, n))
-    return selecting
+    if config.max_k is not None:
+        return dataclasses.replace(config, max_k=min(config.max_k, n))
+    return config
 
 
-def passing_config(selecting: SelectionConfig, *, streaming: bool) -> SelectionConfig:
-    """What the pass over the documents is told: no more than it reads."""
-    passing = selecting.scoring()
+def passing_config(config: SelectionConfig, *, streaming: bool) -> SelectionConfig:
+    """The settings that the pass over the documents reads, the others at their defaults."""
+    passing = config.scoring()
     if streaming:
         return dataclasses.replace(
             passing,
-            top_k=selecting.top_k,
-            max_k=selecting.max_k,
-            margin=selecting.margin,
-            keep_first=selecting.keep_first,
+            top_k=config.top_k,
+            max_k=config.max_k,
+            margin=config.margin,
+            keep_first=config.keep_first,
         )
-    return dataclasses.replace(passing, encoding=selecting.encoding, reselect=selecting.reselect)
+    return dataclasses.replace(passing, encoding=config.encoding, reselect=config.reselect)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedRequest:
+    """A batch of requests before any computation (`prepare`).
+
+    prompt: [B]; with a `cache` its chunks are not read. config: the settings for these documents.
+    keys: PRNG keys [B], from which all randomness follows. counts: chunks of each document, [B].
+    cache: documents encoded before, with the KV of every chunk. oracle: ids of the chunks to keep,
+    [B, M], EMPTY_SLOT behind them.
+    """
+
+    prompt: ChunkedPrompt
+    config: SelectionConfig
+    keys: Array
+    counts: np.ndarray
+    requests: int
+    cache: ChunkCache | None = None
+    oracle: np.ndarray | None = None
+
+    @property
+    def streams(self) -> bool:
+        """Whether the pass keeps the KV of the running top K alone."""
+        return self.cache is None and streams(self.config, batched=len(self.counts) > 1)
+
+    def draft(self, model: MaskPredictor, timer: Timer) -> Draft | None:
+        """The drafted responses, for the scorer that reads one."""
+        if self.config.scorer != "draft":
+            return None
+        with timer.phase("draft"):
+            prompt = self.prompt
+            question = Question(
+                prompt.prefix, prompt.prefix_length, prompt.query, prompt.query_length
+            )
+            return jax.block_until_ready(draft_response(model, question, self.config.scoring()))
+
+    def scoring_keys(self) -> Array:
+        """PRNG keys of the scorer "random", [B]."""
+        return jax.vmap(lambda key: jax.random.fold_in(key, 1))(self.keys)
+
+    def selected(
+        self, cache: ChunkCache, selection: Selection, scores: Float[Array, "B N"]
+    ) -> SelectedRequest:
+        """The request after selection; waits for the arrays."""
+        if self.config.max_k is not None:
+            selection = trimmed(selection)
+        jax.block_until_ready((cache, selection))
+        return SelectedRequest(
+            cache=cache,
+            selection=selection,
+            query=self.prompt.query,
+            query_length=self.prompt.query_length,
+            keys=self.keys,
+            counts=jnp.asarray(self.counts, jnp.int32),
+            scores=None if self.config.scorer in ("all", "oracle") else scores,
+            config=self.config,
+            requests=self.requests,
+        )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Prefilled:
-    """A request, or a batch of them, between prefill and decode.
+class SelectedRequest:
+    """A batch of requests whose chunks are selected, before they are encoded.
 
-    cache: the document(s); None where nothing that follows reads it.
-    selection: the chunks that were chosen; scores: of every chunk, None where nothing was scored.
-    query [*B, Q], query_length [*B], keys [B]: what else `init_denoise` takes.
-    counts: chunks of each document, [B], or [1] where there is one for all.
-    state: that denoising starts from; None before `begin`.
-    selecting: the settings as they are for these documents: K is at most their number of chunks.
-    requests: those that were asked for; the rest of the batch is filling.
-    decode: what the state was made for; before `begin`, what it is meant to be, or None.
+    cache: the documents, or the document that all questions share.
+    selection: the chosen chunks; scores: of every chunk, None where nothing was scored.
+    query [B, Q], query_length [B], keys [B]: the remaining inputs of `init_denoise`.
+    counts: chunks of each document, [B].
+    config: the settings for these documents: K is at most their number of chunks.
+    requests: rows that were asked for; the rest of the batch is padding.
+    decoding: the settings of the response; None where the decoder's own are to be used.
+    """
+
+    cache: ChunkCache
+    selection: Selection
+    query: Int[Array, "B Q"]
+    query_length: Int[Array, "B"]
+    keys: Array
+    counts: Int[Array, "B"]
+    scores: Float[Array, "B N"] | None
+    config: SelectionConfig = dataclasses.field(metadata={"static": True})
+    requests: int = dataclasses.field(default=1, metadata={"static": True})
+    decoding: DecodeConfig | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StartedRequest:
+    """A batch of requests whose response is masked and whose chunks are encoded.
+
+    cache: the documents; None where the state holds all KV that decoding reads.
+    selection, counts, scores, config, requests: as in `SelectedRequest`.
+    state: the state that denoising starts from. decoding: the settings that it was made for.
     """
 
     cache: ChunkCache | None
     selection: Selection
-    query: Int[Array, "*B Q"]
-    query_length: Int[Array, "*B"]
-    keys: Array
     counts: Int[Array, "B"]
-    scores: Float[Array, "*B N"] | None
-    state: DenoiseState | None
-    selecting: SelectionConfig = dataclasses.field(metadata={"static": True})
+    scores: Float[Array, "B N"] | None
+    state: DenoiseState
+    config: SelectionConfig = dataclasses.field(metadata={"static": True})
+    decoding: DecodeConfig = dataclasses.field(metadata={"static": True})
     requests: int = dataclasses.field(default=1, metadata={"static": True})
-    decode: DecodeConfig | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def pool(self) -> ChunkPool:
+        """The chunk KV that decoding reads: the state's, or else the document's."""
+        pool = self.state.pool
+        if pool is None and self.cache is not None:
+            pool = self.cache.pool
+        assert pool is not None
+        return pool
 
 
-def chunk_counts(prompt: ChunkedPrompt, cache: ChunkCache | None) -> np.ndarray:
-    """Chunks of each document, [] or [B]: of the prompt's, or of the cache that is asked about."""
-    lengths = prompt.chunk_lengths if cache is None else cache.lengths
-    return np.count_nonzero(np.asarray(lengths), axis=-1)
-
-
-def choose(
-    model: MaskPredictor,
+def prepare(
     prompt: ChunkedPrompt,
-    selecting: SelectionConfig,
+    config: SelectionConfig,
     keys: Array,
     *,
     cache: ChunkCache | None = None,
-    requests: int = 1,
+    requests: int | None = None,
     oracle: np.ndarray | None = None,
-    implementation: Implementation | None = None,
-    watch: Stopwatch | None = None,
-) -> Prefilled:
-    """Draft, score, select.
+) -> PreparedRequest:
+    """Derives the settings and chunk counts of a batch, once for all phases.
 
     Args:
-      prompt: of one request or a batch, [] or [B]; those behind the first `requests` are filling.
-      keys: PRNG keys, one for each request, [B]: all that is random follows from them.
-      cache: document(s) encoded before, with the KV of every chunk; the prompt's chunks are then
-        not read.
-      oracle: ids of the chunks to keep, [M] or [B, M] int32, for the scorer "oracle".
-      implementation: of attention over chunks, by default what the device runs.
-      watch: gets the times of "draft" and "score".
+      prompt: of B requests; the rows after the first `requests` (by default B) are padding.
+      keys: a PRNG key for each request, [B] (`request_keys`).
+      cache: documents encoded before, with the KV of every chunk.
+      oracle: ids of the chunks to keep, [B, M] int32, for the scorer "oracle".
+    """
+    batch = prompt.query.shape[0]
+    lengths = np.asarray(prompt.chunk_lengths if cache is None else cache.lengths)
+    counts = np.broadcast_to(np.count_nonzero(lengths, axis=-1), (batch,))
+    config = settled(config, int(counts.max()), named=oracle is not None)
+    requests = batch if requests is None else requests
+    return PreparedRequest(prompt, config, keys, counts, requests, cache, oracle)
 
-    Returns:
-      What was chosen and what it was chosen from, without a state.
+
+def select_chunks(
+    model: MaskPredictor,
+    request: PreparedRequest,
+    *,
+    implementation: Implementation | None = None,
+    timer: Timer | None = None,
+) -> SelectedRequest:
+    """Drafts, scores and selects.
+
+    Args:
+      implementation: of the attention over chunks, by default the device's.
+      timer: gets the seconds of "draft" and "score".
 
     Raises:
-      ValueError: the scorer lacks what it needs (a key, ids); the cache has no KV to score with.
+      ValueError: the scorer lacks an input (a key, ids); the cache has no KV to score with.
     """
-    watch = watch or Stopwatch()
-    counts = chunk_counts(prompt, cache)
-    selecting = settled(selecting, int(counts.max()), named=oracle is not None)
-    passing = selecting.scoring()
-    scoring_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-    if prompt.query.ndim == 1:
-        scoring_keys = scoring_keys[0]
-    draft = None
-    if selecting.scorer == "draft":
-        with watch.phase("draft"):
-            question = Question(
-                prompt.prefix, prompt.prefix_length, prompt.query, prompt.query_length
-            )
-            draft = jax.block_until_ready(draft_response(model, question, passing))
-    with watch.phase("score"):
-        shared = {"draft": draft, "key": scoring_keys, "oracle": oracle}
+    timer = timer or Timer()
+    prompt, cache, config = request.prompt, request.cache, request.config
+    shared = {"draft": request.draft(model, timer), "oracle": request.oracle}
+    with timer.phase("score"):
+        shared["key"] = request.scoring_keys()
         if cache is not None:
             scores = score_chunks(
-                model, cache, prompt.query, passing, query_length=prompt.query_length,
-                implementation=implementation, **shared,
-            )  # fmt: skip
-            chosen = select(scores, selecting)
-        elif streams(selecting, batched=prompt.query.ndim == 2):
-            kept = passing_config(selecting, streaming=True)
-            cache, chosen, scores = prefill_top_k(model, prompt, kept, **shared)
+                model,
+                cache,
+                prompt.query,
+                config.scoring(),
+                query_length=prompt.query_length,
+                implementation=implementation,
+                **shared,
+            )
+        elif request.streams:
+            passing = passing_config(config, streaming=True)
+            alone, inputs = jax.tree.map(lambda x: x[0], (prompt, shared))
+            cache, *rows = prefill_top_k(model, alone, passing, **inputs)
+            return request.selected(cache, *jax.tree.map(lambda x: x[None], rows))
         else:
-            passing = passing_config(selecting, streaming=False)
+            passing = passing_config(config, streaming=False)
             cache, scores = prefill(model, prompt, passing, **shared)
-            chosen = select(scores, selecting)
-        if selecting.max_k is not None:
-            chosen = trimmed(chosen)
-        jax.block_until_ready((cache, chosen))
-    return Prefilled(
-        cache=cache,
-        selection=chosen,
-        query=prompt.query,
-        query_length=prompt.query_length,
-        keys=keys,
-        counts=jnp.asarray(np.atleast_1d(counts), jnp.int32),
-        scores=None if selecting.scorer in ("all", "oracle") else scores,
-        state=None,
-        selecting=selecting,
-        requests=requests,
+        return request.selected(cache, select(scores, config), scores)
+
+
+def start_decoding(
+    model: MaskPredictor,
+    request: SelectedRequest,
+    decoding: DecodeConfig,
+    *,
+    implementation: Implementation | None = None,
+    timer: Timer | None = None,
+) -> StartedRequest:
+    """Places and encodes the chosen chunks; drops the document where nothing reads it any more.
+
+    Args:
+      decoding: the settings of the response.
+      timer: gets the seconds of "encode".
+
+    Raises:
+      ValueError: as `init_denoise`.
+    """
+    timer = timer or Timer()
+    with timer.phase("encode"):
+        state = init_denoise(
+            model,
+            request.cache,
+            request.selection,
+            request.query,
+            decoding,
+            request.keys,
+            query_length=request.query_length,
+            selecting=request.config,
+            implementation=implementation,
+        )
+        padding = jnp.arange(state.block.shape[0]) >= request.requests
+        state = dataclasses.replace(state, block=jnp.where(padding, decoding.n_blocks, state.block))
+        jax.block_until_ready(state)
+    unread = state.pool is not None and request.config.reselect == "never"
+    return StartedRequest(
+        cache=None if unread else request.cache,
+        # Places in the pool of the cache go with it.
+        selection=dataclasses.replace(request.selection, slots=None)
+        if unread
+        else request.selection,
+        counts=request.counts,
+        scores=request.scores,
+        state=state,
+        config=request.config,
+        decoding=decoding,
+        requests=request.requests,
     )
 
 
-def begin(
-    model: MaskPredictor,
-    chosen: Prefilled,
-    config: DecodeConfig,
-    *,
-    implementation: Implementation | None = None,
-    watch: Stopwatch | None = None,
-) -> Prefilled:
-    """Places and encodes what was chosen; lets the document go where nothing reads it any more.
+AnyRequest = TypeVar("AnyRequest", SelectedRequest, StartedRequest)
 
-    chosen: of `choose`, or restored. config: for which the state is made, as `init_denoise`, whose
-    errors it raises. watch: gets the time of "encode". Returns the same with a state.
+
+def drop_other_chunks(request: AnyRequest) -> AnyRequest:
+    """Returns the request without the KV of chunks that were not chosen; tokens stay the same.
+
+    Returns the input unchanged if there is no such KV or if re-selection may read it.
     """
-    watch = watch or Stopwatch()
-    with watch.phase("encode"):
-        state = init_denoise(
-            model, chosen.cache, chosen.selection, chosen.query, config, chosen.keys,
-            query_length=chosen.query_length, selecting=chosen.selecting,
-            implementation=implementation,
-        )  # fmt: skip
-        if chosen.requests < state.block.shape[0]:
-            filling = jnp.arange(state.block.shape[0]) >= chosen.requests
-            state = dataclasses.replace(
-                state, block=jnp.where(filling, config.n_blocks, state.block)
-            )
-        jax.block_until_ready(state)
-    begun = dataclasses.replace(chosen, state=state, decode=config)
-    done_with = state.pool is not None and chosen.selecting.reselect == "never"
-    return _without_cache(begun) if done_with else begun
-
-
-def without_other_chunks(prefilled: Prefilled) -> Prefilled:
-    """Of the KV of a document's chunks, that of the chosen ones alone; tokens stay the same.
-
-    As it is where there is none, or where re-selection may want any of it. A state then has a pool
-    of its own; before `begin` the cache is as `prefill_top_k` leaves it.
-    """
-    cache, state = prefilled.cache, prefilled.state
-    if cache is None or cache.pool is None or prefilled.selecting.reselect != "never":
-        return prefilled
-    if state is not None:
-        pool, places = _gathered(cache.pool, state.chunk_ids)
-        state = dataclasses.replace(state, pool=pool, chunk_ids=places)
-        return _without_cache(dataclasses.replace(prefilled, state=state))
-    if prefilled.selecting.encoding not in ("independent", "bridge"):
-        return dataclasses.replace(prefilled, cache=cache.without_pool())
-    selection = prefilled.selection
+    cache = request.cache
+    if cache is None or cache.pool is None or request.config.reselect != "never":
+        return request
+    selection = request.selection
+    if isinstance(request, StartedRequest):
+        pool, places = _gathered(cache.pool, request.state.chunk_ids)
+        state = dataclasses.replace(request.state, pool=pool, chunk_ids=places)
+        selection = dataclasses.replace(selection, slots=None)
+        return dataclasses.replace(request, cache=None, state=state, selection=selection)
+    if not needs_pool(request.config):
+        return dataclasses.replace(request, cache=cache.without_pool())
     ids = selection.slots
     if ids is None:
         ids = selection.chunk_ids
-        if cache.batched:
-            first = jnp.arange(ids.shape[0])[:, None] * cache.lengths.shape[-1]
+        if cache.lengths.ndim == 2:
+            documents, n = cache.lengths.shape
+            first = jnp.arange(documents)[:, None] * n
             ids = jnp.where(ids >= 0, first + ids, EMPTY_SLOT)
     pool, places = _gathered(cache.pool, ids)
     return dataclasses.replace(
-        prefilled,
+        request,
         cache=dataclasses.replace(cache, pool=pool, streamed=True),
         selection=dataclasses.replace(selection, slots=places),
     )
 
 
-def _without_cache(prefilled: Prefilled) -> Prefilled:
-    """The places in the cache's pool go with it."""
-    selection = dataclasses.replace(prefilled.selection, slots=None)
-    return dataclasses.replace(prefilled, cache=None, selection=selection)
-
-
-def _gathered(pool: ChunkPool, ids: Int[Array, "*B K"]) -> tuple[ChunkPool, Int[Array, "*B K"]]:
-    """The chunks at these places, in this order, and where each is then."""
+def _gathered(pool: ChunkPool, ids: Int[Array, "B K"]) -> tuple[ChunkPool, Int[Array, "B K"]]:
+    """A pool of the chunks at these places, in this order, and their places in it."""
     at = jnp.maximum(ids, 0).reshape(-1)
     lengths = jnp.where(ids.reshape(-1) >= 0, pool.lengths[at], 0)
-    own = jnp.arange(ids.size, dtype=jnp.int32).reshape(ids.shape)
-    return ChunkPool(pool.k[:, at], pool.v[:, at], lengths), jnp.where(ids >= 0, own, EMPTY_SLOT)
+    places = jnp.arange(ids.size, dtype=jnp.int32).reshape(ids.shape)
+    gathered = ChunkPool(pool.k[:, at], pool.v[:, at], lengths)
+    return gathered, jnp.where(ids >= 0, places, EMPTY_SLOT)
 
 
-def trimmed(chosen: Selection) -> Selection:
-    """Without slots that are empty in every request, so that they cost nothing further on."""
-    most = max(1, int((np.asarray(chosen.chunk_ids) != EMPTY_SLOT).sum(axis=-1).max()))
-    return jax.tree.map(lambda x: x[..., :most], chosen)
+def trimmed(selection: Selection) -> Selection:
+    """Removes the slots that are empty in every request, so that later phases do not pay for them."""
+    kept = np.count_nonzero(np.asarray(selection.chunk_ids) != EMPTY_SLOT, axis=-1)
+    return jax.tree.map(lambda x: x[..., : max(1, int(kept.max()))], selection)
+
+
+def request_keys(seeds: Sequence[int], size: int) -> Array:
+    """PRNG keys of a batch, [size]: each from its own seed, independent of its place."""
+    padded = [*seeds, *[0] * (size - len(seeds))]
+    return jnp.stack([jax.random.fold_in(random_key(seed), 0) for seed in padded])
+
+
+def document_prompt(
+    prefix_ids: TokenIds, context_ids: TokenIds, config: ChunkConfig, bos_id: int | None
+) -> ChunkedPrompt:
+    """A document without a question, for `encode_document`: as `chunk_prompt` with tight=True."""
+    prefix = np.asarray(prefix_ids, np.int32)
+    if bos_id is None and prefix.size:
+        bos_id = int(prefix[0])
+    chunks, lengths = split_context(context_ids, config, bos_id)
+    n = bucket_chunks(len(chunks), tight=True)
+    return ChunkedPrompt(
+        prefix=jnp.asarray(pad_to(prefix, bucket_rows(prefix.size))),
+        prefix_length=jnp.asarray(prefix.size, jnp.int32),
+        chunks=jnp.asarray(pad_to(chunks, n)),
+        chunk_lengths=jnp.asarray(pad_to(lengths, n)),
+        query=jnp.zeros((0,), jnp.int32),
+        query_length=jnp.zeros((), jnp.int32),
+        anchors=config.anchors,
+    )
+
+
+def question_prompt(
+    document: ChunkCache, questions: Sequence[np.ndarray], size: int
+) -> ChunkedPrompt:
+    """Questions about one encoded document, padded to a batch of `size`, without its chunks."""
+    rows = bucket_rows(max(ids.size for ids in questions))
+    query = np.zeros((size, rows), np.int32)
+    query[: len(questions)] = [pad_to(ids, rows) for ids in questions]
+    lengths = [ids.size for ids in questions] + [0] * (size - len(questions))
+    chunk_size = document.tokens.shape[-1]
+    return ChunkedPrompt(
+        prefix=jnp.broadcast_to(document.prefix_ids, (size, document.prefix_ids.shape[-1])),
+        prefix_length=jnp.broadcast_to(document.prefix_length, (size,)),
+        chunks=jnp.zeros((size, 0, chunk_size), jnp.int32),
+        chunk_lengths=jnp.zeros((size, 0), jnp.int32),
+        query=jnp.asarray(query),
+        query_length=jnp.asarray(lengths, jnp.int32),
+        anchors=document.anchors,
+    )

@@ -64,7 +64,7 @@ def model_identity(model: MaskPredictor) -> ModelIdentity:
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """SHA-256 of tokenizer.json, as it was read, and of the ids of the special tokens."""
-    ids = [tokenizer.bos_id, tokenizer.mask_id, tokenizer.eos_id, tokenizer.chat]
+    ids = [tokenizer.bos_id, tokenizer.mask_id, *tokenizer.stop_ids]
     return _digest({"file": tokenizer.digest, "special": ids})
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, Sharding
 from jaxtyping import Array
 
 from pdllm_jax.config import ChunkConfig
-from pdllm_jax.engine.request import Prefilled
+from pdllm_jax.engine.request import SelectedRequest, StartedRequest
 from pdllm_jax.method.cache import ChunkCache
 from pdllm_jax.network.sharding import sharding_of
 from pdllm_jax.network.transformer import MaskPredictor
@@ -104,42 +104,43 @@ def load_document(
     return Document(tree_of(ChunkCache, "cache", arrays, manifest.flags), manifest.chunking)
 
 
-def save_prefilled(
+def save_request(
     path: str | Path,
     model: MaskPredictor | ModelIdentity,
-    prefilled: Prefilled,
+    request: SelectedRequest | StartedRequest,
     *,
     chunking: ChunkConfig,
     tokenizer: Tokenizer | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes requests between prefill and decode: what `choose` or `begin` has returned.
+    """Writes requests between prefill and decode: what `Engine.prefill` has returned.
 
-    The rest as `save_document`. `without_other_chunks` before it leaves out KV that is not needed.
+    The rest as `save_document`. `drop_other_chunks` before it leaves out KV that is not needed.
     """
-    holds: Holds = "selection" if prefilled.state is None else "state"
-    _save(path, model, holds, prefilled, chunking, tokenizer, overwrite)
+    holds: Holds = "state" if isinstance(request, StartedRequest) else "selection"
+    _save(path, model, holds, request, chunking, tokenizer, overwrite)
 
 
-def load_prefilled(
+def load_request(
     path: str | Path,
     model: MaskPredictor | ModelIdentity,
     *,
     tokenizer: Tokenizer | None = None,
     placement: Placement | None = None,
     mesh: Mesh | None = None,
-) -> Prefilled:
-    """Restores what `begin` (without a state) or `finish` (with one) goes on from.
+) -> SelectedRequest | StartedRequest:
+    """Restores what `Engine.decode` goes on from.
 
     Arguments and errors as `load_document`.
     """
     manifest, arrays = _load(path, model, "", tokenizer, placement, mesh)
     fields = {
-        "selecting": manifest.selecting,
-        "decode": manifest.decode,
+        "config": manifest.selecting,
+        "decoding": manifest.decode,
         "requests": manifest.flags["requests"],
     }
-    return tree_of(Prefilled, "", arrays, manifest.flags, **fields)
+    kind = StartedRequest if manifest.holds == "state" else SelectedRequest
+    return tree_of(kind, "", arrays, manifest.flags, **fields)
 
 
 def snapshot_holds(path: str | Path) -> Holds:
@@ -186,7 +187,7 @@ def _save(
     path: str | Path,
     model: MaskPredictor | ModelIdentity,
     holds: Holds,
-    tree: ChunkCache | Prefilled,
+    tree: ChunkCache | SelectedRequest | StartedRequest,
     chunking: ChunkConfig,
     tokenizer: Tokenizer | None,
     overwrite: bool,
@@ -195,11 +196,11 @@ def _save(
     require_one_process(target)
     staged = _staged(target, overwrite)
     staged.check()
-    prefilled = tree if isinstance(tree, Prefilled) else None
-    if prefilled is not None and prefilled.decode is not None and prefilled.decode.has_code:
+    prefilled = None if isinstance(tree, ChunkCache) else tree
+    if prefilled is not None and prefilled.decoding is not None and prefilled.decoding.has_code:
         raise SnapshotError(
             "a snapshot cannot hold remasking or unmask given as functions: save without a state, "
-            "with decode=None, and give them to `begin`",
+            "with decoding=None, and give them to the Engine that decodes",
             field="decode",
         )
     identity = _identity(model)
@@ -218,8 +219,8 @@ def _save(
         tokenizer=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
         document=document,
         chunking=chunking,
-        selecting=prefilled.selecting if prefilled else None,
-        decode=prefilled.decode if prefilled else None,
+        selecting=prefilled.config if prefilled else None,
+        decode=prefilled.decoding if prefilled else None,
         flags=flags_of(tree),
         arrays={k: ArrayRecord(tuple(v.shape), str(v.dtype)) for k, v in arrays.items()},
         files={},

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pdllm_jax.engine.request import Prefilled
+from pdllm_jax.engine.request import SelectedRequest, StartedRequest
 from pdllm_jax.method.cache import ChunkCache, ChunkPool, DenoiseState, LiveCache
 from pdllm_jax.method.selection import Selection
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.storage.snapshot_format import Manifest, refusal
 
-Tree = TypeVar("Tree", ChunkCache, Prefilled)
+Tree = TypeVar("Tree", ChunkCache, SelectedRequest, StartedRequest)
 
 _TREES: dict[type, dict[str, Any]] = {
     ChunkPool: {"k": "kv L z G c D", "v": "kv L z G c D", "lengths": "int32 z"},
@@ -46,10 +46,14 @@ _TREES: dict[type, dict[str, Any]] = {
         "block": "int32 B", "step": "int32 B", "stale": "bool B", "evaluations": "int32 B",
         "rescored": "int32 B", "keys": "uint32 B w",
     },
-    Prefilled: {
+    SelectedRequest: {
+        "cache": (ChunkCache, ""), "selection": (Selection, ""),
+        "query": "int32 B Q", "query_length": "int32 B", "keys": "uint32 B w",
+        "counts": "int32 B", "scores": "float32 B M ?",
+    },
+    StartedRequest: {
         "cache": (ChunkCache, "?"), "selection": (Selection, ""),
-        "query": "int32 *B Q", "query_length": "int32 *B", "keys": "uint32 B w",
-        "counts": "int32 n", "scores": "float32 *B M ?", "state": (DenoiseState, "?"),
+        "counts": "int32 B", "scores": "float32 B M ?", "state": (DenoiseState, ""),
     },
 }  # fmt: skip
 
@@ -63,7 +67,7 @@ _RANGES = {
 }  # fmt: skip
 
 
-def arrays_of(tree: ChunkCache | Prefilled, name: str) -> dict[str, Array]:
+def arrays_of(tree: ChunkCache | SelectedRequest | StartedRequest, name: str) -> dict[str, Array]:
     """The arrays of a pytree by name, "cache.pool.k"; PRNG keys as their data."""
     return dict(_walk(tree, name))
 
@@ -80,15 +84,16 @@ def _walk(tree: Any, name: str) -> Iterator[tuple[str, Array]]:
             yield where, jax.random.key_data(value) if keys else value
 
 
-def flags_of(tree: ChunkCache | Prefilled) -> dict[str, Any]:
+def flags_of(tree: ChunkCache | SelectedRequest | StartedRequest) -> dict[str, Any]:
     """Static fields by name, the settings not among them; and the kind of the PRNG keys."""
     flags: dict[str, Any] = {}
     cache = tree if isinstance(tree, ChunkCache) else tree.cache
     if cache is not None:
         flags |= {"anchors": cache.anchors, "streamed": cache.streamed}
-    if isinstance(tree, Prefilled):
-        flags |= {"requests": tree.requests, "keys": str(jax.random.key_impl(tree.keys))}
-        if tree.state is not None:
+    if not isinstance(tree, ChunkCache):
+        keys = tree.keys if isinstance(tree, SelectedRequest) else tree.state.keys
+        flags |= {"requests": tree.requests, "keys": str(jax.random.key_impl(keys))}
+        if isinstance(tree, StartedRequest):
             flags["live_encoded"] = tree.state.live_encoded
     return flags
 
@@ -120,7 +125,8 @@ def check_shapes(folder: Path, manifest: Manifest, config: ModelConfig) -> None:
     """
     document = manifest.holds == "document"
     wanted = {f"cache.{k}": v for k, v in _TREES[ChunkCache].items()}
-    wanted = wanted if document else dict(_TREES[Prefilled])
+    if not document:
+        wanted = dict(_TREES[StartedRequest if manifest.holds == "state" else SelectedRequest])
     sizes = {"L": config.n_layers, "G": config.n_kv_heads, "D": config.head_dim}
     sizes["C"] = manifest.chunking.chunk_size
     left = dict(manifest.arrays)
@@ -190,7 +196,8 @@ def _check_flags(folder: Path, manifest: Manifest) -> None:
     ):
         raise refusal(folder, "holds", f"{manifest.holds!r} does not go with its contents")
     if manifest.holds != "document":
-        requests, (batch, width) = manifest.flags["requests"], manifest.arrays["keys"].shape
+        where = "state.keys" if manifest.holds == "state" else "keys"
+        requests, (batch, width) = manifest.flags["requests"], manifest.arrays[where].shape
         if not 0 < requests <= batch:
             raise refusal(folder, "flags.requests", f"is {requests} in a batch of {batch}")
         key = jax.random.key(0)

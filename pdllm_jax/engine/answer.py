@@ -1,0 +1,184 @@
+"""Decoding: the denoising loop of a started request, its blocks as they finish, and its answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from pallas_kernels import Implementation, implementation_name, resolve_matmul
+from pallas_kernels.chunk_attention.dense import dense_implementation
+from pdllm_jax.config import DecodeConfig, SelectionConfig
+from pdllm_jax.engine.request import StartedRequest, Timer
+from pdllm_jax.method.cache import ChunkCache, DenoiseState
+from pdllm_jax.method.denoise import denoise
+from pdllm_jax.method.selection import EMPTY_SLOT
+from pdllm_jax.network.sharding import DATA, mesh_name, rows_axis
+from pdllm_jax.network.transformer import MaskPredictor
+
+# (request, block, its tokens): called when a block of a response is finished.
+OnBlock = Callable[[int, int, list[int]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A response and how it was computed.
+
+    tokens: the response's G ids. text: decoded up to its end; None without a tokenizer.
+    evaluations: denoising evaluations of the network, without draft, scoring and encoding.
+    selection: {"chunks": ids kept, "scores": of every chunk or None where nothing was scored}; with
+      re-selection also "rescored", the number of times, and "chunks_at_end". None for baselines.
+    timings: seconds of draft, score (where chunk KV is kept: the pass that also encodes), encode,
+      decode, compile (tracing and compiling, in no other phase) and total, of the batch.
+    paths: the implementations used, by name.
+    """
+
+    tokens: list[int]
+    text: str | None
+    evaluations: int
+    selection: dict[str, Any] | None
+    timings: dict[str, float]
+    paths: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def decode_request(
+    model: MaskPredictor,
+    request: StartedRequest,
+    implementation: Implementation,
+    timer: Timer,
+    on_block: OnBlock | None = None,
+) -> list[Answer]:
+    """Runs the denoising loop of a started request, whose state is consumed.
+
+    Args:
+      implementation: of the attention over chunks.
+      timer: gets the seconds of "decode".
+
+    Returns:
+      An answer without text to each of the requests.
+    """
+    config, decoding = request.config, request.decoding
+    reselecting = config.reselect != "never"
+    with timer.phase("decode"):
+        state = denoise_blocks(
+            model,
+            request.cache,
+            request.state,
+            decoding,
+            implementation=implementation,
+            selecting=config if reselecting else None,
+            on_block=on_block,
+        )
+    rows = state.tokens.shape[0]
+    if model.mesh is not None and rows_axis(model.mesh, rows):
+        rows //= model.mesh.shape[DATA]
+    paths = used_paths(
+        model,
+        rows * decoding.block_length,
+        chunk_attention=implementation_name(implementation),
+        encoding=config.encoding,
+        scorer=config.scorer,
+    )
+    counts, scores = np.asarray(request.counts), request.scores
+    scores = None if scores is None else np.asarray(scores)
+    first, last = np.asarray(request.selection.chunk_ids), np.asarray(state.selected)
+    answers = []
+    for b in range(request.requests):
+        selection: dict[str, Any] = {
+            "chunks": first[b][first[b] != EMPTY_SLOT].tolist(),
+            "scores": None if scores is None else scores[b, : counts[b]].tolist(),
+        }
+        if reselecting:
+            selection["rescored"] = int(state.rescored[b])
+            selection["chunks_at_end"] = last[b][last[b] != EMPTY_SLOT].tolist()
+        answers.append(read_answer(state, b, selection, timer, paths))
+    return answers
+
+
+def read_answer(
+    state: DenoiseState,
+    row: int,
+    selection: dict[str, Any] | None,
+    timer: Timer,
+    paths: dict[str, str],
+) -> Answer:
+    """The answer, without text, in a row of a state."""
+    phases = ("draft", "score", "encode", "decode", "compile")
+    timings = {name: timer.seconds.get(name, 0.0) for name in phases}
+    return Answer(
+        tokens=np.asarray(state.tokens[row]).tolist(),
+        text=None,
+        evaluations=int(state.evaluations[row]),
+        selection=selection,
+        timings={**timings, "total": sum(timings.values())},
+        paths=paths,
+    )
+
+
+def denoise_blocks(
+    model: MaskPredictor,
+    cache: ChunkCache | None,
+    state: DenoiseState,
+    config: DecodeConfig,
+    *,
+    implementation: Implementation | None = None,
+    selecting: SelectionConfig | None = None,
+    on_block: OnBlock | None = None,
+) -> DenoiseState:
+    """Runs `denoise` and waits for it; with `on_block` a block at a time, which the host hands out one block later.
+
+    A request has ended where its `state.block` says that it is done and only EOS follows one of its
+    `stop_ids`.
+    """
+    settings = {"config": config, "implementation": implementation, "selecting": selecting}
+    if on_block is None:
+        return jax.block_until_ready(denoise(model, cache, state, **settings))
+    length, sent = config.block_length, np.asarray(state.block).tolist()
+    pending: list[tuple[Array, Array]] = []
+
+    def send(tokens: Array, done: Array) -> None:
+        for request, row in enumerate(np.asarray(tokens)):
+            for block in range(sent[request], int(done[request])):
+                piece, rest = np.split(row[block * length :], [length])
+                on_block(request, block, piece.tolist())
+                sent[request] = block + 1
+                stopped = done[request] == config.n_blocks and np.isin(piece, config.stop_ids).any()
+                if stopped and (rest == model.config.eos_token_id).all():
+                    sent[request] = config.n_blocks
+                    break
+
+    for block in range(config.n_blocks):
+        state = denoise(model, cache, state, until=jnp.int32(block + 1), **settings)
+        # Copies: the state's buffers are donated to the next call.
+        pending.append((jnp.copy(state.tokens), jnp.copy(state.block)))
+        if len(pending) > 1:
+            send(*pending.pop(0))
+    send(*pending.pop())
+    return state
+
+
+def used_paths(model: MaskPredictor, rows: int, **others: str) -> dict[str, str]:
+    """`Answer.paths`. rows: of a narrow step, of all requests of a device together."""
+    block = model.blocks[0]
+    widest = [block.gate_proj.weight[...], block.up_proj.weight[...]]
+    if model.mesh is not None:
+        others["mesh"] = mesh_name(model.mesh)
+        others["sums"] = "xla" if model.links is None else "mosaic_gpu"
+        parts = [x.sharding.shard_shape(x.shape) for x in widest]
+        widest = [jax.ShapeDtypeStruct(shape, model.dtype) for shape in parts]
+    return {
+        "attention": dense_implementation(model.dtype, model.config.head_dim),
+        "matmul": resolve_matmul(None, rows, tuple(widest), "swiglu"),
+        **others,
+        "device": jax.devices()[0].device_kind,
+        "dtype": str(model.dtype),
+    }

@@ -57,8 +57,10 @@ def generate_batch_ids(
     for name, values in given.items():
         if values is not None and len(values) != len(requests):
             raise ValueError(f"{name} has {len(values)} entries for {len(requests)} requests")
-    oracle, seeds = (given.get(name) or [default] * len(requests)
-                     for name, default in (("oracle", None), ("seeds", 0)))
+    oracle, seeds = (
+        given.get(name) or [default] * len(requests)
+        for name, default in (("oracle", None), ("seeds", 0))
+    )
     if any(isinstance(one, Request) for one in requests):
         raise ValueError("requests must be tuples (prefix, context, query): Request has changed")
     batch = [
@@ -107,7 +109,9 @@ def choose(
 ) -> request.SelectedRequest:
     """Use `Engine.prefill` with encode=False."""
     call = _split(settings, "implementation")
-    return request.select_chunks(model, request.prepare(prompt, selecting, keys, **settings), **call)
+    return request.select_chunks(
+        model, request.prepare(prompt, selecting, keys, **settings), **call
+    )
 
 
 def finish(model: MaskPredictor, prefilled: Any, **settings: Any) -> list[Answer]:
@@ -117,16 +121,31 @@ def finish(model: MaskPredictor, prefilled: Any, **settings: Any) -> list[Answer
 
 
 _NAMES: dict[str, Any] = {
-    "LLaDA": MaskPredictor, "GenerationResult": Answer, "Prefilled": request.StartedRequest,
-    "Plan": memory.Plan, "ChunkPool": cache.ChunkPool, "LiveCache": cache.LiveCache,
-    "Draft": scoring.Draft, "draft_response": scoring.draft_response,
-    "prefill_top_k": prefill.prefill_top_k, "ModelIdentity": fingerprint.ModelIdentity,
-    "model_identity": fingerprint.model_identity, "TokenizerError": TokenizerError,
-    "begin": request.start_decoding, "without_other_chunks": request.drop_other_chunks,
-    "save_prefilled": snapshot.save_request, "load_prefilled": snapshot.load_request,
-    "generate": generate, "generate_ids": generate_ids, "generate_batch_ids": generate_batch_ids,
-    "encode_text": encode_text, "ask": ask, "ask_ids": ask_ids, "choose": choose,
-    "prefill_request": prefill_request, "finish": finish,
+    "LLaDA": MaskPredictor,
+    "GenerationResult": Answer,
+    "Prefilled": request.StartedRequest,
+    "Plan": memory.Plan,
+    "ChunkPool": cache.ChunkPool,
+    "LiveCache": cache.LiveCache,
+    "Draft": scoring.Draft,
+    "draft_response": scoring.draft_response,
+    "prefill_top_k": prefill.prefill_top_k,
+    "ModelIdentity": fingerprint.ModelIdentity,
+    "model_identity": fingerprint.model_identity,
+    "TokenizerError": TokenizerError,
+    "begin": request.start_decoding,
+    "without_other_chunks": request.drop_other_chunks,
+    "save_prefilled": snapshot.save_request,
+    "load_prefilled": snapshot.load_request,
+    "generate": generate,
+    "generate_ids": generate_ids,
+    "generate_batch_ids": generate_batch_ids,
+    "encode_text": encode_text,
+    "ask": ask,
+    "ask_ids": ask_ids,
+    "choose": choose,
+    "prefill_request": prefill_request,
+    "finish": finish,
 }
 
 

@@ -36,7 +36,7 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     from bench.run import cheap_model
-    from pdllm_jax import ChunkConfig, ModelConfig, generate_ids, load_model
+    from pdllm_jax import ChunkConfig, Engine, ModelConfig, load_model
     from pdllm_jax.compilation import enable_compilation_cache
 
     enable_compilation_cache()
@@ -54,8 +54,9 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
 
     def ask() -> tuple[float, dict[str, float]]:
         start, firsts = time.perf_counter(), []
-        result = generate_ids(
-            model, prefix, context, query, chunking=ChunkConfig(args.chunk_size),
+        engine = Engine(model, chunking=ChunkConfig(args.chunk_size))
+        result = engine.answer(
+            context, query, prefix=prefix,
             on_block=lambda *_: firsts.append(time.perf_counter() - start),
         )  # fmt: skip
         return firsts[0], result.timings

@@ -299,7 +299,9 @@ def snapshot(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from pdllm_jax import ChunkCache, ChunkConfig, ChunkPool, ModelIdentity
+    from pdllm_jax import ChunkCache, ChunkConfig
+    from pdllm_jax.method.cache import ChunkPool
+    from pdllm_jax.storage.fingerprint import ModelIdentity
     from pdllm_jax.storage.snapshot import load_document, save_document
 
     config, rng = ModelConfig.llada_8b(), np.random.default_rng(0)

@@ -108,29 +108,28 @@ def run(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     import jax
 
     from bench.run import cheap_model
-    from pdllm_jax import ask_ids, chunk_prompt, encode_document, generate_batch_ids, generate_ids
+    from pdllm_jax import Engine, Request
 
     config, chunking = model_config(args), ChunkConfig(args.chunk_size)
     model, rng = cheap_model(config), np.random.default_rng(0)
     document = setting.document(args.chunk_size)
-    settings = {"selection": setting.select, "decode": setting.decode}
+    engine = Engine(
+        model, chunking=chunking, selection=setting.select, decoding=setting.decode,
+        method=setting.method,
+    )  # fmt: skip
 
     def draw(n: int) -> np.ndarray:
         return rng.integers(3, config.vocab_size - 8, n)
 
     if setting.questions is not None:
-        prompt = chunk_prompt(draw(16), draw(document), draw(1), chunking, tight=True)
-        cache = encode_document(model, prompt, encode_batch=setting.select.encode_batch)
-        queries = [draw(setting.query) for _ in range(setting.questions)]
-        ask_ids(model, cache, queries, **settings)
-    elif setting.batch is not None:
-        requests = [(draw(16), draw(document), draw(setting.query)) for _ in range(setting.batch)]
-        generate_batch_ids(model, requests, chunking=chunking, **settings)
+        cache = engine.encode(draw(document), prefix=draw(16))
+        engine.ask(cache, [draw(setting.query) for _ in range(setting.questions)])
     else:
-        generate_ids(
-            model, draw(16), draw(document), draw(setting.query),
-            method=setting.method, chunking=chunking, **settings,
-        )  # fmt: skip
+        requests = [
+            Request(draw(document), draw(setting.query), prefix=draw(16))
+            for _ in range(setting.batch or 1)
+        ]
+        engine.answer_batch(requests)
     stats = jax.devices()[0].memory_stats() or {}
     return {
         **planned(setting.plan(config, args.chunk_size)),

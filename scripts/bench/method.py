@@ -25,17 +25,16 @@ from pdllm_jax import (
     Selection,
     batch_prompts,
     denoise,
-    draft_response,
     encode_document,
     init_denoise,
     prefill,
-    prefill_top_k,
     score_chunks,
     select_top_k,
 )
 from pdllm_jax.method.cache import ChunkCache
 from pdllm_jax.method.chunking import ChunkedPrompt
-from pdllm_jax.method.scoring import Question
+from pdllm_jax.method.prefill import prefill_top_k
+from pdllm_jax.method.scoring import Question, draft_response
 
 DECODE = DecodeConfig(gen_length=BLOCK, block_length=BLOCK)
 INDEPENDENT = dataclasses.replace(SELECT, encoding="independent")

@@ -19,10 +19,8 @@ import numpy as np
 
 from bench.record import write
 from bench.run import BLOCK, SELECT, add_model_arguments, begin, peak
-from pdllm_jax import DecodeConfig
-from pdllm_jax import begin as begin_answer
-from pdllm_jax.engine.engine import finish, request_keys
-from pdllm_jax.engine.offload import choose_offloaded, encode_offloaded, fetch, host_memory
+from pdllm_jax import DecodeConfig, Engine
+from pdllm_jax.engine.request import request_keys, start_decoding
 
 PARTS = ("draft, score, bring over", "encode", "decode")
 
@@ -38,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Encodes, fetches chunks, answers; the record is written after each."""
+    from pdllm_jax.engine.offload import choose_offloaded, encode_offloaded, fetch
+
     run = begin(args)
     run.record["host_copy_bandwidth"] = host_copy_bandwidth(0.01 if args.tiny else 1.0)
     prompt, group = run.prompt(args.chunks), 2 * SELECT.encode_batch
@@ -74,9 +74,9 @@ def main(args: argparse.Namespace) -> int:
 
         chosen = choose_offloaded(run.model, document, query, selecting, request_keys([0], 1))
         done(chosen.cache, chosen.selection)
-        state = begin_answer(run.model, chosen, decode)
+        state = start_decoding(run.model, chosen, decode)
         done(state)
-        finish(run.model, state)
+        Engine(run.model, decoding=decode).decode(state)
         done()
         return np.diff(times)
 
@@ -93,6 +93,8 @@ def main(args: argparse.Namespace) -> int:
 
 def host_copy_bandwidth(gigabytes: float) -> float:
     """Returns bytes per second of one large array from host to device, best of three."""
+    from pdllm_jax.engine.offload import host_memory
+
     device = jax.device_put(0).sharding
     array = jnp.zeros((int(gigabytes * 2**30) // 4,), jnp.float32)
     on_host = jax.block_until_ready(jax.device_put(array, host_memory(device)))

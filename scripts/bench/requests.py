@@ -13,7 +13,7 @@ import numpy as np
 
 from bench.programs import programs
 from bench.run import BLOCK, PREFIX, QUERY, SELECT, Run, of_mesh, on, peak
-from pdllm_jax import ChunkConfig, DecodeConfig, generate_ids
+from pdllm_jax import ChunkConfig, DecodeConfig, Engine
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.engine.memory import shapes_of
 
@@ -49,13 +49,14 @@ class Requests:
         decode, context = decoding(method, tokens), self.contexts[chunks]
         begun = time.perf_counter()
         if method == "prefilling":
-            result = generate_ids(
-                self.run.model, self.prefix, context, self.query,
-                selection=SELECT, decode=decode, chunking=self.chunking,
-            )  # fmt: skip
+            engine = Engine(
+                self.run.model, selection=SELECT, decoding=decode, chunking=self.chunking
+            )
+            result = engine.answer(context, self.query, prefix=self.prefix)
         else:
             prompt = np.concatenate([self.prefix, context, self.query])
-            result = generate_ids(self.run.model, [], [], prompt, method=method, decode=decode)
+            engine = Engine(self.run.model, decoding=decode, method=method)
+            result = engine.answer([], prompt)
         seconds = time.perf_counter() - begun
         if result.evaluations != decode.steps:
             raise AssertionError(f"{result.evaluations} evaluations instead of {decode.steps}")
@@ -129,10 +130,9 @@ def stream(run: Run) -> None:
     for chunks in run.args.stream:
         context = np.random.default_rng(0).integers(0, requests.words, chunks * (size - 1))
         begun = time.perf_counter()
-        result = generate_ids(
-            run.model, requests.prefix, context, requests.query, selection=select,
-            decode=decoding("prefilling", BLOCK), chunking=requests.chunking,
-        )  # fmt: skip
+        decode = decoding("prefilling", BLOCK)
+        engine = Engine(run.model, selection=select, decoding=decode, chunking=requests.chunking)
+        result = engine.answer(context, requests.query, prefix=requests.prefix)
         seconds = time.perf_counter() - begun - result.timings["compile"]
         row = {
             **of_mesh(run.model), "chunks": chunks, "document_tokens": len(context),

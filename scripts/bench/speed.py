@@ -30,7 +30,6 @@ from pdllm_jax import (
     ModelConfig,
     denoise,
     denoise_step,
-    draft_response,
     init_denoise,
     make_mesh,
     prefill,
@@ -38,7 +37,7 @@ from pdllm_jax import (
     shard_model,
 )
 from pdllm_jax.method.cache import ChunkCache, ChunkPool
-from pdllm_jax.method.scoring import Question
+from pdllm_jax.method.scoring import Question, draft_response
 from pdllm_jax.network.sharding import TENSOR, parse_mesh, place
 
 SECTIONS = ("step", "prefill", "end-to-end", "stream")

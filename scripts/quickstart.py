@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
-"""The whole method on this machine: assemble and convert the small model, then ask about a novel.
+"""The whole method on this machine: a small model is assembled, converted and asked about a novel.
 
 The document is the beginning of Jane Austen's Persuasion (public domain; not among the model's
-training texts), with one sentence planted at each of three depths. For every question it shows the
-answer, the chunks' scores and where the time went, beside what plain LLaDA takes for a single
-evaluation of the same prompt.
+training texts), 6,391 tokens, with one sentence planted at each of three depths. It is encoded once
+and asked three questions. For every answer the script shows the chunks' scores and the time.
 
-  scripts/quickstart.py                    or: make quickstart
+  scripts/quickstart.py [--plain]          or: make quickstart
 
-Exit status: 0; 1 if an answer is wrong; 130 when interrupted, after which it begins anew.
+Exit status: 0; 1 if an answer is wrong; 130 when interrupted, after which it starts again.
 """
 
 from __future__ import annotations
@@ -19,25 +18,24 @@ import time
 from pathlib import Path
 
 import make_small
-from tqdm import tqdm
 
 from convert import convert
 from pdllm_jax import (
+    Answer,
     ChunkConfig,
     DecodeConfig,
+    Engine,
     SelectionConfig,
     Tokenizer,
     load_config,
     load_model,
 )
 from pdllm_jax.compilation import cache_folder, enable_compilation_cache
-from pdllm_jax.deprecated import generate
-from pdllm_jax.engine.answer import Answer
 from pdllm_jax.storage.checkpoint import MANIFEST
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "examples" / "persuasion.txt"
-CHARACTERS = 28_623  # of it, about 6,300 tokens
+CHARACTERS = 28_623  # of it, 6,391 tokens with what is planted
 ADAPTER = ROOT / "small_model" / "adapter.safetensors"
 
 # (depth, key, value): neither words nor numbers are in the training data.
@@ -52,7 +50,7 @@ DECODE = DecodeConfig(gen_length=32, block_length=32, threshold=0.9)
 
 
 def checkpoint() -> Path:
-    """The small model, assembled and converted on first use."""
+    """Returns the converted small model; assembles and converts it on first use."""
     adapter = ADAPTER.stat()
     name = f"small-{adapter.st_size:x}-{int(adapter.st_mtime):x}"
     pytorch, folder = cache_folder() / "pytorch" / name, cache_folder() / "converted" / name
@@ -65,34 +63,27 @@ def checkpoint() -> Path:
             )  # fmt: skip
         say(f"converting {pytorch} to Orbax")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-            convert(pytorch, folder, progress=lambda _, done, total: advance(bar, done, total))
+        convert(pytorch, folder)
     return folder
 
 
-def advance(bar: tqdm, done: int, total: int) -> None:
-    """Moves a progress bar by `done` bytes."""
-    bar.total = total
-    bar.update(done)
-
-
 def say(text: str) -> None:
-    """Progress goes to stderr."""
+    """Prints progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def plant(text: str) -> str:
-    """The document with its three sentences, each behind the sentence end next to its depth."""
+    """Returns the document with its three sentences, each after a sentence next to its depth."""
     for depth, key, value in reversed(PLANTED):
         place = text.index(". ", int(depth * len(text))) + 1
         text = f"{text[:place]} The magic number for {key} is {value}.{text[place:]}"
     return text
 
 
-def bars(result: Answer, width: int = 30) -> str:
-    """Chunk scores as a bar chart; the lowest has no bar."""
-    assert result.selection is not None
-    scores, kept = result.selection["scores"], result.selection["chunks"]
+def bars(answer: Answer, width: int = 30) -> str:
+    """Returns the chunk scores as a bar chart; the lowest has no bar."""
+    assert answer.selection is not None
+    scores, kept = answer.selection["scores"], answer.selection["chunks"]
     low, high = min(scores), max(scores)
     lines = []
     for i, score in enumerate(scores):
@@ -102,62 +93,59 @@ def bars(result: Answer, width: int = 30) -> str:
     return "\n".join(lines)
 
 
-def split(result: Answer) -> str:
-    """Seconds by phase."""
-    phases = ("draft", "score", "encode", "decode")
-    used = sum(result.timings[phase] for phase in phases)
-    parts = ", ".join(f"{phase} {result.timings[phase]:.2f}" for phase in phases)
-    return f"{used:.2f} s ({parts}; compiling apart: {result.timings['compile']:.2f})"
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Command line."""
-    argparse.ArgumentParser(
+    """Asks the three questions; returns the exit status."""
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args(argv)
+    )
+    parser.add_argument(
+        "--plain", action="store_true", help="also time an evaluation of plain LLaDA on the prompt"
+    )
     try:
-        return ask()
+        return run(parser.parse_args(argv).plain)
     except KeyboardInterrupt:
         return 130
 
 
-def ask() -> int:
-    """Asks the three questions; the exit status."""
-    started = time.perf_counter()
+def run(plain: bool) -> int:
+    """Encodes the document once, asks three questions; returns the exit status."""
+    start = time.perf_counter()
+
+    def clock() -> str:
+        return f"{time.perf_counter() - start:.0f} s"
+
     enable_compilation_cache()
     folder = checkpoint()
     tokenizer = Tokenizer.load(folder, load_config(folder))
     model = load_model(folder, dtype="float32")
-    document = plant(DOCUMENT.read_text(encoding="utf-8")[:CHARACTERS])
-    tokens = len(tokenizer.encode(document))
-    print(f"document: the beginning of Persuasion, {tokens} tokens, three sentences planted in it")
-    print(f"ready after {time.perf_counter() - started:.0f} s\n")
+    engine = Engine(model, tokenizer, chunking=CHUNKING, selection=SELECTION, decoding=DECODE)
+    text = plant(DOCUMENT.read_text(encoding="utf-8")[:CHARACTERS])
+    print(f"the model is ready after {clock()}", flush=True)
+    document = engine.encode(text)
+    document.lengths.block_until_ready()
+    tokens = len(tokenizer.encode(text))
+    print(f"document: the beginning of Persuasion, {tokens} tokens, encoded once: {clock()}\n")
 
     wrong = 0
-    evaluations = 0
     for depth, key, value in PLANTED:
         question = f"What is the magic number for {key}?"
-        result = generate(
-            model, tokenizer, context=document, question=question,
-            chunking=CHUNKING, selection=SELECTION, decode=DECODE,
-        )  # fmt: skip
-        right = value in (result.text or "")
+        answer = engine.ask(document, [question])[0]
+        right = value in (answer.text or "")
         wrong += not right
-        evaluations = result.evaluations
         print(f"Q  {question}   (answer planted at {depth:.0%})")
-        print(f"A  {result.text}   {'right' if right else f'WRONG, expected {value}'}")
-        print(bars(result))
-        print(f"  {result.evaluations} evaluations, {split(result)}\n", flush=True)
+        print(f"A  {answer.text}   {'right' if right else f'WRONG, expected {value}'}")
+        print(bars(answer))
+        phases = ", ".join(f"{name} {answer.timings[name]:.1f} s" for name in answer.timings)
+        print(f"  {answer.evaluations} evaluations; {phases}; answered at {clock()}\n", flush=True)
 
-    once = DecodeConfig(gen_length=32, block_length=32, steps=1)
-    plain = generate(
-        model, tokenizer, context=document, question=question, method="plain", decode=once
-    )
-    print(
-        f"plain LLaDA, one evaluation of the same prompt: {plain.timings['decode']:.2f} s; its "
-        f"published generation makes 32; the last answer above took {evaluations} on the cache"
-    )
-    print(f"{time.perf_counter() - started:.0f} s in all, {len(PLANTED) - wrong} of 3 right")
+    if plain:
+        once = DecodeConfig(gen_length=32, block_length=32, steps=1)
+        baseline = Engine(model, tokenizer, decoding=once, method="plain").answer(text, question)
+        print(
+            f"plain LLaDA, one evaluation of the same prompt: {baseline.timings['decode']:.2f} s; "
+            f"its published generation makes 32"
+        )
+    print(f"{clock()} in all, {len(PLANTED) - wrong} of {len(PLANTED)} right")
     return 1 if wrong else 0
 
 

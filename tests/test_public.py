@@ -131,8 +131,6 @@ def test_every_public_name_says_what_it_is(module):
 SCRIPTS = (
     "ablate",
     "benchmark",
-    "benchmark_convert",
-    "benchmark_snapshot",
     "convert_checkpoint",
     "decode",
     "evaluate",

@@ -1,11 +1,11 @@
-"""Attention over chosen chunks: every implementation against the memory's speed.
+"""Times attention over chosen chunks against the speed of the memory, every implementation.
 
 A call is timed as a decode step makes it: a loop on the device goes through the layers of a stacked
-pool, one call a layer with the same selection, so that the schedule of the kernel is made once for
-all of them, the merge of its splits and a gather count for each, and the L2 cache (50 to 60 MB)
-doesn't hold what the next call reads. The floor is the K and V bytes of the distinct chunks chosen
-over what the memory gives to reads: the measured copy bandwidth times 3.0 / 2.92, as on an H100.
-Times are the device's: what it costs to start a loop on the host is taken off.
+pool, one call a layer with the same selection. So the kernel's schedule is made once for all
+layers, the merge of its splits and a gather count for each, and the L2 cache (50 to 60 MB) does not
+hold what the next call reads. The floor is the K and V bytes of the distinct chunks chosen over the
+read bandwidth: the measured copy bandwidth times 3.0 / 2.92, as on an H100. Times are the device's,
+without the cost of starting a loop on the host.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,25 +23,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from bench.record import command, conditions, copy_bandwidth, time_loop, write
 from pallas_kernels import Partial, chunk_attention
 from pallas_kernels.chunk_attention.cudnn import attention_with_lse
-from pallas_kernels.chunk_attention.hopper import chunk_attention_hopper
-from pallas_kernels.chunk_attention.hopper_tiling import Tuning, shared_memory
+from pallas_kernels.chunk_attention.hopper import chunk_attention_mosaic_gpu
 from pallas_kernels.chunk_attention.reference import chunk_attention_reference
-from pallas_kernels.compat import SHARED_MEMORY
+from pallas_kernels.tuning import SHARED_MEMORY, Tuning, shared_memory
 
-READ_OVER_COPY = 3.0 / 2.92  # bandwidth of reads over that of copies
-AT_ONCE = 16  # cases compiled side by side, and then timed one by one
+READ_OVER_COPY = 3.0 / 2.92  # read bandwidth over copy bandwidth
+AT_ONCE = 16  # cases compiled side by side, then timed one by one
 CHUNKS = 40  # of the pool
-SELECTIONS = 4  # that rounds take in turn
+SELECTIONS = 4  # used in turn, round by round
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row of the table. q_per_slot: rows rotated for each slot, as decoding has them."""
+    """One row of the table. q_per_slot: query rows are rotated for each slot, as in decoding."""
 
     implementation: str
     slots: int
@@ -54,23 +51,21 @@ class Case:
     q_per_slot: bool = True
     dim: int = 128
     chunk_size: int = 1024
-    settings: Tuning | None = None  # of the kernel; by default its own choice
+    settings: Tuning | None = None  # None: the kernel's choice
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """The grid, what the README's table shows first; `quick` keeps that alone."""
+    """Yields the grid, the cases of docs/performance.md first; `quick` ends after them."""
     several = (4, 8, 16, 32)
     names = ("mosaic_gpu", "gather+cudnn", "contiguous cudnn")
     for name, rows, slots in itertools.product(names, (32, 64), several):
         yield Case(name, slots, rows)
         if (name, rows, slots) == ("mosaic_gpu", 64, 32):
             yield Case(name, 4, batch=8)
-            for k in several:
-                yield Case(name, k, heads=28, kv_heads=4)
+            yield from (Case(name, k, heads=28, kv_heads=4) for k in several)
     for slots, name in itertools.product(several, names[1:]):
         yield Case(name, slots, heads=28, kv_heads=4)
-    for name in ("cudnn", "xla"):
-        yield Case(name, 4, batch=8)
+    yield from (Case(name, 4, batch=8) for name in ("cudnn", "xla"))
     for slots in several:
         yield Case("mosaic_gpu", slots, ragged=True)
         yield Case("mosaic_gpu", slots, q_per_slot=False)
@@ -78,39 +73,28 @@ def cases(quick: bool) -> Iterator[Case]:
         return
     yield Case("mosaic_gpu", 4, batch=8, heads=28, kv_heads=4)
     yield Case("mosaic_gpu", 4, batch=8, ragged=True)
-    for slots, name in itertools.product(several, names):
-        yield Case(name, slots, 128)
-    for slots, name in itertools.product(several, ("cudnn", "xla")):
-        yield Case(name, slots)
+    yield from (Case(name, slots, 128) for slots, name in itertools.product(several, names))
+    yield from (Case(name, slots) for slots, name in itertools.product(several, ("cudnn", "xla")))
     for rows, slots, name in itertools.product((32, 64, 128), (1, 2), names):
         yield Case(name, slots, rows)
 
 
 def tuning_cases() -> Iterator[Case]:
-    """Block sizes, stages, splits and warpgroups for the shapes that matter most."""
+    """Yields block sizes, stages, splits and warpgroups for the shapes that matter most."""
     shapes = [Case("mosaic_gpu", slots) for slots in (1, 4, 8, 32)]
     shapes += [Case("mosaic_gpu", 4, rows=128), Case("mosaic_gpu", 4, batch=8)]
     shapes += [Case("mosaic_gpu", 8, heads=28, kv_heads=4)]
-    for shape in shapes:
-        tiles = 2 if shape.rows > 64 or shape.kv_heads < shape.heads else 1
-        for keys, stages, turns in (
-            (64, 6, 1),
-            (128, 2, 1),
-            (128, 3, 1),
-            (64, 4, 2),
-            (128, 2, 2),
-        ):
-            if tiles * turns > 2:
-                continue
-            if shared_memory(keys, stages, tiles * turns, shape.dim) > SHARED_MEMORY:
-                continue
+    blocks = ((64, 6, 1), (128, 2, 1), (128, 3, 1), (64, 4, 2), (128, 2, 2))
+    for shape, (keys, stages, turns) in itertools.product(shapes, blocks):
+        groups = turns * (2 if shape.rows > 64 or shape.kv_heads < shape.heads else 1)
+        if groups <= 2 and shared_memory(keys, stages, groups, shape.dim) <= SHARED_MEMORY:
             for splits in (8, 16, 32) if shape.kv_heads < 32 else (2, 4, 8):
                 yield dataclasses.replace(shape, settings=Tuning(keys, stages, splits, turns))
 
 
 @functools.lru_cache(maxsize=2)
 def make_pool(layers: int, kv_heads: int, chunk_size: int, dim: int) -> tuple[jax.Array, jax.Array]:
-    """K and V [layers, CHUNKS, kv_heads, chunk_size, dim], random bfloat16, layer by layer."""
+    """Returns K and V [layers, CHUNKS, G, C, D], random bfloat16, filled layer by layer."""
     shape = (CHUNKS, kv_heads, chunk_size, dim)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -127,33 +111,32 @@ def make_pool(layers: int, kv_heads: int, chunk_size: int, dim: int) -> tuple[ja
 
 
 def attend(case: Case) -> Callable[..., Partial]:
-    """(q, k, v, ids, lengths, layer) -> Partial for a case's implementation.
+    """Returns (q, k, v, ids, lengths, layer) -> Partial of a case's implementation.
 
-    The two cuDNN baselines see the keys as one sequence of full chunks, which suits cuDNN best, and
-    rows shared by the slots; "contiguous" is given what the gather would make, one array for each
-    layer, and gathers nothing.
+    The two cuDNN baselines get the layout that suits cuDNN best: the keys as one sequence of full
+    chunks, and rows shared by the slots. "contiguous cudnn" gets the gathered keys, one array for
+    each layer, and gathers nothing.
     """
-    scale = case.dim**-0.5
-    if case.settings is not None:
-        return lambda q, k, v, ids, lengths, layer: chunk_attention_hopper(
-            q if q.ndim == 5 else q[:, None], k, v, layer, ids, lengths, scale,
-            tuning=case.settings,
-        )  # fmt: skip
-    if case.implementation == "contiguous cudnn":
-        return lambda q, k, v, ids, lengths, layer: attention_with_lse(
-            q, k[layer], v[layer], None, scale
-        )
-    if case.implementation == "gather+cudnn":
-        return lambda q, k, v, ids, lengths, layer: attention_with_lse(
-            q, gather(k, ids, layer), gather(v, ids, layer), None, scale
-        )
-    return lambda q, k, v, ids, lengths, layer: chunk_attention(
-        q, k, v, ids, lengths, layer=layer, implementation=case.implementation
-    )
+    scale, name = case.dim**-0.5, case.implementation
+
+    def call(q: Any, k: Any, v: Any, ids: Any, lengths: Any, layer: Any) -> Partial:
+        if name == "contiguous cudnn":
+            return attention_with_lse(q, k[layer], v[layer], None, scale)
+        if name == "gather+cudnn":
+            k, v = gather(k, ids, layer), gather(v, ids, layer)
+            return attention_with_lse(q, k, v, None, scale)
+        if case.settings is not None:
+            q = q if q.ndim == 5 else q[:, None]
+            return chunk_attention_mosaic_gpu(
+                q, k, v, layer, ids, lengths, scale, settings=case.settings
+            )
+        return chunk_attention(q, k, v, ids, lengths, layer=layer, implementation=name)
+
+    return call
 
 
 def gather(pool: jax.Array, ids: jax.Array, layer: int | jax.Array) -> jax.Array:
-    """The chosen chunks of a layer one behind the other, [B, K C, G, D]."""
+    """Returns the chosen chunks of a layer in one sequence, [B, K C, G, D]."""
     batch, slots = ids.shape
     _, _, kv_heads, chunk_size, dim = pool.shape
     chosen = pool[layer, ids]  # [B, K, G, C, D]
@@ -162,10 +145,10 @@ def gather(pool: jax.Array, ids: jax.Array, layer: int | jax.Array) -> jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A case, its compiled loop of `rounds` rounds, each through all layers of the pool, and what
-    the loop's last call should give.
+    """A case with its compiled loop of `rounds` rounds, each through all layers of the pool.
 
-    moved: bytes of K and V that a call has to read, the mean of the selections.
+    reference: what the loop's last call should give. moved: bytes of K and V that a call has to
+    read, the mean over the selections.
     """
 
     case: Case
@@ -179,7 +162,7 @@ class Prepared:
     lengths: jax.Array
 
     def pools(self) -> tuple[Any, Any]:
-        """K and V as the case reads them."""
+        """Returns K and V as the case reads them."""
         case = self.case
         k, v = make_pool(self.layers, case.kv_heads, case.chunk_size, case.dim)
         if case.implementation != "contiguous cudnn":
@@ -190,7 +173,7 @@ class Prepared:
 
 
 def prepare(case: Case, layers: int, seconds: float, floor_bandwidth: float) -> Prepared:
-    """Inputs of a case and its compiled loop; touches no pool."""
+    """Makes the inputs of a case and compiles its loop; touches no pool."""
     rng = np.random.default_rng(0)
     lengths = np.full(CHUNKS, case.chunk_size)
     if case.ragged:
@@ -210,15 +193,15 @@ def prepare(case: Case, layers: int, seconds: float, floor_bandwidth: float) -> 
     one = attend(case)
 
     def loop(queries, k, v, ids, lengths):
-        """Every round another selection and other rows, so that nothing can be done beforehand.
+        """Uses another selection and other rows in every round, so that nothing can be hoisted.
 
-        Of every call one number is used, so that none can be left out; to carry more from round to
-        round would cost a copy a call. Returns it with one call more, of the last layer.
+        One number of every call is used, so that no call can be removed; to carry more from round
+        to round would cost a copy a call. Returns it with one call more, of the last layer.
         """
 
         def call(i, layer) -> Partial:
-            found = one(queries[i % SELECTIONS], k, v, ids[i % SELECTIONS], lengths, layer)
-            return jax.lax.optimization_barrier(found)
+            result = one(queries[i % SELECTIONS], k, v, ids[i % SELECTIONS], lengths, layer)
+            return jax.lax.optimization_barrier(result)
 
         def round_(i, used):
             outs = [call(i, layer).out[0, 0, 0, 0] for layer in range(layers)]
@@ -226,69 +209,61 @@ def prepare(case: Case, layers: int, seconds: float, floor_bandwidth: float) -> 
 
         return jax.lax.fori_loop(0, rounds, round_, jnp.float32(0)), call(rounds, layers - 1)
 
-    whole = (layers, CHUNKS, case.kv_heads, case.chunk_size, case.dim)
-    pool: Any = jax.ShapeDtypeStruct(whole, jnp.bfloat16)
+    layer_shape = (CHUNKS, case.kv_heads, case.chunk_size, case.dim)
+    pool: Any = jax.ShapeDtypeStruct((layers, *layer_shape), jnp.bfloat16)
     if case.implementation == "contiguous cudnn":
         columns = (case.batch, case.slots * case.chunk_size, case.kv_heads, case.dim)
         pool = [jax.ShapeDtypeStruct(columns, jnp.bfloat16)] * layers
-    facts = jnp.asarray(lengths, jnp.int32)
-    compiled = jax.jit(loop).lower(queries, pool, pool, ids, facts).compile()
-    one_layer = jax.ShapeDtypeStruct(whole[1:], jnp.bfloat16)
-    wanted = jax.jit(reference).lower(queries[0], one_layer, one_layer, ids[0], facts).compile()
-    return Prepared(case, compiled, wanted, rounds, layers, moved, queries, ids, facts)
+    sizes = jnp.asarray(lengths, jnp.int32)
+    compiled = jax.jit(loop).lower(queries, pool, pool, ids, sizes).compile()
+    layer = jax.ShapeDtypeStruct(layer_shape, jnp.bfloat16)
+    wanted = jax.jit(reference).lower(queries[0], layer, layer, ids[0], sizes).compile()
+    return Prepared(case, compiled, wanted, rounds, layers, moved, queries, ids, sizes)
 
 
 def reference(q, k, v, ids, lengths) -> jax.Array:
-    """The output in float32, from q with or without an axis of slots and one layer's pool."""
+    """Returns the output in float32, from q with or without a slot axis and one layer's pool."""
     q = q if q.ndim == 5 else q[:, None]
     q = jnp.broadcast_to(q, (*ids.shape, *q.shape[2:])).astype(jnp.float32)
-    return chunk_attention_reference(q, k[None], v[None], 0, ids, lengths, q.shape[-1] ** -0.5).out
+    return chunk_attention_reference(q, k, v, ids, lengths, q.shape[-1] ** -0.5).out
 
 
-def run_case(ready: Prepared, repeats: int, floor_bandwidth: float) -> dict[str, Any]:
-    """Times one case; the error is that of the timed loop's last call against the reference."""
-    case = ready.case
+def run_case(ready: Prepared, repeats: int, copied: float) -> dict[str, Any]:
+    """Times one case; the error is of the timed loop's last call against the reference."""
+    case, floor_bandwidth = ready.case, copied * READ_OVER_COPY
     args = (ready.queries, *ready.pools(), ready.ids, ready.lengths)
     timing = time_loop(ready.loop, args, ready.rounds * ready.layers + 1, repeats)
     got = ready.loop(*args)[1].out.astype(jnp.float32)
     last, layer = ready.rounds % SELECTIONS, ready.layers - 1
-    chosen = 0 if case.implementation == "contiguous cudnn" else last
+    ids = ready.ids[0 if case.implementation == "contiguous cudnn" else last]
     k, v = make_pool(ready.layers, case.kv_heads, case.chunk_size, case.dim)
-    want = ready.reference(
-        ready.queries[last], k[layer], v[layer], ready.ids[chosen], ready.lengths
-    )
+    want = ready.reference(ready.queries[last], k[layer], v[layer], ids, ready.lengths)
+    seconds = timing.median * 1e-6
     return {
         **dataclasses.asdict(case),
         "us": round(timing.median, 2),
         "us_least": round(timing.least, 2),
         "us_most": round(timing.most, 2),
         "bytes": round(ready.moved),
-        "times_floor": round(timing.median * 1e-6 / (ready.moved / floor_bandwidth), 3),
+        "times_floor": round(seconds / (ready.moved / floor_bandwidth), 3),
+        "of_copy_bandwidth": round(ready.moved / seconds / copied, 3),
         "relative_error": float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)),
     }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `benchmark.py kernel`."""
-    parser.add_argument(
-        "--out", type=Path, help="benchmarks/kernel.json, or kernel_tuning.json with --tune"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="the kernel's table of docs/performance.md alone"
-    )
-    parser.add_argument("--tune", action="store_true", help="the kernel's own settings instead")
-    parser.add_argument("--implementations", nargs="+", help="only these")
-    parser.add_argument("--slots", nargs="+", type=int, help="only these K")
-    parser.add_argument("--rows", nargs="+", type=int, help="only these numbers of query rows")
-    parser.add_argument("--layers", type=int, default=32, help="of the pool; 0.67 GB each")
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=0.08,
-        help="of one loop on the device; its launch costs about 0.4 ms",
-    )
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds in all")
+    """Adds the options of `benchmark.py kernel`."""
+    option = parser.add_argument
+    option("--out", type=Path, help="default: benchmarks/kernel.json, kernel_tuning.json if --tune")
+    option("--quick", action="store_true", help="the cases of docs/performance.md alone")
+    option("--tune", action="store_true", help="settings of the kernel instead")
+    option("--implementations", nargs="+", help="only these")
+    option("--slots", nargs="+", type=int, help="only these K")
+    option("--rows", nargs="+", type=int, help="only these numbers of query rows")
+    option("--layers", type=int, default=32, help="of the pool; 0.67 GB each")
+    option("--seconds", type=float, default=0.08, help="of one loop; its launch takes 0.4 ms")
+    option("--repeats", type=int, default=7)
+    option("--limit", type=float, default=float("inf"), help="seconds in all")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -297,18 +272,8 @@ def main(args: argparse.Namespace) -> int:
     name = "kernel_tuning.json" if args.tune else "kernel.json"
     out = args.out or Path("benchmarks") / name
     copied = copy_bandwidth()
-    print(f"copy bandwidth {copied / 1e12:.3f} TB/s", flush=True)
     floor = copied * READ_OVER_COPY
     rows: list[dict[str, Any]] = []
-    record = {
-        "command": command(),
-        **conditions(),
-        "copy_bandwidth": copied,
-        "floor_bandwidth": floor,
-        "pool": {"chunks": CHUNKS, "layers": args.layers, "dtype": "bfloat16"},
-        "left_out": 0,
-        "rows": rows,
-    }
     grid = [
         case
         for case in (tuning_cases() if args.tune else cases(args.quick))
@@ -316,30 +281,34 @@ def main(args: argparse.Namespace) -> int:
         and case.slots in (args.slots or [case.slots])
         and case.rows in (args.rows or [case.rows])
     ]
-    with tqdm(total=len(grid), disable=not sys.stderr.isatty()) as bar, ThreadPoolExecutor() as run:
+    record = {
+        "command": command(),
+        **conditions(),
+        "copy_bandwidth": copied,
+        "floor_bandwidth": floor,
+        "pool": {"chunks": CHUNKS, "layers": args.layers, "dtype": "bfloat16"},
+        "left_out": len(grid),
+        "rows": rows,
+    }
+    with ThreadPoolExecutor() as pool:
         for start in range(0, len(grid), AT_ONCE):
             if time.monotonic() - begun > args.limit:
                 break
-            some = grid[start : start + AT_ONCE]
+            batch = grid[start : start + AT_ONCE]
             # Timed only when nothing compiles: compiling runs small programs on the device.
-            compiled = list(run.map(lambda c: prepare(c, args.layers, args.seconds, floor), some))
-            print(f"{time.monotonic() - begun:.0f} s, {len(some)} compiled", flush=True)
+            compiled = list(pool.map(lambda c: prepare(c, args.layers, args.seconds, floor), batch))
             for ready in compiled:
-                row = run_case(ready, args.repeats, floor)
-                row["of_copy_bandwidth"] = round(row["bytes"] / (row["us"] * 1e-6) / copied, 3)
-                rows.append(row)
+                rows.append(run_case(ready, args.repeats, copied))
+                record["left_out"] = len(grid) - len(rows)
                 write(out, record)
-                bar.update()
-                print(describe(row), flush=True)
-    record["left_out"] = len(grid) - len(rows)
-    write(out, record)
+                print(describe(rows[-1]), flush=True)
     print(f"{len(rows)} cases in {time.monotonic() - begun:.0f} s, {out}")
     return 0
 
 
 def describe(row: dict[str, Any]) -> str:
-    """One line of a table."""
-    kind = f"{row['heads']}/{row['kv_heads']}" + (" ragged" if row["ragged"] else "")
+    """Returns one line about a case."""
+    kind = f"{row['heads']}/{row['kv_heads']}" + " ragged" * row["ragged"]
     kind += "" if row["q_per_slot"] else " shared rows"
     if (chosen := row["settings"]) is not None:
         kind += " {block_keys}x{stages} S{splits} G{key_groups}".format(**chosen)

@@ -1,10 +1,10 @@
-"""The planner's figures beside what the device measures, each setting in a process of its own.
+"""Compares the memory plan with the device's peak, each setting in a new process.
 
-A device's peak counter never goes back, so that every setting needs a new process. Measured is the
-most that the allocator has handed out from the weights to the answer, compiling included. With
---compiled, every setting is also compiled without running it, for what XLA says of its programs;
-with --target FILE nothing is run at all, and the device need not be there: FILE describes it as
-those of openxla/xla under backends/gpu/target_config/specs do, and jax[cuda13] must be installed.
+The peak counter of a device never goes back, so every setting needs a process. Measured is the most
+that the allocator has handed out from the weights to the answer, compiling included. --compiled
+also compiles every setting without running it, for what XLA says of its programs. With --target
+FILE nothing runs and no device is needed: FILE describes one as the files of openxla/xla under
+backends/gpu/target_config/specs do, and jax[cuda13] must be installed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from unittest import mock
 
 import numpy as np
 
+from bench.record import conditions, in_process, write
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine.memory import Plan
 from pdllm_jax.engine.request import Method
@@ -28,7 +30,7 @@ from pdllm_jax.network.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """An answer to plan and to give. chunks: of each document, full but for nothing."""
+    """An answer to plan and to compute. chunks: of each document, all full."""
 
     chunks: int
     query: int = 32
@@ -41,21 +43,23 @@ class Setting:
     def document(self, chunk_size: int) -> int:
         return self.chunks * (chunk_size - 1)
 
+    def request(self, chunk_size: int) -> dict[str, Any]:
+        """Returns the arguments that `plan_memory` and `shapes_of` share."""
+        return {
+            "query": self.query, "batch": self.batch, "questions": self.questions,
+            "method": self.method, "chunking": ChunkConfig(chunk_size), "selection": self.select,
+            "decode": self.decode,
+        }  # fmt: skip
+
     def plan(self, config: ModelConfig, chunk_size: int, **paths: Any) -> Plan:
         from pdllm_jax import plan_memory
 
-        return plan_memory(
-            config, self.document(chunk_size),
-            query=self.query, batch=self.batch, questions=self.questions, method=self.method,
-            chunking=ChunkConfig(chunk_size), selection=self.select, decode=self.decode, **paths,
-        )  # fmt: skip
-
-
-def _select(**changes: Any) -> SelectionConfig:
-    return SelectionConfig(**changes)
+        return plan_memory(config, self.document(chunk_size), **self.request(chunk_size), **paths)
 
 
 LONG = DecodeConfig(gen_length=128, block_length=32, steps=4)
+_select = SelectionConfig
+_independent = functools.partial(SelectionConfig, encoding="independent")
 SETTINGS = {
     "joint, 32 chunks": Setting(32),
     "joint, K = 16, query of 256": Setting(32, query=256, select=_select(top_k=16)),
@@ -63,173 +67,160 @@ SETTINGS = {
         16, select=_select(masked_copies=None, encode_batch=4, top_k=2), decode=LONG
     ),
     "joint, 32 chunks a group": Setting(64, select=_select(encode_batch=32)),
-    "streamed, 128 chunks": Setting(128, select=_select(encoding="independent")),
-    "streamed, 128 chunks, 2 a group": Setting(
-        128, select=_select(encoding="independent", encode_batch=2, top_k=8)
-    ),
-    "half of the tokens kept": Setting(
-        16, select=_select(encoding="independent", keep_tokens=512)
-    ),
+    "streamed, 128 chunks": Setting(128, select=_independent()),
+    "streamed, 128 chunks, 2 a group": Setting(128, select=_independent(encode_batch=2, top_k=8)),
+    "half of the tokens kept": Setting(16, select=_independent(keep_tokens=512)),
     "query-conditioned": Setting(16, select=_select(encoding="query-conditioned")),
     "bridge by attention": Setting(
         16, select=_select(encoding="bridge", bridge_tokens="attention", top_k=8)
     ),
-    "whole pool for scorer attention": Setting(
-        16, select=_select(encoding="independent", scorer="attention")
-    ),
-    "re-selection": Setting(
-        8, select=_select(encoding="independent", reselect="block"), decode=LONG
-    ),
+    "whole pool for scorer attention": Setting(16, select=_independent(scorer="attention")),
+    "re-selection": Setting(8, select=_independent(reselect="block"), decode=LONG),
     "8 requests, joint": Setting(4, batch=8),
-    "4 requests, pool kept": Setting(8, batch=4, select=_select(encoding="independent")),
+    "4 requests, pool kept": Setting(8, batch=4, select=_independent()),
     "8 questions on one document": Setting(32, questions=8),
     "plain, 8 chunks": Setting(8, method="plain"),
     "dual-cache, 32 chunks": Setting(32, method="dual-cache", decode=LONG),
-}  # fmt: skip
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `benchmark.py memory`."""
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/memory.json"))
-    parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS))
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script")
-    parser.add_argument("--layers", type=int, help="of the model, instead of LLaDA-8B's 32")
-    parser.add_argument("--chunk-size", type=int, default=1024)
-    parser.add_argument("--compiled", action="store_true", help="what the compiler says as well")
-    parser.add_argument("--target", type=Path, help="compile for a device that is not there")
-    parser.add_argument("--one", choices=("run", "compile", "where"), help=argparse.SUPPRESS)
+    """Adds the options of `benchmark.py memory`."""
+    option = parser.add_argument
+    option("--out", type=Path, default=Path("benchmarks/memory.json"))
+    option("--settings", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS))
+    option("--tiny", action="store_true", help="a tiny model, to try the script")
+    option("--layers", type=int, help="of the model, instead of LLaDA-8B's 32")
+    option("--chunk-size", type=int, default=1024)
+    option("--compiled", action="store_true", help="what the compiler says as well")
+    option("--target", type=Path, help="compile for a device that is not there")
+    option("--one", choices=("run", "compile", "where"), help=argparse.SUPPRESS)
 
 
 def model_config(args: argparse.Namespace) -> ModelConfig:
+    """Returns the model's config at the options' size."""
     config = ModelConfig.tiny() if args.tiny else ModelConfig.llada_8b()
     return config if args.layers is None else dataclasses.replace(config, n_layers=args.layers)
 
 
 def run(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
-    """Gives the answer in this process; what the device held at most."""
+    """Computes the answer in this process; returns the device's peak."""
     import jax
 
-    from bench.weights import cheap_model
-    from pdllm_jax import chunk_prompt, encode_document
-    from pdllm_jax.deprecated import ask_ids, generate_batch_ids, generate_ids
+    from bench.run import cheap_model
+    from pdllm_jax import Engine, Request
 
-    config = model_config(args)
-    planned = setting.plan(config, args.chunk_size)
-    model = cheap_model(config)
-    rng = np.random.default_rng(0)
+    config, chunking = model_config(args), ChunkConfig(args.chunk_size)
+    model, rng = cheap_model(config), np.random.default_rng(0)
+    document = setting.document(args.chunk_size)
+    engine = Engine(
+        model, chunking=chunking, selection=setting.select, decoding=setting.decode,
+        method=setting.method,
+    )  # fmt: skip
 
     def draw(n: int) -> np.ndarray:
         return rng.integers(3, config.vocab_size - 8, n)
 
-    document, settings = setting.document(args.chunk_size), {
-        "selection": setting.select, "decode": setting.decode,
-    }  # fmt: skip
-    chunking = ChunkConfig(args.chunk_size)
     if setting.questions is not None:
-        prompt = chunk_prompt(draw(16), draw(document), draw(1), chunking, tight=True)
-        cache = encode_document(model, prompt, encode_batch=setting.select.encode_batch)
-        queries = [draw(setting.query) for _ in range(setting.questions)]
-        ask_ids(model, cache, queries, **settings)
-    elif setting.batch is not None:
-        requests = [(draw(16), draw(document), draw(setting.query)) for _ in range(setting.batch)]
-        generate_batch_ids(model, requests, chunking=chunking, **settings)
+        cache = engine.encode(draw(document), prefix=draw(16))
+        engine.ask(cache, [draw(setting.query) for _ in range(setting.questions)])
     else:
-        generate_ids(
-            model, draw(16), draw(document), draw(setting.query),
-            method=setting.method, chunking=chunking, **settings,
-        )  # fmt: skip
+        requests = [
+            Request(draw(document), draw(setting.query), prefix=draw(16))
+            for _ in range(setting.batch or 1)
+        ]
+        engine.answer_batch(requests)
     stats = jax.devices()[0].memory_stats() or {}
     return {
-        "planned": planned.peak,
-        "planned_phases": {phase.name: phase.nbytes for phase in planned.phases},
-        "phase": planned.largest.name,
+        **planned(setting.plan(config, args.chunk_size)),
         "measured": stats.get("peak_bytes_in_use"),
         "limit": stats.get("bytes_limit"),
         "held_at_end": stats.get("bytes_in_use"),
     }
 
 
+def planned(plan: Plan) -> dict[str, Any]:
+    """Returns the plan's part of a row."""
+    phases = {phase.name: phase.nbytes for phase in plan.phases}
+    return {"planned": plan.peak, "planned_phases": phases, "phase": plan.largest.name}
+
+
 @contextlib.contextmanager
-def as_on_gpu() -> Iterator[None]:
-    """The library's choices of implementation as a Hopper GPU would have them."""
+def device_for(target: Path | None) -> Iterator[Any]:
+    """Yields the sharding to compile for, None for this machine's device.
+
+    With a target the library chooses implementations as on a Hopper GPU.
+    """
+    if target is None:
+        yield None
+        return
     import jax
-
-    from pallas_kernels import compat
-
-    with (
-        mock.patch.object(jax, "default_backend", return_value="gpu"),
-        mock.patch.object(compat, "compute_capability", return_value="9.0"),
-    ):
-        yield
-
-
-def compile_only(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
-    """What the compiler says that every program takes; nothing runs."""
-    import jax.numpy as jnp
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
-    from bench.programs import programs
+    from pallas_kernels import compat
+    from pallas_kernels.chunk_attention import hopper
 
-    config, sharding, where = model_config(args), None, contextlib.nullcontext()
-    if args.target is not None:
-        described = args.target.read_text(encoding="utf-8")
-        there = topologies.get_topology_desc("", "cuda", target_config=described, topology="1x1x1")
-        sharding, where = SingleDeviceSharding(there.devices[0]), as_on_gpu()
-    with where:
-        planned = setting.plan(config, args.chunk_size)
-        settings = planned.shapes, planned.selection, planned.decode
+    described = target.read_text(encoding="utf-8")
+    topology = topologies.get_topology_desc("", "cuda", target_config=described, topology="1x1x1")
+    with (
+        mock.patch.object(jax, "default_backend", return_value="gpu"),
+        mock.patch.object(compat, "compute_capability", return_value="9.0"),
+        mock.patch.object(hopper, "device_problem", return_value=None),
+    ):
+        yield SingleDeviceSharding(topology.devices[0])
+
+
+def compile_only(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
+    """Returns what the compiler says that every program takes; nothing runs."""
+    import jax.numpy as jnp
+
+    from bench.programs import programs
+    from pdllm_jax.engine.memory import shapes_of
+
+    config = model_config(args)
+    with device_for(args.target) as sharding:
+        plan = setting.plan(config, args.chunk_size)
+        document, request = setting.document(args.chunk_size), setting.request(args.chunk_size)
         phases = {}
-        for program in programs(config, *settings, dtype=jnp.bfloat16, sharding=sharding):
-            found = program.lower().compile().memory_analysis()
+        for program in programs(
+            config, *shapes_of(document, **request), dtype=jnp.bfloat16, sharding=sharding
+        ):
+            sizes = program.lower().compile().memory_analysis()
             phases[program.phase] = {
                 "held": program.held,
-                "made": found.output_size_in_bytes - found.alias_size_in_bytes,
-                "scratch": found.temp_size_in_bytes,
+                "made": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+                "scratch": sizes.temp_size_in_bytes,
             }
-    return {
-        "planned": planned.peak,
-        "planned_phases": {phase.name: phase.nbytes for phase in planned.phases},
-        "phase": planned.largest.name,
-        "compiled": max(sum(parts.values()) for parts in phases.values()),
-        "compiled_phases": phases,
-    }
+    most = max(sum(parts.values()) for parts in phases.values())
+    return {**planned(plan), "compiled": most, "compiled_phases": phases}
 
 
 def main(args: argparse.Namespace) -> int:
-    """Every setting, each written as soon as it is there."""
-    from bench.record import conditions, write
-
-    if args.one == "where":
-        print(json.dumps(conditions()))
-        return 0
+    """Measures every setting; writes the record after each."""
     if args.one is not None:
+        # In a process of its own: a process that looks at a GPU takes its memory.
         setting = SETTINGS[args.settings[0]]
-        print(json.dumps((run if args.one == "run" else compile_only)(args, setting)))
+        call = {"run": run, "compile": compile_only, "where": lambda *_: conditions()}[args.one]
+        print(json.dumps(call(args, setting)))
         return 0
-    from bench.load import in_process
-
     options = ["--chunk-size", args.chunk_size]
     options += ["--tiny"] * args.tiny + ["--layers", args.layers] * (args.layers is not None)
-    if args.target is not None:
-        options += ["--target", args.target]
-    # The plugin asks a driver for its version, unless it is told that nothing will run on a GPU.
+    options += ["--target", args.target] * (args.target is not None)
+    # The plugin asks the driver for its version, unless nothing will run on a GPU.
     environment = {"JAX_PLATFORMS": "cpu"} if args.target is not None else {}
     record: dict[str, Any] = {
         "command": "scripts/benchmark.py memory" + " --compiled" * args.compiled,
-        # Not asked here: a process that looks at a GPU takes its memory.
         **in_process("memory", "--one", "where", **environment),
         "target": None if args.target is None else args.target.stem,
         "model": dataclasses.asdict(model_config(args)),
         "rows": [],
     }
+    kinds = ["compile"] if args.target else ["run"] + ["compile"] * args.compiled
     for name in args.settings:
         row: dict[str, Any] = {"setting": name, **dataclasses.asdict(SETTINGS[name])}
-        kinds = ["compile"] if args.target else ["run"] + ["compile"] * args.compiled
         for kind in kinds:
-            row |= in_process(
-                "memory", "--one", kind, "--settings", name, *map(str, options), **environment
-            )
+            row |= in_process("memory", "--one", kind, "--settings", name, *options, **environment)
         figures = [f"planned {row['planned'] / 1e9:7.2f} GB ({row['phase']})"]
         for kind in ("measured", "compiled"):
             if row.get(kind):

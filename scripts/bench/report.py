@@ -1,7 +1,4 @@
-"""docs/performance.md, README's part and the pictures: every number is of the benchmarks' JSON.
-
-A part whose record is not there is left out.
-"""
+"""Makes the tables of docs/performance.md and README, and the pictures, from benchmarks/*.json."""
 
 from __future__ import annotations
 
@@ -13,27 +10,28 @@ from typing import Any
 
 from bench import pictures
 from bench.pages import between, relative, replace
-from bench.sections import SECTIONS, Record, requests, step
+from bench.record import ROOT
+from bench.tables import REQUESTS, SECTIONS, STEP, Record, Section, conditions
 
 BEGIN, END = "<!-- speed: made by scripts/benchmark.py report -->", "<!-- end of speed -->"
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "performance.md"
 
-# Picture: the record that it is drawn from, and how.
-PICTURES: dict[str, tuple[str, Callable[[Record], Any]]] = {
-    "kernel": ("kernel_h100", pictures.kernel),
-    "requests": ("end_to_end", pictures.requests),
-    "streaming": ("method", pictures.streaming),
-}
-CAPTIONS = {
-    "kernel": "Attention over chosen chunks: time over the floor",
-    "requests": "Seconds of a request against the prompt's length",
-    "streaming": "Seconds and memory against the tokens streamed",
-}
+# Picture: its record, how it is drawn, and its caption.
+PICTURES: dict[str, tuple[str, Callable[[Record], Any], str]] = {
+    "kernel": (
+        "kernel_h100", pictures.kernel, "Attention over chosen chunks: time over the floor"
+    ),
+    "requests": (
+        "end_to_end", pictures.requests, "Seconds of a request against the prompt's length"
+    ),
+    "streaming": (
+        "method", pictures.streaming, "Seconds and memory against the tokens streamed"
+    ),
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `benchmark.py report`."""
+    """Adds the options of `benchmark.py report`."""
     parser.add_argument("--records", type=Path, default=ROOT / "benchmarks")
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
@@ -41,56 +39,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Writes all three. ValueError where README has no place marked for its part."""
+    """Writes both pages between their marks, and the pictures. ValueError where marks lack."""
     records = {
         path.stem: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(args.records.glob("*.json"))
     }
-    text = args.readme.read_text(encoding="utf-8")
-    between(text, BEGIN, END, "", args.readme)  # before anything is written
+    texts = {page: page.read_text(encoding="utf-8") for page in (args.page, args.readme)}
+    for page, text in texts.items():
+        between(text, BEGIN, END, "", page)  # before anything is written
     args.pictures.mkdir(parents=True, exist_ok=True)
-    drawn = []
-    for name, (source, draw) in PICTURES.items():
+    for name, (source, draw, _) in PICTURES.items():
         if source in records:
             target = args.pictures / f"{name}.png"
             draw(records[source]).savefig(target, dpi=110, metadata={"Software": None})
-            drawn.append(name)
-
-    def picture(name: str, page: Path) -> list[str]:
-        path = f"{relative(args.pictures, page)}/{name}.png"
-        return ["", f"![{CAPTIONS[name]}]({path})"] if name in drawn else []
-
-    lines = ["# Performance", "", INTRODUCTION]
-    for title, names, section, shown in SECTIONS:
-        found = [records[name] for name in names if name in records]
-        if not found:
-            continue
-        lines += ["", f"## {title}", "", *section(*found)]
-        lines += picture(shown, args.page) if shown else []
-    replace(args.page, "\n".join(lines) + "\n")
-    part = list(readme_part(records, relative(args.page, args.readme)))
-    part += picture("requests", args.readme)
-    replace(args.readme, between(text, BEGIN, END, "\n".join(part) + "\n", args.readme))
-    print(f"{args.page}, {args.readme} and {len(drawn)} pictures in {args.pictures}")
+    for page, sections in ((args.page, SECTIONS), (args.readme, (REQUESTS, STEP))):
+        level = "##" if page == args.page else "###"
+        part = "\n".join(_part(sections, records, level, relative(args.pictures, page)))
+        replace(page, between(texts[page], BEGIN, END, part + "\n", page))
+    print(f"{args.page}, {args.readme} and the pictures in {args.pictures}")
     return 0
 
 
-INTRODUCTION = """
-Made by `scripts/benchmark.py report` from the records in `benchmarks/`, which hold hardware,
-versions, commands and spreads. LLaDA-8B shapes, random weights, bfloat16, chunks of 1,024, four
-kept, a question of 32 tokens, draft and scores counted, where nothing else is said. Medians, host
-time included; compiling is apart. `docs/kernel.md` says how the kernels work and what bounds them.
-""".strip()
-
-
-def readme_part(records: Mapping[str, Record], page: str) -> Iterator[str]:
-    """The two tables that say most."""
-    if (record := records.get("end_to_end")) is not None:
-        yield "**Whole requests**, every cost counted, against the baselines in the same process:"
-        yield from requests(record)
-        yield ""
-    if (record := records.get("speed")) is not None:
-        yield "**A denoising step**:"
-        yield from step(record)
-        yield ""
-    yield f"Phases, streams, batches, the kernel and memory: `{page}`."
+def _part(
+    sections: tuple[Section, ...], records: Mapping[str, Record], level: str, pictures_at: str
+) -> Iterator[str]:
+    """Yields the conditions of the records that the sections show, then the sections."""
+    names = dict.fromkeys(name for section in sections for name in section.records)
+    yield from conditions({name: records[name] for name in names if name in records})
+    for section in sections:
+        if not records.keys() & set(section.records):
+            continue
+        yield from ("", f"{level} {section.title}", "")
+        yield from section.lines(records)
+        if section.picture is not None:
+            caption = PICTURES[section.picture][2]
+            yield from ("", f"![{caption}]({pictures_at}/{section.picture}.png)")

@@ -358,7 +358,7 @@ def test_forward_is_the_librarys(tensors):
 def test_question_fit_rows(encode, held_out_side):
     """Every known token of question and opening is masked once; each row sees one piece alone."""
     example = tasks.make_example("magic_number", 2048, 3, corpora=held_out_side, encode=encode)
-    evaluation = pytest.importorskip("small.evaluation")
+    evaluation = pytest.importorskip("small_model.evaluation")
     prefix, context, query = (example[key] for key in ("prefix", "context", "query"))
     opening = [70, base.MASK_ID, 80, base.MASK_ID]
     length = len(prefix) + 1 + 300 + len(query) + 4
@@ -386,7 +386,7 @@ def test_question_fit_rows(encode, held_out_side):
 
 def test_question_fit_scores_are_pseudo_log_likelihoods(encode, held_out_side, tensors):
     """Against a plain sum over copies, questions of unequal lengths in one call."""
-    evaluation = pytest.importorskip("small.evaluation")
+    evaluation = pytest.importorskip("small_model.evaluation")
     params = jax.tree.map(jnp.asarray, network.stack(tensors, 2))
     shape = network.shape_of(CONFIG)
     examples = [

@@ -28,8 +28,15 @@ from pdllm_jax.network.sharding import make_mesh
 from pdllm_jax.network.transformer import MaskPredictor, shard_model
 from pdllm_jax.storage.checkpoint import CheckpointError, load_config, load_model
 from pdllm_jax.storage.fingerprint import ModelIdentity, model_identity
-from pdllm_jax.storage.snapshot import load_document, load_prefilled, save_document, save_prefilled
-from pdllm_jax.storage.snapshot_format import SnapshotError
+from pdllm_jax.storage.snapshot import (
+    SnapshotError,
+    load_document,
+    load_prefilled,
+    load_request,
+    save_document,
+    save_prefilled,
+    save_request,
+)
 from pdllm_jax.storage.store import DocumentStore
 from pdllm_jax.tokenizer import Tokenizer, TokenizerError
 
@@ -79,6 +86,7 @@ __all__ = [
     "load_document",
     "load_model",
     "load_prefilled",
+    "load_request",
     "make_mesh",
     "model_identity",
     "plan_memory",
@@ -88,6 +96,7 @@ __all__ = [
     "reselect",
     "save_document",
     "save_prefilled",
+    "save_request",
     "score_chunks",
     "select_top_k",
     "shard_model",

@@ -22,7 +22,7 @@ from pdllm_jax.config import ChunkConfig
 from pdllm_jax.engine.engine import finish
 from pdllm_jax.method.cache import ChunkCache, ChunkPool
 from pdllm_jax.network.config import ModelConfig
-from pdllm_jax.storage import snapshot_arrays, store
+from pdllm_jax.storage import store
 from pdllm_jax.storage.fingerprint import ModelIdentity
 from pdllm_jax.storage.snapshot import load_document, load_prefilled, save_document
 

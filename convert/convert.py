@@ -31,7 +31,7 @@ from convert.sources import (
 )
 from convert.values import blocks, materialize
 from pdllm_jax.network.config import ModelConfig
-from pdllm_jax.storage.atomic import AtomicFolder, check_space, write_errors
+from pdllm_jax.storage.atomic import AtomicFolder
 from pdllm_jax.storage.checkpoint import (
     CONFIG,
     MANIFEST,
@@ -39,10 +39,10 @@ from pdllm_jax.storage.checkpoint import (
     CheckpointError,
     Manifest,
     TensorRecord,
-    parse_json,
-    read_small,
 )
+from pdllm_jax.storage.manifest import FolderKind, parse_json
 
+CHECKPOINT = FolderKind("checkpoint", 1, CheckpointError)
 OutputDtype = Literal["keep", "bfloat16", "float32"]
 # (stage, bytes done since the last call, bytes in all); stages are "convert" and "verify".
 Progress = Callable[[str, int, int], None]
@@ -87,10 +87,10 @@ def convert(
     if dtype not in ("keep", "bfloat16", "float32"):
         raise CheckpointError(f"dtype {dtype!r} is not one of keep, bfloat16, float32")
     check_apart(folder, target)
-    staged = AtomicFolder(target, overwrite=overwrite, replaceable=is_checkpoint)
+    staged = AtomicFolder(target, CHECKPOINT, is_checkpoint, overwrite)
     staged.check()
     opened = open_source(folder)
-    config_bytes = read_small(inside(folder, CONFIG))
+    config_bytes = inside(folder, CONFIG).read_bytes()
     config = ModelConfig.from_dict(parse_json(config_bytes, str(folder / CONFIG)))
     check_depth(opened, config.n_layers)
     wanted = targets(config)
@@ -107,18 +107,15 @@ def convert(
         for row in wanted.values()
     }
     nbytes = sum(leaf.nbytes for leaf in leaves.values())
-    check_space(target.parent, nbytes)
-    with staged, write_errors(target):
-        stream.save(staged.path / PARAMS, tree(leaves), _Leaf)
-        copy_companions(folder, staged.path)
-        (staged.path / CONFIG).write_bytes(config_bytes)
+    staged.check_space(nbytes)
+    with staged.write() as out:
+        stream.save(out / PARAMS, tree(leaves), _Leaf)
+        copy_companions(folder, out)
+        (out / CONFIG).write_bytes(config_bytes)
         if verify:
-            compare(
-                staged.path / PARAMS, {path: leaf.tensor for path, leaf in leaves.items()}, report
-            )
-        manifest = _manifest(staged.path, leaves)
-        (staged.path / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        staged.commit()
+            compare(out / PARAMS, {path: leaf.tensor for path, leaf in leaves.items()}, report)
+        manifest = _manifest(out, leaves)
+        (out / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     ignored = tuple(sorted(opened.tensors.keys() - wanted.keys()))
     return Report(target, len(leaves), nbytes, manifest.dtype, ignored)
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from convert import stream
 from convert.convert import (
+    CHECKPOINT,
     Progress,
     Report,
     check_apart,
@@ -26,7 +27,7 @@ from convert.convert import (
 from convert.mapping import Target, targets
 from convert.shards import FLOATS
 from convert.sources import SAFETENSORS_INDEX, open_source
-from pdllm_jax.storage.atomic import AtomicFolder, check_space, write_errors
+from pdllm_jax.storage.atomic import AtomicFolder
 from pdllm_jax.storage.checkpoint import (
     CONFIG,
     PARAMS,
@@ -65,7 +66,7 @@ def reverse(
     """
     folder, target = Path(source).absolute(), Path(os.path.abspath(destination))
     check_apart(folder, target)
-    staged = AtomicFolder(target, overwrite=overwrite, replaceable=is_checkpoint)
+    staged = AtomicFolder(target, CHECKPOINT, is_checkpoint, overwrite)
     staged.check()
     manifest = read_manifest(folder)
     config = load_config(folder)
@@ -81,27 +82,26 @@ def reverse(
     }:
         raise CheckpointError(f"{folder} does not fit its {CONFIG}")
     nbytes = sum(record.nbytes for record in manifest.tensors)
-    check_space(target.parent, nbytes)
+    staged.check_space(nbytes)
 
     done = count(progress, nbytes)
-    with staged, write_errors(target):
-        slots = _write_headers(staged.path, list(wanted.values()), records, shard_bytes)
-        _write_values(folder / PARAMS, staged.path, slots, done)
+    with staged.write() as out:
+        slots = _write_headers(out, list(wanted.values()), records, shard_bytes)
+        _write_values(folder / PARAMS, out, slots, done)
         index = {
             "metadata": {"total_size": nbytes},
             "weight_map": {slot.name: slot.file for slot in slots.values()},
         }
-        (staged.path / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        (staged.path / CONFIG).write_bytes((folder / CONFIG).read_bytes())
-        copy_companions(folder, staged.path)
+        (out / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (out / CONFIG).write_bytes((folder / CONFIG).read_bytes())
+        copy_companions(folder, out)
         if verify:
-            written = open_source(staged.path).tensors
+            written = open_source(out).tensors
             compare(
                 folder / PARAMS,
                 {path: written[slot.name] for path, slot in slots.items()},
                 done,
             )
-        staged.commit()
     return Report(target, len(slots), nbytes, manifest.dtype, ())
 
 

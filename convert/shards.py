@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from pdllm_jax.storage.checkpoint import CheckpointError, parse_json
+from pdllm_jax.storage.manifest import CheckpointError, parse_json
 
 # The format's own limit (safetensors' Rust implementation refuses larger headers).
 MAX_HEADER_BYTES = 100_000_000

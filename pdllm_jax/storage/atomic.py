@@ -1,13 +1,14 @@
-"""A folder that comes into being whole or not at all.
+"""Folders that appear complete or not at all.
 
-It is written beside its destination, under a name that nothing loads, and renamed when everything
-is on disk. A run that was killed leaves that sibling behind; the next run for the same destination
-removes it. The sibling is locked while a run lives, so that two runs can't work on it at once.
+A folder is written as .NAME.partial beside its destination, and renamed when every byte is on disk.
+A killed run leaves .NAME.partial behind, and .NAME.replaced if it was killed during the swap; the
+next run for the same destination repairs both. A lock on .NAME.partial keeps a second run out.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import os
@@ -15,176 +16,141 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 
-from pdllm_jax.storage.checkpoint import CheckpointError, reason
+from pdllm_jax.storage.manifest import FolderKind
 
 # Beyond the arrays: JSON, directory blocks, the tokenizer.
 _SPARE_BYTES = 64 << 20
-# Files that are flushed at a time: enough for a disk's queue, and file systems flush in groups.
+# Enough for a disk's queue; file systems flush in groups.
 _SYNC_THREADS = 16
 
 
+@dataclasses.dataclass(frozen=True)
 class AtomicFolder:
-    """Context manager around the making of `destination`.
+    """A folder to make.
 
-    `path` is where to write. Leaving the context without `commit` removes what was written.
+    Args:
+      destination: absolute path; its parent exists.
+      kind: names the folder in errors and gives their class.
+      replaceable: says whether an existing folder may be replaced; it guards other people's files.
+      overwrite: replaces an existing folder.
 
-    overwrite: an existing destination is replaced, provided that `replaceable` says so of it; it
-      stays as it was until `commit`.
-    kind: what the folder is called in errors; error: the class of these.
-    Raises `error` for a destination that exists, or that another run is writing.
+    Every method raises `kind.error`.
     """
 
-    def __init__(
-        self,
-        destination: Path,
-        *,
-        overwrite: bool,
-        replaceable: Callable[[Path], bool],
-        kind: str = "checkpoint",
-        error: type[ValueError] = CheckpointError,
-    ) -> None:
-        self.destination = destination
-        self.path = destination.with_name(f".{destination.name}.partial")
-        self._replaced = destination.with_name(f".{destination.name}.replaced")
-        self._overwrite = overwrite
-        self._replaceable = replaceable
-        self._kind = kind
-        self._error = error
-        self._lock = -1
+    destination: Path
+    kind: FolderKind
+    replaceable: Callable[[Path], bool]
+    overwrite: bool = False
 
     def check(self) -> None:
-        """Refuses a destination that can't be written, before any work is done."""
+        """Refuses a destination that cannot be written, before any work is done."""
         target = self.destination
         if not target.parent.is_dir():
-            raise self._error(f"{target.parent}, which is to hold {target.name}, is no folder")
+            raise self.kind.error(f"{target.parent}: not a directory, cannot hold {target.name}")
         if not os.path.lexists(target):
             return
-        if not self._overwrite:
-            raise self._error(f"{target} exists (--overwrite replaces it)")
-        # A slip of the pen must not cost somebody a home folder.
-        if target.is_symlink() or not target.is_dir() or not self._replaceable(target):
-            raise self._error(
-                f"{target} is not a {self._kind} and nothing else, so --overwrite leaves it alone"
+        if not self.overwrite:
+            raise self.kind.error(f"{target} exists (--overwrite replaces it)")
+        if target.is_symlink() or not target.is_dir() or not self.replaceable(target):
+            raise self.kind.error(f"{target} holds more than a {self.kind.name}: not overwritten")
+
+    def check_space(self, nbytes: int) -> None:
+        """Refuses a disk without room for `nbytes`."""
+        free, needed = shutil.disk_usage(self.destination.parent).free, nbytes + _SPARE_BYTES
+        if free < needed:
+            raise self.kind.error(
+                f"disk full: {self.destination.parent} has {free / 1e9:.2f} GB free, "
+                f"{needed / 1e9:.2f} GB are needed"
             )
 
-    def __enter__(self) -> AtomicFolder:
+    @contextlib.contextmanager
+    def write(self) -> Iterator[Path]:
+        """Yields the folder to write into, and puts it in place when the context ends.
+
+        Where the context ends by an error, what was written goes and the old folder stays.
+        """
         self.check()
+        partial = self.destination.with_name(f".{self.destination.name}.partial")
+        replaced = self.destination.with_name(f".{self.destination.name}.replaced")
+        lock = self._lock(partial)
         try:
-            self.path.mkdir(exist_ok=True)
-            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError as error:  # a file or a link by this name, no right to write
-            raise self._error(f"{self.path} can not be made: {error.strerror}") from None
-        try:
-            self._acquire()
-        except BaseException:
-            os.close(self._lock)
-            raise
-        try:
-            self._recover()
+            self._recover(replaced)
             self.check()
-            _clear(self.path)
-        except BaseException:
-            self.__exit__(None, None, None)
+            for entry in list(partial.iterdir()):
+                discard(entry)
+            yield partial
+            _sync_tree(partial)
+            if os.path.lexists(self.destination):
+                os.rename(self.destination, replaced)
+            os.rename(partial, self.destination)
+            _sync(self.destination.parent)
+        except self.kind.error:
             raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            if self.path.exists() and os.path.samestat(self.path.stat(), os.fstat(self._lock)):
-                shutil.rmtree(self.path, ignore_errors=True)
-            self._recover()
+        except Exception as error:  # TensorStore and Orbax raise various classes
+            raise self._write_error(error) from error
         finally:
-            os.close(self._lock)
+            if _is_locked(partial, lock):
+                discard(partial)
+            self._recover(replaced)
+            os.close(lock)
 
-    def commit(self) -> None:
-        """Makes the folder durable and puts it in its place."""
-        _sync_tree(self.path)
-        if os.path.lexists(self.destination):
-            os.rename(self.destination, self._replaced)
-        os.rename(self.path, self.destination)
-        _sync(self.destination.parent)
-
-    def _acquire(self) -> None:
-        busy = self._error(f"another run is writing {self.destination}")
+    def _lock(self, partial: Path) -> int:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.mkdir(exist_ok=True)
+            lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise busy from None
-            # Some network file systems have no locks: two runs at once are the user's affair there.
-        if not self.path.exists() or not os.path.samestat(self.path.stat(), os.fstat(self._lock)):
-            raise busy
+            raise self.kind.error(f"{partial} cannot be made: {error.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            busy = not _is_locked(partial, lock)
+        except OSError as error:  # some network file systems have no locks
+            busy = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+        if busy:
+            os.close(lock)
+            raise self.kind.error(f"another run is writing {self.destination}")
+        return lock
 
-    def _recover(self) -> None:
-        """The folder that was moved aside goes away, or back if no other took its place."""
-        aside = not self._replaced.is_symlink() and self._replaced.is_dir()
-        if aside and not os.path.lexists(self.destination):
-            os.rename(self._replaced, self.destination)
+    def _recover(self, replaced: Path) -> None:
+        """Moves the old folder back unless another took its place."""
+        if replaced.is_dir() and not os.path.lexists(self.destination):
+            os.rename(replaced, self.destination)
         else:
-            discard(self._replaced)
+            discard(replaced)
+
+    def _write_error(self, error: Exception) -> ValueError:
+        # TensorStore has the system's message inside a ValueError.
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full |= any(text in str(error) for text in ("No space left", "File too large", "quota"))
+        problem = "disk full while writing {}" if full else "{} cannot be written"
+        return self.kind.error(f"{problem.format(self.destination)}: {reason(error)}")
 
 
 def discard(path: Path) -> None:
-    """Removes what has this name, if anything: a folder with all that is in it, a file, a link (not
-    what it leads to), a pipe (`shutil.rmtree` would wait for a writer).
-    """
+    """Removes a folder with its contents, a file, or a link (not its target), if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
-def _clear(folder: Path) -> None:
-    for entry in list(os.scandir(folder)):
-        discard(Path(entry.path))
+def reason(error: BaseException) -> str:
+    """Returns the first line of an error's message, without TensorStore's dump of its settings."""
+    line = next(iter(str(error).splitlines()), "") or repr(error)
+    return line.partition(" [tensorstore_spec=")[0]
 
 
-def check_space(folder: Path, nbytes: int, error: type[ValueError] = CheckpointError) -> None:
-    """Refuses what the disk has no room for, before anything is written."""
-    free = shutil.disk_usage(folder).free
-    needed = nbytes + _SPARE_BYTES
-    if free < needed:
-        raise error(
-            f"disk full: {folder} has {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed"
-        )
-
-
-@contextlib.contextmanager
-def write_errors(destination: Path, kind: type[ValueError] = CheckpointError) -> Iterator[None]:
-    """Turns what Orbax, TensorStore and the system raise while writing into a `kind`."""
-    try:
-        yield
-    except kind:
-        raise
-    except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EFBIG,
-        )
-        # TensorStore reports the system's message inside a ValueError.
-        if full or any(text in str(error) for text in ("No space left", "File too large", "quota")):
-            raise kind(f"disk full while writing {destination}: {reason(error)}") from error
-        raise kind(f"{destination} can not be written: {reason(error)}") from error
+def _is_locked(partial: Path, lock: int) -> bool:
+    return partial.exists() and os.path.samestat(partial.stat(), os.fstat(lock))
 
 
 def _sync_tree(folder: Path) -> None:
-    """Everything in the folder is on disk: the files, then the folders that name them."""
-    files, folders = [], []
-    for root, _, names in os.walk(folder):
-        files += [Path(root, name) for name in names]
-        folders.append(Path(root))
+    """Flushes the files, then the folders that name them."""
+    files = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
+    folders = [Path(root) for root, _, _ in os.walk(folder)]
     with ThreadPoolExecutor(_SYNC_THREADS) as threads:
-        for paths in (files, folders):
-            for _ in threads.map(_sync, paths):
-                pass
+        list(threads.map(_sync, files))
+        list(threads.map(_sync, folders))
 
 
 def _sync(path: Path) -> None:

@@ -12,7 +12,6 @@ afterwards (a file lost or cut short in a copy) is refused by name instead of be
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 import math
@@ -29,6 +28,7 @@ from pallas_kernels import SumImplementation
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.sharding import mesh_sizes
 from pdllm_jax.network.transformer import MaskPredictor, put_on
+from pdllm_jax.storage.manifest import CheckpointError, read_json
 from pdllm_jax.storage.zarr_layout import MAX_METADATA_BYTES, METADATA, check_layout
 
 MANIFEST = "pdllm.json"
@@ -39,10 +39,6 @@ VERSION = 1
 DTYPES = ("bfloat16", "float16", "float32")
 # Far above any real config or index, and small enough to parse without harm.
 MAX_JSON_BYTES = 100 << 20
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder that is not what it should be; the message names file and tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,53 +81,6 @@ class Manifest:
             "files": dict(self.files),
         }
         return json.dumps(content, indent=1) + "\n"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; CheckpointError where it holds none or repeats a key."""
-    return parse_json(read_small(path), str(path))
-
-
-def read_small(path: Path) -> bytes:
-    """A file's contents; CheckpointError where there is no file, or one too large for its kind."""
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
-    if not path.is_file():  # a pipe, which would never answer
-        raise CheckpointError(f"{path} is not a regular file")
-    with path.open("rb") as file:
-        content = file.read(MAX_JSON_BYTES + 1)
-    if len(content) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes")
-    return content
-
-
-def parse_json(content: bytes, where: str) -> dict[str, Any]:
-    """Parses a JSON object; CheckpointError, which begins with `where`, on anything else."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            counts = collections.Counter(name for name, _ in pairs)
-            repeated = [repr(name) for name, number in counts.items() if number > 1]
-            raise CheckpointError(f"{where} repeats the key {', '.join(repeated)}")
-        return result
-
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is no JSON")
-
-    try:
-        result = json.loads(
-            content.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse
-        )
-        if b"\\ud" in content.lower():
-            json.dumps(result, ensure_ascii=False).encode("utf-8")  # half a surrogate pair
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not valid JSON: {error}") from None
-    if not isinstance(result, dict):
-        raise CheckpointError(f"{where} does not hold a JSON object")
-    return result
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -252,12 +201,6 @@ def load_model(
     nnx.replace_by_pure_dict(state, read_params(folder / PARAMS, wanted, mesh))
     model = nnx.merge(graph, state)
     return model if mesh is None else put_on(model, mesh, sums)
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error's message, without TensorStore's dump of its settings."""
-    line = next(iter(str(error).splitlines()), "") or repr(error)
-    return line.partition(" [tensorstore_spec=")[0]
 
 
 def _check_depth(folder: Path, manifest: Manifest, config: ModelConfig) -> None:

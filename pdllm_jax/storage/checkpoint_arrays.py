@@ -18,7 +18,8 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from pdllm_jax.network.sharding import shardings
-from pdllm_jax.storage.checkpoint import CheckpointError, reason
+from pdllm_jax.storage.atomic import reason
+from pdllm_jax.storage.manifest import CheckpointError
 
 _ALIGNMENT = 64  # of XLA's buffers on a CPU
 _AT_A_TIME = 4  # arrays on their way between disk and device

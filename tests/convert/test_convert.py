@@ -394,7 +394,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["{source}", "{source}"], "is the source itself"),
         (["{source}", "{source}/inside"], "lies inside the source"),
         (["{source}", "{source}/..", "--overwrite"], "contains the source"),
-        (["{source}", "{target}/a/b"], "is no folder"),
+        (["{source}", "{target}/a/b"], "not a directory"),
         (["{target}", "{target}2"], "is not a folder"),
         (["{source}", "{target}", "--reverse"], "is not a converted checkpoint"),
         (["{loop}", "{target}"], "is not a folder"),

@@ -46,7 +46,7 @@ Tree = TypeVar("Tree")
 ARRAYS = "arrays"
 _CHUNK_BYTES = 16 << 20
 # A head with fewer bytes gets no file of its own.
-_HEAD_BYTES = 1 << 20
+HEAD_BYTES = 1 << 20
 
 
 class SnapshotError(ValueError):
@@ -179,9 +179,7 @@ def _folder(path: str | Path, overwrite: bool) -> AtomicFolder:
         names = {entry.name for entry in folder.iterdir()}
         return MANIFEST in names and names <= {MANIFEST, ARRAYS}
 
-    return AtomicFolder(
-        Path(path).absolute(), SNAPSHOT, overwrite=overwrite, replaceable=replaceable
-    )
+    return AtomicFolder(Path(path).absolute(), SNAPSHOT, replaceable, overwrite)
 
 
 def _document(cache: ChunkCache) -> str:
@@ -218,10 +216,9 @@ def _save(
         "arrays": {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()},
     }
     folder.check_space(sum(x.nbytes for x in arrays.values()))
-    with folder:
-        write_arrays(folder.path / ARRAYS, arrays)
-        write_manifest(folder.path, SNAPSHOT, settings)
-        folder.commit()
+    with folder.write() as partial:
+        write_arrays(partial / ARRAYS, arrays)
+        write_manifest(partial, SNAPSHOT, settings)
 
 
 def _load(
@@ -277,7 +274,8 @@ def _mismatch(folder: Path, field: str, found: Any, wanted: Any) -> SnapshotErro
 
 def _heads_axis(name: str, shape: tuple[int, ...]) -> int | None:
     """Returns the axis of the KV heads, which a mesh divides; None for what is not KV."""
-    spec = tuple(spec_of(AbstractMesh((1, 1), (DATA, TENSOR)), name, shape))
+    mesh: Any = AbstractMesh((1, 1), (DATA, TENSOR))
+    spec = tuple(spec_of(mesh, name, shape))
     return spec.index(TENSOR) if TENSOR in spec else None
 
 
@@ -298,15 +296,17 @@ def write_arrays(folder: Path, arrays: Mapping[str, Array]) -> None:
     """
     import orbax.checkpoint as ocp  # slow to import
 
+    from pdllm_jax.storage.checkpoint_arrays import quiet_orbax
+
     def cut(name: str, array: Array) -> ocp.SaveArgs:
         axis = _heads_axis(name, array.shape)
-        wide = axis is not None and array.nbytes // array.shape[axis] >= _HEAD_BYTES
+        wide = axis is not None and array.nbytes // array.shape[axis] >= HEAD_BYTES
         return ocp.SaveArgs(shard_axes=(axis,) if wide else (), chunk_byte_size=_CHUNK_BYTES)
 
     # TensorStore has no empty arrays.
     stored = {name: x for name, x in arrays.items() if x.size}
     sizes = {name: cut(name, x) for name, x in stored.items()}
-    with _checkpointer() as checkpointer:
+    with quiet_orbax(), _checkpointer() as checkpointer:
         checkpointer.save(folder, args=ocp.args.PyTreeSave(stored, save_args=sizes))
 
 
@@ -352,7 +352,7 @@ def pack(tree: Any, name: str = "") -> tuple[dict[str, Array], Any]:
     def visit(value: Any, hint: Any, path: str, static: bool) -> Any:
         if isinstance(value, jax.Array | np.ndarray) and not static:
             keys = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
-            arrays[path] = jax.random.key_data(value) if keys else value
+            arrays[path] = jax.random.key_data(value) if keys else jnp.asarray(value)
             return str(jax.random.key_impl(value)) if keys else None
         if type(value) in _classes(hint):
             fields = dataclasses.fields(value)

@@ -99,7 +99,7 @@ class DocumentStore:
           ValueError: ids outside the vocabulary, an empty document, anchors without BOS.
           SnapshotError: the disk is full, the folder cannot be written, or several processes of one
             mesh ask for a document that the store does not have.
-          MemoryLimitError: encoding would take more than the device has, or than memory_limit bytes.
+          MemoryLimitError: encoding needs more memory than the device has, or than memory_limit.
         """
         vocab = self.model.config.vocab_size
         bos_id = check_bos_id(bos_id, vocab)

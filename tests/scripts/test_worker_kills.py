@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pdllm_jax import SnapshotError, finish, load_model, load_prefilled, model_identity
+from pdllm_jax import SnapshotError, finish, load_model, load_request, model_identity
 from tests.storage.test_checkpoint import DIVISIBLE, make
 from tests.support import fault_workers
 from tests.support.workers import PROCESSES
@@ -102,7 +102,7 @@ def check_restarted(hosts: Hosts, want: dict) -> None:
 def test_killed_while_writing_decoding_and_reading(folder, model, want, tmp_path):
     # In the midst of the arrays, with everything but the manifest, with everything but the name.
     points = (
-        "pdllm_jax.storage.snapshot_arrays._file_record#3",
+        "pdllm_jax.storage.manifest._record#3",
         "pdllm_jax.storage.atomic._sync",
         "os.rename",
     )
@@ -114,15 +114,15 @@ def test_killed_while_writing_decoding_and_reading(folder, model, want, tmp_path
         partial = tmp_path / f".{point}.partial"
         assert partial.is_dir()
         with pytest.raises(SnapshotError):
-            load_prefilled(tmp_path / point, identity)
-        if not (partial / "snapshot.json").exists():
+            load_request(tmp_path / point, identity)
+        if not (partial / "manifest.json").exists():
             with pytest.raises(SnapshotError):
-                load_prefilled(partial, identity)
+                load_request(partial, identity)
     half = tmp_path / points[0]
     refused = Hosts(folder, tmp_path / "half", half)
     again = write(folder, half)
     assert refused.join(240) == [0, 0]
-    assert ["does not exist" in left["refused"] for left in refused.left()] == [True, True]
+    assert ["not a directory" in left["refused"] for left in refused.left()] == [True, True]
     again.join(240)
     assert again.exitcode == 0
     dying = [

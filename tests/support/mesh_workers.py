@@ -55,7 +55,7 @@ from pdllm_jax.method.likelihood import (
     keep_context,
 )
 from pdllm_jax.network.sharding import DATA, TENSOR
-from pdllm_jax.storage import snapshot_arrays
+from pdllm_jax.storage import snapshot
 
 DEVICES = 8
 CHUNKS = ChunkConfig(16)
@@ -202,7 +202,7 @@ def _steps(
 
 def snapshots(one: MaskPredictor, many: MaskPredictor, folder: Path) -> None:
     """A request and a document, written on one mesh and gone on with on others."""
-    snapshot_arrays.SMALL_ARRAY_BYTES = snapshot_arrays.SMALL_CHUNK_BYTES = 1  # as if large
+    snapshot.HEAD_BYTES = 1  # as if large
     selecting = SelectionConfig(**SELECT)
     want = ask(one, {}, {})
     prompt = chunk_prompt(PREFIX, DOCUMENT, QUERY, CHUNKS)

@@ -28,7 +28,7 @@ from pdllm_jax import (
     generate_ids,
     init_denoise,
     prefill_request,
-    save_prefilled,
+    save_request,
     select_top_k,
 )
 from tests.method.test_prefill import sharpen
@@ -123,8 +123,10 @@ def test_a_snapshot_holds_no_code(model, tmp_path):
         decode=None,
     )
     for decode in (DecodeConfig(unmask=best_then_all), DecodeConfig(remasking=probability)):
-        with pytest.raises(SnapshotError, match="remasking or unmask given as functions"):
-            save_prefilled(
+        with pytest.raises(
+            SnapshotError, match=r"decode\.(remasking|unmask) is .*: a snapshot holds arrays"
+        ):
+            save_request(
                 tmp_path / "s", model, dataclasses.replace(ready, decode=decode), chunking=CHUNKS
             )
     assert not (tmp_path / "s").exists()

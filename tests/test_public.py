@@ -136,12 +136,13 @@ SCRIPTS = (
     "benchmark_snapshot",
     "convert_checkpoint",
     "decode",
+    "drift",
     "evaluate",
     "generate",
+    "kills",
     "make_small",
     "prefill",
     "quickstart",
-    "reliability",
     "train_small",
 )
 

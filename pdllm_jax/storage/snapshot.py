@@ -64,7 +64,7 @@ class SnapshotError(ValueError):
         self.field, self.found, self.wanted = field, found, wanted
 
 
-SNAPSHOT = FolderKind("snapshot", 2, SnapshotError)
+SNAPSHOT = FolderKind("snapshot", 2, SnapshotError, "write it again with this version")
 
 
 class Document(NamedTuple):

@@ -242,7 +242,7 @@ def test_dataclasses_are_saved_by_their_fields():
         (b'{"kind": 1, "kind": 2}', "repeats the key"),
         (b"\xff\xfe", "not valid JSON"),
         (b'{"kind": "checkpoint"}', "kind 'checkpoint', not 'snapshot'"),
-        (b'{"kind": "snapshot", "version": 1}', "version 1, only 2 can be read"),
+        (b'{"kind": "snapshot", "version": 1}', "version 1, only 2 can be read; write it again"),
         (b'{"kind": "snapshot", "version": 2, "settings": {}}', "changed since it was written"),
     ],
 )

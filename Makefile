@@ -67,8 +67,12 @@ ABLATE_OUT ?= .cache/ablate-quick
 ablate-quick: env
 	$(VENV)/bin/python scripts/ablate.py run --quick --out $(ABLATE_OUT) --time-limit 540
 
-fuzz kills: env
-	$(VENV)/bin/python scripts/reliability.py $@
+# Random damage to snapshots and stores, 1,000 examples a test.
+fuzz: env
+	$(VENV)/bin/python -m pytest tests/storage/test_damage.py --hypothesis-profile=fuzz $(PYTEST_ARGS)
+
+kills: env
+	$(VENV)/bin/python scripts/kills.py 100
 
 clean:
 	rm -rf $(VENV) $(VENV_KERNELS) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

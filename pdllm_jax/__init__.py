@@ -19,8 +19,13 @@ from pdllm_jax.network.config import ConfigError, ModelConfig, RopeScaling
 from pdllm_jax.network.sharding import make_mesh
 from pdllm_jax.network.transformer import MaskPredictor, shard_model
 from pdllm_jax.storage.checkpoint import CheckpointError, load_config, load_model
-from pdllm_jax.storage.snapshot import load_document, load_request, save_document, save_request
-from pdllm_jax.storage.snapshot_format import SnapshotError
+from pdllm_jax.storage.snapshot import (
+    SnapshotError,
+    load_document,
+    load_request,
+    save_document,
+    save_request,
+)
 from pdllm_jax.storage.store import DocumentStore
 from pdllm_jax.tokenizer import Tokenizer
 

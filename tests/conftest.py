@@ -43,6 +43,7 @@ os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
@@ -53,6 +54,9 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     jax.config.update("jax_default_matmul_precision", "highest")
     # Tests compile much and run little. Command lines under test keep the optimizations.
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+hypothesis.settings.register_profile("fuzz", max_examples=1000)  # make fuzz
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

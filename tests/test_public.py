@@ -133,12 +133,13 @@ SCRIPTS = (
     "benchmark",
     "convert_checkpoint",
     "decode",
+    "drift",
     "evaluate",
     "generate",
+    "kills",
     "make_small",
     "prefill",
     "quickstart",
-    "reliability",
     "train_small",
 )
 

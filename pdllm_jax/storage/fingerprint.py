@@ -1,14 +1,14 @@
-"""What tells one model, tokenizer or document from another: short, cheap, the same on every device.
+"""Fingerprints of models, tokenizers and documents: short, cheap, the same on every device.
 
-The fingerprint of the weights covers every element: each is hashed together with its place
-(murmur3's finalizer, a bijection of 32 bits), and the hashes are added up modulo 2^32, once as they
-are and once scrambled. Integer sums do not depend on their order, so a model that is sharded over
-any mesh has the fingerprint that it has on one device; nothing but a few words leaves the device.
-The SHA-256 of these sums, with the paths, shapes and dtypes, is the fingerprint.
+The fingerprint of the weights covers every element. Each element is hashed together with its place
+(the finalizer of murmur3, a bijection of 32 bits); the hashes are summed modulo 2^32, once as they
+are and once scrambled. Integer sums do not depend on their order, so that a sharded model has the
+fingerprint that it has on one device, and only a few words leave the device. The SHA-256 of the
+sums, with paths, shapes and dtypes, is the fingerprint.
 
-A change of one element, or in one tensor's shape, dtype or name, always changes it; another change
-goes unseen with a chance of 2^-64. It is no defence against somebody who constructs weights of the
-same fingerprint.
+A change of one element, or of a shape, dtype or name, always changes the fingerprint. Any other
+change goes unnoticed with a probability of 2^-64. The fingerprint does not protect against weights
+that were constructed to collide.
 """
 
 from __future__ import annotations
@@ -32,9 +32,12 @@ from pdllm_jax.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class ModelIdentity:
-    """Which model made some KV: architecture, dtype of weights and activations, and weights.
+    """What identifies the model that made some KV.
 
-    weights: hexadecimal, of `model_identity`.
+    Args:
+      config: the architecture.
+      dtype: of weights and activations.
+      weights: hexadecimal fingerprint of every weight.
     """
 
     config: ModelConfig
@@ -43,59 +46,66 @@ class ModelIdentity:
 
 
 def model_identity(model: MaskPredictor) -> ModelIdentity:
-    """Which model this is: the same for the same config, dtype and bits of every weight.
+    """Computes the identity of a model: equal for equal config, dtype and bits of every weight.
 
-    Reads every weight once: milliseconds on a GPU, about a second per GB on two CPU cores. Where
-    the weights lie, on one device or a mesh, makes no difference.
+    Reads every weight once: milliseconds on a GPU, about a second per GB on two CPU cores. The
+    placement of the weights, on one device or a mesh, makes no difference.
     """
     state = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    # All are under way before the first is waited for.
+    # Start all sums before the first result is waited for.
     sums = [(path, leaf, _sums(leaf)) for path, leaf in state]
     lines = sorted(
-        f"{jax.tree_util.keystr(path)} {leaf.dtype} {list(leaf.shape)} {np.asarray(found).tolist()}"
-        for path, leaf, found in sums
+        f"{jax.tree_util.keystr(path)} {leaf.dtype} {list(leaf.shape)} {np.asarray(words).tolist()}"
+        for path, leaf, words in sums
     )
-    return ModelIdentity(
-        config=model.config,
-        dtype=str(model.dtype),
-        weights=hashlib.sha256("\n".join(lines).encode()).hexdigest(),
-    )
+    weights = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return ModelIdentity(model.config, str(model.dtype), weights)
+
+
+def model_fields(identity: ModelIdentity) -> dict[str, Any]:
+    """Returns what a manifest says of a model, by the names that errors use ("rope.theta")."""
+    fields = dataclasses.asdict(identity.config) | {"dtype": identity.dtype}
+    fields |= {"weights": identity.weights, "rope_head_dim": identity.config.head_dim}
+    return {
+        f"rope.{name.removeprefix('rope_')}" if name.startswith("rope_") else f"model.{name}": value
+        for name, value in fields.items()
+    }
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """SHA-256 of tokenizer.json, as it was read, and of the ids of the special tokens."""
+    """Returns the SHA-256 of tokenizer.json and of the ids of the special tokens."""
     ids = [tokenizer.bos_id, tokenizer.mask_id, *tokenizer.stop_ids]
-    return _digest({"file": tokenizer.digest, "special": ids})
+    return digest({"file": tokenizer.digest, "special": ids})
 
 
 def document_fingerprint(prefix: Any, prefix_length: Any, chunks: Any, lengths: Any) -> str:
-    """SHA-256 of a document as it is encoded: prefix and chunks, anchors included, no padding.
+    """Returns the SHA-256 of the ids that are encoded: prefix and chunks with their anchors.
 
-    The arguments are fields of `ChunkCache` or `ChunkedPrompt`, of one document or a batch.
+    Args:
+      prefix [*B, P], prefix_length [*B], chunks [*B, N, C], lengths [*B, N]: fields of a
+        `ChunkCache` or `ChunkedPrompt`; padding is not hashed.
     """
     prefix, chunks = (np.asarray(x, np.int32) for x in (prefix, chunks))
     prefix_length, lengths = (np.asarray(x, np.int32) for x in (prefix_length, lengths))
-    digest = hashlib.sha256(repr((prefix.ndim, chunks.shape[-1])).encode())
-    prefixes = prefix.reshape(prefix_length.size, -1)
-    documents = chunks.reshape(prefix_length.size, -1, chunks.shape[-1])
-    rows = lengths.reshape(prefix_length.size, -1)
-    for before, here, document, each in zip(
-        prefixes, prefix_length.reshape(-1), documents, rows, strict=True
-    ):
-        each = each[each > 0]
-        digest.update(f"|{here} {each.tolist()}|".encode())
-        digest.update(before[:here].astype("<i4").tobytes())
-        for chunk, length in zip(document, each, strict=False):
-            digest.update(chunk[:length].astype("<i4").tobytes())
-    return digest.hexdigest()
+    documents, size = prefix_length.size, chunks.shape[-1]
+    content = [
+        {
+            "prefix": before[:rows].tolist(),
+            "chunks": [row[:n].tolist() for row, n in zip(tokens, counts, strict=True) if n > 0],
+        }
+        for before, rows, tokens, counts in zip(
+            prefix.reshape(documents, -1),
+            prefix_length.reshape(-1),
+            chunks.reshape(documents, -1, size),
+            lengths.reshape(documents, -1),
+            strict=True,
+        )
+    ]
+    return digest({"chunk_size": size, "documents": content})
 
 
-def settings_fingerprint(settings: Any) -> str:
-    """SHA-256 of JSON-like settings, whatever the order of their keys."""
-    return _digest(settings)
-
-
-def _digest(content: Any) -> str:
+def digest(content: Any) -> str:
+    """Returns the SHA-256 of JSON content; the order of keys makes no difference."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -109,11 +119,10 @@ def _mixed(x: Array) -> Array:
 
 @jax.jit
 def _sums(x: Array) -> UInt32[Array, "2"]:
-    """Sums over two hashes of (place, bits) of every element."""
+    """Returns the sums over two hashes of (place, bits) of every element."""
     bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     words = lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
-    # A number for each place along each axis, added up: no flat index that could overflow, and no
-    # reshape, which would gather what is sharded.
+    # A sum of one number per axis: a flat index could overflow, a reshape would gather shards.
     place = jnp.uint32(0x9E3779B9)
     for axis, size in enumerate(x.shape):
         start = jnp.uint32((axis + 1) * 0x1FD2DF05)

@@ -1,55 +1,80 @@
-"""KV snapshots on disk: an encoded document, or requests between prefill and decode.
+"""KV snapshots: an encoded document, or requests between prefill and decode, in a folder.
 
-A snapshot is written whole or not at all, and loads where model, RoPE settings, dtype and tokenizer
-are those that it was made with, on whatever mesh. docs/snapshots.md has the format.
+    FOLDER/manifest.json   model, tokenizer, settings, tree of arrays, checksum of every file
+    FOLDER/arrays/         the arrays by their path in the pytree ("cache.pool.k"), through Orbax
+
+A snapshot is written completely or not at all, and loads onto any mesh. The code walks dataclasses
+by their fields and annotations, so that a new field needs no change here. docs/snapshots.md
+describes the format.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 
 import jax
-from jax.sharding import Mesh, Sharding
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, Sharding
 from jaxtyping import Array
 
 from pdllm_jax.config import ChunkConfig
 from pdllm_jax.engine.request import SelectedRequest, StartedRequest
 from pdllm_jax.method.cache import ChunkCache
-from pdllm_jax.network.sharding import sharding_of
+from pdllm_jax.network.sharding import DATA, TENSOR, sharding_of, spec_of
 from pdllm_jax.network.transformer import MaskPredictor
-from pdllm_jax.storage.atomic import AtomicFolder
+from pdllm_jax.storage.atomic import AtomicFolder, reason
 from pdllm_jax.storage.fingerprint import (
     ModelIdentity,
     document_fingerprint,
+    model_fields,
     model_identity,
     tokenizer_fingerprint,
 )
-from pdllm_jax.storage.manifest import FolderKind
-from pdllm_jax.storage.snapshot_format import (
-    ARRAYS,
-    MANIFEST,
-    ArrayRecord,
-    Holds,
-    Manifest,
-    SnapshotError,
-    check_files,
-    check_matches,
-    model_fields,
-    read_manifest,
-    refusal,
-)
-from pdllm_jax.storage.snapshot_tree import arrays_of, check_shapes, check_values, flags_of, tree_of
+from pdllm_jax.storage.manifest import MANIFEST, FolderKind, read_manifest, write_manifest
 from pdllm_jax.tokenizer import Tokenizer
 
-# Where an array of a snapshot goes, by its name ("cache.pool.k", "state.tokens", ...).
+Holds = Literal["document", "selection", "state"]
+# Where to place an array of a snapshot, by its path ("cache.pool.k", "state.tokens").
 Placement = Callable[[str], Sharding]
+Tree = TypeVar("Tree")
+
+ARRAYS = "arrays"
+_CHUNK_BYTES = 16 << 20
+# A head with fewer bytes gets no file of its own.
+HEAD_BYTES = 1 << 20
+
+
+class SnapshotError(ValueError):
+    """A snapshot is damaged, belongs to something else, or cannot be written.
+
+    Args:
+      field: what is wrong, such as "rope.theta"; empty for files.
+      found, wanted: the two values where two were compared, otherwise None.
+    """
+
+    def __init__(
+        self, message: str, *, field: str = "", found: Any = None, wanted: Any = None
+    ) -> None:
+        super().__init__(message)
+        self.field, self.found, self.wanted = field, found, wanted
+
+
+# The class of what a snapshot holds, and the path of its root.
+_ROOTS: dict[Holds, tuple[type, str]] = {
+    "document": (ChunkCache, "cache"),
+    "selection": (SelectedRequest, ""),
+    "state": (StartedRequest, ""),
+}
+SNAPSHOT = FolderKind("snapshot", 2, SnapshotError, "write it again with this version")
 
 
 class Document(NamedTuple):
-    """A snapshot's document, and how it was cut."""
+    """An encoded document, and the settings it was chunked with."""
 
     cache: ChunkCache
     chunking: ChunkConfig
@@ -64,20 +89,20 @@ def save_document(
     tokenizer: Tokenizer | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a document that was encoded (`encode_document`, `encode_text`, `prefill`).
+    """Writes an encoded document.
 
     Args:
       path: folder to make; its parent exists.
-      model: that the cache was made with; its identity (`model_identity`) saves the fingerprint
-        where many snapshots are written.
+      model: the model that encoded the document. `model_identity(model)` saves computing the
+        fingerprint again for every snapshot.
       cache: with or without a pool, of one document or a batch.
-      chunking: that the document was cut with.
-      tokenizer: that made its ids, if any did.
-      overwrite: replaces a snapshot that stands at `path`.
+      chunking: settings that the document was chunked with.
+      tokenizer: the tokenizer of the ids; None for ids of another origin.
+      overwrite: replaces an existing snapshot at `path`.
 
     Raises:
-      SnapshotError: an occupied destination, a full disk, a cache that is not of this model;
-        nothing is left behind then.
+      SnapshotError: the destination exists, the disk is full, or the cache does not fit the model;
+        then nothing is left behind.
     """
     _save(path, model, "document", cache, chunking, tokenizer, overwrite)
 
@@ -87,22 +112,26 @@ def load_document(
     model: MaskPredictor | ModelIdentity,
     *,
     tokenizer: Tokenizer | None = None,
+    document: str | None = None,
     placement: Placement | None = None,
     mesh: Mesh | None = None,
 ) -> Document:
-    """Restores a document for `ask`, `score_chunks` or `init_denoise`.
+    """Restores an encoded document; every checksum is compared.
 
     Args:
-      tokenizer: that questions will be asked with; None where they are asked as ids.
-      placement: sharding of each array, by name, on any mesh or memory.
-      mesh: that all goes to where no placement is given, as `parallel.spec_of` says: by default the
-        model's own; without one, JAX's default device.
+      path: a snapshot that `save_document` wrote.
+      model: the model that will use the document.
+      tokenizer: the tokenizer of the questions; None for questions as ids.
+      document: the `document_fingerprint` to expect; None accepts any document.
+      placement: sharding of each array, by its path, on any mesh and memory.
+      mesh: where arrays go without a placement, as `sharding.spec_of` says: by default the model's
+        mesh; without a mesh, JAX's default device.
 
     Raises:
-      SnapshotError: names what does not match, what is damaged, or what else the snapshot holds.
+      SnapshotError: names what does not match, what is damaged, or what the snapshot holds instead.
     """
-    manifest, arrays = _load(path, model, "document", tokenizer, placement, mesh)
-    return Document(tree_of(ChunkCache, "cache", arrays, manifest.flags), manifest.chunking)
+    settings, cache = _load(path, model, ("document",), tokenizer, document, placement, mesh)
+    return Document(cache, ChunkConfig(**settings["chunking"]))
 
 
 def save_request(
@@ -114,9 +143,9 @@ def save_request(
     tokenizer: Tokenizer | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes requests between prefill and decode: what `Engine.prefill` has returned.
+    """Writes a request, or a batch of them, between prefill and decode.
 
-    The rest as `save_document`. `drop_other_chunks` before it leaves out KV that is not needed.
+    Arguments and errors as `save_document`. `drop_other_chunks(request)` needs less space.
     """
     holds: Holds = "state" if isinstance(request, StartedRequest) else "selection"
     _save(path, model, holds, request, chunking, tokenizer, overwrite)
@@ -130,56 +159,41 @@ def load_request(
     placement: Placement | None = None,
     mesh: Mesh | None = None,
 ) -> SelectedRequest | StartedRequest:
-    """Restores what `Engine.decode` goes on from.
-
-    Arguments and errors as `load_document`.
-    """
-    manifest, arrays = _load(path, model, "", tokenizer, placement, mesh)
-    fields = {
-        "config": manifest.selecting,
-        "decoding": manifest.decode,
-        "requests": manifest.flags["requests"],
-    }
-    kind = StartedRequest if manifest.holds == "state" else SelectedRequest
-    return tree_of(kind, "", arrays, manifest.flags, **fields)
+    """Restores a request that `save_request` wrote. Arguments and errors as `load_document`."""
+    wanted: tuple[Holds, ...] = ("selection", "state")
+    return _load(path, model, wanted, tokenizer, None, placement, mesh)[1]
 
 
 def snapshot_holds(path: str | Path) -> Holds:
-    """What a snapshot says that it holds; SnapshotError for a folder that is none."""
-    return read_manifest(Path(path)).holds
+    """Returns what a snapshot says that it holds; SnapshotError for another folder."""
+    return read_manifest(Path(path), SNAPSHOT).settings["holds"]
 
 
-def is_snapshot(folder: Path) -> bool:
-    """Whether a folder looks like a snapshot, whole or not, and like nothing else."""
-    names = {entry.name for entry in folder.iterdir()}
-    return MANIFEST in names and names <= {MANIFEST, ARRAYS}
+def check_destination(path: str | Path, *, overwrite: bool = False) -> None:
+    """Raises the SnapshotError that saving would raise for this destination."""
+    _folder(path, overwrite).check()
 
 
 def require_one_process(target: Path) -> None:
-    """Refuses to write where several processes are one mesh."""
+    """Raises SnapshotError where several processes share a mesh."""
     if jax.process_count() > 1:
         raise SnapshotError(f"{target}: a snapshot is written by one process, not by several")
 
 
-def _placement(manifest: Manifest, mesh: Mesh | None) -> Placement:
-    if mesh is not None:
-        return lambda name: sharding_of(mesh, name, manifest.arrays[name].shape)
-    # The device that JAX would place a new array on, jax.default_device included.
-    default = jax.device_put(0).sharding
-    return lambda name: default
+def _folder(path: str | Path, overwrite: bool) -> AtomicFolder:
+    def replaceable(folder: Path) -> bool:
+        names = {entry.name for entry in folder.iterdir()}
+        return MANIFEST in names and names <= {MANIFEST, ARRAYS}
+
+    return AtomicFolder(Path(path).absolute(), SNAPSHOT, replaceable, overwrite)
+
+
+def _document(cache: ChunkCache) -> str:
+    return document_fingerprint(cache.prefix_ids, cache.prefix_length, cache.tokens, cache.lengths)
 
 
 def _identity(model: MaskPredictor | ModelIdentity) -> ModelIdentity:
     return model if isinstance(model, ModelIdentity) else model_identity(model)
-
-
-def check_destination(path: str | Path, *, overwrite: bool = False) -> None:
-    """Refuses, as saving does, a place where no snapshot can be made: SnapshotError."""
-    _staged(Path(path).absolute(), overwrite).check()
-
-
-def _staged(target: Path, overwrite: bool) -> AtomicFolder:
-    return AtomicFolder(target, FolderKind("snapshot", 1, SnapshotError), is_snapshot, overwrite)
 
 
 def _save(
@@ -191,75 +205,204 @@ def _save(
     tokenizer: Tokenizer | None,
     overwrite: bool,
 ) -> None:
-    target = Path(path).absolute()
-    require_one_process(target)
-    staged = _staged(target, overwrite)
-    staged.check()
-    prefilled = None if isinstance(tree, ChunkCache) else tree
-    if prefilled is not None and prefilled.decoding is not None and prefilled.decoding.has_code:
-        raise SnapshotError(
-            "a snapshot cannot hold remasking or unmask given as functions: save without a state, "
-            "with decoding=None, and give them to the Engine that decodes",
-            field="decode",
-        )
+    folder = _folder(path, overwrite)
+    require_one_process(folder.destination)
+    folder.check()
     identity = _identity(model)
-    arrays = arrays_of(tree, "" if prefilled else "cache")
-    cache = prefilled.cache if prefilled else tree
-    document = None
-    if isinstance(cache, ChunkCache):
-        document = document_fingerprint(
-            cache.prefix_ids, cache.prefix_length, cache.tokens, cache.lengths
-        )
-    model_says, rope_says = model_fields(identity)
-    manifest = Manifest(
-        holds=holds,
-        model=model_says,
-        rope=rope_says,
-        tokenizer=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-        document=document,
-        chunking=chunking,
-        selecting=prefilled.config if prefilled else None,
-        decode=prefilled.decoding if prefilled else None,
-        flags=flags_of(tree),
-        arrays={k: ArrayRecord(tuple(v.shape), str(v.dtype)) for k, v in arrays.items()},
-        files={},
-    )
-    check_shapes(target, manifest, identity.config)
-    staged.check_space(sum(x.nbytes for x in manifest.arrays.values()))
-    with staged.write() as folder:
-        from pdllm_jax.storage.snapshot_arrays import write_arrays  # Orbax: slow to import
-
-        files = write_arrays(folder, arrays)
-        manifest = dataclasses.replace(manifest, files=files)
-        (folder / MANIFEST).write_bytes(manifest.to_json())
+    arrays, content = pack(tree, "cache" if holds == "document" else "")
+    _check_heads(folder.destination, arrays, identity)
+    cache = tree if isinstance(tree, ChunkCache) else tree.cache
+    settings = {
+        "holds": holds,
+        "model": model_fields(identity),
+        "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        "document": None if cache is None else _document(cache),
+        "chunking": dataclasses.asdict(chunking),
+        "tree": content,
+        "arrays": {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()},
+    }
+    folder.check_space(sum(x.nbytes for x in arrays.values()))
+    with folder.write() as partial:
+        write_arrays(partial / ARRAYS, arrays)
+        write_manifest(partial, SNAPSHOT, settings)
 
 
 def _load(
     path: str | Path,
     model: MaskPredictor | ModelIdentity,
-    holds: str,
+    wanted: tuple[Holds, ...],
     tokenizer: Tokenizer | None,
+    document: str | None,
     placement: Placement | None,
     mesh: Mesh | None,
-) -> tuple[Manifest, Mapping[str, Array]]:
+) -> tuple[Mapping[str, Any], Any]:
     folder = Path(path).absolute()
-    manifest = read_manifest(folder)
-    if (manifest.holds == "document") != (holds == "document"):
-        wanted = holds or "selection or state"
-        raise refusal(folder, "holds", found=manifest.holds, wanted=wanted)
-    identity = _identity(model)
-    check_matches(
-        folder,
-        manifest,
-        identity,
-        None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-    )
-    check_shapes(folder, manifest, identity.config)
-    check_files(folder, manifest)
-    if mesh is None and not isinstance(model, ModelIdentity):
+    manifest = read_manifest(folder, SNAPSHOT)
+    settings, holds = manifest.settings, manifest.settings["holds"]
+    if holds not in wanted:
+        raise _mismatch(folder, "holds", holds, " or ".join(wanted))
+    saved, current = settings["model"], model_fields(_identity(model))
+    # The fingerprint of the weights comes last: another field says more.
+    for name in sorted(saved.keys() | current.keys(), key="model.weights".__eq__):
+        if saved.get(name) != current.get(name):
+            raise _mismatch(folder, name, saved.get(name), current.get(name))
+    expected = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
+    for name, fingerprint in (("tokenizer", expected), ("document", document)):
+        if fingerprint is not None and settings[name] != fingerprint:
+            raise _mismatch(folder, name, settings[name], fingerprint)
+    manifest.check_sizes()
+    manifest.verify()
+    if mesh is None and isinstance(model, MaskPredictor):
         mesh = model.mesh
-    from pdllm_jax.storage.snapshot_arrays import read_arrays  # Orbax: slow to import
+    default = jax.device_put(0).sharding  # obeys jax.default_device
 
-    arrays = read_arrays(folder, manifest, placement or _placement(manifest, mesh))
-    check_values(folder, manifest, arrays, identity.config)
-    return manifest, arrays
+    def sharding(name: str, shape: list[int]) -> Sharding:
+        if placement is not None:
+            return placement(name)
+        return default if mesh is None else sharding_of(mesh, name, shape)
+
+    targets = {
+        name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding(name, shape))
+        for name, (shape, dtype) in settings["arrays"].items()
+    }
+    root, name = _ROOTS[holds]
+    try:
+        return settings, unpack(settings["tree"], root, read_arrays(folder / ARRAYS, targets), name)
+    except Exception as error:
+        # Orbax and TensorStore raise many classes; TypeError is a tree with other fields.
+        raise SnapshotError(f"snapshot {folder} cannot be restored: {reason(error)}") from error
+
+
+def _mismatch(folder: Path, field: str, found: Any, wanted: Any) -> SnapshotError:
+    message = f"snapshot {folder}: {field} is {found!r:.80} where {wanted!r:.80} is wanted"
+    return SnapshotError(message, field=field, found=found, wanted=wanted)
+
+
+def _heads_axis(name: str, shape: tuple[int, ...]) -> int | None:
+    """Returns the axis of the KV heads, which a mesh divides; None for what is not KV."""
+    mesh: Any = AbstractMesh((1, 1), (DATA, TENSOR))
+    spec = tuple(spec_of(mesh, name, shape))
+    return spec.index(TENSOR) if TENSOR in spec else None
+
+
+def _check_heads(folder: Path, arrays: Mapping[str, Array], identity: ModelIdentity) -> None:
+    """Refuses KV of another dtype, or with other heads, than the model's."""
+    config = identity.config
+    for name, array in arrays.items():
+        if (axis := _heads_axis(name, array.shape)) is not None:
+            heads = array.shape[axis], array.shape[-1], str(array.dtype)
+            wanted = config.n_kv_heads, config.head_dim, identity.dtype
+            if heads != wanted:
+                raise _mismatch(folder, f"{name} (heads, head size, dtype)", heads, wanted)
+
+
+def write_arrays(folder: Path, arrays: Mapping[str, Array]) -> None:
+    """Writes arrays through Orbax, uncompressed. A file holds at most 16 MiB, of one KV head if a
+    head has 1 MiB: a device of a mesh reads little that it does not keep.
+    """
+    import orbax.checkpoint as ocp  # slow to import
+
+    from pdllm_jax.storage.checkpoint import quiet_orbax
+
+    def cut(name: str, array: Array) -> ocp.SaveArgs:
+        axis = _heads_axis(name, array.shape)
+        wide = axis is not None and array.nbytes // array.shape[axis] >= HEAD_BYTES
+        return ocp.SaveArgs(shard_axes=(axis,) if wide else (), chunk_byte_size=_CHUNK_BYTES)
+
+    # TensorStore has no empty arrays.
+    stored = {name: x for name, x in arrays.items() if x.size}
+    sizes = {name: cut(name, x) for name, x in stored.items()}
+    with quiet_orbax(), _checkpointer() as checkpointer:
+        checkpointer.save(folder, args=ocp.args.PyTreeSave(stored, save_args=sizes))
+
+
+def read_arrays(folder: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
+    """Restores arrays through Orbax, with the shape, dtype and sharding of their targets."""
+    import orbax.checkpoint as ocp
+
+    stored = {name: x for name, x in targets.items() if math.prod(x.shape)}
+    arguments = ocp.args.PyTreeRestore(
+        item=stored, restore_args=ocp.checkpoint_utils.construct_restore_args(stored)
+    )
+    with _checkpointer() as checkpointer:
+        arrays = checkpointer.restore(folder, args=arguments)
+    empty = {name: x for name, x in targets.items() if name not in stored}
+    return arrays | {
+        name: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding) for name, x in empty.items()
+    }
+
+
+def _checkpointer() -> Any:
+    import orbax.checkpoint as ocp
+
+    # Without OCDBT the folder of an array has its name; KV does not compress.
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False))
+
+
+def pack(tree: Any, name: str = "") -> tuple[dict[str, Array], Any]:
+    """Splits a tree of dataclasses into arrays and JSON.
+
+    Args:
+      tree: dataclasses and tuples of arrays; static fields hold settings.
+      name: path of the root.
+
+    Returns:
+      Arrays by path (data of PRNG keys), and the tree as JSON: a dataclass is an object with its
+      class and fields, an array null or the kind of its PRNG keys, a missing one false.
+
+    Raises:
+      SnapshotError: names a field that holds something else, such as a function.
+    """
+    arrays: dict[str, Array] = {}
+
+    def visit(value: Any, hint: Any, path: str, static: bool) -> Any:
+        if isinstance(value, jax.Array | np.ndarray) and not static:
+            keys = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+            arrays[path] = jax.random.key_data(value) if keys else jnp.asarray(value)
+            return str(jax.random.key_impl(value)) if keys else None
+        if type(value) in _classes(hint):
+            fields = dataclasses.fields(value)
+            hints = get_type_hints(type(value))
+            content = {
+                f.name: visit(
+                    getattr(value, f.name), hints[f.name], f"{path}.{f.name}".strip("."),
+                    static or f.metadata.get("static", False),
+                )
+                for f in fields
+            }  # fmt: skip
+            return {"class": type(value).__name__, **content}
+        if isinstance(value, tuple):
+            return [visit(x, hint, f"{path}.{i}", static) for i, x in enumerate(value)]
+        if value is None or (static and isinstance(value, bool | int | float | str)):
+            return value
+        message = f"{path} is {value!r:.60}: a snapshot holds arrays and settings, not code"
+        raise SnapshotError(message, field=path)
+
+    content = visit(tree, type(tree), name, False)
+    return arrays, content
+
+
+def unpack(content: Any, hint: Any, arrays: Mapping[str, Array], path: str = "") -> Any:
+    """Builds the tree that `pack` split; `hint` is the annotation, which names its classes."""
+    if path in arrays:
+        data = arrays[path]
+        return data if content is None else jax.random.wrap_key_data(data, impl=content)
+    if isinstance(content, dict):
+        kind = next(x for x in _classes(hint) if x.__name__ == content["class"])
+        hints = get_type_hints(kind)
+        fields = {
+            name: unpack(value, hints.get(name), arrays, f"{path}.{name}".strip("."))
+            for name, value in content.items()
+            if name != "class"
+        }
+        return kind(**fields)
+    if isinstance(content, list):
+        return tuple(unpack(x, hint, arrays, f"{path}.{i}") for i, x in enumerate(content))
+    return content
+
+
+def _classes(hint: Any) -> list[type]:
+    """Returns the dataclasses that an annotation names."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return [hint]
+    return [kind for part in get_args(hint) for kind in _classes(part)]

@@ -1,10 +1,10 @@
-"""Documents that were encoded, kept on disk: encode once, ask again after a restart.
+"""A folder of encoded documents: encode once, ask again after a restart.
 
-    STORE/KEY/        a snapshot (`snapshot`), KEY from content, model, tokenizer and settings
-    STORE/.KEY.lock   held by whoever encodes that document; empty
+    STORE/KEY/        a snapshot; KEY is the fingerprint of ids, model, tokenizer and settings
+    STORE/.KEY.lock   empty; locked by the process that encodes the document
 
-A store needs no server and no clean-up: a process that dies, at whatever point, leaves snapshots
-that are whole and locks that the system has let go.
+A store needs neither a server nor clean-up. A process that dies leaves complete snapshots, and the
+system releases its lock.
 """
 
 from __future__ import annotations
@@ -19,39 +19,34 @@ from pathlib import Path
 
 from pdllm_jax.config import ChunkConfig
 from pdllm_jax.engine.memory import require_document_memory
+from pdllm_jax.engine.request import document_prompt
 from pdllm_jax.method.cache import ChunkCache
-from pdllm_jax.method.chunking import (
-    ChunkedPrompt,
-    TokenIds,
-    check_bos_id,
-    check_token_ids,
-    chunk_prompt,
-)
+from pdllm_jax.method.chunking import TokenIds, check_bos_id, check_token_ids
 from pdllm_jax.method.prefill import encode_document
 from pdllm_jax.network.transformer import MaskPredictor
+from pdllm_jax.storage import fingerprint
 from pdllm_jax.storage.atomic import discard
-from pdllm_jax.storage.fingerprint import (
-    ModelIdentity,
-    document_fingerprint,
-    model_identity,
-    settings_fingerprint,
-    tokenizer_fingerprint,
+from pdllm_jax.storage.snapshot import (
+    SNAPSHOT,
+    Placement,
+    SnapshotError,
+    load_document,
+    require_one_process,
+    save_document,
 )
-from pdllm_jax.storage.snapshot import Placement, load_document, require_one_process, save_document
-from pdllm_jax.storage.snapshot_format import VERSION, SnapshotError, model_fields
 from pdllm_jax.tokenizer import INSTRUCTION, Tokenizer
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 
 
 class DocumentStore:
-    """A folder of encoded documents of one model and tokenizer; other models' lie beside them.
+    """A folder of encoded documents; documents of several models may share it.
 
     Args:
-      folder: made if it does not exist; its parent exists.
-      model: that encodes, and that answers.
-      tokenizer: of text; None where documents and questions are token ids.
-      placement: where restored arrays go, as `load_document` takes it.
+      folder: created if it does not exist; its parent exists.
+      model: encodes the documents.
+      tokenizer: of text; None where documents are token ids.
+      placement: where restored arrays go, as in `load_document`.
     """
 
     def __init__(
@@ -65,7 +60,7 @@ class DocumentStore:
         self.folder = Path(folder).absolute()
         self.folder.mkdir(exist_ok=True)
         self.model, self.tokenizer, self.placement = model, tokenizer, placement
-        self.identity: ModelIdentity = model_identity(model)
+        self.identity = fingerprint.model_identity(model)
 
     def encode_text(
         self,
@@ -76,10 +71,10 @@ class DocumentStore:
         encode_batch: int = 8,
         memory_limit: int | None = None,
     ) -> ChunkCache:
-        """As `pdllm_jax.encode_text`, from the store where it has the document."""
+        """Encodes a document of text behind an instruction, or restores it."""
         if self.tokenizer is None:
             raise ValueError("the store has no tokenizer: use encode_ids")
-        prefix, _ = self.tokenizer.around_document("?", instruction)
+        prefix = self.tokenizer.prefix(instruction)
         ids = self.tokenizer.encode(context)
         return self.encode_ids(
             prefix, ids, chunking=chunking, bos_id=self.tokenizer.bos_id,
@@ -96,108 +91,92 @@ class DocumentStore:
         encode_batch: int = 8,
         memory_limit: int | None = None,
     ) -> ChunkCache:
-        """The document's cache, for `ask_ids`: restored, or encoded here and kept.
+        """Encodes a document of token ids and keeps it, or restores it.
 
-        Where another process is encoding the same document, waits for it and restores what it has
-        kept. A snapshot that is damaged is replaced, with a RuntimeWarning that says what was wrong
-        with it.
+        While another process encodes the same document, waits and restores the result. Replaces a
+        damaged snapshot, with a RuntimeWarning that says what was wrong.
 
         Raises:
           ValueError: ids outside the vocabulary, an empty document, anchors without BOS.
-          SnapshotError: the disk is full, the store can't be written, or several processes of one
-            mesh ask for a document that it does not have.
-          MemoryLimitError: encoding would take more than the device gives, or memory_limit (bytes).
+          SnapshotError: the disk is full, the folder cannot be written, or several processes of one
+            mesh ask for a document that the store does not have.
+          MemoryLimitError: encoding needs more memory than the device has, or than memory_limit.
         """
         vocab = self.model.config.vocab_size
         bos_id = check_bos_id(bos_id, vocab)
         prefix = check_token_ids("prefix", prefix_ids, vocab)
         context = check_token_ids("context", context_ids, vocab)
-        # The query is not read; a prompt needs one.
-        prompt = chunk_prompt(prefix, context, [0], chunking, bos_id=bos_id, tight=True)
-        key = self.key(prompt, chunking)
-        if (cache := self._restored(key, replacing=False)) is not None:
+        prompt = document_prompt(prefix, context, chunking, bos_id)
+        document = fingerprint.document_fingerprint(
+            prompt.prefix, prompt.prefix_length, prompt.chunks, prompt.chunk_lengths
+        )
+        key = self.key(document, chunking)
+        if (cache := self._restore(key, document, warn=False)) is not None:
             return cache
-        # Before the lock: encoding takes all processes, of which one would hold it.
+        # Before the lock: encoding takes all processes of a mesh, of which one would hold it.
         require_one_process(self.folder / key)
         with self._lock(key):
-            if (cache := self._restored(key, replacing=True)) is not None:
+            if (cache := self._restore(key, document, warn=True)) is not None:
                 return cache
             require_document_memory(self.model, prompt, encode_batch, limit=memory_limit)
-            if os.path.lexists(self.folder / key):  # damaged, perhaps past looking like a snapshot
-                self._discard(key)
+            discard(self.folder / key)  # damaged
             cache = encode_document(self.model, prompt, encode_batch=encode_batch)
             save_document(
-                self.folder / key,
-                self.identity,
-                cache,
-                chunking=chunking,
-                tokenizer=self.tokenizer,
-                overwrite=True,
+                self.folder / key, self.identity, cache, chunking=chunking, tokenizer=self.tokenizer
             )
             return cache
 
-    def key(self, prompt: ChunkedPrompt, chunking: ChunkConfig) -> str:
-        """The document's name: of its tokens, model, weights, dtype, RoPE, tokenizer, chunking."""
-        return settings_fingerprint(
-            {
-                "version": VERSION,
-                "document": document_fingerprint(
-                    prompt.prefix, prompt.prefix_length, prompt.chunks, prompt.chunk_lengths
-                ),
-                "model": model_fields(self.identity),
-                "tokenizer": self.tokenizer and tokenizer_fingerprint(self.tokenizer),
-                "chunking": [chunking.chunk_size, chunking.anchors, chunking.overlap],
-            }
-        )
+    def key(self, document: str, chunking: ChunkConfig) -> str:
+        """Returns a document's name in the folder.
+
+        Args:
+          document: its `document_fingerprint`.
+          chunking: settings that it is chunked with.
+        """
+        settings = [chunking.chunk_size, chunking.anchors, chunking.overlap]
+        tokenizer = self.tokenizer and fingerprint.tokenizer_fingerprint(self.tokenizer)
+        model = fingerprint.model_fields(self.identity)
+        return fingerprint.digest([SNAPSHOT.version, document, settings, tokenizer, model])
 
     def keys(self) -> list[str]:
-        """The documents that are there, of whatever model."""
+        """Returns the names of all documents, of every model."""
         try:
             names = [entry.name for entry in self.folder.iterdir()]
         except OSError as error:
-            raise SnapshotError(f"{self.folder} can not be read: {error.strerror}") from None
+            raise SnapshotError(f"{self.folder} cannot be read: {error.strerror}") from None
         return sorted(name for name in names if _KEY.fullmatch(name))
 
     def remove(self, key: str) -> None:
-        """Forgets a document, and what an interrupted encoding of it has left; none is fine."""
+        """Removes a document, and what a killed process left of it. A missing one is fine."""
         if not _KEY.fullmatch(key):
-            raise ValueError(f"{key!r} is no document's key")
+            raise ValueError(f"{key!r} is not the key of a document")
         with self._lock(key):
-            self._discard(key)
-            for rest in ("partial", "replaced"):
-                discard(self.folder / f".{key}.{rest}")
+            for name in (key, f".{key}.partial", f".{key}.replaced"):
+                discard(self.folder / name)
 
-    def _discard(self, key: str) -> None:
-        """Under its own name a snapshot is whole: it gets another before it is taken apart."""
-        removed = self.folder / f".{key}.removed"
-        discard(removed)
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self.folder / key, removed)
-        discard(removed)
-
-    def _restored(self, key: str, *, replacing: bool) -> ChunkCache | None:
+    def _restore(self, key: str, document: str, *, warn: bool) -> ChunkCache | None:
         folder = self.folder / key
         if not os.path.lexists(folder):
             return None
         try:
             return load_document(
-                folder, self.identity,
-                tokenizer=self.tokenizer, placement=self.placement, mesh=self.model.mesh,
+                folder, self.identity, tokenizer=self.tokenizer, document=document,
+                placement=self.placement, mesh=self.model.mesh,
             ).cache  # fmt: skip
         except SnapshotError as error:
-            # Without the lock it may be on its way out (`remove`, or another process's repair).
-            if replacing and os.path.lexists(folder):
-                warnings.warn(f"encoded again: {error}", RuntimeWarning, stacklevel=4)
+            # Without the lock, another process may be removing it.
+            if warn:
+                warnings.warn(f"encoded again: {error}", RuntimeWarning, stacklevel=3)
             return None
 
     @contextlib.contextmanager
     def _lock(self, key: str) -> Iterator[None]:
-        # The file stays: were it removed, two processes could hold two locks of one name.
+        # The file stays: after its removal two processes could lock two files of this name.
         path = self.folder / f".{key}.lock"
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
-            raise SnapshotError(f"{path} can not be locked: {error.strerror}") from None
+            raise SnapshotError(f"{path} cannot be locked: {error.strerror}") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield

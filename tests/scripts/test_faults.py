@@ -1,4 +1,4 @@
-"""What the machine lacks: disk, device memory, a network."""
+"""Without disk space, device memory or a network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from experiments.records import Key, RecordError, Records
 
 
 class SmallDisk:
-    """No file grows beyond so many bytes, which the system reports much as a full disk."""
+    """Limits files to `nbytes`, which the system reports much as it reports a full disk."""
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
@@ -58,7 +58,7 @@ def test_records_on_a_full_disk(tmp_path):
 
 
 def test_a_snapshot_on_a_full_disk(tmp_path):
-    """A real one: the old snapshot is as it was, and nothing lies beside it."""
+    """The old snapshot stays as it was, with nothing beside it."""
     good = tmp_path / "s"
     save_document(good, workers.IDENTITY, workers.document(), chunking=workers.CHUNKS)
     before = load_document(good, workers.IDENTITY).cache
@@ -95,10 +95,11 @@ def test_out_of_device_memory_says_what_to_change(capsys):
         command_line.guarded(otherwise)
 
 
-def test_nothing_opens_a_socket(tmp_path):
-    """Convert, generate, evaluate, in a process where whatever connects fails."""
-    workers.run(workers.offline, tmp_path, tmp_path / "out.json")
-    found = json.loads(Path(tmp_path / "out.json").read_text())
-    assert found["statuses"] == [0, 0, 0]
-    assert found["caught"], "the audit would have seen a connection"
-    assert found["internet"] == []
+def test_nothing_opens_a_socket(make_checkpoint, tmp_path):
+    """Convert, generate, evaluate, in a process where a connection raises."""
+    source = make_checkpoint(n_kv_heads=2, tokenizer=True, max_sequence_length=256).folder
+    workers.run(workers.offline, source, tmp_path, tmp_path / "out.json")
+    outcome = json.loads(Path(tmp_path / "out.json").read_text())
+    assert outcome["statuses"] == [0, 0, 0]
+    assert outcome["caught"], "the audit would have seen a connection"
+    assert outcome["internet"] == []

@@ -1,6 +1,6 @@
 """kill -9 of a worker of a mesh: the others end, nothing half-written loads, a restart goes on.
 
-Two processes are one mesh of four devices (gloo); the coordinator is process 0.
+Two processes share a mesh of four devices (gloo). Process 0 is the coordinator.
 """
 
 from __future__ import annotations
@@ -20,22 +20,19 @@ from tests.storage.test_checkpoint import DIVISIBLE, make
 from tests.support import fault_workers
 from tests.support.workers import PROCESSES
 
-# Seconds from a worker's death, on a machine that is busy with all of these processes.
+# Seconds after a worker's death, on a machine that is busy with all of these processes.
 BOUND = 5 * fault_workers.HEARTBEAT
 
 
 class Hosts:
-    """Two processes of one mesh.
-
-    victim: the one that kills itself in phase `dies`; -1 for none.
-    """
+    """Two processes of one mesh; the process `victim`, if not -1, kills itself in phase `dies`."""
 
     def __init__(self, folder, out, snapshot=None, *, victim=-1, dies="", at=0):
         out.mkdir()
         self.out, self.victim = out, victim
-        with socket.socket() as found:
-            found.bind(("localhost", 0))
-            port = found.getsockname()[1]
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
         timeouts = {} if victim < 0 else {"heartbeat_timeout_seconds": fault_workers.HEARTBEAT}
         self.processes = []
         for rank in range(2):
@@ -47,7 +44,7 @@ class Hosts:
             self.processes.append(process)
 
     def join(self, timeout: float) -> list[int | None]:
-        """Exit statuses; AssertionError where a process does not end."""
+        """Returns the exit statuses; AssertionError if a process does not end."""
         ends = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0, ends - time.monotonic()))
@@ -57,20 +54,19 @@ class Hosts:
         assert None not in codes, f"hangs: {codes}"
         return codes
 
-    def left(self) -> list[dict]:
-        """What they have left, by process."""
-        found = sorted(self.out.iterdir())
-        return [json.loads(path.read_text()) for path in found]
+    def outcomes(self) -> list[dict]:
+        """Returns what the processes wrote."""
+        return [json.loads(path.read_text()) for path in sorted(self.out.iterdir())]
 
     def check_dead(self) -> None:
-        """One was killed; the other has ended with an error, soon, and has not answered."""
+        """One process was killed; the other ended with an error soon, without an answer."""
         self.processes[self.victim].join(240)
         codes = self.join(BOUND)
         assert codes[self.victim] == -signal.SIGKILL, codes
         assert codes[1 - self.victim] != 0, codes
-        for left in self.left():
-            assert "tokens" not in left
-            assert "Gloo" in left["refused"]
+        for outcome in self.outcomes():
+            assert "tokens" not in outcome
+            assert "Gloo" in outcome["refused"]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +81,7 @@ def model(folder):
 
 @pytest.fixture(scope="module")
 def want(model):
-    """Of one device, without any trouble."""
+    """The answer of one device."""
     (result,) = finish(model, fault_workers.prefilled(model))
     return {"tokens": result.tokens}
 
@@ -98,15 +94,31 @@ def write(folder: Path, snapshot: Path, point: str = ""):
 
 def check_restarted(hosts: Hosts, want: dict) -> None:
     assert hosts.join(240) == [0, 0]
-    assert hosts.left() == [want, want]
+    assert hosts.outcomes() == [want, want]
 
 
+def test_killed_while_prefilling(folder, tmp_path):
+    Hosts(folder, tmp_path / "out", victim=1, dies="prefill", at=1).check_dead()
+
+
+@pytest.mark.slow
+def test_restarted_after_a_kill_while_prefilling(folder, want, tmp_path):
+    dying = [
+        Hosts(folder, tmp_path / str(victim), victim=victim, dies="prefill", at=3)
+        for victim in range(2)
+    ]
+    for hosts in dying:
+        hosts.check_dead()
+    check_restarted(Hosts(folder, tmp_path / "restarted"), want)
+
+
+@pytest.mark.slow
 def test_killed_while_writing_decoding_and_reading(folder, model, want, tmp_path):
-    # In the midst of the arrays, with everything but the manifest, with everything but the name.
+    # Among the arrays, with everything but the manifest, with everything but the name.
     points = (
-        "pdllm_jax.storage.snapshot_arrays._file_record#3",
-        "pdllm_jax.storage.atomic._sync",
-        "os.rename",
+        "pdllm_jax.storage.manifest._record#3",
+        "pdllm_jax.storage.snapshot.write_manifest",
+        "os.rename#2",
     )
     writers = {point: write(folder, tmp_path / point, point) for point in points}
     identity = model_identity(model)
@@ -117,16 +129,17 @@ def test_killed_while_writing_decoding_and_reading(folder, model, want, tmp_path
         assert partial.is_dir()
         with pytest.raises(SnapshotError):
             load_request(tmp_path / point, identity)
-        if not (partial / "snapshot.json").exists():
+        if not (partial / "manifest.json").exists():
             with pytest.raises(SnapshotError):
                 load_request(partial, identity)
     half = tmp_path / points[0]
     refused = Hosts(folder, tmp_path / "half", half)
-    again = write(folder, half)
+    rewritten = write(folder, half)
     assert refused.join(240) == [0, 0]
-    assert ["does not exist" in left["refused"] for left in refused.left()] == [True, True]
-    again.join(240)
-    assert again.exitcode == 0
+    for outcome in refused.outcomes():
+        assert "not a directory" in outcome["refused"]
+    rewritten.join(240)
+    assert rewritten.exitcode == 0
     dying = [
         Hosts(folder, tmp_path / f"{dies}-{victim}", half, victim=victim, dies=dies, at=at)
         for victim, dies, at in ((0, "decode", 6), (1, "decode", 6), (1, "load", 3))
@@ -134,13 +147,3 @@ def test_killed_while_writing_decoding_and_reading(folder, model, want, tmp_path
     for hosts in dying:
         hosts.check_dead()
     check_restarted(Hosts(folder, tmp_path / "restarted", half), want)
-
-
-def test_killed_while_prefilling(folder, want, tmp_path):
-    dying = [
-        Hosts(folder, tmp_path / str(victim), victim=victim, dies="prefill", at=3)
-        for victim in range(2)
-    ]
-    for hosts in dying:
-        hosts.check_dead()
-    check_restarted(Hosts(folder, tmp_path / "restarted"), want)

@@ -1,4 +1,4 @@
-"""The document store: encode once, ask after a restart; damage, two processes, kills."""
+"""The document store: encode once, ask after a restart, with other processes and other files."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import os
 import shutil
 import warnings
 
-import jax
-import numpy as np
 import pytest
 
 from pdllm_jax import ChunkConfig, MaskPredictor
 from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.deprecated import ask_ids, generate_batch_ids, generate_ids
 from pdllm_jax.storage import store as module
-from pdllm_jax.storage.snapshot_format import SnapshotError
+from pdllm_jax.storage.snapshot import SnapshotError
 from pdllm_jax.storage.store import DocumentStore
 from tests.support import workers
-from tests.support.workers import CHUNKS, PREFIX, PROCESSES, text, tiny
+from tests.support.workers import CHUNKS, PREFIX, PROCESSES, same, text, tiny
 
 SELECT = SelectionConfig(top_k=2, scorer="last", encoding="independent")
 DECODE = DecodeConfig(gen_length=4, block_length=4)
@@ -31,27 +29,21 @@ def model() -> MaskPredictor:
 @pytest.fixture
 def encodings(monkeypatch) -> list[int]:
     """Grows with every document that is really encoded."""
-    made = []
+    calls = []
     real = module.encode_document
 
     def count(*arguments, **options):
-        made.append(1)
+        calls.append(1)
         return real(*arguments, **options)
 
     monkeypatch.setattr(module, "encode_document", count)
-    return made
-
-
-def same(a, b) -> bool:
-    return jax.tree.structure(a) == jax.tree.structure(b) and all(
-        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    )
+    return calls
 
 
 def test_encoded_once_and_asked_after_a_restart(model, tmp_path, encodings):
     first = DocumentStore(tmp_path / "store", model).encode_ids(PREFIX, text(), chunking=CHUNKS)
-    again = DocumentStore(tmp_path / "store", tiny())  # the same weights, another object
-    second = again.encode_ids(PREFIX, text(), chunking=CHUNKS)
+    restarted = DocumentStore(tmp_path / "store", tiny())  # the same weights, another object
+    second = restarted.encode_ids(PREFIX, text(), chunking=CHUNKS)
     assert len(encodings) == 1
     assert same(first, second)
     answers = [
@@ -62,7 +54,7 @@ def test_encoded_once_and_asked_after_a_restart(model, tmp_path, encodings):
     assert answers[0].selection == answers[1].selection
 
 
-def test_whatever_differs_is_another_document(model, tmp_path, encodings):
+def test_another_text_prefix_setting_or_model_is_another_document(model, tmp_path, encodings):
     store = DocumentStore(tmp_path / "store", model)
     store.encode_ids(PREFIX, text(), chunking=CHUNKS)
     changed = text()
@@ -76,7 +68,7 @@ def test_whatever_differs_is_another_document(model, tmp_path, encodings):
     assert len(store.keys()) == 5
 
 
-def test_a_damaged_document_is_encoded_again_and_said_so(model, tmp_path, encodings):
+def test_a_damaged_document_is_replaced_with_a_warning(model, tmp_path, encodings):
     store = DocumentStore(tmp_path / "store", model)
     cache = store.encode_ids(PREFIX, text(), chunking=CHUNKS)
     (key,) = store.keys()
@@ -85,9 +77,9 @@ def test_a_damaged_document_is_encoded_again_and_said_so(model, tmp_path, encodi
     data[100] ^= 1
     victim.write_bytes(data)
     with pytest.warns(RuntimeWarning, match=r"encoded again: .*cache\.pool\.v.*checksum"):
-        again = store.encode_ids(PREFIX, text(), chunking=CHUNKS)
+        repaired = store.encode_ids(PREFIX, text(), chunking=CHUNKS)
     assert len(encodings) == 2
-    assert same(cache, again)
+    assert same(cache, repaired)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert same(cache, store.encode_ids(PREFIX, text(), chunking=CHUNKS))
@@ -95,54 +87,53 @@ def test_a_damaged_document_is_encoded_again_and_said_so(model, tmp_path, encodi
     assert sorted(p.name for p in store.folder.iterdir()) == [f".{key}.lock", key]
 
 
-def test_removed_documents_are_gone(model, tmp_path, encodings):
+def test_a_removed_document_is_encoded_again(model, tmp_path, encodings):
     store = DocumentStore(tmp_path / "store", model)
     store.encode_ids(PREFIX, text(), chunking=CHUNKS)
     (key,) = store.keys()
-    store.remove(key)
-    store.remove(key)
+    (store.folder / f".{key}.partial").mkdir()
+    for _ in range(2):
+        store.remove(key)
+        assert [path.name for path in store.folder.iterdir()] == [f".{key}.lock"]
     assert store.keys() == []
-    with pytest.raises(ValueError, match="no document's key"):
+    with pytest.raises(ValueError, match="not the key of a document"):
         store.remove("../elsewhere")
     store.encode_ids(PREFIX, text(), chunking=CHUNKS)
     assert len(encodings) == 2
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "link", "pipe", "half"])
-def test_whatever_has_a_documents_name_makes_room(what, model, tmp_path, encodings):
-    """Nothing of it is followed, waited for or left; and then the document is there."""
+def test_another_file_under_a_documents_name_is_replaced(what, model, tmp_path):
+    """Links are not followed, pipes are not waited for."""
     store, outside = DocumentStore(tmp_path / "store", model), tmp_path / "outside"
     outside.mkdir()
     (outside / "bait").touch()
     cache = store.encode_ids(PREFIX, text(), chunking=CHUNKS)
     (key,) = store.keys()
-    for place in (store.folder / key, store.folder / f".{key}.removed"):
-        store.remove(key)
-        if what == "file":
-            place.touch()
-        elif what == "folder":
-            place.mkdir()
-        elif what == "link":
-            place.symlink_to(outside)
-        elif what == "pipe":
-            os.mkfifo(place)
-        else:
-            (place / "arrays").mkdir(parents=True)
-            (place / "arrays" / "x").touch()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            assert same(store.encode_ids(PREFIX, text(), chunking=CHUNKS), cache)
-        store.remove(key)
-        assert [path.name for path in store.folder.iterdir()] == [f".{key}.lock"]
-    assert len(encodings) == 3
+    store.remove(key)
+    place = store.folder / key
+    if what == "file":
+        place.touch()
+    elif what == "folder":
+        place.mkdir()
+    elif what == "link":
+        place.symlink_to(outside)
+    elif what == "pipe":
+        os.mkfifo(place)
+    else:
+        (place / "arrays").mkdir(parents=True)
+        (place / "arrays" / "x").touch()
+    with pytest.warns(RuntimeWarning, match="encoded again"):
+        assert same(store.encode_ids(PREFIX, text(), chunking=CHUNKS), cache)
+    assert sorted(path.name for path in store.folder.iterdir()) == [f".{key}.lock", key]
     assert [path.name for path in outside.iterdir()] == ["bait"]
 
 
-def test_a_store_that_cannot_be_locked_says_so(model, tmp_path):
+def test_a_store_that_cannot_be_locked_is_refused(model, tmp_path):
     store = DocumentStore(tmp_path / "store", model)
     key = "0" * 64
     (store.folder / f".{key}.lock").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(SnapshotError, match="lock can not be locked"):
+    with pytest.raises(SnapshotError, match="lock cannot be locked"):
         store.remove(key)
     assert not (tmp_path / "elsewhere").exists()
     shutil.rmtree(store.folder)
@@ -162,8 +153,7 @@ def test_anchors_are_of_the_vocabulary(bos_id, model, tmp_path):
         generate_batch_ids(model, [(PREFIX, text(), [1])], chunking=CHUNKS, bos_id=bos_id)
 
 
-def test_two_processes_at_once(tmp_path):
-    """One encodes, the other waits for it; both have the document."""
+def test_of_two_processes_one_encodes_and_the_other_waits(tmp_path):
     barrier = PROCESSES.Barrier(2)
     pipes = [PROCESSES.Pipe(duplex=False) for _ in range(2)]
     processes = [
@@ -175,7 +165,6 @@ def test_two_processes_at_once(tmp_path):
     for process in processes:
         process.join(240)
     assert [process.exitcode for process in processes] == [0, 0]
-    said = [[pipe.recv() for _ in range(3) if pipe.poll()] for pipe, _ in pipes]
-    said.sort(key=len)
-    assert [len(lines) for lines in said] == [1, 3]
-    assert said[0][-1] == said[1][-1] > 0
+    (first, checksum), (second, other) = sorted(pipe.recv() for pipe, _ in pipes)
+    assert (first, second) == (0, 1)
+    assert checksum == other > 0

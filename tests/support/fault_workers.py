@@ -1,4 +1,4 @@
-"""Processes of one mesh of which one is killed. Importing begins nothing in JAX."""
+"""Processes of one mesh, one of which is killed. Importing this module starts nothing in JAX."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from pdllm_jax import (
 )
 from pdllm_jax.deprecated import finish, prefill_request
 from pdllm_jax.network import sharding as sharded
-from pdllm_jax.storage import snapshot_arrays
+from pdllm_jax.storage import snapshot as snapshot_module
 from pdllm_jax.storage.fingerprint import model_identity
 from tests.support.mesh_workers import CHUNKS, DECODE, DOCUMENT, PREFIX, QUERY, SELECT, join, setup
-from tests.support.workers import owner, strike
+from tests.support.workers import strike
 
 HEARTBEAT = 6  # seconds without a sign of life after which a process counts as dead
 
@@ -48,14 +48,15 @@ def host(
     at: int,
     timeouts: dict[str, int],
 ) -> None:
-    """One of two processes with two devices each, which answer together; leaves what came out.
+    """Answers together with another process, with two devices each; writes the result to `out`.
 
-    The heads lie on both, so that neither gets through a layer without the other.
+    Both have some of the heads, so that neither can finish a layer without the other.
 
-    snapshot: to go on from, instead of a prefill of its own.
-    dies: phase in which this process kills itself ("" for none): at the at-th attention that runs
-      inside a compiled program ("prefill", "decode"), or the at-th array read ("load").
-    timeouts: of `jax.distributed.initialize`.
+    Args:
+      snapshot: request to decode; None prefills one.
+      dies: phase in which this process kills itself, or "": at the at-th attention that runs inside
+        a compiled program ("prefill", "decode"), or at the checksum of the at-th file ("load").
+      timeouts: of `jax.distributed.initialize`.
     """
     join(rank, port, **timeouts)
     phase, runs, real = "", itertools.count(1), sharded.local
@@ -79,24 +80,24 @@ def host(
             begun = jax.block_until_ready(prefilled(model))
         else:
             if dies == "load":
-                strike(snapshot_arrays, "verify", at)
+                strike(f"pdllm_jax.storage.manifest._record#{at}")
             begun = load_request(snapshot, model)
         phase = "decode"
         (result,) = finish(model, begun)
-        left: dict[str, Any] = {"tokens": result.tokens}
+        outcome: dict[str, Any] = {"tokens": result.tokens}
     except SnapshotError as error:
-        left = {"refused": str(error)}
-    (out / f"{rank}.json").write_text(json.dumps(left))
-    # As a program's end does it: the coordinator stays until the other has ended as well.
+        outcome = {"refused": str(error)}
+    (out / f"{rank}.json").write_text(json.dumps(outcome))
+    # The coordinator stays until the other process has ended as well.
     jax.distributed.shutdown()
 
 
 def writer(folder: Path, snapshot: Path, point: str) -> None:
-    """Prefills on a mesh of four devices in one process, and writes; killed at `point`, if any."""
+    """Prefills on a mesh of four devices in one process and writes; `point` is as in `strike`."""
     setup()
-    snapshot_arrays.SMALL_ARRAY_BYTES = snapshot_arrays.SMALL_CHUNK_BYTES = 1  # as if large
+    snapshot_module.HEAD_BYTES = 1  # as if the arrays were large
     model = load_model(folder, mesh=make_mesh(2, 2))
     begun, identity = prefilled(model), model_identity(model)
     if point:
-        strike(*owner(point))
+        strike(point)
     save_request(snapshot, identity, begun, chunking=CHUNKS)

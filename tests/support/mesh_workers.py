@@ -50,7 +50,7 @@ from pdllm_jax.method.likelihood import (
     keep_context,
 )
 from pdllm_jax.network.sharding import DATA, TENSOR
-from pdllm_jax.storage import snapshot_arrays
+from pdllm_jax.storage import snapshot
 from pdllm_jax.storage.fingerprint import model_identity
 
 DEVICES = 8
@@ -198,7 +198,7 @@ def _steps(
 
 def snapshots(one: MaskPredictor, many: MaskPredictor, folder: Path) -> None:
     """A request and a document, written on one mesh and gone on with on others."""
-    snapshot_arrays.SMALL_ARRAY_BYTES = snapshot_arrays.SMALL_CHUNK_BYTES = 1  # as if large
+    snapshot.HEAD_BYTES = 1  # as if large
     selecting = SelectionConfig(**SELECT)
     want = ask(one, {}, {})
     prompt = chunk_prompt(PREFIX, DOCUMENT, QUERY, CHUNKS)

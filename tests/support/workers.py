@@ -1,4 +1,4 @@
-"""What tests do in processes of their own. Importing this begins nothing in JAX."""
+"""Functions that tests run in separate processes. Importing this module starts nothing in JAX."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from pdllm_jax.config import ChunkConfig
 from pdllm_jax.deprecated import finish
 from pdllm_jax.method.cache import ChunkCache, ChunkPool
 from pdllm_jax.network.config import ModelConfig
-from pdllm_jax.storage import snapshot_arrays, store
+from pdllm_jax.storage import snapshot, store
 from pdllm_jax.storage.fingerprint import ModelIdentity
 from pdllm_jax.storage.snapshot import load_document, load_request, save_document
 
-# Real processes that need not import everything anew: forked from one that has.
+# Processes that need not import everything again: forked from one that has.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.workers"])
+PROCESSES.set_forkserver_preload(["tests.support.workers"])
 
 CHUNKS = ChunkConfig(16)
 PREFIX = [253, 1, 2]
@@ -44,10 +44,10 @@ def text(seed: int = 0) -> np.ndarray:
 
 
 def document(
-    config: ModelConfig = IDENTITY.config, dtype: str = "float32", chunks: int = 5
+    config: ModelConfig = IDENTITY.config, dtype: str = "float32", chunks: int = 5, seed: int = 0
 ) -> ChunkCache:
-    """A cache of random numbers: nothing is encoded."""
-    rng = np.random.default_rng(0)
+    """Returns a cache of random numbers."""
+    rng = np.random.default_rng(seed)
 
     def kv(*middle: int) -> jax.Array:
         shape = (config.n_layers, *middle, config.head_dim)
@@ -66,78 +66,82 @@ def document(
     )  # fmt: skip
 
 
+def same(a: Any, b: Any) -> bool:
+    """Whether two pytrees have the same structure, dtypes and values."""
+    data = [jax.tree.map(_key_data, tree) for tree in (a, b)]
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        x.dtype == y.dtype and np.array_equal(x, y)
+        for x, y in zip(*map(jax.tree.leaves, data), strict=True)
+    )
+
+
+def _key_data(x: jax.Array) -> jax.Array:
+    keys = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(x) if keys else x
+
+
 def run(worker: Any, *arguments: Any, timeout: float = 240) -> None:
-    """Runs worker(*arguments) in a process of its own; AssertionError where it fails."""
+    """Runs worker(*arguments) in a separate process; AssertionError if it fails."""
     process = PROCESSES.Process(target=worker, args=arguments)
     process.start()
     process.join(timeout)
     assert process.exitcode == 0, process.exitcode
 
 
-def strike(place: Any, name: str, call: int = 1) -> None:
-    """The process kills itself (SIGKILL) as it begins the call-th call of place.name."""
+def strike(point: str) -> None:
+    """Makes this process kill itself (SIGKILL) at "module.name#n", the n-th call of a function."""
+    module, _, name = point.rpartition(".")
+    name, _, number = name.partition("#")
+    place = importlib.import_module(module)
     real, calls = getattr(place, name), 0
 
     def struck(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == call:
+        if calls == int(number or 1):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments, **options)
 
     setattr(place, name, struck)
 
 
-def encode(folder: Path, phases: Any, point: str = "", barrier: Any = None) -> None:
-    """Encodes one document through a store, and says to `phases` what it is about to do."""
+def encode(folder: Path, out: Any, point: str = "", barrier: Any = None) -> None:
+    """Encodes one document through a store; sends how often it encoded, and a checksum."""
     _fast_compilation()
-    real_encode, real_save = store.encode_document, store.save_document
+    real, encodings = store.encode_document, []
 
     def encoding(*arguments: Any, **options: Any) -> Any:
-        phases.send("encode")
-        return jax.block_until_ready(real_encode(*arguments, **options))
+        encodings.append(1)
+        return real(*arguments, **options)
 
-    def saving(*arguments: Any, **options: Any) -> Any:
-        phases.send("save")
-        return real_save(*arguments, **options)
-
-    store.encode_document, store.save_document = encoding, saving
+    store.encode_document = encoding
     if point:
-        strike(*owner(point))
-    kept = store.DocumentStore(folder, tiny())
+        strike(point)
+    documents = store.DocumentStore(folder, tiny())
     if barrier is not None:
         barrier.wait(200)
-    cache = kept.encode_ids(PREFIX, text(), chunking=CHUNKS)
-    phases.send(float(np.abs(np.asarray(cache.pool.k)).sum()))
+    cache = documents.encode_ids(PREFIX, text(), chunking=CHUNKS)
+    out.send((len(encodings), float(np.abs(np.asarray(cache.pool.k)).sum())))
 
 
-def owner(point: str) -> tuple[Any, str, int]:
-    """What `strike` takes, of "module.name" or "module.name#call"."""
-    module, _, name = point.rpartition(".")
-    name, _, call = name.partition("#")
-    return importlib.import_module(module), name, int(call or 1)
-
-
-def decode(folder: Path, phases: Any) -> None:
-    """Decodes from a snapshot, block by block."""
+def decode(folder: Path, out: Any) -> None:
+    """Decodes from a snapshot block by block; sends "decode" before it and the tokens after."""
     _fast_compilation()
     model = tiny()
-    phases.send("load")
-    prefilled = load_request(folder, model)
-    phases.send("decode")
-    (result,) = finish(model, prefilled, on_block=lambda *block: None)
-    phases.send(result.tokens)
+    request = load_request(folder, model)
+    out.send("decode")
+    (result,) = finish(model, request, on_block=lambda *block: None)
+    out.send(result.tokens)
 
 
 def on_meshes(folder: Path, out: Path) -> None:
-    """Writes on two meshes, reads each on four; leaves the shapes of the shards in `out`."""
+    """Writes on two meshes, reads each on four; writes the shapes of the shards to `out`."""
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     jax.config.update("jax_num_cpu_devices", 8)
     config = dataclasses.replace(IDENTITY.config, n_kv_heads=4, n_layers=3)
     identity = dataclasses.replace(IDENTITY, config=config)
-    # As if it were large.
-    snapshot_arrays.SMALL_ARRAY_BYTES = snapshot_arrays.SMALL_CHUNK_BYTES = 1
+    snapshot.HEAD_BYTES = 1  # as if the arrays were large
     want = document(config, chunks=7)
     pools = ("cache.pool.k", "cache.pool.v")
 
@@ -147,7 +151,7 @@ def on_meshes(folder: Path, out: Path) -> None:
         rest = NamedSharding(mesh, PartitionSpec())
         return lambda name: pool if name in pools else rest
 
-    found = []
+    shapes = []
     for wrote in ((4, 2), (1, 1)):
         place = placement(*wrote)
         k, v = (
@@ -159,28 +163,33 @@ def on_meshes(folder: Path, out: Path) -> None:
         save_document(path, identity, spread, chunking=CHUNKS)
         for read in ((2, 4), (8, 1), (2, 1), (1, 1)):
             cache = load_document(path, identity, placement=placement(*read)).cache
-            for x, y in zip(jax.tree.leaves(cache), jax.tree.leaves(want), strict=True):
-                np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-            found.append([read, cache.pool.k.addressable_shards[0].data.shape])
-    out.write_text(json.dumps(found))
+            assert same(jax.device_get(cache), jax.device_get(want))
+            shapes.append([read, cache.pool.k.addressable_shards[0].data.shape])
+    out.write_text(json.dumps(shapes))
 
 
-def offline(folder: Path, out: Path) -> None:
-    """Converts a checkpoint, asks it, evaluates it; whatever would connect to anything raises."""
+def offline(source: Path, folder: Path, out: Path) -> None:
+    """Converts a checkpoint, asks it, evaluates it; an attempt to connect raises."""
     import socket
     import sys
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
     import evaluate
     import generate
-    from campaigns import guard, samples
 
     from convert import convert
 
-    sys.addaudithook(guard.forbid)
+    def forbid(event: str, arguments: tuple[Any, ...]) -> None:
+        connects = event.startswith("socket.") and event not in ("socket.__new__", "socket.close")
+        # The wake-up pair of an event loop is AF_UNIX, which stays within the process.
+        opens = event == "socket.__new__" and arguments[1] != socket.AF_UNIX
+        if connects or opens or event in ("subprocess.Popen", "os.posix_spawn", "urllib.Request"):
+            raise RuntimeError(f"{event} {arguments!r:.200}")
+
+    sys.addaudithook(forbid)
     _fast_compilation()
-    convert(samples.write_checkpoint(folder / "source"), folder / "model")
-    (folder / "text.txt").write_text(samples.SENTENCES * 3)
+    convert(source, folder / "model")
+    (folder / "text.txt").write_text("Anne lives at Kellynch Hall. The sea at Lyme is blue. " * 4)
     small = ["--chunk-size", "32", "--top-k", "1", "--gen-length", "4", "--encode-batch", "2"]
     model, text = str(folder / "model"), str(folder / "text.txt")
     asking = [model, "--context-file", text, "--question", "Who?", *small]
@@ -193,12 +202,12 @@ def offline(folder: Path, out: Path) -> None:
         generate.main(asking), generate.main([*asking, "--method", "plain"]),
         evaluate.main(evaluating),
     ]  # fmt: skip
-    # What native code has opened meanwhile: the inodes of this process' sockets.
+    # Sockets that native code opened: the inodes of this process's descriptors.
     links = []
     for number in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the listing's own
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of the listing
             links.append(os.readlink(f"/proc/self/fd/{number}"))
-    mine = {link[8:-1] for link in links if link.startswith("socket:[")}
+    inodes = {link[8:-1] for link in links if link.startswith("socket:[")}
     lines = [
         line.split()
         for name in ("tcp", "tcp6", "udp", "udp6")
@@ -208,13 +217,13 @@ def offline(folder: Path, out: Path) -> None:
     caught = False
     try:
         socket.create_connection(("127.0.0.1", 9))
-    except guard.Violation:
+    except RuntimeError:
         caught = True
-    internet = [fields[1] for fields in lines if fields[9] in mine]
+    internet = [fields[1] for fields in lines if fields[9] in inodes]
     out.write_text(json.dumps({"statuses": statuses, "caught": caught, "internet": internet}))
 
 
 def _fast_compilation() -> None:
-    """As tests/conftest.py has it."""
+    """Sets what tests/conftest.py sets."""
     jax.config.update("jax_default_matmul_precision", "highest")
     jax.config.update("jax_disable_most_optimizations", True)

@@ -34,8 +34,8 @@ from pdllm_jax.storage.snapshot import (
     snapshot_holds,
     unpack,
 )
-from tests.support.method import sharp_model
 from tests.support import workers
+from tests.support.method import sharp_model
 from tests.support.workers import CHUNKS, IDENTITY, document, same
 
 SELECT = SelectionConfig(top_k=2, masked_copies=2, encode_batch=2)

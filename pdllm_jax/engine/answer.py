@@ -88,8 +88,8 @@ def decode_request(
         encoding=config.encoding,
         scorer=config.scorer,
     )
-    counts, scores = np.asarray(request.counts), request.scores
-    scores = None if scores is None else np.asarray(scores)
+    counts = np.asarray(request.counts)
+    scores = None if request.scores is None else np.asarray(request.scores)
     first, last = np.asarray(request.selection.chunk_ids), np.asarray(state.selected)
     answers = []
     for b in range(request.requests):

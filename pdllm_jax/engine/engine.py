@@ -294,8 +294,10 @@ class Engine:
             raise ValueError(f"{name} is empty")
         return ids
 
-    def _document_ids(self, context: Text, prefix: TokenIds | None) -> list[np.ndarray]:
-        """[prefix, context]."""
+    def _document_ids(
+        self, context: Text, prefix: TokenIds | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(prefix, context)."""
         ids = self._ids("context", context, Tokenizer.encode)
         if isinstance(context, str):
             if prefix is not None:
@@ -303,14 +305,14 @@ class Engine:
             assert self.tokenizer is not None
             prefix = self.tokenizer.prefix(self.instruction)
         vocab = self.model.config.vocab_size
-        return [check_token_ids("prefix", [] if prefix is None else prefix, vocab), ids]
+        return check_token_ids("prefix", [] if prefix is None else prefix, vocab), ids
 
-    def token_ids(self, request: Request) -> list[np.ndarray]:
-        """Returns the checked token ids of a request: [prefix, context, question], int32."""
+    def token_ids(self, request: Request) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the checked token ids of a request: (prefix, context, question), int32."""
         if isinstance(request.context, str) != isinstance(request.question, str):
             raise ValueError("context and question must both be text, or both token ids")
-        document = self._document_ids(request.context, request.prefix)
-        return [*document, self._ids("question", request.question, Tokenizer.query)]
+        prefix, context = self._document_ids(request.context, request.prefix)
+        return prefix, context, self._ids("question", request.question, Tokenizer.query)
 
     def _prepare(self, requests: Sequence[Request], names: Sequence[str]) -> PreparedRequest:
         size = batch_size(len(requests))

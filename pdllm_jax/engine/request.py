@@ -15,7 +15,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -55,12 +55,12 @@ class Timer:
         """Adds the duration of a `with` block, which must wait for its own results, to `name`."""
         thread, spans = threading.get_ident(), list[tuple[float, float]]()
 
-        def record(event: str, duration: float, **_: str | int) -> None:
+        def record(event: str, duration_secs: float, **_: str | int) -> None:
             if event.startswith(_COMPILE_EVENTS) and threading.get_ident() == thread:
                 end = time.perf_counter()
-                while spans and spans[-1][0] >= end - duration:
+                while spans and spans[-1][0] >= end - duration_secs:
                     spans.pop()  # nested in this one
-                spans.append((end - duration, end))
+                spans.append((end - duration_secs, end))
 
         jax.monitoring.register_event_duration_secs_listener(record)
         begin = time.perf_counter()
@@ -293,7 +293,7 @@ def select_chunks(
     """
     timer = timer or Timer()
     prompt, cache, config = request.prompt, request.cache, request.config
-    shared = {"draft": request.draft(model, timer), "oracle": request.oracle}
+    shared: dict[str, Any] = {"draft": request.draft(model, timer), "oracle": request.oracle}
     with timer.phase("score"):
         shared["key"] = request.scoring_keys()
         if cache is not None:
@@ -364,7 +364,7 @@ def start_decoding(
     )
 
 
-AnyRequest = TypeVar("AnyRequest", SelectedRequest, StartedRequest)
+AnyRequest = TypeVar("AnyRequest", bound=SelectedRequest | StartedRequest)
 
 
 def drop_other_chunks(request: AnyRequest) -> AnyRequest:

@@ -310,7 +310,7 @@ class PrefillingLM(LM):
             value = answer_log_likelihood(self.model, prompt, answer, **estimate)
         else:
             value = answer_log_likelihood_kept(
-                self.model, self._kept_for(request), request.question, answer,
+                self.model, self._kept_for(request), self.engine.token_ids(request)[2], answer,
                 implementation=self.implementation, **estimate,
             )  # fmt: skip
         greedy = False

@@ -139,8 +139,9 @@ def load_request(
         "decoding": manifest.decode,
         "requests": manifest.flags["requests"],
     }
-    kind = StartedRequest if manifest.holds == "state" else SelectedRequest
-    return tree_of(kind, "", arrays, manifest.flags, **fields)
+    if manifest.holds == "state":
+        return tree_of(StartedRequest, "", arrays, manifest.flags, **fields)
+    return tree_of(SelectedRequest, "", arrays, manifest.flags, **fields)
 
 
 def snapshot_holds(path: str | Path) -> Holds:

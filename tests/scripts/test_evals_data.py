@@ -200,7 +200,9 @@ def test_the_needle_lies_behind_a_sentence_s_end_at_its_depth(tmp_path):
         assert [example.details["depth"] for example in task.examples] == [0, 0.5, 1]
         for example in task.examples:
             request = prompts.split_request(tokenizer, example.prompt)
-            total = sum(map(len, request)) + task.gen_length
+            total = (
+                sum(map(len, (request.prefix, request.context, request.question))) + task.gen_length
+            )
             assert int(task.name) - 8 <= total <= int(task.name)
             assert needle.NEEDLE in example.prompt.context
     with pytest.raises(DataError, match="leaves no room"):

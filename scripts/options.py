@@ -25,7 +25,9 @@ from pdllm_jax import (
     load_model,
     make_mesh,
 )
-from pdllm_jax.config import BridgeTokens, Encoding, Positions, Recompute, Remasking, Reselect
+from pdllm_jax.config import Positions, Recompute, Remasking, Reselect
+from pdllm_jax.method.encodings import ENCODINGS, Bridge, BridgeTokens
+from pdllm_jax.method.scorers import DraftScorer
 from pdllm_jax.network.sharding import parse_mesh
 
 DTYPES = {"keep": None, "float32": "float32", "bfloat16": "bfloat16"}
@@ -71,7 +73,7 @@ def parser(description: str | None, *, answers: bool = True) -> argparse.Argumen
     g.add_argument(
         "--remasking",
         choices=get_args(Remasking),
-        default=decode.remasking,
+        default=decode.remasking.name,
         help="how sure a prediction is; the surest are unmasked (default: %(default)s)",
     )
     g.add_argument("--threshold", type=float, help="unmask every slot at least this probable")
@@ -113,7 +115,7 @@ def parser(description: str | None, *, answers: bool = True) -> argparse.Argumen
             "all",
             "oracle",
         ),
-        default=selection.scorer,
+        default=selection.scorer.name,
         help="how chunks are scored; leave-one-out is draft with a copy for every scored token "
         "(default: %(default)s)",
     )
@@ -121,11 +123,11 @@ def parser(description: str | None, *, answers: bool = True) -> argparse.Argumen
         "--chunks", type=int, nargs="+", metavar="ID", help="the chunks that oracle keeps"
     )
     g.add_argument(
-        "--masked-copies", type=int, default=selection.masked_copies, metavar="R",
+        "--masked-copies", type=int, default=DraftScorer.masked_copies, metavar="R",
         help="copies of the query that ride along with a chunk (default: %(default)s)",
     )  # fmt: skip
     g.add_argument(
-        "--draft-length", type=int, default=selection.draft_length, metavar="N",
+        "--draft-length", type=int, default=DraftScorer.draft_length, metavar="N",
         help="tokens guessed for scorer draft, in two evaluations (default: %(default)s)",
     )  # fmt: skip
     g.add_argument("--keep-first", action="store_true", help="always keep the first chunk")
@@ -136,13 +138,13 @@ def parser(description: str | None, *, answers: bool = True) -> argparse.Argumen
         help="score all chunks again while denoising (default: %(default)s)",
     )
     g.add_argument(
-        "--bridge-share", type=float, default=selection.bridge_share, metavar="X",
+        "--bridge-share", type=float, default=Bridge.share, metavar="X",
         help="share of a chunk's tokens that encoding bridge recomputes (default: %(default)s)",
     )  # fmt: skip
     g.add_argument(
         "--bridge-tokens",
         choices=get_args(BridgeTokens),
-        default=selection.bridge_tokens,
+        default=Bridge.tokens,
         help="which: those at its start, or those with most of the query's attention "
         "(default: %(default)s)",
     )
@@ -200,8 +202,8 @@ def add_chunking(g: Any) -> None:
     )  # fmt: skip
     g.add_argument(
         "--encoding",
-        choices=get_args(Encoding),
-        default=selection.encoding,
+        choices=tuple(ENCODINGS),
+        default=selection.encoding.name,
         help="what the kept chunks' KV is computed from (default: %(default)s)",
     )
     g.add_argument(
@@ -255,7 +257,7 @@ def settings(args: argparse.Namespace) -> tuple[ChunkConfig, SelectionConfig, De
         block_length = math.gcd(32, args.gen_length) if args.gen_length > 32 else args.gen_length
     return (
         ChunkConfig(args.chunk_size, anchors=not args.no_anchors, overlap=args.overlap),
-        SelectionConfig(
+        SelectionConfig.from_flat(
             top_k=args.top_k,
             max_k=args.max_k,
             margin=0.0 if args.margin is None else args.margin,

@@ -30,17 +30,14 @@ from pallas_kernels.chunk_attention.dense import dense_implementation
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine.memory import require_baseline_memory, require_document_memory, require_memory
 from pdllm_jax.engine.request import (
-    Method,
     Prefilled,
     Stopwatch,
     begin,
     choose,
     chunk_counts,
-    decode_config,
-    keeps_pool,
-    settled,
 )
 from pdllm_jax.method.cache import ChunkCache, DenoiseState
+from pdllm_jax.method.cache_methods import Method, cache_method
 from pdllm_jax.method.chunking import (
     ChunkedPrompt,
     TokenIds,
@@ -57,6 +54,7 @@ from pdllm_jax.method.denoise import denoise
 from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import encode_document
 from pdllm_jax.method.sampling import random_key
+from pdllm_jax.method.scorers import OracleScorer
 from pdllm_jax.method.scoring import check_scorable
 from pdllm_jax.method.selection import EMPTY_SLOT
 from pdllm_jax.network.config import ConfigError
@@ -164,9 +162,11 @@ def oracle_ids(
     oracle: Sequence[int] | None, config: SelectionConfig, n_chunks: int
 ) -> np.ndarray | None:
     """Ids that a caller names, sorted, once each; None for all scorers but "oracle"."""
-    if config.scorer != "oracle":
+    if not isinstance(config.scorer, OracleScorer):
         if oracle is not None:
-            raise ValueError(f"oracle ids are for the scorer 'oracle', not for {config.scorer!r}")
+            raise ValueError(
+                f"oracle ids are for the scorer 'oracle', not for {config.scorer.name!r}"
+            )
         return None
     ids = np.unique(np.asarray([] if oracle is None else oracle))
     if ids.size == 0:
@@ -238,7 +238,7 @@ def require_answer_memory(
     """
     n = int(chunk_counts(prompt, cache).max())
     require_memory(
-        model, prompt, settled(selecting, n, named=named), config, cache=cache,
+        model, prompt, selecting.for_document(n, named=named), config, cache=cache,
         implementation=_chunk_path(model, prompt.chunk_size, selecting, implementation),
         limit=limit,
     )  # fmt: skip
@@ -285,8 +285,8 @@ def finish(
         model,
         rows,
         chunk_attention=implementation_name(path),
-        encoding=selecting.encoding,
-        scorer=selecting.scorer,
+        encoding=selecting.encoding.name,
+        scorer=selecting.scorer.name,
     )
     scored = None if prefilled.scores is None else np.asarray(prefilled.scores)
     ids = prefilled.selection.chunk_ids
@@ -421,7 +421,7 @@ def generate_ids(
     bos_id: token of the anchors; the first token of the prefix by default.
     oracle: ids of the chunks to keep, at most `selection.top_k`, for the scorer "oracle" alone.
     """
-    config = decode_config(method, decode)
+    config = cache_method(method).decode_config(decode)
     vocab = model.config.vocab_size
     prefix = check_token_ids("prefix", prefix_ids, vocab)
     context = check_token_ids("context", context_ids, vocab)
@@ -474,7 +474,7 @@ def prefill_request(
     )  # fmt: skip
     planned = DecodeConfig(gen_length=1, block_length=1)
     if decode is not None:
-        decode = planned = decode_config("prefilling", decode)
+        decode = planned = cache_method("prefilling").decode_config(decode)
     require_answer_memory(
         model, prompt, selection, planned,
         named=ids is not None, implementation=implementation, limit=memory_limit,
@@ -498,7 +498,7 @@ def _chunked(
     oracle: Sequence[int] | None,
 ) -> tuple[ChunkedPrompt, np.ndarray | None]:
     """The prompt as it is prefilled, and the oracle's chunks."""
-    tight = keeps_pool(selection, batched=False)
+    tight = selection.keeps_pool()
     prompt = chunk_prompt(prefix, context, query, chunking, bos_id=bos_id, tight=tight)
     return prompt, oracle_ids(oracle, selection, prompt.n_chunks)
 
@@ -578,7 +578,7 @@ def generate_batch_ids(
     ids_of = _oracle_of(oracle, len(requests), "requests")
     vocab = model.config.vocab_size
     bos_id = check_bos_id(bos_id, vocab)
-    tight = keeps_pool(selection, batched=len(requests) > 1)
+    tight = selection.keeps_pool(documents=len(requests))
     prompts, named = [], []
     for i, (prefix, context, query) in enumerate(requests):
 

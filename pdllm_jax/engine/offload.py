@@ -23,22 +23,22 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import Implementation
-from pdllm_jax.config import CONTROLS, SelectionConfig
+from pdllm_jax.config import SelectionConfig
 from pdllm_jax.engine.memory import MemoryLimitError
-from pdllm_jax.engine.request import Prefilled, settled, trimmed
+from pdllm_jax.engine.request import Prefilled, trimmed
 from pdllm_jax.method.cache import ChunkCache, ChunkPool
 from pdllm_jax.method.chunking import (
     ChunkedPrompt,
-    Question,
     TokenIds,
     bucket_rows,
     check_token_ids,
-    count_ids,
     pad_to,
 )
 from pdllm_jax.method.prefill import encode_document
+from pdllm_jax.method.question import Question, count_ids
+from pdllm_jax.method.scorers import AllScorer
 from pdllm_jax.method.scoring import draft_response, score_chunks
-from pdllm_jax.method.selection import EMPTY_SLOT, control_scores, select
+from pdllm_jax.method.selection import EMPTY_SLOT, select
 from pdllm_jax.network.sharding import TENSOR
 from pdllm_jax.network.transformer import MaskPredictor
 
@@ -199,15 +199,15 @@ def score_offloaded(
       ValueError: scorer "attention", which compares all chunks' KV at once.
     """
     cache = document.cache
-    if config.scorer == "attention":
-        raise ValueError("scorer 'attention' compares all chunks' KV: it cannot be streamed")
-    if config.scorer in CONTROLS:
-        return control_scores(config, cache.lengths > 0, key)
+    if config.scorer.needs_pool and not config.scorer.in_pass:
+        raise ValueError(
+            f"scorer {config.scorer.name!r} reads all chunks' KV: the document cannot be streamed"
+        )
+    if not config.scorer.needs_pool:
+        return score_chunks(model, cache, query_ids, config, query_length=query_length, key=key)
     rows = count_ids(query_ids) if query_length is None else query_length
-    draft = None
-    if config.scorer == "draft":
-        question = Question(cache.prefix_ids, cache.prefix_length, query_ids, rows)
-        draft = draft_response(model, question, config)
+    question = Question(cache.prefix_ids, cache.prefix_length, query_ids, rows)
+    draft = draft_response(model, question, config)
     n = len(document.k)
 
     def part(first: int) -> ChunkCache:
@@ -263,7 +263,7 @@ def choose_offloaded(
     query = jnp.asarray(pad_to(ids, bucket_rows(ids.size), -1))[None]
     length = jnp.asarray([ids.size], jnp.int32)
     n = len(document.k)
-    selecting = settled(selecting, n)
+    selecting = selecting.for_document(n)
     scores = score_offloaded(
         model, document, query, selecting.scoring(),
         query_length=length, key=jax.random.fold_in(keys[0], 1), group=group,
@@ -273,7 +273,7 @@ def choose_offloaded(
     if selecting.max_k is not None:
         selection = trimmed(selection)
     cache = document.cache
-    if selecting.encoding in ("independent", "bridge"):
+    if selecting.encoding.needs_pool:
         chosen = np.asarray(selection.chunk_ids)
         cache = dataclasses.replace(cache, pool=fetch(document, chosen[0].tolist()), streamed=True)
         slots = np.where(chosen >= 0, np.arange(chosen.size), EMPTY_SLOT)
@@ -285,7 +285,7 @@ def choose_offloaded(
         query_length=length,
         keys=keys,
         counts=jnp.asarray([n], jnp.int32),
-        scores=None if selecting.scorer == "all" else scores,
+        scores=None if isinstance(selecting.scorer, AllScorer) else scores,
         state=None,
         selecting=selecting,
     )

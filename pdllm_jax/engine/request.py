@@ -15,7 +15,6 @@ import dataclasses
 import threading
 import time
 from collections.abc import Iterator
-from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +22,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import Implementation
-from pdllm_jax.config import DecodeConfig, Recompute, SelectionConfig
+from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.method.cache import ChunkCache, ChunkPool, DenoiseState
 from pdllm_jax.method.chunking import ChunkedPrompt
 from pdllm_jax.method.encoding import init_denoise
-from pdllm_jax.method.prefill import needs_pool, prefill, prefill_top_k
+from pdllm_jax.method.prefill import prefill, prefill_top_k
+from pdllm_jax.method.scorers import AllScorer, OracleScorer
 from pdllm_jax.method.scoring import draft_response, score_chunks
 from pdllm_jax.method.selection import EMPTY_SLOT, Selection, select
-from pdllm_jax.network.config import ConfigError
 from pdllm_jax.network.transformer import MaskPredictor
 
 _COMPILE_EVENTS = "/jax/core/compile/"
@@ -90,69 +89,6 @@ class Stopwatch:
             self.compilations += bool(spans)
             self.seconds["compile"] += compiling
             self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - compiling
-
-
-Method = Literal["prefilling", "plain", "prefix-cache", "dual-cache"]
-
-_RECOMPUTE: dict[Method, Recompute] = {
-    "plain": "response",
-    "prefix-cache": "suffix",
-    "dual-cache": "block",
-}
-
-
-def decode_config(method: Method, config: DecodeConfig) -> DecodeConfig:
-    """config with the rows that a baseline recomputes; the method itself keeps its own choice."""
-    if method not in get_args(Method):
-        raise ConfigError(f"method {method!r} is not known ({', '.join(get_args(Method))})")
-    if config.guidance > 0 and method != "plain":
-        raise ConfigError(f"guidance is implemented for method 'plain', not for {method!r}")
-    if method == "prefilling":
-        return config
-    return dataclasses.replace(config, recompute=_RECOMPUTE[method])
-
-
-def keeps_pool(selecting: SelectionConfig, *, batched: bool) -> bool:
-    """Whether answering keeps the KV of all chunks of the document, or of a batch of them.
-
-    Joint and query-conditioned encoding make their own, and what is wanted of one document alone is
-    kept while it streams through.
-    """
-    reads_all = selecting.reselect != "never" or selecting.scorer == "attention"
-    return reads_all or (batched and needs_pool(selecting))
-
-
-def streams(selecting: SelectionConfig, *, batched: bool) -> bool:
-    """Whether nothing but the kept chunks is ever asked for, so that no more lies in memory."""
-    return needs_pool(selecting) and not keeps_pool(selecting, batched=batched)
-
-
-def settled(selecting: SelectionConfig, n: int, *, named: bool = False) -> SelectionConfig:
-    """The settings for documents of at most n chunks. named: the chunks to keep are given."""
-    if selecting.scorer == "all":
-        return dataclasses.replace(selecting, top_k=n, max_k=None, margin=0.0)
-    if n <= selecting.top_k and not named:
-        # Everything is kept: there is nothing to score, now or later.
-        return dataclasses.replace(
-            selecting, scorer="all", top_k=n, max_k=None, margin=0.0, reselect="never"
-        )
-    if selecting.max_k is not None:
-        return dataclasses.replace(selecting, max_k=min(selecting.max_k, n))
-    return selecting
-
-
-def passing_config(selecting: SelectionConfig, *, streaming: bool) -> SelectionConfig:
-    """What the pass over the documents is told: no more than it reads."""
-    passing = selecting.scoring()
-    if streaming:
-        return dataclasses.replace(
-            passing,
-            top_k=selecting.top_k,
-            max_k=selecting.max_k,
-            margin=selecting.margin,
-            keep_first=selecting.keep_first,
-        )
-    return dataclasses.replace(passing, encoding=selecting.encoding, reselect=selecting.reselect)
 
 
 @jax.tree_util.register_dataclass
@@ -220,13 +156,11 @@ def choose(
     """
     watch = watch or Stopwatch()
     counts = chunk_counts(prompt, cache)
-    selecting = settled(selecting, int(counts.max()), named=oracle is not None)
+    selecting = selecting.for_document(int(counts.max()), named=oracle is not None)
     passing = selecting.scoring()
     scoring_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-    draft = None
-    if selecting.scorer == "draft":
-        with watch.phase("draft"):
-            draft = jax.block_until_ready(draft_response(model, prompt.question, passing))
+    with watch.phase("draft"):
+        draft = jax.block_until_ready(draft_response(model, prompt.question, passing))
     with watch.phase("score"):
         shared = {"draft": draft, "key": scoring_keys, "oracle": oracle}
         if cache is not None:
@@ -235,11 +169,11 @@ def choose(
                 implementation=implementation, **shared,
             )  # fmt: skip
             chosen = select(scores, selecting)
-        elif streams(selecting, batched=prompt.query.shape[0] > 1):
-            kept = passing_config(selecting, streaming=True)
+        elif selecting.streams(documents=prompt.query.shape[0]):
+            kept = selecting.for_prefill(streaming=True)
             cache, chosen, scores = prefill_top_k(model, prompt, kept, **shared)
         else:
-            passing = passing_config(selecting, streaming=False)
+            passing = selecting.for_prefill(streaming=False)
             cache, scores = prefill(model, prompt, passing, **shared)
             chosen = select(scores, selecting)
         if selecting.max_k is not None:
@@ -252,7 +186,7 @@ def choose(
         query_length=prompt.query_length,
         keys=keys,
         counts=jnp.asarray(counts, jnp.int32),
-        scores=None if selecting.scorer in ("all", "oracle") else scores,
+        scores=None if isinstance(selecting.scorer, AllScorer | OracleScorer) else scores,
         state=None,
         selecting=selecting,
         requests=requests,
@@ -303,7 +237,7 @@ def without_other_chunks(prefilled: Prefilled) -> Prefilled:
         pool, places = _gathered(cache.pool, state.chunk_ids)
         state = dataclasses.replace(state, pool=pool, chunk_ids=places)
         return _without_cache(dataclasses.replace(prefilled, state=state))
-    if prefilled.selecting.encoding not in ("independent", "bridge"):
+    if not prefilled.selecting.encoding.needs_pool:
         return dataclasses.replace(prefilled, cache=cache.without_pool())
     selection = prefilled.selection
     ids = selection.slots

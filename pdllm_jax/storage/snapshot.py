@@ -196,6 +196,11 @@ def _save(
     staged = _staged(target, overwrite)
     staged.check()
     prefilled = tree if isinstance(tree, Prefilled) else None
+    if prefilled is not None and prefilled.selecting.has_code:
+        raise SnapshotError(
+            "a snapshot cannot hold a scorer or an encoding given as an object of another class",
+            field="selecting",
+        )
     if prefilled is not None and prefilled.decode is not None and prefilled.decode.has_code:
         raise SnapshotError(
             "a snapshot cannot hold remasking or unmask given as functions: save without a state, "

@@ -21,8 +21,8 @@ from pdllm_jax import (
     Tokenizer,
     generate_ids,
 )
-from pdllm_jax.engine.engine import Method
 from pdllm_jax.evaluation.prompts import dense_prompt, fitting_block, split_request, truncate_middle
+from pdllm_jax.method.cache_methods import Method
 from pdllm_jax.method.chunking import TokenIds
 
 METHODS: tuple[Method, ...] = ("plain", "prefix-cache", "dual-cache", "prefilling")

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from pallas_kernels import Implementation
 from pdllm_jax.compilation import enable_compilation_cache
-from pdllm_jax.config import ChunkConfig, DecodeConfig, Encoding, Positions, Scorer, SelectionConfig
-from pdllm_jax.engine.engine import Method, Request, decode_config, generate_ids
+from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
+from pdllm_jax.engine.engine import Request, generate_ids
 from pdllm_jax.evaluation.prompts import (
     SplitPrompt,
     dense_prompt,
@@ -28,13 +28,17 @@ from pdllm_jax.evaluation.prompts import (
     split_ruler,
     truncate_middle,
 )
+from pdllm_jax.method.cache import Positions
+from pdllm_jax.method.cache_methods import Method, cache_method
 from pdllm_jax.method.chunking import chunk_prompt
+from pdllm_jax.method.encodings import Encoding
 from pdllm_jax.method.likelihood import (
     KeptContext,
     answer_log_likelihood,
     answer_log_likelihood_kept,
     keep_context,
 )
+from pdllm_jax.method.scorers import Scorer
 from pdllm_jax.network.config import ConfigError
 from pdllm_jax.storage.checkpoint import load_config, load_model
 from pdllm_jax.tokenizer import BOS, END_HEADER, END_TURN, START_HEADER, Tokenizer
@@ -83,8 +87,8 @@ class PrefillingLM(LM):
         overlap: int = 0,
         anchors: bool = True,
         top_k: int = 4,
-        scorer: Scorer = "draft",
-        encoding: Encoding = "joint",
+        scorer: str | Scorer = "draft",
+        encoding: str | Encoding = "joint",
         positions: Positions = "continuous",
         encode_batch: int = 8,
         gen_length: int | None = None,
@@ -114,7 +118,7 @@ class PrefillingLM(LM):
             top_k=top_k, scorer=scorer, encoding=encoding, positions=positions,
             encode_batch=encode_batch,
         )  # fmt: skip
-        decode_config(method, DecodeConfig())  # refuses unknown methods
+        cache_method(method)  # refuses unknown methods
         self.folder = Path(pretrained)
         self.tokenizer = Tokenizer.load(self.folder, load_config(self.folder))
         self.model = load_model(self.folder, dtype=dtype)

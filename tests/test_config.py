@@ -347,7 +347,7 @@ def test_selection_config_refuses(settings, message):
 
 
 def test_selection_config_accepts_leave_one_out():
-    assert SelectionConfig(masked_copies=None).masked_copies is None
+    assert SelectionConfig(masked_copies=None).scorer.masked_copies is None
 
 
 def test_decode_config_counts():

@@ -39,7 +39,7 @@ from options import DTYPES, add_chunking, add_placement, mesh_of
 from convert import converted
 from pdllm_jax import ChunkConfig, SelectionConfig, Tokenizer, load_config, load_model
 from pdllm_jax.compilation import enable_compilation_cache
-from pdllm_jax.config import Scorer
+from pdllm_jax.method.scorers import SCORERS
 from pdllm_jax.storage.checkpoint import MANIFEST
 
 
@@ -67,8 +67,8 @@ def common() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--no-chat", action="store_true", help="no chat template around prompts")
     add_chunking(p)
-    scorers = [name for name in get_args(Scorer) if name != "oracle"]
-    p.add_argument("--score", choices=scorers, default=SelectionConfig().scorer)
+    scorers = [name for name in SCORERS if name != "oracle"]
+    p.add_argument("--score", choices=scorers, default=SelectionConfig().scorer.name)
     p.add_argument("--seed", type=int, default=0)
     add_placement(p)
     return p
@@ -164,7 +164,7 @@ def settings(ask: Asker, folder: Path) -> dict[str, Any]:
     return {
         **plain,
         "chunking": dataclasses.asdict(ask.chunking),
-        "selection": dataclasses.asdict(ask.selection),
+        "selection": ask.selection.to_flat(),
         "checkpoint": hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(),
         "dtype": str(ask.model.dtype),
         **({} if ask.model.mesh is None else {"mesh": dict(ask.model.mesh.shape)}),

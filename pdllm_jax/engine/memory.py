@@ -48,9 +48,9 @@ from pallas_kernels.chunk_attention.dense import (
     DenseImplementation,
     dense_implementation,
 )
-from pdllm_jax.config import CONTROLS, ChunkConfig, DecodeConfig, SelectionConfig
-from pdllm_jax.engine.request import Method, decode_config, keeps_pool, settled, streams
+from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.method.cache import ChunkCache, live_rows
+from pdllm_jax.method.cache_methods import Method, cache_method
 from pdllm_jax.method.chunking import (
     ChunkedPrompt,
     batch_size,
@@ -59,8 +59,9 @@ from pdllm_jax.method.chunking import (
     bucket_rows,
     count_chunks,
 )
-from pdllm_jax.method.prefill import needs_pool
-from pdllm_jax.method.scoring import QUERY_COPY_SCORERS
+from pdllm_jax.method.encodings import Bridge, Independent, Joint, QueryConditioned
+from pdllm_jax.method.scorers import AllScorer, AttentionScorer, OracleScorer
+from pdllm_jax.method.scorers.query_copies import DraftScorer
 from pdllm_jax.method.token_selection import LAST_ROWS
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.sharding import mesh_sizes
@@ -292,27 +293,19 @@ class _Answer:
         self.implementation, self.data = implementation, data
         # A device's share, as `parallel.rows_axis` divides; pools lie whole on the data axis.
         self.requests = shapes.requests // (1 if shapes.requests % data else data)
-        self.streams = streams(selecting, batched=shapes.requests > 1) and not shapes.pooled
+        self.streams = selecting.streams(documents=shapes.requests) and not shapes.pooled
         self.pooling = (
             self.streams
             or shapes.pooled
-            or needs_pool(selecting)
-            or selecting.scorer == "attention"
+            or selecting.needs_pool
+            or (selecting.scorer.needs_pool and not selecting.scorer.in_pass)
         )
         self.group = min(selecting.encode_batch, shapes.chunks * shapes.requests)
         self.group = -(-self.group // data) * data
         self.slots = min(selecting.slots, shapes.chunks)
-        d = selecting.draft_length
-        query = shapes.query
-        scored, rows = query, query
-        if selecting.scorer == "draft":
-            scored, rows = query + min(selecting.draft_steps, d), query + d
-        elif selecting.scorer == "confidence":
-            scored, rows = d, query + d
-        copies = selecting.masked_copies
-        if selecting.scorer == "confidence" or copies is None:
-            copies = 1 if selecting.scorer == "confidence" else scored
-        self.scored, self.copies, self.rider_rows = scored, copies, rows
+        sizes_of_copies = selecting.scorer.copy_sizes(shapes.query)
+        copies, rows, scored = sizes_of_copies or (1, shapes.query, 0)
+        self.copies, self.rider_rows, self.scored = copies, rows, scored
 
     # Arrays.
 
@@ -333,7 +326,7 @@ class _Answer:
     def pool_bytes(self) -> int:
         """Of the document's pool, its lengths, and the prefix' KV."""
         if not self.pooling:
-            return self.prefix_bytes() if self.selecting.encoding != "joint" else 0
+            return self.prefix_bytes() if self.selecting.encoding.keeps_prefix else 0
         pool = self.sizes.kv(self.places() * self.shapes.chunk_size)
         return pool + self.prefix_bytes() + 4 * self.places()
 
@@ -353,7 +346,7 @@ class _Answer:
         s, size, keep = self.shapes, self.shapes.chunk_size, self.selecting.keep_tokens
         if keep is not None and keep < size:
             return self.sizes.kv(s.requests * self.slots * keep)
-        if self.selecting.encoding == "independent":
+        if isinstance(self.selecting.encoding, Independent):
             return 0
         return self.sizes.kv(s.requests * self.slots * size)
 
@@ -389,7 +382,7 @@ class _Answer:
         """Of `prefill`: a group of chunks with riders behind them."""
         s, sizes = self.shapes, self.sizes
         group = self.group // self.data
-        riding = self.selecting.scorer in QUERY_COPY_SCORERS
+        riding = self.selecting.scorer.in_pass
         rows = group * (s.chunk_size + (self.copies * self.rider_rows if riding else 0))
         items = self._layer(rows, group, s.chunk_size, group * self.scored if riding else 0)
         items.append(Item("prefix KV", self.prefix_bytes()))
@@ -403,7 +396,7 @@ class _Answer:
     def _score_questions(self) -> list[Item]:
         """Of `score_chunks`: groups of (question, chunk) pairs, or one pass of the questions."""
         s = self.shapes
-        if self.selecting.scorer == "attention":
+        if isinstance(self.selecting.scorer, AttentionScorer):
             rows = self.requests * s.query
             pairs = self.requests * s.chunks
             return [
@@ -430,20 +423,20 @@ class _Answer:
         s, b, how = self.shapes, self.requests, self.selecting
         own = s.query + self.decode.gen_length
         items: list[Item] = []
-        if how.encoding == "joint":
+        if isinstance(how.encoding, Joint):
             live = b * (s.prefix + own)
             items = self._forward_and_store(b * self.slots * s.chunk_size + live, b, live)
-        elif how.encoding == "query-conditioned":
+        elif isinstance(how.encoding, QueryConditioned):
             each = s.prefix + s.chunk_size + s.query
             items = self._forward_and_store(b * self.slots * each, b * self.slots)
-        elif how.encoding == "bridge":
-            count = min(s.chunk_size, math.ceil(how.bridge_share * s.chunk_size))
+        elif isinstance(how.encoding, Bridge):
+            count = min(s.chunk_size, math.ceil(how.encoding.share * s.chunk_size))
             rows = b * (self.slots * count + own)
             items = [
                 *self._layer(rows, b, own + s.prefix),
                 self._chunk_attention(b, rows // b, self.slots),
             ]
-            if how.bridge_tokens == "attention":
+            if how.encoding.tokens == "attention":
                 items.append(self._received())
         if how.keep_tokens is not None and how.keep_tokens < s.chunk_size:
             if not items:
@@ -452,7 +445,7 @@ class _Answer:
                     self._chunk_attention(b, own, self.slots),
                 ]
             items.append(self._received())
-            if how.encoding != "independent":  # the pool that tokens are kept of
+            if not isinstance(how.encoding, Independent):  # the pool that tokens are kept of
                 whole = self.sizes.kv(b * self.slots * s.chunk_size)
                 items.append(Item("KV of the chosen chunks", whole))
         return items
@@ -471,7 +464,7 @@ class _Answer:
         chosen = bool(s.chunks)
         whole = s.query + d.gen_length
         rows, merging = whole, d.recompute != "response"
-        if merging and chosen and how.encoding in ("joint", "bridge") and d.n_blocks == 1:
+        if merging and chosen and how.encoding.live_encoded and d.n_blocks == 1:
             rows, merging = d.block_length, False  # live KV is never stale
         read = d.gen_length if d.n_blocks > 1 else d.block_length
         twice = 2 if d.guidance > 0 else 1
@@ -511,19 +504,19 @@ class _Answer:
                 )
             )
             held = (*held, document)
-        if how.scorer == "draft":
-            rows = self.requests * (s.prefix + s.query + how.draft_length)
-            read = self.requests * how.draft_length
+        if isinstance(how.scorer, DraftScorer):
+            rows = self.requests * (s.prefix + s.query + how.scorer.draft_length)
+            read = self.requests * how.scorer.draft_length
             scratch = self._layer(rows, self.requests, rows // self.requests, read)
             found.append(Phase("draft", held, (), tuple(scratch)))
         scores = Item("scores", 4 * self.requests * s.chunks)
         if s.pooled:
-            scratch = [] if how.scorer in CONTROLS else self._score_questions()
+            scratch = [] if not how.scorer.needs_pool else self._score_questions()
             found.append(Phase("score", held, (scores,), tuple(scratch)))
         else:
-            scratch = self._pass() if self.pooling or how.scorer in QUERY_COPY_SCORERS else []
+            scratch = self._pass() if self.pooling or how.scorer.in_pass else []
             found.append(Phase("score", held, (document, scores), tuple(scratch)))
-            if how.scorer == "attention":
+            if isinstance(how.scorer, AttentionScorer):
                 more = tuple(self._score_questions())
                 last = found.pop()
                 found.append(dataclasses.replace(last, scratch=(*last.scratch, *more)))
@@ -625,7 +618,7 @@ def shapes_of(
             raise ValueError(f"{name} must be a number of at least {least[name]}, got {count!r}")
     if batch is not None and questions is not None:
         raise ValueError("batch and questions exclude each other")
-    decode = decode_config(method, decode)
+    decode = cache_method(method).decode_config(decode)
     if method != "prefilling":
         if batch is not None or questions is not None:
             raise ValueError(f"method {method!r} answers one request at a time")
@@ -633,7 +626,7 @@ def shapes_of(
         return Shapes(1, 0, rows, 0, chunking.chunk_size), selection, decode
     n = count_chunks(document, chunking)
     several = batch if questions is None else questions
-    tight = questions is not None or keeps_pool(selection, batched=(batch or 1) > 1)
+    tight = questions is not None or selection.keeps_pool(documents=batch or 1)
     shapes = Shapes(
         requests=batch_size(several or 1),
         prefix=bucket_rows(prefix),
@@ -642,7 +635,11 @@ def shapes_of(
         chunk_size=chunking.chunk_size,
         pooled=questions is not None,
     )
-    return shapes, settled(selection, n, named=selection.scorer == "oracle"), decode
+    return (
+        shapes,
+        selection.for_document(n, named=isinstance(selection.scorer, OracleScorer)),
+        decode,
+    )
 
 
 def _paths(
@@ -781,14 +778,18 @@ def _changes(
     if shapes.chunks:
         group = min(selecting.encode_batch, shapes.chunks * shapes.requests)
         yield [select(f"encode_batch={n}", encode_batch=n) for n in halves(group)]
-        if selecting.max_k is None and selecting.scorer != "all":
+        if selecting.max_k is None and not isinstance(selecting.scorer, AllScorer):
             yield [select(f"top_k={n}", top_k=n) for n in halves(selecting.top_k)]
         if selecting.reselect != "never":
             yield [select("reselect='never'", reselect="never")]
-        if selecting.encoding != "independent" and shapes.requests == 1 and not shapes.pooled:
+        if (
+            not isinstance(selecting.encoding, Independent)
+            and shapes.requests == 1
+            and not shapes.pooled
+        ):
             words = "encoding='independent', which streams the document"
             yield [select(words, encoding="independent")]
-        if needs_pool(selecting) and shapes.requests > 1 and not shapes.pooled:
+        if selecting.needs_pool and shapes.requests > 1 and not shapes.pooled:
             words = "encoding='joint', which keeps no KV of the document"
             yield [select(words, encoding="joint")]
     if shapes.requests > 1:

@@ -198,6 +198,11 @@ def _save(
     staged = _staged(target, overwrite)
     staged.check()
     prefilled = None if isinstance(tree, ChunkCache) else tree
+    if prefilled is not None and prefilled.config.has_code:
+        raise SnapshotError(
+            "a snapshot cannot hold a scorer or an encoding given as an object of another class",
+            field="selecting",
+        )
     if prefilled is not None and prefilled.decoding is not None and prefilled.decoding.has_code:
         raise SnapshotError(
             "a snapshot cannot hold remasking or unmask given as functions: save without a state, "

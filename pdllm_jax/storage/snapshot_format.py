@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -240,7 +241,7 @@ def settings(value: Any) -> dict[str, Any] | None:
     """The fields of a config, as a manifest has them: without those that hold functions."""
     if value is None:
         return None
-    return {k: v for k, v in dataclasses.asdict(value).items() if k not in CODE}
+    return value.to_flat() if hasattr(value, "to_flat") else dataclasses.asdict(value)
 
 
 def _content(manifest: Manifest) -> dict[str, Any]:
@@ -297,13 +298,15 @@ def _settings(kind: Any, raw: Any) -> Any:
     """Settings as their class validates them; a field more or less is refused."""
     if raw is None:
         return None
-    fields = {f.name: f for f in dataclasses.fields(kind) if f.name not in CODE}
-    if not isinstance(raw, dict) or raw.keys() != fields.keys():
+    if not isinstance(raw, dict) or raw.keys() - inspect.signature(kind).parameters.keys():
         raise ValueError(f"{kind.__name__} has other fields")
-    for name, field in fields.items():
-        if field.type == "bool" and not isinstance(raw[name], bool):
-            raise ValueError(f"{name} must be true or false")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+    for field in dataclasses.fields(kind):
+        if field.type == "bool" and not isinstance(raw.get(field.name), bool):
+            raise ValueError(f"{field.name} must be true or false")
+    made = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+    if raw.keys() != (settings(made) or {}).keys():
+        raise ValueError(f"{kind.__name__} has other fields")
+    return made
 
 
 def _array(entry: Any) -> ArrayRecord:

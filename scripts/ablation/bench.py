@@ -27,7 +27,8 @@ from pdllm_jax import (
     load_model,
 )
 from pdllm_jax.deprecated import generate_batch_ids, generate_ids
-from pdllm_jax.engine.request import Timer, decode_config, request_keys
+from pdllm_jax.engine.request import Timer, request_keys
+from pdllm_jax.method.cache_methods import cache_method
 from pdllm_jax.method.chunking import bucket, split_context
 from small_model import tasks
 from small_model.corpus import Corpora, Text, fingerprint, from_repository, load
@@ -211,7 +212,9 @@ class Bench:
         self, cell: Cell, indices: Sequence[int], examples: Sequence[tasks.Example]
     ) -> list[dict[str, Any]]:
         """A baseline, on equally long prompts together; their tokens are those of each alone."""
-        config = decode_config(DENSE[cell.selection], cell.decoding(tasks.RESPONSE_LENGTH))
+        config = cache_method(DENSE[cell.selection]).decode_config(
+            cell.decoding(tasks.RESPONSE_LENGTH)
+        )
         prompts = [e["prefix"] + e["context"] + e["query"] for e in examples]
         state, timings = dense_answers(self.model, prompts, config, indices)
         rows, evaluations = (np.asarray(x).tolist() for x in (state.tokens, state.evaluations))

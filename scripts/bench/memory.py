@@ -22,7 +22,7 @@ import numpy as np
 
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine.memory import Plan
-from pdllm_jax.engine.request import Method
+from pdllm_jax.method.cache_methods import Method
 from pdllm_jax.network.config import ModelConfig
 
 

@@ -21,12 +21,12 @@ from jax.typing import DTypeLike
 from pallas_kernels import Implementation
 from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.engine.memory import Shapes
-from pdllm_jax.engine.request import passing_config, streams
 from pdllm_jax.method.cache import ChunkCache
 from pdllm_jax.method.chunking import ChunkedPrompt
 from pdllm_jax.method.denoise import denoise
 from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import encode_document, prefill, prefill_top_k
+from pdllm_jax.method.scorers import DraftScorer, OracleScorer
 from pdllm_jax.method.scoring import draft_response, score_chunks
 from pdllm_jax.method.selection import Selection, select
 from pdllm_jax.network.config import ModelConfig
@@ -131,7 +131,7 @@ def programs(
         cache = made(lambda m, p: encode_document(m, p, encode_batch=batch), model, document)
     passing = selecting.scoring()
     draft = None
-    if selecting.scorer == "draft":
+    if isinstance(selecting.scorer, DraftScorer):
         question = prompt.question
         yield program("draft", draft_response, cache, model, question, passing)
         draft = made(lambda m, q: draft_response(m, q, passing), model, question)
@@ -142,7 +142,7 @@ def programs(
         def score(m: MaskPredictor, c: ChunkCache, q: Any, n: Any, d: Any, k: Any) -> Any:
             return score_chunks(m, c, q, passing, query_length=n, draft=d, key=k)
 
-        if selecting.scorer in ("all", "first", "last", "random", "oracle"):
+        if not selecting.scorer.needs_pool:
             scores = ids(shapes.chunks)
         else:
             yield program(
@@ -152,17 +152,17 @@ def programs(
             scores = made(score, model, cache, query, length, draft, scoring_keys)
         scores = jax.ShapeDtypeStruct(scores.shape, jnp.float32, sharding=sharding)
         chosen = made(lambda s: select(s, selecting), scores)
-    elif streams(selecting, batched=shapes.requests > 1):
-        kept = passing_config(selecting, streaming=True)
-        oracle = ids(1) if selecting.scorer == "oracle" else None
+    elif selecting.streams(documents=shapes.requests):
+        kept = selecting.for_prefill(streaming=True)
+        oracle = ids(1) if isinstance(selecting.scorer, OracleScorer) else None
         more = {"draft": draft, "key": scoring_keys, "oracle": oracle}
         yield program("score", prefill_top_k, None, model, prompt, kept, **more)
         cache, chosen, _ = made(
             lambda m, p, more: prefill_top_k(m, p, kept, **more), model, prompt, more
         )
     else:
-        pooling = passing_config(selecting, streaming=False)
-        oracle = ids(1) if selecting.scorer == "oracle" else None
+        pooling = selecting.for_prefill(streaming=False)
+        oracle = ids(1) if isinstance(selecting.scorer, OracleScorer) else None
         more = {"draft": draft, "key": scoring_keys, "oracle": oracle}
         yield program("score", prefill, None, model, prompt, pooling, **more)
         cache, scores = made(lambda m, p, more: prefill(m, p, pooling, **more), model, prompt, more)

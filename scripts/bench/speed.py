@@ -250,7 +250,7 @@ def score_document(run: Run) -> None:
     name = f"score {chunks} chunks{on(run.model)}"
     run.timed(name, lambda: prefill(run.model, prompt, SELECT, draft=draft)[1])
     work = pass_flops(
-        run.model.config, chunks, run.args.chunk_size, QUERY + SELECT.draft_length,
-        SELECT.masked_copies or 0, QUERY + SELECT.draft_steps,
+        run.model.config, chunks, run.args.chunk_size, QUERY + SELECT.scorer.draft_length,
+        SELECT.scorer.masked_copies or 0, QUERY + SELECT.scorer.draft_steps,
     )  # fmt: skip
     run.note(f"TFLOP/s, {name}", work / run.median(name) / 1e12)

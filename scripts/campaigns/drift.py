@@ -25,7 +25,7 @@ from pdllm_jax import (
     init_denoise,
 )
 from pdllm_jax.deprecated import generate_ids
-from pdllm_jax.engine.request import Method, decode_config
+from pdllm_jax.method.cache_methods import Method, cache_method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def drift(
     model: MaskPredictor, other: MaskPredictor, prompt: Sequence[int], config: DecodeConfig
 ) -> list[Step]:
     """LLaDA's published generation by `model`; at each of its steps both models' logits."""
-    config = decode_config("plain", config)
+    config = cache_method("plain").decode_config(config)
     ids = jnp.asarray(prompt, jnp.int32)
     state = init_denoise(model, None, None, ids, config, jax.random.key(0))
     steps = []

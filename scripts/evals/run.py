@@ -15,8 +15,8 @@ from evals.records import Key, Records
 from pallas_kernels import Implementation
 from pdllm_jax import ChunkConfig, DecodeConfig, MaskPredictor, SelectionConfig, Tokenizer
 from pdllm_jax.deprecated import generate_ids
-from pdllm_jax.engine.request import Method
 from pdllm_jax.evaluation.prompts import dense_prompt, fitting_block, split_request, truncate_middle
+from pdllm_jax.method.cache_methods import Method
 from pdllm_jax.method.chunking import TokenIds
 
 METHODS: tuple[Method, ...] = ("plain", "prefix-cache", "dual-cache", "prefilling")

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Mapping
+from dataclasses import InitVar
+from types import EllipsisType
+from typing import Any, Literal, TypeVar, get_args
 
-from jax import Array
-
+from pdllm_jax.method.cache import Positions
+from pdllm_jax.method.encodings import ENCODINGS, BridgeTokens, Encoding
+from pdllm_jax.method.sampling import CONFIDENCES, Factor, Schedule, Threshold, Unmask
+from pdllm_jax.method.scorers import SCORERS, AllScorer, Scorer
 from pdllm_jax.network.config import (
     ConfigError,
     ModelConfig,
     RopeScaling,
     is_number,
-    positive_int,
     require,
+    size,
 )
 
 __all__ = [
@@ -31,9 +35,15 @@ __all__ = [
 ]
 
 
-def _size(name: str, value: Any) -> None:
-    positive_int(name, value)
-    require(value < 1 << 31, f"{name} {value} is beyond 31 bits")
+def _one_of(name: str, value: Any, known: Iterable[str]) -> None:
+    require(value in known, f"{name} {value!r} is not known ({', '.join(known)})")
+
+
+def _number(name: str, value: Any) -> None:
+    require(
+        is_number(value) and 0 <= value < math.inf,
+        f"{name} must be a number of at least 0, got {value!r}",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +58,7 @@ class ChunkConfig:
     overlap: int = 0
 
     def __post_init__(self) -> None:
-        _size("chunk_size", self.chunk_size)
+        size("chunk_size", self.chunk_size)
         require(
             isinstance(self.overlap, int) and self.overlap >= 0,
             f"overlap must not be negative, got {self.overlap!r}",
@@ -65,16 +75,37 @@ class ChunkConfig:
         return self.chunk_size - int(self.anchors) - self.overlap
 
 
-Scorer = Literal[
-    "draft", "query", "confidence", "attention", "all", "first", "last", "random", "oracle"
-]
-Encoding = Literal["independent", "query-conditioned", "joint", "bridge"]
-Positions = Literal["continuous", "absolute", "reuse"]
-BridgeTokens = Literal["start", "attention"]
 Reselect = Literal["never", "block", "step"]
+Choice = TypeVar("Choice", Scorer, Encoding)
 
-# Scorers that read neither document nor question.
-CONTROLS = ("all", "first", "last", "random", "oracle")
+# Options that SelectionConfig takes by a flat name, and their fields in the object.
+_OPTIONS = {
+    "scorer": {name: name for name in ("masked_copies", "draft_length", "draft_steps")},
+    "encoding": {"bridge_share": "share", "bridge_tokens": "tokens"},
+}
+
+
+def _choose(
+    kind: str, table: Mapping[str, type[Choice]], value: str | Choice, options: dict[str, Any]
+) -> Choice:
+    """The object behind a name, with these options of its own; `...` leaves one as it is."""
+    if isinstance(value, str):
+        require(value in table, f"{kind} {value!r} is not known ({', '.join(table)})")
+        value = table[value]()
+    protocol = Scorer if kind == "scorer" else Encoding
+    require(isinstance(value, protocol), f"{kind} must be a name or an object, got {value!r:.60}")
+    fields, changes = {field.name for field in fields_of(value)}, {}
+    for name, option in options.items():
+        if option is not ...:
+            field = _OPTIONS[kind][name]
+            require(field in fields, f"{kind} {value.name!r} has no option {name}")
+            changes[field] = option
+    return dataclasses.replace(value, **changes) if changes else value  # type: ignore[type-var]
+
+
+def fields_of(value: Any) -> tuple[dataclasses.Field[Any], ...]:
+    """The options of a scorer or an encoding; none where it is not a dataclass."""
+    return dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,29 +115,29 @@ class SelectionConfig:
     Which chunks:
       top_k: chunks kept, K; at least the number of chunks keeps all and scores nothing.
       max_k, margin: adaptive K. Behind the K best, chunks whose score lies at most `margin` under
-        that of the K-th are kept too, up to max_k in all. None: K it is.
+        the K-th score are kept too, up to max_k in all. max_k None keeps K.
       keep_first: the first chunk is always kept.
-      reselect: when relevance is computed anew from the denoising state (`reselect`): "never", at
+      reselect: when relevance is computed again from the denoising state (`reselect`): "never", at
         the start of every further "block", or before every further "step".
     How they are scored:
-      scorer: "draft" (query and draft self-information), "query" (query alone), "confidence" (the
-        mean log-probability of the likeliest token in each of `draft_length` masks behind the
-        query), "attention" (the query rows' attention to a chunk, as a share of that to all), or a
-        control: "all", "first", "last", "random", "oracle" (ids given by the caller).
-      masked_copies: R, copies of the query that ride along, copy r with the slots s % R == r
-        masked; None is leave-one-out, one copy for every scored slot.
-      draft_length, draft_steps: d masks behind prefix and query, of which this many are denoised.
+      scorer: a `Scorer`, or the name of one: "draft" (self-information of query and draft), "query"
+        (of the query), "confidence" (mean log-probability of the likeliest token in each mask
+        behind the query), "attention" (the query rows' attention to a chunk, as a share of that to
+        all), or a control: "all", "first", "last", "random", "oracle" (ids given by the caller).
+      masked_copies, draft_length, draft_steps: options of the named scorer.
       encode_batch: chunks that go through the network together.
     Their KV:
-      encoding: what a chunk's KV is computed from. "independent": prefix and the chunk alone;
-        "query-conditioned": prefix, chunk and query; "joint": one forward over prefix, all kept
-        chunks, query and masked response; "bridge": independent, then a share of the tokens
-        recomputed in a forward that sees the other chunks, query and response.
-      bridge_share, bridge_tokens: of "bridge": the share of a chunk's C tokens, in (0, 1], and
-        which: those at its "start", or those with most "attention" from the query's last rows.
+      encoding: an `Encoding`, or the name of one, what a chunk's KV is computed from: "independent"
+        (prefix and the chunk alone), "query-conditioned" (prefix, chunk and query), "joint" (one
+        forward over prefix, all kept chunks, query and masked response), "bridge" (independent,
+        then a share of the tokens recomputed with the other chunks, query and response in view).
+      bridge_share, bridge_tokens: options `share` and `tokens` of the encoding "bridge".
       positions: of kept chunk j, id n: "continuous" P + j C, "absolute" P + n C, "reuse" P; the
         query starts behind the last slot of these.
       keep_tokens: B, tokens of a chunk kept per layer and KV head; None, or at least C, keeps all.
+
+    The five options may be given where the name is, or to `dataclasses.replace`; they are kept in
+    the scorer or the encoding. A named scorer starts from its defaults.
     """
 
     top_k: int = 4
@@ -114,78 +145,127 @@ class SelectionConfig:
     margin: float = 0.0
     keep_first: bool = False
     reselect: Reselect = "never"
-    scorer: Scorer = "draft"
-    masked_copies: int | None = 4
-    draft_length: int = 4
-    draft_steps: int = 2
+    scorer: Any = "draft"
+    masked_copies: InitVar[int | EllipsisType | None] = ...
+    draft_length: InitVar[int | EllipsisType] = ...
+    draft_steps: InitVar[int | EllipsisType] = ...
     encode_batch: int = 8
-    encoding: Encoding = "joint"
-    bridge_share: float = 0.15
-    bridge_tokens: BridgeTokens = "start"
+    encoding: Any = "joint"
+    bridge_share: InitVar[float | EllipsisType] = ...
+    bridge_tokens: InitVar[BridgeTokens | EllipsisType] = ...
     positions: Positions = "continuous"
     keep_tokens: int | None = None
 
-    def __post_init__(self) -> None:
-        for name in ("top_k", "draft_length", "draft_steps", "encode_batch"):
-            _size(name, getattr(self, name))
-        for name in ("max_k", "masked_copies", "keep_tokens"):
+    def __post_init__(self, *options: Any) -> None:
+        scoring = dict(zip(_OPTIONS["scorer"], options, strict=False))
+        encoding = dict(zip(_OPTIONS["encoding"], options[len(scoring) :], strict=True))
+        scorer = _choose("scorer", SCORERS, self.scorer, scoring)
+        object.__setattr__(self, "scorer", scorer)
+        chosen = _choose("encoding", ENCODINGS, self.encoding, encoding)
+        object.__setattr__(self, "encoding", chosen)
+        for name in ("top_k", "encode_batch"):
+            size(name, getattr(self, name))
+        for name in ("max_k", "keep_tokens"):
             if getattr(self, name) is not None:
-                _size(name, getattr(self, name))
-        for name, kind in (
-            ("scorer", Scorer),
-            ("encoding", Encoding),
-            ("bridge_tokens", BridgeTokens),
-            ("positions", Positions),
-            ("reselect", Reselect),
-        ):
-            value = getattr(self, name)
-            known = get_args(kind)
-            require(value in known, f"{name} {value!r} is not known ({', '.join(known)})")
+                size(name, getattr(self, name))
+        _one_of("positions", self.positions, get_args(Positions))
+        _one_of("reselect", self.reselect, get_args(Reselect))
         require(
             self.max_k is None or self.max_k >= self.top_k,
             f"max_k {self.max_k} is less than top_k {self.top_k}",
         )
-        require(
-            is_number(self.margin) and 0 <= self.margin < math.inf,
-            f"margin must be a number >= 0, got {self.margin!r}",
-        )
+        _number("margin", self.margin)
         require(self.max_k is not None or self.margin == 0, "margin needs max_k")
         require(
-            is_number(self.bridge_share) and 0 < self.bridge_share <= 1,
-            f"bridge_share must lie in (0, 1], got {self.bridge_share!r}",
+            self.reselect == "never" or self.scorer.reads_document,
+            f"reselect needs a scorer that reads the document, not {self.scorer.name!r}",
         )
-        require(
-            self.draft_steps <= self.draft_length,
-            f"draft_steps {self.draft_steps} exceeds draft_length {self.draft_length}",
+
+    @classmethod
+    def from_flat(cls, **settings: Any) -> SelectionConfig:
+        """Returns the settings of flat names; leaves out options that scorer or encoding lack."""
+        options = {*_OPTIONS["scorer"], *_OPTIONS["encoding"]}
+        plain = cls(**{name: value for name, value in settings.items() if name not in options})
+        known = plain.to_flat()
+        return dataclasses.replace(
+            plain, **{name: settings[name] for name in options if name in {*settings} & {*known}}
         )
-        require(
-            self.reselect == "never" or self.scorer not in CONTROLS,
-            f"reselect needs a scorer that reads the document, not {self.scorer!r}",
-        )
+
+    def to_flat(self) -> dict[str, Any]:
+        """Returns all settings by their flat names, scorer and encoding by name, for JSON."""
+        flat = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        flat |= {"scorer": self.scorer.name, "encoding": self.encoding.name}
+        for kind, names in _OPTIONS.items():
+            value = getattr(self, kind)
+            fields = {field.name for field in fields_of(value)}
+            flat |= {name: getattr(value, f) for name, f in names.items() if f in fields}
+        return flat
+
+    @property
+    def has_code(self) -> bool:
+        """Whether scorer or encoding is an object of the caller's, which JSON cannot hold."""
+        return SCORERS.get(self.scorer.name) is not type(self.scorer) or ENCODINGS.get(
+            self.encoding.name
+        ) is not type(self.encoding)
 
     @property
     def slots(self) -> int:
         """Most chunks that can be kept."""
         return self.top_k if self.max_k is None else self.max_k
 
+    @property
+    def reselects(self) -> bool:
+        """Whether relevance is computed again while denoising."""
+        return self.reselect != "never"
+
+    @property
+    def needs_pool(self) -> bool:
+        """Whether decoding starts from the KV of the document's chunks, or reads it again."""
+        return self.encoding.needs_pool or self.reselects
+
+    def keeps_pool(self, *, documents: int = 1) -> bool:
+        """Whether answering keeps the KV of all chunks of the documents of a pass.
+
+        Encodings that compute their own KV need none of it. A single document is streamed, where
+        the kept chunks are enough.
+        """
+        reads_all = self.reselects or (self.scorer.needs_pool and not self.scorer.in_pass)
+        return reads_all or (documents > 1 and self.needs_pool)
+
+    def streams(self, *, documents: int = 1) -> bool:
+        """Whether only the kept chunks' KV stays in memory."""
+        return self.needs_pool and not self.keeps_pool(documents=documents)
+
+    def for_document(self, n: int, *, named: bool = False) -> SelectionConfig:
+        """Returns the settings for documents of at most n chunks.
+
+        named: the caller names the chunks to keep.
+        """
+        if isinstance(self.scorer, AllScorer):
+            return dataclasses.replace(self, top_k=n, max_k=None, margin=0.0)
+        if n <= self.top_k and not named:
+            # Everything is kept: there is nothing to score, now or later.
+            return dataclasses.replace(
+                self, scorer=AllScorer(), top_k=n, max_k=None, margin=0.0, reselect="never"
+            )
+        if self.max_k is not None:
+            return dataclasses.replace(self, max_k=min(self.max_k, n))
+        return self
+
     def scoring(self) -> SelectionConfig:
-        """The scorer's settings, all others at their defaults: for passes that only score."""
-        return SelectionConfig(
-            scorer=self.scorer,
-            masked_copies=self.masked_copies,
-            draft_length=self.draft_length,
-            draft_steps=self.draft_steps,
-            encode_batch=self.encode_batch,
+        """Returns the scorer's settings, all others at their defaults."""
+        return SelectionConfig(scorer=self.scorer, encode_batch=self.encode_batch)
+
+    def for_prefill(self, *, streaming: bool) -> SelectionConfig:
+        """Returns what the pass over the documents reads, so that it compiles for few settings."""
+        names = (
+            ("top_k", "max_k", "margin", "keep_first") if streaming else ("encoding", "reselect")
         )
+        return dataclasses.replace(self.scoring(), **{name: getattr(self, name) for name in names})
 
 
 Recompute = Literal["block", "suffix", "response"]
 Remasking = Literal["low_confidence", "margin", "entropy", "random"]
-# (logits [T, V] float32, predicted tokens [T] int32, PRNG key) -> log confidence [T], finite.
-Confidence = Callable[[Array, Array, Array], Array]
-# (log confidence [G], -inf where a slot is no candidate; evaluations made in the block, a scalar)
-# -> bool [G], the slots to unmask.
-Unmask = Callable[[Array, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +298,7 @@ class DecodeConfig:
     block_length: int = 32
     steps: int | None = None
     temperature: float = 0.0
-    remasking: Remasking | Confidence = "low_confidence"
+    remasking: Any = "low_confidence"
     threshold: float | None = None
     factor: float | None = None
     guidance: float = 0.0
@@ -227,26 +307,22 @@ class DecodeConfig:
     unmask: Unmask | None = None
 
     def __post_init__(self) -> None:
-        _size("gen_length", self.gen_length)
-        _size("block_length", self.block_length)
+        size("gen_length", self.gen_length)
+        size("block_length", self.block_length)
         require(
             self.gen_length % self.block_length == 0,
             f"block_length {self.block_length} does not divide gen_length {self.gen_length}",
         )
         if self.steps is not None:
-            _size("steps", self.steps)
+            size("steps", self.steps)
             require(
                 self.steps % self.n_blocks == 0,
                 f"steps {self.steps} is not a multiple of the number of blocks {self.n_blocks}",
             )
-        require(
-            is_number(self.temperature) and 0 <= self.temperature < math.inf,
-            f"temperature must be a number >= 0, got {self.temperature!r}",
-        )
-        require(
-            callable(self.remasking) or self.remasking in get_args(Remasking),
-            f"remasking {self.remasking!r} is not known ({', '.join(get_args(Remasking))})",
-        )
+        _number("temperature", self.temperature)
+        if not callable(self.remasking):
+            _one_of("remasking", self.remasking, CONFIDENCES)
+            object.__setattr__(self, "remasking", CONFIDENCES[self.remasking]())
         require(
             self.threshold is None or self.factor is None, "threshold and factor exclude each other"
         )
@@ -266,20 +342,14 @@ class DecodeConfig:
                 is_number(self.factor) and 0 < self.factor < math.inf,
                 f"factor must be a positive number, got {self.factor!r}",
             )
-        require(
-            is_number(self.guidance) and 0 <= self.guidance < math.inf,
-            f"guidance must be a number >= 0, got {self.guidance!r}",
-        )
+        _number("guidance", self.guidance)
         require(
             isinstance(self.stop_ids, tuple)
             and all(isinstance(x, int) and not isinstance(x, bool) for x in self.stop_ids)
             and all(0 <= x < 1 << 31 for x in self.stop_ids),
             f"stop_ids must be a tuple of token ids, got {self.stop_ids!r}",
         )
-        require(
-            self.recompute in ("block", "suffix", "response"),
-            f"recompute {self.recompute!r} is not known (block, suffix, response)",
-        )
+        _one_of("recompute", self.recompute, get_args(Recompute))
         require(
             self.guidance == 0 or self.recompute == "response",
             "guidance needs recompute='response'",
@@ -291,8 +361,8 @@ class DecodeConfig:
 
     @property
     def has_code(self) -> bool:
-        """Whether a rule is a function of the caller's."""
-        return callable(self.remasking) or self.unmask is not None
+        """Whether a rule is a function of the caller's, which JSON cannot hold."""
+        return type(self.remasking) not in CONFIDENCES.values() or self.unmask is not None
 
     @property
     def scheduled(self) -> bool:
@@ -301,4 +371,22 @@ class DecodeConfig:
 
     @property
     def steps_per_block(self) -> int:
+        """Evaluations of a block with a schedule."""
         return self.block_length if self.steps is None else self.steps // self.n_blocks
+
+    @property
+    def unmasking(self) -> Unmask:
+        """The rule that takes the slots of a step."""
+        if self.unmask is not None:
+            return self.unmask
+        if self.threshold is not None:
+            return Threshold(self.threshold)
+        if self.factor is not None:
+            return Factor(self.factor)
+        return Schedule(self.block_length, self.steps_per_block)
+
+    def to_flat(self) -> dict[str, Any]:
+        """Returns all settings but code, the confidence rule by name, for JSON."""
+        flat = dataclasses.asdict(dataclasses.replace(self, unmask=None))
+        del flat["unmask"]
+        return flat | {"remasking": getattr(self.remasking, "name", "")}

@@ -34,7 +34,7 @@ from pdllm_jax import (
     load_model,
 )
 from pdllm_jax.compilation import enable_compilation_cache
-from pdllm_jax.engine.request import decode_config
+from pdllm_jax.method.cache_methods import cache_method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def drift(
     model: MaskPredictor, other: MaskPredictor, prompt: Sequence[int], config: DecodeConfig
 ) -> list[Step]:
     """Generates with `model`, and compares both models' logits at every step."""
-    config = decode_config("plain", config)
+    config = cache_method("plain").decode_config(config)
     ids = jnp.asarray(prompt, jnp.int32)
     state = init_denoise(model, None, None, ids, config, jax.random.key(0))
     steps = []

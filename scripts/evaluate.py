@@ -40,7 +40,7 @@ from pdllm_jax import ChunkConfig, SelectionConfig, Tokenizer, load_config, load
 from pdllm_jax.cli.errors import Parser, leave, status
 from pdllm_jax.cli.flags import DTYPES, add_chunking, add_placement, from_args, mesh_of
 from pdllm_jax.compilation import enable_compilation_cache
-from pdllm_jax.config import Scorer
+from pdllm_jax.method.scorers import SCORERS
 from pdllm_jax.storage.manifest import MANIFEST
 
 
@@ -68,8 +68,8 @@ def common() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--no-chat", action="store_true", help="no chat template around prompts")
     add_chunking(p)
-    scorers = [name for name in get_args(Scorer) if name != "oracle"]
-    p.add_argument("--score", choices=scorers, default=SelectionConfig().scorer)
+    scorers = [name for name in SCORERS if name != "oracle"]
+    p.add_argument("--score", choices=scorers, default=SelectionConfig().scorer.name)
     p.add_argument("--seed", type=int, default=0)
     add_placement(p)
     return p

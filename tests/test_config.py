@@ -336,7 +336,10 @@ def test_chunk_config_refuses(settings, message):
         ({"masked_copies": 0}, "masked_copies"),
         ({"draft_length": 0}, "draft_length"),
         ({"draft_steps": 0}, "draft_steps"),
-        ({"draft_length": 2, "draft_steps": 3}, "draft_steps 3 exceeds draft_length 2"),
+        (
+            {"draft_length": 2, "draft_steps": 3},
+            "draft_steps must be at most draft_length 2, got 3",
+        ),
         ({"encode_batch": 0}, "encode_batch"),
     ],
 )
@@ -347,7 +350,7 @@ def test_selection_config_refuses(settings, message):
 
 
 def test_selection_config_accepts_leave_one_out():
-    assert SelectionConfig(masked_copies=None).masked_copies is None
+    assert SelectionConfig(masked_copies=None).scorer.masked_copies is None
 
 
 def test_decode_config_counts():

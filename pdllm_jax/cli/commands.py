@@ -33,7 +33,8 @@ from pdllm_jax.config import ChunkConfig
 from pdllm_jax.debug import check_answer
 from pdllm_jax.engine.answer import Answer
 from pdllm_jax.engine.engine import Engine, Request
-from pdllm_jax.engine.request import decode_config, drop_other_chunks
+from pdllm_jax.engine.request import drop_other_chunks
+from pdllm_jax.method.cache_methods import Method, cache_method
 from pdllm_jax.network.transformer import MaskPredictor
 from pdllm_jax.storage.checkpoint import load_config, load_model
 from pdllm_jax.storage.snapshot import (
@@ -126,8 +127,9 @@ def load_engine(
 ) -> Engine:
     """Loads tokenizer and model. text: the request is text, so that a tokenizer is needed."""
     chunking, selection, decoding = settings(args)
-    method, limit = getattr(args, "method", "prefilling"), memory_limit(args)
-    decode_config(method, decoding)
+    method: Method = getattr(args, "method", "prefilling")
+    limit = memory_limit(args)
+    cache_method(method).decode_config(decoding)
     folder = resolve(args.checkpoint)
     tokenizer = load_tokenizer(folder, needed=text)
     if stream is not None:

@@ -15,15 +15,24 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from jax.sharding import Mesh
 
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
-from pdllm_jax.engine.request import Method
+from pdllm_jax.method.cache_methods import Method
+from pdllm_jax.method.encodings import ENCODINGS, Bridge
+from pdllm_jax.method.sampling import CONFIDENCES
+from pdllm_jax.method.scorers import SCORERS, DraftScorer
 from pdllm_jax.network.sharding import make_mesh, parse_mesh
 
 DTYPES = {"keep": None, "float32": "float32", "bfloat16": "bfloat16"}
 Settings = TypeVar("Settings")
 
 # Fields with another flag's name, and fields without a flag (`settings` derives them).
-NAMES = {"scorer": "score"}
+NAMES = {"scorer": "score", "share": "bridge_share", "tokens": "bridge_tokens"}
 DERIVED = ("draft_steps", "stop_ids", "unmask")
+# Values of fields that a table's name or an object fills.
+CHOICES = {
+    "scorer": ("leave-one-out", *SCORERS),
+    "encoding": tuple(ENCODINGS),
+    "remasking": tuple(CONFIDENCES),
+}
 # (metavar, help) of a field's flag; the rest of a flag comes from the field.
 HELP = {
     "chunk_size": ("C", "tokens of a chunk, its anchor included"),
@@ -39,8 +48,8 @@ HELP = {
     "draft_length": ("N", "tokens guessed for scorer draft, in two evaluations"),
     "encode_batch": ("N", "chunks that are encoded at a time"),
     "encoding": (None, "what the kept chunks' KV is computed from"),
-    "bridge_share": ("X", "share of a chunk's tokens that encoding bridge recomputes"),
-    "bridge_tokens": (None, "which: at its start, or with most of the query's attention"),
+    "share": ("X", "share of a chunk's tokens that encoding bridge recomputes"),
+    "tokens": (None, "which: at its start, or with most of the query's attention"),
     "positions": (None, "where kept chunks are placed"),
     "keep_tokens": ("B", "tokens of a kept chunk that are attended to (default: all)"),
     "gen_length": ("N", "tokens of the response"),
@@ -75,12 +84,15 @@ def add_fields(
             value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)
         ]
         flag = NAMES.get(field.name, field.name).replace("_", "-")
-        options: dict[str, Any] = {"dest": field.name, "help": text}
+        options: dict[str, Any] = {"dest": NAMES.get(field.name, field.name), "help": text}
+        if field.name == "scorer":
+            options["dest"] = field.name
+        choices = list(CHOICES.get(field.name, choices))
         if kinds[0] is bool:
             flag = f"no-{flag}" if field.default else flag
             options["action"] = "store_false" if field.default else "store_true"
         else:
-            options["default"] = field.default
+            options["default"] = getattr(field.default, "name", field.default)
             options |= {"choices": choices} if choices else {"type": kinds[0], "metavar": metavar}
         options |= changes.get(field.name, {})
         if options.get("default") is not None:
@@ -110,8 +122,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("chunks and their selection (method prefilling)")
     add_fields(group, ChunkConfig)
-    scorers = ["leave-one-out", *get_args(get_type_hints(SelectionConfig)["scorer"])]
-    add_fields(group, SelectionConfig, scorer={"choices": scorers}, margin={"default": None})
+    add_fields(group, SelectionConfig, margin={"default": None})
+    add_fields(group, DraftScorer)
+    add_fields(group, Bridge)
     group.add_argument(
         "--chunks", type=int, nargs="+", metavar="ID", help="chunks for scorer oracle"
     )
@@ -128,13 +141,15 @@ def settings(args: argparse.Namespace) -> tuple[ChunkConfig, SelectionConfig, De
     if args.margin is not None and args.max_k is None:
         raise ValueError("--margin needs --max-k")
     exact = args.scorer == "leave-one-out"
+    selected = {field.name for field in dataclasses.fields(SelectionConfig)}
+    selected |= {"draft_length", "bridge_share", "bridge_tokens"}
+    selected -= {"margin", "scorer"}
     length = args.gen_length
     block = math.gcd(32, length) if length > 32 else length
     return (
         from_args(ChunkConfig, args),
-        from_args(
-            SelectionConfig,
-            args,
+        SelectionConfig.from_flat(
+            **{name: value for name, value in vars(args).items() if name in selected},
             margin=args.margin or 0.0,
             scorer="draft" if exact else args.scorer,
             masked_copies=None if exact else args.masked_copies,

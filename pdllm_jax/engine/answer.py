@@ -67,7 +67,7 @@ def decode_request(
       An answer without text to each of the requests.
     """
     config, decoding = request.config, request.decoding
-    reselecting = config.reselect != "never"
+    reselecting = config.reselects
     with timer.phase("decode"):
         state = denoise_blocks(
             model,
@@ -85,11 +85,11 @@ def decode_request(
         model,
         rows * decoding.block_length,
         chunk_attention=implementation_name(implementation),
-        encoding=config.encoding,
-        scorer=config.scorer,
+        encoding=config.encoding.name,
+        scorer=config.scorer.name,
     )
-    counts, scores = np.asarray(request.counts), request.scores
-    scores = None if scores is None else np.asarray(scores)
+    counts = np.asarray(request.counts)
+    scores = None if request.scores is None else np.asarray(request.scores)
     first, last = np.asarray(request.selection.chunk_ids), np.asarray(state.selected)
     answers = []
     for b in range(request.requests):

@@ -27,14 +27,11 @@ from pdllm_jax.engine.answer import (
 )
 from pdllm_jax.engine.memory import require_baseline_memory, require_document_memory, require_memory
 from pdllm_jax.engine.request import (
-    Method,
     PreparedRequest,
     SelectedRequest,
     StartedRequest,
     Timer,
-    decode_config,
     document_prompt,
-    keeps_pool,
     prepare,
     question_prompt,
     request_keys,
@@ -42,6 +39,7 @@ from pdllm_jax.engine.request import (
     start_decoding,
 )
 from pdllm_jax.method.cache import ChunkCache
+from pdllm_jax.method.cache_methods import CacheMethod, Method, cache_method
 from pdllm_jax.method.chunking import (
     TokenIds,
     batch_prompts,
@@ -54,6 +52,7 @@ from pdllm_jax.method.chunking import (
 )
 from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import encode_document
+from pdllm_jax.method.scorers import OracleScorer
 from pdllm_jax.method.scoring import check_scorable
 from pdllm_jax.method.selection import EMPTY_SLOT
 from pdllm_jax.network.transformer import MaskPredictor
@@ -104,14 +103,14 @@ class Engine:
     chunking: ChunkConfig = ChunkConfig()
     selection: SelectionConfig = SelectionConfig()
     decoding: DecodeConfig = DecodeConfig()
-    method: Method = "prefilling"
+    method: Method | CacheMethod = "prefilling"
     instruction: str = INSTRUCTION
     bos_id: int | None = None
     implementation: Implementation | None = None
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:
-        decode_config(self.method, self.decoding)
+        cache_method(self.method).decode_config(self.decoding)
         check_bos_id(self.bos_id, self.model.config.vocab_size)
 
     def answer(
@@ -196,7 +195,7 @@ class Engine:
         """
         if not questions:
             raise ValueError("no questions")
-        if self.method != "prefilling":
+        if not self._uses_chunks:
             raise ValueError(f"a document is asked with method 'prefilling', not {self.method!r}")
         check_scorable(document)
         if document.documents > 1:
@@ -241,7 +240,7 @@ class Engine:
         Returns:
           A started request, or with encode=False a selected one.
         """
-        if self.method != "prefilling":
+        if not self._uses_chunks:
             raise ValueError(f"method {self.method!r} has nothing to prefill")
         request = self._prepare([Request(context, question, prefix, oracle, seed)], [""])
         self._require_memory(request)
@@ -274,6 +273,10 @@ class Engine:
         return self._decode(request, timer, on_block)
 
     @property
+    def _uses_chunks(self) -> bool:
+        return cache_method(self.method).uses_chunks
+
+    @property
     def _bos_id(self) -> int | None:
         if self.bos_id is None and self.tokenizer is not None:
             return self.tokenizer.bos_id
@@ -290,12 +293,14 @@ class Engine:
                 raise ValueError(f"{name} is empty")
             value = encode(self.tokenizer, value)
         ids = check_token_ids(name, value, self.model.config.vocab_size)
-        if ids.size == 0 and self.method == "prefilling":
+        if ids.size == 0 and self._uses_chunks:
             raise ValueError(f"{name} is empty")
         return ids
 
-    def _document_ids(self, context: Text, prefix: TokenIds | None) -> list[np.ndarray]:
-        """[prefix, context]."""
+    def _document_ids(
+        self, context: Text, prefix: TokenIds | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(prefix, context)."""
         ids = self._ids("context", context, Tokenizer.encode)
         if isinstance(context, str):
             if prefix is not None:
@@ -303,18 +308,18 @@ class Engine:
             assert self.tokenizer is not None
             prefix = self.tokenizer.prefix(self.instruction)
         vocab = self.model.config.vocab_size
-        return [check_token_ids("prefix", [] if prefix is None else prefix, vocab), ids]
+        return check_token_ids("prefix", [] if prefix is None else prefix, vocab), ids
 
-    def token_ids(self, request: Request) -> list[np.ndarray]:
-        """Returns the checked token ids of a request: [prefix, context, question], int32."""
+    def token_ids(self, request: Request) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the checked token ids of a request: (prefix, context, question), int32."""
         if isinstance(request.context, str) != isinstance(request.question, str):
             raise ValueError("context and question must both be text, or both token ids")
-        document = self._document_ids(request.context, request.prefix)
-        return [*document, self._ids("question", request.question, Tokenizer.query)]
+        prefix, context = self._document_ids(request.context, request.prefix)
+        return prefix, context, self._ids("question", request.question, Tokenizer.query)
 
     def _prepare(self, requests: Sequence[Request], names: Sequence[str]) -> PreparedRequest:
         size = batch_size(len(requests))
-        tight = keeps_pool(self.selection, batched=size > 1)
+        tight = self.selection.keeps_pool(documents=size)
         prompts, named = [], []
         for name, request in zip(names, requests, strict=True):
             with _naming(name):
@@ -333,7 +338,7 @@ class Engine:
     def _answer(
         self, requests: Sequence[Request], names: Sequence[str], on_block: OnBlock | None
     ) -> list[Answer]:
-        if self.method == "prefilling":
+        if self._uses_chunks:
             return self._run(self._prepare(requests, names), on_block)
         prompts = []
         for name, request in zip(names, requests, strict=True):
@@ -366,7 +371,7 @@ class Engine:
     def _baseline(
         self, number: int, prompt: np.ndarray, keys: Array, on_block: OnBlock | None
     ) -> Answer:
-        config, timer = decode_config(self.method, self.decoding), Timer()
+        config, timer = cache_method(self.method).decode_config(self.decoding), Timer()
         numbered = None
         if on_block is not None:
             numbered = lambda _, block, tokens: on_block(number, block, tokens)  # noqa: E731
@@ -415,7 +420,7 @@ class Engine:
         )
 
     def _require_baseline_memory(self, prompt: np.ndarray) -> None:
-        config = decode_config(self.method, self.decoding)
+        config = cache_method(self.method).decode_config(self.decoding)
         rows = _baseline_rows(prompt)
         require_baseline_memory(self.model, rows, config, limit=self.memory_limit)
 
@@ -437,9 +442,11 @@ def oracle_ids(
     oracle: Sequence[int] | None, config: SelectionConfig, n_chunks: int
 ) -> np.ndarray | None:
     """Validated, sorted, unique chunk ids, int32; None for all scorers but "oracle"."""
-    if config.scorer != "oracle":
+    if not isinstance(config.scorer, OracleScorer):
         if oracle is not None:
-            raise ValueError(f"oracle ids are for the scorer 'oracle', not for {config.scorer!r}")
+            raise ValueError(
+                f"oracle ids are for the scorer 'oracle', not for {config.scorer.name!r}"
+            )
         return None
     ids = np.unique(np.asarray([] if oracle is None else oracle))
     if ids.size == 0:

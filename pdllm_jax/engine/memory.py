@@ -36,9 +36,10 @@ from pallas_kernels import Implementation, implementation_name, resolve_implemen
 from pallas_kernels.chunk_attention import dense
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine.programs import Program, RecordedModel, Recorder, Shapes, programs, trace
-from pdllm_jax.engine.request import Method, decode_config, keeps_pool, settled
 from pdllm_jax.method.cache import ChunkCache, live_rows
+from pdllm_jax.method.cache_methods import Method, cache_method
 from pdllm_jax.method.chunking import ChunkedPrompt, bucket, count_chunks
+from pdllm_jax.method.scorers import AllScorer, OracleScorer
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.sharding import DATA, TENSOR, mesh_sizes, shardings
 from pdllm_jax.network.transformer import MaskPredictor
@@ -264,7 +265,7 @@ def plan_memory(
     Raises:
       ConfigError, ValueError: a count below its minimum, or settings that exclude each other.
     """
-    chunked = method == "prefilling"
+    chunked = cache_method(method).uses_chunks
     minimum = {"document": int(chunked), "prefix": 0, "query": 0, "batch": 1, "questions": 1}
     counts = (document, prefix, query, batch, questions)
     for (name, least), count in zip(minimum.items(), counts, strict=True):
@@ -274,14 +275,16 @@ def plan_memory(
         raise ValueError("batch and questions exclude each other")
     if not chunked and (batch is not None or questions is not None):
         raise ValueError(f"method {method!r} answers one request at a time")
-    decode = decode_config(method, decode)
+    decode = cache_method(method).decode_config(decode)
     shapes, size = Shapes(1, 0, bucket(prefix + document + query, 8), 0, 1), chunking.chunk_size
     if chunked:
         requests, encoded = batch or questions or 1, questions is not None
         n = count_chunks(document, chunking)
-        tight = encoded or keeps_pool(selection, batched=requests > 1)
+        tight = encoded or selection.keeps_pool(documents=1 if encoded else requests)
         shapes = Shapes.padded(requests, prefix, query, n, size, tight=tight, encoded=encoded)
-        selection = settled(selection, n, named=selection.scorer == "oracle")
+        selection = selection.for_document(
+            n, named=isinstance(selection.scorer, OracleScorer)
+        )
     implementation = resolve_implementation(
         implementation,
         dtype=jnp.dtype(dtype),
@@ -308,7 +311,7 @@ def require_memory(
 
     Args:
       prompt: of a batch of requests; with a `cache`, its questions.
-      selection: as `settled` returns it. implementation: of attention over chunks, resolved.
+      selection: as `SelectionConfig.for_document` returns it. implementation: of attention over chunks, resolved.
       limit: bytes, by default as the device reports. The CPU reports none: nothing is refused.
 
     Raises:
@@ -385,13 +388,14 @@ def _changes(
 
     def change(name: str, *values: Any) -> list[tuple[str, _Settings]]:
         changed = [dataclasses.replace(selection, **{name: value}) for value in values]
-        return [(f"{name}={getattr(x, name)!r}", (shapes, x, decode)) for x in changed]
+        words = (f"{name}={value!r}" for value in values)
+        return [(text, (shapes, x, decode)) for text, x in zip(words, changed, strict=True)]
 
     if shapes.chunks:
         chunks = shapes.chunks * max(1, shapes.requests)
         yield change("encode_batch", *halves(min(selection.encode_batch, chunks)))
     if shapes.chunks and shapes.requests:
-        if selection.max_k is None and selection.scorer != "all":
+        if selection.max_k is None and not isinstance(selection.scorer, AllScorer):
             yield change("top_k", *halves(selection.top_k))
         yield change("reselect", "never")
         yield change("encoding", "independent")

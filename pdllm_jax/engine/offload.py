@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float
 
 from pallas_kernels import Implementation
-from pdllm_jax.config import CONTROLS, SelectionConfig
+from pdllm_jax.config import SelectionConfig
 from pdllm_jax.engine.memory import MemoryLimitError
 from pdllm_jax.engine.request import (
     PreparedRequest,
@@ -35,9 +35,10 @@ from pdllm_jax.engine.request import (
 )
 from pdllm_jax.method.cache import ChunkCache, ChunkPool
 from pdllm_jax.method.chunking import ChunkedPrompt, TokenIds, check_token_ids
-from pdllm_jax.method.prefill import encode_document, needs_pool
+from pdllm_jax.method.prefill import encode_document
+from pdllm_jax.method.scorers import OracleScorer
 from pdllm_jax.method.scoring import score_chunks
-from pdllm_jax.method.selection import EMPTY_SLOT, control_scores, select
+from pdllm_jax.method.selection import EMPTY_SLOT, select
 from pdllm_jax.network.sharding import TENSOR
 from pdllm_jax.network.transformer import MaskPredictor
 
@@ -206,8 +207,9 @@ def score_offloaded(
         return dataclasses.replace(cache, pool=pool, tokens=tokens, lengths=pool.lengths[None])
 
     with timer.phase("score"):
-        if config.scorer in CONTROLS:
-            return control_scores(config, cache.lengths > 0, request.scoring_keys())
+        if not config.scorer.needs_pool:
+            keys, length = request.scoring_keys(), prompt.query_length
+            return score_chunks(model, cache, prompt.query, config, query_length=length, key=keys)
         scores = []
         following = part(0)
         for first in range(0, n, group):
@@ -244,11 +246,13 @@ def offloaded_request(
       ValueError: an empty question; ids outside the vocabulary; settings that need the KV of every
         chunk at once: re-selection and the scorer "attention"; the scorer "oracle".
     """
-    if config.reselect != "never":
+    if config.reselects:
         raise ValueError("re-selection reads all chunks' KV: the document cannot be offloaded")
-    if config.scorer == "attention":
-        raise ValueError("scorer 'attention' compares all chunks' KV: it cannot be streamed")
-    if config.scorer == "oracle":
+    if config.scorer.needs_pool and not config.scorer.in_pass:
+        raise ValueError(
+            f"scorer {config.scorer.name!r} reads all chunks' KV: the document cannot be streamed"
+        )
+    if isinstance(config.scorer, OracleScorer):
         raise ValueError("scorer 'oracle' needs the ids of the chunks to keep")
     ids = check_token_ids("query", query_ids, vocab_size or 1 << 31)
     if ids.size == 0:
@@ -283,7 +287,7 @@ def select_offloaded(
     request = offloaded_request(document, query_ids, config, seed=seed, vocab_size=vocab)
     scores = score_offloaded(model, document, request, group=group, implementation=implementation)
     selected = request.selected(document.cache, select(scores, request.config), scores)
-    if not needs_pool(request.config):
+    if not request.config.encoding.needs_pool:
         return selected
     ids = np.asarray(selected.selection.chunk_ids)
     pool = fetch(document, ids[0].tolist())

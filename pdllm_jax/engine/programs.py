@@ -17,7 +17,6 @@ from jaxtyping import Array
 
 from pallas_kernels import Implementation, Partial
 from pdllm_jax.config import DecodeConfig, SelectionConfig
-from pdllm_jax.engine.request import passing_config, streams
 from pdllm_jax.method.cache import ChunkCache, DenoiseState
 from pdllm_jax.method.chunking import ChunkedPrompt, batch_size, bucket_chunks, bucket_rows
 from pdllm_jax.method.denoise import denoise
@@ -195,23 +194,25 @@ def programs(
     lengths, path = {"query_length": prompt.query_length}, {"implementation": implementation}
     if shapes.chunks:
         scoring = {"config": selection.scoring()}
-        if selection.scorer == "draft":
-            yield program("draft", draft_response, model, prompt.question, **scoring)
-            draft = result
+        step = program("draft", draft_response, model, prompt.question, **scoring)
+        draft = result
+        if draft is not None:
+            yield step
         inputs = {"draft": draft, "key": keys, "oracle": _ids(batch, 1)}
         over_cache = {**inputs, **lengths, **scoring, **path}
         if cache is not None:
             yield program("score", score_chunks, model, cache, prompt.query, **over_cache)
             scores = result
-        elif streams(selection, batched=batch > 1):
-            config = passing_config(selection, streaming=True)
+        elif selection.streams(documents=batch):
+            config = selection.for_prefill(streaming=True)
             yield program("score", prefill_top_k, model, prompt, config=config, **inputs)
             cache, chosen, scores = result
         else:
-            config = passing_config(selection, streaming=False)
+            config = selection.for_prefill(streaming=False)
             step = program("score", prefill, model, prompt, config=config, **inputs)
             cache, scores = result
-            if selection.scorer == "attention":  # `prefill` does not take the implementation
+            if selection.scorer.needs_pool and not selection.scorer.in_pass:
+                # `prefill` does not take the implementation.
                 trace(score_chunks, model, cache, prompt.query, **over_cache)
             yield step
         if chosen is None:
@@ -220,7 +221,7 @@ def programs(
     inputs = {"config": decode, "key": keys, **lengths, **selecting, **path}
     yield program("encode", init_denoise, model, cache, chosen, prompt.query, **inputs)
     state = result
-    if selection.reselect == "never":
+    if not selection.reselects:
         selecting = {}
         if state.pool is not None:  # it serves instead of the document's
             cache = None

@@ -15,7 +15,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import Implementation
-from pdllm_jax.config import ChunkConfig, DecodeConfig, Recompute, SelectionConfig
+from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.method.cache import ChunkCache, ChunkPool, DenoiseState
 from pdllm_jax.method.chunking import (
     ChunkedPrompt,
@@ -34,11 +34,11 @@ from pdllm_jax.method.chunking import (
     split_context,
 )
 from pdllm_jax.method.encoding import init_denoise
-from pdllm_jax.method.prefill import needs_pool, prefill, prefill_top_k
+from pdllm_jax.method.prefill import prefill, prefill_top_k
 from pdllm_jax.method.sampling import random_key
+from pdllm_jax.method.scorers import AllScorer, OracleScorer
 from pdllm_jax.method.scoring import Draft, draft_response, score_chunks
 from pdllm_jax.method.selection import EMPTY_SLOT, Selection, select
-from pdllm_jax.network.config import ConfigError
 from pdllm_jax.network.transformer import MaskPredictor
 
 _COMPILE_EVENTS = "/jax/core/compile/"
@@ -55,12 +55,12 @@ class Timer:
         """Adds the duration of a `with` block, which must wait for its own results, to `name`."""
         thread, spans = threading.get_ident(), list[tuple[float, float]]()
 
-        def record(event: str, duration: float, **_: str | int) -> None:
+        def record(event: str, duration_secs: float, **_: str | int) -> None:
             if event.startswith(_COMPILE_EVENTS) and threading.get_ident() == thread:
                 end = time.perf_counter()
-                while spans and spans[-1][0] >= end - duration:
+                while spans and spans[-1][0] >= end - duration_secs:
                     spans.pop()  # nested in this one
-                spans.append((end - duration, end))
+                spans.append((end - duration_secs, end))
 
         jax.monitoring.register_event_duration_secs_listener(record)
         begin = time.perf_counter()
@@ -72,72 +72,6 @@ class Timer:
             compiling = min(sum(end - start for start, end in spans), elapsed)
             self.seconds["compile"] += compiling
             self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - compiling
-
-
-Method = Literal["prefilling", "plain", "prefix-cache", "dual-cache"]
-
-_RECOMPUTE: dict[Method, Recompute] = {
-    "plain": "response",
-    "prefix-cache": "suffix",
-    "dual-cache": "block",
-}
-
-
-def decode_config(method: Method, config: DecodeConfig) -> DecodeConfig:
-    """Returns config with the rows that a baseline recomputes; "prefilling" keeps its own.
-
-    Raises:
-      ConfigError: an unknown method; guidance with another method than "plain".
-    """
-    if method not in get_args(Method):
-        raise ConfigError(f"method {method!r} is not known ({', '.join(get_args(Method))})")
-    if config.guidance > 0 and method != "plain":
-        raise ConfigError(f"guidance is implemented for method 'plain', not for {method!r}")
-    if method == "prefilling":
-        return config
-    return dataclasses.replace(config, recompute=_RECOMPUTE[method])
-
-
-def keeps_pool(config: SelectionConfig, *, batched: bool) -> bool:
-    """Whether the pass keeps the KV of all chunks of the document, or of a batch of documents.
-
-    Joint and query-conditioned encoding compute their own KV; one document alone is streamed.
-    """
-    reads_all = config.reselect != "never" or config.scorer == "attention"
-    return reads_all or (batched and needs_pool(config))
-
-
-def streams(config: SelectionConfig, *, batched: bool) -> bool:
-    """Whether the pass keeps the KV of the running top K alone."""
-    return needs_pool(config) and not keeps_pool(config, batched=batched)
-
-
-def settled(config: SelectionConfig, n: int, *, named: bool = False) -> SelectionConfig:
-    """The settings for documents of at most n chunks. named: the chunks to keep are given."""
-    if config.scorer == "all":
-        return dataclasses.replace(config, top_k=n, max_k=None, margin=0.0)
-    if n <= config.top_k and not named:
-        # Everything is kept: there is nothing to score, now or later.
-        return dataclasses.replace(
-            config, scorer="all", top_k=n, max_k=None, margin=0.0, reselect="never"
-        )
-    if config.max_k is not None:
-        return dataclasses.replace(config, max_k=min(config.max_k, n))
-    return config
-
-
-def passing_config(config: SelectionConfig, *, streaming: bool) -> SelectionConfig:
-    """The settings that the pass over the documents reads, the others at their defaults."""
-    passing = config.scoring()
-    if streaming:
-        return dataclasses.replace(
-            passing,
-            top_k=config.top_k,
-            max_k=config.max_k,
-            margin=config.margin,
-            keep_first=config.keep_first,
-        )
-    return dataclasses.replace(passing, encoding=config.encoding, reselect=config.reselect)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,12 +95,10 @@ class PreparedRequest:
     @property
     def streams(self) -> bool:
         """Whether the pass keeps the KV of the running top K alone."""
-        return self.cache is None and streams(self.config, batched=len(self.counts) > 1)
+        return self.cache is None and self.config.streams(documents=len(self.counts))
 
     def draft(self, model: MaskPredictor, timer: Timer) -> Draft | None:
-        """The drafted responses, for the scorer that reads one."""
-        if self.config.scorer != "draft":
-            return None
+        """The drafted responses; None for a scorer that reads none."""
         with timer.phase("draft"):
             draft = draft_response(model, self.prompt, self.config.scoring())
             return jax.block_until_ready(draft)
@@ -189,7 +121,7 @@ class PreparedRequest:
             query_length=self.prompt.query_length,
             keys=self.keys,
             counts=jnp.asarray(self.counts, jnp.int32),
-            scores=None if self.config.scorer in ("all", "oracle") else scores,
+            scores=None if isinstance(self.config.scorer, AllScorer | OracleScorer) else scores,
             config=self.config,
             requests=self.requests,
         )
@@ -270,7 +202,7 @@ def prepare(
     batch = prompt.query.shape[0]
     lengths = np.asarray(prompt.chunk_lengths if cache is None else cache.lengths)
     counts = np.broadcast_to(np.count_nonzero(lengths, axis=-1), (batch,))
-    config = settled(config, int(counts.max()), named=oracle is not None)
+    config = config.for_document(int(counts.max()), named=oracle is not None)
     requests = batch if requests is None else requests
     return PreparedRequest(prompt, config, keys, counts, requests, cache, oracle)
 
@@ -293,7 +225,7 @@ def select_chunks(
     """
     timer = timer or Timer()
     prompt, cache, config = request.prompt, request.cache, request.config
-    shared = {"draft": request.draft(model, timer), "oracle": request.oracle}
+    shared: dict[str, Any] = {"draft": request.draft(model, timer), "oracle": request.oracle}
     with timer.phase("score"):
         shared["key"] = request.scoring_keys()
         if cache is not None:
@@ -307,10 +239,10 @@ def select_chunks(
                 **shared,
             )
         elif request.streams:
-            passing = passing_config(config, streaming=True)
+            passing = config.for_prefill(streaming=True)
             return request.selected(*prefill_top_k(model, prompt, passing, **shared))
         else:
-            passing = passing_config(config, streaming=False)
+            passing = config.for_prefill(streaming=False)
             cache, scores = prefill(model, prompt, passing, **shared)
         return request.selected(cache, select(scores, config), scores)
 
@@ -348,7 +280,7 @@ def start_decoding(
         padding = jnp.arange(state.block.shape[0]) >= request.requests
         state = dataclasses.replace(state, block=jnp.where(padding, decoding.n_blocks, state.block))
         jax.block_until_ready(state)
-    unread = state.pool is not None and request.config.reselect == "never"
+    unread = state.pool is not None and not request.config.reselects
     return StartedRequest(
         cache=None if unread else request.cache,
         # Places in the pool of the cache go with it.
@@ -364,7 +296,7 @@ def start_decoding(
     )
 
 
-AnyRequest = TypeVar("AnyRequest", SelectedRequest, StartedRequest)
+AnyRequest = TypeVar("AnyRequest", bound=SelectedRequest | StartedRequest)
 
 
 def drop_other_chunks(request: AnyRequest) -> AnyRequest:
@@ -373,7 +305,7 @@ def drop_other_chunks(request: AnyRequest) -> AnyRequest:
     Returns the input unchanged if there is no such KV or if re-selection may read it.
     """
     cache = request.cache
-    if cache is None or cache.pool is None or request.config.reselect != "never":
+    if cache is None or cache.pool is None or request.config.reselects:
         return request
     selection = request.selection
     if isinstance(request, StartedRequest):
@@ -381,7 +313,7 @@ def drop_other_chunks(request: AnyRequest) -> AnyRequest:
         state = dataclasses.replace(request.state, pool=pool, chunk_ids=places)
         selection = dataclasses.replace(selection, slots=None)
         return dataclasses.replace(request, cache=None, state=state, selection=selection)
-    if not needs_pool(request.config):
+    if not request.config.encoding.needs_pool:
         return dataclasses.replace(request, cache=cache.without_pool())
     ids = selection.slots
     if ids is None:

@@ -30,9 +30,8 @@ from tqdm import tqdm
 
 from pallas_kernels import Implementation
 from pdllm_jax.compilation import enable_compilation_cache
-from pdllm_jax.config import ChunkConfig, DecodeConfig, Encoding, Positions, Scorer, SelectionConfig
+from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine.engine import Engine, Request
-from pdllm_jax.engine.request import Method
 from pdllm_jax.evaluation.prompts import (
     SplitPrompt,
     dense_prompt,
@@ -42,13 +41,17 @@ from pdllm_jax.evaluation.prompts import (
     split_ruler,
     truncate_middle,
 )
+from pdllm_jax.method.cache import Positions
+from pdllm_jax.method.cache_methods import Method
 from pdllm_jax.method.chunking import chunk_prompt
+from pdllm_jax.method.encodings import Encoding
 from pdllm_jax.method.likelihood import (
     KeptContext,
     answer_log_likelihood,
     answer_log_likelihood_kept,
     keep_context,
 )
+from pdllm_jax.method.scorers import Scorer
 from pdllm_jax.network.config import ConfigError
 from pdllm_jax.storage.checkpoint import load_config, load_model
 from pdllm_jax.tokenizer import Tokenizer
@@ -89,8 +92,8 @@ class PrefillingLM(LM):
         overlap: int = 0,
         anchors: bool = True,
         top_k: int = 4,
-        scorer: Scorer = "draft",
-        encoding: Encoding = "joint",
+        scorer: str | Scorer = "draft",
+        encoding: str | Encoding = "joint",
         positions: Positions = "continuous",
         encode_batch: int = 8,
         gen_length: int | None = None,
@@ -310,7 +313,7 @@ class PrefillingLM(LM):
             value = answer_log_likelihood(self.model, prompt, answer, **estimate)
         else:
             value = answer_log_likelihood_kept(
-                self.model, self._kept_for(request), request.question, answer,
+                self.model, self._kept_for(request), self.engine.token_ids(request)[2], answer,
                 implementation=self.implementation, **estimate,
             )  # fmt: skip
         greedy = False

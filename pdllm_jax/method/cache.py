@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,6 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from pdllm_jax.config import Positions
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.sharding import constrain, heads_spec, local, rows_axis
 
@@ -34,6 +34,8 @@ def dynamic_updates(x: Array, start: Int[Array, "B"], values: Array) -> Array:
     put = functools.partial(lax.dynamic_update_slice_in_dim, axis=0)
     return jax.vmap(lambda row, s, v: put(row, v.astype(row.dtype), s))(x, start, values)
 
+
+Positions = Literal["continuous", "absolute", "reuse"]
 
 _LIVE_MULTIPLE = 128  # rows; the kernel reads them in blocks of as many
 # Runs of rows that are written by a copy in place each. More go as one scatter: XLA's fusion takes
@@ -252,6 +254,17 @@ class DenoiseState:
     rescored: Int[Array, "B"]
     keys: Array
     live_encoded: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def pool_in(self, cache: ChunkCache | None) -> ChunkPool | None:
+        """Returns the pool that `chunk_ids` index: the state's own, or the cache's.
+
+        Raises:
+          ValueError: the state has chunks, and neither holds their KV.
+        """
+        pool = self.pool if self.pool is not None or cache is None else cache.pool
+        if pool is None and self.chunk_ids.shape[1]:
+            raise ValueError("the state's chunks lie in a cache: pass the one it was made with")
+        return pool
 
 
 def place_chunks(

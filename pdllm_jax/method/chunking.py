@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +15,11 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from pdllm_jax.config import ChunkConfig
+from pdllm_jax.method.question import Question
 
 TokenIds = Sequence[int] | np.ndarray
 
 _ANY = 1 << 31  # a vocabulary that has every id
-
-
-class Question(NamedTuple):
-    """Prefix and query of each request, padded behind their lengths."""
-
-    prefix: Int[Array, "B P"]
-    prefix_length: Int[Array, "B"]
-    query: Int[Array, "B Q"]
-    query_length: Int[Array, "B"]
 
 
 @jax.tree_util.register_dataclass
@@ -150,11 +141,6 @@ def split_context(
 def pad_to(ids: np.ndarray, size: int, fill: int = 0) -> np.ndarray:
     """ids padded to `size` rows with `fill`."""
     return np.concatenate([ids, np.full((size - len(ids), *ids.shape[1:]), fill, ids.dtype)])
-
-
-def count_ids(query_ids: Int[Array, "B Q"]) -> Int[Array, "B"]:
-    """Ids of each row that are not padding (-1)."""
-    return jnp.count_nonzero(query_ids >= 0, axis=1).astype(jnp.int32)
 
 
 def chunk_prompt(

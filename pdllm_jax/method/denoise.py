@@ -90,7 +90,9 @@ def _step(
 
     def decide(logits: Array, first: Array) -> tuple[Array, Array]:
         """Predictions for rows first.. as [B, G] tokens and confidences, -inf where not read."""
-        tokens, confidence = jax.vmap(lambda x, k: predict(x, config, k))(logits, keys)
+        tokens, confidence = jax.vmap(
+            lambda x, k: predict(x, config.remasking, config.temperature, k)
+        )(logits, keys)
         return (
             dynamic_updates(state.tokens, first, tokens),
             dynamic_updates(jnp.full((batch, length), -jnp.inf), first, confidence),
@@ -155,7 +157,7 @@ def _step(
         predicted, confidence, live = lax.cond(wide.any(), wide_step, narrow_step)
 
     confidence = jnp.where(candidates, confidence, -jnp.inf)
-    take = jax.vmap(lambda c, s: transfer(c, s, config))(confidence, state.step)
+    take = jax.vmap(lambda c, s: transfer(c, s, config.unmasking))(confidence, state.step)
     tokens = jnp.where(take, predicted, state.tokens)
     step = state.step + 1
     limit = config.steps_per_block if config.scheduled else block_length
@@ -185,13 +187,6 @@ def _stays_fresh(state: DenoiseState, config: DecodeConfig) -> bool:
     return state.live_encoded and config.n_blocks == 1
 
 
-def _pool_of(cache: ChunkCache | None, state: DenoiseState) -> ChunkPool | None:
-    pool = state.pool if state.pool is not None or cache is None else cache.pool
-    if pool is None and state.chunk_ids.shape[1]:
-        raise ValueError("the state's chunks lie in a cache: pass the one it was made with")
-    return pool
-
-
 @functools.partial(
     jax.jit, static_argnames=("config", "implementation"), donate_argnames=("state",)
 )
@@ -210,7 +205,7 @@ def denoise_step(
     cache, or None where the state has chunks of its own (all encodings but "independent") or none.
     """
     width: Width | None = "narrow" if _stays_fresh(state, config) else None
-    return _step(model, _pool_of(cache, state), state, config, implementation, width)
+    return _step(model, state.pool_in(cache), state, config, implementation, width)
 
 
 @functools.partial(
@@ -235,14 +230,14 @@ def denoise(
     until: blocks that every request shall have done, instead of all of them. Run-time value; to go
       on, call again.
     """
-    again = selecting if selecting is not None and selecting.reselect != "never" else None
+    again = selecting if selecting is not None and selecting.reselects else None
     if again is not None:
         if cache is None or not state.chunk_ids.shape[1]:
             raise ValueError("re-selection needs the document's cache")
         check_scorable(cache)
     last_block = config.n_blocks if until is None else jnp.minimum(until, config.n_blocks)
     # A pool that does not change is kept out of the loop's carry.
-    fixed = _pool_of(cache, state) if again is None else None
+    fixed = state.pool_in(cache) if again is None else None
     pool = state.pool
 
     def unfinished(state: DenoiseState) -> Array:
@@ -266,7 +261,7 @@ def denoise(
         if again.reselect == "block":
             due &= state.step == 0
         state = reselect_due(model, cache, state, again, config, implementation, due)
-        return _step(model, _pool_of(cache, state), state, config, implementation)
+        return _step(model, state.pool_in(cache), state, config, implementation)
 
     if again is not None:
         return lax.while_loop(unfinished, selecting_anew, state)

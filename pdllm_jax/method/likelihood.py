@@ -24,7 +24,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import Implementation
 from pdllm_jax.config import DecodeConfig, SelectionConfig
-from pdllm_jax.engine.request import settled
 from pdllm_jax.method.cache import (
     ChunkCache,
     DenoiseState,
@@ -42,9 +41,11 @@ from pdllm_jax.method.chunking import (
     pad_to,
 )
 from pdllm_jax.method.encoding import encode_chosen, init_denoise
+from pdllm_jax.method.encodings import Bridge
 from pdllm_jax.method.live_forward import live_forward
 from pdllm_jax.method.prefill import prefill
 from pdllm_jax.method.sampling import log_probability, random_key
+from pdllm_jax.method.scorers import OracleScorer
 from pdllm_jax.method.scoring import draft_response
 from pdllm_jax.method.selection import Selection, select
 from pdllm_jax.network.config import ConfigError
@@ -188,16 +189,15 @@ def keep_context(
     Raises:
       ConfigError: settings that the likelihood is not implemented for.
     """
-    if config.keep_tokens is not None or config.encoding == "bridge" or config.reselect != "never":
+    if config.keep_tokens is not None or isinstance(config.encoding, Bridge) or config.reselects:
         raise ConfigError(
             "log-likelihood is not implemented for keep_tokens, reselect and encoding 'bridge'"
         )
-    if config.scorer == "oracle":
+    if isinstance(config.scorer, OracleScorer):
         raise ConfigError("log-likelihood is not implemented for scorer 'oracle'")
-    n = prompt.n_chunks
-    config = settled(config, n)
+    config = config.for_document(prompt.n_chunks)
     passing = dataclasses.replace(config.scoring(), encoding=config.encoding)
-    draft = draft_response(model, prompt, passing) if config.scorer == "draft" else None
+    draft = draft_response(model, prompt, passing)
     cache, scores = prefill(model, prompt, passing, draft=draft, key=jax.random.key(0))
     return KeptContext(cache, select(scores, config), config)
 
@@ -229,7 +229,7 @@ def _on_chunks(
     state = init_denoise(
         model, None, None, blank[None], DecodeConfig(gen_length=1, block_length=1), key,
         # Only joint encoding sees the response's masks.
-        query_length=together if settings.encoding == "joint" else start[None],
+        query_length=together if settings.encoding.live_encoded else start[None],
     )  # fmt: skip
     prefix_rows = cache.prefix_ids.shape[-1]
     state = dataclasses.replace(
@@ -241,7 +241,7 @@ def _on_chunks(
     state = place_chunks(state, cache, selection.chunk_ids, settings.positions)
     state = encode_chosen(model, cache, state, settings, implementation)
     state = dataclasses.replace(state, query_length=together)
-    pool = cache.pool if state.pool is None else state.pool
+    pool = state.pool_in(cache)
     several = jax.tree.map(
         lambda x: jnp.broadcast_to(x, (group, *x.shape[1:])),
         dataclasses.replace(state, pool=None),

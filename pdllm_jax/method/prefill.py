@@ -17,19 +17,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import Partial, merge
-from pdllm_jax.config import CONTROLS, SelectionConfig
+from pdllm_jax.config import SelectionConfig
 from pdllm_jax.method.cache import ChunkCache, ChunkPool, init_pool, write_chunks
 from pdllm_jax.method.chunking import ChunkedPrompt
-from pdllm_jax.method.scoring import (
-    QUERY_COPY_SCORERS,
-    Draft,
-    QueryCopies,
-    attend_copies,
-    make_query_copies,
-    read_scores,
-    score_chunks,
-)
-from pdllm_jax.method.selection import EMPTY_SLOT, Selection, control_scores, ranking, within_margin
+from pdllm_jax.method.scorers import ScoreRequest
+from pdllm_jax.method.scorers.copies import Draft, QueryCopies, attend_copies, read_scores
+from pdllm_jax.method.scoring import run_scorer
+from pdllm_jax.method.selection import EMPTY_SLOT, Selection, ranking, within_margin
 from pdllm_jax.network.rope import Rotation, rotate, rotation
 from pdllm_jax.network.sharding import attention, constrain, whole_groups
 from pdllm_jax.network.transformer import MaskPredictor
@@ -86,29 +80,38 @@ def prefill(
       The cache, and the scores [B, N], float32, natural log, -inf for chunks that are padding. The
       scorer "attention" reads the pool, which is then kept in any case.
     """
-    pooling = needs_pool(config) if keep_pool is None else keep_pool
-    pooling |= config.scorer == "attention"
-    query_copies = None
-    if config.scorer in QUERY_COPY_SCORERS:
-        query_copies = make_query_copies(model, prompt.question, config, draft)
+    pooling = config.needs_pool if keep_pool is None else keep_pool
+    pooling |= config.scorer.needs_pool and not config.scorer.in_pass
+    keeps_prefix = pooling or config.encoding.keeps_prefix
+    request = _request(prompt, config, draft, key, oracle)
+    query_copies = config.scorer.query_copies(model, request)
     prefix = _Prefix((), ())
-    if pooling or query_copies is not None or config.encoding != "joint":
+    if query_copies is not None or keeps_prefix:
         prefix = _encode_prefix(model, prompt)
     pool, scores = None, None
     if pooling or query_copies is not None:
         pool, scores, _ = _encode_chunks(model, prompt, config, prefix, query_copies, pooling)
-    cache = _cache(model, prompt, prefix, pool, pooling or config.encoding != "joint")
-    if config.scorer == "attention":
-        scores = score_chunks(model, cache, prompt.query, config, query_length=prompt.query_length)
-    elif config.scorer in CONTROLS:
-        scores = control_scores(config, prompt.chunk_lengths > 0, key, oracle)
-    assert scores is not None
+    cache = _cache(model, prompt, prefix, pool, keeps_prefix)
+    if scores is None:
+        scores = run_scorer(config.scorer, model, cache, request)
     return cache, constrain(model.mesh, scores)
 
 
-def needs_pool(config: SelectionConfig) -> bool:
-    """Whether what follows the pass reads the KV of the document's chunks."""
-    return config.encoding in ("independent", "bridge") or config.reselect != "never"
+def _request(
+    prompt: ChunkedPrompt,
+    config: SelectionConfig,
+    draft: Draft | None,
+    key: Array | None,
+    oracle: Int[Array, "B M"] | None,
+) -> ScoreRequest:
+    return ScoreRequest(
+        prompt.question,
+        prompt.chunk_lengths > 0,
+        draft=draft,
+        keys=key,
+        oracle=oracle,
+        encode_batch=config.encode_batch,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("encode_batch",))
@@ -148,18 +151,20 @@ def prefill_top_k(
       ValueError: a batch of prompts; scorer "attention", which compares all chunks' KV at once;
         re-selection, which may want a chunk that was not kept.
     """
-    if config.scorer == "attention":
-        raise ValueError("scorer 'attention' compares all chunks' KV: it cannot be streamed")
-    if config.reselect != "never":
+    if config.scorer.needs_pool and not config.scorer.in_pass:
+        raise ValueError(
+            f"scorer {config.scorer.name!r} reads all chunks' KV: the document cannot be streamed"
+        )
+    if config.reselects:
         raise ValueError("re-selection reads all chunks' KV: the document cannot be streamed")
     if prompt.chunks.shape[0] > 1:
         raise ValueError(f"one document is streamed at a time, got {prompt.chunks.shape[0]}")
-    query_copies, known = None, None
-    if config.scorer in QUERY_COPY_SCORERS:
-        query_copies = make_query_copies(model, prompt.question, config, draft)
-    else:
-        known = control_scores(config, prompt.chunk_lengths > 0, key, oracle)[0]
+    request, known = _request(prompt, config, draft, key, oracle), None
+    query_copies = config.scorer.query_copies(model, request)
     prefix = _encode_prefix(model, prompt)
+    if query_copies is None:
+        tokens = _cache(model, prompt, prefix, None, False)
+        known = run_scorer(config.scorer, model, tokens, request)[0]
     pool, scores, selection = _encode_chunks(
         model, prompt, config, prefix, query_copies, True, streaming=True, known=known
     )

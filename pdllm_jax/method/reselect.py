@@ -26,16 +26,11 @@ from jaxtyping import Array, Bool
 
 from pallas_kernels import Implementation
 from pdllm_jax.config import DecodeConfig, SelectionConfig
-from pdllm_jax.method.cache import ChunkCache, DenoiseState, dynamic_updates, place_chunks
-from pdllm_jax.method.chunking import Question
+from pdllm_jax.method.cache import ChunkCache, DenoiseState, place_chunks
 from pdllm_jax.method.encoding import encode_chosen
-from pdllm_jax.method.live_forward import response_rows
-from pdllm_jax.method.scoring import (
-    Draft,
-    check_scorable,
-    copies_from_tail,
-    score_question,
-)
+from pdllm_jax.method.question import Question
+from pdllm_jax.method.scorers import Response, ScoreRequest
+from pdllm_jax.method.scoring import check_scorable, run_scorer
 from pdllm_jax.method.selection import select
 from pdllm_jax.network.sharding import constrain
 from pdllm_jax.network.transformer import MaskPredictor
@@ -115,27 +110,20 @@ def _scores(
     implementation: Implementation | None,
     due: Bool[Array, "B"],
 ) -> Array:
-    unmasked = state.tokens != model.config.mask_token_id
-    prefix = cache.prefix_ids[cache.document_of(state.tokens.shape[0])]
-    question = Question(prefix, state.prefix_length, state.query, state.query_length)
-    query_copies, counted = None, None
-    if selecting.scorer == "attention":
-        counted = jnp.arange(state.query.shape[1] + state.tokens.shape[1])
-        counted = counted < state.query_length[:, None]
-        counted = dynamic_updates(counted, state.query_length, unmasked)
-        question = question._replace(
-            query=response_rows(state), query_length=state.query_length + state.tokens.shape[1]
-        )
-    else:
-        confirmed = unmasked
-        if selecting.scorer == "confidence":
-            block = jnp.arange(config.gen_length) // config.block_length
-            confirmed = unmasked | (block != state.block[:, None])
-        tail = Draft(state.tokens, confirmed)
-        query_copies = copies_from_tail(model, question, tail, selecting, config.gen_length)
-    return score_question(
-        model, cache, question, query_copies, selecting, implementation, counted=counted, wanted=due
+    document = cache.document_of(state.tokens.shape[0])
+    block = jnp.arange(config.gen_length) // config.block_length
+    request = ScoreRequest(
+        Question(cache.prefix_ids[document], state.prefix_length, state.query, state.query_length),
+        (cache.lengths[document] > 0) & due[:, None],
+        response=Response(
+            state.tokens,
+            state.tokens != model.config.mask_token_id,
+            block == state.block[:, None],
+        ),
+        encode_batch=selecting.encode_batch,
+        implementation=implementation,
     )
+    return run_scorer(selecting.scorer, model, cache, request)
 
 
 def _of_changed(changed: Bool[Array, "B"], new: DenoiseState, old: DenoiseState) -> DenoiseState:

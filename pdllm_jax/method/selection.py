@@ -102,37 +102,3 @@ def select(scores: Float[Array, "B N"], config: SelectionConfig) -> Selection:
         max_k=config.max_k,
         margin=float(config.margin),
     )
-
-
-def control_scores(
-    config: SelectionConfig,
-    exists: Bool[Array, "B N"],
-    key: Array | None,
-    oracle: Int[Array, "B M"] | None = None,
-) -> Float[Array, "B N"]:
-    """Scores of the controls, which read neither document nor question.
-
-    "all" and "first" prefer early chunks, "last" late ones, "random" takes them at random by key
-    (one for all requests, or [B]); "oracle" gives 0 to the chunks named and -inf to all others.
-
-    Raises:
-      ValueError: "random" without a key, "oracle" without ids.
-    """
-    chunk = jnp.arange(exists.shape[-1])
-    if config.scorer == "random":
-        if key is None:
-            raise ValueError("scorer 'random' needs a key")
-
-        # One draw per chunk, so that padding the document to a larger bucket changes none of them.
-        def draw(key: Array) -> Array:
-            return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(chunk)
-
-        scores = jax.vmap(draw)(jnp.broadcast_to(key, exists.shape[:1]))
-    elif config.scorer == "oracle":
-        if oracle is None:
-            raise ValueError("scorer 'oracle' needs the ids of the chunks to keep")
-        named = (chunk[:, None] == jnp.asarray(oracle)[..., None, :]).any(axis=-1)
-        scores = jnp.where(named, 0.0, -jnp.inf)
-    else:
-        scores = (chunk if config.scorer == "last" else -chunk).astype(jnp.float32)
-    return jnp.where(exists, scores, -jnp.inf)

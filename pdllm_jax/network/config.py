@@ -26,6 +26,12 @@ def positive_int(name: str, value: Any) -> None:
     )
 
 
+def size(name: str, value: Any) -> None:
+    """Raises ConfigError unless value is a positive integer of at most 31 bits."""
+    positive_int(name, value)
+    require(value < 1 << 31, f"{name} must be less than 2**31, got {value}")
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """How rotary frequencies are stretched for contexts longer than the trained one.

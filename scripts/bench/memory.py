@@ -24,7 +24,7 @@ import numpy as np
 from bench.record import conditions, in_process, write
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine.memory import Plan
-from pdllm_jax.engine.request import Method
+from pdllm_jax.method.cache_methods import Method
 from pdllm_jax.network.config import ModelConfig
 
 

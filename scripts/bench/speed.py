@@ -186,11 +186,11 @@ def pass_flops(config: ModelConfig, chunks: int, size: int) -> float:
     """
     model, kv = config.d_model, config.n_kv_heads * config.head_dim
     layer = 2 * model * (2 * model + 2 * kv + 3 * config.mlp_hidden_size)
-    copy = QUERY + SELECT.draft_length
-    copies = (SELECT.masked_copies or 0) * copy
+    copy = QUERY + SELECT.scorer.draft_length
+    copies = (SELECT.scorer.masked_copies or 0) * copy
     rows = PREFIX + chunks * (size + copies)
     pairs = PREFIX**2 + chunks * (size * (PREFIX + size) + copies * (PREFIX + size + copy))
-    head = 2 * model * config.vocab_size * chunks * (QUERY + SELECT.draft_steps)
+    head = 2 * model * config.vocab_size * chunks * (QUERY + SELECT.scorer.draft_steps)
     return config.n_layers * (rows * layer + 4 * model * pairs) + head
 
 

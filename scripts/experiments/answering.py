@@ -20,7 +20,8 @@ from pdllm_jax import (
     denoise,
     init_denoise,
 )
-from pdllm_jax.engine.request import Method, Timer, decode_config, request_keys
+from pdllm_jax.engine.request import Timer, request_keys
+from pdllm_jax.method.cache_methods import Method, cache_method
 from pdllm_jax.method.chunking import TokenIds, bucket
 
 METHODS: tuple[Method, ...] = ("plain", "prefix-cache", "dual-cache", "prefilling")
@@ -52,7 +53,7 @@ def answer(
         chunks with the scores of all chunks, both None for a baseline.
     """
     if together and method != "prefilling":
-        return _dense(model, prompts, decode_config(method, decoding), seeds)
+        return _dense(model, prompts, cache_method(method).decode_config(decoding), seeds)
     engine = Engine(
         model, chunking=chunking, selection=selection, decoding=decoding, method=method,
         bos_id=bos_id, implementation=implementation,

@@ -11,8 +11,7 @@ import math
 from collections.abc import Sequence
 
 from experiments.grids import DENSE, Cell
-from pdllm_jax.config import CONTROLS
-from pdllm_jax.method.scoring import QUERY_COPY_SCORERS
+from pdllm_jax.method.scorers import SCORERS, OracleScorer
 from pdllm_jax.network.config import ModelConfig
 
 
@@ -56,36 +55,37 @@ def answer_flops(
         return None
     size = sum(sizes.chunks[i] for i in sizes.kept)
     config = cell.selection_config()
-    keeps_all = len(sizes.chunks) <= config.top_k and config.scorer != "oracle"
-    scorer = "all" if cell.selection == "all" or keeps_all else config.scorer
+    named = isinstance(config.scorer, OracleScorer)
+    keeps_all = len(sizes.chunks) <= config.top_k and not named
+    scorer = "all" if cell.selection == "all" or keeps_all else config.scorer.name
     live = sizes.query + sizes.response
     view = sizes.prefix + size + live
 
     draft = 0.0
     if scorer == "draft":
-        rows = sizes.prefix + sizes.query + config.draft_length
-        once = count.rows(rows, rows) + config.draft_length * count.word
-        draft = config.draft_steps * once
+        rows = sizes.prefix + sizes.query + cell.draft_length
+        once = count.rows(rows, rows) + cell.draft_length * count.word
+        draft = cell.draft_steps * once
 
     encode = 0.0
-    if config.encoding == "joint":
+    if cell.encoding == "joint":
         encode = count.rows(view, view)
-    elif config.encoding == "query-conditioned":
+    elif cell.encoding == "query-conditioned":
         for i in sizes.kept:
             rows = sizes.prefix + sizes.chunks[i] + sizes.query
             encode += count.rows(rows, rows)
-    elif config.encoding == "bridge":
-        share = math.ceil(config.bridge_share * cell.chunk_size)
+    elif cell.encoding == "bridge":
+        share = math.ceil(config.encoding.share * cell.chunk_size)
         rows = sum(min(share, sizes.chunks[i]) for i in sizes.kept) + live
         encode = count.rows(rows, view)
-        if config.bridge_tokens == "attention":
+        if config.encoding.tokens == "attention":
             encode += count.rows(live, view)
     if config.keep_tokens is not None and config.keep_tokens < cell.chunk_size:
         encode += count.rows(live, view)
         view += sum(min(config.keep_tokens, sizes.chunks[i]) for i in sizes.kept) - size
 
     decode = evaluations * (count.rows(sizes.response, view) + sizes.response * count.word)
-    if config.encoding in ("independent", "query-conditioned"):
+    if cell.encoding in ("independent", "query-conditioned"):
         decode += count.rows(sizes.query, view)  # live KV of the query, in the first evaluation
     return {
         "draft": draft,
@@ -106,24 +106,23 @@ def _dense(count: Counter, cell: Cell, sizes: Sizes, evaluations: int) -> dict[s
 
 def _pass(count: Counter, cell: Cell, scorer: str, sizes: Sizes) -> float:
     """Counts the pass over all chunks, with the query copies that run with each."""
-    config = cell.selection_config()
-    pooled = config.encoding in ("independent", "bridge") or scorer == "attention"
-    if scorer in CONTROLS and not pooled and config.encoding == "joint":
+    pooled = cell.encoding in ("independent", "bridge") or scorer == "attention"
+    if not SCORERS[scorer].needs_pool and not pooled and cell.encoding == "joint":
         return 0.0
     cost = count.rows(sizes.prefix, sizes.prefix)
-    if scorer in QUERY_COPY_SCORERS or pooled:
+    if SCORERS[scorer].in_pass or pooled:
         cost += sum(count.rows(c, sizes.prefix + c) for c in sizes.chunks)
     if scorer == "attention":
         keys = sizes.prefix + sum(sizes.chunks) + sizes.query
         cost += count.rows(sizes.query, keys)
-    elif scorer in QUERY_COPY_SCORERS:
-        rows = sizes.query + (0 if scorer == "query" else config.draft_length)
+    elif SCORERS[scorer].in_pass:
+        rows = sizes.query + (0 if scorer == "query" else cell.draft_length)
         scored = {
-            "draft": sizes.query + config.draft_steps,
+            "draft": sizes.query + cell.draft_steps,
             "query": sizes.query,
-            "confidence": config.draft_length,
+            "confidence": cell.draft_length,
         }[scorer]
-        copies = 1 if scorer == "confidence" else (config.masked_copies or scored)
+        copies = 1 if scorer == "confidence" else (cell.masked_copies or scored)
         for c in sizes.chunks:
             cost += count.rows(copies * rows, sizes.prefix + c + rows) + scored * count.word
     return cost

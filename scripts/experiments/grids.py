@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pdllm_jax import ChunkConfig, DecodeConfig, SelectionConfig
-from pdllm_jax.engine.request import Method
+from pdllm_jax.method.cache_methods import Method
 from small_model.tasks import TASKS
 
 # Baselines without a selection: the whole prompt, recomputed as the method's name says.
@@ -94,7 +94,7 @@ class Cell:
             "keep_first", "reselect", "masked_copies", "draft_length", "draft_steps", "encoding",
             "bridge_tokens", "positions",
         )  # fmt: skip
-        return SelectionConfig(
+        return SelectionConfig.from_flat(
             top_k=1 if adaptive else self.top_k,
             max_k=self.top_k if adaptive else None,
             margin=self.margin or 0.0,

@@ -102,7 +102,9 @@ def test_a_bridge_of_all_tokens_without_prefix_is_joint_encoding(model, parts):
     parts = ([], *parts[1:])
     tokens = []
     for encoding in ("joint", "bridge"):
-        selecting = dataclasses.replace(SELECT, encoding=encoding, bridge_share=1.0)
+        selecting = SelectionConfig.from_flat(
+            **SELECT.to_flat() | {"encoding": encoding, "bridge_share": 1.0}
+        )
         prompt = chunk_prompt(*parts, CHUNKS, bos_id=BOS)
         cache, scores = prefill(model, prompt, selecting)
         decode = dataclasses.replace(DECODE, recompute="block")
@@ -174,7 +176,9 @@ def test_kept_tokens_are_those_that_the_query_looks_at(model, parts, count, anch
 @pytest.mark.parametrize("encoding", ["joint", "independent", "query-conditioned", "bridge"])
 def test_keeping_all_tokens_is_a_no_op(model, parts, encoding):
     """Identity 6, bit for bit; and one token fewer is not."""
-    selecting = dataclasses.replace(SELECT, encoding=encoding, bridge_share=0.25)
+    selecting = SelectionConfig.from_flat(
+        **SELECT.to_flat() | {"encoding": encoding, "bridge_share": 0.25}
+    )
     decode = dataclasses.replace(DECODE, recompute="block")
     _, state, tokens = run(model, parts, selecting, decode)
     for count in (CHUNKS.chunk_size, 999):
@@ -305,14 +309,14 @@ def test_what_does_not_go_together_is_refused(model, parts):
         ({"encoding": "causal"}, "encoding 'causal' is not known"),
         ({"positions": "relative"}, "positions 'relative' is not known"),
         ({"reselect": "always"}, "reselect 'always' is not known"),
-        ({"bridge_tokens": "end"}, "bridge_tokens 'end' is not known"),
-        ({"bridge_share": 0}, r"bridge_share must lie in \(0, 1\]"),
-        ({"bridge_share": 1.5}, r"bridge_share must lie in \(0, 1\]"),
+        ({"encoding": "bridge", "bridge_tokens": "end"}, "bridge_tokens 'end' is not known"),
+        ({"encoding": "bridge", "bridge_share": 0}, r"bridge_share must lie in \(0, 1\]"),
+        ({"encoding": "bridge", "bridge_share": 1.5}, r"bridge_share must lie in \(0, 1\]"),
         ({"keep_tokens": 0}, "keep_tokens must be a positive integer"),
         ({"max_k": 2}, "max_k 2 is less than top_k 4"),
-        ({"margin": -1.0}, "margin must be a number >= 0"),
+        ({"margin": -1.0}, "margin must be a number of at least 0"),
         ({"margin": 1.0}, "margin needs max_k"),
-        ({"margin": float("nan")}, "margin must be a number >= 0"),
+        ({"margin": float("nan")}, "margin must be a number of at least 0"),
         ({"reselect": "step", "scorer": "random"}, "reselect needs a scorer that reads"),
     ],
 )

@@ -67,7 +67,7 @@ def test_confidence_is_that_of_the_masks_behind_the_query(model, parts):
 
 def test_query_scorer_and_empty_prefix(model, parts):
     prompt = chunk_prompt([], *parts[1:], CHUNKS, bos_id=BOS)
-    config = dataclasses.replace(SELECT, scorer="query")
+    config = dataclasses.replace(SELECT, scorer="query", masked_copies=3)
     _, (scores,) = prefill(model, prompt, config)
     want = defined_scores(model, prompt, ([], *parts[1:]), [], [], 3)
     np.testing.assert_allclose(scores[: len(want)], want, rtol=2e-5)

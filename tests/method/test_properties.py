@@ -88,7 +88,7 @@ def test_every_step_unmasks_its_best_candidates(confidence, rule, step):
     config = DecodeConfig(gen_length=8, block_length=8, **rule)
     step = min(step, config.steps_per_block - 1)
     c = np.asarray(confidence)
-    take = np.asarray(transfer(jnp.asarray(c), jnp.asarray(step), config))
+    take = np.asarray(transfer(jnp.asarray(c), jnp.asarray(step), config.unmasking))
     candidate = c > -np.inf
     assert not (take & ~candidate).any()
     assert take.any() == candidate.any()

@@ -74,7 +74,7 @@ def defined(model, prompt, state, scorer, copies=3) -> np.ndarray:
 
 @pytest.mark.parametrize("scorer", ["draft", "query", "confidence"])
 def test_the_best_chunks_of_the_state_are_the_defined_ones(model, prompt, scorer):
-    selecting = dataclasses.replace(SELECT, scorer=scorer)
+    selecting = SelectionConfig.from_flat(**SELECT.to_flat() | {"scorer": scorer})
     # Begin with the worst chunks, so that there is something to change.
     first = prefill(model, prompt, selecting, keep_pool=True)[1]
     worst = jnp.where(jnp.isfinite(first), -first, first)
@@ -143,9 +143,9 @@ def test_attention_counts_query_and_unmasked_response(model, prompt):
 )
 def test_the_loop_is_the_loop_by_hand(model, prompt, encoding, when):
     """Before every step, or a block's first, once something is unmasked."""
-    selecting = dataclasses.replace(
-        SELECT, encoding=encoding, reselect=when, keep_tokens=8, bridge_share=0.25
-    )
+    selecting = dataclasses.replace(SELECT, encoding=encoding, reselect=when, keep_tokens=8)
+    if encoding == "bridge":
+        selecting = dataclasses.replace(selecting, bridge_share=0.25)
     worst = jnp.array([[0.0, 1.0, -1.0, -2.0, -3.0]])
     cache, state = start(model, prompt, selecting, scores=worst)
     other = copy(state)

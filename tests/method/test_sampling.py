@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from pdllm_jax.config import DecodeConfig
-from pdllm_jax.method.sampling import log_probability, predict, transfer
+from pdllm_jax.method import sampling
+from pdllm_jax.method.sampling import log_probability
+
+
+def predict(logits, config, key):
+    return sampling.predict(logits, config.remasking, config.temperature, key)
+
+
+def transfer(confidence, step, config):
+    return sampling.transfer(confidence, step, config.unmasking)
 
 
 def test_log_probability_keeps_the_order_of_confident_slots():

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdllm_jax.config import SelectionConfig
-from pdllm_jax.method.selection import EMPTY_SLOT, control_scores, select_top_k
+from pdllm_jax.method.scorers import SCORERS, ScoreRequest
+from pdllm_jax.method.scoring import run_scorer
+from pdllm_jax.method.selection import EMPTY_SLOT, select_top_k
+from tests.support.method import tiny_model
 
 SCORES = st.lists(st.sampled_from([-np.inf, -3.0, -1.5, -1.0, 0.0, 2.0]), min_size=1, max_size=9)
 
@@ -52,8 +54,12 @@ def test_k_must_be_positive(k):
 def test_controls():
     exists = jnp.array([[True, True, True, True, False]])
 
+    def control_scores(scorer, key=None, oracle=None):
+        request = ScoreRequest(None, exists, keys=key, oracle=oracle)
+        return run_scorer(SCORERS[scorer](), tiny_model(), None, request)
+
     def chosen(scorer, key=None):
-        scores = control_scores(SelectionConfig(scorer=scorer), exists, key)
+        scores = control_scores(scorer, key)
         assert np.isneginf(scores[0, 4])
         return select_top_k(scores, 2).chunk_ids[0].tolist()
 
@@ -65,7 +71,7 @@ def test_controls():
         chosen("random")
     with pytest.raises(ValueError, match="needs the ids"):
         chosen("oracle")
-    named = control_scores(SelectionConfig(scorer="oracle"), exists, None, jnp.array([[4, 3, 1]]))
+    named = control_scores("oracle", oracle=jnp.array([[4, 3, 1]]))
     assert select_top_k(named, 4).chunk_ids[0].tolist() == [1, 3, EMPTY_SLOT, EMPTY_SLOT]
 
 

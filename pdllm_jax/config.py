@@ -390,3 +390,8 @@ class DecodeConfig:
         flat = dataclasses.asdict(dataclasses.replace(self, unmask=None))
         del flat["unmask"]
         return flat | {"remasking": getattr(self.remasking, "name", "")}
+
+    @classmethod
+    def from_flat(cls, **settings: Any) -> DecodeConfig:
+        """Returns the settings that `to_flat` gave, also after JSON made lists of tuples."""
+        return cls(**settings | {"stop_ids": tuple(settings.get("stop_ids", ()))})

@@ -161,7 +161,7 @@ def settings(ask: Asker, folder: Path) -> dict[str, Any]:
     return {
         **plain,
         "chunking": dataclasses.asdict(ask.chunking),
-        "selection": dataclasses.asdict(ask.selection),
+        "selection": ask.selection.to_flat(),
         "checkpoint": hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(),
         "dtype": str(ask.model.dtype),
         **({} if ask.model.mesh is None else {"mesh": dict(ask.model.mesh.shape)}),

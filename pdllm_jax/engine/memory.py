@@ -282,9 +282,7 @@ def plan_memory(
         n = count_chunks(document, chunking)
         tight = encoded or selection.keeps_pool(documents=1 if encoded else requests)
         shapes = Shapes.padded(requests, prefix, query, n, size, tight=tight, encoded=encoded)
-        selection = selection.for_document(
-            n, named=isinstance(selection.scorer, OracleScorer)
-        )
+        selection = selection.for_document(n, named=isinstance(selection.scorer, OracleScorer))
     implementation = resolve_implementation(
         implementation,
         dtype=jnp.dtype(dtype),
@@ -311,7 +309,8 @@ def require_memory(
 
     Args:
       prompt: of a batch of requests; with a `cache`, its questions.
-      selection: as `SelectionConfig.for_document` returns it. implementation: of attention over chunks, resolved.
+      selection: as `SelectionConfig.for_document` returns it.
+      implementation: of the attention over chunks, resolved.
       limit: bytes, by default as the device reports. The CPU reports none: nothing is refused.
 
     Raises:

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, Sharding
 from jaxtyping import Array
 
-from pdllm_jax.config import ChunkConfig
+from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine.request import SelectedRequest, StartedRequest
 from pdllm_jax.method.cache import ChunkCache
 from pdllm_jax.network.sharding import DATA, TENSOR, sharding_of, spec_of
@@ -360,6 +360,13 @@ def pack(tree: Any, name: str = "") -> tuple[dict[str, Array], Any]:
             keys = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
             arrays[path] = jax.random.key_data(value) if keys else jnp.asarray(value)
             return str(jax.random.key_impl(value)) if keys else None
+        if isinstance(value, SelectionConfig | DecodeConfig):
+            if value.has_code:
+                message = (
+                    f"{path} holds a function or an object of your own: a snapshot holds no code"
+                )
+                raise SnapshotError(message, field=path)
+            return {"class": type(value).__name__, "settings": value.to_flat()}
         if type(value) in _classes(hint):
             fields = dataclasses.fields(value)
             hints = get_type_hints(type(value))
@@ -389,6 +396,8 @@ def unpack(content: Any, hint: Any, arrays: Mapping[str, Array], path: str = "")
         return data if content is None else jax.random.wrap_key_data(data, impl=content)
     if isinstance(content, dict):
         kind = next(x for x in _classes(hint) if x.__name__ == content["class"])
+        if issubclass(kind, SelectionConfig | DecodeConfig):
+            return kind.from_flat(**content["settings"])
         hints = get_type_hints(kind)
         fields = {
             name: unpack(value, hints.get(name), arrays, f"{path}.{name}".strip("."))

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdllm_jax.config import DecodeConfig, SelectionConfig
-from pdllm_jax.engine.engine import request_keys
 from pdllm_jax.deprecated import choose
+from pdllm_jax.engine.engine import request_keys
 from pdllm_jax.engine.request import start_decoding as begin
 from pdllm_jax.method.chunking import chunk_prompt
 from pdllm_jax.storage import store as module

@@ -16,8 +16,8 @@ from experiments.runner import Work
 from experiments.statistics import mean, wilson
 from pallas_kernels import Implementation
 from pdllm_jax import ChunkConfig, DecodeConfig, MaskPredictor, SelectionConfig, Tokenizer
-from pdllm_jax.method.cache_methods import Method
 from pdllm_jax.evaluation.prompts import dense_prompt, fitting_block, split_request, truncate_middle
+from pdllm_jax.method.cache_methods import Method
 
 
 @dataclasses.dataclass(frozen=True)

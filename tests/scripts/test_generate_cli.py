@@ -190,7 +190,7 @@ def test_a_pytorch_folder_is_converted_once(checkpoint, tmp_path, capsys):
 
 
 BAD = {
-    "no such checkpoint": (["--prompt-ids", "P"], {}, "is not a folder"),
+    "no such checkpoint": (["--prompt-ids", "P"], {}, "is not a directory"),
     "id outside": ([], {"context": [3, 272]}, r"context\[1\] = 272 is outside the vocabulary"),
     "negative id": ([], {"query": [-1]}, "outside the vocabulary"),
     "empty context": ([], {"context": []}, "context is empty"),

@@ -122,7 +122,7 @@ def test_a_snapshot_holds_no_code(model, tmp_path):
         decode=None,
     )
     for decode in (DecodeConfig(unmask=best_then_all), DecodeConfig(remasking=probability)):
-        with pytest.raises(SnapshotError, match="decoding holds a custom function .* no code$"):
+        with pytest.raises(SnapshotError, match=r"decoding holds a custom function .* no code$"):
             save_request(
                 tmp_path / "s", model, dataclasses.replace(ready, decoding=decode), chunking=CHUNKS
             )

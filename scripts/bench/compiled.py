@@ -70,7 +70,7 @@ def compile_all(target: Path | None) -> None:
         def attend(q: Any, k: Any, v: Any, ids: Any, lengths: Any, near: Any) -> Any:
             near = None if near is None else OwnKV(near, near, lengths[: near.shape[0]])
             return chunk_attention(
-                q, k, v, ids, lengths, layer=1, near=near, implementation="mosaic_gpu"
+                q, k, v, ids, lengths, layer=1, own_kv=near, implementation="mosaic_gpu"
             )
 
         for batch, slots, rows, heads, kv_heads, near in ATTENTION:

@@ -27,9 +27,10 @@ import numpy as np
 from bench.record import command, conditions, copy_bandwidth, time_loop, write
 from pallas_kernels import Partial, chunk_attention
 from pallas_kernels.chunk_attention.cudnn import attention_with_lse
-from pallas_kernels.chunk_attention.hopper import chunk_attention_mosaic_gpu
+from pallas_kernels.chunk_attention.hopper import chunk_attention_hopper
+from pallas_kernels.chunk_attention.hopper_tiling import Tuning, shared_memory
 from pallas_kernels.chunk_attention.reference import chunk_attention_reference
-from pallas_kernels.tuning import SHARED_MEMORY, Tuning, shared_memory
+from pallas_kernels.compat import SHARED_MEMORY
 
 READ_OVER_COPY = 3.0 / 2.92  # read bandwidth over copy bandwidth
 AT_ONCE = 16  # cases compiled side by side, then timed one by one
@@ -127,9 +128,7 @@ def attend(case: Case) -> Callable[..., Partial]:
             return attention_with_lse(q, k, v, None, scale)
         if case.settings is not None:
             q = q if q.ndim == 5 else q[:, None]
-            return chunk_attention_mosaic_gpu(
-                q, k, v, layer, ids, lengths, scale, settings=case.settings
-            )
+            return chunk_attention_hopper(q, k, v, layer, ids, lengths, scale, tuning=case.settings)
         return chunk_attention(q, k, v, ids, lengths, layer=layer, implementation=name)
 
     return call

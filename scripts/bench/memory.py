@@ -44,7 +44,7 @@ class Setting:
         return self.chunks * (chunk_size - 1)
 
     def request(self, chunk_size: int) -> dict[str, Any]:
-        """Returns the arguments that `plan_memory` and `shapes_of` share."""
+        """Returns the arguments of `plan_memory`."""
         return {
             "query": self.query, "batch": self.batch, "questions": self.questions,
             "method": self.method, "chunking": ChunkConfig(chunk_size), "selection": self.select,
@@ -176,15 +176,13 @@ def compile_only(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from bench.programs import programs
-    from pdllm_jax.engine.memory import shapes_of
 
     config = model_config(args)
     with device_for(args.target) as sharding:
         plan = setting.plan(config, args.chunk_size)
-        document, request = setting.document(args.chunk_size), setting.request(args.chunk_size)
         phases = {}
         for program in programs(
-            config, *shapes_of(document, **request), dtype=jnp.bfloat16, sharding=sharding
+            config, plan.shapes, plan.selection, plan.decode, dtype=jnp.bfloat16, sharding=sharding
         ):
             sizes = program.lower().compile().memory_analysis()
             phases[program.phase] = {

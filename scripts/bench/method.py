@@ -34,7 +34,7 @@ from pdllm_jax import (
 from pdllm_jax.method.cache import ChunkCache
 from pdllm_jax.method.chunking import ChunkedPrompt
 from pdllm_jax.method.prefill import prefill_top_k
-from pdllm_jax.method.scoring import Question, draft_response
+from pdllm_jax.method.scoring import draft_response
 
 DECODE = DecodeConfig(gen_length=BLOCK, block_length=BLOCK)
 INDEPENDENT = dataclasses.replace(SELECT, encoding="independent")
@@ -72,15 +72,15 @@ def main(args: argparse.Namespace) -> int:
 
 def stream(run: Run) -> None:
     """Times documents of growing length in one program that keeps K chunks and a group."""
-    places = run.prompt(max(run.args.stream)).chunks.shape[0]
+    places = run.prompt(max(run.args.stream)).chunks.shape[1]
 
     def padded(chunks: int) -> ChunkedPrompt:
         prompt = run.prompt(chunks)
-        spare = places - prompt.chunks.shape[0]
+        spare = places - prompt.chunks.shape[1]
         return dataclasses.replace(
             prompt,
-            chunks=jnp.pad(prompt.chunks, ((0, spare), (0, 0))),
-            chunk_lengths=jnp.pad(prompt.chunk_lengths, (0, spare)),
+            chunks=jnp.pad(prompt.chunks, ((0, 0), (0, spare), (0, 0))),
+            chunk_lengths=jnp.pad(prompt.chunk_lengths, ((0, 0), (0, spare))),
         )
 
     def once(chunks: int) -> float:
@@ -99,8 +99,7 @@ def stream(run: Run) -> None:
 
 
 def _draft(run: Run, prompt: ChunkedPrompt) -> Any:
-    question = Question(prompt.prefix, prompt.prefix_length, prompt.query, prompt.query_length)
-    return draft_response(run.model, question, SELECT.scoring())
+    return draft_response(run.model, prompt.question, SELECT.scoring())
 
 
 def scoring(run: Run) -> None:
@@ -158,7 +157,9 @@ def batch(run: Run) -> None:
     rng, size, k = np.random.default_rng(2), run.args.chunk_size, SELECT.top_k
     prompts = [run.prompt(k, query=int(rng.integers(20, 33)), seed=b) for b in range(REQUESTS)]
     ragged = [
-        dataclasses.replace(p, chunk_lengths=p.chunk_lengths.at[-1].set(int(rng.integers(1, size))))
+        dataclasses.replace(
+            p, chunk_lengths=p.chunk_lengths.at[0, -1].set(int(rng.integers(1, size)))
+        )
         for p in prompts
     ]
 

@@ -20,7 +20,7 @@ import numpy as np
 from bench.record import write
 from bench.run import BLOCK, SELECT, add_model_arguments, begin, peak
 from pdllm_jax import DecodeConfig, Engine
-from pdllm_jax.engine.request import request_keys, start_decoding
+from pdllm_jax.engine.request import start_decoding
 
 PARTS = ("draft, score, bring over", "encode", "decode")
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Encodes, fetches chunks, answers; the record is written after each."""
-    from pdllm_jax.engine.offload import choose_offloaded, encode_offloaded, fetch
+    from pdllm_jax.engine.offload import encode_offloaded, fetch, select_offloaded
 
     run = begin(args)
     run.record["host_copy_bandwidth"] = host_copy_bandwidth(0.01 if args.tiny else 1.0)
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
         run.timed(name, lambda k=k: fetch(document, rng.permutation(args.chunks)[:k]))
         size = k * document.nbytes / len(document.k)
         run.note(f"GB/s, {name}", size / run.median(name) / 1e9)
-    query = np.asarray(prompt.query)[: int(prompt.query_length)]
+    query = np.asarray(prompt.query[0])[: int(prompt.query_length[0])]
     decode = DecodeConfig(gen_length=BLOCK, block_length=BLOCK)
 
     def ask(encoding: str) -> np.ndarray:
@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
             jax.block_until_ready(arrays)
             times.append(time.perf_counter())
 
-        chosen = choose_offloaded(run.model, document, query, selecting, request_keys([0], 1))
+        chosen = select_offloaded(run.model, document, query, selecting)
         done(chosen.cache, chosen.selection)
         state = start_decoding(run.model, chosen, decode)
         done(state)

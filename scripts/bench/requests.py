@@ -15,7 +15,7 @@ from bench.programs import programs
 from bench.run import BLOCK, PREFIX, QUERY, SELECT, Run, of_mesh, on, peak
 from pdllm_jax import ChunkConfig, DecodeConfig, Engine
 from pdllm_jax.compilation import enable_compilation_cache
-from pdllm_jax.engine.memory import shapes_of
+from pdllm_jax.engine.memory import plan_memory
 
 METHODS = ("prefilling", "dual-cache", "plain")
 # Evaluations of "plain" that are timed, at least one a block. All are the same work: the others
@@ -71,13 +71,14 @@ class Requests:
         lowered = []
         for method, n, tokens in cases:
             chunked = method == "prefilling"
-            shapes, select, settings = shapes_of(
+            plan = plan_memory(
+                self.run.model.config,
                 len(self.contexts[n]) + (0 if chunked else PREFIX + QUERY),
                 prefix=PREFIX if chunked else 0, query=QUERY if chunked else 0, method=method,
                 chunking=self.chunking, selection=SELECT, decode=decoding(method, tokens),
             )  # fmt: skip
             config = self.run.model.config
-            needed = programs(config, shapes, select, settings, dtype=jnp.bfloat16)
+            needed = programs(config, plan.shapes, plan.selection, plan.decode, dtype=jnp.bfloat16)
             lowered += [program.lower() for program in needed]
         with ThreadPoolExecutor() as threads:
             list(threads.map(lambda program: program.compile(), lowered))

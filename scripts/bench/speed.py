@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from bench.record import copy_bandwidth, times, write
 from bench.requests import end_to_end, stream
 from bench.run import BLOCK, PREFIX, QUERY, SELECT, Run, add_model_arguments, begin, of_mesh, on
-from pallas_kernels import SumImplementation
+from pallas_kernels import AllReduceImplementation
 from pdllm_jax import (
     DecodeConfig,
     ModelConfig,
@@ -37,7 +37,7 @@ from pdllm_jax import (
     shard_model,
 )
 from pdllm_jax.method.cache import ChunkCache, ChunkPool
-from pdllm_jax.method.scoring import Question, draft_response
+from pdllm_jax.method.scoring import draft_response
 from pdllm_jax.network.sharding import TENSOR, parse_mesh, place
 
 SECTIONS = ("step", "prefill", "end-to-end", "stream")
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--tokens", nargs="+", type=int, default=[32, 128], help="of a response")
     option("--mesh", nargs="+", metavar="DATAxTENSOR", help="meshes, e.g. 1x1 1x2 2x1")
     option(
-        "--sums", nargs="+", choices=get_args(SumImplementation), default=[None],
+        "--sums", nargs="+", choices=get_args(AllReduceImplementation), default=[None],
         help="what adds up a few rows over TENSOR (default: the model's choice)",
     )  # fmt: skip
 
@@ -78,7 +78,9 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def meshes(args: argparse.Namespace) -> Iterator[tuple[Mesh | None, SumImplementation | None]]:
+def meshes(
+    args: argparse.Namespace,
+) -> Iterator[tuple[Mesh | None, AllReduceImplementation | None]]:
     """Yields the meshes to run on with the ways to make their sums, where there are several."""
     for name in args.mesh or [None]:
         mesh = None if name is None else make_mesh(*parse_mesh(name))
@@ -118,9 +120,11 @@ def random_document(run: Run, chunks: int) -> ChunkCache:
 
     pool = ChunkPool(fill(jax.random.key(1)), fill(jax.random.key(2)), jnp.full((chunks,), size))
     prompt = run.prompt(chunks)
-    prefix = jnp.zeros((config.n_layers, PREFIX, config.n_kv_heads, config.head_dim), jnp.bfloat16)
+    prefix = jnp.zeros(
+        (config.n_layers, 1, PREFIX, config.n_kv_heads, config.head_dim), jnp.bfloat16
+    )
     cache = ChunkCache(
-        pool, prompt.chunks[:chunks], prompt.chunk_lengths[:chunks], prompt.prefix,
+        pool, prompt.chunks[:, :chunks], prompt.chunk_lengths[:, :chunks], prompt.prefix,
         prompt.prefix_length, prefix, prefix,
     )  # fmt: skip
     return place(run.model.mesh, cache)
@@ -134,7 +138,7 @@ def step(run: Run) -> None:
 
     def start(k: int) -> Any:
         """Returns the state after joint encoding: the KV of the live rows is fresh."""
-        chosen = select_top_k(-jnp.arange(most, dtype=jnp.float32), k)
+        chosen = select_top_k(-jnp.arange(most, dtype=jnp.float32)[None], k)
         state = init_denoise(
             run.model, cache, chosen, prompt.query, decode, jax.random.key(0),
             query_length=prompt.query_length, encoding="independent",
@@ -198,8 +202,9 @@ def score_document(run: Run) -> None:
     """Times the scoring of a document as joint encoding needs it, the draft apart; TFLOP/s."""
     chunks = max(run.args.documents)
     prompt, passing = run.prompt(chunks), SELECT.scoring()
-    question = Question(prompt.prefix, prompt.prefix_length, prompt.query, prompt.query_length)
-    draft = run.timed(f"draft{on(run.model)}", lambda: draft_response(run.model, question, passing))
+    draft = run.timed(
+        f"draft{on(run.model)}", lambda: draft_response(run.model, prompt.question, passing)
+    )
     name = f"score {chunks} chunks{on(run.model)}"
     run.timed(name, lambda: prefill(run.model, prompt, SELECT, draft=draft)[1])
     work = pass_flops(run.model.config, chunks, run.args.chunk_size)

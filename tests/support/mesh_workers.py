@@ -41,8 +41,7 @@ from pdllm_jax import (
     shard_model,
 )
 from pdllm_jax.deprecated import ask_ids, finish, generate_batch_ids, generate_ids, prefill_request
-from pdllm_jax.engine.offload import choose_offloaded, encode_offloaded, offload
-from pdllm_jax.engine.request import request_keys
+from pdllm_jax.engine.offload import encode_offloaded, offload, select_offloaded
 from pdllm_jax.engine.request import start_decoding as begin
 from pdllm_jax.method.likelihood import (
     answer_log_likelihood,
@@ -172,7 +171,7 @@ def _ways(model: MaskPredictor) -> list[Any]:
     results.append(blocks)
     results.append(_steps(model, prompt, independent, decode))
     for document in (encode_offloaded(model, prompt, encode_batch=2), offload(cache)):
-        chosen = choose_offloaded(model, document, QUERY, independent, request_keys([3], 1))
+        chosen = select_offloaded(model, document, QUERY, independent, seed=3)
         results += finish(model, begin(model, chosen, decode))
     answer = ids(5, 2)
     results.append(answer_log_likelihood(model, QUERY, answer, samples=8, group=4))

@@ -2,6 +2,7 @@
 
     pdllm-convert SRC DST [--dtype keep|bfloat16|float32] [--verify] [--overwrite]
     pdllm-convert --reverse SRC DST [--shard-size GB] [--verify] [--overwrite]
+    scripts/convert_checkpoint.py ...    the same, from a clone
 
 Exit status: 0 done, 2 bad input or a full disk (one line on stderr), 130 interrupted.
 """
@@ -25,7 +26,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="pdllm-convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("source", metavar="SRC", help="folder to read")
     parser.add_argument("destination", metavar="DST", help="folder to make")
     parser.add_argument(

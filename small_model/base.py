@@ -35,49 +35,16 @@ SPECIAL_TOKENS = {
     "<|start_header_id|>": 4,
     "<|end_header_id|>": 5,
 }
-EOS_ID, BOS_ID, EOT_ID, MASK_ID = 0, 1, 2, 3
-_START_HEADER_ID, _END_HEADER_ID = 4, 5
+EOS_ID, BOS_ID, EOT_ID, MASK_ID, _START_HEADER_ID, _END_HEADER_ID = range(6)
 _NEWLINE_ID = 198  # "\n"; `read_base` checks it
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first %}{{ bos_token }}{% endif %}"
+    "{% for message in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
-    "{{ message['content'] | trim + '<|eot_id|>' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
-    "{% endif %}"
+    "{{ message['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-
-CONFIG: dict[str, Any] = {
-    "architectures": ["LLaDAModelLM"],
-    "model_type": "llada",
-    "d_model": 576,
-    "n_heads": 9,
-    "n_kv_heads": 3,
-    "n_layers": 30,
-    "mlp_hidden_size": 1536,
-    "mlp_ratio": 1536 / 576,
-    "activation_type": "silu",
-    "block_type": "llama",
-    "rope": True,
-    "rope_theta": 100000.0,
-    "rope_full_precision": True,
-    "layer_norm_type": "rms",
-    "rms_norm_eps": 1e-5,
-    "max_sequence_length": 8192,
-    "vocab_size": 49152,
-    "embedding_size": 49152,
-    "weight_tying": True,
-    "include_bias": False,
-    "include_qkv_bias": False,
-    "mask_token_id": MASK_ID,
-    "bos_token_id": BOS_ID,
-    "eos_token_id": EOS_ID,
-    "pad_token_id": EOS_ID,
-}
-
+CONFIG: dict[str, Any] = json.loads(Path(__file__).with_name("config.json").read_text())
 _BLOCK_NAMES = {
     "attn_norm": "attn_norm",
     "attn_q": "q_proj",
@@ -88,6 +55,15 @@ _BLOCK_NAMES = {
     "ffn_gate": "ff_proj",
     "ffn_up": "up_proj",
     "ffn_down": "ff_out",
+}
+_SIZES = {
+    "d_model": "embedding_length",
+    "n_heads": "attention.head_count",
+    "n_kv_heads": "attention.head_count_kv",
+    "n_layers": "block_count",
+    "mlp_hidden_size": "feed_forward_length",
+    "rope_theta": "rope.freq_base",
+    "max_sequence_length": "context_length",
 }
 
 
@@ -182,7 +158,11 @@ def read_base(path: Path) -> Base:
     def field(name: str) -> Any:
         return reader.fields[name].contents()
 
-    heads, kv_heads = field("llama.attention.head_count"), field("llama.attention.head_count_kv")
+    sizes = {name: field(f"llama.{key}") for name, key in _SIZES.items()}
+    sizes["vocab_size"] = len(field("tokenizer.ggml.tokens"))
+    wrong = {name: value for name, value in sizes.items() if CONFIG[name] != value}
+    if wrong:
+        raise ValueError(f"the GGUF file has other sizes than SmolLM2-135M: {wrong}")
     tensors = {}
     for tensor in reader.tensors:
         values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
@@ -194,22 +174,11 @@ def read_base(path: Path) -> Base:
             name = "ln_f"
         else:
             if part[2] in ("attn_q", "attn_k"):
-                values = _unpermute(values, heads if part[2] == "attn_q" else kv_heads)
+                values = _unpermute(
+                    values, CONFIG["n_heads" if part[2] == "attn_q" else "n_kv_heads"]
+                )
             name = f"blocks.{part[1]}.{_BLOCK_NAMES[part[2]]}"
         tensors[f"model.transformer.{name}.weight"] = values
-    sizes = {
-        "d_model": field("llama.embedding_length"),
-        "n_heads": heads,
-        "n_kv_heads": kv_heads,
-        "n_layers": field("llama.block_count"),
-        "mlp_hidden_size": field("llama.feed_forward_length"),
-        "rope_theta": field("llama.rope.freq_base"),
-        "max_sequence_length": field("llama.context_length"),
-        "vocab_size": len(tensors["model.transformer.wte.weight"]),
-    }
-    wrong = {name: value for name, value in sizes.items() if CONFIG[name] != value}
-    if wrong:
-        raise ValueError(f"the GGUF file has other sizes than SmolLM2-135M: {wrong}")
     tokens, merges = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges")
     reserved = sum(kind == 3 for kind in field("tokenizer.ggml.token_type"))
     return Base(tensors, CONFIG, _tokenizer_files(tokens, merges, reserved))

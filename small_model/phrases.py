@@ -8,8 +8,10 @@ then says nothing about the document. Names here are as varied as keys, and they
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -19,72 +21,26 @@ from small_model.tasks import Encoder, Fact, Needle
 Name = tuple[str, ...]
 
 EVALUATED: tuple[Name, ...] = (("pass", "key"), ("number", "string"))
-_NATURAL = """
-access code, account number, alarm code, area code, badge number, bank balance, barcode string,
-batch number, bill total, boarding code, booking number, cabin number, call sign, card number, case
-number, chapter count, check digit, claim number, code word, control string, country code, customer
-number, delivery code, deposit sum, dial code, digit string, door code, door key, draft number,
-engine number, entry code, exam score, file number, final count, flight number, garage code, gate
-number, guest count, hotel key, house number, index number, invoice number, key code, key number,
-lab value, launch code, letter string, licence key, licence number, locker code, locker number,
-lottery number, luggage code, master key, member number, meter reading, mileage figure, model
-number, number code, number plate, number sequence, order number, page count, parcel number,
-parking code, pass code, pass number, pass phrase, patent number, patient number, phone number, pin
-code, plot number, policy number, pressure value, price figure, product key, project number, quiz
-score, race time, receipt number, recovery key, reference number, reset code, route number, safe
-code, safe key, sample number, seat number, security key, serial number, serial string, service
-tag, session key, shelf mark, spare key, staff number, station code, stock level, street number,
-student number, table number, target value, tax code, test score, test string, ticket number, track
-number, train number, unit price, unlock code, vault code, vehicle number, version number, visa
-number, voucher code, ward number, water level, zip code
-"""
+# Names, sentences and questions: {X} is the name with the space before it, {N} the number. The first
+# pattern is InfiniteBench's form, the first question the evaluated wording.
+_DATA = json.loads(Path(__file__).with_name("phrases.json").read_text(encoding="utf-8"))
+PATTERNS, QUESTIONS, BLOCK_QUESTIONS = (
+    tuple(_DATA[name]) for name in ("patterns", "questions", "block_questions")
+)
 # Names have no held-out words, except "pass", which belongs to an evaluated name.
 NATURAL: tuple[Name, ...] = tuple(
     name
-    for name in (tuple(text.split()) for text in _NATURAL.split(","))
+    for name in (tuple(text.split()) for text in _DATA["names"])
     if not any(is_held_out(word) and word != "pass" for word in name)
 )
 _FIRST = tuple(sorted({name[0] for name in (*NATURAL, *EVALUATED)}))
 _HEADS = tuple(sorted({name[-1] for name in (*NATURAL, *EVALUATED)}))
 
-# {X} is the name with the space before it, {N} the number. The first is InfiniteBench's form.
-PATTERNS = (
-    " The{X} is {N}. Remember it. {N} is the{X}.",
-    " The{X} is {N}. Remember it. The{X} is {N}.",
-    " The{X} is {N}.",
-    " Note that the{X} is {N}.",
-    " Remember: the{X} is {N}.",
-    " {N} is the{X}; keep it in mind.",
-    " {N} is the{X}. Do not forget it.",
-    " By the way, the{X} is {N}.",
-    " The{X} has been set to {N}.",
-    " From now on the{X} is {N}, and no other.",
-    " For the{X} they wrote down {N}.",
-)
-# The first wording is the evaluated one.
-QUESTIONS = (
-    "What is the{X}?",
-    "Tell me the{X}.",
-    "Which one is the{X}?",
-    "What does the document give as the{X}?",
-    "What did it say the{X} was?",
-    "Please give me the{X}.",
-    "Find the{X}.",
-    "Look for the{X} and repeat it.",
-    "Do you remember the{X}?",
-    "And the{X}?",
-)
-BLOCK_QUESTIONS = (
-    'What is the value of "{X}"?',
-    'Which value does "{X}" have?',
-    'Tell me the value of "{X}".',
-    'What does the document store for "{X}"?',
-    'Find the value for "{X}" and repeat it.',
-    'Look up "{X}".',
-)
 COMMON_SHARE = {"pattern": 0.5, "question": 0.7}  # share of the first entry of each list
 EVALUATED_SHARE = 0.03  # share of evaluated names; with more of them they are learned by heart
-RELATED_SHARE = 0.22  # share of names that share a word with an evaluated one: "pass ...", "... string"
+RELATED_SHARE = (
+    0.22  # share of names that share a word with an evaluated one: "pass ...", "... string"
+)
 LOOKALIKE_SHARE = 0.35  # share of names with a word of an earlier name of the document
 
 

@@ -13,8 +13,21 @@ import numpy as np
 
 from small_model.corpus import Corpora, Text
 from small_model.phrases import BLOCK_QUESTIONS, QUESTIONS, Names, named_needle, reworded
-from small_model.tasks import ATTRIBUTES, PREFIX, QUERY_END, RESPONSE_LENGTH, Encoder, Fact, Keys
-from small_model.tasks import Needle, block_needle, bury, keyed_needle, number, question_pieces
+from small_model.tasks import (
+    ATTRIBUTES,
+    PREFIX,
+    QUERY_END,
+    RESPONSE_LENGTH,
+    Encoder,
+    Fact,
+    Keys,
+    Needle,
+    block_needle,
+    bury,
+    keyed_needle,
+    number,
+    question_pieces,
+)
 
 # Half of the dialogues start with PREFIX, the others with one of these instructions.
 _INSTRUCTION = "Read the document and answer the question about it."

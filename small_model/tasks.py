@@ -187,7 +187,9 @@ def bury(
     """
     room = length - sum(len(needle.tokens) for needle in needles)
     if room < 0:
-        raise ValueError(f"length must be at least {length - room} to hold the needles, got {length}")
+        raise ValueError(
+            f"length must be at least {length - room} to hold the needles, got {length}"
+        )
     tokens = text.tokens
     if len(tokens) < room:
         raise ValueError(f"the text must have at least {room} tokens, got {len(tokens)}")

@@ -114,7 +114,9 @@ def train_step(
     updates, moments = OPTIMIZER.update(gradients, moments, trainable)
     factors = {"lora": 1.0, "norms": NORM_RATE, "special": 1.0}
     trainable = {
-        part: jax.tree.map(lambda x, dx, f=factor: x - f * rate * dx, trainable[part], updates[part])
+        part: jax.tree.map(
+            lambda x, dx, f=factor: x - f * rate * dx, trainable[part], updates[part]
+        )
         for part, factor in factors.items()
     }
     return trainable, moments, {"sums": sums, "norm": optax.tree.norm(gradients)}

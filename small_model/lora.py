@@ -1,8 +1,8 @@
-"""The adapter: low-rank differences of the linear maps, all norms and the special tokens' rows.
+"""Reads, writes and applies the adapter: low-rank differences, norms and special tokens' rows.
 
-One safetensors file, int8: A [r, in] and B [out, r] of every linear map with a float32 scale for
-each of the r components on either side, so that W = W0 + (B * b_scale) @ (A * a_scale). Norms and
-rows are float32. Names follow the checkpoint's: `<tensor>.lora_a`, `.lora_a_scale`, and so on.
+The adapter is one safetensors file. For every linear map it holds int8 A [r, in] and B [out, r], each
+with r float32 scales, so that W = W0 + (B * b_scale) @ (A * a_scale). Norms and embedding rows are
+float32. Names extend the checkpoint's: `<tensor>.lora_a`, `<tensor>.lora_a_scale`, ...
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from small_model.network import LINEAR, NORMS, Params, tensor_name
 
@@ -20,8 +20,8 @@ _EMBEDDING = "model.transformer.wte.weight"
 _FINAL_NORM = "model.transformer.ln_f.weight"
 
 
-def _quantise(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """int8 values and float32 scales along `axis` of size r; all other axes share a scale."""
+def _quantize(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns int8 values and float32 scales [r]; axis: the axis of size r."""
     other = 1 - axis
     scale = np.abs(values).max(axis=other, keepdims=True) / 127
     scale = np.where(scale == 0, 1.0, scale).astype(np.float32)
@@ -29,7 +29,7 @@ def _quantise(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def from_trainable(trainable: Params, gain: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Adapter tensors, quantised, from what training holds (see network.merge)."""
+    """Quantizes trained parameters (see network.merge) to adapter tensors."""
     adapter: dict[str, np.ndarray] = {}
     for name in LINEAR:
         pair = trainable["lora"][name]
@@ -37,8 +37,8 @@ def from_trainable(trainable: Params, gain: Mapping[str, np.ndarray]) -> dict[st
             target = tensor_name(layer, name)
             a = np.asarray(pair["a"][layer], np.float32)
             b = np.asarray(pair["b"][layer], np.float32) * gain[name][layer]
-            adapter[f"{target}.lora_a"], adapter[f"{target}.lora_a_scale"] = _quantise(a, 0)
-            adapter[f"{target}.lora_b"], adapter[f"{target}.lora_b_scale"] = _quantise(b, 1)
+            adapter[f"{target}.lora_a"], adapter[f"{target}.lora_a_scale"] = _quantize(a, 0)
+            adapter[f"{target}.lora_b"], adapter[f"{target}.lora_b_scale"] = _quantize(b, 1)
     for name in NORMS:
         for layer, values in enumerate(np.asarray(trainable["norms"][name], np.float32)):
             adapter[tensor_name(layer, name)] = values
@@ -50,7 +50,7 @@ def from_trainable(trainable: Params, gain: Mapping[str, np.ndarray]) -> dict[st
 def to_trainable(
     adapter: Mapping[str, np.ndarray], gain: Mapping[str, np.ndarray], n_layers: int
 ) -> Params:
-    """The way back, float32, so that training can go on from an adapter file."""
+    """Dequantizes an adapter to float32 parameters, to continue training."""
     lora = {}
     for name in LINEAR:
         targets = [tensor_name(layer, name) for layer in range(n_layers)]
@@ -68,7 +68,7 @@ def to_trainable(
 
 
 def _factors(adapter: Mapping[str, np.ndarray], target: str) -> tuple[np.ndarray, np.ndarray]:
-    """A [r, in] and B [out, r] of a linear map, float32."""
+    """Returns A [r, in] and B [out, r] of a linear map, float32."""
     a = adapter[f"{target}.lora_a"] * adapter[f"{target}.lora_a_scale"][:, None]
     b = adapter[f"{target}.lora_b"] * adapter[f"{target}.lora_b_scale"][None, :]
     return a, b
@@ -77,16 +77,16 @@ def _factors(adapter: Mapping[str, np.ndarray], target: str) -> tuple[np.ndarray
 def apply(
     tensors: Mapping[str, np.ndarray], adapter: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Base tensors (float32) with the adapter merged in; the base's arrays are left alone.
+    """Returns the base tensors (float32) with the adapter added; `tensors` is not modified.
 
-    Raises ValueError where the adapter names a tensor that the base lacks, or sizes differ.
+    Raises ValueError if the base lacks a tensor of the adapter, or if shapes differ.
     """
     merged = dict(tensors)
     for name, values in adapter.items():
         target, _, part = name.partition(".weight")
         target += ".weight"
         if target not in tensors:
-            raise ValueError(f"the adapter's {name} belongs to no tensor of the base")
+            raise ValueError(f"adapter tensor {name}: the base has no tensor {target}")
         if part == "":
             merged[target] = values
         elif part == ".rows":
@@ -95,24 +95,24 @@ def apply(
         elif part == ".lora_a":
             a, b = _factors(adapter, target)
             if (len(b), a.shape[1]) != tensors[target].shape:
-                raise ValueError(f"the adapter's {name} does not fit {tensors[target].shape}")
+                shape = tensors[target].shape
+                raise ValueError(f"adapter tensor {name} does not fit the base's shape {shape}")
             merged[target] = tensors[target] + b @ a
     return merged
 
 
 def save(path: str | Path, adapter: Mapping[str, np.ndarray], note: Mapping[str, str]) -> None:
-    """Writes the adapter; `note` goes into the file's metadata."""
+    """Writes an adapter file with `note` as its metadata."""
     arrays = {name: np.ascontiguousarray(values) for name, values in adapter.items()}
     save_file(arrays, path, metadata=dict(note))
 
 
 def load_note(path: str | Path) -> dict[str, str]:
-    """The file's metadata, as `save` was given it: "rank" and "steps"."""
+    """Returns the metadata of an adapter file: "rank" and "steps"."""
     with safe_open(path, "np") as file:
         return dict(file.metadata() or {})
 
 
 def load(path: str | Path) -> dict[str, np.ndarray]:
     """Reads an adapter file."""
-    with safe_open(path, "np") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return load_file(path)

@@ -1,6 +1,6 @@
-"""Masking and batches: which tokens of a training sequence are hidden, and what they weigh.
+"""Chooses the masked tokens of training sequences and their weights, and makes batches.
 
-numpy only, deterministic by seed. Rows of the loss are a fixed number, so that one step compiles.
+Deterministic by seed. The loss has a fixed number of rows, so that one step compiles once.
 """
 
 from __future__ import annotations
@@ -12,29 +12,25 @@ import numpy as np
 
 from small_model.sequences import ANSWER, QUESTION, TEXT_SHARE, SequenceMaker, TrainingSequence
 
-# What may be masked in a dialogue: answers alone (fine-tuning form), questions too, or anything
-# but BOS (pretraining form). The last two let the model judge how well a document fits a question:
-# it does when the document makes the question's words likely.
+# Maskable tokens of a dialogue: answers (fine-tuning form), questions too, or all tokens except BOS
+# (pretraining form). The last two train the likelihood of a question given a document.
 REGION_SHARES = {"answer": 0.63, "question": 0.25, "all": 0.12}
-# In most of the sequences with masked questions an answer shows no more than its first tokens:
-# the rest of it would repeat the question's words, and the document would not be asked for them.
-# Then a quarter of the question is masked on average, so that words follow from one another where
-# they can and from the document where they cannot.
+# Share of sequences with masked questions that show at most OPENING tokens of an answer. The rest
+# of the answer would repeat the question's words. These sequences mask a quarter of the question.
 OPENING_SHARE, OPENING = 0.75, 4
-# Dialogues whose answers are masked to the last token, where decoding starts.
-FULL_SHARE = {"many": 0.3, "single": 0.5}
+FULL_SHARE = {"many": 0.3, "single": 0.5}  # dialogues whose answers are fully masked
 EPSILON = 1e-3  # p = (1 - eps) t + eps
-WEIGHT_CAP = 16.0  # bound of 1/p: a lone masked token shall not rule a batch
-TEXT_ROWS = 192  # masked tokens of such a sequence in the loss: a random part stands for the rest
-TEXT_WEIGHT = 0.5  # of sequences where anything may be masked, against 1 for answers
-GROUPS = ("text", "answer", "full", "question")  # rows of the loss, as the log parts them
+WEIGHT_CAP = 16.0  # upper bound of 1/p
+TEXT_ROWS = 192  # rows of the loss for a sequence of region "all", a random subset of its masks
+TEXT_WEIGHT = 0.5  # weight of such a sequence; other sequences have weight 1
+GROUPS = ("text", "answer", "full", "question")  # groups of the loss's rows in the log
 
 
 class Masking(NamedTuple):
-    """What is masked in a sequence, places ascending, and which of it the loss counts.
+    """Masked tokens of a sequence.
 
-    hidden: all masked places.  places: those of them that are predicted.  weights: float32, one for
-    each of `places`.  group: index into GROUPS.
+    hidden: ascending positions of all masks. places: those that the loss predicts. weights: float32,
+    one for each of `places`. group: index into GROUPS.
     """
 
     hidden: np.ndarray
@@ -44,10 +40,10 @@ class Masking(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One training step's input, host arrays.
+    """Input of one training step, host arrays.
 
-    tokens: int32 [B, T], masks in place.  rows: int32 [R], flat places (b * T + t) of masked
-    tokens.  targets: int32 [R].  weights: float32 [R], 0 for padding; they sum to the loss as is.
+    tokens: int32 [B, T] with masks. rows: int32 [R], flat positions (b * T + t) of predicted
+    tokens. targets: int32 [R]. weights: float32 [R], 0 for padding; the loss is the weighted sum.
     groups: int32 [R], index into GROUPS.
     """
 
@@ -59,7 +55,7 @@ class Batch(NamedTuple):
 
 
 def _answer_depths(role: np.ndarray) -> np.ndarray:
-    """For every token its place in its own answer, from 0; -1 outside answers."""
+    """Returns the position of each token within its answer; -1 outside answers."""
     places = np.flatnonzero(role == ANSWER)
     starts = places[np.diff(places, prepend=-2) > 1]
     depths = np.full(len(role), -1)
@@ -68,19 +64,18 @@ def _answer_depths(role: np.ndarray) -> np.ndarray:
 
 
 def mask_sequence(rng: np.random.Generator, sequence: TrainingSequence, t: float) -> Masking:
-    """LLaDA's masking of one sequence.
+    """Masks one sequence as LLaDA does.
 
-    t: the sequence's draw of the mask ratio, kept unless it is masked in full. Weights are
-    1/p (bounded) over the number of tokens that might have been masked.
+    t: mask ratio in [0, 1), replaced by 1 for a full masking. Weights are 1/p (bounded) divided by
+    the number of maskable tokens.
     """
     role, kind = sequence.role, sequence.kind
     region = "all"
     if kind == "absent":
         region = "question"
     elif kind != "text":
-        names = list(REGION_SHARES)
-        region = names[rng.choice(len(names), p=list(REGION_SHARES.values()))]
-    covered = np.zeros(0, np.int64)  # masked and not predicted: which needle is meant is not known
+        region = str(rng.choice(list(REGION_SHARES), p=list(REGION_SHARES.values())))
+    covered = np.zeros(0, np.int64)  # masked but not predicted
     group = GROUPS.index("text" if region == "all" else region)
     if region == "all":
         maskable = np.arange(1, len(sequence.tokens))
@@ -105,23 +100,19 @@ def mask_sequence(rng: np.random.Generator, sequence: TrainingSequence, t: float
 
 
 def _share_rows(counts: np.ndarray, budget: int) -> np.ndarray:
-    """Rows for each sequence, at most its count, evenly cut so that the sum fits the budget."""
-    low, high = 0, int(counts.max(initial=0))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if np.minimum(counts, middle).sum() <= budget:
-            low = middle
-        else:
-            high = middle - 1
-    return np.minimum(counts, low)
+    """Cuts the counts at the largest common limit with which their sum is at most `budget`."""
+    limits = np.arange(counts.max(initial=0) + 1)
+    sums = np.minimum(counts, limits[:, None]).sum(axis=1)
+    return np.minimum(counts, limits[sums <= budget][-1])
 
 
 def make_batch(
     sequences: Sequence[TrainingSequence], rng: np.random.Generator, rows: int, mask_id: int
 ) -> Batch:
-    """Masks the sequences, t stratified over the batch; at most `rows` masked tokens are predicted.
+    """Masks the sequences with t stratified over the batch.
 
-    Where more could be, each sequence's loss is taken over a random part of them, scaled up.
+    The batch predicts at most `rows` tokens. With more masked tokens, each sequence predicts a
+    random subset, and its weights grow accordingly.
     """
     count, length = len(sequences), len(sequences[0].tokens)
     strata = (rng.permutation(count) + rng.random()) / count
@@ -152,7 +143,7 @@ def make_batch(
 
 
 def training_batch(maker: SequenceMaker, batch_size: int, rows: int, seed: Sequence[int]) -> Batch:
-    """Step `seed` of training: text and dialogues in their shares."""
+    """Makes the batch of step `seed` from plain text and dialogues."""
     rng = np.random.default_rng(list(seed))
     texts = int(TEXT_SHARE * batch_size + rng.random())
     sequences = [maker.text(rng) for _ in range(texts)]

@@ -1,7 +1,7 @@
-"""The network as training wants it: parameters stacked over layers, one lax.scan, adapters.
+"""Computes the network for training: one lax.scan over stacked layers, with the adapter merged in.
 
-The same function as pdllm_jax.LLaDA's (a test compares them); scanning compiles one layer instead
-of thirty, and what is recomputed in the backward pass is chosen here.
+The function equals pdllm_jax.MaskPredictor's (a test compares them). The scan compiles one layer
+instead of thirty, and jax.checkpoint chooses what the backward pass recomputes.
 """
 
 from __future__ import annotations
@@ -21,48 +21,43 @@ Params = dict[str, Any]
 
 
 class Shape(NamedTuple):
-    """Static sizes of the network, and how attention is computed ("cudnn" or "xla")."""
+    """Static sizes of the network and the implementation of attention ("cudnn" or "xla")."""
 
     n_heads: int
     n_kv_heads: int
     rope_theta: float
     eps: float
     attention: str = "xla"
-    causal: bool = False  # only to check the base as the language model it was
 
 
-def shape_of(config: Mapping[str, Any], attention: str = "xla", causal: bool = False) -> Shape:
-    """Shape from the contents of config.json."""
-    heads, kv_heads = config["n_heads"], config["n_kv_heads"]
-    return Shape(heads, kv_heads, config["rope_theta"], config["rms_norm_eps"], attention, causal)
+def shape_of(config: Mapping[str, Any], attention: str = "xla") -> Shape:
+    """Returns the Shape of a config.json's contents."""
+    names = ("n_heads", "n_kv_heads", "rope_theta", "rms_norm_eps")
+    return Shape(*(config[name] for name in names), attention)
 
 
 def stack(tensors: Mapping[str, np.ndarray], n_layers: int) -> Params:
-    """Checkpoint tensors -> {"embedding", "final_norm", <linear and norm names>: [L, ...]}."""
+    """Stacks checkpoint tensors: embedding, final_norm, and [L, ...] for LINEAR and NORMS."""
     params: Params = {
         "embedding": tensors["model.transformer.wte.weight"],
         "final_norm": tensors["model.transformer.ln_f.weight"],
     }
     for name in LINEAR + NORMS:
-        params[name] = np.stack(
-            [tensors[tensor_name(layer, name)] for layer in range(n_layers)], axis=0
-        )
+        params[name] = np.stack([tensors[tensor_name(i, name)] for i in range(n_layers)])
     return params
 
 
 def tensor_name(layer: int, name: str) -> str:
-    """Name of a block's tensor in a checkpoint."""
+    """Returns the name of a layer's tensor in a checkpoint."""
     return f"model.transformer.blocks.{layer}.{_CHECKPOINT_NAMES.get(name, name)}.weight"
 
 
 def merge(base: Params, trainable: Params, dtype: Any = jnp.bfloat16) -> Params:
-    """Network parameters from the base and what is trained.
+    """Returns the network's parameters in `dtype`.
 
-    trainable holds "lora" {name: {"a": [L, r, in], "b": [L, out, r]}}, "gain" {name: float32
-    scalar per layer [L]}, "norms" and "special" [6, M]; or "full", which replaces the base.
+    base: from `stack`, with "gain" {name: float32 [L]} from `gains`.
+    trainable: "lora" {name: {"a": [L, r, in], "b": [L, out, r]}}, "norms" and "special" [6, M].
     """
-    if "full" in trainable:
-        return jax.tree.map(lambda x: x.astype(dtype), trainable["full"])
     params = dict(base)
     for name, pair in trainable["lora"].items():
         delta = jnp.einsum("lor,lri->loi", pair["b"], pair["a"])
@@ -77,17 +72,17 @@ def merge(base: Params, trainable: Params, dtype: Any = jnp.bfloat16) -> Params:
 
 
 def gains(params: Mapping[str, np.ndarray], scale: float) -> dict[str, np.ndarray]:
-    """Factor of each adapter, float32 [L]: `scale` for a weight of the usual size 1/sqrt(in).
+    """Returns the factor of each linear map's adapter, float32 [L].
 
-    SmolLM2's norms have small weights and its linear maps large ones, up to eight times the usual;
-    without the factor an adapter would learn that much more slowly.
+    The factor is `scale` for a weight of the usual size 1/sqrt(in). SmolLM2's linear maps are up to
+    eight times larger; with a common factor their adapters would learn more slowly.
     """
-    found = {}
+    factors = {}
     for name in LINEAR:
         weight = np.asarray(params[name], np.float32)
         size = np.sqrt(np.mean(weight * weight, axis=(1, 2)) * weight.shape[2])
-        found[name] = (scale * size).astype(np.float32)
-    return found
+        factors[name] = (scale * size).astype(np.float32)
+    return factors
 
 
 def _norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -109,11 +104,10 @@ def _linear(x: jax.Array, weight: jax.Array) -> jax.Array:
 def encode(
     params: Params, shape: Shape, tokens: jax.Array, lengths: jax.Array | None = None
 ) -> jax.Array:
-    """Hidden states after the final norm, [B, T, M]; every token attends to every other.
+    """Returns the hidden states after the final norm, [B, T, M]; attention is bidirectional.
 
-    lengths: int [B], tokens of each row that are attended to; all of them by default.
-
-    Everything but attention and the products themselves is recomputed in the backward pass.
+    lengths: int [B], valid tokens of each row; None: all.
+    The backward pass recomputes everything except attention and the matrix products.
     """
     x = params["embedding"][tokens]
     batch, length, width = x.shape
@@ -142,9 +136,8 @@ def encode(
     def block(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
         q, k, v = before(x, layer)
         out = jax.nn.dot_product_attention(
-            q, k, v, is_causal=shape.causal, implementation=shape.attention,
-            key_value_seq_lengths=lengths,
-        )  # fmt: skip
+            q, k, v, implementation=shape.attention, key_value_seq_lengths=lengths
+        )
         return after(x, out, layer), None
 
     layers = {name: params[name] for name in LINEAR + NORMS}
@@ -153,7 +146,7 @@ def encode(
 
 
 def head(params: Params, hidden: jax.Array) -> jax.Array:
-    """Logits of rows [..., M], float32; the embedding is the LM head."""
+    """Returns float32 logits [..., V] of hidden states [..., M]; the embedding is the LM head."""
     return jnp.einsum(
         "...m,vm->...v", hidden, params["embedding"], preferred_element_type=jnp.float32
     )

@@ -1,17 +1,17 @@
-"""What training says in many ways: names, sentences that tell their numbers, questions.
+"""Varied names, sentences and questions of the training data.
 
-Evaluation knows two unkeyed needles, the pass key and the number string, asked for in one wording
-(tasks.py). A model trained on those alone knows the question by heart: each of its words follows
-from the others, whatever the document says, and the likelihood of a question tells nothing about
-the document. Here the names are as varied as the keys are, and share their words with one another,
-so that only the document tells which word belongs to which.
+Evaluation has two unkeyed needles, the pass key and the number string, with one wording of the
+question (tasks.py). A model trained on these alone learns the question by heart, and its likelihood
+then says nothing about the document. Names here are as varied as keys, and they share words.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -21,85 +21,33 @@ from small_model.tasks import Encoder, Fact, Needle
 Name = tuple[str, ...]
 
 EVALUATED: tuple[Name, ...] = (("pass", "key"), ("number", "string"))
-_NATURAL = (
-    "access code", "account number", "alarm code", "area code", "badge number", "bank balance",
-    "barcode string", "batch number", "bill total", "boarding code", "booking number",
-    "cabin number", "call sign", "card number", "case number", "chapter count", "check digit",
-    "claim number", "code word", "control string", "country code", "customer number",
-    "delivery code", "deposit sum", "dial code", "digit string", "door code", "door key",
-    "draft number", "engine number", "entry code", "exam score", "file number", "final count",
-    "flight number", "garage code", "gate number", "guest count", "hotel key", "house number",
-    "index number", "invoice number", "key code", "key number", "lab value", "launch code",
-    "letter string", "licence key", "licence number", "locker code", "locker number",
-    "lottery number", "luggage code", "master key", "member number", "meter reading",
-    "mileage figure", "model number", "number code", "number plate", "number sequence",
-    "order number", "page count", "parcel number", "parking code", "pass code", "pass number",
-    "pass phrase", "patent number", "patient number", "phone number", "pin code", "plot number",
-    "policy number", "pressure value", "price figure", "product key", "project number",
-    "quiz score", "race time", "receipt number", "recovery key", "reference number",
-    "reset code", "route number", "safe code", "safe key", "sample number", "seat number",
-    "security key", "serial number", "serial string", "service tag", "session key", "shelf mark",
-    "spare key", "staff number", "station code", "stock level", "street number", "student number",
-    "table number", "target value", "tax code", "test score", "test string", "ticket number",
-    "track number", "train number", "unit price", "unlock code", "vault code", "vehicle number",
-    "version number", "visa number", "voucher code", "ward number", "water level", "zip code",
-)  # fmt: skip
-# Held-out words stay out of names as they stay out of keys. "pass" is one of them by its hash, but
-# belongs to a name that is in training anyway.
+# Names, sentences and questions: {X} is the name with the space before it, {N} the number. The first
+# pattern is InfiniteBench's form, the first question the evaluated wording.
+_DATA = json.loads(Path(__file__).with_name("phrases.json").read_text(encoding="utf-8"))
+PATTERNS, QUESTIONS, BLOCK_QUESTIONS = (
+    tuple(_DATA[name]) for name in ("patterns", "questions", "block_questions")
+)
+# Names have no held-out words, except "pass", which belongs to an evaluated name.
 NATURAL: tuple[Name, ...] = tuple(
     name
-    for name in (tuple(text.split()) for text in _NATURAL)
+    for name in (tuple(text.split()) for text in _DATA["names"])
     if not any(is_held_out(word) and word != "pass" for word in name)
 )
 _FIRST = tuple(sorted({name[0] for name in (*NATURAL, *EVALUATED)}))
 _HEADS = tuple(sorted({name[-1] for name in (*NATURAL, *EVALUATED)}))
 
-# {X} is the name with the space before it, {N} the number. Half of the needles have the first form,
-# InfiniteBench's.
-PATTERNS = (
-    " The{X} is {N}. Remember it. {N} is the{X}.",
-    " The{X} is {N}. Remember it. The{X} is {N}.",
-    " The{X} is {N}.",
-    " Note that the{X} is {N}.",
-    " Remember: the{X} is {N}.",
-    " {N} is the{X}; keep it in mind.",
-    " {N} is the{X}. Do not forget it.",
-    " By the way, the{X} is {N}.",
-    " The{X} has been set to {N}.",
-    " From now on the{X} is {N}, and no other.",
-    " For the{X} they wrote down {N}.",
+COMMON_SHARE = {"pattern": 0.5, "question": 0.7}  # share of the first entry of each list
+EVALUATED_SHARE = 0.03  # share of evaluated names; with more of them they are learned by heart
+RELATED_SHARE = (
+    0.22  # share of names that share a word with an evaluated one: "pass ...", "... string"
 )
-# The first wording is the evaluated one and stays the most common.
-QUESTIONS = (
-    "What is the{X}?",
-    "Tell me the{X}.",
-    "Which one is the{X}?",
-    "What does the document give as the{X}?",
-    "What did it say the{X} was?",
-    "Please give me the{X}.",
-    "Find the{X}.",
-    "Look for the{X} and repeat it.",
-    "Do you remember the{X}?",
-    "And the{X}?",
-)
-BLOCK_QUESTIONS = (
-    'What is the value of "{X}"?',
-    'Which value does "{X}" have?',
-    'Tell me the value of "{X}".',
-    'What does the document store for "{X}"?',
-    'Find the value for "{X}" and repeat it.',
-    'Look up "{X}".',
-)
-COMMON_SHARE = {"pattern": 0.5, "question": 0.7}  # of the first of each list
-EVALUATED_SHARE = 0.03  # of all names; more often would be by heart again
-RELATED_SHARE = 0.22  # names that share a word with an evaluated one: "pass ...", "... string"
-LOOKALIKE_SHARE = 0.35  # names that share a word with an earlier one of the document
+LOOKALIKE_SHARE = 0.35  # share of names with a word of an earlier name of the document
 
 
 def fill(template: str, subject: Sequence[str], digits: str = "") -> tuple[str, ...]:
-    """Pieces for the encoder: the template's text, with {X} and {N} put in piece by piece.
+    """Returns the template's pieces for the encoder, with {X} and {N} replaced.
 
-    Words are pieces of their own, so that the encoder's memory holds words and not whole names.
+    Each word is one piece, so that the encoder caches words and not names.
     """
     pieces: list[str] = []
     for part in re.split(r"(\{[XN]\})", template):
@@ -108,27 +56,27 @@ def fill(template: str, subject: Sequence[str], digits: str = "") -> tuple[str, 
 
 
 def _pick(rng: np.random.Generator, templates: Sequence[str], common: float) -> str:
-    """The first template with probability `common`, otherwise any of the others."""
+    """Draws the first template with probability `common`, otherwise one of the others."""
     return templates[0 if rng.random() < common else rng.integers(1, len(templates))]
 
 
 class Names:
-    """Draws distinct names of unkeyed needles for one document, two or three words each."""
+    """Draws distinct names of two or three words for the unkeyed needles of one document."""
 
     def __init__(self, words: Words, rng: np.random.Generator):
         self.words, self.rng = words, rng
-        self.used: list[Name] = []
+        self._drawn: list[Name] = []
 
     def draw(self) -> Name:
-        """A new name, perhaps with a word of an earlier one."""
+        """Draws a new name, in some cases with a word of an earlier name."""
         while True:
             name = self._draw()
-            if self.used and self.rng.random() < LOOKALIKE_SHARE:
-                earlier = self.used[self.rng.integers(len(self.used))]
+            if self._drawn and self.rng.random() < LOOKALIKE_SHARE:
+                earlier = self._drawn[self.rng.integers(len(self._drawn))]
                 first = self.rng.random() < 0.5
                 name = (earlier[0], *name[1:]) if first else (*name[:-1], earlier[-1])
-            if name not in self.used and len(set(name)) == len(name):
-                self.used.append(name)
+            if name not in self._drawn and len(set(name)) == len(name):
+                self._drawn.append(name)
                 return name
 
     def _draw(self) -> Name:
@@ -157,10 +105,10 @@ class Names:
 
 
 def named_needle(encode: Encoder, rng: np.random.Generator, name: Name, value: str) -> Needle:
-    """A sentence that tells a name's number, and its question; the answer is always one form.
+    """Makes a sentence that states a name's number, e.g. " The door code is 71432.".
 
-    " The door code is 71432." and the like; the answer is "The door code is 71432.", so that its
-    opening can be guessed from the question alone.
+    The answer always has the form "The door code is 71432.", so that the question determines its
+    opening.
     """
     subject = [f" {word}" for word in name]
     tokens = encode(*fill(_pick(rng, PATTERNS, COMMON_SHARE["pattern"]), subject, value))
@@ -170,22 +118,17 @@ def named_needle(encode: Encoder, rng: np.random.Generator, name: Name, value: s
 
 
 def reworded(rng: np.random.Generator, needle: Needle, templates: Sequence[str]) -> Needle:
-    """A needle of tasks.py with some of its questions in another wording of `templates`."""
+    """Rewords some questions of a needle of tasks.py; templates[0] is their present wording."""
     before, after = templates[0].split("{X}")
     facts = []
     for fact in needle.facts:
+        first, *subject, last = fact.question
+        if not first.startswith(before) or last != after:
+            text = "".join(fact.question)
+            raise ValueError(f"the question must read {before}...{after}, got {text!r}")
+        pieces = [piece for piece in (first.removeprefix(before), *subject) if piece]
         template = _pick(rng, templates, COMMON_SHARE["question"])
         if template != templates[0]:
-            question = fill(template, _subject(fact.question, before, after))
-            facts.append(dataclasses.replace(fact, question=question))
-        else:
-            facts.append(fact)
+            fact = dataclasses.replace(fact, question=fill(template, pieces))
+        facts.append(fact)
     return Needle(needle.tokens, tuple(facts))
-
-
-def _subject(question: Sequence[str], before: str, after: str) -> list[str]:
-    """The pieces between the question's opening and its end."""
-    if not question[0].startswith(before) or question[-1] != after:
-        raise ValueError(f"{''.join(question)!r} is not worded {before}...{after}")
-    pieces = [question[0].removeprefix(before), *question[1:-1]]
-    return [piece for piece in pieces if piece]

@@ -1,8 +1,7 @@
-"""Training sequences for the small model, before masking; numpy only, deterministic by seed.
+"""Makes training sequences before masking; deterministic by seed.
 
-Every sequence is exactly as long as its stage, so that no padding enters attention, and it is one
-plain document in one piece: the method that the model serves is training-free, so nothing here
-cuts a document into chunks or puts BOS anywhere but first.
+A sequence has exactly the stage's length, so that attention sees no padding. It is one document
+that starts with BOS. Nothing here chunks a document: the method is training-free.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from small_model.tasks import (
     question_pieces,
 )
 
-# Half of the dialogues begin with PREFIX, the others with one of these.
+# Half of the dialogues start with PREFIX, the others with one of these instructions.
 _INSTRUCTION = "Read the document and answer the question about it."
 _OTHER_INSTRUCTIONS = (
     "Answer the question with what the document says.",
@@ -39,20 +38,20 @@ _OTHER_INSTRUCTIONS = (
 )
 _NEXT_TURN = "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
 
-# Share of a dialogue's sequences with several questions; the rest has one, as in evaluation.
-MANY_SHARE = 0.65
-TEXT_SHARE = 0.25  # plain text in a batch
-# Dialogues of one question whose needle is not in the document. Only the question is predicted
-# there, from what else it says: words must be no surer than they are without evidence.
+MANY_SHARE = 0.65  # share of dialogues with several questions
+TEXT_SHARE = 0.25  # share of plain text in a batch
+# Share of dialogues with one question whose needle is missing. Only the question is predicted there:
+# its words must not become likelier without evidence.
 ABSENT_SHARE = 0.35
 CONTEXT, QUESTION, ANSWER = 0, 1, 2
+_TURN = 48  # estimated tokens of a question, its answer and their headers
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSequence:
-    """tokens: uint16 [T]. role: uint8 [T], CONTEXT, QUESTION or ANSWER.
+    """A training sequence. tokens: uint16 [T]. role: uint8 [T], CONTEXT, QUESTION or ANSWER.
 
-    kind: "text", "many" or "single" questions, or "absent": one that the document cannot answer.
+    kind: "text", "many" or "single" questions, or "absent": one without an answer in the document.
     """
 
     tokens: np.ndarray
@@ -66,7 +65,7 @@ class SequenceMaker:
     def __init__(self, corpora: Corpora, encode: Encoder, length: int):
         self.corpora, self.encode, self.length = corpora, encode, length
         self._texts = list(corpora.texts.values())
-        # Novels count in full, in either line layout; the Bible, as long as all of them, less.
+        # The Bible is as long as all novels together and counts less.
         sizes = [
             len(text.tokens) * (0.3 if name == "bible" else 1.0)
             for name, text in corpora.texts.items()
@@ -76,7 +75,7 @@ class SequenceMaker:
         self._prefixes = [encode(prefix) for prefix in (PREFIX, *instructions)]
 
     def text(self, rng: np.random.Generator) -> TrainingSequence:
-        """BOS and a stretch of a book."""
+        """Makes a sequence of BOS and a part of a book."""
         source = self._pick_text(rng).tokens
         start = int(rng.integers(0, len(source) - self.length + 2))
         bos = self._prefixes[0][:1]
@@ -84,7 +83,7 @@ class SequenceMaker:
         return TrainingSequence(tokens, np.zeros(self.length, np.uint8), "text")
 
     def dialogue(self, rng: np.random.Generator) -> TrainingSequence:
-        """A document with needles, then one question or many with their answers."""
+        """Makes a document with needles, then one or several questions with answers."""
         while True:
             many = bool(rng.random() < MANY_SHARE)
             needles, asked, source = self._many(rng) if many else self._single(rng)
@@ -108,7 +107,7 @@ class SequenceMaker:
     def _turns(
         self, rng: np.random.Generator, asked: Sequence[Fact], fill: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Questions and answers, tokens and roles; `fill` ends them with EOS, as a response is."""
+        """Returns tokens and roles of questions and answers; `fill` appends EOS to the last answer."""
         parts, roles = [], []
 
         def add(tokens: np.ndarray, role: int) -> None:
@@ -117,9 +116,9 @@ class SequenceMaker:
 
         for turn, fact in enumerate(asked):
             if turn > 0:
-                add(self.encode(_NEXT_TURN)[1:], CONTEXT)  # its <|eot_id|> closed the answer
+                add(self.encode(_NEXT_TURN)[1:], CONTEXT)  # the answer ends with <|eot_id|>
             add(self.encode(*question_pieces(fact, first=turn == 0)), QUESTION)
-            add(self.encode(QUERY_END), QUESTION)  # scoring masks the template's tokens too
+            add(self.encode(QUERY_END), QUESTION)  # scoring masks the template too
             add(np.append(self.encode(*fact.answer), self.encode.eot), ANSWER)
         if fill:
             last, filled = len(parts[-1]), RESPONSE_LENGTH
@@ -132,7 +131,7 @@ class SequenceMaker:
         return self._texts[rng.choice(len(self._texts), p=self._shares)]
 
     def _value(self, rng: np.random.Generator, usual: int) -> str:
-        """A number, of the usual count of digits in half of the cases."""
+        """Draws a number, in half of the cases with `usual` digits."""
         return number(rng, usual if rng.random() < 0.5 else int(rng.integers(4, 11)))
 
     def _keyed(self, rng: np.random.Generator, keys: Keys, attribute: str) -> Needle:
@@ -156,9 +155,9 @@ class SequenceMaker:
         return named_needle(self.encode, rng, names.draw(), self._value(rng, usual))
 
     def _single(self, rng: np.random.Generator) -> tuple[list[Needle], list[Fact], Text]:
-        """Needles of one kind, one question, and the text to hide them in."""
+        """Draws needles of one kind, one question and a text."""
         keys, kind, source = Keys(self.corpora, rng), rng.random(), self._pick_text(rng)
-        fits = max((self.length - 160) // 24, 2)  # needles that leave some room for text
+        fits = max((self.length - 160) // 24, 2)  # needles that leave room for text
         if kind < 0.35:
             names = Names(self.corpora.words, rng)
             count = 1 if rng.random() < 0.4 else int(rng.integers(2, 10))
@@ -176,23 +175,13 @@ class SequenceMaker:
         return needles, [facts[rng.integers(len(facts))]], source
 
     def _many(self, rng: np.random.Generator) -> tuple[list[Needle], list[Fact], Text]:
-        """Needles of mixed kinds up to a share of the sequence, most of them asked about."""
+        """Draws needles of mixed kinds for a share of the sequence, questions about most, and a text."""
         keys, names = Keys(self.corpora, rng), Names(self.corpora.words, rng)
         budget = (self.length - 64) * rng.uniform(0.35, 0.9)
         asking, alike, blocks = rng.uniform(0.5, 1.0), rng.random() < 0.5, rng.uniform(0.0, 0.6)
         named = rng.uniform(0.0, 0.7)
         needles: list[Needle] = []
         asked: list[Fact] = []
-
-        def admit(needle: Needle, chosen: list[Fact]) -> bool:
-            nonlocal budget
-            turn = 48  # tokens of a question, its answer and their headers
-            budget -= len(needle.tokens) + turn * len(chosen)
-            if budget < 0 and asked:
-                return False
-            needles.append(needle)
-            asked.extend(chosen)
-            return True
 
         while budget > 0 or not asked:
             if rng.random() < named:
@@ -202,8 +191,12 @@ class SequenceMaker:
             else:
                 place = 0 if alike else rng.integers(len(ATTRIBUTES))
                 needle = self._keyed(rng, keys, ATTRIBUTES[place])
-            if not admit(needle, [fact for fact in needle.facts if rng.random() < asking]):
+            chosen = [fact for fact in needle.facts if rng.random() < asking]
+            budget -= len(needle.tokens) + _TURN * len(chosen)
+            if budget < 0 and asked:
                 break
+            needles.append(needle)
+            asked.extend(chosen)
         order, turns = rng.permutation(len(needles)), rng.permutation(len(asked))
         shuffled = [needles[place] for place in order]
         return shuffled, [asked[place] for place in turns], self._pick_text(rng)

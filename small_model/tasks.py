@@ -1,8 +1,7 @@
-"""Retrieval tasks: needles hidden in long text, their questions and their answers.
+"""Makes retrieval tasks: needles hidden in long text, with questions and answers.
 
-A prompt is `prefix + context + query`, token ids of each tokenised apart, exactly as the command
-line does: PREFIX, the document, and QUERY around the question. The response is the answer, which
-repeats the needle's wording, then <|eot_id|>, then EOS filling.
+A prompt is `prefix + context + query`, token ids of parts that are tokenized separately. The
+response is the answer, which repeats the needle's wording, then <|eot_id|>, then EOS.
 """
 
 from __future__ import annotations
@@ -21,50 +20,51 @@ PREFIX = (
     "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n"
     "Read the document and answer the question about it.\n\n"
 )
-# The answer's turn follows the question: LLaDA's chat template, cut where the document ends.
+# LLaDA's chat template after the document: the question, then the header of the answer.
 QUERY_START = "\n\n"
 QUERY_END = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 RESPONSE_LENGTH = 32
 
 Task = Literal["passkey", "number_string", "magic_number", "key_value"]
 TASKS: tuple[Task, ...] = ("passkey", "number_string", "magic_number", "key_value")
+UNKEYED = {"passkey": ("pass key", 5), "number_string": ("number string", 10)}  # name, digits
 DISTRACTORS = 8  # other magic numbers in a document of that task
 BLOCKS, BLOCK_ITEMS = 4, 8  # key-value blocks of a document, and items in each
 
-# What a keyed needle tells, with its preposition. Evaluation asks for the first.
+# Subjects of keyed needles. Evaluation uses the first.
 ATTRIBUTES = (
-    "magic number for", "access code for", "secret code of", "serial number of",
-    "lucky number of", "room number of", "ticket number of", "phone number of",
-)  # fmt: skip
+    *("magic number for", "access code for", "secret code of", "serial number of"),
+    *("lucky number of", "room number of", "ticket number of", "phone number of"),
+)
 
 
 class Encoder:
-    """Text to token ids, remembering short pieces: uint16, or int32 where the vocabulary is larger.
+    """Encodes text to token ids and caches the ids of each piece.
 
-    Byte-level BPE never merges across words, punctuation or digits, so that text cut there
-    encodes piece by piece to what the whole would.
+    Byte-level BPE never merges across words, punctuation or digits. Pieces that end there encode
+    to the same ids as the joined text.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.dtype = token_dtype(tokenizer)
-        self._known: dict[str, list[int]] = {}
+        self._cache: dict[str, list[int]] = {}
         self.eos, self.eot, self.mask = (
             tokenizer.token_to_id(text) for text in ("<|endoftext|>", "<|eot_id|>", "<|mdm_mask|>")
         )
 
     def __call__(self, *pieces: str) -> np.ndarray:
+        """Returns the ids of the joined pieces, [n] of `token_dtype`."""
         ids: list[int] = []
         for piece in pieces:
-            known = self._known.get(piece)
-            if known is None:
-                known = self.tokenizer.encode(piece, add_special_tokens=False).ids
-                self._known[piece] = known
-            ids += known
+            if piece not in self._cache:
+                encoded = self.tokenizer.encode(piece, add_special_tokens=False)
+                self._cache[piece] = encoded.ids
+            ids += self._cache[piece]
         return np.array(ids, self.dtype)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text up to the end of the turn, special tokens left out."""
+        """Decodes up to the first EOS or <|eot_id|>, without special tokens."""
         ids = [int(index) for index in ids]
         stops = [place for place, index in enumerate(ids) if index in (self.eos, self.eot)]
         return self.tokenizer.decode(ids[: stops[0]] if stops else ids)
@@ -72,9 +72,9 @@ class Encoder:
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """What can be asked about a needle. question and answer: pieces of text for the encoder.
+    """A fact that a question asks for.
 
-    start, end: the fact's tokens inside its needle.
+    question, answer: pieces of text for the encoder. start, end: token span within the needle.
     """
 
     question: tuple[str, ...]
@@ -86,7 +86,7 @@ class Fact:
 
 @dataclasses.dataclass(frozen=True)
 class Needle:
-    """Tokens to hide in a document, and the facts that they tell."""
+    """Tokens to hide in a document, and the facts that they state."""
 
     tokens: np.ndarray
     facts: tuple[Fact, ...]
@@ -94,48 +94,46 @@ class Needle:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A haystack with its needles. spans[i]: start and end of needle i in `tokens`."""
+    """A text with needles. spans[i]: start and end of needle i in `tokens`."""
 
     tokens: np.ndarray
     spans: tuple[tuple[int, int], ...]
 
 
 def number(rng: np.random.Generator, digits: int) -> str:
-    """A random number of that many digits, the first not zero."""
+    """Draws a number of `digits` digits; the first is not zero."""
     values = rng.integers(0, 10, digits)
     values[0] = rng.integers(1, 10)
     return "".join(map(str, values))
 
 
 class Keys:
-    """Draws distinct keys (adjective, noun) from one side of the corpora's words."""
+    """Draws distinct keys (adjective, noun) from the words of the corpora."""
 
     def __init__(self, corpora: Corpora, rng: np.random.Generator):
         self.words, self.rng = corpora.words, rng
-        self.used: set[tuple[str, str]] = set()
-        self._order: list[tuple[str, str]] = []
+        self._drawn: list[tuple[str, str]] = []
 
     def draw(self, lookalike: float = 0.0) -> tuple[str, str]:
-        """A new key; with probability `lookalike` it shares a word with an earlier one."""
+        """Draws a new key; with probability `lookalike` it shares a word with an earlier key."""
         while True:
             adjective, noun = (
                 side[self.rng.integers(len(side))]
                 for side in (self.words.adjectives, self.words.nouns)
             )
-            if self._order and lookalike and self.rng.random() < lookalike:
-                earlier = self._order[self.rng.integers(len(self._order))]
+            if self._drawn and lookalike and self.rng.random() < lookalike:
+                earlier = self._drawn[self.rng.integers(len(self._drawn))]
                 if self.rng.random() < 0.5:
                     adjective = earlier[0]
                 else:
                     noun = earlier[1]
-            if (adjective, noun) not in self.used:
-                self.used.add((adjective, noun))
-                self._order.append((adjective, noun))
+            if (adjective, noun) not in self._drawn:
+                self._drawn.append((adjective, noun))
                 return adjective, noun
 
 
 def unkeyed_needle(encode: Encoder, name: str, value: str) -> Needle:
-    """InfiniteBench's form: " The pass key is 71432. Remember it. 71432 is the pass key."."""
+    """Makes InfiniteBench's " The pass key is 71432. Remember it. 71432 is the pass key."."""
     first, digits = (f" The {name} is ",), tuple(value)
     tokens = encode(*first, *digits, ". Remember it. ", *digits, f" is the {name}.")
     answer = (f"The {name} is ", *digits, ".")
@@ -146,7 +144,7 @@ def unkeyed_needle(encode: Encoder, name: str, value: str) -> Needle:
 def keyed_needle(
     encode: Encoder, attribute: str, key: tuple[str, str], value: str, *, is_word: bool = False
 ) -> Needle:
-    """A sentence like "The magic number for amber-fox is 4839201."; the value may be a word."""
+    """Makes "The magic number for amber-fox is 4839201."; the value may be a word."""
     middle = (f" {key[0]}", "-", key[1])
     tail = (" is", f" {value}", ".") if is_word else (" is ", *value, ".")
     tokens = encode(f" The {attribute}", *middle, *tail)
@@ -156,10 +154,10 @@ def keyed_needle(
 
 
 def block_needle(encode: Encoder, items: Sequence[tuple[tuple[str, str], str]]) -> Needle:
-    """A JSON object: ' {"amber-fox": "4839201", ...}'."""
+    """Makes a JSON object: ' {"amber-fox": "4839201", ...}'."""
     parts, facts, length = [], [], 0
     for place, (key, value) in enumerate(items):
-        # Runs of punctuation are one word to the tokenizer: '",' must not be cut.
+        # The tokenizer treats a run of punctuation as one word: '",' must stay one piece.
         opening = ' {"' if place == 0 else ' "'
         closing = '"}' if place == len(items) - 1 else '",'
         tokens = encode(opening, key[0], "-", key[1], '":', ' "', *value, closing)
@@ -179,18 +177,22 @@ def bury(
     *,
     fixed: tuple[int, float] | None = None,
 ) -> Document:
-    """`length` tokens: a random stretch of `text`, the needles in random places, in their order.
+    """Hides needles at random positions of a random part of `text`.
 
-    Needles stand after a sentence's end where the stretch has one behind the place drawn. fixed:
-    number of a needle, and the share of the stretch that goes before it; the others stay where
-    they were drawn.
+    A needle moves to the next end of a sentence if the part has one after its position.
+
+    Args:
+        length: tokens of the document, needles included.
+        fixed: (index of a needle, share of the text before it) sets one position.
     """
     room = length - sum(len(needle.tokens) for needle in needles)
     if room < 0:
-        raise ValueError(f"{length} tokens cannot hold the needles, {-room} too few")
+        raise ValueError(
+            f"length must be at least {length - room} to hold the needles, got {length}"
+        )
     tokens = text.tokens
     if len(tokens) < room:
-        raise ValueError(f"the text has {len(tokens)} tokens, {room} are needed")
+        raise ValueError(f"the text must have at least {room} tokens, got {len(tokens)}")
     start = int(rng.integers(0, len(tokens) - room + 1))
     places = np.sort(rng.integers(0, room + 1, len(needles)))
     if fixed is not None:
@@ -210,9 +212,10 @@ def bury(
 
 
 class Example(TypedDict):
-    """An evaluation example; `answer` is the value that the response must name first.
+    """An evaluation example.
 
-    needle_span: start and end of the asked fact's tokens within `context`.
+    answer: the value that must be the first number of the response. needle_span: start and end of
+    the asked fact's tokens in `context`.
     """
 
     prefix: list[int]
@@ -235,12 +238,15 @@ def make_example(
     haystack: Haystack = "auto",
     depth: float | None = None,
 ) -> Example:
-    """An example whose prompt and 32 response tokens together are exactly `n_tokens`.
+    """Makes an example of a task, deterministic by seed.
 
-    corpora: the held-out side. haystack: "text" is the held-out texts, "noise" InfiniteBench's
-    repeated sentences; "auto" takes noise for every other pass key and number string (by seed).
-    The asked needle's place is uniform over the document, as are the others'; depth: it stands at
-    this share of the text instead, 0 the beginning and 1 the end (of "key_value": its block does).
+    Args:
+        n_tokens: tokens of the prompt and of the 32 response slots together.
+        corpora: the held-out side.
+        haystack: "text" hides the needles in the held-out texts, "noise" in InfiniteBench's repeated
+            sentences. "auto" takes noise for pass keys and number strings with an even seed.
+        depth: share of the text before the asked needle (for "key_value": before its block), 0 to
+            1. None draws its position uniformly, like the others'.
     """
     if depth is not None and not 0 <= depth <= 1:
         raise ValueError(f"depth must lie in [0, 1], got {depth}")
@@ -248,10 +254,9 @@ def make_example(
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
     rng = np.random.default_rng([TASKS.index(task), n_tokens, seed])
     keys = Keys(corpora, rng)
-    if task == "passkey":
-        needles = [unkeyed_needle(encode, "pass key", number(rng, 5))]
-    elif task == "number_string":
-        needles = [unkeyed_needle(encode, "number string", number(rng, 10))]
+    if task in UNKEYED:
+        name, digits = UNKEYED[task]
+        needles = [unkeyed_needle(encode, name, number(rng, digits))]
     elif task == "magic_number":
         needles = [
             keyed_needle(encode, ATTRIBUTES[0], keys.draw(), number(rng, 7))
@@ -266,9 +271,7 @@ def make_example(
     fact = needles[asked].facts[int(rng.integers(len(needles[asked].facts)))]
     prefix = encode(PREFIX)
     query = encode(*question_pieces(fact, first=True), QUERY_END)
-    noisy = haystack == "noise" or (
-        haystack == "auto" and task in ("passkey", "number_string") and seed % 2 == 0
-    )
+    noisy = haystack == "noise" or (haystack == "auto" and task in UNKEYED and seed % 2 == 0)
     texts = list(corpora.texts.values())
     sizes = np.array([len(text.tokens) for text in texts], float)
     text = corpora.noise if noisy else texts[rng.choice(len(texts), p=sizes / sizes.sum())]
@@ -286,16 +289,16 @@ def make_example(
 
 
 def question_pieces(fact: Fact, *, first: bool) -> tuple[str, ...]:
-    """The question as it follows the document (first), or as a later turn of its own."""
+    """Returns the question's pieces; the first question of a dialogue follows the document."""
     return (QUERY_START + fact.question[0], *fact.question[1:]) if first else fact.question
 
 
 def is_right(answer: str, response: str) -> bool:
-    """Exact match: the first number in the response's text is the value asked for."""
-    found = re.search(r"\d+", response)
-    return found is not None and found.group() == answer
+    """Returns whether the first number in the response's text is `answer`."""
+    match = re.search(r"\d+", response)
+    return match is not None and match.group() == answer
 
 
 def score(encode: Encoder, answer: str, response_ids: Sequence[int] | np.ndarray) -> bool:
-    """`is_right` for token ids."""
+    """Returns `is_right` for the response's token ids."""
     return is_right(answer, encode.decode(response_ids))

@@ -2,7 +2,7 @@
 
 from typing import NoReturn
 
-from convert import converted
+from convert.__main__ import converted
 from pdllm_jax import cli
 from pdllm_jax.cli.errors import leave
 

@@ -98,8 +98,8 @@ def _choose(
     for name, option in options.items():
         if option is not ...:
             field = _OPTIONS[kind][name]
-            require(field in fields, f"{kind} {value.name!r} has no option {name}")
-            changes[field] = option
+            if field in fields:  # other scorers ignore it, as flat settings always were
+                changes[field] = option
     return dataclasses.replace(value, **changes) if changes else value  # type: ignore[type-var]
 
 

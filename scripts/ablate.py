@@ -3,7 +3,7 @@
 
   scripts/ablate.py run [CHECKPOINT] --out DIR [--grid main depth ...] [--time-limit SECONDS]
   scripts/ablate.py run --out DIR --quick                on a CPU, in minutes
-  scripts/ablate.py report DIR/ablation.json             docs/results.md, README's part, pictures
+  scripts/ablate.py report DIR/ablation.json             docs/results.md and pictures
 
 `run` answers the same examples under every setting of the grids and records each answer in
 DIR/records.jsonl. The same command goes on where it stopped, even if it was killed. It ends by
@@ -77,7 +77,6 @@ def parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("report", help="write up a run")
     sub.add_argument("record", type=Path, help="ablation.json")
     sub.add_argument("--results", type=Path, default=ROOT / "docs" / "results.md")
-    sub.add_argument("--readme", type=Path, default=ROOT / "README.md")
     sub.add_argument("--pictures", type=Path, default=ROOT / "docs" / "pictures")
     return p
 
@@ -230,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "report":
         from experiments.report import write_report
 
-        return status(lambda: write_report(args.record, args.results, args.readme, args.pictures))
+        return status(lambda: write_report(args.record, args.results, args.pictures))
     return status(lambda: run_command(args))
 
 

@@ -8,7 +8,7 @@ scripts/generate.py in one process. Exit status 2 and one line on bad input: a s
 damaged, or of another model, dtype, RoPE setting, tokenizer or version.
 """
 
-from convert import converted
+from convert.__main__ import converted
 from pdllm_jax.cli.commands import run
 from pdllm_jax.cli.errors import leave
 

@@ -15,7 +15,7 @@ documents that it encodes in a folder, and finds them there again.
 --stream writes every block of the answer to stdout as soon as it is finished.
 """
 
-from convert import converted
+from convert.__main__ import converted
 from pdllm_jax.cli.commands import run
 from pdllm_jax.cli.errors import leave
 

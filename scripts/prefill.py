@@ -14,7 +14,7 @@ selection and decoding flags are not used. Exit status 2 and one line on bad inp
 import signal
 import sys
 
-from convert import converted
+from convert.__main__ import converted
 from pdllm_jax.cli.commands import run
 from pdllm_jax.cli.errors import leave
 

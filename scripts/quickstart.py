@@ -31,7 +31,7 @@ from pdllm_jax import (
     load_model,
 )
 from pdllm_jax.compilation import cache_folder, enable_compilation_cache
-from pdllm_jax.storage.checkpoint import MANIFEST
+from pdllm_jax.storage.manifest import MANIFEST
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "examples" / "persuasion.txt"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pdllm_jax.cli import commands
 from pdllm_jax.debug import _look_into, find_nonfinite, find_nonfinite_leaf
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.rope import rotation
@@ -80,7 +81,7 @@ def test_the_command_line_says_where(tmp_path, monkeypatch, capsys):
     )
     (tmp_path / "model").mkdir()
     made = MaskPredictor(ModelConfig.tiny(), rngs=nnx.Rngs(0))
-    monkeypatch.setattr(generate, "load", lambda args: (made, tmp_path / "model"))
+    monkeypatch.setattr(commands, "load", lambda args, folder: made)
     command = [
         "--prompt-ids", prompt, "--method", "plain", "--gen-length", 2, "--check-nan",
     ]  # fmt: skip

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import runpy
 import shlex
 
-import numpy as np
 import pytest
 
+from convert.__main__ import main as convert_main
+from pdllm_jax import cli
 from tests.conftest import ROOT
 
 # Made of records by scripts, without code.
@@ -43,23 +43,20 @@ def test_the_example_loop_ends_inside_a_block(capsys):
 
 
 def test_the_readme_does_what_it_says(make_checkpoint, tmp_path, monkeypatch, capsys):
-    """Its commands for a checkpoint of one's own, with a tiny one, and its code on the result."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    """Runs README's commands on a tiny checkpoint, then its code on the result."""
     monkeypatch.setenv("PDLLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    made = make_checkpoint(n_kv_heads=2, tokenizer=True, max_sequence_length=4096).folder
-    made.rename(tmp_path / "LLaDA-8B-Instruct")
-    (tmp_path / "book.txt").write_text("It is a truth universally acknowledged. " * 30)
+    source = make_checkpoint(n_kv_heads=2, tokenizer=True, max_sequence_length=4096).folder
+    source.rename(tmp_path / "LLaDA-8B-Instruct")
+    book = "It is a truth universally acknowledged. " * 30
+    (tmp_path / "book.txt").write_text(book)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^    \.venv/bin/python scripts/(\w+)\.py (.*llada-8b .*)$", text, re.M)
-    assert [script for script, _ in commands][:2] == ["convert_checkpoint", "generate"]
-    for script, arguments in commands[:2]:
-        assert importlib.import_module(script).main(shlex.split(arguments)) == 0, script
+    commands = dict(re.findall(r"^    (pdllm\S*) (.*llada-8b.*)$", text, re.M))
+    assert convert_main(shlex.split(commands["pdllm-convert"])) == 0
+    assert cli.main(shlex.split(commands["pdllm"])) == 0
     assert "evaluations: " in capsys.readouterr().out
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    draw = np.random.default_rng(0).integers
-    names = {"prefix_ids": draw(0, 40, 5), "context_ids": draw(0, 40, 1100)}
-    names["query_ids"] = draw(0, 40, 7)
+    names: dict[str, object] = {"context": book}
     exec(compile(block, "README.md", "exec"), names)
-    assert names["state"].block.tolist() == [1]
-    assert names["prompt"].chunk_lengths.sum() == 1100 + 2  # anchors
+    first, second = names["answer"], names["answers"][0]
+    assert first.tokens == second.tokens  # one process or two phases: the same answer

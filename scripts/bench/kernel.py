@@ -224,7 +224,7 @@ def reference(q, k, v, ids, lengths) -> jax.Array:
     """Returns the output in float32, from q with or without a slot axis and one layer's pool."""
     q = q if q.ndim == 5 else q[:, None]
     q = jnp.broadcast_to(q, (*ids.shape, *q.shape[2:])).astype(jnp.float32)
-    return chunk_attention_reference(q, k, v, ids, lengths, q.shape[-1] ** -0.5).out
+    return chunk_attention_reference(q, k[None], v[None], 0, ids, lengths, q.shape[-1] ** -0.5).out
 
 
 def run_case(ready: Prepared, repeats: int, copied: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from bench import pictures
 from bench.pages import between, relative, replace
 from bench.record import ROOT
-from bench.tables import REQUESTS, SECTIONS, STEP, Record, Section, conditions
+from bench.tables import REQUESTS, SECTIONS, Record, Section, conditions
 
 BEGIN, END = "<!-- speed: made by scripts/benchmark.py report -->", "<!-- end of speed -->"
 PAGE = ROOT / "docs" / "performance.md"
@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
         if source in records:
             target = args.pictures / f"{name}.png"
             draw(records[source]).savefig(target, dpi=110, metadata={"Software": None})
-    for page, sections in ((args.page, SECTIONS), (args.readme, (REQUESTS, STEP))):
+    for page, sections in ((args.page, SECTIONS), (args.readme, (REQUESTS,))):
         level = "##" if page == args.page else "###"
         part = "\n".join(_part(sections, records, level, relative(args.pictures, page)))
         replace(page, between(texts[page], BEGIN, END, part + "\n", page))

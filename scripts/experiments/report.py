@@ -1,4 +1,4 @@
-"""Writes docs/results.md, README's part and the pictures; every number is of the run's JSON."""
+"""Writes docs/results.md and the pictures; every number is of the run's JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.pages import between, relative, replace
+from bench.pages import relative, replace
 
 from experiments.grids import Cell
 from experiments.plots import draw_all
@@ -15,7 +15,6 @@ from experiments.summary import MEASUREMENTS
 
 Record = Mapping[str, Any]
 Arm = tuple[Mapping[str, Any], Mapping[str, Any]]  # an arm's comparison, and its group
-BEGIN, END = "<!-- ablation: made by scripts/ablate.py report -->", "<!-- end of ablation -->"
 
 # Checks that the page lists also where they hold.
 _LISTED = ("accuracy is recall", "recall is K/N", "K = N", "no answer")
@@ -62,18 +61,14 @@ LIMITS = """\
 """
 
 
-def write_report(source: Path, results: Path, readme: Path, pictures: Path) -> int:
-    """Writes all three. Raises ValueError where README has no place marked for its part."""
+def write_report(source: Path, results: Path, pictures: Path) -> int:
+    """Writes the page and its pictures."""
     record = read_json(source, ValueError)
     if not record.get("cells"):
         raise ValueError(f"{source} holds no cells")
-    text = readme.read_text(encoding="utf-8")
-    between(text, BEGIN, END, "", readme)  # before anything is written
     drawn = draw_all(record, pictures)
-    part = readme_part(record, drawn, relative(pictures, readme), relative(results, readme))
     replace(results, results_page(record, drawn, relative(pictures, results), source.name))
-    replace(readme, between(text, BEGIN, END, part, readme))
-    print(f"{results}, {readme} and {len(drawn)} pictures in {pictures}")
+    print(f"{results} and {len(drawn)} pictures in {pictures}")
     return 0
 
 
@@ -277,27 +272,3 @@ def results_page(record: Record, drawn: Sequence[str], pictures: str, source: st
     ]
     lines += table(("check", "examples", "found", "result"), rows) if rows else []
     return "\n".join(lines).rstrip() + "\n"
-
-
-def readme_part(record: Record, drawn: Sequence[str], pictures: str, results: str) -> str:
-    """Returns the main comparison and the heat map, with a link to the rest."""
-    facts = "; ".join(f"{name} {value}" for name, value in conditions(record) if name != "notes")
-    lines = [f"**Ablations** (`{record['command']}`; everything is in `{results}`): {facts}.", ""]
-    name = next((n for n in ("main", "quick") if record["grids"].get(n)), None)
-    rows = []
-    for group in record["grids"][name]["groups"] if name else ():
-        over = over_text(group)
-        titles = [(f"**top K**{', ' if over else ''}{over}", group["reference"], None)]
-        titles += [(arm["label"], arm["cell"], arm) for arm in group["arms"]]
-        for title, key, arm in titles:
-            if (cell := record["cells"].get(key)) is not None:
-                flops = f"{cell['flops']['total'] / 1e12:.2f}" if cell["flops"] else "-"
-                told = [percent(cell["accuracy"]), percent(cell["recall"]), difference(arm), flops]
-                rows.append([title, *told])
-    if rows:
-        head = ("setting", "accuracy, %", "recall, %", "less top K, points", "TFLOP")
-        lines += table(head, rows)
-    for picture in ("needle_heat_map", "accuracy_by_depth"):
-        if picture in drawn:
-            lines += [f"![{CAPTIONS[picture]}]({pictures}/{picture}.png)", ""]
-    return "\n".join(lines)

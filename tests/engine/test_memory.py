@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
 from pathlib import Path
 
 import jax
@@ -25,8 +24,8 @@ from pdllm_jax import (
     encode_document,
     plan_memory,
 )
-from pdllm_jax.deprecated import ask_ids, encode_text, generate_batch_ids, generate_ids
-from pdllm_jax.engine import engine, memory
+from pdllm_jax.deprecated import ask_ids, generate_batch_ids, generate_ids
+from pdllm_jax.engine import answer, engine, memory
 from pdllm_jax.engine import request as prefilled
 from pdllm_jax.engine.memory import require_memory
 from pdllm_jax.method.chunking import chunk_prompt
@@ -64,7 +63,8 @@ def tiny_plan(document: int = 90, **settings):
 
 def settings_of(kind, row):
     """Settings as a record writes them."""
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+    make = getattr(kind, "from_flat", kind)
+    return make(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
 
 
 @pytest.mark.parametrize("row", RECORD["rows"], ids=lambda row: row["setting"])
@@ -140,7 +140,7 @@ def test_results_are_as_large_as_the_arrays_of_an_answer(model, monkeypatch, nam
         return seen["state"]
 
     monkeypatch.setattr(prefilled, "init_denoise", spy)
-    monkeypatch.setattr(engine, "decode", lambda model, cache, state, *_, **__: state)
+    monkeypatch.setattr(answer, "denoise_blocks", lambda model, cache, state, *_, **__: state)
     settings = {"selection": selecting, "decode": decode}
     generate_ids(model, *request_of(), chunking=CHUNKS, **settings)
     plan = tiny_plan(**settings)
@@ -271,10 +271,8 @@ def test_an_answer_that_does_not_fit_is_refused_before_anything_runs(model, monk
     assert "'prefilling'" in refused(generate_ids, model, *request, method="plain", **settings)
     del settings["chunking"]
     refused(ask_ids, model, cache, [request[2]], **settings)
-    words = types.SimpleNamespace(
-        around_document=lambda *_: (request[0], request[2]), encode=lambda _: request[1], bos_id=253
-    )
-    message = refused(encode_text, model, words, "text", chunking=CHUNKS, memory_limit=1000)
+    small = engine.Engine(model, chunking=CHUNKS, memory_limit=1000)
+    message = refused(small.encode, request[1], prefix=request[0])
     assert "encode document" in message
 
 

@@ -465,23 +465,15 @@ def test_pictures_show_the_jsons_values(record):
 
 def test_a_report_is_made_of_the_json_alone(record, tmp_path):
     pytest.importorskip("matplotlib")
-    readme, results = tmp_path / "README.md", tmp_path / "docs" / "results.md"
+    results = tmp_path / "docs" / "results.md"
     results.parent.mkdir()
     source = tmp_path / "ablation.json"
     source.write_text(json.dumps(record))
-    readme.write_text("before\n")
-    with pytest.raises(ValueError, match="exactly one place"):
-        report.write_report(source, results, readme, tmp_path / "docs" / "pictures")
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.write_report(source, results, readme, tmp_path / "docs" / "pictures")
-    text, part = results.read_text(), readme.read_text()
-    assert part.startswith(f"before\n{report.BEGIN}\n")
-    assert part.endswith(f"{report.END}\nafter\n")
-    assert "old" not in part
+    report.write_report(source, results, tmp_path / "docs" / "pictures")
+    text = results.read_text()
     for name in report.CAPTIONS:
         assert (tmp_path / "docs" / "pictures" / f"{name}.png").stat().st_size > 5_000
         assert f"](pictures/{name}.png)" in text
-    assert "](docs/pictures/needle_heat_map.png)" in part
     cell = record["cells"][Cell().key]
     value, low, high = (100 * x for x in cell["accuracy"][:3])
     assert f"{value:.1f} [{low:.1f}, {high:.1f}]" in text
@@ -496,11 +488,6 @@ def test_a_report_is_made_of_the_json_alone(record, tmp_path):
     assert text.count("**FAILS**") == 0
     failing = {**record, "checks": [{**record["checks"][0], "ok": False}]}
     assert "**FAILS**" in report.results_page(failing, [], "pictures", "x.json")
-
-
-def test_the_readme_has_a_place_for_its_part():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text.count(report.BEGIN) == text.count(report.END) == 1
 
 
 def test_what_was_not_run_is_said(record):

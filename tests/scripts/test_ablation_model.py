@@ -197,7 +197,7 @@ def test_flops_are_the_products_of_the_traced_programs(model, change):
     def traced(function, *args, **kwargs):
         return matmul_flops(jax.make_jaxpr(lambda *a: function(*a, **kwargs))(*args).jaxpr)
 
-    if config.scorer == "draft":
+    if config.scorer.name == "draft":
         found["draft"] = traced(lambda m, p: draft_response(m, p, config), model, prompt)
         draft = jax.eval_shape(lambda: draft_response(model, prompt, config))
         draft = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), draft)
@@ -292,7 +292,6 @@ def test_the_command_line_with_two_processes(make_checkpoint, tmp_path, monkeypa
     pytest.importorskip("matplotlib")
     pytest.importorskip("wonderwords")
     import ablate
-    from experiments import report
 
     monkeypatch.setenv("PDLLM_CACHE", str(tmp_path / "cache"))
     checkpoint = make_checkpoint(n_kv_heads=2, tokenizer=True, max_sequence_length=1024).folder
@@ -310,9 +309,7 @@ def test_the_command_line_with_two_processes(make_checkpoint, tmp_path, monkeypa
     assert {cell["examples"] for cell in record["cells"].values()} == {2}
     assert len(record["order"]["rows"]) == 4
     assert ablate.main(command) == 0
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
-    places = ["--results", str(tmp_path / "results.md"), "--readme", str(readme)]
+    places = ["--results", str(tmp_path / "results.md")]
     source = str(tmp_path / "run" / "ablation.json")
     assert ablate.main(["report", source, *places, "--pictures", str(tmp_path / "pictures")]) == 0
     assert (tmp_path / "pictures" / "denoising_order.png").exists()

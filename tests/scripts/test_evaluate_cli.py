@@ -252,7 +252,7 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
         ),
         ([folder, "infinitebench", data, "--out", tmp_path / "o", "--top-k", 0], "top_k"),
         ([folder, "infinitebench", data], "--out"),
-        ([tmp_path / "none", "infinitebench", data, "--out", tmp_path / "o"], "is not a folder"),
+        ([tmp_path / "none", "infinitebench", data, "--out", tmp_path / "o"], "is not a directory"),
         ([folder, "needle", data, "--out", tmp_path / "o"], r"no .txt file"),
         ([folder, "generated", data, "--out", tmp_path / "o"], "tokenizer.json is missing"),
         ([folder, "generated", other, "--out", tmp_path / "o"], "another tokenizer"),

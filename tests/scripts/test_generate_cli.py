@@ -54,9 +54,7 @@ def test_what_does_not_fit_is_refused_in_one_line(checkpoint, tmp_path, capsys, 
     )  # fmt: skip
     assert (status, out) == (2, "")
     line = err.splitlines()[-1]
-    assert re.match(
-        r"error: phase '\w+' would take \d+\.\d\d GB, the device gives 0\.00 GB; ", line
-    )
+    assert re.match(r"error: phase '\w+' needs \d+\.\d\d GB, the device gives 0\.00 GB; ", line)
 
 
 @pytest.mark.parametrize("method", ["prefilling", "plain", "prefix-cache", "dual-cache"])

@@ -19,8 +19,8 @@ from jaxtyping import Array
 from pdllm_jax import MaskPredictor, ModelConfig, RopeScaling
 from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.deprecated import choose, finish
+from pdllm_jax.engine.request import SelectedRequest, request_keys
 from pdllm_jax.engine.request import drop_other_chunks as without_other_chunks
-from pdllm_jax.engine.request import request_keys
 from pdllm_jax.engine.request import start_decoding as begin
 from pdllm_jax.method.chunking import chunk_prompt
 from pdllm_jax.storage.fingerprint import document_fingerprint, model_identity
@@ -99,7 +99,7 @@ def test_decoding_from_a_snapshot_gives_the_same_tokens(model, tmp_path, change)
         assert snapshot_holds(tmp_path / str(i)) == ("selection" if i < 2 else "state")
         restored = load_request(tmp_path / str(i), identity)
         assert same(restored, form)
-        if restored.state is None:
+        if isinstance(restored, SelectedRequest):
             restored = begin(model, restored, DECODE)
         got = finish(model, restored)[0]
         assert got.tokens == want.tokens
@@ -151,7 +151,7 @@ def test_a_mismatch_is_refused_by_name(saved, tmp_path):
 
 
 class FakeTokenizer:
-    bos_id, mask_id, eos_id, chat, digest = 1, 2, 3, None, "x"
+    bos_id, mask_id, stop_ids, digest = 1, 2, (3,), "x"
 
 
 def test_the_document_fingerprint_covers_ids_and_boundaries_but_no_padding():

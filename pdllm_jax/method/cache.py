@@ -1,10 +1,7 @@
-"""Runs of rows at run-time places, request by request.
+"""The method's arrays as pytrees: KV of chunks, KV of live rows, placement, denoising state.
 
-KV state as pytrees: the pool of context chunks, and the live rows around it.
-
-Axes: L layers, N chunks, G KV heads, C chunk length, B batch, S live rows, D head size.
-
-The denoising state, and where its chunks are placed.
+Live rows are prefix, query and response. Axes: L layers, B requests, Z documents, N chunks,
+K chosen chunks, C chunk length, S live rows, G KV heads, D head size.
 """
 
 from __future__ import annotations
@@ -37,9 +34,9 @@ def dynamic_updates(x: Array, start: Int[Array, "B"], values: Array) -> Array:
 
 Positions = Literal["continuous", "absolute", "reuse"]
 
-_LIVE_MULTIPLE = 128  # rows; the kernel reads them in blocks of as many
-# Runs of rows that are written by a copy in place each. More go as one scatter: XLA's fusion takes
-# time that grows with the square of such copies, minutes for a step of 32 requests.
+_LIVE_MULTIPLE = 128  # rows of a block of the attention kernel
+# At most this many runs of rows are written by one copy each, in place. More become one scatter:
+# XLA's fusion time grows with the square of the copies, minutes for a step of 32 requests.
 _ONE_BY_ONE = 8
 
 
@@ -214,27 +211,46 @@ def write_chunks(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the chosen chunks and the live rows of each request lie.
+
+    chunk_ids [B, K]: the chunks' places in the pool, negative for an empty slot.
+    chunk_starts [B, K]: position of each chunk's first row.
+    query_start [B]: position of the query's first row.
+    prefix_length [B]: live rows before the query.
+    total [B]: valid live rows.
+    """
+
+    chunk_ids: Int[Array, "B K"]
+    chunk_starts: Int[Array, "B K"]
+    query_start: Int[Array, "B"]
+    prefix_length: Int[Array, "B"]
+    total: Int[Array, "B"]
+
+    def only(self, active: Bool[Array, "B"]) -> Placement:
+        """Returns the placement in which other requests have no chunks."""
+        return dataclasses.replace(self, chunk_ids=jnp.where(active[:, None], self.chunk_ids, -1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class DenoiseState:
     """Everything that changes while a response is denoised; B requests, G response tokens each.
 
     tokens [B, G] int32: the response; masked slots hold the mask token.
     query [B, Q], query_length [B], prefix_length [B]: the other live rows.
-    selected [B, K]: ids of the document's chunks that are kept, ascending, negative for an empty
-      slot.
-    chunk_ids [B, K]: their places in the pool that is attended to, negative for an empty slot.
-    chunk_starts [B, K]: position of each chunk's first row.
-    query_start [B]: position of the query's first row, behind the last chunk's full slot.
-    live: KV of the live rows; None where nothing is ever read from it.
-    pool: chunks of the state's own (joint encoding, bridge, kept tokens); None where the document's
-      cache serves.
-    block [B], step [B]: block being denoised (all done at gen_length / block_length), and the
-      evaluations made in it.
-    stale [B]: live KV must be recomputed before it is used.
-    evaluations [B]: denoising evaluations so far; encoding and scoring are not among them.
-    rescored [B]: how often the chunks were scored anew (`reselect`).
+    selected [B, K]: document ids of the chosen chunks, ascending, negative for an empty slot.
+    chunk_ids, chunk_starts, query_start: see `Placement`.
+    live: KV of the live rows; None where no step reads it.
+    pool: KV of the chosen chunks (joint encoding, bridge, kept tokens); None where it is in the
+      document's cache.
+    block [B], step [B]: current block (gen_length / block_length when the request is done), and
+      evaluations in it.
+    stale [B]: live KV must be recomputed before a step reads it.
+    evaluations [B]: denoising evaluations so far, without encoding and scoring.
+    rescored [B]: how often `reselect` scored the chunks.
     keys [B]: PRNG key of each request.
-    live_encoded: live KV was made with the chunks' (joint encoding, bridge), so that it is stale
-      after a block alone.
+    live_encoded: the encoding computed the live KV too, so the first block starts with fresh KV.
     """
 
     tokens: Int[Array, "B G"]
@@ -255,26 +271,39 @@ class DenoiseState:
     keys: Array
     live_encoded: bool = dataclasses.field(default=False, metadata={"static": True})
 
+    @property
+    def placement(self) -> Placement:
+        """Where chunks and live rows lie."""
+        total = self.prefix_length + self.query_length + self.tokens.shape[1]
+        return Placement(
+            self.chunk_ids, self.chunk_starts, self.query_start, self.prefix_length, total
+        )
+
     def pool_in(self, cache: ChunkCache | None) -> ChunkPool | None:
-        """Returns the pool that `chunk_ids` index: the state's own, or the cache's.
+        """Returns the pool that `chunk_ids` index: the state's pool, or the cache's.
 
         Raises:
-          ValueError: the state has chunks, and neither holds their KV.
+          ValueError: the state has chunks, and neither pool exists.
         """
         pool = self.pool if self.pool is not None or cache is None else cache.pool
         if pool is None and self.chunk_ids.shape[1]:
-            raise ValueError("the state's chunks lie in a cache: pass the one it was made with")
+            raise ValueError(
+                "the state's chunks are in a cache: pass the cache that made the state"
+            )
         return pool
 
 
 def place_chunks(
-    state: DenoiseState, cache: ChunkCache, selected: Int[Array, "B K"], positions: Positions
-) -> DenoiseState:
-    """The state with these chunks chosen, at their places in the cache's pool and in the prompt.
+    cache: ChunkCache,
+    selected: Int[Array, "B K"],
+    prefix_length: Int[Array, "B"],
+    total: Int[Array, "B"],
+    positions: Positions,
+) -> Placement:
+    """Places chosen chunks in the cache's pool and in the prompt.
 
     Positions of chunk j, id n: "continuous" P + j C, "absolute" P + n C, "reuse" P. The query
-    starts behind the full slot of the last: at P + K C, P + N C or P + C, K and N counting what
-    exists.
+    starts behind the last slot: at P + K C, P + N C or P + C, where K and N count existing chunks.
     """
     batch, (n, size) = selected.shape[0], cache.tokens.shape[1:]
     valid = selected >= 0
@@ -286,13 +315,13 @@ def place_chunks(
         slot, slots = jnp.maximum(selected, 0), jnp.count_nonzero(lengths, axis=1)
     else:
         slot, slots = jnp.zeros_like(selected), valid.any(axis=1).astype(jnp.int32)
-    start = state.prefix_length[:, None]
-    return dataclasses.replace(
-        state,
-        selected=selected,
+    starts = prefix_length[:, None] + slot * size
+    return Placement(
         chunk_ids=cache.places(selected),
-        chunk_starts=jnp.broadcast_to(start + slot * size, selected.shape),
-        query_start=state.prefix_length + slots * size,
+        chunk_starts=jnp.broadcast_to(starts, selected.shape),
+        query_start=prefix_length + slots * size,
+        prefix_length=prefix_length,
+        total=total,
     )
 
 

@@ -72,7 +72,6 @@ def _step(
     width: Width | None = None,
 ) -> DenoiseState:
     """width: of the pass, where it is known, so that no other is compiled."""
-    forward = functools.partial(live_forward, implementation=implementation)
     batch, length = state.tokens.shape
     block_length = config.block_length
     active = state.block < config.n_blocks
@@ -87,6 +86,14 @@ def _step(
     behind = (slot < block_start[:, None]) & wide[:, None]
     candidates = masked & (in_block | behind)
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.evaluations)
+    forward = functools.partial(
+        live_forward,
+        model,
+        pool,
+        state.placement.only(active),
+        state.live,
+        implementation=implementation,
+    )
 
     def decide(logits: Array, first: Array) -> tuple[Array, Array]:
         """Predictions for rows first.. as [B, G] tokens and confidences, -inf where not read."""
@@ -128,7 +135,7 @@ def _step(
             rewritten &= response_row < block_start[:, None] + block_length
         # Requests whose live KV is not stale go through this pass beside others whose is.
         keep = None if always_wide else ~(rewritten | wide[:, None])
-        x, live, _ = forward(model, pool, state, rows, state.prefix_length, keep, reading=active)
+        x, live, _ = forward(rows, state.prefix_length, keep)
 
         def plain(first: Array, size: int) -> Array:
             return model.logits(
@@ -142,10 +149,10 @@ def _step(
         if config.recompute == "block":
             rows = dynamic_slices(state.tokens, block_start, block_length)
             start = response_start + block_start
-            x, live, _ = forward(model, pool, state, rows, start, None, reading=active)
+            x, live, _ = forward(rows, start)
             return *decide(model.logits(model.final_norm(x)), block_start), live
         keep = slot < block_start[:, None]
-        x, live, _ = forward(model, pool, state, state.tokens, response_start, keep, reading=active)
+        x, live, _ = forward(state.tokens, response_start, keep)
         hidden = model.final_norm(dynamic_slices(x, block_start, block_length))
         return *decide(model.logits(hidden), block_start), live
 

@@ -23,10 +23,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import Implementation
-from pdllm_jax.config import DecodeConfig, SelectionConfig
+from pdllm_jax.config import SelectionConfig
 from pdllm_jax.method.cache import (
     ChunkCache,
-    DenoiseState,
+    Placement,
     dynamic_slices,
     dynamic_updates,
     init_live,
@@ -40,9 +40,9 @@ from pdllm_jax.method.chunking import (
     check_token_ids,
     pad_to,
 )
-from pdllm_jax.method.encoding import encode_chosen, init_denoise
-from pdllm_jax.method.encodings import Bridge
-from pdllm_jax.method.live_forward import live_forward
+from pdllm_jax.method.encoding import encode_chosen
+from pdllm_jax.method.encodings import Bridge, EncodeRequest
+from pdllm_jax.method.live_forward import QueryRows, live_forward
 from pdllm_jax.method.prefill import prefill
 from pdllm_jax.method.sampling import log_probability, random_key
 from pdllm_jax.method.scorers import OracleScorer
@@ -126,15 +126,10 @@ def _on_prompt(
 
 def _encode(model: MaskPredictor, ids: Int[Array, "n T"], lengths: Int[Array, "n"]) -> Array:
     """`model.encode` before its final norm, by the path that decoding takes."""
-    n = len(ids)
-    none = jnp.zeros((n, 0), jnp.int32)
-    zeros = jnp.zeros((n,), jnp.int32)
-    state = DenoiseState(
-        tokens=none, query=ids, query_length=lengths, prefix_length=zeros, selected=none,
-        chunk_ids=none, chunk_starts=none, query_start=zeros, live=None, pool=None, block=zeros,
-        step=zeros, stale=zeros.astype(bool), evaluations=zeros, rescored=zeros, keys=zeros,
-    )  # fmt: skip
-    return live_forward(model, None, state, ids, zeros, None, None)[0]
+    zeros = jnp.zeros_like(lengths)
+    none = jnp.zeros((len(ids), 0), jnp.int32)
+    placement = Placement(none, none, query_start=zeros, prefix_length=zeros, total=lengths)
+    return live_forward(model, None, placement, None, ids, zeros)[0]
 
 
 def _mean(sums: Array, samples: Samples, length: Int[Array, ""]) -> Float[Array, ""]:
@@ -223,37 +218,40 @@ def _on_chunks(
     targets = lax.dynamic_slice_in_dim(tokens, start, rows)
     inside = (jnp.arange(tokens.size) >= start) & (jnp.arange(tokens.size) < start + length)
     blank = jnp.where(inside, model.config.mask_token_id, tokens)
-    # The answer's rows are the query's last ones here, for their number must not be a shape. The
-    # response that init_denoise makes is taken off again.
-    together = (start + length)[None]
-    state = init_denoise(
-        model, None, None, blank[None], DecodeConfig(gen_length=1, block_length=1), key,
-        # Only joint encoding sees the response's masks.
-        query_length=together if settings.encoding.live_encoded else start[None],
-    )  # fmt: skip
-    prefix_rows = cache.prefix_ids.shape[-1]
-    state = dataclasses.replace(
-        state,
-        tokens=jnp.zeros((1, 0), jnp.int32),
-        prefix_length=cache.prefix_length,
-        live=init_live(model.config, 1, prefix_rows + tokens.size, model.dtype, model.mesh),
+    # The answer's number of rows must not be a shape, so the answer is the query's last rows. Only
+    # joint encoding attends to its masks.
+    ends = (start + length)[None]
+    query_length = ends if settings.encoding.live_encoded else start[None]
+    prefix_length = cache.prefix_length
+    placement = place_chunks(
+        cache, selection.chunk_ids, prefix_length, prefix_length + query_length, settings.positions
     )
-    state = place_chunks(state, cache, selection.chunk_ids, settings.positions)
-    state = encode_chosen(model, cache, state, settings, implementation)
-    state = dataclasses.replace(state, query_length=together)
-    pool = state.pool_in(cache)
-    several = jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (group, *x.shape[1:])),
-        dataclasses.replace(state, pool=None),
+    live_rows = cache.prefix_ids.shape[-1] + tokens.size
+    request = EncodeRequest(
+        selection.chunk_ids,
+        placement,
+        QueryRows(blank[None], query_length, blank[None]),
+        init_live(model.config, 1, live_rows, model.dtype, model.mesh),
+    )
+    (pool, live), placement = encode_chosen(model, cache, request, settings, implementation)
+    pool = cache.pool if pool is None else pool
+    placement = dataclasses.replace(placement, total=prefix_length + ends)
+    placement, live = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (group, *x.shape[1:])), (placement, live)
     )
     starts = jnp.full((group,), start)
 
     def score(masked: Array) -> Array:
         answers = jnp.where(masked, model.config.mask_token_id, targets)
         ids = dynamic_updates(jnp.broadcast_to(tokens, (group, tokens.size)), starts, answers)
-        asked = dataclasses.replace(several, query=ids)
         hidden, _, _ = live_forward(
-            model, pool, asked, ids, asked.prefix_length, None, implementation
+            model,
+            pool,
+            placement,
+            live,
+            ids,
+            placement.prefix_length,
+            implementation=implementation,
         )
         return masked_log_likelihood(model, dynamic_slices(hidden, starts, rows), targets, masked)
 

@@ -26,8 +26,8 @@ from jaxtyping import Array, Bool
 
 from pallas_kernels import Implementation
 from pdllm_jax.config import DecodeConfig, SelectionConfig
-from pdllm_jax.method.cache import ChunkCache, DenoiseState, place_chunks
-from pdllm_jax.method.encoding import encode_chosen
+from pdllm_jax.method.cache import ChunkCache, DenoiseState
+from pdllm_jax.method.encoding import encode_state
 from pdllm_jax.method.question import Question
 from pdllm_jax.method.scorers import Response, ScoreRequest
 from pdllm_jax.method.scoring import check_scorable, run_scorer
@@ -92,8 +92,7 @@ def reselect_due(
         state = dataclasses.replace(state, rescored=state.rescored + due)
 
         def renew(state: DenoiseState) -> DenoiseState:
-            moved = place_chunks(state, cache, chosen, selecting.positions)
-            moved = encode_chosen(model, cache, moved, selecting, implementation)
+            moved = encode_state(model, cache, state, chosen, selecting, implementation)
             return _of_changed(changed, moved, state)
 
         return lax.cond(changed.any(), renew, lambda state: state, state)

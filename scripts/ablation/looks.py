@@ -66,8 +66,8 @@ def attention_shares(
         place < state.query_length[:, None] + state.tokens.shape[1]
     )
     weight = counted / counted.sum(axis=1, keepdims=True)  # [B, T]
-    where = live_positions(state, state.prefix_length[:, None] + place)
-    view = row_rotations(model.config, state, where)
+    where = live_positions(state.placement, state.prefix_length[:, None] + place)
+    view = row_rotations(model.config, state.placement, where)
     ids = jnp.maximum(state.chunk_ids, 0)
     lengths = jnp.where(state.chunk_ids >= 0, pool.lengths[ids], 0)
     valid = jnp.arange(pool.k.shape[3]) < lengths[..., None]  # [B, K, C]
@@ -75,7 +75,7 @@ def attention_shares(
         jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
 
-    def watch(layer: int, q: Array, seen: Partial, found: list[Shares]) -> list[Shares]:
+    def hook(layer: int, q: Array, seen: Partial, found: list[Shares]) -> list[Shares]:
         batch, t, heads, dim = q.shape
         groups = pool.k.shape[2]
 
@@ -85,25 +85,26 @@ def attention_shares(
             lse = seen.lse.swapaxes(1, 2).reshape(batch, t, heads, *[1] * (scores.ndim - 3))
             return product("bth...,bt->bh...", jnp.exp(scores - lse), weight)
 
-        turned = rotate(q[:, None], view.meeting)[:, :-1]
+        turned = rotate(q[:, None], view.per_chunk)[:, :-1]
         turned = turned.reshape(*turned.shape[:3], groups, heads // groups, dim)
         scores = product("bktgrd,bkgcd->btgrkc", turned, pool.k[layer, ids])
         tokens = jnp.where(valid[:, None], shared(scores), 0.0)  # [B, H, K, C]
         bos = jnp.zeros((batch, heads), jnp.float32)
         if state.live is not None:
-            own = rotate(q, view.own).reshape(batch, t, groups, heads // groups, dim)
+            own = rotate(q, view.live).reshape(batch, t, groups, heads // groups, dim)
             bos = shared(product("btgrd,bgd->btgr", own, state.live.k[layer][:, 0]))
         return [*found, Shares(tokens[..., 0], tokens.sum(axis=-1), bos)]
 
     _, _, found = live_forward(
         model,
         pool,
-        state,
+        state.placement,
+        state.live,
         rows,
         state.prefix_length,
         None,
         implementation,
-        watch=watch,
+        hook=hook,
         hook_carry=[],
     )
     return jax.tree.map(lambda *layers: jnp.stack(layers), *found)

@@ -14,6 +14,7 @@ from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.method.chunking import chunk_prompt
 from pdllm_jax.method.denoise import denoise
 from pdllm_jax.method.encoding import init_denoise
+from pdllm_jax.method.live_forward import query_rows
 from pdllm_jax.method.prefill import prefill, prefill_top_k
 from pdllm_jax.method.selection import select
 from pdllm_jax.method.token_selection import best_tokens, token_attention
@@ -213,7 +214,9 @@ def test_attention_of_padding_and_empty_slots_is_none(model, parts):
         model, cache, select(wider, selecting), prompt.query, DECODE, jax.random.key(0),
         query_length=prompt.query_length, selecting=selecting,
     )  # fmt: skip
-    found = np.asarray(token_attention(model, pool, state))[0]
+    found = np.asarray(
+        token_attention(model, pool, state.placement, query_rows(state), state.live)
+    )[0]
     lengths = np.array([len(piece) for piece in pieces(prompt)])
     for j in range(found.shape[0]):
         n = lengths[j] if j < len(lengths) else 0

@@ -22,12 +22,12 @@ from pdllm_jax.network.sharding import constrain, heads_spec, local, rows_axis
 
 
 def dynamic_slices(x: Array, start: Int[Array, "B"], size: int) -> Array:
-    """x[b, start[b] : start[b] + size] for every request."""
+    """Returns x[b, start[b] : start[b] + size] for every request."""
     return jax.vmap(lambda row, s: lax.dynamic_slice_in_dim(row, s, size))(x, start)
 
 
 def dynamic_updates(x: Array, start: Int[Array, "B"], values: Array) -> Array:
-    """x with values[b] written from start[b] on."""
+    """Returns x with values[b] written from start[b] on."""
     put = functools.partial(lax.dynamic_update_slice_in_dim, axis=0)
     return jax.vmap(lambda row, s, v: put(row, v.astype(row.dtype), s))(x, start, values)
 
@@ -46,7 +46,7 @@ class ChunkPool:
     """KV of chunks, each [C, D] block of a chunk and head contiguous.
 
     k: keys rotated at chunk-local positions 0..C-1, so that a chunk can be placed anywhere.
-    lengths: valid rows of each chunk; what lies behind is never attended to.
+    lengths: valid rows of each chunk. Nothing attends to rows behind them.
     """
 
     k: Float[Array, "L N G C D"]
@@ -57,17 +57,17 @@ class ChunkPool:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ChunkCache:
-    """Documents after `prefill`: their tokens, and the KV that later steps read.
+    """Documents after `prefill`: tokens, and the KV that later steps read.
 
-    Z documents: one for each request, or one that all requests share.
+    Z documents: one for each request, or one for all requests.
 
-    pool: KV of every chunk, each encoded behind the prefix alone; None where only scores were
-      needed (joint encoding computes its own KV). Chunk n of document z is the pool's z N + n.
+    pool: KV of every chunk, encoded behind the prefix alone; None where decoding does not read it.
+      Chunk n of document z is the pool's z N + n.
     tokens [Z, N, C], lengths [Z, N]: the chunks, from which joint encoding starts.
     prefix_ids [Z, P], prefix_length [Z]: the prefix.
     prefix_k, prefix_v [L, Z, P, G, D]: its KV, keys rotated at 0..P-1 (None for an empty prefix,
       and without a pool).
-    streamed: the pool holds the kept chunks only, at the places that `Selection.slots` names.
+    streamed: the pool holds the kept chunks alone, at the places `Selection.slots`.
     anchors: chunks begin with an anchor.
     """
 
@@ -87,30 +87,31 @@ class ChunkCache:
         return self.tokens.shape[0]
 
     def document_of(self, batch: int) -> Int[Array, "B"]:
-        """The document of each of `batch` requests.
+        """Returns the document of each of `batch` requests.
 
         Raises:
-          ValueError: there are several documents, and not one for each request.
+          ValueError: the number of documents is neither 1 nor `batch`.
         """
         if self.documents not in (1, batch):
             raise ValueError(f"{batch} questions for a cache of {self.documents} documents")
         return jnp.arange(batch) if self.documents > 1 else jnp.zeros((batch,), jnp.int32)
 
     def places(self, chunk_ids: Int[Array, "B K"]) -> Int[Array, "B K"]:
-        """Where the pool holds chunks of each request's document; -1 for an empty slot."""
+        """Returns the pool places of chunks of each request's document; -1 for an empty slot."""
         first = self.document_of(chunk_ids.shape[0])[:, None] * self.tokens.shape[1]
         return jnp.where(chunk_ids >= 0, first + chunk_ids, -1)
 
     def without_pool(self) -> ChunkCache:
-        """The cache for decoding against chunks that the state holds itself."""
+        """Returns the cache for decoding against the state's pool."""
         return dataclasses.replace(self, pool=None)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LiveCache:
-    """KV of prefix, query and response, in that order and without gaps, then padding up to whole
-    blocks of the kernel; an array for each layer, so that attention takes it as it is.
+    """KV of prefix, query and response without gaps, then padding up to whole kernel blocks.
+
+    One array for each layer, so that attention reads it without a copy.
 
     k: keys rotated at their positions in the prompt.
     """
@@ -128,9 +129,9 @@ class LiveCache:
         *,
         mesh: Mesh | None = None,
     ) -> LiveCache:
-        """With T rows of a layer written from start[b] on; those where `keep` stay as they were.
+        """Returns the cache with T rows of a layer written from start[b] on, except where `keep`.
 
-        mesh: that the cache lies on.
+        mesh: of the cache.
         """
         batch = start.shape[0]
         heads, each = heads_spec(mesh, batch, 2), PartitionSpec(rows_axis(mesh, batch))
@@ -146,7 +147,7 @@ class LiveCache:
 def init_pool(
     config: ModelConfig, chunks: int, size: int, dtype: DTypeLike, mesh: Mesh | None = None
 ) -> ChunkPool:
-    """An empty pool of `chunks` chunks of `size` rows. mesh: that it lies on; under jit."""
+    """Returns an empty pool of `chunks` chunks of `size` rows. Call under jit on a mesh."""
     shape = (config.n_layers, chunks, config.n_kv_heads, size, config.head_dim)
     pool = ChunkPool(
         jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((chunks,), jnp.int32)
@@ -155,16 +156,16 @@ def init_pool(
 
 
 def live_rows(rows: int) -> int:
-    """Rows that a live cache for so many has."""
+    """Returns the rows of a live cache with room for `rows`: whole blocks of the kernel."""
     return -(-rows // _LIVE_MULTIPLE) * _LIVE_MULTIPLE
 
 
 def init_live(
     config: ModelConfig, batch: int, rows: int, dtype: DTypeLike, mesh: Mesh | None = None
 ) -> LiveCache:
-    """An empty live cache of `live_rows(rows)` rows for each of `batch` requests.
+    """Returns an empty live cache of `live_rows(rows)` rows for each of `batch` requests.
 
-    mesh: that it lies on; under jit.
+    Call under jit on a mesh.
     """
     shape = (batch, live_rows(rows), config.n_kv_heads, config.head_dim)
     k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)) for _ in range(2))
@@ -287,9 +288,7 @@ class DenoiseState:
         """
         pool = self.pool if self.pool is not None or cache is None else cache.pool
         if pool is None and self.chunk_ids.shape[1]:
-            raise ValueError(
-                "the state's chunks are in a cache: pass the cache that made the state"
-            )
+            raise ValueError("the state's chunks lie in a cache: pass the one it was made with")
         return pool
 
 
@@ -328,7 +327,7 @@ def place_chunks(
 def chosen_chunks(
     cache: ChunkCache, selected: Int[Array, "B K"]
 ) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
-    """Tokens and valid lengths of the chosen chunks; empty slots have length 0."""
+    """Returns tokens and valid lengths of the chosen chunks; empty slots have length 0."""
     document, ids = cache.document_of(selected.shape[0])[:, None], jnp.maximum(selected, 0)
     lengths = jnp.where(selected >= 0, cache.lengths[document, ids], 0)
     return cache.tokens[document, ids], lengths

@@ -1,4 +1,4 @@
-"""Steps 4 and 5: denoising begins with everything masked, the chosen chunks placed and encoded."""
+"""Steps 4 and 5: places and encodes the chosen chunks, and starts the denoising state."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def init_denoise(
     selecting: SelectionConfig | None = None,
     implementation: Implementation | None = None,
 ) -> DenoiseState:
-    """The state before the first step: everything masked, the chosen chunks placed and encoded.
+    """Returns the state before the first step: all masked, the chosen chunks placed and encoded.
 
     Compiles once for each (shapes, config, encoding, selecting, implementation).
 
@@ -134,14 +134,14 @@ def init_denoise(
         one document for all requests or one for each.
       query_ids: [B, Q], padded with -1, or with any ids behind query_length where that is given.
       config: lengths and sampling rule.
-      key: PRNG key, of which request b uses fold_in(key, b); or a key for each request, [B].
+      key: PRNG key; request b uses fold_in(key, b). Or a key for each request, [B].
       encoding: what the chunks' KV is computed from (see `SelectionConfig`). By default
         "independent" where the cache has their KV, else "joint".
       selecting: settings of encoding, positions and kept tokens, instead of `encoding`.
       implementation: of the attention over chunks, where the encoding has any.
 
     Raises:
-      ValueError: an encoding that needs a pool asked of a cache without; cache without selection;
+      ValueError: the encoding needs a pool and the cache has none; cache without selection;
         guidance with a cache; both encoding and selecting.
     """
     query_ids = jnp.asarray(query_ids, jnp.int32)

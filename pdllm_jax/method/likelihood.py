@@ -1,13 +1,13 @@
 """Log-likelihood of an answer by LLaDA's Monte Carlo estimate, on a whole prompt or on kept chunks.
 
-A masked diffusion model has no chain of conditionals. LLaDA (arXiv 2502.09992, appendix B.5, and
-its eval_llada.py) masks k of the answer's L tokens at random, with k from 1 to L:
+A masked diffusion model has no chain of conditionals. LLaDA (arXiv 2502.09992, appendix B.5,
+eval_llada.py) masks k of the answer's L tokens at random, with k from 1 to L:
 
     log p(answer | prompt)  is about  mean over samples of  L / k * sum over masked tokens of log p
 
-The k of n samples are spread evenly, k0 + i L / n around the circle of 1..L, as published, where n
-is that code's batch; here it is all samples, so that how many go through the network at once does
-not matter. Only masked rows reach the LM head, a block of them at a time.
+The k of n samples are spread evenly around the circle 1..L, at k0 + i L / n. In the published code
+n is the batch; here n counts all samples, so the result does not depend on the group size. Only
+masked rows reach the LM head, a block of them at a time.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ from pdllm_jax.method.selection import Selection, select
 from pdllm_jax.network.config import ConfigError
 from pdllm_jax.network.transformer import MaskPredictor
 
-_LOGIT_ROWS = 64  # that exist at once
+_LOGIT_ROWS = 64  # logits in memory at once
 
 
 class Samples(NamedTuple):
-    """Which answer tokens are masked. masked: [n, A], counts: [n], of them."""
+    """Which answer tokens are masked [n, A], and how many [n]."""
 
     masked: Bool[Array, "n A"]
     counts: Int[Array, "n"]
 
 
 def answer_samples(key: Array, length: Int[Array, ""], n: int, rows: int) -> Samples:
-    """n masks over the first `length` of `rows` places."""
+    """Draws n masks over the first `length` of `rows` places."""
     first, order = jax.random.split(key)
     steps = jnp.round(jnp.arange(n) * (length / n)).astype(jnp.int32)
     counts = (jax.random.randint(first, (), 0, length) + steps) % length + 1
@@ -77,9 +77,9 @@ def masked_log_likelihood(
     targets: Int[Array, "A"],
     masked: Bool[Array, "n A"],
 ) -> Float[Array, "n"]:
-    """Summed log-probability of the masked targets, from rows before the final norm.
+    """Sums the log-probability of the masked targets, from rows before the final norm.
 
-    Masked rows come first and go through the LM head in blocks; the others never do.
+    Only masked rows go through the LM head, in blocks.
     """
     n, length = masked.shape
     rows = min(_LOGIT_ROWS, n * length)
@@ -91,8 +91,8 @@ def masked_log_likelihood(
         row = order[jnp.minimum(at, n * length - 1)]
         logits = model.logits(model.final_norm(flat[row]))
         counts = masked.reshape(-1)[row] & (at < n * length)
-        found = jnp.where(counts, log_probability(logits, targets[row % length]), 0.0)
-        return total.at[row // length].add(found)
+        values = jnp.where(counts, log_probability(logits, targets[row % length]), 0.0)
+        return total.at[row // length].add(values)
 
     blocks = -(-jnp.count_nonzero(masked) // rows)
     return lax.fori_loop(0, blocks, block, jnp.zeros((n,), jnp.float32))
@@ -125,7 +125,7 @@ def _on_prompt(
 
 
 def _encode(model: MaskPredictor, ids: Int[Array, "n T"], lengths: Int[Array, "n"]) -> Array:
-    """`model.encode` before its final norm, by the path that decoding takes."""
+    """Returns `model.encode` before its final norm, by the path that decoding takes."""
     zeros = jnp.zeros_like(lengths)
     none = jnp.zeros((len(ids), 0), jnp.int32)
     placement = Placement(none, none, query_start=zeros, prefix_length=zeros, total=lengths)
@@ -145,17 +145,17 @@ def answer_log_likelihood(
     group: int = 16,
     seed: int = 0,
 ) -> float:
-    """log p(answer | prompt), natural, by LLaDA's estimate with full attention over both.
+    """Estimates log p(answer | prompt), natural logarithm, with full attention over both.
 
     Costs `samples` evaluations of the whole sequence. Compiles for each bucket of the prompt's and
     the answer's length.
 
     Args:
-      samples: Monte Carlo samples; group: of them that go through the network together, at most.
+      samples: Monte Carlo samples. group: most samples that go through the network together.
       seed: the same seed gives the same masks to answers of the same length.
 
     Raises:
-      ValueError: an empty answer, ids outside the vocabulary, samples or group below 1.
+      ValueError: the answer is empty, an id is outside the vocabulary, samples or group is below 1.
     """
     prompt, answer = _checked(model, prompt_ids, answer_ids, samples, group)
     rows = bucket_rows(answer.size)
@@ -169,7 +169,7 @@ def answer_log_likelihood(
 
 
 class KeptContext(NamedTuple):
-    """A document's cache and the chunks that a question keeps of it."""
+    """A document's cache and the chunks that a question keeps."""
 
     cache: ChunkCache
     selection: Selection
@@ -269,11 +269,10 @@ def answer_log_likelihood_kept(
     seed: int = 0,
     implementation: Implementation | None = None,
 ) -> float:
-    """log p(answer | prefix, kept chunks, query): as `answer_log_likelihood`, by the method.
+    """Estimates log p(answer | prefix, kept chunks, query); see `answer_log_likelihood`.
 
-    The kept chunks' KV is computed once, with the answer masked where it takes part in that (joint
-    encoding); a sample costs the rows of query and answer, as a denoising step with recompute
-    "response" does.
+    The kept chunks' KV is computed once; joint encoding attends to the masked answer. A sample
+    costs the rows of query and answer, as a denoising step with recompute "response".
 
     Args:
       context: from `keep_context` with the same question.
@@ -304,5 +303,5 @@ def _checked(
 
 
 def _divisor(samples: int, most: int) -> int:
-    """The largest group that the samples can be cut into."""
+    """Returns the largest group size, at most `most`, that divides the samples."""
     return next(size for size in range(min(most, samples), 0, -1) if samples % size == 0)

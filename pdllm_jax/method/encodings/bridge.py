@@ -1,4 +1,4 @@
-"""Bridge encoding: independent KV, of which a share is recomputed."""
+"""Bridge encoding: independent KV with a recomputed share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BridgeTokens = Literal["start", "attention"]
 
 @dataclasses.dataclass(frozen=True)
 class Bridge(Encoding):
-    """Independent KV, of which a share is recomputed with the other chunks in view.
+    """Independent KV; a share is recomputed with attention to the other chunks.
 
     share: of a chunk's C tokens, in (0, 1].
     tokens: the first ones ("start"), or the ones that receive most attention from the query's last

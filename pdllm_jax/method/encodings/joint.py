@@ -104,11 +104,11 @@ def encode_rows(
         chunk_k = rotate(pick(k, chunk_from).reshape(shape), chunk_local)
         chunk_v = pick(v, chunk_from).reshape(shape)
         pool = write_chunks(pool, layer, chunk_k, chunk_v, 0)
-        own = None if live is None else (pick(turned, live_from), pick(v, live_from))
+        live_kv = None if live is None else (pick(turned, live_from), pick(v, live_from))
         # Stored before the next layer: otherwise XLA keeps the KV of all layers until the end.
-        out, pool, own = lax.optimization_barrier((out, pool, own))
+        out, pool, live_kv = lax.optimization_barrier((out, pool, live_kv))
         if live is not None:
-            live = live.write(layer, *own, zeros, mesh=model.mesh)
+            live = live.write(layer, *live_kv, zeros, mesh=model.mesh)
         return out, (pool, live)
 
     _, (pool, live) = model.run(rows, attend, (pool, live))

@@ -230,7 +230,7 @@ def _encode_all(
     pairs = batch * n
     group = whole_groups(model.mesh, min(config.encode_batch, pairs))
     lengths = prompt.chunk_lengths.reshape(pairs)
-    order = jnp.argsort(lengths == 0, stable=True)  # keeps the order of a single document
+    order = jnp.argsort(lengths == 0, stable=True)
     by = _row_rotation(model, size, query_copies)
     pool, scores = None, jnp.full((pairs,), -jnp.inf, jnp.float32)
     if pooling:
@@ -289,6 +289,7 @@ def _encode_streaming(
         )
         if values is not None:
             scores = scores.at[jnp.where(length > 0, chunk, n)].set(values, mode="drop")
+        assert pool is not None
         pool = dataclasses.replace(pool, lengths=pool.lengths.at[where].set(length))
         new = jnp.where(at < n, scores[chunk], -jnp.inf)
         kept = _merge_kept(kept, new, jnp.where(at < n, chunk, n), k, config.keep_first)
@@ -313,7 +314,6 @@ def _encode_group(
     """Runs a group of chunks, with copies behind them if there are any.
 
     pair: request * N + chunk; lengths: 0 for padding; where: places in the pool, or the first one.
-    Returns the copies' scores and the pool, either None where it is not asked for.
     """
     n, size = prompt.chunks.shape[1:]
     request, tokens = pair // n, prompt.chunks.reshape(-1, size)[pair]

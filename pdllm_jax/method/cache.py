@@ -1,10 +1,7 @@
-"""Runs of rows at run-time places, request by request.
+"""The method's arrays as pytrees: KV of chunks, KV of live rows, placement, denoising state.
 
-KV state as pytrees: the pool of context chunks, and the live rows around it.
-
-Axes: L layers, N chunks, G KV heads, C chunk length, B batch, S live rows, D head size.
-
-The denoising state, and where its chunks are placed.
+Live rows are prefix, query and response. Axes: L layers, B requests, Z documents, N chunks,
+K chosen chunks, C chunk length, S live rows, G KV heads, D head size.
 """
 
 from __future__ import annotations
@@ -25,21 +22,21 @@ from pdllm_jax.network.sharding import constrain, heads_spec, local, rows_axis
 
 
 def dynamic_slices(x: Array, start: Int[Array, "B"], size: int) -> Array:
-    """x[b, start[b] : start[b] + size] for every request."""
+    """Returns x[b, start[b] : start[b] + size] for every request."""
     return jax.vmap(lambda row, s: lax.dynamic_slice_in_dim(row, s, size))(x, start)
 
 
 def dynamic_updates(x: Array, start: Int[Array, "B"], values: Array) -> Array:
-    """x with values[b] written from start[b] on."""
+    """Returns x with values[b] written from start[b] on."""
     put = functools.partial(lax.dynamic_update_slice_in_dim, axis=0)
     return jax.vmap(lambda row, s, v: put(row, v.astype(row.dtype), s))(x, start, values)
 
 
 Positions = Literal["continuous", "absolute", "reuse"]
 
-_LIVE_MULTIPLE = 128  # rows; the kernel reads them in blocks of as many
-# Runs of rows that are written by a copy in place each. More go as one scatter: XLA's fusion takes
-# time that grows with the square of such copies, minutes for a step of 32 requests.
+_LIVE_MULTIPLE = 128  # rows of a block of the attention kernel
+# At most this many runs of rows are written by one copy each, in place. More become one scatter:
+# XLA's fusion time grows with the square of the copies, minutes for a step of 32 requests.
 _ONE_BY_ONE = 8
 
 
@@ -49,7 +46,7 @@ class ChunkPool:
     """KV of chunks, each [C, D] block of a chunk and head contiguous.
 
     k: keys rotated at chunk-local positions 0..C-1, so that a chunk can be placed anywhere.
-    lengths: valid rows of each chunk; what lies behind is never attended to.
+    lengths: valid rows of each chunk. Nothing attends to rows behind them.
     """
 
     k: Float[Array, "L N G C D"]
@@ -60,17 +57,17 @@ class ChunkPool:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ChunkCache:
-    """Documents after `prefill`: their tokens, and the KV that later steps read.
+    """Documents after `prefill`: tokens, and the KV that later steps read.
 
-    Z documents: one for each request, or one that all requests share.
+    Z documents: one for each request, or one for all requests.
 
-    pool: KV of every chunk, each encoded behind the prefix alone; None where only scores were
-      needed (joint encoding computes its own KV). Chunk n of document z is the pool's z N + n.
+    pool: KV of every chunk, encoded behind the prefix alone; None where decoding does not read it.
+      Chunk n of document z is the pool's z N + n.
     tokens [Z, N, C], lengths [Z, N]: the chunks, from which joint encoding starts.
     prefix_ids [Z, P], prefix_length [Z]: the prefix.
     prefix_k, prefix_v [L, Z, P, G, D]: its KV, keys rotated at 0..P-1 (None for an empty prefix,
       and without a pool).
-    streamed: the pool holds the kept chunks only, at the places that `Selection.slots` names.
+    streamed: the pool holds the kept chunks alone, at the places `Selection.slots`.
     anchors: chunks begin with an anchor.
     """
 
@@ -90,30 +87,31 @@ class ChunkCache:
         return self.tokens.shape[0]
 
     def document_of(self, batch: int) -> Int[Array, "B"]:
-        """The document of each of `batch` requests.
+        """Returns the document of each of `batch` requests.
 
         Raises:
-          ValueError: there are several documents, and not one for each request.
+          ValueError: the number of documents is neither 1 nor `batch`.
         """
         if self.documents not in (1, batch):
             raise ValueError(f"{batch} questions for a cache of {self.documents} documents")
         return jnp.arange(batch) if self.documents > 1 else jnp.zeros((batch,), jnp.int32)
 
     def places(self, chunk_ids: Int[Array, "B K"]) -> Int[Array, "B K"]:
-        """Where the pool holds chunks of each request's document; -1 for an empty slot."""
+        """Returns the pool places of chunks of each request's document; -1 for an empty slot."""
         first = self.document_of(chunk_ids.shape[0])[:, None] * self.tokens.shape[1]
         return jnp.where(chunk_ids >= 0, first + chunk_ids, -1)
 
     def without_pool(self) -> ChunkCache:
-        """The cache for decoding against chunks that the state holds itself."""
+        """Returns the cache for decoding against the state's pool."""
         return dataclasses.replace(self, pool=None)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LiveCache:
-    """KV of prefix, query and response, in that order and without gaps, then padding up to whole
-    blocks of the kernel; an array for each layer, so that attention takes it as it is.
+    """KV of prefix, query and response without gaps, then padding up to whole kernel blocks.
+
+    One array for each layer, so that attention reads it without a copy.
 
     k: keys rotated at their positions in the prompt.
     """
@@ -131,9 +129,9 @@ class LiveCache:
         *,
         mesh: Mesh | None = None,
     ) -> LiveCache:
-        """With T rows of a layer written from start[b] on; those where `keep` stay as they were.
+        """Returns the cache with T rows of a layer written from start[b] on, except where `keep`.
 
-        mesh: that the cache lies on.
+        mesh: of the cache.
         """
         batch = start.shape[0]
         heads, each = heads_spec(mesh, batch, 2), PartitionSpec(rows_axis(mesh, batch))
@@ -149,7 +147,7 @@ class LiveCache:
 def init_pool(
     config: ModelConfig, chunks: int, size: int, dtype: DTypeLike, mesh: Mesh | None = None
 ) -> ChunkPool:
-    """An empty pool of `chunks` chunks of `size` rows. mesh: that it lies on; under jit."""
+    """Returns an empty pool of `chunks` chunks of `size` rows. Call under jit on a mesh."""
     shape = (config.n_layers, chunks, config.n_kv_heads, size, config.head_dim)
     pool = ChunkPool(
         jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((chunks,), jnp.int32)
@@ -158,16 +156,16 @@ def init_pool(
 
 
 def live_rows(rows: int) -> int:
-    """Rows that a live cache for so many has."""
+    """Returns the rows of a live cache with room for `rows`: whole blocks of the kernel."""
     return -(-rows // _LIVE_MULTIPLE) * _LIVE_MULTIPLE
 
 
 def init_live(
     config: ModelConfig, batch: int, rows: int, dtype: DTypeLike, mesh: Mesh | None = None
 ) -> LiveCache:
-    """An empty live cache of `live_rows(rows)` rows for each of `batch` requests.
+    """Returns an empty live cache of `live_rows(rows)` rows for each of `batch` requests.
 
-    mesh: that it lies on; under jit.
+    Call under jit on a mesh.
     """
     shape = (batch, live_rows(rows), config.n_kv_heads, config.head_dim)
     k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)) for _ in range(2))
@@ -214,27 +212,46 @@ def write_chunks(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the chosen chunks and the live rows of each request lie.
+
+    chunk_ids [B, K]: the chunks' places in the pool, negative for an empty slot.
+    chunk_starts [B, K]: position of each chunk's first row.
+    query_start [B]: position of the query's first row.
+    prefix_length [B]: live rows before the query.
+    total [B]: valid live rows.
+    """
+
+    chunk_ids: Int[Array, "B K"]
+    chunk_starts: Int[Array, "B K"]
+    query_start: Int[Array, "B"]
+    prefix_length: Int[Array, "B"]
+    total: Int[Array, "B"]
+
+    def only(self, active: Bool[Array, "B"]) -> Placement:
+        """Returns the placement in which other requests have no chunks."""
+        return dataclasses.replace(self, chunk_ids=jnp.where(active[:, None], self.chunk_ids, -1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class DenoiseState:
     """Everything that changes while a response is denoised; B requests, G response tokens each.
 
     tokens [B, G] int32: the response; masked slots hold the mask token.
     query [B, Q], query_length [B], prefix_length [B]: the other live rows.
-    selected [B, K]: ids of the document's chunks that are kept, ascending, negative for an empty
-      slot.
-    chunk_ids [B, K]: their places in the pool that is attended to, negative for an empty slot.
-    chunk_starts [B, K]: position of each chunk's first row.
-    query_start [B]: position of the query's first row, behind the last chunk's full slot.
-    live: KV of the live rows; None where nothing is ever read from it.
-    pool: chunks of the state's own (joint encoding, bridge, kept tokens); None where the document's
-      cache serves.
-    block [B], step [B]: block being denoised (all done at gen_length / block_length), and the
-      evaluations made in it.
-    stale [B]: live KV must be recomputed before it is used.
-    evaluations [B]: denoising evaluations so far; encoding and scoring are not among them.
-    rescored [B]: how often the chunks were scored anew (`reselect`).
+    selected [B, K]: document ids of the chosen chunks, ascending, negative for an empty slot.
+    chunk_ids, chunk_starts, query_start: see `Placement`.
+    live: KV of the live rows; None where no step reads it.
+    pool: KV of the chosen chunks (joint encoding, bridge, kept tokens); None where it is in the
+      document's cache.
+    block [B], step [B]: current block (gen_length / block_length when the request is done), and
+      evaluations in it.
+    stale [B]: live KV must be recomputed before a step reads it.
+    evaluations [B]: denoising evaluations so far, without encoding and scoring.
+    rescored [B]: how often `reselect` scored the chunks.
     keys [B]: PRNG key of each request.
-    live_encoded: live KV was made with the chunks' (joint encoding, bridge), so that it is stale
-      after a block alone.
+    live_encoded: the encoding computed the live KV too, so the first block starts with fresh KV.
     """
 
     tokens: Int[Array, "B G"]
@@ -255,11 +272,19 @@ class DenoiseState:
     keys: Array
     live_encoded: bool = dataclasses.field(default=False, metadata={"static": True})
 
+    @property
+    def placement(self) -> Placement:
+        """Where chunks and live rows lie."""
+        total = self.prefix_length + self.query_length + self.tokens.shape[1]
+        return Placement(
+            self.chunk_ids, self.chunk_starts, self.query_start, self.prefix_length, total
+        )
+
     def pool_in(self, cache: ChunkCache | None) -> ChunkPool | None:
-        """Returns the pool that `chunk_ids` index: the state's own, or the cache's.
+        """Returns the pool that `chunk_ids` index: the state's pool, or the cache's.
 
         Raises:
-          ValueError: the state has chunks, and neither holds their KV.
+          ValueError: the state has chunks, and neither pool exists.
         """
         pool = self.pool if self.pool is not None or cache is None else cache.pool
         if pool is None and self.chunk_ids.shape[1]:
@@ -268,13 +293,16 @@ class DenoiseState:
 
 
 def place_chunks(
-    state: DenoiseState, cache: ChunkCache, selected: Int[Array, "B K"], positions: Positions
-) -> DenoiseState:
-    """The state with these chunks chosen, at their places in the cache's pool and in the prompt.
+    cache: ChunkCache,
+    selected: Int[Array, "B K"],
+    prefix_length: Int[Array, "B"],
+    total: Int[Array, "B"],
+    positions: Positions,
+) -> Placement:
+    """Places chosen chunks in the cache's pool and in the prompt.
 
     Positions of chunk j, id n: "continuous" P + j C, "absolute" P + n C, "reuse" P. The query
-    starts behind the full slot of the last: at P + K C, P + N C or P + C, K and N counting what
-    exists.
+    starts behind the last slot: at P + K C, P + N C or P + C, where K and N count existing chunks.
     """
     batch, (n, size) = selected.shape[0], cache.tokens.shape[1:]
     valid = selected >= 0
@@ -286,20 +314,20 @@ def place_chunks(
         slot, slots = jnp.maximum(selected, 0), jnp.count_nonzero(lengths, axis=1)
     else:
         slot, slots = jnp.zeros_like(selected), valid.any(axis=1).astype(jnp.int32)
-    start = state.prefix_length[:, None]
-    return dataclasses.replace(
-        state,
-        selected=selected,
+    starts = prefix_length[:, None] + slot * size
+    return Placement(
         chunk_ids=cache.places(selected),
-        chunk_starts=jnp.broadcast_to(start + slot * size, selected.shape),
-        query_start=state.prefix_length + slots * size,
+        chunk_starts=jnp.broadcast_to(starts, selected.shape),
+        query_start=prefix_length + slots * size,
+        prefix_length=prefix_length,
+        total=total,
     )
 
 
 def chosen_chunks(
     cache: ChunkCache, selected: Int[Array, "B K"]
 ) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
-    """Tokens and valid lengths of the chosen chunks; empty slots have length 0."""
+    """Returns tokens and valid lengths of the chosen chunks; empty slots have length 0."""
     document, ids = cache.document_of(selected.shape[0])[:, None], jnp.maximum(selected, 0)
     lengths = jnp.where(selected >= 0, cache.lengths[document, ids], 0)
     return cache.tokens[document, ids], lengths

@@ -43,7 +43,7 @@ class CacheMethod(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Prefilling(CacheMethod):
-    """Prefilling-dLLM: chunks, of which the relevant ones are kept."""
+    """Prefilling-dLLM: keeps the relevant chunks."""
 
     name: ClassVar[str] = "prefilling"
     uses_chunks: ClassVar[bool] = True

@@ -1,7 +1,7 @@
 """Step 1: a prompt as prefix, chunks with anchors, and query, in bucketed shapes.
 
-Runs on the host, in numpy: shapes decide what is compiled, so lengths are rounded up to a bucket
-and the true lengths travel as data. No token is lost, and padding is never attended to.
+Runs on the host, in numpy. Shapes decide what compiles, so lengths are rounded up to buckets and
+the true lengths are arrays. No token is lost. Nothing attends to padding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pdllm_jax.method.question import Question
 
 TokenIds = Sequence[int] | np.ndarray
 
-_ANY = 1 << 31  # a vocabulary that has every id
+_ANY = 1 << 31  # size of a vocabulary with every int32 id
 
 
 @jax.tree_util.register_dataclass
@@ -58,9 +58,9 @@ class ChunkedPrompt:
 
 
 def bucket(n: int, granularity: int = 1, parts: int = 8) -> int:
-    """Rounds n up by at most one part in `parts`: multiples of that of the power of two below it.
+    """Rounds n up to a multiple of a `parts`-th of the power of two below it, or of granularity.
 
-    A range of lengths up to n_max thus has about `parts` log2(n_max) buckets.
+    Lengths up to n_max have about `parts` log2(n_max) buckets.
     """
     if n <= 0:
         return 0
@@ -69,25 +69,25 @@ def bucket(n: int, granularity: int = 1, parts: int = 8) -> int:
 
 
 def bucket_rows(n: int) -> int:
-    """Rows of prefix or query: two buckets an octave, from 32 on."""
+    """Returns the padded rows of prefix or query: two buckets an octave, at least 32."""
     return 0 if n == 0 else max(32, bucket(n, 8, 2))
 
 
 def bucket_chunks(n: int, tight: bool = False) -> int:
-    """Chunks of a document: a power of two, for padding costs no more than its token ids.
+    """Returns the padded number of chunks: a power of two. Padding costs its token ids alone.
 
-    tight: at most an eighth more than n, for documents of which all KV is kept.
+    tight: at most an eighth more than n, for documents whose KV is all kept.
     """
     return bucket(n) if tight else 1 << (n - 1).bit_length()
 
 
 def batch_size(requests: int) -> int:
-    """Requests of a batch: a power of two."""
+    """Returns the padded requests of a batch: a power of two."""
     return 1 << (requests - 1).bit_length()
 
 
 def check_token_ids(name: str, ids: TokenIds, vocab_size: int) -> np.ndarray:
-    """ids as int32 [n]; ValueError names the first one outside the vocabulary, with its place."""
+    """Returns ids as int32 [n]; ValueError names the first id outside the vocabulary."""
     array = np.asarray(ids)
     if array.size == 0:
         return np.zeros((0,), np.int32)
@@ -103,14 +103,14 @@ def check_token_ids(name: str, ids: TokenIds, vocab_size: int) -> np.ndarray:
 
 
 def check_bos_id(bos_id: int | None, vocab_size: int) -> int | None:
-    """bos_id, which may be None; ValueError where it is no id of the vocabulary."""
+    """Returns bos_id, which may be None; ValueError if it is outside the vocabulary."""
     if bos_id is not None:
         check_token_ids("bos_id", [bos_id], vocab_size)
     return bos_id
 
 
 def count_chunks(tokens: int, config: ChunkConfig) -> int:
-    """Chunks that a context of so many tokens is cut into; at least one."""
+    """Returns the number of chunks of a context with this many tokens; at least 1."""
     span = config.chunk_size - int(config.anchors)
     return 1 + max(0, -(-(tokens - span) // config.stride))
 
@@ -118,7 +118,7 @@ def count_chunks(tokens: int, config: ChunkConfig) -> int:
 def split_context(
     context_ids: TokenIds, config: ChunkConfig, bos_id: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(chunks [N, C], lengths [N]): each piece behind its anchor, zero-padded. Loses no token."""
+    """Returns chunks [N, C], each behind its anchor and zero-padded, and lengths [N]."""
     context = check_token_ids("context", context_ids, _ANY)
     if context.size == 0:
         raise ValueError("context is empty")
@@ -139,7 +139,7 @@ def split_context(
 
 
 def pad_to(ids: np.ndarray, size: int, fill: int = 0) -> np.ndarray:
-    """ids padded to `size` rows with `fill`."""
+    """Returns ids padded to `size` rows with `fill`."""
     return np.concatenate([ids, np.full((size - len(ids), *ids.shape[1:]), fill, ids.dtype)])
 
 
@@ -160,10 +160,10 @@ def chunk_prompt(
       query_ids: the question and the answer's cue, at least one token.
       config: chunk size, anchors, overlap.
       bos_id: token of the anchors; the first token of the prefix by default.
-      tight: padded to fewer chunks, in more buckets: where the KV of all chunks is to be kept.
+      tight: pads to fewer chunks, in more buckets, for documents whose KV is all kept.
 
     Raises:
-      ValueError: empty context or query; anchors without BOS or prefix; what are no ids at all.
+      ValueError: empty context or query; anchors without BOS or prefix; values that are not ids.
     """
     prefix = check_token_ids("prefix", prefix_ids, _ANY)
     query = check_token_ids("query", query_ids, _ANY)
@@ -186,12 +186,12 @@ def chunk_prompt(
 
 
 def batch_prompts(prompts: Sequence[ChunkedPrompt], size: int | None = None) -> ChunkedPrompt:
-    """Prompts of different lengths as one batch: every axis padded to the longest.
+    """Returns prompts of different lengths as one batch, every axis padded to the longest.
 
     Args:
       prompts: at least one, each of one request, with the same chunk size and anchors.
-      size: requests of the batch, by default the number of prompts. Requests that are added are
-        empty: nothing is encoded or scored for them.
+      size: requests of the batch, by default the number of prompts. Added requests are empty and
+        cost nothing.
 
     Raises:
       ValueError: no prompt, more than `size`, or different chunk sizes or anchors.

@@ -1,8 +1,7 @@
 """Step 6: one denoising step, and the loop on the device.
 
-One mechanism serves the method and its baselines. The live rows are prefix, query and response;
-the context, if any, is a pool of chunks with the ids that were chosen. A step is one evaluation of
-the network on the rows being recomputed, then the sampling rule:
+Live rows are prefix, query and response. The context, if any, is a pool of chunks with the chosen
+ids. A step is one evaluation of the network on the recomputed rows, then the sampling rule:
 
   wide    query and response. When a block starts with stale live KV, or at every step for
           recompute "response".
@@ -48,7 +47,7 @@ Width = Literal["wide", "narrow"]
 def _guided_hidden(
     model: MaskPredictor, state: DenoiseState, rows: Int[Array, "B T"]
 ) -> Float[Array, "two_B T M"]:
-    """The same rows twice in one batch: as they are, and with the whole prompt masked."""
+    """Returns hidden rows twice in one batch: as they are, and with the prompt masked."""
     in_prompt = jnp.arange(rows.shape[1]) < state.query_length[:, None]
     blind = jnp.where(in_prompt, model.config.mask_token_id, rows)
     lengths = jnp.tile(state.query_length + state.tokens.shape[1], 2)
@@ -58,7 +57,7 @@ def _guided_hidden(
 def _guided_logits(
     model: MaskPredictor, hidden: Float[Array, "two_B T M"], guidance: float
 ) -> Float[Array, "B T V"]:
-    """LLaDA's classifier-free guidance: u + (1 + guidance) (c - u), u from the masked prompt."""
+    """Returns LLaDA's guided logits u + (1 + guidance) (c - u), u of the masked prompt."""
     conditional, unconditional = jnp.split(model.logits(hidden), 2)
     return unconditional + (guidance + 1) * (conditional - unconditional)
 
@@ -71,8 +70,7 @@ def _step(
     implementation: Implementation | None,
     width: Width | None = None,
 ) -> DenoiseState:
-    """width: of the pass, where it is known, so that no other is compiled."""
-    forward = functools.partial(live_forward, implementation=implementation)
+    """Runs one step. width: of the pass, where it is static, so that only that pass is compiled."""
     batch, length = state.tokens.shape
     block_length = config.block_length
     active = state.block < config.n_blocks
@@ -82,14 +80,22 @@ def _step(
     masked = (state.tokens == model.config.mask_token_id) & active[:, None]
     always_wide = config.recompute == "response"
     wide = jnp.ones((batch,), bool) if always_wide else state.stale & active
-    # A prediction may be the mask token itself and leave its slot masked. As published, an
-    # evaluation of all rows may still unmask such slots of earlier blocks.
+    # A predicted mask token leaves its slot masked. As published, an evaluation of all rows may
+    # unmask such slots of earlier blocks.
     behind = (slot < block_start[:, None]) & wide[:, None]
     candidates = masked & (in_block | behind)
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.evaluations)
+    forward = functools.partial(
+        live_forward,
+        model,
+        pool,
+        state.placement.only(active),
+        state.live,
+        implementation=implementation,
+    )
 
     def decide(logits: Array, first: Array) -> tuple[Array, Array]:
-        """Predictions for rows first.. as [B, G] tokens and confidences, -inf where not read."""
+        """Returns tokens and confidences [B, G] of rows from `first` on, -inf elsewhere."""
         tokens, confidence = jax.vmap(
             lambda x, k: predict(x, config.remasking, config.temperature, k)
         )(logits, keys)
@@ -99,7 +105,7 @@ def _step(
         )
 
     def read(logits_of: Callable[[Array, int], Array]) -> tuple[Array, Array]:
-        """Only the block's rows reach the LM head, unless an earlier slot is still masked."""
+        """Predicts the block's rows alone, unless an earlier slot is still masked."""
 
         def block() -> tuple[Array, Array]:
             return decide(logits_of(block_start, block_length), block_start)
@@ -126,9 +132,9 @@ def _step(
         rewritten = response_row >= block_start[:, None]
         if config.recompute == "block":
             rewritten &= response_row < block_start[:, None] + block_length
-        # Requests whose live KV is not stale go through this pass beside others whose is.
+        # Requests with fresh live KV go through this pass beside stale ones, and keep theirs.
         keep = None if always_wide else ~(rewritten | wide[:, None])
-        x, live, _ = forward(model, pool, state, rows, state.prefix_length, keep, reading=active)
+        x, live, _ = forward(rows, state.prefix_length, keep)
 
         def plain(first: Array, size: int) -> Array:
             return model.logits(
@@ -142,10 +148,10 @@ def _step(
         if config.recompute == "block":
             rows = dynamic_slices(state.tokens, block_start, block_length)
             start = response_start + block_start
-            x, live, _ = forward(model, pool, state, rows, start, None, reading=active)
+            x, live, _ = forward(rows, start)
             return *decide(model.logits(model.final_norm(x)), block_start), live
         keep = slot < block_start[:, None]
-        x, live, _ = forward(model, pool, state, state.tokens, response_start, keep, reading=active)
+        x, live, _ = forward(state.tokens, response_start, keep)
         hidden = model.final_norm(dynamic_slices(x, block_start, block_length))
         return *decide(model.logits(hidden), block_start), live
 
@@ -183,7 +189,7 @@ def _step(
 
 
 def _stays_fresh(state: DenoiseState, config: DecodeConfig) -> bool:
-    """Live KV was made with the chunks', and only a further block would make it stale."""
+    """Returns whether the live KV is never stale: fresh from the encoding, and one block."""
     return state.live_encoded and config.n_blocks == 1
 
 
@@ -198,11 +204,11 @@ def denoise_step(
     config: DecodeConfig,
     implementation: Implementation | None = None,
 ) -> DenoiseState:
-    """One network evaluation and the sampling rule. Pure; `state` is consumed (its buffers reused).
+    """Runs one network evaluation and the sampling rule. Pure; donates `state`.
 
-    Compiles once for each (shapes, config, implementation). A request that is done stays as it is,
+    Compiles once for each (shapes, config, implementation). A finished request does not change,
     and its chunks are not read. `config` must be the one that the state was made with; `cache` the
-    cache, or None where the state has chunks of its own (all encodings but "independent") or none.
+    cache, or None where the state has a pool (all encodings but "independent") or no chunks.
     """
     width: Width | None = "narrow" if _stays_fresh(state, config) else None
     return _step(model, state.pool_in(cache), state, config, implementation, width)
@@ -223,21 +229,21 @@ def denoise(
     selecting: SelectionConfig | None = None,
     until: Int[Array, ""] | None = None,
 ) -> DenoiseState:
-    """Steps until every request is done, in one loop on the device. Arguments as `denoise_step`.
+    """Runs steps until every request is done, in one loop on the device. See `denoise_step`.
 
     selecting: the settings that the state was made with, where they ask for re-selection; `cache`
       is then needed, with the KV of every chunk.
-    until: blocks that every request shall have done, instead of all of them. Run-time value; to go
-      on, call again.
+    until: stops when every request has done this many blocks. A run-time value; call again to
+      continue.
     """
-    again = selecting if selecting is not None and selecting.reselects else None
-    if again is not None:
+    reselecting = selecting if selecting is not None and selecting.reselects else None
+    if reselecting is not None:
         if cache is None or not state.chunk_ids.shape[1]:
             raise ValueError("re-selection needs the document's cache")
         check_scorable(cache)
     last_block = config.n_blocks if until is None else jnp.minimum(until, config.n_blocks)
     # A pool that does not change is kept out of the loop's carry.
-    fixed = state.pool_in(cache) if again is None else None
+    fixed = state.pool_in(cache) if reselecting is None else None
     pool = state.pool
 
     def unfinished(state: DenoiseState) -> Array:
@@ -246,30 +252,30 @@ def denoise(
     def stale(state: DenoiseState) -> Array:
         return (state.stale & (state.block < config.n_blocks)).any()
 
-    def onwards(width: Width) -> Callable[[DenoiseState], DenoiseState]:
+    def step_of(width: Width) -> Callable[[DenoiseState], DenoiseState]:
         return lambda state: _step(model, fixed, state, config, implementation, width)
 
     def each_width(state: DenoiseState) -> DenoiseState:
-        """A loop for either width: a branch at every step would copy the live KV."""
-        state = lax.while_loop(lambda s: unfinished(s) & ~stale(s), onwards("narrow"), state)
-        return lax.while_loop(lambda s: unfinished(s) & stale(s), onwards("wide"), state)
+        """Runs a loop for each width: a branch at every step would copy the live KV."""
+        state = lax.while_loop(lambda s: unfinished(s) & ~stale(s), step_of("narrow"), state)
+        return lax.while_loop(lambda s: unfinished(s) & stale(s), step_of("wide"), state)
 
-    def selecting_anew(state: DenoiseState) -> DenoiseState:
+    def reselect_and_step(state: DenoiseState) -> DenoiseState:
         assert cache is not None
-        assert again is not None
+        assert reselecting is not None
         due = state.block < config.n_blocks
-        if again.reselect == "block":
+        if reselecting.reselect == "block":
             due &= state.step == 0
-        state = reselect_due(model, cache, state, again, config, implementation, due)
+        state = reselect_due(model, cache, state, reselecting, config, implementation, due)
         return _step(model, state.pool_in(cache), state, config, implementation)
 
-    if again is not None:
-        return lax.while_loop(unfinished, selecting_anew, state)
+    if reselecting is not None:
+        return lax.while_loop(unfinished, reselect_and_step, state)
     body = each_width
     if config.recompute == "response" or _stays_fresh(state, config):
-        one = onwards("wide" if config.recompute == "response" else "narrow")
-        # Where blocks take a fixed number of steps, the loop ends between them alone: whether to go
-        # on is asked on the host. Begun inside a block, the steps left over change nothing.
+        one = step_of("wide" if config.recompute == "response" else "narrow")
+        # With a fixed number of steps, test for the end between blocks alone: the test waits for
+        # the host. In a loop that begins inside a block, the extra steps change nothing.
         fixed_steps = config.scheduled and until is None
         steps = config.steps_per_block if fixed_steps else 1
         body = lambda state: lax.fori_loop(0, steps, lambda _, s: one(s), state)  # noqa: E731

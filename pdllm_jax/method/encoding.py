@@ -1,4 +1,4 @@
-"""Steps 4 and 5: denoising begins with everything masked, the chosen chunks placed and encoded."""
+"""Steps 4 and 5: places and encodes the chosen chunks, and starts the denoising state."""
 
 from __future__ import annotations
 
@@ -11,8 +11,17 @@ from jaxtyping import Array, Int
 
 from pallas_kernels import Implementation
 from pdllm_jax.config import DecodeConfig, SelectionConfig
-from pdllm_jax.method.cache import ChunkCache, DenoiseState, init_live, place_chunks
-from pdllm_jax.method.encodings import Encoding
+from pdllm_jax.method.cache import (
+    ChunkCache,
+    DenoiseState,
+    LiveCache,
+    Placement,
+    init_live,
+    place_chunks,
+)
+from pdllm_jax.method.encodings import Encoded, EncodeRequest, Encoding
+from pdllm_jax.method.encodings.base import slot_ids
+from pdllm_jax.method.live_forward import query_rows
 from pdllm_jax.method.question import count_ids
 from pdllm_jax.method.selection import Selection
 from pdllm_jax.method.token_selection import keep_tokens
@@ -24,40 +33,81 @@ from pdllm_jax.network.transformer import MaskPredictor
 def encode_chosen(
     model: MaskPredictor,
     cache: ChunkCache,
-    state: DenoiseState,
+    request: EncodeRequest,
     config: SelectionConfig,
     implementation: Implementation | None = None,
-) -> DenoiseState:
-    """Returns the state, whose chunks are placed (`place_chunks`), with their KV.
+) -> tuple[Encoded, Placement]:
+    """Returns the KV of the chosen chunks, and where they lie.
 
-    state.chunk_ids name chunks of the cache's pool.
+    request.placement indexes the cache's pool. The live cache need not hold the prefix.
     """
-    encoding = config.encoding
-    stale = jnp.full(state.stale.shape, not encoding.live_encoded)
-    state = dataclasses.replace(state, pool=None, stale=stale)
+    encoding, placement = config.encoding, request.placement
     if encoding.keeps_prefix:
-        state = _with_prefix(model, cache, state)
-    state = encoding.encode(model, cache, state, implementation)
-    if config.keep_tokens is not None:
-        pool = state.pool_in(cache)
-        assert pool is not None
-        state = keep_tokens(
-            model, pool, state, config.keep_tokens,
-            anchors=cache.anchors, implementation=implementation,
-        )  # fmt: skip
-    return state
+        live = _with_prefix(model, cache, request.live, placement.prefix_length)
+        request = request._replace(live=live)
+    pool, live = encoding.encode(model, cache, request, implementation)
+    in_slots = dataclasses.replace(placement, chunk_ids=slot_ids(request.selected))
+    placement = placement if pool is None else in_slots
+    source, count = cache.pool if pool is None else pool, config.keep_tokens
+    if count is not None and source is not None and count < source.k.shape[3]:
+        pool = keep_tokens(
+            model,
+            source,
+            placement,
+            request.rows,
+            live,
+            count,
+            anchors=cache.anchors,
+            implementation=implementation,
+        )
+        placement = in_slots
+    return Encoded(pool, live), placement
 
 
-def _with_prefix(model: MaskPredictor, cache: ChunkCache, state: DenoiseState) -> DenoiseState:
+def encode_state(
+    model: MaskPredictor,
+    cache: ChunkCache,
+    state: DenoiseState,
+    selected: Int[Array, "B K"],
+    config: SelectionConfig,
+    implementation: Implementation | None = None,
+    *,
+    slots: Int[Array, "B K"] | None = None,
+) -> DenoiseState:
+    """Returns the state with these chunks chosen, placed and encoded.
+
+    slots: their places in the cache's pool, where these do not follow from the ids.
+    """
+    placement = place_chunks(
+        cache, selected, state.prefix_length, state.placement.total, config.positions
+    )
+    if slots is not None:
+        placement = dataclasses.replace(placement, chunk_ids=slots)
+    request = EncodeRequest(selected, placement, query_rows(state), state.live)
+    (pool, live), placement = encode_chosen(model, cache, request, config, implementation)
+    return dataclasses.replace(
+        state,
+        selected=selected,
+        chunk_ids=placement.chunk_ids,
+        chunk_starts=placement.chunk_starts,
+        query_start=placement.query_start,
+        pool=pool,
+        live=live,
+        stale=jnp.full(state.stale.shape, not config.encoding.live_encoded),
+    )
+
+
+def _with_prefix(
+    model: MaskPredictor, cache: ChunkCache, live: LiveCache | None, prefix_length: Int[Array, "B"]
+) -> LiveCache | None:
     """Writes the prefix' KV into the live cache, if there are both."""
-    if state.live is None or cache.prefix_k is None or cache.prefix_v is None:
-        return state
-    live, at_start = state.live, jnp.zeros_like(state.query_length)
+    if live is None or cache.prefix_k is None or cache.prefix_v is None:
+        return live
     for layer, (k, v) in enumerate(zip(cache.prefix_k, cache.prefix_v, strict=True)):
-        shape = (state.query.shape[0], *k.shape[1:])
+        shape = (prefix_length.shape[0], *k.shape[1:])
         k, v = jnp.broadcast_to(k, shape), jnp.broadcast_to(v, shape)
-        live = live.write(layer, k, v, at_start, mesh=model.mesh)
-    return dataclasses.replace(state, live=live)
+        live = live.write(layer, k, v, jnp.zeros_like(prefix_length), mesh=model.mesh)
+    return live
 
 
 @functools.partial(jax.jit, static_argnames=("config", "encoding", "selecting", "implementation"))
@@ -74,7 +124,7 @@ def init_denoise(
     selecting: SelectionConfig | None = None,
     implementation: Implementation | None = None,
 ) -> DenoiseState:
-    """The state before the first step: everything masked, the chosen chunks placed and encoded.
+    """Returns the state before the first step: all masked, the chosen chunks placed and encoded.
 
     Compiles once for each (shapes, config, encoding, selecting, implementation).
 
@@ -84,14 +134,14 @@ def init_denoise(
         one document for all requests or one for each.
       query_ids: [B, Q], padded with -1, or with any ids behind query_length where that is given.
       config: lengths and sampling rule.
-      key: PRNG key, of which request b uses fold_in(key, b); or a key for each request, [B].
+      key: PRNG key; request b uses fold_in(key, b). Or a key for each request, [B].
       encoding: what the chunks' KV is computed from (see `SelectionConfig`). By default
         "independent" where the cache has their KV, else "joint".
       selecting: settings of encoding, positions and kept tokens, instead of `encoding`.
       implementation: of the attention over chunks, where the encoding has any.
 
     Raises:
-      ValueError: an encoding that needs a pool asked of a cache without; cache without selection;
+      ValueError: the encoding needs a pool and the cache has none; cache without selection;
         guidance with a cache; both encoding and selecting.
     """
     query_ids = jnp.asarray(query_ids, jnp.int32)
@@ -143,10 +193,10 @@ def init_denoise(
         prefix_length=cache.prefix_length[cache.document_of(batch)],
         live_encoded=selecting.encoding.live_encoded,
     )
-    state = place_chunks(state, cache, selection.chunk_ids, selecting.positions)
-    if selecting.encoding.needs_pool and selection.slots is not None:
-        state = dataclasses.replace(state, chunk_ids=selection.slots)
-    state = encode_chosen(model, cache, state, selecting, implementation)
+    slots = selection.slots if selecting.encoding.needs_pool else None
+    state = encode_state(
+        model, cache, state, selection.chunk_ids, selecting, implementation, slots=slots
+    )
     return constrain(model.mesh, state)
 
 

@@ -1,13 +1,13 @@
 """Log-likelihood of an answer by LLaDA's Monte Carlo estimate, on a whole prompt or on kept chunks.
 
-A masked diffusion model has no chain of conditionals. LLaDA (arXiv 2502.09992, appendix B.5, and
-its eval_llada.py) masks k of the answer's L tokens at random, with k from 1 to L:
+A masked diffusion model has no chain of conditionals. LLaDA (arXiv 2502.09992, appendix B.5,
+eval_llada.py) masks k of the answer's L tokens at random, with k from 1 to L:
 
     log p(answer | prompt)  is about  mean over samples of  L / k * sum over masked tokens of log p
 
-The k of n samples are spread evenly, k0 + i L / n around the circle of 1..L, as published, where n
-is that code's batch; here it is all samples, so that how many go through the network at once does
-not matter. Only masked rows reach the LM head, a block of them at a time.
+The k of n samples are spread evenly around the circle 1..L, at k0 + i L / n. In the published code
+n is the batch; here n counts all samples, so the result does not depend on the group size. Only
+masked rows reach the LM head, a block of them at a time.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import Implementation
-from pdllm_jax.config import DecodeConfig, SelectionConfig
+from pdllm_jax.config import SelectionConfig
 from pdllm_jax.method.cache import (
     ChunkCache,
-    DenoiseState,
+    Placement,
     dynamic_slices,
     dynamic_updates,
     init_live,
@@ -40,9 +40,9 @@ from pdllm_jax.method.chunking import (
     check_token_ids,
     pad_to,
 )
-from pdllm_jax.method.encoding import encode_chosen, init_denoise
-from pdllm_jax.method.encodings import Bridge
-from pdllm_jax.method.live_forward import live_forward
+from pdllm_jax.method.encoding import encode_chosen
+from pdllm_jax.method.encodings import Bridge, EncodeRequest
+from pdllm_jax.method.live_forward import QueryRows, live_forward
 from pdllm_jax.method.prefill import prefill
 from pdllm_jax.method.sampling import log_probability, random_key
 from pdllm_jax.method.scorers import OracleScorer
@@ -51,18 +51,18 @@ from pdllm_jax.method.selection import Selection, select
 from pdllm_jax.network.config import ConfigError
 from pdllm_jax.network.transformer import MaskPredictor
 
-_LOGIT_ROWS = 64  # that exist at once
+_LOGIT_ROWS = 64  # logits in memory at once
 
 
 class Samples(NamedTuple):
-    """Which answer tokens are masked. masked: [n, A], counts: [n], of them."""
+    """Which answer tokens are masked [n, A], and how many [n]."""
 
     masked: Bool[Array, "n A"]
     counts: Int[Array, "n"]
 
 
 def answer_samples(key: Array, length: Int[Array, ""], n: int, rows: int) -> Samples:
-    """n masks over the first `length` of `rows` places."""
+    """Draws n masks over the first `length` of `rows` places."""
     first, order = jax.random.split(key)
     steps = jnp.round(jnp.arange(n) * (length / n)).astype(jnp.int32)
     counts = (jax.random.randint(first, (), 0, length) + steps) % length + 1
@@ -77,9 +77,9 @@ def masked_log_likelihood(
     targets: Int[Array, "A"],
     masked: Bool[Array, "n A"],
 ) -> Float[Array, "n"]:
-    """Summed log-probability of the masked targets, from rows before the final norm.
+    """Sums the log-probability of the masked targets, from rows before the final norm.
 
-    Masked rows come first and go through the LM head in blocks; the others never do.
+    Only masked rows go through the LM head, in blocks.
     """
     n, length = masked.shape
     rows = min(_LOGIT_ROWS, n * length)
@@ -91,8 +91,8 @@ def masked_log_likelihood(
         row = order[jnp.minimum(at, n * length - 1)]
         logits = model.logits(model.final_norm(flat[row]))
         counts = masked.reshape(-1)[row] & (at < n * length)
-        found = jnp.where(counts, log_probability(logits, targets[row % length]), 0.0)
-        return total.at[row // length].add(found)
+        values = jnp.where(counts, log_probability(logits, targets[row % length]), 0.0)
+        return total.at[row // length].add(values)
 
     blocks = -(-jnp.count_nonzero(masked) // rows)
     return lax.fori_loop(0, blocks, block, jnp.zeros((n,), jnp.float32))
@@ -125,16 +125,11 @@ def _on_prompt(
 
 
 def _encode(model: MaskPredictor, ids: Int[Array, "n T"], lengths: Int[Array, "n"]) -> Array:
-    """`model.encode` before its final norm, by the path that decoding takes."""
-    n = len(ids)
-    none = jnp.zeros((n, 0), jnp.int32)
-    zeros = jnp.zeros((n,), jnp.int32)
-    state = DenoiseState(
-        tokens=none, query=ids, query_length=lengths, prefix_length=zeros, selected=none,
-        chunk_ids=none, chunk_starts=none, query_start=zeros, live=None, pool=None, block=zeros,
-        step=zeros, stale=zeros.astype(bool), evaluations=zeros, rescored=zeros, keys=zeros,
-    )  # fmt: skip
-    return live_forward(model, None, state, ids, zeros, None, None)[0]
+    """Returns `model.encode` before its final norm, by the path that decoding takes."""
+    zeros = jnp.zeros_like(lengths)
+    none = jnp.zeros((len(ids), 0), jnp.int32)
+    placement = Placement(none, none, query_start=zeros, prefix_length=zeros, total=lengths)
+    return live_forward(model, None, placement, None, ids, zeros)[0]
 
 
 def _mean(sums: Array, samples: Samples, length: Int[Array, ""]) -> Float[Array, ""]:
@@ -150,17 +145,17 @@ def answer_log_likelihood(
     group: int = 16,
     seed: int = 0,
 ) -> float:
-    """log p(answer | prompt), natural, by LLaDA's estimate with full attention over both.
+    """Estimates log p(answer | prompt), natural logarithm, with full attention over both.
 
     Costs `samples` evaluations of the whole sequence. Compiles for each bucket of the prompt's and
     the answer's length.
 
     Args:
-      samples: Monte Carlo samples; group: of them that go through the network together, at most.
+      samples: Monte Carlo samples. group: most samples that go through the network together.
       seed: the same seed gives the same masks to answers of the same length.
 
     Raises:
-      ValueError: an empty answer, ids outside the vocabulary, samples or group below 1.
+      ValueError: the answer is empty, an id is outside the vocabulary, samples or group is below 1.
     """
     prompt, answer = _checked(model, prompt_ids, answer_ids, samples, group)
     rows = bucket_rows(answer.size)
@@ -174,7 +169,7 @@ def answer_log_likelihood(
 
 
 class KeptContext(NamedTuple):
-    """A document's cache and the chunks that a question keeps of it."""
+    """A document's cache and the chunks that a question keeps."""
 
     cache: ChunkCache
     selection: Selection
@@ -223,37 +218,40 @@ def _on_chunks(
     targets = lax.dynamic_slice_in_dim(tokens, start, rows)
     inside = (jnp.arange(tokens.size) >= start) & (jnp.arange(tokens.size) < start + length)
     blank = jnp.where(inside, model.config.mask_token_id, tokens)
-    # The answer's rows are the query's last ones here, for their number must not be a shape. The
-    # response that init_denoise makes is taken off again.
-    together = (start + length)[None]
-    state = init_denoise(
-        model, None, None, blank[None], DecodeConfig(gen_length=1, block_length=1), key,
-        # Only joint encoding sees the response's masks.
-        query_length=together if settings.encoding.live_encoded else start[None],
-    )  # fmt: skip
-    prefix_rows = cache.prefix_ids.shape[-1]
-    state = dataclasses.replace(
-        state,
-        tokens=jnp.zeros((1, 0), jnp.int32),
-        prefix_length=cache.prefix_length,
-        live=init_live(model.config, 1, prefix_rows + tokens.size, model.dtype, model.mesh),
+    # The answer's number of rows must not be a shape, so the answer is the query's last rows. Only
+    # joint encoding attends to its masks.
+    ends = (start + length)[None]
+    query_length = ends if settings.encoding.live_encoded else start[None]
+    prefix_length = cache.prefix_length
+    placement = place_chunks(
+        cache, selection.chunk_ids, prefix_length, prefix_length + query_length, settings.positions
     )
-    state = place_chunks(state, cache, selection.chunk_ids, settings.positions)
-    state = encode_chosen(model, cache, state, settings, implementation)
-    state = dataclasses.replace(state, query_length=together)
-    pool = state.pool_in(cache)
-    several = jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (group, *x.shape[1:])),
-        dataclasses.replace(state, pool=None),
+    live_rows = cache.prefix_ids.shape[-1] + tokens.size
+    request = EncodeRequest(
+        selection.chunk_ids,
+        placement,
+        QueryRows(blank[None], query_length, blank[None]),
+        init_live(model.config, 1, live_rows, model.dtype, model.mesh),
+    )
+    (pool, live), placement = encode_chosen(model, cache, request, settings, implementation)
+    pool = cache.pool if pool is None else pool
+    placement = dataclasses.replace(placement, total=prefix_length + ends)
+    placement, live = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (group, *x.shape[1:])), (placement, live)
     )
     starts = jnp.full((group,), start)
 
     def score(masked: Array) -> Array:
         answers = jnp.where(masked, model.config.mask_token_id, targets)
         ids = dynamic_updates(jnp.broadcast_to(tokens, (group, tokens.size)), starts, answers)
-        asked = dataclasses.replace(several, query=ids)
         hidden, _, _ = live_forward(
-            model, pool, asked, ids, asked.prefix_length, None, implementation
+            model,
+            pool,
+            placement,
+            live,
+            ids,
+            placement.prefix_length,
+            implementation=implementation,
         )
         return masked_log_likelihood(model, dynamic_slices(hidden, starts, rows), targets, masked)
 
@@ -271,11 +269,10 @@ def answer_log_likelihood_kept(
     seed: int = 0,
     implementation: Implementation | None = None,
 ) -> float:
-    """log p(answer | prefix, kept chunks, query): as `answer_log_likelihood`, by the method.
+    """Estimates log p(answer | prefix, kept chunks, query); see `answer_log_likelihood`.
 
-    The kept chunks' KV is computed once, with the answer masked where it takes part in that (joint
-    encoding); a sample costs the rows of query and answer, as a denoising step with recompute
-    "response" does.
+    The kept chunks' KV is computed once; joint encoding attends to the masked answer. A sample
+    costs the rows of query and answer, as a denoising step with recompute "response".
 
     Args:
       context: from `keep_context` with the same question.
@@ -306,5 +303,5 @@ def _checked(
 
 
 def _divisor(samples: int, most: int) -> int:
-    """The largest group that the samples can be cut into."""
+    """Returns the largest group size, at most `most`, that divides the samples."""
     return next(size for size in range(min(most, samples), 0, -1) if samples % size == 0)

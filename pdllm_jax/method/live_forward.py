@@ -1,4 +1,4 @@
-"""The network on live rows: prefix, query and response around the chunks that were chosen."""
+"""The network on live rows (prefix, query, response), which attend to the chosen chunks too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import Implementation, OwnKV, Partial
-from pdllm_jax.method.cache import ChunkPool, DenoiseState, LiveCache, dynamic_updates
+from pdllm_jax.method.cache import ChunkPool, DenoiseState, LiveCache, Placement, dynamic_updates
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.rope import Rotation, rotate, rotation
 from pdllm_jax.network.sharding import attention, chunk_attention
@@ -21,38 +21,60 @@ LayerHook = Callable[[int, Array, Partial, Any], Any]
 
 
 class RowRotations(NamedTuple):
-    """How rows at given positions see the live rows and each chunk.
+    """Rotations of rows at given positions.
 
-    own: rotation of the rows among live rows; meeting [B, K + 1, T]: of the rows as chunk j, whose
-      keys are rotated at chunk-local positions, meets them, and last as live rows do; total [B]:
-      live rows there are.
+    live: for keys, and for queries that attend to live rows alone.
+    per_chunk [B, K + 1, T]: for queries. Entry j attends to chunk j, whose keys are rotated at
+      chunk-local positions; the last entry attends to live rows.
+    total [B]: valid live rows.
     """
 
-    own: Rotation
-    meeting: Rotation
+    live: Rotation
+    per_chunk: Rotation
     total: Int[Array, "B"]
 
 
-def live_positions(state: DenoiseState, row: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Positions in the prompt of rows of the live cache: prefix, query, response, without gaps."""
-    prefix = state.prefix_length[:, None]
-    return jnp.where(row < prefix, row, row - prefix + state.query_start[:, None])
+class QueryRows(NamedTuple):
+    """Query and response of each request, as encodings read them.
+
+    query [B, Q], query_length [B]: the query, padded.
+    ids [B, R]: query and response without a gap, then padding.
+    """
+
+    query: Int[Array, "B Q"]
+    query_length: Int[Array, "B"]
+    ids: Int[Array, "B R"]
+
+
+def query_rows(state: DenoiseState) -> QueryRows:
+    """Returns query and response of a state."""
+    rows = jnp.pad(state.query, ((0, 0), (0, state.tokens.shape[1])))
+    ids = dynamic_updates(rows, state.query_length, state.tokens)
+    return QueryRows(state.query, state.query_length, ids)
+
+
+def response_rows(state: DenoiseState) -> Int[Array, "B R"]:
+    """Returns the tokens of query and response, without a gap, then padding."""
+    return query_rows(state).ids
+
+
+def live_positions(placement: Placement, row: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Returns the positions in the prompt of rows of the live cache."""
+    prefix = placement.prefix_length[:, None]
+    return jnp.where(row < prefix, row, row - prefix + placement.query_start[:, None])
 
 
 def row_rotations(
-    config: ModelConfig, state: DenoiseState, positions: Int[Array, "B T"]
+    config: ModelConfig, placement: Placement, positions: Int[Array, "B T"]
 ) -> RowRotations:
-    """The view of rows at these positions."""
-    starts = jnp.pad(state.chunk_starts, ((0, 0), (0, 1)))
-    return RowRotations(
-        rotation(config, positions),
-        rotation(config, positions[:, None] - starts[..., None]),
-        state.prefix_length + state.query_length + state.tokens.shape[1],
-    )
+    """Returns the rotations of rows at these positions."""
+    starts = jnp.pad(placement.chunk_starts, ((0, 0), (0, 1)))
+    per_chunk = rotation(config, positions[:, None] - starts[..., None])
+    return RowRotations(rotation(config, positions), per_chunk, placement.total)
 
 
 def attend_all(
-    view: RowRotations,
+    rotations: RowRotations,
     layer: int,
     q: Float[Array, "B T H D"],
     live_k: Float[Array, "B S G D"],
@@ -64,72 +86,71 @@ def attend_all(
     need_lse: bool = False,
     mesh: Mesh | None = None,
 ) -> Partial:
-    """Attention of rows over all live rows and the chosen chunks."""
+    """Attends from rows to all live rows and the chosen chunks."""
+    total = rotations.total
     if pool is None or not chunk_ids.shape[1]:
-        return attention(mesh, rotate(q, view.own), live_k, live_v, view.total, need_lse=need_lse)
+        return attention(mesh, rotate(q, rotations.live), live_k, live_v, total, need_lse=need_lse)
     return chunk_attention(
         mesh,
-        rotate(q[:, None], view.meeting),
+        rotate(q[:, None], rotations.per_chunk),
         pool.k,
         pool.v,
         chunk_ids,
         pool.lengths,
         layer=layer,
-        near=OwnKV(live_k, live_v, view.total),
+        near=OwnKV(live_k, live_v, total),
         implementation=implementation,
     )
-
-
-def response_rows(state: DenoiseState) -> Int[Array, "B R"]:
-    """Tokens of query and response, without a gap, then padding."""
-    rows = jnp.pad(state.query, ((0, 0), (0, state.tokens.shape[1])))
-    return dynamic_updates(rows, state.query_length, state.tokens)
 
 
 def live_forward(
     model: MaskPredictor,
     pool: ChunkPool | None,
-    state: DenoiseState,
+    placement: Placement,
+    live: LiveCache | None,
     rows: Int[Array, "B T"],
     start: Int[Array, "B"],
-    keep: Bool[Array, "B T"] | None,
-    implementation: Implementation | None,
+    keep: Bool[Array, "B T"] | None = None,
+    implementation: Implementation | None = None,
     *,
-    reading: Bool[Array, "B"] | None = None,
-    watch: LayerHook | None = None,
+    hook: LayerHook | None = None,
     hook_carry: Any = None,
 ) -> tuple[Float[Array, "B T M"], LiveCache | None, Any]:
-    """The network on live rows start[b].. whose tokens are `rows`; writes their KV, except `keep`.
+    """Runs the network on tokens `rows`, which are live rows start[b] and on.
 
-    Without a live cache the rows see each other alone.
+    Writes their KV into the live cache, except where `keep`. Without a live cache the rows attend
+    to each other and to the chunks. Requests without chunks in `placement` read none.
 
-    reading: requests whose chunks are read at all, by default all; the others' rows mean nothing.
-    watch: called in every layer, with `watched` as its carry.
+    Args:
+      hook: called in every layer, with `hook_carry` as its carry.
 
     Returns:
-      The residual stream, the live cache, and what was watched.
+      The residual stream, the live cache, and the hook's last carry.
     """
-    view = row_rotations(
-        model.config, state, live_positions(state, start[:, None] + jnp.arange(rows.shape[1]))
-    )
-    chunk_ids = state.chunk_ids
-    if reading is not None:
-        chunk_ids = jnp.where(reading[:, None], chunk_ids, -1)
+    positions = live_positions(placement, start[:, None] + jnp.arange(rows.shape[1]))
+    rotations = row_rotations(model.config, placement, positions)
 
     def attend(layer: int, q: Array, k: Array, v: Array, carry):
         live, hook_carry = carry
-        turned = rotate(k, view.own)
-        live_k, live_v = turned, v
+        live_k, live_v = rotate(k, rotations.live), v
         if live is not None:
-            live = live.write(layer, turned, v, start, keep, mesh=model.mesh)
+            live = live.write(layer, live_k, v, start, keep, mesh=model.mesh)
             live_k, live_v = live.k[layer], live.v[layer]
         seen = attend_all(
-            view, layer, q, live_k, live_v, pool, chunk_ids, implementation,
-            need_lse=watch is not None, mesh=model.mesh,
-        )  # fmt: skip
-        if watch is not None:
-            hook_carry = watch(layer, q, seen, hook_carry)
+            rotations,
+            layer,
+            q,
+            live_k,
+            live_v,
+            pool,
+            placement.chunk_ids,
+            implementation,
+            need_lse=hook is not None,
+            mesh=model.mesh,
+        )
+        if hook is not None:
+            hook_carry = hook(layer, q, seen, hook_carry)
         return seen.out, (live, hook_carry)
 
-    x, (live, hook_carry) = model.run(rows, attend, (state.live, hook_carry))
+    x, (live, hook_carry) = model.run(rows, attend, (live, hook_carry))
     return x, live, hook_carry

@@ -1,8 +1,7 @@
-"""The pass over documents: chunk KV, and scores of the rows that ride along.
+"""Steps 2 and 4: the pass over documents. It computes chunk KV, and scores of query copies.
 
-Chunk rows attend to the prefix and their own chunk; what rides behind them is in `scoring.py`.
-Groups of chunks, of whatever requests, go through the network together. Inside, everything has an
-axis of requests.
+Chunk rows attend to prefix and chunk. Copies of the query (`scorers/copies.py`) go through the
+network behind them. A group of chunks, also from several requests, goes through together.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from pdllm_jax.network.transformer import MaskPredictor
 
 
 class _Prefix(NamedTuple):
-    """Per-layer KV of the prefixes, keys unrotated; nothing where they are empty."""
+    """KV of the prefixes, layer by layer, keys unrotated; no layer where they are empty."""
 
     k: tuple[Float[Array, "B P G D"], ...]
     v: tuple[Float[Array, "B P G D"], ...]
@@ -64,21 +63,21 @@ def prefill(
 ) -> tuple[ChunkCache, Float[Array, "B N"]]:
     """Encodes and scores every chunk of a document, or of a batch of them, in one pass.
 
-    Pure; compiles once for each (shapes of prompt, config). Chunks that are padding cost nothing.
+    Pure; compiles once for each (shapes of prompt, config). Empty chunks cost nothing.
 
     Args:
       prompt: from `chunk_prompt`, or `batch_prompts`.
       config: scorer, masked copies, encoding, chunks per group.
-      draft: from `draft_response`; made here where the scorer needs one and none is given.
+      draft: from `draft_response`; by default computed here if the scorer needs one.
       key: PRNG key of the scorer "random", one for all requests or [B].
-      oracle: ids of the chunks that the scorer "oracle" keeps; ids of no chunk name nothing.
+      oracle: ids of the chunks that the scorer "oracle" keeps; other ids are ignored.
       keep_pool: whether the chunks' KV is kept, for decoding with encodings that start from it
         ("independent", "bridge"; also for re-selection) and for `score_chunks` with later
         questions. By default where the config needs it.
 
     Returns:
-      The cache, and the scores [B, N], float32, natural log, -inf for chunks that are padding. The
-      scorer "attention" reads the pool, which is then kept in any case.
+      The cache, and the scores [B, N], float32, natural log, -inf for empty chunks. The scorer
+      "attention" reads the pool, so the cache then always has one.
     """
     pooling = config.needs_pool if keep_pool is None else keep_pool
     pooling |= config.scorer.needs_pool and not config.scorer.in_pass
@@ -90,7 +89,7 @@ def prefill(
         prefix = _encode_prefix(model, prompt)
     pool, scores = None, None
     if pooling or query_copies is not None:
-        pool, scores, _ = _encode_chunks(model, prompt, config, prefix, query_copies, pooling)
+        pool, scores = _encode_all(model, prompt, config, prefix, query_copies, pooling)
     cache = _cache(model, prompt, prefix, pool, keeps_prefix)
     if scores is None:
         scores = run_scorer(config.scorer, model, cache, request)
@@ -118,10 +117,10 @@ def _request(
 def encode_document(
     model: MaskPredictor, prompt: ChunkedPrompt, *, encode_batch: int = 8
 ) -> ChunkCache:
-    """The document's cache with KV of every chunk, untouched by any question.
+    """Returns the document's cache with KV of every chunk, which no question has changed.
 
-    For `score_chunks` and `init_denoise` with as many questions as there are. The prompt's query
-    is not read. Compiles once for each shape of the prompt.
+    For `score_chunks` and `init_denoise` with any number of questions. Does not read the prompt's
+    query. Compiles once for each shape of the prompt.
     """
     config = SelectionConfig(scorer="first", encoding="independent", encode_batch=encode_batch)
     return prefill(model, prompt, config)[0]
@@ -137,19 +136,19 @@ def prefill_top_k(
     key: Array | None = None,
     oracle: Int[Array, "1 M"] | None = None,
 ) -> tuple[ChunkCache, Selection, Float[Array, "1 N"]]:
-    """`prefill` and selection in one pass that keeps the KV of the running top K alone.
+    """Encodes, scores and selects in one pass that keeps the KV of the running top K alone.
 
-    The device holds config.slots + encode_batch chunks' KV, however long the document is.
-    Selection, scores and KV are those of `prefill` with encoding "independent" and `select_top_k`,
-    bit for bit.
+    The device holds the KV of config.slots + encode_batch chunks for any length of the document.
+    Selection, scores and KV equal `prefill` with encoding "independent" and `select_top_k`, bit
+    for bit.
 
     Returns:
-      The cache, whose pool holds the kept chunks in no order; the selection, with their places in
-      the pool; the scores [N].
+      The cache, whose pool holds the kept chunks in any order; the selection, with their places in
+      the pool; the scores [1, N].
 
     Raises:
       ValueError: a batch of prompts; scorer "attention", which compares all chunks' KV at once;
-        re-selection, which may want a chunk that was not kept.
+        re-selection, which may need a chunk that was not kept.
     """
     if config.scorer.needs_pool and not config.scorer.in_pass:
         raise ValueError(
@@ -159,17 +158,16 @@ def prefill_top_k(
         raise ValueError("re-selection reads all chunks' KV: the document cannot be streamed")
     if prompt.chunks.shape[0] > 1:
         raise ValueError(f"one document is streamed at a time, got {prompt.chunks.shape[0]}")
-    request, known = _request(prompt, config, draft, key, oracle), None
+    request = _request(prompt, config, draft, key, oracle)
     query_copies = config.scorer.query_copies(model, request)
     prefix = _encode_prefix(model, prompt)
+    scores = jnp.full(prompt.chunks.shape[:2], -jnp.inf, jnp.float32)
     if query_copies is None:
         tokens = _cache(model, prompt, prefix, None, False)
-        known = run_scorer(config.scorer, model, tokens, request)[0]
-    pool, scores, selection = _encode_chunks(
-        model, prompt, config, prefix, query_copies, True, streaming=True, known=known
+        scores = run_scorer(config.scorer, model, tokens, request)
+    pool, scores, selection = _encode_streaming(
+        model, prompt, config, prefix, query_copies, scores[0]
     )
-    assert selection is not None
-    assert scores is not None
     cache = _cache(model, prompt, prefix, pool, True, streamed=True)
     return cache, *constrain(model.mesh, (selection, scores))
 
@@ -201,88 +199,135 @@ def _cache(
 
 
 class _Kept(NamedTuple):
-    """The running top K: chunk ids and scores by rank, then the ids that are out; pool places."""
+    """The running top K: ids and scores by rank, then dropped ids; the pool place of each."""
 
     ids: Int[Array, "S"]
     scores: Float[Array, "S"]
     slots: Int[Array, "S"]
 
 
-def _encode_chunks(
+def _row_rotation(
+    model: MaskPredictor, chunk_size: int, query_copies: QueryCopies | None
+) -> Rotation:
+    """Returns the rotation of a chunk's rows and of the copies behind them."""
+    positions = jnp.arange(chunk_size)
+    if query_copies is not None:
+        _, repeats, rows = query_copies.ids.shape
+        positions = jnp.concatenate([positions, jnp.tile(chunk_size + jnp.arange(rows), repeats)])
+    return rotation(model.config, positions)
+
+
+def _encode_all(
     model: MaskPredictor,
     prompt: ChunkedPrompt,
     config: SelectionConfig,
     prefix: _Prefix,
     query_copies: QueryCopies | None,
     pooling: bool,
-    *,
-    streaming: bool = False,
-    known: Float[Array, "N"] | None = None,
-) -> tuple[ChunkPool | None, Float[Array, "B N"] | None, Selection | None]:
-    """streaming, of one document: the pool has K + group places; free ones take the next group.
-
-    known: scores that need no pass. Scores are None where there are neither these nor riders.
-    """
+) -> tuple[ChunkPool | None, Float[Array, "B N"] | None]:
+    """Encodes every chunk. Returns the pool if `pooling`, and scores if there are copies."""
     batch, n, size = prompt.chunks.shape
     pairs = batch * n
-    # Every device of the mesh's data axis has as many chunks of a group; padding fills it up.
     group = whole_groups(model.mesh, min(config.encode_batch, pairs))
-    k = min(config.slots, n)
     lengths = prompt.chunk_lengths.reshape(pairs)
-    chunks = prompt.chunks.reshape(pairs, size)
-    order = jnp.argsort(lengths == 0, stable=True)  # of one document: as it is
+    order = jnp.argsort(lengths == 0, stable=True)
+    by = _row_rotation(model, size, query_copies)
+    pool, scores = None, jnp.full((pairs,), -jnp.inf, jnp.float32)
+    if pooling:
+        places = -(-pairs // group) * group
+        pool = init_pool(model.config, places, size, model.dtype, model.mesh)
+        pool = dataclasses.replace(pool, lengths=jnp.pad(lengths, (0, places - pairs)))
 
-    positions = jnp.arange(size)
-    if query_copies is not None:
-        _, repeats, rows = query_copies.ids.shape
-        positions = jnp.concatenate([positions, jnp.tile(size + jnp.arange(rows), repeats)])
-    by = rotation(model.config, positions)
+    def encode_group(i: Array, carry):
+        pool, scores = carry
+        at = i * group + jnp.arange(group)
+        pair = order[jnp.minimum(at, pairs - 1)]
+        length = jnp.where(at < pairs, lengths[pair], 0)
+        # The chunks of one document are consecutive. Rows beyond the end go behind the last place.
+        where = i * group if batch == 1 else jnp.where(at < pairs, pair, pairs)
+        values, pool = _encode_group(
+            model, prompt, prefix, query_copies, by, pair, length, where, pool
+        )
+        if values is not None:
+            scores = scores.at[jnp.where(length > 0, pair, pairs)].set(values, mode="drop")
+        return constrain(model.mesh, pool, "pool"), scores
+
+    groups = -(-jnp.count_nonzero(lengths) // group)
+    pool, scores = lax.fori_loop(0, groups, encode_group, (pool, scores))
+    return pool, None if query_copies is None else scores.reshape(batch, n)
+
+
+def _encode_streaming(
+    model: MaskPredictor,
+    prompt: ChunkedPrompt,
+    config: SelectionConfig,
+    prefix: _Prefix,
+    query_copies: QueryCopies | None,
+    scores: Float[Array, "N"],
+) -> tuple[ChunkPool, Float[Array, "1 N"], Selection]:
+    """Encodes every chunk of one document and keeps the KV of the best.
+
+    The pool has K + group places; the next group overwrites the free ones. scores: of chunks that
+    need no copies.
+    """
+    n, size = prompt.chunks.shape[1:]
+    group, k = whole_groups(model.mesh, min(config.encode_batch, n)), min(config.slots, n)
+    lengths = prompt.chunk_lengths[0]
+    by = _row_rotation(model, size, query_copies)
+    pool = init_pool(model.config, k + group, size, model.dtype, model.mesh)
+    empty = jnp.full((k + group,), -jnp.inf, jnp.float32)
+    kept = _Kept(jnp.full((k + group,), n, jnp.int32), empty, jnp.arange(k + group))
 
     def encode_group(i: Array, carry):
         pool, scores, kept = carry
         at = i * group + jnp.arange(group)
-        pair = order[jnp.minimum(at, pairs - 1)]
-        here = jnp.where(at < pairs, lengths[pair], 0)
-        owner = pair // n
-        tokens = chunks[pair]
-        some = None
-        if query_copies is not None:
-            some = query_copies.of(owner)
-            tokens = jnp.concatenate([tokens, some.ids.reshape(group, -1)], axis=1)
-        # Those of one document lie together; what hangs over the end has places behind the last.
-        where = i * group if batch == 1 else jnp.where(at < pairs, pair, pairs)
-        if streaming:
-            where = kept.slots[k:]
-        attend = _chunk_attend(
-            by, size, here, prefix, prompt.prefix_length[owner], owner, some, where, model
+        chunk = jnp.minimum(at, n - 1)
+        length = jnp.where(at < n, lengths[chunk], 0)
+        where = kept.slots[k:]
+        values, pool = _encode_group(
+            model, prompt, prefix, query_copies, by, chunk, length, where, pool
         )
-        x, pool = model.run(tokens, attend, pool)
-        if some is not None:
-            found = read_scores(model, x[:, size:], some)
-            target = jnp.where(here > 0, pair, pairs)
-            scores = scores.at[target].set(constrain(model.mesh, found), mode="drop")
-        if streaming:
-            new = jnp.where(at < pairs, scores[pair], -jnp.inf)
-            pool = dataclasses.replace(pool, lengths=pool.lengths.at[where].set(here))
-            kept = _merge_kept(kept, new, jnp.where(at < pairs, pair, pairs), k, config.keep_first)
+        if values is not None:
+            scores = scores.at[jnp.where(length > 0, chunk, n)].set(values, mode="drop")
+        assert pool is not None
+        pool = dataclasses.replace(pool, lengths=pool.lengths.at[where].set(length))
+        new = jnp.where(at < n, scores[chunk], -jnp.inf)
+        kept = _merge_kept(kept, new, jnp.where(at < n, chunk, n), k, config.keep_first)
         return constrain(model.mesh, pool, "pool"), scores, kept
 
-    pool, kept = None, None
-    scores = jnp.full((pairs,), -jnp.inf, jnp.float32) if known is None else known
-    if pooling:
-        places = k + group if streaming else -(-pairs // group) * group
-        pool = init_pool(model.config, places, size, model.dtype, model.mesh)
-        if streaming:
-            empty = jnp.full((places,), -jnp.inf, jnp.float32)
-            kept = _Kept(jnp.full((places,), pairs, jnp.int32), empty, jnp.arange(places))
-        else:
-            pool = dataclasses.replace(pool, lengths=jnp.pad(lengths, (0, places - pairs)))
     groups = -(-jnp.count_nonzero(lengths) // group)
     pool, scores, kept = lax.fori_loop(0, groups, encode_group, (pool, scores, kept))
-    selection = None if kept is None else _kept_selection(kept, k, n, config)
-    if query_copies is None and known is None:
-        return pool, None, selection
-    return pool, scores.reshape(batch, n), selection
+    return pool, scores[None], _kept_selection(kept, k, n, config)
+
+
+def _encode_group(
+    model: MaskPredictor,
+    prompt: ChunkedPrompt,
+    prefix: _Prefix,
+    query_copies: QueryCopies | None,
+    by: Rotation,
+    pair: Int[Array, "g"],
+    lengths: Int[Array, "g"],
+    where: Int[Array, "*g"],
+    pool: ChunkPool | None,
+) -> tuple[Float[Array, "g"] | None, ChunkPool | None]:
+    """Runs a group of chunks, with copies behind them if there are any.
+
+    pair: request * N + chunk; lengths: 0 for padding; where: places in the pool, or the first one.
+    """
+    n, size = prompt.chunks.shape[1:]
+    request, tokens = pair // n, prompt.chunks.reshape(-1, size)[pair]
+    copies = None
+    if query_copies is not None:
+        copies = query_copies.of(request)
+        tokens = jnp.concatenate([tokens, copies.ids.reshape(pair.size, -1)], axis=1)
+    attend = _chunk_attend(
+        by, size, lengths, prefix, prompt.prefix_length[request], request, copies, where, model
+    )
+    x, pool = model.run(tokens, attend, pool)
+    if copies is None:
+        return None, pool
+    return constrain(model.mesh, read_scores(model, x[:, size:], copies)), pool
 
 
 def _chunk_attend(
@@ -296,9 +341,9 @@ def _chunk_attend(
     where: Int[Array, "*g"],
     model: MaskPredictor,
 ):
-    """Attention of a group of chunks with riders behind them; the carry is the pool or None.
+    """Returns the attention of a group of chunks with copies behind them; carries the pool.
 
-    owner: request of each chunk; where: its place in the pool, or that of the first.
+    owner: request of each chunk; where: its place in the pool, or the first chunk's.
     """
     if prefix.k:
         # Chunk rows sit at 0..C-1, so the prefix ends at -1.
@@ -322,9 +367,9 @@ def _chunk_attend(
         out = seen.out
         if query_copies is not None:
             behind = Partial(out[:, chunk_size:], seen.lse[..., chunk_size:])
-            own_q, own_k, own_v = (x[:, chunk_size:] for x in (q, k, v))
-            own = attend_copies(model.mesh, behind, own_q, own_k, own_v, query_copies)
-            out = jnp.concatenate([out[:, :chunk_size], own], axis=1)
+            copy_q, copy_k, copy_v = (x[:, chunk_size:] for x in (q, k, v))
+            copy_out = attend_copies(model.mesh, behind, copy_q, copy_k, copy_v, query_copies)
+            out = jnp.concatenate([out[:, :chunk_size], copy_out], axis=1)
         return out, None if pool is None else write_chunks(pool, layer, chunk_k, chunk_v, where)
 
     return attend
@@ -333,23 +378,23 @@ def _chunk_attend(
 def _kept_selection(kept: _Kept, k: int, n: int, config: SelectionConfig) -> Selection:
     ids, scores, slots = (x[:k] for x in kept)
     ranked = ranking(scores, ids, config.keep_first)
-    found = ranked > -jnp.inf
+    chosen = ranked > -jnp.inf
     if config.max_k is not None:
-        found = within_margin(ranked, config.top_k, config.margin)
-    order = jnp.argsort(jnp.where(found, ids, n))
-    found = found[order]
+        chosen = within_margin(ranked, config.top_k, config.margin)
+    order = jnp.argsort(jnp.where(chosen, ids, n))
+    chosen = chosen[order]
     return Selection(
-        chunk_ids=jnp.where(found, ids[order], EMPTY_SLOT)[None],
-        scores=jnp.where(found, scores[order], -jnp.inf)[None],
-        slots=jnp.where(found, slots[order], EMPTY_SLOT)[None],
+        chunk_ids=jnp.where(chosen, ids[order], EMPTY_SLOT)[None],
+        scores=jnp.where(chosen, scores[order], -jnp.inf)[None],
+        slots=jnp.where(chosen, slots[order], EMPTY_SLOT)[None],
     )
 
 
 def _merge_kept(kept: _Kept, scores: Array, ids: Array, k: int, keep_first: bool) -> _Kept:
-    """The best k of those kept and a new group, whose KV lies in the places that were free."""
+    """Returns the best k of the kept chunks and a new group, whose KV is in the free places."""
     ids = jnp.concatenate([kept.ids[:k], ids]).astype(jnp.int32)
     scores = jnp.concatenate([kept.scores[:k], scores])
-    # Those kept come first, by rank: of equal scores the lower chunk id stays in front. A sort, for
-    # XLA dies of a top_k whose operand it lays over "data".
+    # Kept chunks come first, by rank, so ties go to the lower chunk id. A sort, because XLA crashes
+    # on a top_k whose operand it shards over "data".
     order = jnp.argsort(ranking(scores, ids, keep_first), descending=True, stable=True)
     return _Kept(ids[order], scores[order], kept.slots[order])

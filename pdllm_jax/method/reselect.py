@@ -1,17 +1,16 @@
-"""Re-selection: relevance computed anew from the denoising state.
+"""Re-selection: scores the chunks again from the denoising state.
 
 At step t, with x_t the response so far, U the response slots that hold a token and Q the query's:
 
   score_i(t) = mean over s in Q + U of log p(token_s | prefix, chunk_i, x_t and query without s)
 
-the draft score of step 2 with the response in the draft's place, its masked slots riding as masks,
-by R masked copies against the cached KV of every chunk. The other scorers in the same way: "query"
-scores the query alone, which now sees the response so far; "confidence" reads the slots of the
-current block that are still masked; "attention" counts the query's rows and those of U.
+This is the draft score of step 2 with the response in place of the draft, by R masked copies
+against the cached KV of every chunk. "query" scores the query alone, which attends to the response
+so far. "confidence" reads the masked slots of the current block. "attention" counts the rows of Q
+and U.
 
-Where the K best are others than before, they are placed and encoded as at the start, with the
-response as it is; live KV that has not seen them is stale. A request whose selection stays keeps
-every bit of its KV.
+Where the K best chunks change, they are placed and encoded with the current response. Live KV that
+has not attended to them is stale. A request whose selection stays keeps its KV bit for bit.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from jaxtyping import Array, Bool
 
 from pallas_kernels import Implementation
 from pdllm_jax.config import DecodeConfig, SelectionConfig
-from pdllm_jax.method.cache import ChunkCache, DenoiseState, place_chunks
-from pdllm_jax.method.encoding import encode_chosen
+from pdllm_jax.method.cache import ChunkCache, DenoiseState
+from pdllm_jax.method.encoding import encode_state
 from pdllm_jax.method.question import Question
 from pdllm_jax.method.scorers import Response, ScoreRequest
 from pdllm_jax.method.scoring import check_scorable, run_scorer
@@ -50,20 +49,19 @@ def reselect(
     config: DecodeConfig,
     implementation: Implementation | None = None,
 ) -> DenoiseState:
-    """Scores all chunks for the state as it is and goes on with the best; `state` is consumed.
+    """Scores all chunks for the current state and keeps the best; donates `state`.
 
-    For loops of one's own around `denoise_step`; `denoise` does it where selecting.reselect says.
-    Requests that are done, or of whose response nothing is there yet, stay as they are. Costs the
-    scoring of Q + G rows in R copies against every chunk, and an encoding where the selection
-    changes.
+    For custom loops around `denoise_step`; `denoise` calls it as selecting.reselect says. Finished
+    requests, and requests whose response is all masks, do not change. Costs the scoring of Q + G
+    rows in R copies against every chunk, and an encoding where the selection changes.
 
     Args:
       cache: with the KV of every chunk (`prefill` with keep_pool).
-      selecting: scorer, K, encoding: those that the state was made with.
-      config: that the state was made with.
+      selecting: scorer, K and encoding that made the state.
+      config: the settings that made the state.
 
     Raises:
-      ValueError: the cache does not hold every chunk's KV; a scorer that reads nothing.
+      ValueError: the cache does not hold every chunk's KV; the scorer does not read the document.
     """
     active = state.block < config.n_blocks
     state = reselect_due(model, cache, state, selecting, config, implementation, active)
@@ -79,12 +77,12 @@ def reselect_due(
     implementation: Implementation | None,
     due: Bool[Array, "B"],
 ) -> DenoiseState:
-    """`reselect` for some requests; costs nothing where there are none."""
+    """Runs `reselect` for the requests that are due; costs nothing if none is."""
     check_scorable(cache)
-    dataclasses.replace(selecting, reselect="step")  # refuses scorers that read nothing
+    dataclasses.replace(selecting, reselect="step")  # raises for scorers that do not read
     due &= (state.tokens != model.config.mask_token_id).any(axis=1)
 
-    def again(state: DenoiseState) -> DenoiseState:
+    def rescore(state: DenoiseState) -> DenoiseState:
         scores = _scores(model, cache, state, selecting, config, implementation, due)
         chosen = select(scores, selecting).chunk_ids
         chosen = jnp.where(due[:, None], chosen, state.selected)
@@ -92,13 +90,12 @@ def reselect_due(
         state = dataclasses.replace(state, rescored=state.rescored + due)
 
         def renew(state: DenoiseState) -> DenoiseState:
-            moved = place_chunks(state, cache, chosen, selecting.positions)
-            moved = encode_chosen(model, cache, moved, selecting, implementation)
+            moved = encode_state(model, cache, state, chosen, selecting, implementation)
             return _of_changed(changed, moved, state)
 
         return lax.cond(changed.any(), renew, lambda state: state, state)
 
-    return lax.cond(due.any(), again, lambda state: state, state)
+    return lax.cond(due.any(), rescore, lambda state: state, state)
 
 
 def _scores(
@@ -127,7 +124,7 @@ def _scores(
 
 
 def _of_changed(changed: Bool[Array, "B"], new: DenoiseState, old: DenoiseState) -> DenoiseState:
-    """Each request's part of the one state or the other."""
+    """Returns the new state for changed requests, the old one for others."""
 
     def pick(axis: int):
         def one(a: Array, b: Array) -> Array:
@@ -137,7 +134,7 @@ def _of_changed(changed: Bool[Array, "B"], new: DenoiseState, old: DenoiseState)
         return one
 
     def of_pool(a: Array, b: Array) -> Array:
-        """KV, whose chunks are behind the axis of layers; and lengths."""
+        """Selects KV on the axis behind the layers, and lengths on the first axis."""
         return pick(0 if a.ndim == 1 else 1)(a, b)
 
     changes = {

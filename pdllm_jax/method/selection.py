@@ -1,4 +1,4 @@
-"""Step 3: which chunks are kept. Scores in, ascending chunk ids out; pure and jitted."""
+"""Step 3: selects the chunks to keep. Takes scores, returns ascending chunk ids."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Selection:
 
     chunk_ids [B, K] int32: ascending; EMPTY_SLOT behind them where fewer than K chunks exist.
     scores [B, K] float32: the scores of those chunks, -inf for empty slots.
-    slots [B, K] int32: their places in the cache's pool, where these are not the chunk ids
-      (`prefill_top_k`).
+    slots [B, K] int32: their places in the pool of `prefill_top_k`; None where the chunk ids give
+      them.
     """
 
     chunk_ids: Int[Array, "B K"]
@@ -33,7 +33,7 @@ class Selection:
 def ranking(
     scores: Float[Array, "B N"], ids: Int[Array, "B N"], keep_first: bool
 ) -> Float[Array, "B N"]:
-    """What chunks are ranked by: NaN below every number but above -inf, which is no chunk at all.
+    """Returns the ranking key: NaN below every number, -inf (an empty chunk) below NaN.
 
     keep_first: chunk 0, if it exists, comes first.
     """
@@ -44,10 +44,10 @@ def ranking(
 
 
 def within_margin(ranked: Float[Array, "B S"], k: int, margin: float) -> Bool[Array, "B S"]:
-    """Which of the best S chunks, best first, are kept: k, and those close behind the k-th.
+    """Returns which of the best S chunks, best first, are kept: k, and others within the margin.
 
-    ranked: what chunks are ranked by, descending. A chunk behind the k-th is kept where that one's
-    score exceeds its own by at most `margin`.
+    ranked: ranking keys, descending. Keeps a chunk behind the k-th where the k-th score exceeds its
+    score by at most `margin`.
     """
     rank = jnp.arange(ranked.shape[-1])
     last = ranked[..., min(k, ranked.shape[-1]) - 1, None]
@@ -64,20 +64,19 @@ def select_top_k(
     max_k: int | None = None,
     margin: float = 0.0,
 ) -> Selection:
-    """The k chunks with the highest scores, ties to the lower index.
+    """Selects the k chunks with the highest scores, ties to the lower index.
 
-    All but the scores is static: a new value compiles anew.
+    Compiles for each value of all arguments but the scores.
 
     Args:
-      scores: -inf marks a chunk that is empty or padding; such a chunk is never chosen. NaN ranks
-        below every number.
-      k: chunks to keep; at least N keeps everything.
-      keep_first: chunk 0 is among them, whatever its score; where k is 1 no other is close to it.
-      max_k, margin: adaptive K: chunks whose score lies at most `margin` under that of the k-th
-        are kept too, up to max_k in all; the selection then has max_k slots.
+      scores: -inf marks an empty chunk, which is never chosen. NaN ranks below every number.
+      k: chunks to keep; k >= N keeps all.
+      keep_first: includes chunk 0 for any score. With k = 1 no other chunk is within the margin.
+      max_k, margin: adaptive K. Also keeps chunks whose score lies at most `margin` under the
+        k-th score, up to max_k in all. The selection then has max_k slots.
 
     Raises:
-      ValueError: k is not positive, or max_k less than k.
+      ValueError: k is below 1, or max_k below k.
     """
     if k <= 0:
         raise ValueError(f"k must be positive, got {k}")
@@ -87,14 +86,14 @@ def select_top_k(
     best, ids = jax.lax.top_k(
         ranking(scores, jnp.arange(n), keep_first), min(k if max_k is None else max_k, n)
     )
-    found = best > -jnp.inf if max_k is None else within_margin(best, k, margin)
-    ids = jnp.sort(jnp.where(found, ids, n), axis=-1).astype(jnp.int32)
-    chosen = jnp.take_along_axis(scores, jnp.minimum(ids, n - 1), axis=-1)
-    return Selection(jnp.where(ids == n, EMPTY_SLOT, ids), jnp.where(ids == n, -jnp.inf, chosen))
+    chosen = best > -jnp.inf if max_k is None else within_margin(best, k, margin)
+    ids = jnp.sort(jnp.where(chosen, ids, n), axis=-1).astype(jnp.int32)
+    values = jnp.take_along_axis(scores, jnp.minimum(ids, n - 1), axis=-1)
+    return Selection(jnp.where(ids == n, EMPTY_SLOT, ids), jnp.where(ids == n, -jnp.inf, values))
 
 
 def select(scores: Float[Array, "B N"], config: SelectionConfig) -> Selection:
-    """`select_top_k` as a configuration asks for it."""
+    """Runs `select_top_k` with a configuration's settings."""
     return select_top_k(
         scores,
         config.top_k,

@@ -1,26 +1,26 @@
-"""Step 5: a chosen chunk's tokens that matter to the question, per layer and KV head.
+"""Step 5: the tokens of a chosen chunk that matter to the question, per layer and KV head.
 
-A token's score is the attention that it receives from the last rows of the query, in a pass of
-query and response over all chosen chunks: softmax over everything that those rows see, summed over
-them, the maximum over a window of neighbours, the mean over the query heads of a KV head (as
-SnapKV does, arXiv 2404.14469). Kept tokens lie compacted in a pool of the state's own, their keys
-still rotated at chunk-local positions, so that the same attention serves.
+A token's score is the attention that it receives from the query's last rows, in a pass of query and
+response over all chosen chunks: softmax over all that those rows attend to, summed over the rows,
+maximum over a window of neighbors, mean over the query heads of a KV head (as SnapKV,
+arXiv 2404.14469). Kept tokens are compacted in a new pool. Their keys stay rotated at chunk-local
+positions, so the same attention reads them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import EMPTY_LSE, Implementation, Partial
-from pdllm_jax.method.cache import ChunkPool, DenoiseState, init_pool
-from pdllm_jax.method.live_forward import live_forward, live_positions, response_rows
+from pdllm_jax.method.cache import ChunkPool, LiveCache, Placement, init_pool
+from pdllm_jax.method.live_forward import QueryRows, live_forward, live_positions
 from pdllm_jax.network.rope import Rotation, rotate, rotation
 from pdllm_jax.network.sharding import heads_spec, local, rows_axis
 from pdllm_jax.network.transformer import MaskPredictor
@@ -29,58 +29,76 @@ LAST_ROWS = 8  # of the query, whose attention counts
 WINDOW = 7  # tokens that share the highest score among them
 
 
-class _Received:
-    """Attention that the tokens of the chosen chunks receive in a layer.
+class _LastRows(NamedTuple):
+    """The query's last rows, and the chosen chunks' tokens that they attend to.
 
-    On a mesh, each device has the tokens of its own KV heads.
+    row [B, rows]: index among query rows; counts: rows that exist; by_chunk: their rotation for
+    each chunk. ids [B, K]: pool places; lengths [B, K], valid [B, K, C]: tokens that exist.
     """
 
-    def __init__(self, model: MaskPredictor, pool: ChunkPool, state: DenoiseState):
-        self.pool, self.mesh = pool, model.mesh
-        size = pool.k.shape[3]
-        count = min(LAST_ROWS, state.query.shape[1])
-        last = state.query_length[:, None] - count + jnp.arange(count)  # [B, rows]
-        self.counts = last >= 0
-        self.row = jnp.maximum(last, 0)
-        position = live_positions(state, state.prefix_length[:, None] + self.row)
-        self.by_chunk = rotation(model.config, position[:, None] - state.chunk_starts[..., None])
-        self.ids = jnp.maximum(state.chunk_ids, 0)
-        self.lengths = jnp.where(state.chunk_ids >= 0, pool.lengths[self.ids], 0)
-        self.valid = jnp.arange(size) < self.lengths[..., None]  # [B, K, C]
+    row: Int[Array, "B rows"]
+    counts: Bool[Array, "B rows"]
+    by_chunk: Rotation
+    ids: Int[Array, "B K"]
+    lengths: Int[Array, "B K"]
+    valid: Bool[Array, "B K C"]
 
-    def keys(self, layer: int) -> Float[Array, "B K G C D"]:
-        return self.pool.k[layer, self.ids]
 
-    def values(self, layer: int) -> Float[Array, "B K G C D"]:
-        return self.pool.v[layer, self.ids]
-
-    def __call__(self, layer: int, q: Array, seen: Partial) -> Float[Array, "B K G C"]:
-        """-inf where there is no token."""
-        rows, over = q.shape[0], functools.partial(heads_spec, self.mesh, q.shape[0])
-        each = PartitionSpec(rows_axis(self.mesh, rows))
-        inputs = over(2), over(1), over(2), each, each, each, each
-        received = local(self.mesh, _received, inputs, over(2))
-        return received(
-            q, seen.lse, self.keys(layer), self.by_chunk, self.row, self.counts, self.valid
-        )
-
-    def best(
-        self, layer: int, received: Float[Array, "B K G C"], count: int, keep_first: bool
-    ) -> tuple[Float[Array, "B K G count D"], Float[Array, "B K G count D"]]:
-        """Keys and values of each head's `count` best tokens."""
-
-        def pick(received: Array, keys: Array, values: Array) -> tuple[Array, Array]:
-            places = best_tokens(received, count, keep_first)
-            places = jnp.minimum(places, received.shape[-1] - 1)[..., None]
-            keys, values = (jnp.take_along_axis(x, places, axis=3) for x in (keys, values))
-            return keys, values
-
-        heads = heads_spec(self.mesh, received.shape[0], 2)
-        picked = local(self.mesh, pick, heads, heads)
-        return picked(received, self.keys(layer), self.values(layer))
+def _last_rows(
+    model: MaskPredictor, pool: ChunkPool, placement: Placement, rows: QueryRows
+) -> _LastRows:
+    count = min(LAST_ROWS, rows.query.shape[1])
+    last = rows.query_length[:, None] - count + jnp.arange(count)
+    row = jnp.maximum(last, 0)
+    position = live_positions(placement, placement.prefix_length[:, None] + row)
+    ids = jnp.maximum(placement.chunk_ids, 0)
+    lengths = jnp.where(placement.chunk_ids >= 0, pool.lengths[ids], 0)
+    return _LastRows(
+        row,
+        last >= 0,
+        rotation(model.config, position[:, None] - placement.chunk_starts[..., None]),
+        ids,
+        lengths,
+        jnp.arange(pool.k.shape[3]) < lengths[..., None],
+    )
 
 
 def _received(
+    model: MaskPredictor, pool: ChunkPool, last: _LastRows, layer: int, q: Array, seen: Partial
+) -> Float[Array, "B K G C"]:
+    """Returns the attention that each token receives; -inf where there is no token.
+
+    On a mesh, each device has the tokens of its own KV heads.
+    """
+    spec = functools.partial(heads_spec, model.mesh, q.shape[0])
+    batch = PartitionSpec(rows_axis(model.mesh, q.shape[0]))
+    inputs = spec(2), spec(1), spec(2), batch, batch, batch, batch
+    received = local(model.mesh, _received_by_heads, inputs, spec(2))
+    keys = pool.k[layer, last.ids]
+    return received(q, seen.lse, keys, last.by_chunk, last.row, last.counts, last.valid)
+
+
+def _best_rows(
+    model: MaskPredictor,
+    received: Float[Array, "B K G C"],
+    keys: Float[Array, "B K G C D"],
+    values: Float[Array, "B K G C D"],
+    count: int,
+    keep_first: bool,
+) -> tuple[Float[Array, "B K G count D"], Float[Array, "B K G count D"]]:
+    """Returns keys and values of each head's `count` best tokens."""
+
+    def pick(received: Array, keys: Array, values: Array) -> tuple[Array, Array]:
+        places = best_tokens(received, count, keep_first)
+        places = jnp.minimum(places, received.shape[-1] - 1)[..., None]
+        keys, values = (jnp.take_along_axis(x, places, axis=3) for x in (keys, values))
+        return keys, values
+
+    heads = heads_spec(model.mesh, received.shape[0], 2)
+    return local(model.mesh, pick, heads, heads)(received, keys, values)
+
+
+def _received_by_heads(
     q: Float[Array, "B T H D"],
     lse: Float[Array, "B H T"],
     keys: Float[Array, "B K G C D"],
@@ -89,7 +107,7 @@ def _received(
     counts: Bool[Array, "B rows"],
     valid: Bool[Array, "B K C"],
 ) -> Float[Array, "B K G C"]:
-    """What the last rows of the query pay, by heads: softmax, window, mean over query heads."""
+    """Returns softmax weights summed over rows, window maximum, mean over a KV head's heads."""
     groups, dim = keys.shape[2], q.shape[-1]
     rows = jnp.take_along_axis(q, row[..., None, None], axis=1)
     lse = jnp.take_along_axis(lse, row[:, None], axis=2)  # [B, H, rows]
@@ -117,40 +135,43 @@ def _received(
     return jnp.where(valid[:, :, None], pooled, -jnp.inf)
 
 
-def _watched_pass(model, pool, state, implementation, watch, start):
-    """A pass of query and response whose rows are kept by nobody; what `watch` gathered."""
-    _, _, found = live_forward(
-        model, pool, state, response_rows(state), state.prefix_length, None, implementation,
-        watch=watch, hook_carry=start,
-    )  # fmt: skip
-    return found
-
-
 def token_attention(
     model: MaskPredictor,
     pool: ChunkPool,
-    state: DenoiseState,
+    placement: Placement,
+    rows: QueryRows,
+    live: LiveCache | None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B K C"]:
-    """What the tokens of the chosen chunks receive, the mean over layers and KV heads.
+    """Returns what tokens of the chosen chunks receive, the mean over layers and KV heads.
 
-    -inf where there is no token.
+    -inf where there is no token. Costs one pass of query and response; `live` stays as it is.
     """
-    received = _Received(model, pool, state)
+    last = _last_rows(model, pool, placement, rows)
 
-    def watch(layer: int, q: Array, seen: Partial, total: Array) -> Array:
-        return total + received(layer, q, seen).mean(axis=2)
+    def add(layer: int, q: Array, seen: Partial, total: Array) -> Array:
+        return total + _received(model, pool, last, layer, q, seen).mean(axis=2)
 
-    start = jnp.zeros(received.valid.shape, jnp.float32)
-    return _watched_pass(model, pool, state, implementation, watch, start) / model.config.n_layers
+    _, _, total = live_forward(
+        model,
+        pool,
+        placement,
+        live,
+        rows.ids,
+        placement.prefix_length,
+        implementation=implementation,
+        hook=add,
+        hook_carry=jnp.zeros(last.valid.shape, jnp.float32),
+    )
+    return total / model.config.n_layers
 
 
 def best_tokens(
     scores: Float[Array, "*rows C"], count: int, keep_first: bool
 ) -> Int[Array, "*rows count"]:
-    """The places of the `count` best tokens, ascending; C behind them where fewer exist.
+    """Returns the places of the `count` best tokens, ascending; C behind them where fewer exist.
 
-    Ties to the earlier token; keep_first: token 0, if there is one, is among them.
+    Ties to the earlier token. keep_first: includes token 0, if it exists.
     """
     size = scores.shape[-1]
     if keep_first:
@@ -160,41 +181,50 @@ def best_tokens(
     return jnp.sort(jnp.where(best > -jnp.inf, places, size), axis=-1)
 
 
-@functools.partial(jax.jit, static_argnames=("count", "anchors", "implementation"))
 def keep_tokens(
     model: MaskPredictor,
     pool: ChunkPool,
-    state: DenoiseState,
+    placement: Placement,
+    rows: QueryRows,
+    live: LiveCache | None,
     count: int,
     *,
     anchors: bool = True,
     implementation: Implementation | None = None,
-) -> DenoiseState:
-    """The state with a pool of its own that holds `count` tokens of each chosen chunk.
+) -> ChunkPool:
+    """Returns a pool of `count` tokens of each chosen chunk: slot j of request b at b K + j.
 
     Per layer and KV head; a chunk with fewer tokens keeps them all. Costs one pass of query and
-    response. At least C tokens is a no-op.
+    response.
 
     Args:
-      pool: where state.chunk_ids are; it is not changed.
-      count: B, tokens kept; static.
-      anchors: chunks begin with an anchor, which is always kept; static.
+      pool: which placement.chunk_ids index.
+      count: at most C.
+      anchors: chunks begin with an anchor, which is always kept.
     """
-    if count >= pool.k.shape[3]:
-        return state
-    received = _Received(model, pool, state)
-    batch, slots = state.chunk_ids.shape
+    last = _last_rows(model, pool, placement, rows)
+    kept = init_pool(model.config, placement.chunk_ids.size, count, pool.k.dtype, model.mesh)
+    kept = dataclasses.replace(kept, lengths=jnp.minimum(last.lengths, count).reshape(-1))
 
-    def watch(layer: int, q: Array, seen: Partial, kept: ChunkPool) -> ChunkPool:
-        k, v = received.best(layer, received(layer, q, seen), count, anchors)
+    def keep(layer: int, q: Array, seen: Partial, kept: ChunkPool) -> ChunkPool:
+        received = _received(model, pool, last, layer, q, seen)
+        keys, values = pool.k[layer, last.ids], pool.v[layer, last.ids]
+        k, v = _best_rows(model, received, keys, values, count, anchors)
 
         def put(store: Array, rows: Array) -> Array:
             return store.at[layer].set(rows.reshape(store.shape[1:]))
 
         return dataclasses.replace(kept, k=put(kept.k, k), v=put(kept.v, v))
 
-    kept = init_pool(model.config, batch * slots, count, pool.k.dtype, model.mesh)
-    kept = dataclasses.replace(kept, lengths=jnp.minimum(received.lengths, count).reshape(-1))
-    kept = _watched_pass(model, pool, state, implementation, watch, kept)
-    own = jnp.arange(batch * slots, dtype=jnp.int32).reshape(batch, slots)
-    return dataclasses.replace(state, pool=kept, chunk_ids=jnp.where(state.chunk_ids >= 0, own, -1))
+    _, _, kept = live_forward(
+        model,
+        pool,
+        placement,
+        live,
+        rows.ids,
+        placement.prefix_length,
+        implementation=implementation,
+        hook=keep,
+        hook_carry=kept,
+    )
+    return kept

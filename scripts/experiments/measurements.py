@@ -66,8 +66,8 @@ def attention_shares(
         place < state.query_length[:, None] + state.tokens.shape[1]
     )
     weight = in_response / in_response.sum(axis=1, keepdims=True)  # [B, T]
-    positions = live_positions(state, state.prefix_length[:, None] + place)
-    rotations = row_rotations(model.config, state, positions)
+    positions = live_positions(state.placement, state.prefix_length[:, None] + place)
+    rotations = row_rotations(model.config, state.placement, positions)
     ids = jnp.maximum(state.chunk_ids, 0)
     lengths = jnp.where(state.chunk_ids >= 0, pool.lengths[ids], 0)
     valid = jnp.arange(pool.k.shape[3]) < lengths[..., None]  # [B, K, C]
@@ -85,19 +85,19 @@ def attention_shares(
             lse = partial.lse.swapaxes(1, 2).reshape(batch, t, heads, *[1] * (scores.ndim - 3))
             return product("bth...,bt->bh...", jnp.exp(scores - lse), weight)
 
-        chunk_q = rotate(q[:, None], rotations.meeting)[:, :-1]
+        chunk_q = rotate(q[:, None], rotations.per_chunk)[:, :-1]
         chunk_q = chunk_q.reshape(*chunk_q.shape[:3], groups, heads // groups, dim)
         scores = product("bktgrd,bkgcd->btgrkc", chunk_q, pool.k[layer, ids])
         tokens = jnp.where(valid[:, None], mean_share(scores), 0.0)  # [B, H, K, C]
         bos = jnp.zeros((batch, heads), jnp.float32)
         if state.live is not None:
-            live_q = rotate(q, rotations.own).reshape(batch, t, groups, heads // groups, dim)
+            live_q = rotate(q, rotations.live).reshape(batch, t, groups, heads // groups, dim)
             bos = mean_share(product("btgrd,bgd->btgr", live_q, state.live.k[layer][:, 0]))
         return [*layers, Shares(tokens[..., 0], tokens.sum(axis=-1), bos)]
 
     _, _, layers = live_forward(
-        model, pool, state, rows, state.prefix_length, None, implementation,
-        watch=hook, hook_carry=[],
+        model, pool, state.placement, state.live, rows, state.prefix_length, None, implementation,
+        hook=hook, hook_carry=[],
     )  # fmt: skip
     return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
 

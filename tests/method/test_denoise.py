@@ -19,6 +19,7 @@ from pdllm_jax.method.prefill import prefill
 from pdllm_jax.method.selection import select_top_k
 from pdllm_jax.network.config import ConfigError, ModelConfig
 from pdllm_jax.network.transformer import MaskPredictor
+from tests.support.method import first_state
 
 MASK = ModelConfig.tiny().mask_token_id
 DECODE = DecodeConfig(gen_length=8, block_length=4)
@@ -40,10 +41,7 @@ def start(model, encoding, seed=0, config=DECODE):
     select = dataclasses.replace(SELECT, encoding=encoding)
     cache, scores = prefill(model, prompt, select)
     chosen = select_top_k(scores, 2)
-    state = init_denoise(
-        model, cache, chosen, prompt.query, config, jax.random.key(0),
-        query_length=prompt.query_length,
-    )  # fmt: skip
+    state = first_state(model, cache, chosen, prompt, config)
     return cache, state
 
 

@@ -14,12 +14,13 @@ from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.method.chunking import chunk_prompt
 from pdllm_jax.method.denoise import denoise
 from pdllm_jax.method.encoding import init_denoise
+from pdllm_jax.method.live_forward import query_rows
 from pdllm_jax.method.prefill import prefill, prefill_top_k
 from pdllm_jax.method.selection import select
 from pdllm_jax.method.token_selection import best_tokens, token_attention
 from pdllm_jax.network.config import ConfigError
 from tests.oracles.definition import Definition
-from tests.support.method import BOS, CHUNKS, MASK, greedy, pieces
+from tests.support.method import BOS, CHUNKS, MASK, copy, first_state, greedy, pieces
 
 G = 6
 # Everything is recomputed at every step, so that a step's logits are one dense forward's.
@@ -32,11 +33,8 @@ def run(model, parts, selecting, decode=DECODE, chunking=CHUNKS, **fields):
     prompt = dataclasses.replace(chunk_prompt(*parts, chunking), **fields)
     cache, scores = prefill(model, prompt, selecting)
     chosen = select(scores, selecting)
-    state = init_denoise(
-        model, cache, chosen, prompt.query, decode, jax.random.key(0),
-        query_length=prompt.query_length, selecting=selecting,
-    )  # fmt: skip
-    begun = jax.tree.map(jnp.copy, state)
+    state = first_state(model, cache, chosen, prompt, decode, selecting=selecting)
+    begun = copy(state)
     tokens = denoise(model, cache, state, config=decode).tokens[0].tolist()
     return [pieces(prompt)[i] for i in chosen.chunk_ids[0].tolist()], begun, tokens
 
@@ -108,11 +106,10 @@ def test_a_bridge_of_all_tokens_without_prefix_is_joint_encoding(model, parts):
         prompt = chunk_prompt(*parts, CHUNKS, bos_id=BOS)
         cache, scores = prefill(model, prompt, selecting)
         decode = dataclasses.replace(DECODE, recompute="block")
-        state = init_denoise(
-            model, cache, select(scores, selecting), prompt.query, decode, jax.random.key(0),
-            query_length=prompt.query_length, selecting=selecting,
-        )  # fmt: skip
-        tokens.append((state, denoise(model, cache, jax.tree.map(jnp.copy, state), config=decode)))
+        state = first_state(
+            model, cache, select(scores, selecting), prompt, decode, selecting=selecting
+        )
+        tokens.append((state, denoise(model, cache, copy(state), config=decode)))
     (joint, a), (bridged, b) = tokens
     lengths = np.asarray(joint.pool.lengths)
     for slot, n in enumerate(lengths):
@@ -209,11 +206,10 @@ def test_attention_of_padding_and_empty_slots_is_none(model, parts):
         cache.pool, k=jnp.where(poison[None, :, None, :, None], 1e4, cache.pool.k)
     )
     wider = jnp.pad(scores, ((0, 0), (0, 3)), constant_values=-jnp.inf)
-    state = init_denoise(
-        model, cache, select(wider, selecting), prompt.query, DECODE, jax.random.key(0),
-        query_length=prompt.query_length, selecting=selecting,
-    )  # fmt: skip
-    found = np.asarray(token_attention(model, pool, state))[0]
+    state = first_state(model, cache, select(wider, selecting), prompt, DECODE, selecting=selecting)
+    found = np.asarray(
+        token_attention(model, pool, state.placement, query_rows(state), state.live)
+    )[0]
     lengths = np.array([len(piece) for piece in pieces(prompt)])
     for j in range(found.shape[0]):
         n = lengths[j] if j < len(lengths) else 0
@@ -279,10 +275,7 @@ def test_encodings_on_a_streamed_document(model, parts):
             else:
                 cache, scores = prefill(model, prompt, selecting)
                 chosen = select(scores, selecting)
-            state = init_denoise(
-                model, cache, chosen, prompt.query, DECODE, jax.random.key(0),
-                query_length=prompt.query_length, selecting=selecting,
-            )  # fmt: skip
+            state = first_state(model, cache, chosen, prompt, DECODE, selecting=selecting)
             tokens.append(denoise(model, cache, state, config=DECODE).tokens)
         np.testing.assert_array_equal(*tokens)
 

@@ -139,7 +139,7 @@ def test_kept_chunks_are_attended_to_as_in_a_step(both, encoding):
     @jax.jit
     def evaluation(state, pool):
         rows = response_rows(state)
-        x, _, _ = live_forward(model, pool, state, rows, state.prefix_length, None, None)
+        x, _, _ = live_forward(model, pool, state.placement, state.live, rows, state.prefix_length)
         return jax.nn.log_softmax(model.logits(model.final_norm(x[0, len(query)])))
 
     assert got == pytest.approx(float(evaluation(state, pool)[33]), rel=1e-4)

@@ -17,7 +17,7 @@ from pdllm_jax.method.prefill import encode_document, prefill, prefill_top_k
 from pdllm_jax.method.scoring import Draft, draft_response, score_chunks
 from pdllm_jax.method.selection import select_top_k
 from tests.oracles.definition import Definition
-from tests.support.method import BOS, CHUNKS, MASK, greedy, pieces
+from tests.support.method import BOS, CHUNKS, MASK, copies_score, first_state, greedy, pieces
 
 SELECT = SelectionConfig(top_k=2, masked_copies=3, encode_batch=2)
 DRAFT = Draft(jnp.array([[17, MASK, 99, MASK]], jnp.int32), jnp.array([[True, False, True, False]]))
@@ -28,15 +28,10 @@ def defined_scores(model, prompt, parts, draft_tokens, confirmed, copies) -> np.
     slots = [*query, *draft_tokens]
     scored = [*range(len(query)), *(len(query) + i for i in confirmed)]
     copies = len(scored) if copies is None else copies
-    definition, result = Definition(model), []
-    for chunk in pieces(prompt):
-        total = 0.0
-        for r in range(copies):
-            hidden = {slot for rank, slot in enumerate(scored) if rank % copies == r}
-            logp = definition.slot_scores(prefix, (chunk, CHUNKS.chunk_size), slots, hidden)
-            total += sum(logp[slot, slots[slot]] for slot in hidden)
-        result.append(total / len(scored))
-    return np.array(result)
+    definition = Definition(model)
+    return np.array(
+        [copies_score(definition, prefix, chunk, slots, scored, copies) for chunk in pieces(prompt)]
+    )
 
 
 @pytest.mark.parametrize("copies", [1, 3, None], ids=["1 copy", "3 copies", "leave-one-out"])
@@ -137,10 +132,7 @@ def prefilling(model, parts, chunking, select, decode, query_pad=0, prefix_pad=0
         )
     cache, scores = prefill(model, prompt, select, draft=DRAFT)
     chosen = select_top_k(scores, min(select.top_k, prompt.n_chunks))
-    state = init_denoise(
-        model, cache, chosen, prompt.query, decode, jax.random.key(0),
-        query_length=prompt.query_length, encoding=select.encoding,
-    )  # fmt: skip
+    state = first_state(model, cache, chosen, prompt, decode, encoding=select.encoding)
     return prompt, cache, chosen, state
 
 
@@ -235,10 +227,7 @@ def test_top_k_of_all_chunks_is_a_no_op(model, parts, encoding):
         cache, scores = prefill(model, prompt, select, draft=DRAFT)
         chosen = select_top_k(scores, prompt.n_chunks if scorer == "all" else k)
         assert [i for i in chosen.chunk_ids[0].tolist() if i >= 0] == [0, 1, 2, 3, 4]
-        state = init_denoise(
-            model, cache, chosen, prompt.query, decode, jax.random.key(0),
-            query_length=prompt.query_length,
-        )  # fmt: skip
+        state = first_state(model, cache, chosen, prompt, decode)
         runs.append(denoise(model, cache, state, config=decode).tokens)
     np.testing.assert_array_equal(runs[0], runs[1])
     np.testing.assert_array_equal(runs[0], runs[2])
@@ -387,12 +376,10 @@ def test_a_streamed_cache_refuses_what_it_cannot_answer(model, parts):
     with pytest.raises(ValueError, match="kept chunks alone"):
         score_chunks(model, streamed, prompt.query, config)
     with pytest.raises(ValueError, match="not from the same call"):
-        init_denoise(
-            model, streamed, select_top_k(scores, 2), prompt.query, decode, jax.random.key(0)
-        )
+        first_state(model, streamed, select_top_k(scores, 2), prompt, decode)
     whole = prefill(model, prompt, config)[0]
     with pytest.raises(ValueError, match="not from the same call"):
-        init_denoise(model, whole, kept, prompt.query, decode, jax.random.key(0))
+        first_state(model, whole, kept, prompt, decode)
     with pytest.raises(ValueError, match="cannot be streamed"):
         prefill_top_k(model, prompt, dataclasses.replace(config, scorer="attention"))
     with pytest.raises(ValueError, match="keep_pool"):

@@ -18,7 +18,7 @@ from pdllm_jax.method.prefill import prefill
 from pdllm_jax.method.reselect import reselect
 from pdllm_jax.method.selection import select
 from tests.oracles.definition import Definition
-from tests.support.method import CHUNKS, MASK, pieces, prompt_parts
+from tests.support.method import CHUNKS, MASK, copies_score, copy, first_state, pieces, prompt_parts
 
 DECODE = DecodeConfig(gen_length=8, block_length=4)
 SELECT = SelectionConfig(
@@ -34,15 +34,8 @@ def prompt():
 def start(model, prompt, selecting, decode=DECODE, scores=None):
     cache, found = prefill(model, prompt, selecting, keep_pool=True)
     chosen = select(found if scores is None else scores, selecting)
-    state = init_denoise(
-        model, cache, chosen, prompt.query, decode, jax.random.key(0),
-        query_length=prompt.query_length, selecting=selecting,
-    )  # fmt: skip
+    state = first_state(model, cache, chosen, prompt, decode, selecting=selecting)
     return cache, state
-
-
-def copy(state):
-    return jax.tree.map(jnp.copy, state)
 
 
 def defined(model, prompt, state, scorer, copies=3) -> np.ndarray:
@@ -58,17 +51,11 @@ def defined(model, prompt, state, scorer, copies=3) -> np.ndarray:
     open_slots = [q + i for i in range(4 * block, 4 * block + 4) if response[i] == MASK]
     definition, result = Definition(model), []
     for chunk in pieces(prompt):
-        chunk = (chunk, CHUNKS.chunk_size)
         if scorer == "confidence":
-            logp = definition.slot_scores(prefix, chunk, slots, set())
+            logp = definition.slot_scores(prefix, (chunk, CHUNKS.chunk_size), slots, set())
             result.append(np.mean([logp[slot].max() for slot in open_slots]))
             continue
-        total = 0.0
-        for r in range(copies):
-            hidden = {slot for rank, slot in enumerate(scored) if rank % copies == r}
-            logp = definition.slot_scores(prefix, chunk, slots, hidden)
-            total += sum(logp[slot, slots[slot]] for slot in hidden)
-        result.append(total / len(scored))
+        result.append(copies_score(definition, prefix, chunk, slots, scored, copies))
     return np.array(result)
 
 
@@ -221,9 +208,7 @@ def test_requests_that_are_done_and_untouched_ones_cost_nothing(model, prompt):
 def test_what_cannot_be_scored_anew_is_refused(model, prompt):
     joint = dataclasses.replace(SELECT, encoding="joint", reselect="never")
     cache, scores = prefill(model, prompt, joint)
-    state = init_denoise(
-        model, cache, select(scores, joint), prompt.query, DECODE, jax.random.key(0)
-    )
+    state = first_state(model, cache, select(scores, joint), prompt, DECODE)
     again = dataclasses.replace(joint, reselect="step")
     for run in (
         lambda: reselect(model, cache, state, selecting=again, config=DECODE),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -50,10 +51,26 @@ def pieces(prompt: ChunkedPrompt) -> list[list[int]]:
     return [row[:n].tolist() for row, n in zip(rows, lengths, strict=True) if n]
 
 
-def start(model, cache, selection, prompt, decode, **settings):
+def first_state(model, cache, selection, prompt, decode, **settings):
     """`init_denoise` with the key 0."""
     key = jax.random.key(0)
+    settings = {"query_length": prompt.query_length} | settings
     return init_denoise(model, cache, selection, prompt.query, decode, key, **settings)
+
+
+def copy(tree):
+    """A copy of every array, so that the original can be donated."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+def copies_score(definition, prefix, chunk, slots, scored, copies: int) -> float:
+    """Mean log-probability of scored slots; copy r has the slots of rank r mod copies masked."""
+    total = 0.0
+    for r in range(copies):
+        hidden = {slot for rank, slot in enumerate(scored) if rank % copies == r}
+        logp = definition.slot_scores(prefix, (chunk, CHUNKS.chunk_size), slots, hidden)
+        total += sum(logp[slot, slots[slot]] for slot in hidden)
+    return total / len(scored)
 
 
 def greedy(logits_of, length: int) -> list[int]:

@@ -1,8 +1,8 @@
-"""Step 4: encodings, what chunk KV is computed from. `base.py` says how to write one."""
+"""Step 4: encodings, ways to compute the KV of the chosen chunks. `base.py` has the protocol."""
 
 from __future__ import annotations
 
-from pdllm_jax.method.encodings.base import Encoding
+from pdllm_jax.method.encodings.base import Encoded, EncodeRequest, Encoding
 from pdllm_jax.method.encodings.bridge import Bridge, BridgeTokens
 from pdllm_jax.method.encodings.independent import Independent
 from pdllm_jax.method.encodings.joint import Joint
@@ -16,6 +16,8 @@ __all__ = [
     "ENCODINGS",
     "Bridge",
     "BridgeTokens",
+    "EncodeRequest",
+    "Encoded",
     "Encoding",
     "Independent",
     "Joint",

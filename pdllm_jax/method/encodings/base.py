@@ -1,18 +1,46 @@
-"""The extension point of step 4: what a chunk's KV is computed from.
+"""The extension point of step 4: how the KV of the chosen chunks is computed.
 
-An encoding is a frozen dataclass, for it is a static argument of jitted functions.
+An encoding is a frozen dataclass, because it is a static argument of jitted functions.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels import Implementation
-from pdllm_jax.method.cache import ChunkCache, DenoiseState
+from pdllm_jax.method.cache import ChunkCache, ChunkPool, LiveCache, Placement
+from pdllm_jax.method.live_forward import QueryRows
 from pdllm_jax.network.transformer import MaskPredictor
+
+
+class EncodeRequest(NamedTuple):
+    """What an encoding starts from.
+
+    selected [B, K]: document ids of the chosen chunks, negative for an empty slot.
+    placement: where they lie in the cache's pool and in the prompt.
+    rows: query and response.
+    live: KV of the live rows, the prefix' written; None where no step reads it.
+    """
+
+    selected: Int[Array, "B K"]
+    placement: Placement
+    rows: QueryRows
+    live: LiveCache | None
+
+
+class Encoded(NamedTuple):
+    """What an encoding computes.
+
+    pool: KV of the chosen chunks, slot j of request b at b K + j, keys rotated at chunk-local
+      positions; None where the cache's pool serves.
+    live: KV of the live rows.
+    """
+
+    pool: ChunkPool | None
+    live: LiveCache | None
 
 
 @runtime_checkable
@@ -34,17 +62,14 @@ class Encoding(Protocol):
         self,
         model: MaskPredictor,
         cache: ChunkCache,
-        state: DenoiseState,
+        request: EncodeRequest,
         implementation: Implementation | None,
-    ) -> DenoiseState:
-        """Returns the state, whose chunks are placed, with their KV.
-
-        KV of the encoding's own goes into `state.pool`: slot j of request b at b K + j, keys
-        rotated at chunk-local positions.
-        """
+    ) -> Encoded:
+        """Returns the KV of the chosen chunks and of the live rows."""
         ...
 
 
-def slot_ids(state: DenoiseState) -> Int[Array, "B K"]:
-    """Returns the places of the slots in a pool of the state: slot j of request b at b K + j."""
-    return jnp.arange(state.selected.size, dtype=jnp.int32).reshape(state.selected.shape)
+def slot_ids(selected: Int[Array, "B K"]) -> Int[Array, "B K"]:
+    """Returns the places of chosen chunks in a pool of slots; -1 for an empty slot."""
+    ids = jnp.arange(selected.size, dtype=jnp.int32).reshape(selected.shape)
+    return jnp.where(selected >= 0, ids, -1)

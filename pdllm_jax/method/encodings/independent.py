@@ -6,14 +6,14 @@ import dataclasses
 from typing import ClassVar
 
 from pallas_kernels import Implementation
-from pdllm_jax.method.cache import ChunkCache, DenoiseState
-from pdllm_jax.method.encodings.base import Encoding
+from pdllm_jax.method.cache import ChunkCache
+from pdllm_jax.method.encodings.base import Encoded, EncodeRequest, Encoding
 from pdllm_jax.network.transformer import MaskPredictor
 
 
 @dataclasses.dataclass(frozen=True)
 class Independent(Encoding):
-    """The KV of the pass over the document, as it is."""
+    """The KV of the pass over the document, unchanged."""
 
     name: ClassVar[str] = "independent"
     needs_pool: ClassVar[bool] = True
@@ -22,8 +22,8 @@ class Independent(Encoding):
         self,
         model: MaskPredictor,
         cache: ChunkCache,
-        state: DenoiseState,
+        request: EncodeRequest,
         implementation: Implementation | None,
-    ) -> DenoiseState:
-        """Returns the state: its chunks are in the cache's pool."""
-        return state
+    ) -> Encoded:
+        """Returns no pool: the chunks are in the cache's pool."""
+        return Encoded(None, request.live)

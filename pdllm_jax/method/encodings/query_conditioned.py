@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import Implementation
-from pdllm_jax.method.cache import ChunkCache, DenoiseState
-from pdllm_jax.method.encodings.base import Encoding, slot_ids
-from pdllm_jax.method.encodings.joint import encode_jointly
+from pdllm_jax.method.cache import ChunkCache, Placement
+from pdllm_jax.method.encodings.base import Encoded, EncodeRequest, Encoding
+from pdllm_jax.method.encodings.joint import encode_rows
 from pdllm_jax.network.transformer import MaskPredictor
 
 
@@ -25,45 +25,35 @@ class QueryConditioned(Encoding):
         self,
         model: MaskPredictor,
         cache: ChunkCache,
-        state: DenoiseState,
+        request: EncodeRequest,
         implementation: Implementation | None,
-    ) -> DenoiseState:
-        """Returns the state with its pool."""
-        return encode_with_query(model, cache, state)
+    ) -> Encoded:
+        """Runs one forward for each chosen chunk, the query behind the chunk's full slot.
 
+        Keeps the KV of the chunk's rows alone.
+        """
+        slots = request.selected.shape[1]
 
-def encode_with_query(model: MaskPredictor, cache: ChunkCache, state: DenoiseState) -> DenoiseState:
-    """One forward for each chosen chunk, over prefix, chunk and query, full attention among them.
+        def per_chunk(x: Array) -> Array:
+            """Repeats the value of a request for each of its chunks."""
+            return jnp.repeat(x, slots, axis=0)
 
-    The query lies behind the chunk's full slot. Its rows and the prefix's are not kept: live KV is
-    as stale as it was.
-    """
-    batch, slots = state.selected.shape
-
-    def each(x: Array) -> Array:
-        """What a request has, for each of its chunks."""
-        return jnp.repeat(x, slots, axis=0)
-
-    apart = dataclasses.replace(
-        state,
-        tokens=jnp.zeros((batch * slots, 0), jnp.int32),
-        query=each(state.query),
-        query_length=each(state.query_length),
-        prefix_length=each(state.prefix_length),
-        selected=state.selected.reshape(-1, 1),
-        chunk_starts=each(state.prefix_length)[:, None],
-        query_start=each(state.prefix_length) + cache.tokens.shape[2],
-        live=None,
-        pool=None,
-    )
-    if cache.documents > 1:
-        cache = dataclasses.replace(
-            cache.without_pool(),
-            tokens=each(cache.tokens),
-            lengths=each(cache.lengths),
-            prefix_ids=each(cache.prefix_ids),
-            prefix_length=each(cache.prefix_length),
+        selected, query = request.selected.reshape(-1, 1), per_chunk(request.rows.query)
+        prefix = per_chunk(request.placement.prefix_length)
+        placement = Placement(
+            chunk_ids=selected,
+            chunk_starts=prefix[:, None],
+            query_start=prefix + cache.tokens.shape[2],
+            prefix_length=prefix,
+            total=prefix + per_chunk(request.rows.query_length),
         )
-    pool = encode_jointly(model, cache, apart).pool
-    own = jnp.where(state.selected >= 0, slot_ids(state), -1)
-    return dataclasses.replace(state, pool=pool, chunk_ids=own)
+        if cache.documents > 1:
+            cache = dataclasses.replace(
+                cache.without_pool(),
+                tokens=per_chunk(cache.tokens),
+                lengths=per_chunk(cache.lengths),
+                prefix_ids=per_chunk(cache.prefix_ids),
+                prefix_length=per_chunk(cache.prefix_length),
+            )
+        pool = encode_rows(model, cache, selected, placement, query, None).pool
+        return Encoded(pool, request.live)

@@ -49,8 +49,8 @@ class Factor:
     """Fast-dLLM's factor rule.
 
     With confidences sorted downwards and bounds 1 - factor / (i + 2), i from 0, where the first
-    bound always holds: takes as many slots as the index of the first slot under its bound, or the
-    last index if there is none; one more where that is the first or the last index, as published.
+    bound always holds: the count is the index of the first slot under its bound, or the last index
+    if every bound holds; one more where that is the first or the last index, as published.
     """
 
     factor: float

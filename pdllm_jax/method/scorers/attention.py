@@ -21,9 +21,9 @@ from pdllm_jax.network.transformer import MaskPredictor
 class AttentionScorer(Scorer):
     """A chunk's share of the attention that the query pays to the document.
 
-    The query goes through the network once, behind the prefix, and sees every chunk as if it lay
-    just before it. The mean over layers, heads and rows. In re-selection the unmasked slots of the
-    response count too.
+    The query goes through the network once, behind the prefix, and attends to every chunk as if
+    the chunk lay directly before it. Mean over layers, heads and rows. In re-selection the unmasked
+    slots of the response count too.
     """
 
     name: ClassVar[str] = "attention"
@@ -73,7 +73,7 @@ class AttentionScorer(Scorer):
 
 
 def _counted_rows(request: ScoreRequest) -> tuple[Question, Bool[Array, "B T"]]:
-    """The rows that go through the network, and those of them whose attention counts."""
+    """Returns the rows that go through the network, and which of them count."""
     question, response = request.question, request.response
     if response is None:
         row = jnp.arange(question.query.shape[1])

@@ -1,7 +1,7 @@
 """The extension point of step 2: what a scorer is given and what it returns.
 
-A scorer is a frozen dataclass, for it is a static argument of jitted functions. There are two ways
-to score, and a scorer implements one of them:
+A scorer is a frozen dataclass, because it is a static argument of jitted functions. A scorer
+implements one of two methods:
 
   query_copies  rows that go through the network behind every chunk, in the pass that encodes the
                 document, or later against the KV of that pass. `CopyScorer` is their base class.
@@ -9,7 +9,7 @@ to score, and a scorer implements one of them:
                 question. Where it needs no KV it runs before the pass, so that the document can be
                 streamed.
 
-A model pass of a scorer's own goes through `model.run`, with attention as the scorer needs it.
+A scorer's extra pass goes through `model.run` with the attention that it needs.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Response(NamedTuple):
 
 
 class ScoreRequest(NamedTuple):
-    """What scores depend on beside the document.
+    """What scores depend on besides the document.
 
     wanted [B, N]: chunks to score; the scores of others are ignored.
-    draft: from `draft_response`, None where the scorer makes its own if it needs one.
+    draft: from `draft_response`; None where the scorer computes it if needed.
     response: the response so far, None before the first step.
     keys: a PRNG key for each request [B], or one for all of them. oracle [B, M]: chunk ids.
     encode_batch: chunks that go through the network together.
@@ -66,7 +66,7 @@ class Scorer(Protocol):
     in_pass: `query_copies` gives the scores in the pass that encodes the document.
     needs_pool: `scores` reads the KV of every chunk. Without `in_pass` all of it must be kept, and
       the document cannot be streamed.
-    reads_document: the scores depend on document and question, so that re-selection makes sense.
+    reads_document: the scores depend on document and question; re-selection requires it.
     """
 
     name: ClassVar[str]

@@ -31,7 +31,7 @@ class FirstScorer(Scorer):
 
 @dataclasses.dataclass(frozen=True)
 class AllScorer(FirstScorer):
-    """Keeps every chunk, however many `top_k` asks for."""
+    """Keeps every chunk, regardless of `top_k`."""
 
     name: ClassVar[str] = "all"
 
@@ -58,10 +58,10 @@ class RandomScorer(FirstScorer):
     def scores(
         self, model: MaskPredictor, cache: ChunkCache, request: ScoreRequest
     ) -> Float[Array, "B N"]:
-        """Returns uniform numbers. A chunk's number does not depend on the number of chunks.
+        """Returns uniform numbers, which depend on key and chunk alone.
 
         Raises:
-          ValueError: there is no key.
+          ValueError: the request has no key.
         """
         if request.keys is None:
             raise ValueError("scorer 'random' needs a key")

@@ -78,7 +78,7 @@ class QueryScorer(CopyScorer):
 class DraftScorer(QueryScorer):
     """Self-information of query and draft given the chunk.
 
-    draft_length, draft_steps: d masks behind prefix and query, of which this many are denoised.
+    draft_length: masks behind prefix and query, d. draft_steps: how many of them are denoised.
     """
 
     name: ClassVar[str] = "draft"
@@ -130,7 +130,7 @@ class ConfidenceScorer(CopyScorer):
         size("draft_length", self.draft_length)
 
     def query_copies(self, model: MaskPredictor, request: ScoreRequest) -> QueryCopies:
-        """Returns one copy, of which the masks are scored; of a response those of the block."""
+        """Returns one copy with its masks scored; of a response, the masks of the current block."""
         response, batch = request.response, request.question.query.shape[0]
         tail = masked_draft(model, batch, self.draft_length)
         if response is not None:

@@ -439,7 +439,7 @@ def test_leave_one_out_in_a_batch(model):
     _, together = prefill(model, batch_prompts(prompts), exact)
     for row, prompt in zip(together, prompts, strict=True):
         n = prompt.n_chunks
-        slots = int(prompt.query_length[0]) + SELECT.draft_steps
+        slots = int(prompt.query_length[0]) + SELECT.scorer.draft_steps
         alone = prefill(model, prompt, dataclasses.replace(SELECT, masked_copies=slots))[1][0]
         np.testing.assert_allclose(row[:n], alone[:n], rtol=1e-5)
 

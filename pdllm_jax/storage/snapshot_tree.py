@@ -226,8 +226,9 @@ def check_values(
         highest |= {"N": shapes["cache.lengths"][-1] - 1, "P": shapes["cache.prefix_ids"][-1]}
     else:
         highest["P"] = np.iinfo(np.int32).max
-    if "query" in shapes:
-        highest["Q"] = shapes["query"][-1]
+    for name in ("query", "state.query"):
+        if name in shapes:
+            highest["Q"] = shapes[name][-1]
     if manifest.decode is not None:
         highest["blocks"] = manifest.decode.n_blocks
     for name, array in arrays.items():

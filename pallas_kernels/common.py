@@ -1,29 +1,26 @@
-"""Attention over a part of the keys, and the exact merge of such parts.
-
-Run-time ids and lengths as the implementations may use them.
-
-Sums whose last bits do not depend on what lies beside a row.
-"""
+"""What several operations share: partial attention and its exact merge, chunk ids, RMSNorm."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Finite, so that a part without any key merges to weight zero instead of NaN.
+# Finite, so that a part without keys merges with weight zero instead of NaN.
 EMPTY_LSE = -1e30
 
 
 class Partial(NamedTuple):
-    """Softmax attention restricted to some keys.
+    """Softmax attention restricted to a part of the keys.
 
-    out [B, T, H, D]: weighted mean of those keys' values; zero where there is no key.
-    lse [B, H, T] float32: natural log of the sum of exp(scores); EMPTY_LSE where there is no key.
-      Heads come before rows, as attention kernels write it.
+    Attributes:
+      out: [B, T, H, D], weighted mean of the values; zero without keys.
+      lse: [B, H, T] float32, natural log of the sum of exp(scores); EMPTY_LSE without keys. Heads
+        come before rows, as attention kernels write it.
     """
 
     out: Float[Array, "B T H D"]
@@ -31,11 +28,12 @@ class Partial(NamedTuple):
 
 
 class OwnKV(NamedTuple):
-    """Keys and values that each request has to itself, beside the chunks: prefix, query, response.
+    """Keys and values that belong to one request each, beside the chunks: prefix, query, response.
 
-    k, v [B, S, G, D]: of one layer, whether or not the pool has an axis of layers.
-    lengths [B] int32: valid keys of each request, clipped to [0, S]; what lies behind is never
-      used, whatever it holds.
+    Attributes:
+      k, v: [B, S, G, D] of one layer, also if the pool has a layer axis.
+      lengths: [B] int32, valid keys of each request, clipped to [0, S]. Keys behind it are never
+        used; they may hold NaN.
     """
 
     k: Float[Array, "B S G D"]
@@ -44,7 +42,10 @@ class OwnKV(NamedTuple):
 
 
 def merge(*parts: Partial) -> Partial:
-    """Attention over the union of the parts' (disjoint) keys: weights exp(lse_i - max lse)."""
+    """Returns attention over the union of the parts' keys, which must be disjoint.
+
+    Exact: part i has weight exp(lse_i - max lse), divided by the sum of the weights.
+    """
     if len(parts) == 1:
         return parts[0]
     # Elementwise over the parts, so that the compiler makes no stacked copy of them.
@@ -59,16 +60,22 @@ def merge(*parts: Partial) -> Partial:
     return Partial(out.astype(parts[0].out.dtype), top + jnp.log(total))
 
 
-def selected_chunks(
+def valid_chunks(
     chunk_ids: Int[Array, "B K"], chunk_lengths: Int[Array, "N"], chunk_size: int
 ) -> tuple[Int[Array, "B K"], Int[Array, "B K"]]:
-    """Ids inside the pool and the valid keys of each, 0 to chunk_size.
+    """Returns ids inside the pool and the number of valid keys of each, 0 to chunk_size.
 
-    An id outside the pool becomes chunk 0 with no keys: nothing outside is read.
+    An id outside the pool becomes chunk 0 with no valid keys, so nothing outside is read.
     """
     inside = (chunk_ids >= 0) & (chunk_ids < chunk_lengths.shape[0])
     ids = jnp.where(inside, chunk_ids, 0)
     return ids, jnp.where(inside, jnp.clip(chunk_lengths[ids], 0, chunk_size), 0)
+
+
+def require_known(implementation: str, names: Iterable[str]) -> None:
+    """Raises ValueError if the name of an implementation is not among `names`."""
+    if implementation not in names:
+        raise ValueError(f"implementation {implementation!r} is not known ({', '.join(names)})")
 
 
 def _sum_by_halves(x: Float[Array, "*rows M"]) -> Float[Array, "*rows"]:
@@ -82,11 +89,11 @@ def _sum_by_halves(x: Float[Array, "*rows M"]) -> Float[Array, "*rows"]:
 
 
 def row_sum(x: Float[Array, "*rows M"]) -> Float[Array, "*rows"]:
-    """Sum over the last axis, on the CPU in an order of its own.
+    """Sums over the last axis, on the CPU in an order that depends on the row alone.
 
-    XLA's reductions on the CPU choose their order by the size of the whole array, so that a row's
-    last bit would depend on its neighbours. By halves of a power of two it depends on the row
-    alone, and zeros behind it change nothing.
+    XLA's reductions on the CPU choose their order by the size of the whole array, so a row's last
+    bit would depend on its neighbours. Here a row, padded with zeros to a power of two, is halved
+    until one element is left.
     """
     return jax.lax.platform_dependent(x, cpu=_sum_by_halves, default=lambda x: x.sum(axis=-1))
 
@@ -94,7 +101,7 @@ def row_sum(x: Float[Array, "*rows M"]) -> Float[Array, "*rows"]:
 def rms_norm(
     x: Float[Array, "*rows M"], weight: Float[Array, "M"], eps: float
 ) -> Float[Array, "*rows M"]:
-    """Root-mean-square norm: float32 inside, cast back, then scaled by the weight."""
+    """Returns the root-mean-square norm: float32 inside, cast back, then scaled by the weight."""
     wide = x.astype(jnp.float32)
     mean = row_sum(wide * wide) / x.shape[-1]
     return (wide * jax.lax.rsqrt(mean[..., None] + eps)).astype(x.dtype) * weight

@@ -1,7 +1,7 @@
-"""Differences between versions of jax that the kernels meet, in one place.
+"""What the Hopper kernels need of the device and of jax, and where versions of jax differ.
 
-The GPU kernel is written for Pallas' Mosaic GPU backend as it is from jax 0.11 on. On older
-versions everything else of this package works, and asking for the kernel says why it does not.
+The kernels are written for Pallas' Mosaic GPU backend as of jax 0.11. With an older jax the rest of
+this package works, and a kernel that is asked for by name raises an error with the reason.
 """
 
 from __future__ import annotations
@@ -9,20 +9,45 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
 OLDEST = (0, 11)
 
+DTYPES = (jnp.bfloat16, jnp.float16)  # of the operands of attention and products
+ROWS = 64  # rows of a tile: what one warpgroup multiplies at once
+# Shared memory that a CTA may ask for on sm_90, less what the compiler takes for itself.
+SHARED_MEMORY = 227 * 1024 - 1024
+
 
 def mosaic_gpu_problem() -> str | None:
-    """Why this version of jax cannot build the kernel, None where it can."""
+    """Returns why this version of jax cannot build the kernels; None if it can."""
     if JAX_VERSION < OLDEST:
         return f"the Mosaic GPU kernel needs jax 0.11 or newer, this is {jax.__version__}"
     return None
 
 
+def dtype_problem(dtype: jnp.dtype) -> str | None:
+    """Returns why the kernels cannot take operands of this dtype; None if they can."""
+    if (problem := mosaic_gpu_problem()) is not None:
+        return problem
+    if dtype not in DTYPES:
+        return f"the kernel takes bfloat16 and float16, got {jnp.dtype(dtype).name}"
+    return None
+
+
+def hopper_problem() -> str | None:
+    """Returns why JAX's default device cannot run the kernels; None if it can."""
+    capability = compute_capability()
+    if capability is None:
+        return f"the kernel runs on NVIDIA GPUs, the default device is {default_device()}"
+    if capability != "9.0":
+        return f"the kernel needs compute capability 9.0, this device has {capability}"
+    return None
+
+
 def default_device() -> Any:
-    """Where jit runs what is not placed: `jax.default_device`, else the backend's first device."""
+    """Returns `jax.default_device` if it is set, else the backend's first device."""
     config: Any = jax.config
     chosen = config.jax_default_device
     if chosen is None:
@@ -31,40 +56,59 @@ def default_device() -> Any:
 
 
 def compute_capability() -> str | None:
-    """Of the default device, like "9.0"; None where that is no NVIDIA GPU."""
+    """Returns the default device's compute capability, such as "9.0"; None without NVIDIA GPU."""
     device = default_device()
     return getattr(device, "compute_capability", None) if device.platform == "gpu" else None
 
 
-def processors() -> int:
-    """Multiprocessors of the default device; an H100's where there is no GPU."""
+def sm_count() -> int:
+    """Returns the number of SMs of the default device; an H100's 132 without a GPU."""
     return getattr(default_device(), "core_count", None) or 132
 
 
 def interpreter(*, detect_races: bool = False) -> Any:
-    """What `interpret=` of a Mosaic GPU kernel takes to run it on the CPU.
+    """Returns the `interpret=` setting that runs a Mosaic GPU kernel on the CPU.
 
-    Its barriers block threads of XLA's pool, up to five with our kernels, and a pool without a free
-    one never goes on. It has as many as there are processors: where these are fewer than six, set
-    PJRT_NPROC=6 in the environment before JAX starts.
+    The kernel's barriers block threads of XLA's pool, up to five with these kernels, and the
+    interpreter hangs if none is left. The pool has as many threads as the host has cores. With
+    fewer than six cores, set PJRT_NPROC=6 in the environment before JAX starts.
     """
     return _mosaic_gpu().InterpretGPUParams(detect_races=detect_races)
 
 
 def load(ref: Any, layout: Any) -> jax.Array:
-    """A reference's values in registers, in that layout (older jax has one argument more)."""
+    """Loads a reference's values into registers in the given layout."""
     return _mosaic_gpu().load(ref, layout=layout)
 
 
+def smem_transforms(columns: int, itemsize: int = 2) -> tuple[Any, Any]:
+    """Returns the tiling and swizzle of a shared memory tile: rows of at most 128 bytes."""
+    width = 128 // itemsize
+    while columns % width:
+        width //= 2
+    plgpu = _mosaic_gpu()
+    return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width * itemsize)
+
+
+def compiler_params() -> Any:
+    """Returns the compiler settings of the kernels that multiply: warpgroup semantics."""
+    plgpu = _mosaic_gpu()
+    return plgpu.CompilerParams(
+        approx_math=True,
+        reduction_scratch_bytes=0,
+        lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+    )
+
+
 def _mosaic_gpu() -> Any:
-    """The module, untyped: its names differ between the versions that the types are checked on."""
+    """Returns the module, untyped: its names differ between the versions that mypy checks."""
     from jax.experimental.pallas import mosaic_gpu
 
     return mosaic_gpu
 
 
 def races_found() -> bool:
-    """Whether the last interpreted kernel with race detection had a race (newer jax raises)."""
+    """Returns whether the last interpreted kernel had a race (a newer jax raises instead)."""
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
     return bool(gpu_callbacks.get_races().races_found)

@@ -15,13 +15,13 @@ from jax.sharding import PartitionSpec
 
 from pallas_kernels import (
     Norm,
+    all_reduce,
     chunk_attention,
-    device_sum,
-    exchange_problem,
-    exchange_table,
     merge,
+    peer_problem,
+    peer_table,
 )
-from pallas_kernels.chunk_attention.dense import _blocked, attention, dense_implementation
+from pallas_kernels.chunk_attention.dense import attention, attention_xla, dense_implementation
 from pallas_kernels.common import EMPTY_LSE, rms_norm
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine.engine import generate_ids
@@ -44,7 +44,7 @@ def test_cudnn_attention_with_log_sum_exp(dim, rows, lengths):
     lengths = None if lengths is None else jnp.array(lengths, jnp.int32)
     got = jax.jit(lambda *x: attention(*x, need_lse=True))(q, k, v, lengths)
     wide = [x.astype(jnp.float32) for x in (q, k, v)]
-    want = jax.jit(_blocked)(*wide, lengths)
+    want = jax.jit(attention_xla)(*wide, lengths)
     used = np.array([0, 2]) if lengths is not None else np.arange(3)
     assert relative_error(got.out[used], want.out[used]) < 4e-3
     assert relative_error(got.lse[used], want.lse[used]) < 1e-3
@@ -64,7 +64,7 @@ def test_cudnn_attention_has_gradients():
         return (attend(q, q, q, None).out.astype(jnp.float32) ** 2).sum()
 
     got = jax.grad(loss)(q, attention).astype(jnp.float32)
-    want = jax.grad(loss)(q.astype(jnp.float32), _blocked)
+    want = jax.grad(loss)(q.astype(jnp.float32), attention_xla)
     assert relative_error(got, want) < 2e-2
 
 
@@ -156,7 +156,7 @@ def test_sums_over_several_gpus_are_right_whatever_follows_what(mesh, dtype):
     """Calls of four sizes, one behind the other, the devices not at the same pace."""
     if len(jax.devices("gpu")) < mesh[0] * mesh[1]:
         pytest.skip("there are fewer GPUs")
-    if (problem := exchange_problem(mesh := make_mesh(*mesh), TENSOR)) is not None:
+    if (problem := peer_problem(mesh := make_mesh(*mesh), TENSOR)) is not None:
         pytest.skip(problem)
     weight, kind = jax.random.normal(jax.random.key(1), (1024,), dtype), jnp.finfo(dtype)
 
@@ -183,8 +183,8 @@ def test_sums_over_several_gpus_are_right_whatever_follows_what(mesh, dtype):
             given = [jax.random.normal(key, (rows, 1024), dtype) for rows in (32, 1, 128, 33)]
             last, made = jnp.zeros((), dtype), []  # so that each sum waits for the one before
             for x in given:
-                (got,) = device_sum(x + 0 * last, TENSOR, table=table, implementation="mosaic_gpu")
-                both = device_sum(x, TENSOR, table=table, residual=got, norm=Norm(weight, 1e-5))
+                (got,) = all_reduce(x + 0 * last, TENSOR, table=table, implementation="mosaic_gpu")
+                both = all_reduce(x, TENSOR, table=table, residual=got, norm=Norm(weight, 1e-5))
                 last = both[1][0, 0]
                 made.append((got, *both))
             for x, (got, total, normed) in zip(given, made, strict=True):
@@ -200,14 +200,14 @@ def test_sums_over_several_gpus_are_right_whatever_follows_what(mesh, dtype):
 
     each = PartitionSpec(DATA, TENSOR)
     run = jax.shard_map(run, mesh=mesh, in_specs=each, out_specs=each, check_vma=False)
-    wrong = jax.jit(run)(exchange_table(mesh, TENSOR))
+    wrong = jax.jit(run)(peer_table(mesh, TENSOR))
     assert not wrong.any(), wrong
 
 
 @pytest.mark.parametrize("sums", ["mosaic_gpu", "xla"])
 def test_programs_of_several_threads_do_not_mix_up_on_a_mesh(sums):
     """Of programs without logits, whose one collective of XLA is the embedding's."""
-    if len(jax.devices("gpu")) < 2 or exchange_problem(mesh := make_mesh(1, 2), TENSOR):
+    if len(jax.devices("gpu")) < 2 or peer_problem(mesh := make_mesh(1, 2), TENSOR):
         pytest.skip("needs two GPUs that access each other's memory")
     config = dataclasses.replace(
         ModelConfig.tiny(), d_model=1024, n_heads=16, n_kv_heads=4, mlp_hidden_size=768

@@ -1,4 +1,4 @@
-"""Public entry: sums of a few rows over the devices of a mesh axis, with what follows them."""
+"""Public entry: sums of a few rows over the devices of a mesh axis, with residual and RMSNorm."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.all_reduce.peer_memory import CAPACITY
-from pallas_kernels.common import rms_norm
+from pallas_kernels.common import require_known, rms_norm
 
-SumImplementation = Literal["mosaic_gpu", "xla"]
+AllReduceImplementation = Literal["mosaic_gpu", "xla"]
 
 
 class Norm(NamedTuple):
-    """An RMSNorm: weight [M], and what is added to the mean of squares."""
+    """An RMSNorm: weight [M], and eps, which is added to the mean of squares."""
 
     weight: Float[Array, "M"]
     eps: float
 
 
-def resolve_sum(
-    implementation: SumImplementation | None,
+def resolve_all_reduce(
+    implementation: AllReduceImplementation | None,
     x: jax.ShapeDtypeStruct | Array,
     table: Int[Array, "*mesh A"] | None,
-) -> SumImplementation:
-    """What `device_sum` uses for a device's x.
+) -> AllReduceImplementation:
+    """Returns what `all_reduce` uses for a device's x.
 
-    The named one; where none is named, "mosaic_gpu" where there is a table and the rows fit the
-    exchange's memory, else "xla".
+    A name is returned as it is. None gives "mosaic_gpu" if there is a table and the rows fit into
+    the peer memory, else "xla".
 
     Raises:
       ValueError: the name is not known, or the kernel does not take x.
@@ -39,61 +39,61 @@ def resolve_sum(
     problem = _problem(x, table)
     if implementation is None:
         return "xla" if problem else "mosaic_gpu"
-    if implementation not in get_args(SumImplementation):
-        known = ", ".join(get_args(SumImplementation))
-        raise ValueError(f"implementation {implementation!r} is not known ({known})")
+    require_known(implementation, get_args(AllReduceImplementation))
     if implementation == "mosaic_gpu" and problem is not None:
         raise ValueError(f"implementation 'mosaic_gpu': {problem}")
     return implementation
 
 
 def _problem(x: jax.ShapeDtypeStruct | Array, table: Array | None) -> str | None:
-    itemsize = jnp.dtype(x.dtype).itemsize
+    dtype = jnp.dtype(x.dtype)
     if table is None:
-        return "it needs the table of an exchange"
-    if not jnp.issubdtype(x.dtype, jnp.floating) or itemsize not in (2, 4):
-        return f"the kernel takes bfloat16, float16 and float32, got {jnp.dtype(x.dtype).name}"
-    if x.shape[-1] * itemsize % 16:
-        return f"rows of {x.shape[-1]} {jnp.dtype(x.dtype).name} are no multiple of 16 bytes"
-    if x.size * itemsize > CAPACITY:
-        return f"{x.size * itemsize} bytes are more than the exchange's {CAPACITY}"
+        return "it needs a peer table"
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize not in (2, 4):
+        return f"the kernel takes bfloat16, float16 and float32, got {dtype.name}"
+    if x.shape[-1] * dtype.itemsize % 16:
+        return f"rows must be a multiple of 16 bytes, got {x.shape[-1]} {dtype.name}"
+    if x.size * dtype.itemsize > CAPACITY:
+        return f"the peer memory holds {CAPACITY} bytes, got {x.size * dtype.itemsize}"
     return None
 
 
-def device_sum(
+def all_reduce(
     x: Float[Array, "*rows M"],
     axis: str,
     *,
     table: Int[Array, "*mesh A"] | None = None,
     residual: Float[Array, "*rows M"] | None = None,
     norm: Norm | None = None,
-    implementation: SumImplementation | None = None,
+    implementation: AllReduceImplementation | None = None,
 ) -> tuple[Float[Array, "*rows M"], ...]:
-    """Sum of x over the devices along `axis`, under `jax.shard_map`, the same on all of them.
+    """Sums x over the devices along `axis`, under `jax.shard_map`; every device gets the sum.
 
-    The sum is rounded to x's dtype before the residual is added. Where the kernel makes them, all
-    devices make the same sums in the same order, and none begins before the last one has ended:
-    XLA keeps to one stream (its default, in graphs too), and programs of several threads have a
-    collective of XLA's over `axis` as well, which keeps them apart; others are run by one thread.
+    The sum is rounded to x's dtype before the residual is added.
+
+    The kernel needs all devices to make the same sums in the same order, each after the last one
+    has ended. XLA does so within a program: it runs them on one stream (its default, in graphs
+    too). Between programs of several threads, a collective of XLA's over `axis` in each program
+    keeps the order; run programs without one from a single thread.
 
     Args:
-      x: a device's part.
-      axis: of the mesh.
-      table: this device's row of `exchange_table` for that mesh and axis.
-      residual: added behind the sum, the same on all devices.
-      norm: asks for the RMSNorm of the result as well.
-      implementation: which code runs; a named one is used or the call fails.
+      x: this device's part.
+      axis: the mesh axis.
+      table: this device's row of `peer_table` for that mesh and axis.
+      residual: added to the sum; the same on all devices.
+      norm: makes the RMSNorm of the result as well.
+      implementation: the code to run. A named one runs or the call fails.
         "mosaic_gpu"  the kernel: devices write to each other's memory; not differentiable.
-        "xla"         `lax.psum`, anywhere and of any size.
-        None          see `resolve_sum`.
+        "xla"         `lax.psum`, on any device and of any size.
+        None          see `resolve_all_reduce`.
 
     Returns:
       (sum,), or with a norm (sum, its norm).
 
     Raises:
-      ValueError: see `resolve_sum`.
+      ValueError: see `resolve_all_reduce`.
     """
-    if resolve_sum(implementation, x, table) == "mosaic_gpu":
+    if resolve_all_reduce(implementation, x, table) == "mosaic_gpu":
         return _launch(x, table, residual, norm, devices=lax.axis_size(axis))
     total = lax.psum(x, axis)
     if residual is not None:
@@ -104,22 +104,19 @@ def device_sum(
 def _launch(
     x: Array, table: Any, residual: Array | None, norm: Norm | None, *, devices: int
 ) -> tuple[Array, ...]:
-    eps = None if norm is None else float(norm.eps)
-    fused = norm is not None and _row_fits(x)
-    made: Any = _kernel(
-        x, table, residual, norm.weight if norm is not None and fused else None,
-        devices=devices, eps=eps if fused else None,
-    )  # fmt: skip
-    return made if norm is None or fused else (*made, rms_norm(made[0], *norm))
+    if norm is None or not _row_fits(x):
+        sums = _kernel(x, table, residual, None, devices=devices, eps=None)
+        return sums if norm is None else (*sums, rms_norm(sums[0], *norm))
+    return _kernel(x, table, residual, norm.weight, devices=devices, eps=float(norm.eps))
 
 
 def _row_fits(x: Array) -> bool:
-    """Whether a row is one for a block of threads, 16 bytes for each."""
+    """Returns whether one CTA can hold a row, 16 bytes for each thread."""
     threads, rest = divmod(x.shape[-1] * jnp.dtype(x.dtype).itemsize, 16)
     return not rest and not threads % 128 and threads <= 1024
 
 
-# A function of its own under jit: lowered once for all layers of a model.
+# Under jit by itself: lowered once for all layers of a model.
 @functools.partial(jax.jit, static_argnames=("devices", "eps"))
 def _kernel(
     x: Array,
@@ -130,13 +127,17 @@ def _kernel(
     devices: int,
     eps: float | None,
 ) -> tuple[Array, ...]:
-    from pallas_kernels.all_reduce.hopper_kernel import build_sum
+    from pallas_kernels.all_reduce.hopper_kernel import build_all_reduce
 
-    columns = x.shape[-1]
-    rows = [y.reshape(-1, columns) for y in (x, residual) if y is not None]
-    run = build_sum(
-        len(rows[0]), columns, x.dtype,
-        devices=devices, capacity=CAPACITY, residual=residual is not None, eps=eps,
-    )  # fmt: skip
-    more = [] if weight is None else [weight]
-    return tuple(y.reshape(x.shape) for y in run(*rows, *more, table.reshape(-1)))
+    rows = [y.reshape(-1, x.shape[-1]) for y in (x, residual) if y is not None]
+    run = build_all_reduce(
+        len(rows[0]),
+        x.shape[-1],
+        x.dtype,
+        devices=devices,
+        capacity=CAPACITY,
+        residual=residual is not None,
+        eps=eps,
+    )
+    weights = [] if weight is None else [weight]
+    return tuple(y.reshape(x.shape) for y in run(*rows, *weights, table.reshape(-1)))

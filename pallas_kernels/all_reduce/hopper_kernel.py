@@ -1,18 +1,18 @@
-"""The kernel for sums over a few GPUs of one host: every device writes to the memory of all others.
+"""The all-reduce kernel for a few GPUs of one host: every device writes to all others' memory.
 
-Nothing is signalled. A place that nothing has been written to holds a word that no device sends
-(`exchange.EMPTY`), so that a reader polls its own memory until each word has come, and then empties
-the place again ("Lamport" in NVIDIA's TensorRT-LLM). There are two sets of places, taken in turn: a
-device that makes call n + 2 has had words of call n + 1 from all others. They sent these after
-their kernel of call n had ended, so that what it writes to has been read and emptied.
+There are no signals. A place without data holds a word that no device sends (`peer_memory.EMPTY`).
+A reader polls its own memory until each word has arrived, then resets the place ("Lamport" in
+NVIDIA's TensorRT-LLM). Calls alternate between two sets of places: a device in call n + 2 has had
+words of call n + 1 from all others, which they sent after their kernel of call n had ended, so the
+set that it writes to has been read and reset.
 
-So calls must follow each other on the device's stream, the same ones in the same order on every
-device of the group.
+So calls must run one after the other on a device's stream, the same calls in the same order on
+every device of the group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,16 +21,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, math, vector
 
-from pallas_kernels.all_reduce import ptx as words
+from pallas_kernels.all_reduce import ptx
 from pallas_kernels.all_reduce.peer_memory import EMPTY, HEADER
-from pallas_kernels.all_reduce.ptx import PIECE, WORDS, Value, ahead, equal, i32
+from pallas_kernels.all_reduce.ptx import PIECE, WORDS, Value, equal, i32, offset
 
 WARP, WARPGROUP = 32, 128
-PATIENCE = 1 << 26  # polls until the kernel ends with an error, the better part of a minute
+PATIENCE = 1 << 26  # polls until the kernel ends with an error, after most of a minute
 SHARED = ".relaxed.sys"
+_EMPTY = EMPTY - (1 << 32)  # as a signed word
 
 
-def build_sum(
+def build_all_reduce(
     rows: int,
     columns: int,
     dtype: jnp.dtype,
@@ -40,79 +41,88 @@ def build_sum(
     residual: bool = False,
     eps: float | None = None,
 ) -> Any:
-    """The callable: parts, perhaps residual, both [rows, columns], perhaps weight [columns], table
-    -> [sum] [rows, columns], with a weight [sum, its RMSNorm].
+    """Makes the callable: parts, [residual], [weight], table -> [sum] or [sum, its RMSNorm].
 
-    The sum is made in float32 in the order of the devices and rounded, then the residual is added.
-    capacity: bytes that one device may send. eps: of the norm, which is only made where it is
-    given; then a block of threads makes a row.
+    Parts, residual and results are [rows, columns], the weight is [columns]. The sum is made in
+    float32 in the order of the devices and rounded, then the residual is added.
+
+    Args:
+      rows, columns, dtype: of a device's part.
+      devices: size of the group.
+      capacity: bytes that a device may send.
+      residual: whether there is a residual.
+      eps: of the norm; None without a norm. With it each CTA makes one row.
     """
     in_row = columns * jnp.dtype(dtype).itemsize // PIECE
     groups = 1 if eps is None else in_row // WARPGROUP
     threads = groups * WARPGROUP
     count = rows * in_row
-    blocks = -(-count // threads)
+    ctas = -(-count // threads)
     inputs, results = 2 + residual + (eps is not None), 1 + (eps is not None)
 
     def exchange(_: Any, *refs: Value) -> None:
-        parts, *more, table = map(words.address, refs[:inputs])
-        outs = list(map(words.address, refs[inputs : inputs + results]))
-        element = words.utils.dtype_to_ir_type(jnp.dtype(dtype))
-        thread = words.index(gpu.thread_id)
-        place = arith.addi(arith.muli(words.index(gpu.block_id), i32(threads)), thread)
-        exists = arith.cmpi(arith.CmpIPredicate.slt, place, i32(count))
+        parts, *optional, table = map(ptx.address, refs[:inputs])
+        outs = list(map(ptx.address, refs[inputs : inputs + results]))
+        element = ptx.utils.dtype_to_ir_type(jnp.dtype(dtype))
+        thread = ptx.index_x(gpu.thread_id)
+        piece = arith.addi(arith.muli(ptx.index_x(gpu.block_id), i32(threads)), thread)
+        exists = arith.cmpi(arith.CmpIPredicate.slt, piece, i32(count))
 
         def load_row(start: Value) -> list[Value]:
-            return words.choose(
-                exists, lambda: words.load(ahead(start, place, PIECE)), lambda: [i32(0)] * WORDS
+            return ptx.choose(
+                exists, lambda: ptx.load(offset(start, piece, PIECE)), lambda: [i32(0)] * WORDS
             )
 
-        # Whatever can be asked for is, before the first of it is needed.
+        # Issue all independent loads first.
         loaded = load_row(parts)
-        rank = words.load_word(table)
-        homes = [words.load_address(ahead(table, i32(1 + d), 8)) for d in range(devices)]
+        rank = ptx.load_word(table)
+        homes = [ptx.load_address(offset(table, i32(1 + d), 8)) for d in range(devices)]
         own = homes[0]
         for device in range(1, devices):
             own = arith.select(equal(rank, device), homes[device], own)
-        epoch = words.load_word(own)
-        before = load_row(more[0]) if residual else None
-        weight = None if eps is None else words.load(ahead(more[-1], thread, PIECE))
+        epoch = ptx.load_word(own)
+        stream = load_row(optional[0]) if residual else None
+        weight = None if eps is None else ptx.load(offset(optional[-1], thread, PIECE))
 
-        sent = [arith.select(_is_empty(word), i32(0), word) for word in loaded]
-        taken = arith.muli(arith.andi(epoch, i32(1)), i32(devices * capacity))
-        first = arith.addi(taken, i32(HEADER))
+        sent = [arith.select(equal(word, _EMPTY), i32(0), word) for word in loaded]
+        skipped = arith.muli(arith.andi(epoch, i32(1)), i32(devices * capacity))
+        first = arith.addi(skipped, i32(HEADER))
 
-        def box(home: Value, sender: Value) -> Value:
-            """Where the thread's words from `sender` lie in the memory of `home`."""
-            offset = arith.addi(first, arith.muli(sender, i32(capacity)))
-            return ahead(ahead(home, offset, 1), place, PIECE)
+        def place(home: Value, sender: Value) -> Value:
+            """Returns the address of the thread's words from `sender` in the memory of `home`."""
+            start = arith.addi(first, arith.muli(sender, i32(capacity)))
+            return offset(offset(home, start, 1), piece, PIECE)
+
+        def send_to(home: Value) -> Callable[[], None]:
+            target = place(home, rank)
+            return lambda: ptx.store(target, sent, SHARED)
 
         for device, home in enumerate(homes):
-            other = arith.andi(exists, words.negate(equal(rank, device)))
-            words.when(other, _storing(box(home, rank), sent))
-        gpu.barrier()  # every thread of the block has read the epoch
-        words.when(equal(thread, 0), lambda: _count_block(own, epoch, blocks))
+            other = arith.andi(exists, ptx.negate(equal(rank, device)))
+            ptx.when(other, send_to(home))
+        gpu.barrier()  # all threads of the CTA have read the epoch
+        ptx.when(equal(thread, 0), lambda: _count_cta(own, epoch, ctas))
 
-        came = []
+        arrived = []
         for device in range(devices):
-            # Where a thread has nothing to do it has nothing to wait for.
-            here = arith.ori(equal(rank, device), words.negate(exists))
-            arrived = _arriving(box(own, i32(device)))
-            came.append(words.widen(words.choose(here, lambda: sent, arrived), element))
-        total = came[0]
-        for part in came[1:]:
+            # A thread without a piece has nothing to wait for.
+            ready = arith.ori(equal(rank, device), ptx.negate(exists))
+            words = ptx.choose(ready, lambda: sent, _receive(place(own, i32(device))))
+            arrived.append(ptx.unpack(words, element))
+        total = arrived[0]
+        for part in arrived[1:]:
             total = arith.addf(total, part)
-        if before is not None:
-            rounded = words.widen(words.narrow(total, element), element)
-            total = arith.addf(rounded, words.widen(before, element))
-        summed = words.narrow(total, element)
-        words.when(exists, lambda: words.store(ahead(outs[0], place, PIECE), summed))
+        if stream is not None:
+            rounded = ptx.unpack(ptx.pack(total, element), element)
+            total = arith.addf(rounded, ptx.unpack(stream, element))
+        summed = ptx.pack(total, element)
+        ptx.when(exists, lambda: ptx.store(offset(outs[0], piece, PIECE), summed))
         if eps is not None and weight is not None:
-            values = words.widen(summed, element)
-            scale = _norm_scale(values, columns, eps, words.address(refs[-1]), groups)
-            scaled = words.widen(words.narrow(arith.mulf(values, scale), element), element)
-            made = words.narrow(arith.mulf(scaled, words.widen(weight, element)), element)
-            words.store(ahead(outs[1], place, PIECE), made)
+            values = ptx.unpack(summed, element)
+            scale = _norm_scale(values, columns, eps, ptx.address(refs[-1]), groups)
+            scaled = ptx.unpack(ptx.pack(arith.mulf(values, scale), element), element)
+            normed = ptx.pack(arith.mulf(scaled, ptx.unpack(weight, element)), element)
+            ptx.store(offset(outs[1], piece, PIECE), normed)
 
     def sum_over_devices(*refs: Any) -> None:
         plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))(exchange)(*refs)
@@ -121,7 +131,7 @@ def build_sum(
         sum_over_devices,
         out_type=[jax.ShapeDtypeStruct((rows, columns), dtype)] * results,
         scratch_types=[] if eps is None else [plgpu.SMEM((threads // WARP,), jnp.float32)],
-        grid=(blocks,),
+        grid=(ctas,),
         grid_names=("block",),
         num_threads=groups,
         thread_name="group",
@@ -129,59 +139,51 @@ def build_sum(
     )
 
 
-def _is_empty(word: Value) -> Value:
-    return equal(word, EMPTY - (1 << 32))
-
-
-def _storing(at: Value, sent: Sequence[Value]) -> Callable[[], None]:
-    return lambda: words.store(at, sent, SHARED)
-
-
-def _arriving(at: Value) -> Callable[[], list[Value]]:
-    """Polls until all words are there, and empties their place."""
+def _receive(at: Value) -> Callable[[], list[Value]]:
+    """Polls a place until all words have arrived, then resets it."""
 
     def wait() -> list[Value]:
-        kinds = [words.word_type()] * (1 + WORDS)
-        loop = words.scf.WhileOp(kinds, [i32(0)])
-        block = loop.before.blocks.append(words.word_type())
+        kinds = [ptx.word_type()] * (1 + WORDS)
+        loop = ptx.scf.WhileOp(kinds, [i32(0)])
+        block = loop.before.blocks.append(ptx.word_type())
         with ir.InsertionPoint(block):
             polls = block.arguments[0]
-            found = words.load(at, SHARED)
-            missing = _is_empty(found[0])
-            for word in found[1:]:
-                missing = arith.ori(missing, _is_empty(word))
-            words.give_up(equal(polls, PATIENCE))
-            words.scf.condition(missing, [arith.addi(polls, i32(1)), *found])
+            words = ptx.load(at, SHARED)
+            missing = equal(words[0], _EMPTY)
+            for word in words[1:]:
+                missing = arith.ori(missing, equal(word, _EMPTY))
+            ptx.trap(equal(polls, PATIENCE))
+            ptx.scf.condition(missing, [arith.addi(polls, i32(1)), *words])
         block = loop.after.blocks.append(*kinds)
         with ir.InsertionPoint(block):
-            words.scf.yield_([block.arguments[0]])
-        words.store(at, [i32(EMPTY - (1 << 32))] * WORDS, SHARED)
+            ptx.scf.yield_([block.arguments[0]])
+        ptx.store(at, [i32(_EMPTY)] * WORDS, SHARED)
         return list(loop.results)[1:]
 
     return wait
 
 
-def _count_block(own: Value, epoch: Value, blocks: int) -> None:
-    """One thread of each block is here; the last of them starts the next epoch."""
-    before = words.count_to(ahead(own, i32(1), 4), blocks - 1)
-    words.store_word(own, arith.addi(epoch, i32(1)), equal(before, blocks - 1))
+def _count_cta(own: Value, epoch: Value, ctas: int) -> None:
+    """Counts this CTA, from one of its threads; the last CTA starts the next epoch."""
+    before = ptx.atomic_inc(offset(own, i32(1), 4), ctas - 1)
+    ptx.store_word(own, arith.addi(epoch, i32(1)), equal(before, ctas - 1))
 
 
 def _norm_scale(values: Value, columns: int, eps: float, scratch: Value, groups: int) -> Value:
-    """1 / sqrt(mean of squares + eps) of the block's row, for each of the thread's values."""
+    """Returns 1 / sqrt(mean of squares + eps) of the CTA's row, for each of the thread's values."""
     squares = arith.mulf(values, values)
     total = vector.extract(squares, [], [0])
     for i in range(1, ir.VectorType(values.type).shape[0]):
         total = arith.addf(total, vector.extract(squares, [], [i]))
     for distance in (16, 8, 4, 2, 1):
-        total = arith.addf(total, words.utils.shfl_bfly(total, distance))
-    thread = words.index(gpu.thread_id)
+        total = arith.addf(total, ptx.utils.shfl_bfly(total, distance))
+    thread = ptx.index_x(gpu.thread_id)
     warp = arith.divui(thread, i32(WARP))
     first = equal(arith.remui(thread, i32(WARP)), 0)
-    words.store_scratch(ahead(scratch, warp, 4), total, first)
+    ptx.store_scratch(offset(scratch, warp, 4), total, first)
     gpu.barrier()
-    total = words.load_scratch(scratch)
+    total = ptx.load_scratch(scratch)
     for i in range(1, groups * WARPGROUP // WARP):
-        total = arith.addf(total, words.load_scratch(ahead(scratch, i32(i), 4)))
-    mean = arith.mulf(total, words.f32(1 / columns))
-    return vector.broadcast(values.type, math.rsqrt(arith.addf(mean, words.f32(eps))))
+        total = arith.addf(total, ptx.load_scratch(offset(scratch, i32(i), 4)))
+    mean = arith.mulf(total, ptx.f32(1 / columns))
+    return vector.broadcast(values.type, math.rsqrt(arith.addf(mean, ptx.f32(eps))))

@@ -1,8 +1,8 @@
-"""Memory through which the GPUs of one host hand each other a few rows (`device_sum`).
+"""Memory through which the GPUs of one host send each other a few rows (`all_reduce`).
 
-A device's part of it is written to by the others, behind JAX's back, and only by the kernel of
-`mosaic_gpu_sum`. JAX never moves an array, so that its address holds as long as the array lives:
-for the rest of the process, as NCCL's buffers do.
+The other devices write to a device's part behind JAX's back, and only the all-reduce kernel does.
+JAX never moves an array, so its address is valid as long as the array lives: for the rest of the
+process, like NCCL's buffers.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from jaxtyping import Array, Int
 from pallas_kernels import compat
 
 CAPACITY = 1 << 20  # bytes that a device may send at once
-HEADER = 1024  # bytes: the number of calls so far, a count of blocks, and room
+HEADER = 1024  # bytes: the number of calls so far, a count of CTAs, and padding
 EMPTY = 0x80008000  # -0.0 twice in bfloat16 and float16, about -4.6e-41 in float32
 SETS = 2
 
 
-def exchange_problem(mesh: Mesh, axis: str) -> str | None:
-    """Why the devices along `axis` of a mesh can't write to each other's memory; None if they can.
+def peer_problem(mesh: Mesh, axis: str) -> str | None:
+    """Returns why devices along `axis` cannot write to each other's memory; None if they can.
 
-    They are Hopper GPUs of this process, and the driver lets each read and write all others'.
+    They must be Hopper GPUs of this process, and the driver must let each read and write the memory
+    of all others.
     """
     if (problem := compat.mosaic_gpu_problem()) is not None:
         return problem
@@ -34,14 +35,12 @@ def exchange_problem(mesh: Mesh, axis: str) -> str | None:
         return f"{axis} has one device"
     devices = list(mesh.devices.flat)
     if len({device.process_index for device in devices}) > 1:
-        return "the devices are those of several processes"
+        return "the devices belong to several processes"
     kinds = {getattr(device, "compute_capability", device.platform) for device in devices}
     if kinds != {"9.0"}:
         return f"the devices' compute capability is not 9.0: {', '.join(sorted(kinds))}"
-    groups = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), -1).reshape(
-        -1, mesh.shape[axis]
-    )
-    for group in groups:
+    groups = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), -1)
+    for group in groups.reshape(-1, mesh.shape[axis]):
         for a in group:
             for b in group:
                 if a != b and not _can_access(a.local_hardware_id, b.local_hardware_id):
@@ -50,14 +49,15 @@ def exchange_problem(mesh: Mesh, axis: str) -> str | None:
 
 
 def _can_access(device: int, peer: int) -> bool:
-    found = ctypes.c_int(0)
+    allowed = ctypes.c_int(0)
     cuda = ctypes.CDLL("libcuda.so.1")
-    return cuda.cuDeviceCanAccessPeer(ctypes.byref(found), device, peer) == 0 and found.value == 1
+    status = cuda.cuDeviceCanAccessPeer(ctypes.byref(allowed), device, peer)
+    return status == 0 and allowed.value == 1
 
 
 @functools.cache
-def _memory(mesh: Mesh, axis: str) -> tuple[Array, Array]:
-    """What each device holds, empty, and the table that tells where."""
+def peer_memory(mesh: Mesh, axis: str) -> tuple[Array, Array]:
+    """Returns each device's empty memory, int32 words, and the table of its addresses."""
     at = NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
     group = mesh.shape[axis]
     shape = (*mesh.devices.shape, (HEADER + SETS * group * CAPACITY) // 4)
@@ -65,7 +65,7 @@ def _memory(mesh: Mesh, axis: str) -> tuple[Array, Array]:
     empty = np.full(shape, EMPTY, np.uint32).view(np.int32)
     empty[..., : HEADER // 4] = 0
     words = jax.device_put(empty, at)
-    # On every device, before one of them can write there.
+    # On every device, before any of them can write to it.
     jax.block_until_ready(words)
     where = {shard.device: shard.data.unsafe_buffer_pointer() for shard in words.addressable_shards}
     table = np.zeros((*mesh.devices.shape, 1 + group), np.uint64)
@@ -76,16 +76,15 @@ def _memory(mesh: Mesh, axis: str) -> tuple[Array, Array]:
     return words, jax.device_put(table.view(np.int32), at)
 
 
-def exchange_table(mesh: Mesh, axis: str) -> Int[Array, "*mesh A"]:
-    """What `device_sum` takes, of each device its own row: rank along `axis`, and addresses.
+def peer_table(mesh: Mesh, axis: str) -> Int[Array, "*mesh A"]:
+    """Returns each device's row for `all_reduce`: its rank along `axis`, and all addresses.
 
-    The memory is taken on the first call for a mesh and axis, 1 MiB for each device on the axis,
-    twice, on each of them. Addresses differ from run to run: a table is an argument of what is
-    compiled, never a constant in it.
+    The first call for a mesh and axis allocates 2 MiB on each device for each device on the axis.
+    Addresses differ between runs, so pass the table to compiled code as an argument.
 
     Raises:
-      ValueError: `exchange_problem` has one.
+      ValueError: `peer_problem` returns a reason.
     """
-    if (problem := exchange_problem(mesh, axis)) is not None:
-        raise ValueError(f"no exchange along {axis}: {problem}")
-    return _memory(mesh, axis)[1]
+    if (problem := peer_problem(mesh, axis)) is not None:
+        raise ValueError(f"no peer memory along {axis}: {problem}")
+    return peer_memory(mesh, axis)[1]

@@ -1,30 +1,42 @@
-"""Public entry: attention of query rows over chosen chunks of a KV pool, where they lie."""
+"""Public entry: attention of query rows over chosen chunks of a KV pool, read in place.
+
+A new implementation is a file with a function as `ChunkAttention` describes, and a line in
+`IMPLEMENTATIONS`.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, Protocol, get_args
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat
-from pallas_kernels.chunk_attention import hopper as mosaic_gpu
-from pallas_kernels.chunk_attention.cudnn import chunk_attention_cudnn
+from pallas_kernels.chunk_attention import cudnn, hopper
 from pallas_kernels.chunk_attention.dense import attention
 from pallas_kernels.chunk_attention.reference import chunk_attention_reference
 from pallas_kernels.chunk_attention.xla import chunk_attention_xla
-from pallas_kernels.common import EMPTY_LSE, OwnKV, Partial, merge
+from pallas_kernels.common import EMPTY_LSE, OwnKV, Partial, merge, require_known
 
 
 class ChunkAttention(Protocol):
-    """An implementation of one's own: a function, given wherever a name of one may stand.
+    """A custom implementation: a function that is accepted in place of a name.
 
-    Traced under jit and static there, so that it must be hashable (a function at a module's head
-    is; one made anew for each call compiles anew). Arguments are checked and complete: q
-    [B, K, T, H, D], rows for each slot; k, v [L, N, G, C, D], of which `layer` is wanted; chunk_ids
-    [B, K], outside [0, N) where a slot is empty; chunk_lengths [N], perhaps outside [0, C]; scale
-    of the scores. Near keys are attended to elsewhere. Returns what `chunk_attention` does.
+    It is traced under jit as a static argument, so it must be hashable. Use a function at module
+    level; one that is made for each call compiles anew for each call.
+
+    Args:
+      q: [B, K, T, H, D], query rows for each slot.
+      k, v: [L, N, G, C, D], the pool.
+      layer: index into L.
+      chunk_ids: [B, K]; outside [0, N) for an empty slot.
+      chunk_lengths: [N], valid keys; may be outside [0, C].
+      scale: factor of the scores.
+
+    Returns:
+      The same as `chunk_attention`. Own keys are attended to elsewhere.
     """
 
     def __call__(
@@ -38,72 +50,108 @@ class ChunkAttention(Protocol):
         scale: float,
         /,
     ) -> Partial:
-        """Attention of q over the chosen chunks."""
+        """Returns attention of q over the chosen chunks."""
 
 
-NamedImplementation = Literal["mosaic_gpu", "cudnn", "xla", "interpret", "reference"]
-Implementation = NamedImplementation | ChunkAttention
-
-
-def implementation_name(implementation: Implementation) -> str:
-    """Its name; that of the function for one of one's own."""
-    if isinstance(implementation, str):
-        return implementation
-    return getattr(implementation, "__name__", type(implementation).__name__)
+Implementation = str | ChunkAttention
 
 
 class ChunkMass(NamedTuple):
-    """Attention over chosen chunks, and how it was shared out among them.
+    """Attention over chosen chunks, and each chunk's share of it.
 
-    attention: as without. mass [B, H, T, K] float32: each slot's share of a row's attention; the
-    shares sum to 1 over the slots, or are all 0 where there is no key.
+    Attributes:
+      attention: the result of `chunk_attention`.
+      mass: [B, H, T, K] float32, each slot's share of a row's attention. The shares sum to 1 over
+        the slots, or are all 0 without keys.
     """
 
     attention: Partial
     mass: Float[Array, "B H T K"]
 
 
-def resolve_implementation(
-    implementation: Implementation | None,
-    *,
-    dtype: jnp.dtype,
-    head_size: int,
-    chunk_size: int,
-) -> Implementation:
-    """The implementation that a call with such inputs will use on JAX's default device.
+def _beside_own_kv(run: ChunkAttention) -> Callable[..., Partial]:
+    """Adds own keys to an implementation: dense attention, merged with the implementation's."""
 
-    The named or given one; where none is named, "mosaic_gpu" if the kernel takes the inputs and the
-    device has compute capability 9.0, else "xla".
+    def attend(q, k, v, layer, chunk_ids, chunk_lengths, scale, own_kv):
+        slots, own = chunk_ids.shape[1], None
+        if own_kv is not None:
+            lengths = jnp.clip(own_kv.lengths, 0, own_kv.k.shape[1])
+            # Zero the padding: cuDNN multiplies it, and 0 * NaN is NaN.
+            valid = (jnp.arange(own_kv.k.shape[1]) < lengths[:, None])[..., None, None]
+            own_k, own_v = (jnp.where(valid, x, 0) for x in own_kv[:2])
+            own = attention(q[:, slots], own_k, own_v, lengths, need_lse=True, scale=scale)
+            q = q[:, :slots]
+        q = jnp.broadcast_to(q, (q.shape[0], slots, *q.shape[2:]))
+        chunks = run(q, k, v, layer, chunk_ids, chunk_lengths, scale)
+        return chunks if own is None else merge(own, chunks)
+
+    return attend
+
+
+class _Entry(NamedTuple):
+    """An implementation: its function, and what it cannot take or run on.
+
+    run takes a `ChunkAttention`'s arguments with q [B, Q, T, H, D], Q = 1 for rows that all slots
+    share and K + 1 with own keys, and own_kv. The others return a reason or None.
+    """
+
+    run: Callable[..., Partial]
+    input_problem: Callable[[jnp.dtype, int, int], str | None] = lambda *inputs: None
+    device_problem: Callable[[], str | None] = lambda: None
+
+
+IMPLEMENTATIONS = {
+    "mosaic_gpu": _Entry(
+        hopper.chunk_attention_hopper, hopper.input_problem, compat.hopper_problem
+    ),
+    "cudnn": _Entry(
+        _beside_own_kv(cudnn.chunk_attention_cudnn), cudnn.input_problem, cudnn.device_problem
+    ),
+    "xla": _Entry(_beside_own_kv(chunk_attention_xla)),
+    "interpret": _Entry(hopper.chunk_attention_interpreted, hopper.input_problem),
+    "reference": _Entry(_beside_own_kv(chunk_attention_reference)),
+}
+
+
+def implementation_name(implementation: Implementation) -> str:
+    """Returns the name, or the `__name__` of a custom implementation."""
+    if isinstance(implementation, str):
+        return implementation
+    return getattr(implementation, "__name__", type(implementation).__name__)
+
+
+def resolve_implementation(
+    implementation: Implementation | None, *, dtype: jnp.dtype, head_size: int, chunk_size: int
+) -> Implementation:
+    """Returns the implementation that a call with such inputs uses on JAX's default device.
+
+    A name or function is returned as it is. None gives "mosaic_gpu" if the kernel takes the inputs
+    and the device has compute capability 9.0, else "xla".
 
     Raises:
       ValueError: the name is not known, or that implementation does not take the inputs or this
-        GPU, with the reason. Where there is no GPU the kernel may still be lowered for one.
+        GPU, with the reason. Without a GPU the kernel may still be lowered for one.
     """
     if callable(implementation):
         return implementation
-    problem = mosaic_gpu.input_problem(dtype, head_size, chunk_size)
+    if implementation is not None:
+        require_known(implementation, IMPLEMENTATIONS)
+    entry = IMPLEMENTATIONS[implementation or "mosaic_gpu"]
+    problem = entry.input_problem(dtype, head_size, chunk_size)
+    if problem is None and (implementation is None or compat.compute_capability() is not None):
+        problem = entry.device_problem()
     if implementation is None:
-        return "xla" if problem or mosaic_gpu.device_problem() else "mosaic_gpu"
-    if implementation not in get_args(NamedImplementation):
-        known = ", ".join(get_args(NamedImplementation))
-        raise ValueError(f"implementation {implementation!r} is not known ({known})")
-    if implementation in ("mosaic_gpu", "interpret") and problem:
+        return "xla" if problem else "mosaic_gpu"
+    if problem:
         raise ValueError(f"implementation {implementation!r}: {problem}")
-    if implementation == "mosaic_gpu" and compat.compute_capability() not in (None, "9.0"):
-        raise ValueError(f"implementation 'mosaic_gpu': {mosaic_gpu.device_problem()}")
-    if implementation == "cudnn" and jnp.dtype(dtype).itemsize != 2:
-        raise ValueError(
-            f"implementation 'cudnn': it takes bfloat16 and float16, got {jnp.dtype(dtype).name}"
-        )
     return implementation
 
 
 def require_device(implementation: Implementation) -> None:
-    """Raises ValueError where JAX's default device cannot run the implementation."""
-    if implementation == "mosaic_gpu" and (problem := mosaic_gpu.device_problem()):
-        raise ValueError(f"implementation 'mosaic_gpu': {problem}")
-    if implementation == "cudnn" and compat.compute_capability() is None:
-        raise ValueError("implementation 'cudnn': it runs on NVIDIA GPUs")
+    """Raises ValueError if JAX's default device cannot run the implementation."""
+    entry = IMPLEMENTATIONS[implementation] if isinstance(implementation, str) else None
+    if entry is not None and (problem := entry.device_problem()):
+        raise ValueError(f"implementation {implementation!r}: {problem}")
 
 
 def chunk_attention(
@@ -115,47 +163,47 @@ def chunk_attention(
     *,
     layer: int | Int[Array, ""] | None = None,
     scale: float | None = None,
-    near: OwnKV | None = None,
+    own_kv: OwnKV | None = None,
     implementation: Implementation | None = None,
 ) -> Partial:
-    """Softmax attention of every query row over the union of its request's chunks and near keys.
+    """Attends with every query row to the union of its request's chunks and own keys.
 
-    Pure, made to be called under jit; compiles anew for other shapes, not for other ids, lengths or
+    Pure; call it under jit. It compiles anew for other shapes, but not for other ids, lengths or
     layers. Head counts H and G, rows T and slots K are free.
 
     Args:
-      q: query rows. With a K axis, rows[b, j] meet chunk chunk_ids[b, j]: rotated by the row's
-        position minus that chunk's offset, they let keys stay rotated at chunk-local positions.
-        Without it the same rows meet every chunk. With near keys the axis has K + 1 places, the
-        last for the rows that meet those.
-      k, v: the pool, N chunks of C keys for G KV heads (H a multiple of G); with a leading axis
-        of layers where `layer` is given. Read in place: no copy of the chosen chunks is made.
+      q: query rows. With a K axis, q[b, j] attends to chunk chunk_ids[b, j]: rows rotated by their
+        position minus that chunk's offset let keys stay rotated at chunk-local positions. Without
+        it the same rows attend to every chunk. With own_kv the axis has K + 1 places, the last for
+        the rows that attend to own keys.
+      k, v: the pool, N chunks of C keys for G KV heads (H a multiple of G), with a leading layer
+        axis if `layer` is given. Read in place: the chosen chunks are not copied.
       chunk_ids: chunks of each request, in any order, repeats allowed. An id outside [0, N) marks
         an empty slot: it contributes nothing, and nothing outside the pool is read.
-      chunk_lengths: valid keys of each chunk, clipped to [0, C]. What lies behind is never used,
-        whatever it holds.
+      chunk_lengths: valid keys of each chunk, clipped to [0, C]. Keys behind it are never used;
+        they may hold NaN.
       layer: index into the leading axis of a stacked pool; may be traced.
-      scale: of the scores, a positive number, 1/sqrt(D) by default.
-      near: keys and values that a request has to itself (live KV), attended to on the way. For the
-        kernel, S should be a multiple of 128, or they are copied.
-      implementation: which code runs; a named one is used or the call fails.
+      scale: factor of the scores, positive, 1/sqrt(D) by default.
+      own_kv: keys and values of each request alone (live KV). For the kernel, S should be a
+        multiple of 128; else they are copied.
+      implementation: the code to run. A named one runs or the call fails.
         "mosaic_gpu"  the Hopper kernel: bfloat16 or float16, head size 64 or 128, C a multiple of
                       64, compute capability 9.0, jax 0.11 or newer; float32 accumulation.
         "interpret"   the same kernel, interpreted on the CPU; very slow, for tests.
         "cudnn"       gathers the chunks into a copy for cuDNN.
         "xla"         any backend and dtype; one chunk at a time, online log-sum-exp.
         "reference"   the float32 oracle.
-        a function    one's own: see `ChunkAttention`.
+        a function    a custom implementation, see `ChunkAttention`.
         None          see `resolve_implementation`.
 
     Returns:
-      Partial(out [B, T, H, D] in q's dtype, lse [B, H, T] float32), to be merged with attention
-      over other keys (`pallas_kernels.merge`). Rows without any key give zeros and EMPTY_LSE.
+      Partial(out [B, T, H, D] in q's dtype, lse [B, H, T] float32), for `merge` with attention over
+      other keys. Rows without any key give zeros and EMPTY_LSE.
 
     Raises:
-      ValueError: ranks, sizes, dtypes, head counts or a scale that do not fit, named; K = 0.
+      ValueError: ranks, sizes, dtypes, head counts or a scale that do not fit; K = 0.
     """
-    _check(q, k, v, chunk_ids, chunk_lengths, layer, near)
+    _check(q, k, v, chunk_ids, chunk_lengths, layer, scale, own_kv)
     implementation = resolve_implementation(
         implementation, dtype=q.dtype, head_size=q.shape[-1], chunk_size=k.shape[-2]
     )
@@ -164,33 +212,11 @@ def chunk_attention(
     if q.ndim == 4:
         q = q[:, None]
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale must be a positive number, got {scale}")
-    if implementation in ("mosaic_gpu", "interpret"):
-        interpret = compat.interpreter() if implementation == "interpret" else None
-        return mosaic_gpu.chunk_attention_mosaic_gpu(
-            q, k, v, layer, chunk_ids, chunk_lengths, scale, near, interpret=interpret
-        )
-    slots = chunk_ids.shape[1]
-    own = None
-    if near is not None:
-        lengths = jnp.clip(near.lengths, 0, near.k.shape[1])
-        # What is no key is zero, for cuDNN multiplies it all the same.
-        valid = (jnp.arange(near.k.shape[1]) < lengths[:, None])[..., None, None]
-        near_k, near_v = (jnp.where(valid, x, 0) for x in near[:2])
-        own = attention(q[:, slots], near_k, near_v, lengths, need_lse=True, scale=scale)
-        q = q[:, :slots]
-    q = jnp.broadcast_to(q, (q.shape[0], slots, *q.shape[2:]))
-    if implementation == "reference":
-        found = chunk_attention_reference(q, k[layer], v[layer], chunk_ids, chunk_lengths, scale)
+    if isinstance(implementation, str):
+        run = IMPLEMENTATIONS[implementation].run
     else:
-        run: ChunkAttention = chunk_attention_xla
-        if not isinstance(implementation, str):
-            run = implementation
-        elif implementation == "cudnn":
-            run = chunk_attention_cudnn
-        found = run(q, k, v, layer, chunk_ids, chunk_lengths, scale)
-    return found if own is None else merge(own, found)
+        run = _beside_own_kv(implementation)
+    return run(q, k, v, layer, chunk_ids, chunk_lengths, scale, own_kv)
 
 
 def chunk_attention_mass(
@@ -204,11 +230,11 @@ def chunk_attention_mass(
     scale: float | None = None,
     implementation: Implementation | None = None,
 ) -> ChunkMass:
-    """`chunk_attention` with every chunk's share of the attention; the same arguments and errors.
+    """Returns `chunk_attention` and every chunk's share of it; arguments and errors are the same.
 
-    Every slot is attended to as a request of its own; the log-sum-exps say what each is worth.
+    Every slot is attended to as a request by itself; the log-sum-exps give the shares.
     """
-    _check(q, k, v, chunk_ids, chunk_lengths, layer)
+    _check(q, k, v, chunk_ids, chunk_lengths, layer, scale)
     batch, slots = chunk_ids.shape
     if q.ndim == 4:
         q = jnp.broadcast_to(q[:, None], (batch, slots, *q.shape[1:]))
@@ -223,67 +249,56 @@ def chunk_attention_mass(
         implementation=implementation,
     )
     out, lse = (x.reshape(batch, slots, *x.shape[1:]) for x in parts)
-    whole = merge(*(Partial(out[:, i], lse[:, i]) for i in range(slots)))
-    mass = jnp.where(lse > EMPTY_LSE / 2, jnp.exp(lse - whole.lse[:, None]), 0.0)
-    return ChunkMass(whole, mass.transpose(0, 2, 3, 1))
+    union = merge(*(Partial(out[:, i], lse[:, i]) for i in range(slots)))
+    mass = jnp.where(lse > EMPTY_LSE / 2, jnp.exp(lse - union.lse[:, None]), 0.0)
+    return ChunkMass(union, mass.transpose(0, 2, 3, 1))
 
 
-def _check(q, k, v, chunk_ids, chunk_lengths, layer, near=None) -> None:
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise ValueError(message)
+def _check(q, k, v, chunk_ids, chunk_lengths, layer, scale, own_kv=None) -> None:
+    """Raises ValueError, in one line that names the argument."""
+    sizes: dict[str, int] = {}
 
-    ndim = 4 if layer is None else 5
-    require(q.ndim in (4, 5), f"q must be [B, T, H, D] or [B, K, T, H, D], got shape {q.shape}")
-    require(
-        k.ndim == ndim,
-        f"k must have {ndim} axes {'without' if layer is None else 'with'} a layer index, "
-        f"got shape {k.shape}",
-    )
-    require(k.shape == v.shape, f"k {k.shape} and v {v.shape} differ in shape")
-    require(
-        q.dtype == k.dtype == v.dtype,
-        f"q, k and v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}",
-    )
-    require(
-        jnp.issubdtype(q.dtype, jnp.floating), f"q, k and v must be floating point, got {q.dtype}"
-    )
-    n, g, _, d = k.shape[-4:]
-    require(q.shape[-1] == d, f"head size of q {q.shape[-1]} differs from the pool's {d}")
-    require(q.shape[-2] % g == 0, f"{q.shape[-2]} query heads are no multiple of {g} KV heads")
-    for name, ids in (("chunk_ids", chunk_ids), ("chunk_lengths", chunk_lengths)):
-        require(jnp.issubdtype(ids.dtype, jnp.integer), f"{name} must be integers, got {ids.dtype}")
-    require(
-        chunk_ids.ndim == 2 and chunk_ids.shape[0] == q.shape[0],
-        f"chunk_ids must be [B, K] with B = {q.shape[0]}, got shape {chunk_ids.shape}",
-    )
-    require(chunk_ids.shape[1] > 0, "chunk_ids is empty: attention over no chunk has no meaning")
-    places = chunk_ids.shape[1] + (near is not None)
-    require(
-        q.ndim == 5 or near is None, "with near keys q must be [B, K + 1, T, H, D], rows for each"
-    )
-    require(
-        q.ndim == 4 or q.shape[1] == places,
-        f"q has {q.shape[1]} chunk slots, chunk_ids {chunk_ids.shape[1]}"
-        + (" and one for near keys" if near is not None else ""),
-    )
-    require(
-        chunk_lengths.shape == (n,),
-        f"chunk_lengths must be [{n}], one for each chunk of the pool, got {chunk_lengths.shape}",
-    )
-    if near is None:
-        return
-    shape = near.k.shape
-    require(
-        near.k.ndim == 4 and shape == near.v.shape == (q.shape[0], shape[1], g, d) and shape[1] > 0,
-        f"near k and v must be [B, S, G, D] with B = {q.shape[0]}, G = {g}, D = {d}, "
-        f"got {shape} and {near.v.shape}",
-    )
-    require(
-        near.k.dtype == near.v.dtype == k.dtype,
-        f"near k and v must have the pool's dtype {k.dtype}, got {near.k.dtype}, {near.v.dtype}",
-    )
-    require(
-        near.lengths.shape == (q.shape[0],) and jnp.issubdtype(near.lengths.dtype, jnp.integer),
-        f"near lengths must be [{q.shape[0]}] integers, got {near.lengths.shape}",
-    )
+    def match(name, array, layout):
+        """Compares the shape with the sizes of the axis letters so far, and adds its own."""
+        axes = layout.split(", ")
+        if array.ndim != len(axes) or any(
+            sizes.get(axis, n) != n for axis, n in zip(axes, array.shape, strict=True)
+        ):
+            bound = ", ".join(f"{axis} = {sizes[axis]}" for axis in axes if axis in sizes)
+            layout = f"[{layout}]" + f" with {bound}" * bool(bound)
+            raise ValueError(f"{name} must be {layout}, got shape {array.shape}")
+        sizes.update(zip(axes, array.shape, strict=True))
+
+    pool = "N, G, C, D" if layer is None else "L, N, G, C, D"
+    match("k without layer" if layer is None else "k with layer", k, pool)
+    match("v", v, pool)
+    match("chunk_ids", chunk_ids, "B, K")
+    if not sizes["K"]:
+        raise ValueError("chunk_ids must hold at least one chunk, got K = 0")
+    match("chunk_lengths", chunk_lengths, "N")
+    operands, integers = [q, k, v], {"chunk_ids": chunk_ids, "chunk_lengths": chunk_lengths}
+    if own_kv is not None:
+        sizes["K + 1"] = sizes["K"] + 1
+        match("q with own_kv", q, "B, K + 1, T, H, D")
+        match("own_kv.k", own_kv.k, "B, S, G, D")
+        match("own_kv.v", own_kv.v, "B, S, G, D")
+        match("own_kv.lengths", own_kv.lengths, "B")
+        if not sizes["S"]:
+            raise ValueError("own_kv must have room for at least one key, got S = 0")
+        operands += own_kv[:2]
+        integers["own_kv.lengths"] = own_kv.lengths
+    else:
+        match("q", q, "B, T, H, D" if q.ndim == 4 else "B, K, T, H, D")
+    if sizes["H"] % sizes["G"]:
+        raise ValueError(
+            f"q must have a multiple of the pool's {sizes['G']} KV heads, got H = {sizes['H']}"
+        )
+    dtypes = [str(x.dtype) for x in operands]
+    if len(set(dtypes)) > 1 or not jnp.issubdtype(q.dtype, jnp.floating):
+        names = "q, k, v and own_kv" if own_kv is not None else "q, k and v"
+        raise ValueError(f"{names} must share a floating dtype, got {', '.join(dtypes)}")
+    for name, array in integers.items():
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers, got {array.dtype}")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale must be a positive number, got {scale}")

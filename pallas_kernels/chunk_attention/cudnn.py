@@ -7,9 +7,22 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.common import EMPTY_LSE, Partial, merge, selected_chunks
+from pallas_kernels import compat
+from pallas_kernels.common import EMPTY_LSE, Partial, merge, valid_chunks
 
 Layout = Literal["BTNH", "BNTH"]
+
+
+def input_problem(dtype: jnp.dtype, head_size: int, chunk_size: int) -> str | None:
+    """Returns why `chunk_attention_cudnn` does not take such inputs; None if it does."""
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"it takes bfloat16 and float16, got {jnp.dtype(dtype).name}"
+    return None
+
+
+def device_problem() -> str | None:
+    """Returns why JAX's default device cannot run cuDNN; None if it can."""
+    return "it runs on NVIDIA GPUs" if compat.compute_capability() is None else None
 
 
 def attention_with_lse(
@@ -20,11 +33,12 @@ def attention_with_lse(
     scale: float,
     layout: Layout = "BTNH",
 ) -> Partial:
-    """Attention over the first lengths[b] keys (all, where None); layout "BNTH": heads lead rows.
+    """Attends to the first lengths[b] keys; to all of them if lengths is None.
 
-    The result is [B, T, H, D] in either layout. jax.nn.dot_product_attention(return_residual=True)
-    rounds the residual to q's dtype, which in bfloat16 costs percents in a merge; the function
-    under it, used here, does not.
+    With layout "BNTH" the inputs' heads come before their rows; the result is [B, T, H, D] in
+    either layout. jax.nn.dot_product_attention(return_residual=True) rounds the residual to q's
+    dtype, which in bfloat16 costs some percent in a merge. The private function that it calls does
+    not round, and is used here.
     """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
@@ -66,11 +80,11 @@ def chunk_attention_cudnn(
     """Gathers the chosen chunks into a copy; every slot is a row of cuDNN's batch."""
     c = k.shape[3]
     b, slots = chunk_ids.shape
-    ids, lengths = (x.reshape(-1) for x in selected_chunks(chunk_ids, chunk_lengths, c))
+    ids, lengths = (x.reshape(-1) for x in valid_chunks(chunk_ids, chunk_lengths, c))
     valid = (jnp.arange(c) < lengths[:, None])[:, None, :, None]  # [B K, 1, C, 1]
 
     def gather(pool: Array) -> Array:
-        """[B K, G, C, D]; what is no key is zero, for cuDNN multiplies it all the same."""
+        """[B K, G, C, D] with zeros for padding: cuDNN multiplies it, and 0 * NaN is NaN."""
         return jnp.where(valid, pool[layer, ids], 0)
 
     rows = q.reshape(b * slots, *q.shape[2:]).swapaxes(1, 2)  # [B K, H, T, D]

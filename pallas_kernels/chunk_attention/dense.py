@@ -1,6 +1,6 @@
-"""Bidirectional attention over keys that lie together: cuDNN on GPUs, blocked XLA elsewhere.
+"""Bidirectional attention over contiguous keys: cuDNN on GPUs, XLA in row blocks elsewhere.
 
-Nothing here builds a T x S mask: validity is a length per row of the batch.
+Nothing here builds a T x S mask: each row of the batch has a number of valid keys.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pallas_kernels.common import EMPTY_LSE, Partial, row_sum
 
 DenseImplementation = Literal["cudnn", "xla"]
 
-# Scores of one block of query rows, in elements: bounds memory, and stays near the caches.
+# Scores of one block of query rows, in elements. Bounds memory, and helps the caches.
 BLOCK_SCORES = 1 << 24
-# Keys are filled up to this, for XLA's products on the CPU take a column in a narrower loop where
-# 1 to 8 are left over, and then a score's last bit would depend on how many keys there are.
+# Keys are padded to a multiple of this: on the CPU, XLA's products take a remainder of 1 to 8 keys
+# in a narrower loop, and a score's last bit would depend on the number of keys.
 _KEYS_MULTIPLE = 16
 
 
 def dense_implementation(dtype: jnp.dtype, head_dim: int) -> DenseImplementation:
-    """What `attention` uses on the default backend for this dtype and head size."""
+    """Returns what `attention` uses on the default backend for a dtype and head size."""
     half = dtype in (jnp.bfloat16, jnp.float16)
     fits = head_dim % 8 == 0 and head_dim <= 128
     return "cudnn" if jax.default_backend() == "gpu" and half and fits else "xla"
@@ -41,14 +41,17 @@ def attention(
     need_lse: bool = False,
     scale: float | None = None,
 ) -> Partial:
-    """Attention of every query row over the first lengths[b] keys (all, where lengths is None).
+    """Attends with every query row to the first lengths[b] keys. Softmax in float32.
 
-    scale: of the scores, 1/sqrt(D) by default; softmax in float32; H a multiple of G. `lse` is
-    exact where `need_lse`, and otherwise may be absent (zeros): cuDNN's public, differentiable
-    entry is used.
+    Args:
+      q, k, v: rows, keys and values; H a multiple of G.
+      lengths: valid keys; None for all.
+      need_lse: whether `lse` is needed. If not, it may be zeros, because cuDNN's public,
+        differentiable function is used.
+      scale: factor of the scores, 1/sqrt(D) by default.
     """
     if dense_implementation(q.dtype, q.shape[-1]) == "xla":
-        return _blocked(q, k, v, lengths, scale)
+        return attention_xla(q, k, v, lengths, scale)
     if need_lse:
         return attention_with_lse(q, k, v, lengths, scale or q.shape[-1] ** -0.5)
     out = jax.nn.dot_product_attention(
@@ -58,18 +61,18 @@ def attention(
     return Partial(out, jnp.zeros((batch, heads, rows), jnp.float32))
 
 
-def _blocked(
+def attention_xla(
     q: Array, k: Array, v: Array, lengths: Array | None, scale: float | None = None
 ) -> Partial:
-    """Plain softmax attention, a block of query rows at a time."""
+    """Plain softmax attention, a block of query rows at a time; arguments as of `attention`."""
     batch, rows, heads, dim = q.shape
     groups = k.shape[2]
     valid = None if lengths is None else jnp.arange(k.shape[1]) < lengths[:, None]  # [B, S]
-    if odd := -k.shape[1] % _KEYS_MULTIPLE:
+    if padding := -k.shape[1] % _KEYS_MULTIPLE:
         if valid is None:
             valid = jnp.ones((batch, k.shape[1]), bool)
-        valid = jnp.pad(valid, ((0, 0), (0, odd)))
-        k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (k, v))
+        valid = jnp.pad(valid, ((0, 0), (0, padding)))
+        k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (k, v))
     keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, G, S, D]
     if valid is not None:
         values = jnp.where(valid[:, None, :, None], values, 0)
@@ -77,7 +80,7 @@ def _blocked(
     product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
 
     def block(query: Array) -> tuple[Array, Array]:
-        """[B, t, H, D] -> out [B, t, H, D], lse [B, H, t]."""
+        """Rows [B, t, H, D] -> out [B, t, H, D], lse [B, H, t]."""
         t = query.shape[1]
         query = query.reshape(batch, t, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4)
         query = query.reshape(batch, groups, -1, dim)
@@ -104,7 +107,7 @@ def _blocked(
         out = out.swapaxes(0, 1).reshape(batch, n * size, heads, dim)[:, :rows]
         lse = jnp.moveaxis(lse, 0, 2).reshape(batch, heads, n * size)[..., :rows]
     if lengths is not None:
-        some = lengths[:, None, None] > 0
-        out = jnp.where(some[..., None], out, 0)
-        lse = jnp.where(some, lse, EMPTY_LSE)
+        has_keys = lengths[:, None, None] > 0
+        out = jnp.where(has_keys[..., None], out, 0)
+        lse = jnp.where(has_keys, lse, EMPTY_LSE)
     return Partial(out, lse)

@@ -1,8 +1,7 @@
-"""Around the kernel: what it supports, its launch, and the merge of its splits."""
+"""The Hopper kernel's launch: the inputs that it takes, its geometry, the merge of its splits."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -11,22 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import compat, tuning
+from pallas_kernels import compat
 from pallas_kernels.chunk_attention.hopper_schedule import block_table
-from pallas_kernels.common import OwnKV, Partial, selected_chunks
-from pallas_kernels.geometry import Geometry
+from pallas_kernels.chunk_attention.hopper_tiling import (
+    Geometry,
+    QueryTiles,
+    Tuning,
+    choose,
+    padded_rows,
+)
+from pallas_kernels.common import OwnKV, Partial, valid_chunks
 
-DTYPES = (jnp.bfloat16, jnp.float16)
 HEAD_SIZES = (64, 128)
 CHUNK_MULTIPLE = 64
 
 
 def input_problem(dtype: jnp.dtype, head_size: int, chunk_size: int) -> str | None:
-    """Why the kernel does not take such inputs, whatever the device; None where it does."""
-    if (problem := compat.mosaic_gpu_problem()) is not None:
+    """Returns why the kernel does not take such inputs on any device; None if it does."""
+    if (problem := compat.dtype_problem(dtype)) is not None:
         return problem
-    if dtype not in DTYPES:
-        return f"the kernel takes bfloat16 and float16, got {jnp.dtype(dtype).name}"
     if head_size not in HEAD_SIZES:
         return f"the kernel takes head sizes 64 and 128, got {head_size}"
     if chunk_size % CHUNK_MULTIPLE:
@@ -34,17 +36,7 @@ def input_problem(dtype: jnp.dtype, head_size: int, chunk_size: int) -> str | No
     return None
 
 
-def device_problem() -> str | None:
-    """Why this process' default device cannot run the kernel; None where it can."""
-    capability = compat.compute_capability()
-    if capability is None:
-        return f"the kernel runs on NVIDIA GPUs, the default device is {compat.default_device()}"
-    if capability != "9.0":
-        return f"the kernel needs compute capability 9.0, this device has {capability}"
-    return None
-
-
-def chunk_attention_mosaic_gpu(
+def chunk_attention_hopper(
     q: Float[Array, "B Q T H D"],
     k: Float[Array, "L N G C D"],
     v: Float[Array, "L N G C D"],
@@ -52,70 +44,62 @@ def chunk_attention_mosaic_gpu(
     chunk_ids: Int[Array, "B K"],
     chunk_lengths: Int[Array, "N"],
     scale: float,
-    near: OwnKV | None = None,
+    own_kv: OwnKV | None = None,
     *,
-    settings: tuning.Tuning | None = None,
+    tuning: Tuning | None = None,
     interpret: Any = None,
 ) -> Partial:
-    """Attention over the chosen chunks, and over near keys in the same launch.
+    """Attends to the chosen chunks, and to own keys in the same launch.
 
-    q: rows for each of the K slots, or one for all of them; with near keys K + 1, the last theirs.
-    near: copied where S is no multiple of the blocks of keys.
-    settings: by default what tuning.py says. interpret: `compat.interpreter()` to run on the CPU.
+    Args:
+      q: rows for each of the K slots, or one set for all of them (Q = 1). With own keys Q = K + 1,
+        the last place for those.
+      k, v, layer, chunk_ids, chunk_lengths, scale: as in `ChunkAttention`.
+      own_kv: padded by a copy if S is not a multiple of the key blocks.
+      tuning: `hopper_tiling.choose` by default.
+      interpret: `compat.interpreter()` to run on the CPU.
     """
-    # A constant where it is known, rather than a kernel that makes it.
-    known = isinstance(layer, int)
-    index: Any = np.array([layer], np.int32) if known else jnp.asarray(layer, jnp.int32)[None]
-    shape = _geometry(q.shape, k.shape)
-    if settings is None:
-        settings = tuning.choose(
-            batch=shape.batch,
-            slots=chunk_ids.shape[1],
-            columns=shape.kv_heads * shape.groups,
-            chunk_size=k.shape[3],
-            dim=shape.dim,
-            tiles=shape.tiles_per_block,
-            processors=shape.processors,
+    # NumPy for a static layer: a constant, and no kernel that makes it.
+    static = isinstance(layer, int)
+    index: Any = np.array([layer], np.int32) if static else jnp.asarray(layer, jnp.int32)[None]
+    batch, places, rows, heads, dim = q.shape
+    kv_heads, chunk_size = k.shape[2:4]
+    slots, sms = chunk_ids.shape[1], compat.sm_count()
+    tiles = QueryTiles(padded_rows(rows), heads, kv_heads)
+    if tuning is None:
+        tuning = choose(
+            batch=batch,
+            slots=slots,
+            columns=kv_heads * tiles.groups,
+            chunk_size=chunk_size,
+            dim=dim,
+            tiles=tiles.tiles_per_cta,
+            sms=sms,
         )
-    shape = dataclasses.replace(
-        shape,
-        scale=scale,
-        per_chunk=k.shape[3] // settings.block_keys,
-        block_keys=settings.block_keys,
-        stages=settings.stages,
-        splits=settings.splits,
-        key_groups=settings.key_groups,
-        slots=chunk_ids.shape[1],
-        near_blocks=0 if near is None else -(-near.k.shape[1] // settings.block_keys),
-    )
-    return _launch(q, k, v, index, chunk_ids, chunk_lengths, near, shape=shape, interpret=interpret)
-
-
-def _geometry(q: tuple[int, ...], pool: tuple[int, ...]) -> Geometry:
-    """What follows from the shapes of queries and pool alone."""
-    batch, query_slots, rows, heads, dim = q
-    return Geometry(
+    geo = Geometry(
+        tiles.rows,
+        heads,
+        kv_heads,
         batch=batch,
-        rows=_padded_rows(rows),
-        heads=heads,
-        kv_heads=pool[2],
         dim=dim,
-        query_slots=query_slots > 1,
-        processors=compat.processors(),
+        query_slots=places > 1,
+        sms=sms,
+        scale=scale,
+        tuning=tuning,
+        slots=slots,
+        per_chunk=chunk_size // tuning.block_keys,
+        own_blocks=0 if own_kv is None else -(-own_kv.k.shape[1] // tuning.block_keys),
     )
+    return _launch(q, k, v, index, chunk_ids, chunk_lengths, own_kv, geo=geo, interpret=interpret)
 
 
-def _padded_rows(rows: int) -> int:
-    """T as tiles of 64 rows can hold it: 32, or a multiple of 64.
-
-    No less than 32: the log-sum-exps of a head leave shared memory on their own, from an address
-    that must be a multiple of 128 bytes.
-    """
-    return 32 if rows <= 32 else -(-rows // 64) * 64
+def chunk_attention_interpreted(*arguments: Any) -> Partial:
+    """Runs `chunk_attention_hopper` in Pallas' interpreter on the CPU."""
+    return chunk_attention_hopper(*arguments, interpret=compat.interpreter())
 
 
-# A function of its own under jit: lowered once for all layers of a model.
-@functools.partial(jax.jit, static_argnames=("shape", "interpret"))
+# Under jit by itself: lowered once for all layers of a model.
+@functools.partial(jax.jit, static_argnames=("geo", "interpret"))
 def _launch(
     q: Array,
     k: Array,
@@ -123,36 +107,33 @@ def _launch(
     layer: Array,
     chunk_ids: Array,
     chunk_lengths: Array,
-    near: OwnKV | None,
+    own_kv: OwnKV | None,
     *,
-    shape: Geometry,
+    geo: Geometry,
     interpret: Any,
 ) -> Partial:
     from pallas_kernels.chunk_attention.hopper_kernel import build
     from pallas_kernels.chunk_attention.hopper_merge import build_merge
 
-    chunk_size, rows = k.shape[3], q.shape[2]
-    padding = shape.rows - rows
-    if padding:
+    chunk_size, rows, tuning = k.shape[3], q.shape[2], geo.tuning
+    if padding := geo.rows - rows:
         q = jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, 0), (0, 0)))
     table = block_table(
-        *selected_chunks(chunk_ids, chunk_lengths, chunk_size),
+        *valid_chunks(chunk_ids, chunk_lengths, chunk_size),
         chunk_size=chunk_size,
-        block_keys=shape.block_keys,
-        splits=shape.splits,
-        by_chunk=shape.batch > 1,
-        near_lengths=None if near is None else jnp.clip(near.lengths, 0, near.k.shape[1]),
-        near_blocks=shape.near_blocks,
+        block_keys=tuning.block_keys,
+        splits=tuning.splits,
+        by_chunk=geo.batch > 1,
+        own_lengths=None if own_kv is None else jnp.clip(own_kv.lengths, 0, own_kv.k.shape[1]),
+        own_blocks=geo.own_blocks,
     )
-    more: tuple[Array, ...] = ()
-    if near is not None:
-        fill = shape.near_blocks * shape.block_keys - near.k.shape[1]
-        fill_rows = ((0, 0), (0, fill), (0, 0), (0, 0))
-        more = (jnp.pad(near.k, fill_rows), jnp.pad(near.v, fill_rows)) if fill else near[:2]
-    kernel = build(shape, q.dtype, whole=shape.splits == 1, interpret=interpret)
-    out, lse = kernel(q, k, v, *more, table.blocks, table.facts, table.units, layer)
-    if shape.splits > 1:
-        out, lse = build_merge(shape, q.dtype, interpret=interpret)(out, lse)
-    used = shape.batch * shape.heads * shape.rows
-    lse = lse[:used].reshape(shape.batch, shape.heads, shape.rows)
+    own: tuple[Array, ...] = () if own_kv is None else own_kv[:2]
+    if own and (padding := geo.own_blocks * tuning.block_keys - own[0].shape[1]):
+        own = tuple(jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in own)
+    kernel = build(geo, q.dtype, interpret=interpret)
+    out, lse = kernel(q, k, v, *own, table.blocks, table.facts, table.units, layer)
+    if tuning.splits > 1:
+        out, lse = build_merge(geo, q.dtype, interpret=interpret)(out, lse)
+    used = geo.batch * geo.heads * geo.rows
+    lse = lse[:used].reshape(geo.batch, geo.heads, geo.rows)
     return Partial(out[:, :rows], lse[..., :rows])

@@ -1,16 +1,19 @@
-"""The kernel's body for Hopper (sm_90): chosen chunks of a KV pool, read where they lie.
+"""The attention kernel for Hopper (sm_90): chosen chunks of a KV pool, read where they lie.
 
-One block of threads a processor, each going through its share of the work items. An item is a unit
-of the block table (a run of key blocks of one request), a KV head and a group of query tiles. One
-warp asks the copy engine for K and V blocks, several ahead, and goes on into the next item; one or
-two warpgroups multiply, each 64 packed query rows, with a running log-sum-exp. Two work on a query
-tile each, over the same keys, or take turns with the blocks of keys and join at the item's end.
+One CTA for each SM. A CTA goes through its share of the work items: a unit of the block table (a
+run of key blocks of one request), a KV head and a group of query tiles. A producer warp issues TMA
+loads of K and V blocks, several stages ahead and across items. One or two consumer warpgroups
+multiply, 64 packed query rows each, with a running log-sum-exp. Two consumers have a query tile
+each and share the keys, or take turns with the key blocks of one tile and join at the item's end.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,387 +22,328 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
+from pallas_kernels.chunk_attention.hopper_producer import Cta, Producer, div, mod
 from pallas_kernels.chunk_attention.hopper_schedule import SLOT_SHIFT, VALID_BITS
+from pallas_kernels.chunk_attention.hopper_tiling import Geometry
 from pallas_kernels.common import EMPTY_LSE
-from pallas_kernels.geometry import ROWS, Geometry
+from pallas_kernels.compat import ROWS
 
 _LOG2E = math.log2(math.e)
 
 
-def tiled(columns: int) -> tuple:
-    """How shared memory holds a tile of so many half-precision columns."""
-    width = min(columns, 64)
-    return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width)
+def build(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
+    """Makes the callable: q, k, v, own_k, own_v, blocks, facts, units, layer -> out, lse.
 
+    Its arguments are q [B, K, T, H, D], K + 1 with own keys, 1 for rows shared by the slots; k, v
+    [L, N, G, C, D]; own_k, own_v [B, S, G, D] with S whole blocks, left out if geo.own_blocks is 0;
+    the arrays of the `BlockTable`; layer int32 [1]. Its rows are (b, h, t), R of them with padding.
 
-def _mod(x: jax.Array, n: int) -> jax.Array:
-    return lax.rem(x, jnp.int32(n))
-
-
-def _div(x: jax.Array, n: int) -> jax.Array:
-    return lax.div(x, jnp.int32(n))
-
-
-def build(geo: Geometry, dtype: jnp.dtype, *, whole: bool, interpret):
-    """The callable: q, k, v, near_k, near_v, blocks, facts, units, layer -> out, lse.
-
-    q [B, 1, K or, with near keys, K + 1, T, H, D]; k, v [L, N, G, C, D]; near_k, near_v
-    [B, S, G, D], S whole blocks, left out where geo.near_blocks is 0; the table's arrays; layer
-    int32 [1].
-    Returns out [splits, R, D] in `dtype` and lse [splits, R] float32 (natural log), rows (b, h, t);
-    `whole`, which wants a single split: out [B, T, H, D] and lse [R].
+    Returns:
+      With one split out [B, T, H, D] in `dtype` and lse [R] float32 (natural log). With more, out
+      [splits, R, D] and lse [splits, R].
     """
-    tiles, turns, stages = geo.tiles_per_block, geo.key_groups, geo.stages
-    wgs, keys, dim = tiles * turns, geo.block_keys, geo.dim
-    units = geo.batch * geo.splits
-    most = geo.blocks_of_unit
-    blocks_of_threads = min(geo.items, geo.processors)
-    per_row_tiles = geo.rows // geo.rows_per_head
-    by_row = plgpu.Layout.WGMMA.reduce(1)
-    apart = keys != dim
-    has_near = geo.near_blocks > 0
+    scratch = _scratch(geo, dtype)
+    own = ("own_k_gmem", "own_v_gmem") if geo.own_blocks else ()
+    tables = ("blocks_gmem", "facts_gmem", "units_gmem", "layer_gmem")
+    names = ("q_gmem", "k_gmem", "v_gmem", *own, *tables, "out_gmem", "lse_gmem", *scratch)
 
-    def work(index):
-        """Item -> unit, KV head and tile group."""
-        rest = _div(index, units)
-        return _mod(index, units), _div(rest, geo.groups), _mod(rest, geo.groups)
+    def chunk_attention(*refs: Any) -> None:
+        cta = Cta(geo, dtype, SimpleNamespace(**dict(zip(names, refs, strict=True))))
 
-    def segments(head, tile):
-        """(tile rows, first row of T, query head, whether it exists) of a tile's pieces."""
-        rows = geo.rows_per_head
-        first_head = _div(tile, per_row_tiles) * geo.heads_per_tile
-        row = _mod(tile, per_row_tiles) * rows
-        for i in range(geo.heads_per_tile):
-            local = first_head + i
-            exists = (local < geo.heads_per_kv) & (tile < geo.tiles)
-            local = jnp.minimum(local, geo.heads_per_kv - 1)
-            yield pl.ds(i * rows, rows), row, head * geo.heads_per_kv + local, exists
-
-    def chunk_attention(q_gmem, k_gmem, v_gmem, *refs: Any):
-        near_gmem, refs = refs[: 2 * has_near], refs[2 * has_near :]
-        blocks_gmem, facts_gmem, units_gmem, layer_gmem, out_gmem, lse_gmem, *scratch = refs
-        q_smem, p_smem, out_smem, lse_smem, k_smem, v_smem, *barriers = scratch
-        q_full, k_full, v_full, k_empty, v_empty, v_clean, joined, released = barriers
-        near_k_gmem, near_v_gmem = near_gmem or (None, None)
-        cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-        count = _div(geo.items - 1 - cta, blocks_of_threads) + 1
-
-        def work_of(i):
-            return work(cta + i * blocks_of_threads)
-
-        @pl.when(wg == wgs)
-        def _producer():
+        @pl.when(cta.wg == cta.consumers)
+        def _producer() -> None:
             plgpu.set_max_registers(40, action="decrease")
+            plgpu.warp_map(lambda warp: pl.when(warp == 0)(lambda: Producer(cta).run()))
 
-            @plgpu.warp_map
-            def _one_warp(warp):
-                @pl.when(warp == 0)
-                def _():
-                    layer = layer_gmem[0]
-
-                    def load(place, n, head, request):
-                        stage = _mod(n, stages)
-                        for pool, near, smem, full, empty in (
-                            (k_gmem, near_k_gmem, k_smem, k_full, k_empty),
-                            (v_gmem, near_v_gmem, v_smem, v_full, v_empty),
-                        ):
-
-                            @pl.when(n >= stages)
-                            def _(empty=empty):
-                                plgpu.barrier_wait(empty.at[stage])
-
-                            target, arrived = smem.at[stage], full.at[stage]
-
-                            def from_pool(pool=pool, target=target, arrived=arrived):
-                                chunk = _div(place, geo.per_chunk)
-                                rows = pl.ds(_mod(place, geo.per_chunk) * keys, keys)
-                                source = pool.at[layer, chunk, head, rows]
-                                plgpu.copy_gmem_to_smem(source, target, arrived)
-
-                            def from_near(near=near, target=target, arrived=arrived):
-                                rows = pl.ds((-1 - place) * keys, keys)
-                                source = near.at[request, rows, head]
-                                plgpu.copy_gmem_to_smem(source, target, arrived)
-
-                            if has_near:
-                                pl.when(place >= 0)(from_pool)
-                                pl.when(place < 0)(from_near)
-                            else:
-                                from_pool()
-
-                    def run(i, n):
-                        unit, head, _ = work_of(i)
-                        request, length = units_gmem[unit * 3], units_gmem[unit * 3 + 2]
-                        base = unit * most
-
-                        def step(j, carry):
-                            n, place = carry
-                            following = blocks_gmem[base + jnp.minimum(j + 1, most - 1)]
-                            load(place, n, head, request)
-                            return n + 1, following
-
-                        return lax.fori_loop(0, length, step, (n, blocks_gmem[base]))[0]
-
-                    n = lax.fori_loop(0, count, run, jnp.int32(0))
-
-                    # No arrival is left over when the kernel ends.
-                    @pl.loop(jnp.maximum(n - stages, 0), n)
-                    def _drain(i):
-                        stage = _mod(i, stages)
-                        plgpu.barrier_wait(k_empty.at[stage])
-                        plgpu.barrier_wait(v_empty.at[stage])
-
-        @pl.when(wg < wgs)
-        def _consumer():
+        @pl.when(cta.wg < cta.consumers)
+        def _consumer() -> None:
             plgpu.set_max_registers(232, action="increase")
-            q_tile, p_tile, q_ready = q_smem.at[wg], p_smem.at[wg], q_full.at[wg]
-            here, turn = _mod(wg, tiles), _div(wg, tiles)
-            # The result leaves from where the weights were, if that has its shape.
-            results = out_smem if apart else p_smem
-            out_tile, lse_tile = results.at[wg], lse_smem.at[wg]
+            _Consumer(cta).run()
 
-            def look(i, n):
-                """What this warpgroup must know of the i-th item, which n blocks come before."""
-                unit, head, group = work_of(i)
-                # Its blocks: every `turns`th from `begin`. A stage is always of the same
-                # warpgroup, since whoever waits at a barrier must do so in every phase.
-                begin = _mod(n + turn, turns)
-                fact = facts_gmem[unit * most + jnp.minimum(begin, most - 1)]
-                request, split, length = (units_gmem[unit * 3 + field] for field in range(3))
-                return request, split, length, head, group * tiles + here, begin, unit * most, fact
-
-            def slot_of(fact):
-                return fact >> SLOT_SHIFT if geo.query_slots else 0
-
-            def load_queries(request, slot, head, tile):
-                for rows, row, query_head, _ in segments(head, tile):
-                    plgpu.copy_gmem_to_smem(
-                        q_gmem.at[request, slot, pl.ds(row, geo.rows_per_head), query_head],
-                        q_tile.at[rows],
-                        q_ready,
-                    )
-
-            def ask(item, wanted):
-                """For the rows that an item begins with."""
-                request, _split, length, head, tile, begin, _base, fact = item
-
-                @pl.when(wanted & (begin < length))
-                def _():
-                    load_queries(request, slot_of(fact), head, tile)
-
-            def clean(stage, valid):
-                """Zeroes V behind the valid keys: 0 x NaN would be NaN."""
-
-                @pl.when(wg % tiles == 0)
-                def _():
-                    for start in range(0, keys, ROWS):
-                        part = v_smem.at[stage, pl.ds(start, ROWS)]
-                        values = compat.load(part, plgpu.Layout.WGMMA)
-                        row = plgpu.broadcasted_iota(
-                            jnp.int32, (ROWS, dim), 0, layout=plgpu.Layout.WGMMA
-                        )
-                        zero = jnp.zeros((), dtype)
-                        part[...] = jnp.where(row + start < valid, values, zero)
-                    plgpu.commit_smem()
-                    if tiles > 1:
-                        plgpu.barrier_arrive(v_clean.at[stage])
-
-                if tiles > 1:
-
-                    @pl.when(wg > 0)
-                    def _():
-                        plgpu.barrier_wait(v_clean.at[stage])
-
-            def run(i, carry):
-                n, item = carry
-                request, split, length, head, tile, begin, base, fact = item
-                more = i + 1 < count
-                following_item = look(jnp.minimum(i + 1, count - 1), n + length)
-
-                def block(step, carry):
-                    peak, total, acc, present, fact = carry
-                    j = begin + step * turns
-                    stage = _mod(n + j, stages)
-                    valid, slot = fact & VALID_BITS, slot_of(fact)
-                    last = j + turns >= length
-                    # What lies behind a unit's end may lie behind the table's.
-                    fact = facts_gmem[base + jnp.minimum(j + turns, most - 1)]
-
-                    @pl.when((step == 0) | (slot != present))
-                    def _():
-                        plgpu.barrier_wait(q_ready)
-
-                    plgpu.barrier_wait(k_full.at[stage])
-
-                    def scores_of(ref):
-                        plgpu.wgmma(ref, q_tile, k_smem.at[stage].transpose((1, 0)))
-                        return ref[...]
-
-                    scores = pl.run_scoped(scores_of, plgpu.ACC((ROWS, keys), jnp.float32))
-                    plgpu.barrier_arrive(k_empty.at[stage])
-                    # The next rows are on their way while this block is finished.
-                    if geo.query_slots:
-                        following = slot_of(fact)
-
-                        @pl.when(jnp.logical_not(last) & (following != slot))
-                        def _():
-                            load_queries(request, following, head, tile)
-
-                    ask(following_item, more & last)
-
-                    def masked(scores):
-                        key = plgpu.broadcasted_iota(
-                            jnp.int32, (ROWS, keys), 1, layout=plgpu.Layout.WGMMA
-                        )
-                        return jnp.where(key < valid, scores, EMPTY_LSE)
-
-                    scores = lax.cond(valid < keys, masked, lambda x: x, scores)
-                    factor = geo.scale * _LOG2E
-                    new_peak = jnp.maximum(peak, scores.max(axis=1) * factor)
-                    fade = jnp.exp2(peak - new_peak)
-                    weights = jnp.exp2(
-                        scores * factor - lax.broadcast_in_dim(new_peak, scores.shape, [0])
-                    )
-                    total = total * fade + weights.sum(axis=1)
-                    acc = acc * lax.broadcast_in_dim(fade, acc.shape, [0])
-                    if not apart:
-
-                        @pl.when((step == 0) & (i > 0))
-                        def _():
-                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-                    p_tile[...] = weights.astype(dtype)
-                    plgpu.commit_smem()
-                    plgpu.barrier_wait(v_full.at[stage])
-
-                    @pl.when(valid < keys)
-                    def _():
-                        clean(stage, valid)
-
-                    def weighted_values(ref):
-                        plgpu.wgmma(ref, p_tile, v_smem.at[stage])
-                        return ref[...]
-
-                    acc += pl.run_scoped(weighted_values, plgpu.ACC((ROWS, dim), jnp.float32))
-                    plgpu.barrier_arrive(v_empty.at[stage])
-                    return new_peak, total, acc, slot, fact
-
-                start = (
-                    plgpu.layout_cast(jnp.full((ROWS,), EMPTY_LSE, jnp.float32), by_row),
-                    plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
-                    plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA),
-                    jnp.int32(0),
-                    fact,
-                )
-                steps = jnp.maximum(_div(length - begin + turns - 1, turns), 0)
-
-                @pl.when(steps == 0)
-                def _():
-                    ask(following_item, more)
-
-                peak, total, acc, _, _ = lax.fori_loop(0, steps, block, start)
-                safe = jnp.maximum(total, 1e-30)
-                acc = acc * lax.broadcast_in_dim(1 / safe, acc.shape, [0])
-                lse = (peak + jnp.log(safe) * _LOG2E) * (1 / _LOG2E)
-                lse = jnp.where(total > 0, lse, EMPTY_LSE)
-
-                def leave(acc, lse):
-                    @pl.when(i > 0)
-                    def _():
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-                    out_tile[...] = acc.astype(dtype)
-                    lse_tile[...] = lse
-                    plgpu.commit_smem()
-
-                if turns == 1:
-                    leave(acc, lse)
-                    send(request, split, head, tile)
-                    return n + length, following_item
-
-                @pl.when(wg == 1)
-                def _():
-                    leave(acc, lse)
-                    plgpu.barrier_arrive(joined)
-                    plgpu.barrier_wait(released)
-
-                @pl.when(wg == 0)
-                def _():
-                    plgpu.barrier_wait(joined)
-                    other = compat.load(results.at[1], plgpu.Layout.WGMMA).astype(jnp.float32)
-                    other_lse = compat.load(lse_smem.at[1], by_row)
-                    plgpu.barrier_arrive(released)
-                    top = jnp.maximum(lse, other_lse)
-                    mine, others = jnp.exp(lse - top), jnp.exp(other_lse - top)
-                    both = 1 / (mine + others)
-                    leave(
-                        acc * lax.broadcast_in_dim(mine * both, acc.shape, [0])
-                        + other * lax.broadcast_in_dim(others * both, acc.shape, [0]),
-                        top + jnp.log(mine + others),
-                    )
-                    send(request, split, head, tile)
-
-                return n + length, following_item
-
-            def send(request, split, head, tile):
-                """The rows in the result's tile to their places in the outputs."""
-                for rows, row, query_head, exists in segments(head, tile):
-                    start = (request * geo.heads + query_head) * geo.rows + row
-                    flat = pl.ds(start, geo.rows_per_head)
-                    if whole:
-                        place = pl.ds(row, geo.rows_per_head)
-                        targets = out_gmem.at[request, place, query_head], lse_gmem.at[flat]
-                    else:
-                        targets = out_gmem.at[split, flat], lse_gmem.at[split, flat]
-
-                    @pl.when(exists)
-                    def _(rows=rows, targets=targets):
-                        plgpu.copy_smem_to_gmem(out_tile.at[rows], targets[0])
-                        plgpu.copy_smem_to_gmem(lse_tile.at[rows], targets[1])
-
-            first = look(0, 0)
-            ask(first, True)
-            lax.fori_loop(0, count, run, (jnp.int32(0), first))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    def tile(rows, columns=dim, count=1):
-        return plgpu.SMEM((count, rows, columns), dtype, transforms=tiled(columns))
-
-    barriers = plgpu.Barrier
-    out_shape: tuple[int, ...] = (geo.batch, geo.rows, geo.heads, dim)
+    out_shape: tuple[int, ...] = (geo.batch, geo.rows, geo.heads, geo.dim)
     lse_shape: tuple[int, ...] = (geo.flat_rows,)
-    if not whole:
-        out_shape, lse_shape = (geo.splits, geo.flat_rows, dim), (geo.splits, geo.flat_rows)
+    if (splits := geo.tuning.splits) > 1:
+        out_shape, lse_shape = (splits, geo.flat_rows, geo.dim), (splits, geo.flat_rows)
     return plgpu.kernel(
         chunk_attention,
         out_type=[
             jax.ShapeDtypeStruct(out_shape, dtype),
             jax.ShapeDtypeStruct(lse_shape, jnp.float32),
         ],
-        scratch_types=[
-            tile(ROWS, count=wgs),
-            tile(ROWS, keys, count=wgs),
-            tile(ROWS, count=wgs) if apart else tile(8, 64),
-            plgpu.SMEM((wgs, ROWS), jnp.float32),
-            tile(keys, count=stages),
-            tile(keys, count=stages),
-            barriers(num_barriers=wgs, num_arrivals=geo.heads_per_tile),
-            barriers(num_barriers=stages),
-            barriers(num_barriers=stages),
-            barriers(num_barriers=stages, num_arrivals=tiles),
-            barriers(num_barriers=stages, num_arrivals=tiles),
-            barriers(num_barriers=stages),
-            barriers(),
-            barriers(),
-        ],
-        grid=(blocks_of_threads,),
+        # In this order, as a dict would be sorted by name.
+        scratch_types=list(scratch.values()),
+        grid=(min(geo.items, geo.sms),),
         grid_names=("cta",),
-        num_threads=wgs + 1,
+        num_threads=geo.consumers + 1,
         thread_name="wg",
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            reduction_scratch_bytes=0,
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-        ),
+        compiler_params=compat.compiler_params(),
     )
+
+
+def _scratch(geo: Geometry, dtype: jnp.dtype) -> dict[str, Any]:
+    """Shared memory and barriers by name. p: weights; x_full and x_empty: TMA loads of x."""
+    wgs, keys, stages = geo.consumers, geo.tuning.block_keys, geo.tuning.stages
+
+    def tile(count: int, rows: int, columns: int) -> Any:
+        transforms = compat.smem_transforms(columns)
+        return plgpu.SMEM((count, rows, columns), dtype, transforms=transforms)
+
+    return {
+        "q_smem": tile(wgs, ROWS, geo.dim),
+        "p_smem": tile(wgs, ROWS, keys),
+        # Results leave from where the weights were if the shapes are equal.
+        "out_smem": tile(wgs, ROWS, geo.dim) if keys != geo.dim else tile(1, 8, 64),
+        "lse_smem": plgpu.SMEM((wgs, ROWS), jnp.float32),
+        "k_smem": tile(stages, keys, geo.dim),
+        "v_smem": tile(stages, keys, geo.dim),
+        "q_full": plgpu.Barrier(num_barriers=wgs, num_arrivals=geo.heads_per_tile),
+        "k_full": plgpu.Barrier(num_barriers=stages),
+        "v_full": plgpu.Barrier(num_barriers=stages),
+        "k_empty": plgpu.Barrier(num_barriers=stages, num_arrivals=geo.tiles_per_cta),
+        "v_empty": plgpu.Barrier(num_barriers=stages, num_arrivals=geo.tiles_per_cta),
+        "v_clean": plgpu.Barrier(num_barriers=stages),
+        "joined": plgpu.Barrier(),
+        "released": plgpu.Barrier(),
+    }
+
+
+class _Item(NamedTuple):
+    """What a consumer knows of a work item."""
+
+    request: jax.Array
+    split: jax.Array
+    length: jax.Array  # key blocks of the unit
+    head: jax.Array  # KV head
+    tile: jax.Array
+    begin: jax.Array  # the consumer's first block
+    base: jax.Array  # place of the unit's first block in the table
+    fact: jax.Array  # of the consumer's first block, see `BlockTable.facts`
+
+
+class _Consumer:
+    """A warpgroup that multiplies: one query tile of each of the CTA's items."""
+
+    def __init__(self, cta: Cta) -> None:
+        self.cta, self.geo, self.refs, wg = cta, cta.geo, cta.refs, cta.wg
+        refs, self.tiles = cta.refs, cta.geo.tiles_per_cta
+        self.keys, self.turns = cta.geo.tuning.block_keys, cta.geo.tuning.key_groups
+        self.q_tile, self.p_tile = refs.q_smem.at[wg], refs.p_smem.at[wg]
+        self.q_ready = refs.q_full.at[wg]
+        self.local_tile, self.turn = mod(wg, self.tiles), div(wg, self.tiles)
+        self.shares_smem = self.keys == self.geo.dim  # weights and results
+        self.results = refs.p_smem if self.shares_smem else refs.out_smem
+        self.out_tile, self.lse_tile = self.results.at[wg], refs.lse_smem.at[wg]
+        self.by_row = plgpu.Layout.WGMMA.reduce(1)
+
+    def run(self) -> None:
+        first = self.read_item(0, 0)
+        self.prefetch_queries(first, True)
+        lax.fori_loop(0, self.cta.count, self.attend_item, (jnp.int32(0), first))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def read_item(self, i: Any, n: Any) -> _Item:
+        """Reads the CTA's i-th item, which n blocks of other items come before."""
+        refs, most = self.refs, self.geo.blocks_of_unit
+        unit, head, group = self.cta.item(i)
+        # Every `turns`th block from `begin` on. A stage always belongs to the same warpgroup, since
+        # a warpgroup that waits at a barrier must do so in every phase.
+        begin = mod(n + self.turn, self.turns)
+        fact = refs.facts_gmem[unit * most + jnp.minimum(begin, most - 1)]
+        request, split, length = (refs.units_gmem[unit * 3 + field] for field in range(3))
+        tile = group * self.tiles + self.local_tile
+        return _Item(request, split, length, head, tile, begin, unit * most, fact)
+
+    def slot_of(self, fact: jax.Array) -> Any:
+        return fact >> SLOT_SHIFT if self.geo.query_slots else 0
+
+    def segments(self, head: Any, tile: Any) -> Iterator[tuple[Any, Any, Any, Any]]:
+        """Yields (rows of the tile, first row of T, query head, whether it exists) for each head.
+
+        The last tile of a KV head may have room for more heads than are left.
+        """
+        geo, rows = self.geo, self.geo.rows_per_head
+        tiles_of_head = geo.rows // rows
+        first_head = div(tile, tiles_of_head) * geo.heads_per_tile
+        row = mod(tile, tiles_of_head) * rows
+        for i in range(geo.heads_per_tile):
+            local = first_head + i
+            exists = (local < geo.heads_per_kv) & (tile < geo.tiles)
+            local = jnp.minimum(local, geo.heads_per_kv - 1)
+            yield pl.ds(i * rows, rows), row, head * geo.heads_per_kv + local, exists
+
+    def load_queries(self, item: _Item, slot: Any) -> None:
+        for rows, row, query_head, _ in self.segments(item.head, item.tile):
+            place = item.request, slot, pl.ds(row, self.geo.rows_per_head), query_head
+            source = self.refs.q_gmem.at[place]
+            plgpu.copy_gmem_to_smem(source, self.q_tile.at[rows], self.q_ready)
+
+    def prefetch_queries(self, item: _Item, wanted: Any) -> None:
+        """Starts to load the query rows that the item begins with."""
+
+        @pl.when(wanted & (item.begin < item.length))
+        def _() -> None:
+            self.load_queries(item, self.slot_of(item.fact))
+
+    def attend_item(self, i: jax.Array, carry: tuple[jax.Array, _Item]) -> Any:
+        """Attends to the blocks of the i-th item. carry: blocks of the items before, the item."""
+        n, item = carry
+        has_next = i + 1 < self.cta.count
+        next_item = self.read_item(jnp.minimum(i + 1, self.cta.count - 1), n + item.length)
+        dim = self.geo.dim
+        start = (
+            plgpu.layout_cast(jnp.full((ROWS,), EMPTY_LSE, jnp.float32), self.by_row),
+            plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), self.by_row),
+            plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA),
+            jnp.int32(0),
+            item.fact,
+        )
+        steps = jnp.maximum(div(item.length - item.begin + self.turns - 1, self.turns), 0)
+        pl.when(steps == 0)(lambda: self.prefetch_queries(next_item, has_next))
+        step = functools.partial(self.attend_block, i, n, item, next_item, has_next)
+        peak, total, acc, _, _ = lax.fori_loop(0, steps, step, start)
+        safe = jnp.maximum(total, 1e-30)
+        acc = acc * lax.broadcast_in_dim(1 / safe, acc.shape, [0])
+        lse = (peak + jnp.log(safe) * _LOG2E) * (1 / _LOG2E)
+        lse = jnp.where(total > 0, lse, EMPTY_LSE)
+        if self.turns > 1:
+            self.join_and_send(i, item, acc, lse)
+        else:
+            self.store(i, acc, lse)
+            self.send(item)
+        return n + item.length, next_item
+
+    def attend_block(
+        self, i: Any, n: Any, item: _Item, next_item: _Item, has_next: Any, step: Any, carry: Any
+    ) -> Any:
+        """One key block: scores, running maximum and sum, weighted values.
+
+        carry: maximum and sum of a row's scores (base 2), weighted values, the slot whose query
+        rows are loaded, the block's fact.
+        """
+        refs, keys, dim = self.refs, self.keys, self.geo.dim
+        peak, total, acc, loaded_slot, fact = carry
+        j = item.begin + step * self.turns
+        stage = mod(n + j, self.geo.tuning.stages)
+        valid, slot = fact & VALID_BITS, self.slot_of(fact)
+        last = j + self.turns >= item.length
+        # Clipped: the block behind a unit's end may lie behind the table's end.
+        fact = refs.facts_gmem[item.base + jnp.minimum(j + self.turns, self.geo.blocks_of_unit - 1)]
+        pl.when((step == 0) | (slot != loaded_slot))(lambda: plgpu.barrier_wait(self.q_ready))
+        plgpu.barrier_wait(refs.k_full.at[stage])
+
+        def scores_of(ref: Any) -> jax.Array:
+            plgpu.wgmma(ref, self.q_tile, refs.k_smem.at[stage].transpose((1, 0)))
+            return ref[...]
+
+        scores = pl.run_scoped(scores_of, plgpu.ACC((ROWS, keys), jnp.float32))
+        plgpu.barrier_arrive(refs.k_empty.at[stage])
+        # Load the next query rows while this block is finished.
+        if self.geo.query_slots:
+            next_slot = self.slot_of(fact)
+
+            @pl.when(jnp.logical_not(last) & (next_slot != slot))
+            def _() -> None:
+                self.load_queries(item, next_slot)
+
+        self.prefetch_queries(next_item, has_next & last)
+
+        def masked(scores: jax.Array) -> jax.Array:
+            key = plgpu.broadcasted_iota(jnp.int32, (ROWS, keys), 1, layout=plgpu.Layout.WGMMA)
+            return jnp.where(key < valid, scores, EMPTY_LSE)
+
+        scores = lax.cond(valid < keys, masked, lambda x: x, scores)
+        factor = self.geo.scale * _LOG2E
+        new_peak = jnp.maximum(peak, scores.max(axis=1) * factor)
+        fade = jnp.exp2(peak - new_peak)
+        weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_peak, scores.shape, [0]))
+        total = total * fade + weights.sum(axis=1)
+        acc = acc * lax.broadcast_in_dim(fade, acc.shape, [0])
+        if self.shares_smem:
+
+            @pl.when((step == 0) & (i > 0))
+            def _() -> None:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        self.p_tile[...] = weights.astype(self.cta.dtype)
+        plgpu.commit_smem()
+        plgpu.barrier_wait(refs.v_full.at[stage])
+        pl.when(valid < keys)(lambda: self.zero_padding(stage, valid))
+
+        def weighted_values(ref: Any) -> jax.Array:
+            plgpu.wgmma(ref, self.p_tile, refs.v_smem.at[stage])
+            return ref[...]
+
+        acc += pl.run_scoped(weighted_values, plgpu.ACC((ROWS, dim), jnp.float32))
+        plgpu.barrier_arrive(refs.v_empty.at[stage])
+        return new_peak, total, acc, slot, fact
+
+    def zero_padding(self, stage: Any, valid: Any) -> None:
+        """Zeroes V behind the valid keys: their weight is 0, and 0 * NaN is NaN."""
+        wg, dim, layout = self.cta.wg, self.geo.dim, plgpu.Layout.WGMMA
+
+        @pl.when(wg % self.tiles == 0)
+        def _() -> None:
+            for start in range(0, self.keys, ROWS):
+                part = self.refs.v_smem.at[stage, pl.ds(start, ROWS)]
+                values = compat.load(part, layout)
+                row = plgpu.broadcasted_iota(jnp.int32, (ROWS, dim), 0, layout=layout)
+                zero = jnp.zeros((), self.cta.dtype)
+                part[...] = jnp.where(row + start < valid, values, zero)
+            plgpu.commit_smem()
+            if self.tiles > 1:
+                plgpu.barrier_arrive(self.refs.v_clean.at[stage])
+
+        if self.tiles > 1:
+            pl.when(wg > 0)(lambda: plgpu.barrier_wait(self.refs.v_clean.at[stage]))
+
+    def store(self, i: Any, acc: jax.Array, lse: jax.Array) -> None:
+        """Puts a result into shared memory when the previous one has left it."""
+        pl.when(i > 0)(lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True))
+        self.out_tile[...] = acc.astype(self.cta.dtype)
+        self.lse_tile[...] = lse
+        plgpu.commit_smem()
+
+    def join_and_send(self, i: Any, item: _Item, acc: jax.Array, lse: jax.Array) -> None:
+        """Merges the results of two warpgroups that took turns; the first sends the sum."""
+        refs = self.refs
+
+        @pl.when(self.cta.wg == 1)
+        def _() -> None:
+            self.store(i, acc, lse)
+            plgpu.barrier_arrive(refs.joined)
+            plgpu.barrier_wait(refs.released)
+
+        @pl.when(self.cta.wg == 0)
+        def _() -> None:
+            plgpu.barrier_wait(refs.joined)
+            other = compat.load(self.results.at[1], plgpu.Layout.WGMMA).astype(jnp.float32)
+            other_lse = compat.load(refs.lse_smem.at[1], self.by_row)
+            plgpu.barrier_arrive(refs.released)
+            top = jnp.maximum(lse, other_lse)
+            weight, other_weight = jnp.exp(lse - top), jnp.exp(other_lse - top)
+            share = 1 / (weight + other_weight)
+            self.store(
+                i,
+                acc * lax.broadcast_in_dim(weight * share, acc.shape, [0])
+                + other * lax.broadcast_in_dim(other_weight * share, acc.shape, [0]),
+                top + jnp.log(weight + other_weight),
+            )
+            self.send(item)
+
+    def send(self, item: _Item) -> None:
+        """Starts the copies of the result's rows to their places in the outputs."""
+        geo, out, lse = self.geo, self.refs.out_gmem, self.refs.lse_gmem
+        for rows, row, query_head, exists in self.segments(item.head, item.tile):
+            start = (item.request * geo.heads + query_head) * geo.rows + row
+            flat = pl.ds(start, geo.rows_per_head)
+            if geo.tuning.splits > 1:
+                targets = out.at[item.split, flat], lse.at[item.split, flat]
+            else:
+                place = pl.ds(row, geo.rows_per_head)
+                targets = out.at[item.request, place, query_head], lse.at[flat]
+
+            @pl.when(exists)
+            def _(rows: Any = rows, targets: Any = targets) -> None:
+                plgpu.copy_smem_to_gmem(self.out_tile.at[rows], targets[0])
+                plgpu.copy_smem_to_gmem(self.lse_tile.at[rows], targets[1])

@@ -1,6 +1,8 @@
-"""The merge of the kernel's splits."""
+"""The Hopper kernel that merges the splits of the attention kernel by their log-sum-exps."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,27 +11,28 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
-from pallas_kernels.chunk_attention.hopper_kernel import tiled
-from pallas_kernels.geometry import ROWS, Geometry
+from pallas_kernels.chunk_attention.hopper_tiling import Geometry
+from pallas_kernels.compat import ROWS
 
-# Splits whose outputs lie in shared memory at once, and columns that a block of threads merges:
-# few, so that there are many blocks.
+# Splits whose outputs are in shared memory at once, and columns that a CTA merges: few, so that
+# there are many CTAs.
 _BUFFERS, _COLUMNS = 8, 32
 
 
-def build_merge(geo: Geometry, dtype: jnp.dtype, *, interpret):
-    """The callable: out [splits, R, D], lse [splits, R], both as the kernel leaves them.
+def build_merge(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
+    """Makes the callable: out [splits, R, D], lse [splits, R] of the attention kernel -> out, lse.
 
-    Rows are (b, h, t), R of them, in tiles of 64. Returns out [B, T, H, D] in `dtype` and lse [R]
-    float32.
+    Rows are (b, h, t), R of them, in tiles of 64.
+
+    Returns:
+      out [B, T, H, D] in `dtype`, and lse [R] float32.
     """
-    splits, width = geo.splits, _COLUMNS
+    splits, width = geo.tuning.splits, _COLUMNS
     buffers = min(splits, _BUFFERS)
-    pieces = ROWS // geo.rows_per_head
     heads = geo.batch * geo.heads
     by_row = plgpu.Layout.WGMMA.reduce(1)
 
-    def piece(first, i):
+    def segment(first, i):
         """(rows of the tile, request, rows of T, head, whether it exists) of a tile's i-th head."""
         start = first + i * geo.rows_per_head
         place = lax.div(start, jnp.int32(geo.rows))
@@ -42,25 +45,25 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, interpret):
             place < heads,
         )
 
-    def merge_partials(
-        out_gmem, lse_gmem, merged_gmem, merged_lse_gmem, parts, lses, top_lse, ready, known
-    ):
+    def merge_partials(out_gmem, lse_gmem, merged_gmem, merged_lse_gmem, *scratch):
+        parts_smem, lse_smem, merged_lse_smem, part_full, lse_full = scratch
         first, share = lax.axis_index("tile") * ROWS, lax.axis_index("share")
         columns = pl.ds(share * width, width)
 
         def load(split):
             plgpu.copy_gmem_to_smem(
                 out_gmem.at[split, pl.ds(first, ROWS), columns],
-                parts.at[split % buffers],
-                ready.at[split % buffers],
+                parts_smem.at[split % buffers],
+                part_full.at[split % buffers],
             )
 
         for split in range(splits):
-            plgpu.copy_gmem_to_smem(lse_gmem.at[split, pl.ds(first, ROWS)], lses.at[split], known)
+            source = lse_gmem.at[split, pl.ds(first, ROWS)]
+            plgpu.copy_gmem_to_smem(source, lse_smem.at[split], lse_full)
         for split in range(buffers):
             load(split)
-        plgpu.barrier_wait(known)
-        scores = [compat.load(lses.at[split], by_row) for split in range(splits)]
+        plgpu.barrier_wait(lse_full)
+        scores = [compat.load(lse_smem.at[split], by_row) for split in range(splits)]
         top = scores[0]
         for score in scores[1:]:
             top = jnp.maximum(top, score)
@@ -69,30 +72,30 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, interpret):
         for split, score in enumerate(scores):
             weight = jnp.exp(score - top)
             total += weight
-            plgpu.barrier_wait(ready.at[split % buffers])
-            part = compat.load(parts.at[split % buffers], plgpu.Layout.WGMMA)
+            plgpu.barrier_wait(part_full.at[split % buffers])
+            part = compat.load(parts_smem.at[split % buffers], plgpu.Layout.WGMMA)
             acc += part.astype(jnp.float32) * lax.broadcast_in_dim(weight, acc.shape, [0])
             if split + buffers < splits:
-                plgpu.commit_smem()  # all have read the buffer
+                plgpu.commit_smem()  # all threads have read the buffer
                 load(split + buffers)
         acc = acc * lax.broadcast_in_dim(1 / total, acc.shape, [0])
-        last = parts.at[(splits - 1) % buffers]
+        merged = parts_smem.at[(splits - 1) % buffers]
         plgpu.commit_smem()
-        last[...] = acc.astype(dtype)
-        top_lse[...] = top + jnp.log(total)
+        merged[...] = acc.astype(dtype)
+        merged_lse_smem[...] = top + jnp.log(total)
         plgpu.commit_smem()
-        for i in range(pieces):
-            rows, request, target, head, exists = piece(first, i)
+        for i in range(ROWS // geo.rows_per_head):
+            rows, request, target, head, exists = segment(first, i)
 
             @pl.when(exists)
             def _(rows=rows, request=request, target=target, head=head):
                 plgpu.copy_smem_to_gmem(
-                    last.at[rows], merged_gmem.at[request, target, head, columns]
+                    merged.at[rows], merged_gmem.at[request, target, head, columns]
                 )
 
         @pl.when(share == 0)
         def _():
-            plgpu.copy_smem_to_gmem(top_lse, merged_lse_gmem.at[pl.ds(first, ROWS)])
+            plgpu.copy_smem_to_gmem(merged_lse_smem, merged_lse_gmem.at[pl.ds(first, ROWS)])
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -103,7 +106,7 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, interpret):
             jax.ShapeDtypeStruct((geo.flat_rows,), jnp.float32),
         ],
         scratch_types=[
-            plgpu.SMEM((buffers, ROWS, width), dtype, transforms=tiled(width)),
+            plgpu.SMEM((buffers, ROWS, width), dtype, transforms=compat.smem_transforms(width)),
             plgpu.SMEM((splits, ROWS), jnp.float32),
             plgpu.SMEM((ROWS,), jnp.float32),
             plgpu.Barrier(num_barriers=buffers),
@@ -112,9 +115,5 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, interpret):
         grid=(geo.flat_rows // ROWS, geo.dim // width),
         grid_names=("tile", "share"),
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            reduction_scratch_bytes=0,
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-        ),
+        compiler_params=compat.compiler_params(),
     )

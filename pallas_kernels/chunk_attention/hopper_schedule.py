@@ -1,7 +1,7 @@
-"""The kernel's schedule: which blocks of which chunks, cut into units of equal work.
+"""The Hopper kernel's schedule: the key blocks of the chosen chunks, cut into equal units of work.
 
-Plain jnp on a few hundred integers. It depends on the selection alone, so that inside one jit the
-compiler makes it once for all layers.
+Plain jnp on a few hundred integers. It depends on the selection alone, so that the compiler makes
+it once for all layers of a jitted step.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ VALID_BITS, SLOT_SHIFT = 0xFF, 8
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockTable:
-    """The units of every request: runs of its key blocks, those without valid keys left out.
+    """The units of every request: runs of its key blocks, without those that have no valid keys.
 
-    Every unit has M places, M the most that one can have, so that a unit's first block is found
-    without looking anything up.
+    U = B * splits units of M places each, M the most blocks that a unit can have, so that a unit's
+    first block is found without a look-up.
 
-    blocks [U * M] int32: chunk * blocks_per_chunk + block, U = B * splits; -1 - block among the
-      request's near keys.
-    facts [U * M] int32: valid keys (1..128) and slot << SLOT_SHIFT; 0 valid behind a unit's end.
-      Near keys are slot K.
-    units [U * 3] int32: request, split, and number of blocks. In order; or, `by_chunk`, sorted by
-      the chunk that they begin with, so that requests that share chunks read them at the same time.
+    Attributes:
+      blocks: [U * M] int32, chunk * blocks_per_chunk + block; -1 - block for a request's own keys.
+      facts: [U * M] int32, valid keys (1..128) and slot << SLOT_SHIFT; 0 valid behind a unit's
+        end. Own keys are slot K.
+      units: [U * 3] int32: request, split, and number of blocks. In order; or, `by_chunk`, sorted
+        by the units' first chunk, so that requests that share chunks read them at the same time.
     """
 
     blocks: Int[Array, "UM"]
@@ -45,23 +45,27 @@ def block_table(
     block_keys: int,
     splits: int,
     by_chunk: bool = False,
-    near_lengths: Int[Array, "B"] | None = None,
-    near_blocks: int = 0,
+    own_lengths: Int[Array, "B"] | None = None,
+    own_blocks: int = 0,
 ) -> BlockTable:
     """Makes the table.
 
     Args:
-      chunk_ids: inside the pool; lengths: valid keys, 0 for empty slots, at most chunk_size.
-      splits: units a request, each an equal share of its blocks.
-      near_lengths: valid near keys, at most near_blocks * block_keys; None where there are none.
+      chunk_ids: ids inside the pool.
+      lengths: valid keys, 0 for empty slots, at most chunk_size.
+      chunk_size, block_keys: keys of a chunk, and of a block.
+      splits: units of each request, each with an equal share of its blocks.
+      by_chunk: sort the units by their first chunk.
+      own_lengths: valid own keys, at most own_blocks * block_keys; None without own keys.
+      own_blocks: key blocks of a request's own keys.
     """
     batch, chosen = chunk_ids.shape
     per_chunk = chunk_size // block_keys
-    if near_lengths is not None:
-        lengths = jnp.concatenate([lengths, near_lengths[:, None]], axis=1)
+    if own_lengths is not None:
+        lengths = jnp.concatenate([lengths, own_lengths[:, None]], axis=1)
         chunk_ids = jnp.pad(chunk_ids, ((0, 0), (0, 1)))
     slots = lengths.shape[1]
-    most = -(-(chosen * per_chunk + near_blocks) // splits)
+    most = -(-(chosen * per_chunk + own_blocks) // splits)
     counts = -(-lengths // block_keys)  # [B, slots]
     # A sum rather than a cumsum: one small fusion.
     before = jnp.arange(slots)[:, None] > jnp.arange(slots)
@@ -78,12 +82,12 @@ def block_table(
     def of_slot(values: Array) -> Array:
         return jnp.take_along_axis(values, slot, axis=1)
 
-    near = slot == chosen
-    most_of_slot = jnp.where(near, near_blocks, per_chunk)
+    own = slot == chosen
+    most_of_slot = jnp.where(own, own_blocks, per_chunk)
     block = jnp.clip(place - of_slot(starts), 0, most_of_slot - 1)
     valid = jnp.clip(of_slot(lengths) - block * block_keys, 0, block_keys)
     valid = jnp.where(place < jnp.repeat(end, most, axis=1), valid, 0)
-    blocks = jnp.where(near, -1 - block, of_slot(chunk_ids) * per_chunk + block)
+    blocks = jnp.where(own, -1 - block, of_slot(chunk_ids) * per_chunk + block)
     facts = valid | (slot << SLOT_SHIFT)
 
     request = jnp.broadcast_to(jnp.arange(batch)[:, None], first.shape)

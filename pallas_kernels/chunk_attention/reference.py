@@ -11,13 +11,15 @@ from pallas_kernels.common import EMPTY_LSE, Partial
 
 def chunk_attention_reference(
     q: Float[Array, "B K T H D"],
-    k: Float[Array, "N G C D"],
-    v: Float[Array, "N G C D"],
+    k: Float[Array, "L N G C D"],
+    v: Float[Array, "L N G C D"],
+    layer: int | Int[Array, ""],
     chunk_ids: Int[Array, "B K"],
     chunk_lengths: Int[Array, "N"],
     scale: float,
 ) -> Partial:
-    """Gathers the chunks, masks what is no key, and takes one softmax. Not for any hot path."""
+    """Gathers the chunks, masks the padding, and takes one softmax. Slow; for comparisons."""
+    k, v = k[layer], v[layer]
     n, g, c, d = k.shape
     b, _, t, h, _ = q.shape
     inside = (chunk_ids >= 0) & (chunk_ids < n)

@@ -1,13 +1,15 @@
-"""Portable path: one chunk at a time with a running log-sum-exp, no gathered copy of the KV."""
+"""Portable implementation: one chunk at a time, a running log-sum-exp, no copy of the KV."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.common import EMPTY_LSE, Partial, selected_chunks
+from pallas_kernels.common import EMPTY_LSE, Partial, valid_chunks
 
 
 def chunk_attention_xla(
@@ -19,17 +21,18 @@ def chunk_attention_xla(
     chunk_lengths: Int[Array, "N"],
     scale: float,
 ) -> Partial:
-    """Scans over the K slots; each step reads one chunk per request where it lies in the pool."""
+    """Scans over the K slots; a step reads one chunk of each request in place."""
     _, _, g, c, d = k.shape
     b, _, t, h, _ = q.shape
-    ids, lengths = selected_chunks(chunk_ids, chunk_lengths, c)
-    # Batch and head lead, as dot_general wants them.
+    ids, lengths = valid_chunks(chunk_ids, chunk_lengths, c)
+    # Batch and head come first, as dot_general takes them.
     queries = q.reshape(b, -1, t, g, h // g, d).transpose(1, 0, 3, 4, 2, 5)  # [K, B, G, R, T, D]
     queries = queries.reshape(-1, b, g, (h // g) * t, d)
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
 
     def read(pool: Array, chunk: Array) -> Array:
-        """[G, C, D] of one chunk: a slice of the pool, fused into its use."""
+        """Returns a chunk [G, C, D]: a slice of the pool that XLA fuses into its use."""
         return lax.dynamic_slice(pool, (layer, chunk, 0, 0, 0), (1, 1, g, c, d))[0, 0]
 
     def step(carry, slot):
@@ -37,26 +40,14 @@ def chunk_attention_xla(
         query, chunk, length = slot
         keys, values = (jax.vmap(lambda i, p=pool: read(p, i))(chunk) for pool in (k, v))
         valid = jnp.arange(c) < length[:, None]  # [B, C]
-        scores = jnp.einsum(
-            "bgmd,bgcd->bgmc",
-            query,
-            keys,
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
+        scores = product("bgmd,bgcd->bgmc", query, keys)
         scores = jnp.where(valid[:, None, None], scores * scale, EMPTY_LSE)
         new_peak = jnp.maximum(peak, scores.max(axis=-1))
         weights = jnp.where(valid[:, None, None], jnp.exp(scores - new_peak[..., None]), 0.0)
         fade = jnp.exp(peak - new_peak)
-        # 0 x NaN is NaN: what lies behind a chunk's end must not reach the sum.
+        # Zero the padding: its weight is 0, and 0 * NaN is NaN.
         values = jnp.where(valid[:, None, :, None], values, 0)
-        added = jnp.einsum(
-            "bgmc,bgcd->bgmd",
-            weights.astype(values.dtype),
-            values,
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
+        added = product("bgmc,bgcd->bgmd", weights.astype(values.dtype), values)
         return (new_peak, total * fade + weights.sum(axis=-1), acc * fade[..., None] + added), None
 
     rows = queries.shape[1:-1]

@@ -8,15 +8,15 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat
-from pallas_kernels.geometry import Activation
-from pallas_kernels.tuning import matmul_geometry
+from pallas_kernels.common import require_known
+from pallas_kernels.matmul.hopper_tiling import Activation, choose
 
 MatmulImplementation = Literal["mosaic_gpu", "xla", "interpret"]
-DTYPES = (jnp.bfloat16, jnp.float16)
-# Weights under this do not pay for a launch of their own kind.
+# Smaller weights do not pay for the kernel's launch.
 LEAST_BYTES = 4 << 20
 
 
@@ -26,35 +26,30 @@ def resolve_matmul(
     weights: tuple[jax.ShapeDtypeStruct | Array, ...],
     activation: Activation = "none",
 ) -> MatmulImplementation:
-    """What `matmul` uses for so many rows and such weights on JAX's default device.
+    """Returns what `matmul` uses for this number of rows and weights on JAX's default device.
 
-    The named one; where none is named, "mosaic_gpu" where the kernel takes the shapes, the device
-    has compute capability 9.0 and the weights are some megabytes, else "xla".
+    A name is returned as it is. None gives "mosaic_gpu" if the kernel takes the shapes, the device
+    has compute capability 9.0 and the weights have at least 4 MiB, else "xla".
 
     Raises:
-      ValueError: the name is not known, or that implementation does not take the shapes.
+      ValueError: the name is not known, or that implementation does not take the inputs.
     """
     problem = _problem(rows, weights, activation)
     if implementation is None:
         size = sum(w.size for w in weights) * jnp.dtype(weights[0].dtype).itemsize
         fits = problem is None and compat.compute_capability() == "9.0" and size >= LEAST_BYTES
         return "mosaic_gpu" if fits else "xla"
-    if implementation not in get_args(MatmulImplementation):
-        known = ", ".join(get_args(MatmulImplementation))
-        raise ValueError(f"implementation {implementation!r} is not known ({known})")
+    require_known(implementation, get_args(MatmulImplementation))
     if implementation != "xla" and problem is not None:
         raise ValueError(f"implementation {implementation!r}: {problem}")
     return implementation
 
 
 def _problem(rows: int, weights: tuple[Any, ...], activation: Activation) -> str | None:
-    if (problem := compat.mosaic_gpu_problem()) is not None:
+    if (problem := compat.dtype_problem(weights[0].dtype)) is not None:
         return problem
-    dtype = weights[0].dtype
-    if dtype not in DTYPES:
-        return f"the kernel takes bfloat16 and float16, got {jnp.dtype(dtype).name}"
     outs, inner = tuple(w.shape[0] for w in weights), weights[0].shape[1]
-    if matmul_geometry(rows, inner, outs, activation, compat.processors()) is None:
+    if choose(rows, inner, outs, activation, compat.sm_count()) is None:
         return f"the kernel does not take {rows} rows of {inner} for results of {outs} columns"
     return None
 
@@ -65,20 +60,20 @@ def matmul(
     activation: Activation = "none",
     implementation: MatmulImplementation | None = None,
 ) -> tuple[Float[Array, "*rows O"], ...]:
-    """x W^T for each of the weights, [out, in] as in the checkpoints; float32 accumulation.
+    """Returns x W^T for each weight, [out, in] as in checkpoints, with float32 accumulation.
 
-    Pure and differentiable; derivatives are XLA's products in any case. For few rows the time is
-    that of reading the weights, and the kernel does so in one launch for all of them.
+    Pure and differentiable; derivatives are XLA's products for every implementation. With few rows
+    the time is the reading of the weights, and the kernel does it in one launch for all of them.
 
     Args:
-      x: rows, in the weights' dtype. float32 asks for true float32 products: the default on GPUs
-        would be tf32.
-      weights: with one inner dimension I; results of their O columns each.
+      x: rows, in the weights' dtype. float32 asks for true float32 products, where the default on
+        GPUs would be tf32.
+      weights: [O, I] each, with the same inner dimension I.
       activation: "swiglu" makes one result of two weights: silu(x W1^T) * (x W2^T), both products
         rounded to x's dtype first.
-      implementation: which code runs; a named one is used or the call fails.
+      implementation: the code to run. A named one runs or the call fails.
         "mosaic_gpu"  the Hopper kernel: bfloat16 or float16, at most 128 rows, columns that divide
-                      evenly among its blocks of threads; jax 0.11 or newer.
+                      evenly among its CTAs; jax 0.11 or newer.
         "interpret"   the same kernel, interpreted on the CPU; very slow, for tests.
         "xla"         any backend, dtype and shape.
         None          see `resolve_matmul`.
@@ -87,42 +82,56 @@ def matmul(
       A tuple of results in x's dtype.
 
     Raises:
-      ValueError: shapes, dtypes or counts that do not fit, named.
+      ValueError: shapes, dtypes or counts that do not fit.
     """
     if not weights:
         raise ValueError("matmul needs at least one weight")
     for weight in weights:
         if weight.ndim != 2 or weight.shape[1] != x.shape[-1] or weight.dtype != x.dtype:
             raise ValueError(
-                f"weights must be [O, {x.shape[-1]}] {x.dtype} as x says, "
+                f"weights must be [O, {x.shape[-1]}] {x.dtype} as x, "
                 f"got {weight.shape} {weight.dtype}"
             )
     if activation == "swiglu":
         if len(weights) != 2 or weights[0].shape != weights[1].shape:
-            raise ValueError("swiglu needs two weights of one shape")
+            shapes = [weight.shape for weight in weights]
+            raise ValueError(f"swiglu needs two weights of one shape, got {shapes}")
     elif activation != "none":
         raise ValueError(f"activation must be 'none' or 'swiglu', got {activation!r}")
     rows = x.size // x.shape[-1]
     implementation = resolve_matmul(implementation, rows, weights, activation)
     if implementation == "xla":
-        return _matmul_xla(activation, x, *weights)
+        return matmul_xla(x, *weights, activation=activation)
     interpret = compat.interpreter() if implementation == "interpret" else None
     return _matmul_kernel(activation, interpret, x, *weights)
 
 
-def _matmul_xla(activation: Activation, x: Array, *weights: Array) -> tuple[Array, ...]:
+def matmul_xla(
+    x: Float[Array, "*rows I"],
+    *weights: Float[Array, "O I"],
+    activation: Activation = "none",
+    dtype: DTypeLike | None = None,
+) -> tuple[Float[Array, "*rows O"], ...]:
+    """Returns the products of `matmul` by XLA, for any number of rows.
+
+    Args:
+      x, weights, activation: as of `matmul`.
+      dtype: of the results, x's by default.
+    """
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    made = [
+    products = [
         lax.dot_general(
             x,
             weight,
             (((x.ndim - 1,), (1,)), ((), ())),
             precision=precision,
-            preferred_element_type=x.dtype,
+            preferred_element_type=x.dtype if dtype is None else dtype,
         )
         for weight in weights
     ]
-    return (jax.nn.silu(made[0]) * made[1],) if activation == "swiglu" else tuple(made)
+    if activation == "swiglu":
+        return (jax.nn.silu(products[0]) * products[1],)
+    return tuple(products)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -135,11 +144,12 @@ def _matmul_kernel(
 @_matmul_kernel.defjvp
 def _matmul_jvp(activation, interpret, primals, tangents):
     """The value is the kernel's; the derivative XLA's."""
-    _, derivative = jax.jvp(functools.partial(_matmul_xla, activation), primals, tangents)
+    plain = functools.partial(matmul_xla, activation=activation)
+    _, derivative = jax.jvp(plain, primals, tangents)
     return _matmul_kernel(activation, interpret, *primals), derivative
 
 
-# A function of its own under jit: lowered once for all layers of a model.
+# Under jit by itself: lowered once for all layers of a model.
 @functools.partial(jax.jit, static_argnames=("activation", "interpret"))
 def _launch(
     x: Array, weights: tuple[Array, ...], *, activation: Activation, interpret: Any
@@ -149,10 +159,10 @@ def _launch(
     lead, inner = x.shape[:-1], x.shape[-1]
     flat = x.reshape(-1, inner)
     outs = tuple(w.shape[0] for w in weights)
-    geo = matmul_geometry(flat.shape[0], inner, outs, activation, compat.processors())
+    geo = choose(flat.shape[0], inner, outs, activation, compat.sm_count())
     assert geo is not None
     padded = jnp.pad(flat, ((0, geo.rows - flat.shape[0]), (0, 0)))
-    made = build_matmul(geo, x.dtype, interpret=interpret)(padded, *weights)
+    products = build_matmul(geo, x.dtype, interpret=interpret)(padded, *weights)
     if geo.splits > 1:
-        made = [part.sum(axis=0).astype(x.dtype) for part in made]
-    return tuple(part[: flat.shape[0]].reshape(*lead, -1) for part in made)
+        products = [part.sum(axis=0).astype(x.dtype) for part in products]
+    return tuple(part[: flat.shape[0]].reshape(*lead, -1) for part in products)

@@ -245,7 +245,7 @@ def chunk_attention(
     def run(q: Array, k: Array, v: Array, ids: Array, lengths: Array, *near: OwnKV) -> Partial:
         return pallas_kernels.chunk_attention(
             q, k, v, ids, lengths,
-            layer=layer, near=near[0] if near else None, implementation=implementation,
+            layer=layer, own_kv=near[0] if near else None, implementation=implementation,
         )  # fmt: skip
 
     arguments = (k, v, chunk_ids, chunk_lengths, *(() if near is None else (near,)))
@@ -306,7 +306,7 @@ def add_projected(
     eps, scales = (None, ()) if norm is None else (norm.eps, (norm.weight,))
 
     def run(stream: Array, x: Array, weight: Array, *more: Array) -> tuple[Array, ...]:
-        return pallas_kernels.device_sum(
+        return pallas_kernels.all_reduce(
             pallas_kernels.matmul(x, weight)[0], TENSOR, residual=stream,
             norm=None if eps is None else Norm(more[0], eps),
             table=more[-1] if links is not None else None,
@@ -329,7 +329,7 @@ def look_up(
     """Rows of an embedding: from the device that has them, zeros of the others added.
 
     By XLA, whatever makes the sums of the layers: a program with a collective of XLA holds its
-    devices' locks while it is put on their streams, so that no other comes between (`device_sum`).
+    devices' locks while it is put on their streams, so that no other comes between (`all_reduce`).
     """
     if mesh is None:
         return table[ids]

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import Norm, SumImplementation, exchange_problem, exchange_table, matmul
+from pallas_kernels import AllReduceImplementation, Norm, matmul, peer_problem, peer_table
 from pallas_kernels.common import rms_norm
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.rope import rotate, rotation
@@ -169,7 +169,7 @@ class Block(nnx.Module):
 
 
 class Links(nnx.Variable):
-    """`pallas_kernels.exchange_table`: no weight, but an argument of whatever takes the model."""
+    """`pallas_kernels.peer_table`: no weight, but an argument of whatever takes the model."""
 
 
 class MaskPredictor(nnx.Module):
@@ -238,22 +238,22 @@ class MaskPredictor(nnx.Module):
         return self.logits(self.encode(token_ids))
 
 
-def put_on(model: MaskPredictor, mesh: Mesh, sums: SumImplementation | None) -> MaskPredictor:
+def put_on(model: MaskPredictor, mesh: Mesh, sums: AllReduceImplementation | None) -> MaskPredictor:
     """The model, told of the mesh that its weights lie on. sums: see `shard_model`."""
     if sums is None:
-        sums = "xla" if exchange_problem(mesh, TENSOR) else "mosaic_gpu"
-    if sums not in get_args(SumImplementation):
-        known = ", ".join(get_args(SumImplementation))
+        sums = "xla" if peer_problem(mesh, TENSOR) else "mosaic_gpu"
+    if sums not in get_args(AllReduceImplementation):
+        known = ", ".join(get_args(AllReduceImplementation))
         raise ValueError(f"sums {sums!r} is not known ({known})")
     nnx.pop(model, Links)
     model.mesh = mesh
     if sums == "mosaic_gpu" and mesh.shape[TENSOR] > 1:
-        model.links = Links(exchange_table(mesh, TENSOR))
+        model.links = Links(peer_table(mesh, TENSOR))
     return model
 
 
 def shard_model(
-    model: MaskPredictor, mesh: Mesh, *, sums: SumImplementation | None = None
+    model: MaskPredictor, mesh: Mesh, *, sums: AllReduceImplementation | None = None
 ) -> MaskPredictor:
     """The same weights on a mesh; `load_model` puts them there without going through one device.
 

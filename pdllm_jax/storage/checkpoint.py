@@ -25,7 +25,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from pallas_kernels import SumImplementation
+from pallas_kernels import AllReduceImplementation
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.sharding import mesh_sizes
 from pdllm_jax.network.transformer import MaskPredictor, put_on
@@ -213,7 +213,7 @@ def load_model(
     dtype: DTypeLike | None = None,
     *,
     mesh: Mesh | None = None,
-    sums: SumImplementation | None = None,
+    sums: AllReduceImplementation | None = None,
 ) -> MaskPredictor:
     """Restores a converted checkpoint.
 

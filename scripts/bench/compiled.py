@@ -78,7 +78,7 @@ def compile_all(target: Path | None) -> None:
                 if near is not None:
                     near = OwnKV(near, near, lengths[: near.shape[0]])
                 return chunk_attention(
-                    q, k, v, ids, lengths, layer=1, near=near, implementation="mosaic_gpu"
+                    q, k, v, ids, lengths, layer=1, own_kv=near, implementation="mosaic_gpu"
                 )
 
             report(

@@ -29,9 +29,10 @@ from tqdm import tqdm
 from bench.record import command, conditions, copy_bandwidth, time_loop, write
 from pallas_kernels import Partial, chunk_attention
 from pallas_kernels.chunk_attention.cudnn import attention_with_lse
-from pallas_kernels.chunk_attention.hopper import chunk_attention_mosaic_gpu
+from pallas_kernels.chunk_attention.hopper import chunk_attention_hopper
+from pallas_kernels.chunk_attention.hopper_tiling import Tuning, shared_memory
 from pallas_kernels.chunk_attention.reference import chunk_attention_reference
-from pallas_kernels.tuning import SHARED_MEMORY, Tuning, shared_memory
+from pallas_kernels.compat import SHARED_MEMORY
 
 READ_OVER_COPY = 3.0 / 2.92  # bandwidth of reads over that of copies
 AT_ONCE = 16  # cases compiled side by side, and then timed one by one
@@ -134,9 +135,9 @@ def attend(case: Case) -> Callable[..., Partial]:
     """
     scale = case.dim**-0.5
     if case.settings is not None:
-        return lambda q, k, v, ids, lengths, layer: chunk_attention_mosaic_gpu(
+        return lambda q, k, v, ids, lengths, layer: chunk_attention_hopper(
             q if q.ndim == 5 else q[:, None], k, v, layer, ids, lengths, scale,
-            settings=case.settings,
+            tuning=case.settings,
         )  # fmt: skip
     if case.implementation == "contiguous cudnn":
         return lambda q, k, v, ids, lengths, layer: attention_with_lse(
@@ -241,7 +242,7 @@ def reference(q, k, v, ids, lengths) -> jax.Array:
     """The output in float32, from q with or without an axis of slots and one layer's pool."""
     q = q if q.ndim == 5 else q[:, None]
     q = jnp.broadcast_to(q, (*ids.shape, *q.shape[2:])).astype(jnp.float32)
-    return chunk_attention_reference(q, k, v, ids, lengths, q.shape[-1] ** -0.5).out
+    return chunk_attention_reference(q, k[None], v[None], 0, ids, lengths, q.shape[-1] ** -0.5).out
 
 
 def run_case(ready: Prepared, repeats: int, floor_bandwidth: float) -> dict[str, Any]:

@@ -154,12 +154,10 @@ def as_on_gpu() -> Iterator[None]:
     import jax
 
     from pallas_kernels import compat
-    from pallas_kernels.chunk_attention import hopper as mosaic_gpu
 
     with (
         mock.patch.object(jax, "default_backend", return_value="gpu"),
         mock.patch.object(compat, "compute_capability", return_value="9.0"),
-        mock.patch.object(mosaic_gpu, "device_problem", return_value=None),
     ):
         yield
 

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from bench.record import copy_bandwidth, write
 from bench.requests import BLOCK, PREFIX, QUERY, SELECT, end_to_end, stream
 from bench.run import Run, begin, of_mesh, on
-from pallas_kernels import SumImplementation
+from pallas_kernels import AllReduceImplementation
 from pdllm_jax import (
     DecodeConfig,
     MaskPredictor,
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="meshes to run on, e.g. 1x1 1x2 2x1; by default one device without any",
     )  # fmt: skip
     parser.add_argument(
-        "--sums", nargs="+", choices=get_args(SumImplementation), default=[None],
+        "--sums", nargs="+", choices=get_args(AllReduceImplementation), default=[None],
         help="what adds up a few rows over TENSOR; by default what a model takes by itself",
     )  # fmt: skip
 
@@ -97,7 +97,9 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def meshes(args: argparse.Namespace) -> Iterator[tuple[Mesh | None, SumImplementation | None]]:
+def meshes(
+    args: argparse.Namespace,
+) -> Iterator[tuple[Mesh | None, AllReduceImplementation | None]]:
     """Meshes to run on, and what makes their sums, where there are any."""
     for name in args.mesh or [None]:
         mesh = None if name is None else make_mesh(*parse_mesh(name))

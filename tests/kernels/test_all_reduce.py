@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from pallas_kernels import Norm, compat, exchange_problem, exchange_table, resolve_sum
+from pallas_kernels import Norm, compat, peer_problem, peer_table, resolve_all_reduce
+from pallas_kernels.all_reduce import peer_memory
 from pallas_kernels.all_reduce.peer_memory import CAPACITY
 from pdllm_jax import make_mesh, shard_model
 from pdllm_jax.network import sharding as sharded
@@ -51,22 +52,22 @@ def test_the_table_of_an_exchange_says_where_the_memory_of_a_group_lies():
     ids=str,
 )
 def test_what_the_kernel_takes(x, table, found):
-    assert resolve_sum(None, x, table) == found
-    assert resolve_sum("xla", x, table) == "xla"
+    assert resolve_all_reduce(None, x, table) == found
+    assert resolve_all_reduce("xla", x, table) == "xla"
     if found == "mosaic_gpu":
-        assert resolve_sum("mosaic_gpu", x, table) == "mosaic_gpu"
+        assert resolve_all_reduce("mosaic_gpu", x, table) == "mosaic_gpu"
     else:
         with pytest.raises(ValueError, match="implementation 'mosaic_gpu': "):
-            resolve_sum("mosaic_gpu", x, table)
+            resolve_all_reduce("mosaic_gpu", x, table)
 
 
 def test_unknown_names_and_devices_without_peers_are_refused_by_name():
     with pytest.raises(ValueError, match=r"'nccl' is not known \(mosaic_gpu, xla\)"):
-        resolve_sum("nccl", spec(32, 4096), TABLE)
+        resolve_all_reduce("nccl", spec(32, 4096), TABLE)
     mesh = make_mesh()
-    assert exchange_problem(mesh, "tensor") is not None
-    with pytest.raises(ValueError, match="no exchange along tensor: "):
-        exchange_table(mesh, "tensor")
+    assert peer_problem(mesh, "tensor") is not None
+    with pytest.raises(ValueError, match="no peer memory along tensor: "):
+        peer_table(mesh, "tensor")
     model = workers.tiny()
     with pytest.raises(ValueError, match=r"sums 'nccl' is not known \(mosaic_gpu, xla\)"):
         shard_model(model, mesh, sums="nccl")
@@ -81,8 +82,8 @@ def test_a_model_takes_the_kernel_for_its_sums_where_it_can_run(monkeypatch, pro
         def __init__(self):
             self.shape = {"data": 1, "tensor": 2}
 
-    monkeypatch.setattr("pdllm_jax.network.sharding.exchange_problem", lambda mesh, axis: problem)
-    monkeypatch.setattr("pdllm_jax.network.sharding.exchange_table", lambda mesh, axis: TABLE)
+    monkeypatch.setattr("pdllm_jax.network.transformer.peer_problem", lambda mesh, axis: problem)
+    monkeypatch.setattr("pdllm_jax.network.transformer.peer_table", lambda mesh, axis: TABLE)
     model = workers.tiny()
     assert (put_on(model, OneByTwo(), None).links is None) == (problem is not None)
     assert put_on(model, OneByTwo(), "xla").links is None
@@ -111,12 +112,10 @@ def test_which_devices_can_hand_each_other_rows(monkeypatch, changes, problem):
         devices = np.array([[Device(0), Device(1, **changes)]], object)
         axis_names, shape = ("data", "tensor"), {"data": 1, "tensor": 2}
 
-    monkeypatch.setattr(
-        "pallas_kernels.all_reduce.peer_memory._can_access", lambda a, b: 3 not in (a, b)
-    )
-    found = exchange_problem(OneByTwo, "tensor")
+    monkeypatch.setattr(peer_memory, "_can_access", lambda a, b: 3 not in (a, b))
+    found = peer_problem(OneByTwo, "tensor")
     assert found is None if problem is None else problem in found
-    assert exchange_problem(OneByTwo, "data") == "data has one device"
+    assert peer_problem(OneByTwo, "data") == "data has one device"
 
 
 def lowered(rows, size, *, links, norm, dtype=jnp.bfloat16):
@@ -139,7 +138,7 @@ def test_few_rows_go_through_the_kernel_and_many_through_xla(dtype):
         for norm in (True, False):
             text = lowered(rows, 4096, links=links, norm=norm, dtype=dtype)
             launches = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
-            assert (len(launches), text.count("all_reduce")) == (kernel, 1 - kernel)
+            assert (len(launches), text.count("stablehlo.all_reduce")) == (kernel, 1 - kernel)
             made = f"tensor<{rows}x4096x"
             assert all(line.rpartition("->")[2].count(made) == 1 + norm for line in launches)
             assert text.count("stablehlo.rsqrt") == (norm and not kernel)
@@ -153,4 +152,4 @@ def test_rows_that_no_block_of_threads_holds_are_normed_behind_the_kernel():
 
 def test_a_mesh_without_links_lowers_to_one_sum():
     text = lowered(32, 4096, links=False, norm=True)
-    assert (text.count("custom_call @mosaic_gpu"), text.count("all_reduce")) == (0, 1)
+    assert (text.count("custom_call @mosaic_gpu"), text.count("stablehlo.all_reduce")) == (0, 1)

@@ -18,7 +18,7 @@ from pallas_kernels import (
     resolve_implementation,
 )
 from pallas_kernels.chunk_attention import api, cudnn
-from pallas_kernels.chunk_attention.dense import _blocked, attention
+from pallas_kernels.chunk_attention.dense import attention, attention_xla
 from tests.support.models import relative_error
 
 HALF = {jnp.bfloat16: 8e-3, jnp.float16: 1e-3}
@@ -161,7 +161,7 @@ def test_what_is_gathered_for_cudnn(monkeypatch):
         assert layout == "BNTH"
         assert np.isfinite(k.astype(jnp.float32)).all()
         assert np.isfinite(v.astype(jnp.float32)).all()
-        part = _blocked(*(x.swapaxes(1, 2) for x in (q, k, v)), lengths)
+        part = attention_xla(*(x.swapaxes(1, 2) for x in (q, k, v)), lengths)
         nan_where_empty = jnp.where(lengths[:, None, None, None] > 0, part.out, jnp.nan)
         return Partial(nan_where_empty.astype(q.dtype), part.lse)
 
@@ -195,7 +195,7 @@ def test_near_keys(implementation, rows, size):
     near = OwnKV(near_k, near_v, jnp.array(valid))
     got = attend(
         jnp.concatenate([q, own], axis=1), k, v, ids, lengths,
-        layer=1, near=near, implementation=implementation,
+        layer=1, own_kv=near, implementation=implementation,
     )  # fmt: skip
 
     def as_chunks(pool, rows):
@@ -223,7 +223,7 @@ def test_what_dense_attention_is_given_of_near_keys(monkeypatch):
     near = jnp.where(behind, jnp.nan, jnp.ones((2, 70, 2, 64)))
     got = chunk_attention(
         jnp.concatenate([q, q[:, :1]], axis=1), k, v, jnp.array(IDS), jnp.array(LENGTHS),
-        near=OwnKV(near, near, jnp.array([67, 3])), implementation="xla",
+        own_kv=OwnKV(near, near, jnp.array([67, 3])), implementation="xla",
     )  # fmt: skip
     assert np.isfinite(got.out).all()
 
@@ -235,7 +235,7 @@ def test_near_keys_that_are_none(implementation):
     none = jnp.full((2, 128, 2, 64), jnp.nan, q.dtype)
     ids, lengths = jnp.array([[4, 0, 2], [3, -1, 3]]), jnp.array(LENGTHS)
     got = attend(
-        q, k, v, ids, lengths, near=OwnKV(none, none, jnp.array([0, -5])),
+        q, k, v, ids, lengths, own_kv=OwnKV(none, none, jnp.array([0, -5])),
         implementation=implementation,
     )  # fmt: skip
     out, lse = by_hand(q[:, :3], k, v, np.array(ids), LENGTHS)
@@ -247,13 +247,15 @@ def test_near_keys_that_are_none(implementation):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": jnp.zeros((2, 8, 3, 64))}, "near k and v must be"),
-        ({"v": jnp.zeros((2, 9, 2, 64))}, "near k and v must be"),
-        ({"k": jnp.zeros((1, 2, 8, 2, 64))}, "near k and v must be"),
-        ({"lengths": jnp.zeros((3,), jnp.int32)}, r"near lengths must be \[2\] integers"),
+        ({"k": jnp.zeros((2, 8, 3, 64))}, r"own_kv.k must be \[B, S, G, D\] with B = 2, G = 2"),
+        ({"v": jnp.zeros((2, 9, 2, 64))}, r"own_kv.v must be .* S = 8, .*got shape \(2, 9"),
+        ({"k": jnp.zeros((1, 2, 8, 2, 64))}, "own_kv.k must be"),
+        ({"k": jnp.zeros((2, 0, 2, 64)), "v": jnp.zeros((2, 0, 2, 64))}, "got S = 0"),
+        ({"lengths": jnp.zeros((3,), jnp.int32)}, r"own_kv.lengths must be \[B\] with B = 2"),
+        ({"lengths": jnp.zeros((2,))}, "own_kv.lengths must be integers, got float32"),
         (
             {"k": jnp.zeros((2, 8, 2, 64), jnp.bfloat16), "v": jnp.zeros((2, 8, 2, 64))},
-            "near k and v must have the pool's dtype",
+            "q, k, v and own_kv must share a floating dtype, got .*bfloat16",
         ),
     ],
 )
@@ -262,12 +264,12 @@ def test_near_keys_that_do_not_fit_are_named(change, message):
     places = jnp.concatenate([q, q[:, :1]], axis=1)
     near = OwnKV(jnp.zeros((2, 8, 2, 64)), jnp.zeros((2, 8, 2, 64)), jnp.array([1, 8]))
     args = k, v, jnp.zeros((2, 3), jnp.int32), jnp.full((6,), 128)
-    attend(places, *args, near=near)
+    attend(places, *args, own_kv=near)
     with pytest.raises(ValueError, match=message):
-        attend(places, *args, near=near._replace(**change))
+        attend(places, *args, own_kv=near._replace(**change))
     for rows in (q, q[:, 0]):
-        with pytest.raises(ValueError, match=r"one for near keys|q must be \[B, K \+ 1"):
-            attend(rows, *args, near=near)
+        with pytest.raises(ValueError, match=r"q with own_kv must be \[B, K \+ 1, T, H, D\]"):
+            attend(rows, *args, own_kv=near)
 
 
 @IMPLEMENTATIONS
@@ -323,20 +325,29 @@ def test_the_chosen_chunks_are_not_gathered():
     assert temporary < chosen / 4, (temporary, chosen)
 
 
+INTEGERS = {"q": (2, 3, 8, 4, 64), "k": (6, 2, 128, 64), "v": (6, 2, 128, 64)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"q": jnp.zeros((2, 3, 4))}, "q must be"),
-        ({"q": jnp.zeros((2, 3, 8, 4, 16))}, "head size"),
-        ({"q": jnp.zeros((2, 3, 8, 3, 64))}, "no multiple of 2 KV heads"),
-        ({"q": jnp.zeros((2, 4, 8, 4, 64))}, "4 chunk slots"),
-        ({"q": jnp.zeros((2, 3, 8, 4, 64), jnp.bfloat16)}, "share a dtype"),
-        ({"v": jnp.zeros((6, 2, 15, 64))}, "differ in shape"),
-        ({"k": jnp.zeros((1, 6, 2, 128, 64))}, "without a layer index"),
+        ({"q": jnp.zeros((2, 3, 8, 4, 16))}, r"q must be .* D = 64, got shape \(2, 3, 8, 4, 16"),
+        ({"q": jnp.zeros((2, 3, 8, 3, 64))}, "multiple of the pool's 2 KV heads, got H = 3"),
+        ({"q": jnp.zeros((2, 4, 8, 4, 64))}, r"q must be \[B, K, T, H, D\] with B = 2, K = 3"),
+        (
+            {"q": jnp.zeros((2, 3, 8, 4, 64), jnp.bfloat16)},
+            "dtype, got bfloat16, float32",
+        ),
+        ({x: jnp.zeros(s, jnp.int32) for x, s in INTEGERS.items()}, "share a floating dtype"),
+        ({"v": jnp.zeros((6, 2, 15, 64))}, r"v must be \[N, G, C, D\] with N = 6.* C = 128"),
+        ({"k": jnp.zeros((1, 6, 2, 128, 64))}, r"k without layer must be \[N, G, C, D\]"),
         ({"chunk_ids": jnp.zeros((2, 3))}, "chunk_ids must be integers"),
-        ({"chunk_ids": jnp.zeros((3, 3), jnp.int32)}, r"chunk_ids must be \[B, K\] with B = 2"),
-        ({"chunk_ids": jnp.zeros((2, 0), jnp.int32)}, "no chunk"),
-        ({"chunk_lengths": jnp.zeros((5,), jnp.int32)}, r"chunk_lengths must be \[6\]"),
+        ({"chunk_ids": jnp.zeros((3, 3), jnp.int32)}, r"q must be \[B, K, T, H, D\] with B = 3"),
+        ({"chunk_ids": jnp.zeros((3,), jnp.int32)}, r"chunk_ids must be \[B, K\], got"),
+        ({"chunk_lengths": jnp.zeros((6,))}, "chunk_lengths must be integers"),
+        ({"chunk_ids": jnp.zeros((2, 0), jnp.int32)}, "at least one chunk, got K = 0"),
+        ({"chunk_lengths": jnp.zeros((5,), jnp.int32)}, r"chunk_lengths must be \[N\] with N = 6"),
         ({"implementation": "triton"}, "'triton' is not known"),
         ({"scale": -1.0}, "scale must be a positive number, got -1.0"),
     ],

@@ -12,9 +12,10 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from pallas_kernels import OwnKV, compat, tuning
-from pallas_kernels.chunk_attention.hopper import chunk_attention_mosaic_gpu
+from pallas_kernels import OwnKV, compat
+from pallas_kernels.chunk_attention.hopper import chunk_attention_hopper
 from pallas_kernels.chunk_attention.hopper_schedule import SLOT_SHIFT, VALID_BITS, block_table
+from pallas_kernels.chunk_attention.hopper_tiling import Tuning, choose, shared_memory
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.method.chunking import chunk_prompt
 from pdllm_jax.method.denoise import denoise_step
@@ -41,10 +42,10 @@ def test_block_table_holds_every_block_with_keys_once_in_order():
         near = rng.integers(0, 64 * near_blocks + 1, batch)
         make = functools.partial(
             block_table, chunk_size=256, block_keys=64, splits=splits, by_chunk=by_chunk,
-            near_blocks=near_blocks,
+            own_blocks=near_blocks,
         )  # fmt: skip
         counts = jnp.array(near) if near_blocks else None
-        table = jax.jit(lambda *x, near, make=make: make(*x, near_lengths=near))(
+        table = jax.jit(lambda *x, near, make=make: make(*x, own_lengths=near))(
             jnp.array(ids), jnp.array(lengths), near=counts
         )
         units = np.asarray(table.units).reshape(-1, 3)
@@ -82,19 +83,19 @@ def test_block_table_holds_every_block_with_keys_once_in_order():
 
 @OLD_JAX
 @pytest.mark.parametrize(
-    ("heads", "rows", "shared", "settings", "processors"),
+    ("heads", "rows", "shared", "tuning", "sms"),
     [
-        (4, 32, False, tuning.Tuning(64, 2, 3), 3),
-        (14, 32, False, tuning.Tuning(64, 3, 2), 2),
-        (2, 64, True, tuning.Tuning(128, 2, 1), 5),
-        (2, 128, False, tuning.Tuning(64, 2, 2), 3),
-        (2, 8, False, tuning.Tuning(64, 2, 10), 4),
-        (4, 32, False, tuning.Tuning(64, 4, 3, 2), 3),
-        (2, 64, True, tuning.Tuning(64, 2, 1, 2), 1),
-        (2, 32, False, tuning.Tuning(128, 2, 1, 2), 2),
+        (4, 32, False, Tuning(64, 2, 3), 3),
+        (14, 32, False, Tuning(64, 3, 2), 2),
+        (2, 64, True, Tuning(128, 2, 1), 5),
+        (2, 128, False, Tuning(64, 2, 2), 3),
+        (2, 8, False, Tuning(64, 2, 10), 4),
+        (4, 32, False, Tuning(64, 4, 3, 2), 3),
+        (2, 64, True, Tuning(64, 2, 1, 2), 1),
+        (2, 32, False, Tuning(128, 2, 1, 2), 2),
         # These join what is above one by one.
-        pytest.param(4, 32, False, tuning.Tuning(128, 2, 2, 2), 3, marks=pytest.mark.slow),
-        pytest.param(2, 128, False, tuning.Tuning(128, 2, 2), 2, marks=pytest.mark.slow),
+        pytest.param(4, 32, False, Tuning(128, 2, 2, 2), 3, marks=pytest.mark.slow),
+        pytest.param(2, 128, False, Tuning(128, 2, 2), 2, marks=pytest.mark.slow),
     ],
     ids=[
         "three items a block of threads",
@@ -109,9 +110,9 @@ def test_block_table_holds_every_block_with_keys_once_in_order():
         "two tiles, large blocks",
     ],
 )
-def test_the_interpreter_finds_no_race(heads, rows, shared, settings, processors, monkeypatch):
+def test_the_interpreter_finds_no_race(heads, rows, shared, tuning, sms, monkeypatch):
     """Several work items a block of threads, units that begin inside a chunk, partial blocks."""
-    monkeypatch.setattr(compat, "processors", lambda: processors)
+    monkeypatch.setattr(compat, "sm_count", lambda: sms)
     q, k, v = case("interpret", heads=heads, groups=2, rows=rows, layers=2)
     ids, lengths, near = np.array(IDS), LENGTHS, None
     whole_k, whole_v = k[1], v[1]
@@ -123,7 +124,7 @@ def test_the_interpreter_finds_no_race(heads, rows, shared, settings, processors
         near = OwnKV(k[1, 4:].swapaxes(1, 2), v[1, 4:].swapaxes(1, 2), jnp.array([100, 40]))
         ids, lengths = np.concatenate([ids, [[6], [7]]], axis=1), [*LENGTHS, 100, 40]
         whole_k, whole_v = (jnp.concatenate([x, x[4:]]) for x in (whole_k, whole_v))
-    got = chunk_attention_mosaic_gpu(
+    got = chunk_attention_hopper(
         queries[:, :1] if shared else queries,
         k,
         v,
@@ -132,7 +133,7 @@ def test_the_interpreter_finds_no_race(heads, rows, shared, settings, processors
         jnp.array(LENGTHS),
         64**-0.5,
         near,
-        settings=settings,
+        tuning=tuning,
         interpret=compat.interpreter(detect_races=True),
     )
     out, lse = by_hand(queries, whole_k, whole_v, ids, lengths)
@@ -183,7 +184,7 @@ def lowered(batch, slots, rows, heads, kv_heads, dim, dtype=jnp.bfloat16, near=0
 
     def run(q, k, v, ids, lengths, near=None):
         return [
-            chunk_attention_mosaic_gpu(q, k, v, layer, ids, lengths, dim**-0.5, near, **more)
+            chunk_attention_hopper(q, k, v, layer, ids, lengths, dim**-0.5, near, **more)
             for layer in range(4)
         ]
 
@@ -247,7 +248,7 @@ def test_lowers_on_a_mesh_with_a_devices_own_heads_and_columns(monkeypatch):
     taken = [line.rpartition(" : (")[2] for line in launches]
     wanted = ["2x64x8x1024x128xbf16", "64x4096xbf16>, tensor<3072x4096xbf16", "4096x3072xbf16"]
     assert [any(shape in line for line in taken) for shape in wanted] == [True] * 3, taken
-    assert text.count("all_reduce") == 1
+    assert text.count("stablehlo.all_reduce") == 1
 
 
 @pytest.mark.parametrize("rows", [8, 32, 64, 128])
@@ -257,14 +258,14 @@ def test_lowers_on_a_mesh_with_a_devices_own_heads_and_columns(monkeypatch):
 def test_the_rule_for_block_sizes_stays_inside_the_device(rows, dim, batch, columns):
     for slots in (1, 4, 32):
         tiles = 2 if rows > 64 else 1
-        settings = tuning.choose(
+        settings = choose(
             batch=batch, slots=slots, columns=columns, chunk_size=1024, dim=dim, tiles=tiles,
-            processors=132,
+            sms=132,
         )  # fmt: skip
         warpgroups = tiles * settings.key_groups
         assert warpgroups <= 2
-        used = tuning.shared_memory(settings.block_keys, settings.stages, warpgroups, dim)
-        assert used <= tuning.SHARED_MEMORY
+        used = shared_memory(settings.block_keys, settings.stages, warpgroups, dim)
+        assert used <= compat.SHARED_MEMORY
         assert settings.stages * settings.block_keys >= 256
         assert settings.splits <= slots * 1024 // settings.block_keys
 
@@ -278,4 +279,4 @@ def test_settings_are_checked():
         {"stages": 3},
     ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            dataclasses.replace(tuning.Tuning(64, 4, 1, 2), **wrong)
+            dataclasses.replace(Tuning(64, 4, 1, 2), **wrong)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat, matmul, resolve_matmul
-from pallas_kernels.geometry import MatmulGeometry
+from pallas_kernels.compat import SHARED_MEMORY
 from pallas_kernels.matmul.hopper_kernel import build_matmul
-from pallas_kernels.tuning import SHARED_MEMORY, matmul_geometry
+from pallas_kernels.matmul.hopper_tiling import Geometry, choose
 from tests.kernels.test_chunk_attention import OLD_JAX
 from tests.support.models import relative_error
 
@@ -93,7 +93,7 @@ def test_the_interpreter_finds_no_race(rows, activation):
     x, weights = operands((rows,), 512, (64, 64))
     splits = 2 if activation == "none" else 1
     padded = 32 if rows <= 32 else 128
-    geo = MatmulGeometry(padded, 512, (64, 64), (32, 32), splits, 64, 2, activation)
+    geo = Geometry(padded, 512, (64, 64), (32, 32), splits, 64, 2, activation)
     assert geo.steps > geo.stages  # stages are used again
     run = build_matmul(geo, x.dtype, interpret=compat.interpreter(detect_races=True))
     made = run(jnp.pad(x, ((0, geo.rows - rows), (0, 0))), *weights)
@@ -120,7 +120,7 @@ def test_the_interpreter_finds_no_race(rows, activation):
     ids=["query, key, value", "gate and up", "down", "output", "28 heads over 4"],
 )
 def test_lowers_for_hopper(rows, inner, outs, activation):
-    geo = matmul_geometry(rows, inner, outs, activation, processors=132)
+    geo = choose(rows, inner, outs, activation, sms=132)
     assert geo.shared_memory <= SHARED_MEMORY
     x = jax.ShapeDtypeStruct((rows, inner), jnp.bfloat16)
     weights = [jax.ShapeDtypeStruct((n, inner), jnp.bfloat16) for n in outs]
@@ -140,7 +140,7 @@ def test_lowers_for_hopper(rows, inner, outs, activation):
 @pytest.mark.parametrize("outs", [(64,), (192, 64, 64), (4096, 4096, 4096), (24, 24)])
 @pytest.mark.parametrize("rows", [1, 32, 64, 65, 128, 129])
 def test_geometry_covers_every_column_once(inner, outs, rows):
-    geo = matmul_geometry(rows, inner, outs, "none", processors=132)
+    geo = choose(rows, inner, outs, "none", sms=132)
     if rows > 128 or any(n % 16 for n in outs):
         assert geo is None
         return

@@ -15,8 +15,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from pallas_kernels import Norm, device_sum
-from pallas_kernels.all_reduce.peer_memory import CAPACITY, EMPTY, HEADER, _memory
+from pallas_kernels import Norm, all_reduce
+from pallas_kernels.all_reduce.peer_memory import CAPACITY, EMPTY, HEADER, peer_memory
 from pdllm_jax import (
     ChunkConfig,
     DecodeConfig,
@@ -286,7 +286,7 @@ def _communication(model: MaskPredictor) -> None:
 
 
 def sums(data: int, tensor: int) -> None:
-    """device_sum of parts that differ on every device, in float64 by NumPy."""
+    """all_reduce of parts that differ on every device, in float64 by NumPy."""
     setup()
     mesh = make_mesh(data, tensor)
     rng = np.random.default_rng(0)
@@ -295,8 +295,8 @@ def sums(data: int, tensor: int) -> None:
     weight = rng.standard_normal(24).astype(np.float32)
 
     def run(x: jax.Array, r: jax.Array, w: jax.Array) -> Any:
-        plain = device_sum(x[0, 0], TENSOR)
-        both = device_sum(x[0, 0], TENSOR, residual=r[0], norm=Norm(w, 0.5))
+        plain = all_reduce(x[0, 0], TENSOR)
+        both = all_reduce(x[0, 0], TENSOR, residual=r[0], norm=Norm(w, 0.5))
         return jax.tree.map(lambda y: y[None, None], (plain, both))
 
     each = PartitionSpec(DATA, TENSOR)
@@ -320,7 +320,7 @@ def exchange() -> None:
         (TENSOR, np.arange(8).reshape(2, 4) % 4),
         (DATA, np.arange(8).reshape(2, 4) // 4),
     ):
-        words, table = _memory(mesh, axis)
+        words, table = peer_memory(mesh, axis)
         rows = np.asarray(table).view(np.uint64)
         np.testing.assert_array_equal(rows[..., 0], ranks)
         where = {s.device: s.data.unsafe_buffer_pointer() for s in words.addressable_shards}
@@ -332,7 +332,7 @@ def exchange() -> None:
         assert (found[..., : HEADER // 4] == 0).all()
         assert (found[..., HEADER // 4 :] == EMPTY).all()
         assert found.shape[-1] * 4 == HEADER + 2 * mesh.shape[axis] * CAPACITY
-        assert _memory(mesh, axis)[0] is words
+        assert peer_memory(mesh, axis)[0] is words
 
 
 def join(rank: int, port: int, **timeouts: int) -> None:

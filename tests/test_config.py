@@ -336,7 +336,10 @@ def test_chunk_config_refuses(settings, message):
         ({"masked_copies": 0}, "masked_copies"),
         ({"draft_length": 0}, "draft_length"),
         ({"draft_steps": 0}, "draft_steps"),
-        ({"draft_length": 2, "draft_steps": 3}, "draft_steps must be at most draft_length 2, got 3"),
+        (
+            {"draft_length": 2, "draft_steps": 3},
+            "draft_steps must be at most draft_length 2, got 3",
+        ),
         ({"encode_batch": 0}, "encode_batch"),
     ],
 )

@@ -79,7 +79,7 @@ _OPTIONS = {
 def _choose(
     kind: str, table: Mapping[str, type[Choice]], value: str | Choice, options: dict[str, Any]
 ) -> Choice:
-    """The object behind a name, with these options of its own; `...` leaves one as it is."""
+    """Returns the object of a name, with these options; an option `...` is not changed."""
     if isinstance(value, str):
         require(value in table, f"{kind} {value!r} is not known ({', '.join(table)})")
         value = table[value]()
@@ -95,7 +95,7 @@ def _choose(
 
 
 def fields_of(value: Any) -> tuple[dataclasses.Field[Any], ...]:
-    """The options of a scorer or an encoding; none where it is not a dataclass."""
+    """Returns the options of a scorer or an encoding: the fields of a dataclass, else ()."""
     return dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
 
 
@@ -268,8 +268,8 @@ class DecodeConfig:
       (logits [T, V], tokens [T], key) -> log confidence [T], finite.
     threshold: unmask every slot with at least this confidence, and always the best one.
     factor: Fast-dLLM's factor rule (arXiv 2505.22618); excludes threshold.
-    unmask: a rule of one's own instead of steps, threshold and factor: a function (log confidence
-      [G], -inf where a slot is no candidate; evaluations made in the block, int32) -> bool [G]. A
+    unmask: a custom rule that replaces steps, threshold and factor: a function (log confidence [G],
+      -inf for slots that are not candidates; evaluations made in the block, int32) -> bool [G]. A
       block ends when nothing is masked, or after block_length evaluations. Both functions are
       traced and static under jit: hashable, and the same object for the same rule, or every call
       compiles anew. A snapshot cannot hold them.

@@ -82,28 +82,22 @@ def test_missing_file(tmp_path):
         ModelConfig.from_file(tmp_path / "config.json")
 
 
+NORMS_AND_BIASES = "attention_layer_norm include_qkv_bias bias_for_layer_norm input_emb_norm"
 # Values of config.json's keys that are not implemented.
 NOT_IMPLEMENTED = {
+    **dict.fromkeys([*NORMS_AND_BIASES.split(), "scale_logits", "multi_query_attention"], [True]),
+    **dict.fromkeys(["rope", "rope_full_precision", "layer_norm_with_affine"], [False]),
     "model_type": ["llama", "Dream"],
     "architectures": [["LlamaForCausalLM"], ["LLaDAModelLM", "Other"]],
     "block_type": ["sequential"],
     "activation_type": ["swiglu", "gelu"],
     "layer_norm_type": ["default", "gemma_rms"],
-    "layer_norm_with_affine": [False],
-    "rope": [False],
-    "rope_full_precision": [False],
     # "false" and [] are not booleans: no LLaDA checkpoint says so.
     "alibi": [True, "false"],
-    "attention_layer_norm": [True],
     "include_bias": [True, []],
-    "include_qkv_bias": [True],
-    "bias_for_layer_norm": [True],
-    "scale_logits": [True],
-    "input_emb_norm": [True],
     "clip_qkv": [8.0],
     "rope_parameters": [{"rope_type": "yarn", "factor": 4.0, "rope_theta": 500000.0}],
     "block_group_size": [4],
-    "multi_query_attention": [True],
 }
 
 

@@ -103,9 +103,10 @@ def mesh_sizes(config: ModelConfig, sizes: Mapping[str, int] | Mesh | None) -> t
     if axes.keys() - {DATA, TENSOR} or data < 1 or tensor < 1:
         raise ConfigError(f"mesh {axes}: axes are {TENSOR} and {DATA}, sizes from 1 on")
     names = ("n_heads", "n_kv_heads", "mlp_hidden_size", "embedding_size")
-    odd = [f"{name} {getattr(config, name)}" for name in names if getattr(config, name) % tensor]
-    if odd:
-        raise ConfigError(f"mesh axis tensor {tensor} does not divide {', '.join(odd)}")
+    sizes = {name: getattr(config, name) for name in names}
+    undivided = ", ".join(f"{name} {size}" for name, size in sizes.items() if size % tensor)
+    if undivided:
+        raise ConfigError(f"mesh axis tensor {tensor} does not divide {undivided}")
     return data, tensor
 
 
@@ -144,11 +145,11 @@ def shardings(mesh: Mesh, tree: Tree, name: str = "") -> Tree:
     name: of the tree itself, if the names inside do not say where an array lies: "pool", "live".
     """
 
-    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         keys = [str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path]
         return sharding_of(mesh, ".".join([name, *keys]), leaf.shape)
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(of_leaf, tree)
 
 
 def constrain(mesh: Mesh | None, tree: Tree, name: str = "") -> Tree:

@@ -65,20 +65,6 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.weight[...], self.eps)
 
 
-class Embedding(nnx.Module):
-    """A table [V, M] with a row for every token id: the embedding, or the LM head."""
-
-    def __init__(self, rows: int, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.weight = _random(rows, size, dtype, rngs)
-
-    def __call__(self, token_ids: Int[Array, "B T"], mesh: Mesh | None) -> Float[Array, "B T M"]:
-        return look_up(mesh, self.weight[...], token_ids)
-
-    def logits(self, x: Float[Array, "*rows M"], mesh: Mesh | None) -> Float[Array, "*rows V"]:
-        """Returns the float32 products of each row with all rows of the table."""
-        return project_logits(mesh, x, self.weight[...])
-
-
 class Linear(nnx.Module):
     """x W^T without bias; W is [O, I] as in checkpoints."""
 
@@ -95,6 +81,30 @@ class Linear(nnx.Module):
         """Returns stream + x W^T and, if there is a norm, the norm of it."""
         scale = None if norm is None else Norm(norm.weight[...], norm.eps)
         return add_projected(devices.mesh, stream, x, self.weight[...], scale, devices.links)
+
+
+def project(x: Array, *linears: Linear, mesh: Mesh | None) -> tuple[Array, ...]:
+    """Returns x through each of the linear maps; few rows take one launch."""
+    return project_columns(mesh, x, *(linear.weight[...] for linear in linears))
+
+
+def swiglu(x: Array, gate: Linear, up: Linear, mesh: Mesh | None) -> Array:
+    """Returns silu(gate(x)) * up(x)."""
+    return project_columns(mesh, x, gate.weight[...], up.weight[...], activation="swiglu")[0]
+
+
+class Embedding(nnx.Module):
+    """A table [V, M] with a row for every token id: the embedding, or the LM head."""
+
+    def __init__(self, rows: int, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.weight = _random(rows, size, dtype, rngs)
+
+    def __call__(self, token_ids: Int[Array, "B T"], mesh: Mesh | None) -> Float[Array, "B T M"]:
+        return look_up(mesh, self.weight[...], token_ids)
+
+    def logits(self, x: Float[Array, "*rows M"], mesh: Mesh | None) -> Float[Array, "*rows V"]:
+        """Returns the float32 products of each row with all rows of the table."""
+        return project_logits(mesh, x, self.weight[...])
 
 
 class Residual(NamedTuple):
@@ -141,24 +151,14 @@ class Block(nnx.Module):
     ) -> tuple[Residual, Carry]:
         """Returns the residual stream behind the layer, and the carry of its attention."""
         x, normed = residual.add(devices, self.attn_norm)
-        q, k, v = _project(normed, self.q_proj, self.k_proj, self.v_proj, mesh=devices.mesh)
+        q, k, v = project(normed, self.q_proj, self.k_proj, self.v_proj, mesh=devices.mesh)
         heads = (*x.shape[:-1], -1, self.head_dim)
         out, carry = attend(layer, q.reshape(heads), k.reshape(heads), v.reshape(heads), carry)
 
         residual = Residual(x, (out.reshape(x.shape), self.attn_out))
         x, normed = residual.add(devices, self.ff_norm)
-        hidden = _swiglu(normed, self.gate_proj, self.up_proj, mesh=devices.mesh)
+        hidden = swiglu(normed, self.gate_proj, self.up_proj, mesh=devices.mesh)
         return Residual(x, (hidden, self.down_proj)), carry
-
-
-def _project(x: Array, *linears: Linear, mesh: Mesh | None) -> tuple[Array, ...]:
-    """Returns x through each of the linear maps; few rows take one launch."""
-    return project_columns(mesh, x, *(linear.weight[...] for linear in linears))
-
-
-def _swiglu(x: Array, gate: Linear, up: Linear, mesh: Mesh | None) -> Array:
-    """Returns silu(gate(x)) * up(x)."""
-    return project_columns(mesh, x, gate.weight[...], up.weight[...], activation="swiglu")[0]
 
 
 class Links(nnx.Variable):

@@ -85,8 +85,8 @@ def test_missing_file(tmp_path):
 NORMS_AND_BIASES = "attention_layer_norm include_qkv_bias bias_for_layer_norm input_emb_norm"
 # Values of config.json's keys that are not implemented.
 NOT_IMPLEMENTED = {
-    **dict.fromkeys([*NORMS_AND_BIASES.split(), "scale_logits", "multi_query_attention"], [True]),
-    **dict.fromkeys(["rope", "rope_full_precision", "layer_norm_with_affine"], [False]),
+    **dict.fromkeys([*NORMS_AND_BIASES.split(), "scale_logits", "multi_query_attention"], (True,)),
+    **dict.fromkeys(["rope", "rope_full_precision", "layer_norm_with_affine"], (False,)),
     "model_type": ["llama", "Dream"],
     "architectures": [["LlamaForCausalLM"], ["LLaDAModelLM", "Other"]],
     "block_type": ["sequential"],

@@ -127,26 +127,20 @@ class RopeScaling:
 
 
 # The values of config.json that are implemented; a key may be absent or null. Others are refused.
+_BIASES = ("include_bias", "include_qkv_bias", "bias_for_layer_norm")
+_NORMS = ("attention_layer_norm", "input_emb_norm")
 _FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("llada",),
     "architectures": (["LLaDAModelLM"],),
     "block_type": ("llama",),
+    "block_group_size": (1,),
     "activation_type": ("silu",),
     "layer_norm_type": ("rms",),
-    "rope": (True,),
-    "rope_full_precision": (True,),
-    "rope_parameters": (),  # transformers' newer spelling of rope_theta and rope_scaling in one
-    "alibi": (False,),
-    "attention_layer_norm": (False,),
-    "include_bias": (False,),
-    "include_qkv_bias": (False,),
-    "bias_for_layer_norm": (False,),
-    "scale_logits": (False,),
-    "input_emb_norm": (False,),
-    "clip_qkv": (),
-    "layer_norm_with_affine": (True,),
-    "block_group_size": (1,),
+    **dict.fromkeys(("layer_norm_with_affine", "rope", "rope_full_precision"), (True,)),
+    **dict.fromkeys((*_BIASES, *_NORMS, "alibi", "scale_logits"), (False,)),
     "multi_query_attention": (False,),
+    "clip_qkv": (),
+    "rope_parameters": (),  # transformers' newer spelling of rope_theta and rope_scaling in one
 }
 _SIZES = ["d_model", "n_layers", "n_heads", "mlp_hidden_size", "vocab_size", "max_sequence_length"]
 # Keys that config.json must have, and those whose default is the value of another key.
@@ -200,18 +194,19 @@ class ModelConfig:
         )
         tying = self.weight_tying
         require(isinstance(tying, bool), f"weight_tying must be true or false, got {tying!r}")
-        for name in ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id"):
-            value = getattr(self, name)
-            valid = is_index(value, rows) or (value is None and name == "bos_token_id")
-            require(valid, f"{name} {value!r} is outside the embedding of {rows} rows")
+        message = f"{{}} {{!r}} is outside the embedding of {rows} rows"
+        token_id = Rule(message, lambda x: is_index(x, rows))
+        names = ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id")
+        validate(self, dict.fromkeys(names, token_id))
 
     @property
     def head_dim(self) -> int:
+        """The size of a head, D."""
         return self.d_model // self.n_heads
 
     @classmethod
     def llada_8b(cls) -> ModelConfig:
-        """LLaDA-8B-Base, LLaDA-8B-Instruct and LLaDA-1.5."""
+        """Returns the config of LLaDA-8B-Base, LLaDA-8B-Instruct and LLaDA-1.5."""
         return cls(
             d_model=4096,
             n_layers=32,
@@ -225,7 +220,7 @@ class ModelConfig:
 
     @classmethod
     def ultrallada_8b(cls) -> ModelConfig:
-        """LLaDA-8B stretched to 131,072 tokens by UltraLLaDA's diffusion-aware NTK base.
+        """Returns LLaDA-8B stretched to 131,072 tokens by UltraLLaDA's diffusion-aware NTK base.
 
         Base = (T' / 2pi)^(D / d_crit), d_crit = 2 ceil(D/2 log_b(T / 2pi)), with T = 2 * 4096 and
         T' = 2 * 131072: attention sees both directions, so each length counts twice
@@ -240,7 +235,7 @@ class ModelConfig:
 
     @classmethod
     def tiny(cls) -> ModelConfig:
-        """Two layers with grouped KV heads, for tests and examples."""
+        """Returns two layers with grouped KV heads, for tests and examples."""
         return cls(
             d_model=64,
             n_layers=2,

@@ -6,8 +6,7 @@ Every class here is hashable, so that it can be a static argument of a jitted fu
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import InitVar
 from types import EllipsisType
 from typing import Any, Literal, TypeVar, get_args
@@ -17,12 +16,17 @@ from pdllm_jax.method.encodings import ENCODINGS, BridgeTokens, Encoding
 from pdllm_jax.method.sampling import CONFIDENCES, Factor, Schedule, Threshold, Unmask
 from pdllm_jax.method.scorers import SCORERS, AllScorer, Scorer
 from pdllm_jax.network.config import (
+    AT_LEAST_0,
+    POSITIVE,
+    SHARE,
+    SIZE,
     ConfigError,
     ModelConfig,
     RopeScaling,
-    is_number,
+    is_index,
+    one_of,
     require,
-    size,
+    validate,
 )
 
 __all__ = [
@@ -33,17 +37,6 @@ __all__ = [
     "RopeScaling",
     "SelectionConfig",
 ]
-
-
-def _one_of(name: str, value: Any, known: Iterable[str]) -> None:
-    require(value in known, f"{name} {value!r} is not known ({', '.join(known)})")
-
-
-def _number(name: str, value: Any) -> None:
-    require(
-        is_number(value) and 0 <= value < math.inf,
-        f"{name} must be a number of at least 0, got {value!r}",
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +51,13 @@ class ChunkConfig:
     overlap: int = 0
 
     def __post_init__(self) -> None:
-        size("chunk_size", self.chunk_size)
-        require(
-            isinstance(self.overlap, int) and self.overlap >= 0,
-            f"overlap must not be negative, got {self.overlap!r}",
-        )
+        validate(self, {"chunk_size": SIZE})
+        overlap = self.overlap
+        require(is_index(overlap), f"overlap must be an integer of at least 0, got {overlap!r}")
         require(
             self.stride > 0,
             f"chunk_size {self.chunk_size} leaves no new token beside "
-            f"{'the anchor and ' if self.anchors else ''}an overlap of {self.overlap}",
+            f"{'the anchor and ' if self.anchors else ''}an overlap of {overlap}",
         )
 
     @property
@@ -88,7 +79,7 @@ _OPTIONS = {
 def _choose(
     kind: str, table: Mapping[str, type[Choice]], value: str | Choice, options: dict[str, Any]
 ) -> Choice:
-    """The object behind a name, with these options of its own; `...` leaves one as it is."""
+    """Returns the object of a name, with these options; an option `...` is not changed."""
     if isinstance(value, str):
         require(value in table, f"{kind} {value!r} is not known ({', '.join(table)})")
         value = table[value]()
@@ -104,7 +95,7 @@ def _choose(
 
 
 def fields_of(value: Any) -> tuple[dataclasses.Field[Any], ...]:
-    """The options of a scorer or an encoding; none where it is not a dataclass."""
+    """Returns the options of a scorer or an encoding: the fields of a dataclass, else ()."""
     return dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
 
 
@@ -163,18 +154,13 @@ class SelectionConfig:
         object.__setattr__(self, "scorer", scorer)
         chosen = _choose("encoding", ENCODINGS, self.encoding, encoding)
         object.__setattr__(self, "encoding", chosen)
-        for name in ("top_k", "encode_batch"):
-            size(name, getattr(self, name))
-        for name in ("max_k", "keep_tokens"):
-            if getattr(self, name) is not None:
-                size(name, getattr(self, name))
-        _one_of("positions", self.positions, get_args(Positions))
-        _one_of("reselect", self.reselect, get_args(Reselect))
+        sizes = dict.fromkeys(("top_k", "encode_batch", "max_k", "keep_tokens"), SIZE)
+        places, times = one_of(get_args(Positions)), one_of(get_args(Reselect))
+        validate(self, {**sizes, "positions": places, "reselect": times, "margin": AT_LEAST_0})
         require(
             self.max_k is None or self.max_k >= self.top_k,
             f"max_k {self.max_k} is less than top_k {self.top_k}",
         )
-        _number("margin", self.margin)
         require(self.max_k is not None or self.margin == 0, "margin needs max_k")
         require(
             self.reselect == "never" or self.scorer.reads_document,
@@ -282,8 +268,8 @@ class DecodeConfig:
       (logits [T, V], tokens [T], key) -> log confidence [T], finite.
     threshold: unmask every slot with at least this confidence, and always the best one.
     factor: Fast-dLLM's factor rule (arXiv 2505.22618); excludes threshold.
-    unmask: a rule of one's own instead of steps, threshold and factor: a function (log confidence
-      [G], -inf where a slot is no candidate; evaluations made in the block, int32) -> bool [G]. A
+    unmask: a custom rule that replaces steps, threshold and factor: a function (log confidence [G],
+      -inf for slots that are not candidates; evaluations made in the block, int32) -> bool [G]. A
       block ends when nothing is masked, or after block_length evaluations. Both functions are
       traced and static under jit: hashable, and the same object for the same rule, or every call
       compiles anew. A snapshot cannot hold them.
@@ -307,52 +293,33 @@ class DecodeConfig:
     unmask: Unmask | None = None
 
     def __post_init__(self) -> None:
-        size("gen_length", self.gen_length)
-        size("block_length", self.block_length)
+        if not callable(self.remasking):
+            validate(self, {"remasking": one_of(CONFIDENCES)})
+            object.__setattr__(self, "remasking", CONFIDENCES[self.remasking]())
+        validate(self, dict.fromkeys(("gen_length", "block_length", "steps"), SIZE))
+        validate(self, {"temperature": AT_LEAST_0, "threshold": SHARE, "factor": POSITIVE})
+        validate(self, {"guidance": AT_LEAST_0, "recompute": one_of(get_args(Recompute))})
         require(
             self.gen_length % self.block_length == 0,
             f"block_length {self.block_length} does not divide gen_length {self.gen_length}",
         )
-        if self.steps is not None:
-            size("steps", self.steps)
-            require(
-                self.steps % self.n_blocks == 0,
-                f"steps {self.steps} is not a multiple of the number of blocks {self.n_blocks}",
-            )
-        _number("temperature", self.temperature)
-        if not callable(self.remasking):
-            _one_of("remasking", self.remasking, CONFIDENCES)
-            object.__setattr__(self, "remasking", CONFIDENCES[self.remasking]())
         require(
-            self.threshold is None or self.factor is None, "threshold and factor exclude each other"
+            (self.steps or 0) % self.n_blocks == 0,
+            f"steps {self.steps} is not a multiple of the number of blocks {self.n_blocks}",
         )
+        given = [x is not None for x in (self.steps, self.threshold, self.factor)]
+        require(not all(given[1:]), "threshold and factor exclude each other")
         if self.unmask is not None:
             require(callable(self.unmask), f"unmask must be a function, got {self.unmask!r}")
-            require(
-                self.steps is None and self.threshold is None and self.factor is None,
-                "unmask excludes steps, threshold and factor",
-            )
-        if self.threshold is not None:
-            require(
-                is_number(self.threshold) and 0 < self.threshold <= 1,
-                f"threshold must lie in (0, 1], got {self.threshold!r}",
-            )
-        if self.factor is not None:
-            require(
-                is_number(self.factor) and 0 < self.factor < math.inf,
-                f"factor must be a positive number, got {self.factor!r}",
-            )
-        _number("guidance", self.guidance)
+            require(not any(given), "unmask excludes steps, threshold and factor")
+        stops = self.stop_ids
         require(
-            isinstance(self.stop_ids, tuple)
-            and all(isinstance(x, int) and not isinstance(x, bool) for x in self.stop_ids)
-            and all(0 <= x < 1 << 31 for x in self.stop_ids),
-            f"stop_ids must be a tuple of token ids, got {self.stop_ids!r}",
+            isinstance(stops, tuple) and all(map(is_index, stops)),
+            f"stop_ids must be a tuple of token ids, got {stops!r}",
         )
-        _one_of("recompute", self.recompute, get_args(Recompute))
         require(
             self.guidance == 0 or self.recompute == "response",
-            "guidance needs recompute='response'",
+            f"guidance needs recompute='response', got {self.recompute!r}",
         )
 
     @property

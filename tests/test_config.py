@@ -82,36 +82,27 @@ def test_missing_file(tmp_path):
         ModelConfig.from_file(tmp_path / "config.json")
 
 
+NORMS_AND_BIASES = "attention_layer_norm include_qkv_bias bias_for_layer_norm input_emb_norm"
+# Values of config.json's keys that are not implemented.
+NOT_IMPLEMENTED = {
+    **dict.fromkeys([*NORMS_AND_BIASES.split(), "scale_logits", "multi_query_attention"], (True,)),
+    **dict.fromkeys(["rope", "rope_full_precision", "layer_norm_with_affine"], (False,)),
+    "model_type": ["llama", "Dream"],
+    "architectures": [["LlamaForCausalLM"], ["LLaDAModelLM", "Other"]],
+    "block_type": ["sequential"],
+    "activation_type": ["swiglu", "gelu"],
+    "layer_norm_type": ["default", "gemma_rms"],
+    # "false" and [] are not booleans: no LLaDA checkpoint says so.
+    "alibi": [True, "false"],
+    "include_bias": [True, []],
+    "clip_qkv": [8.0],
+    "rope_parameters": [{"rope_type": "yarn", "factor": 4.0, "rope_theta": 500000.0}],
+    "block_group_size": [4],
+}
+
+
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("model_type", "llama"),
-        ("model_type", "Dream"),
-        ("architectures", ["LlamaForCausalLM"]),
-        ("architectures", ["LLaDAModelLM", "Other"]),
-        ("block_type", "sequential"),
-        ("activation_type", "swiglu"),
-        ("activation_type", "gelu"),
-        ("layer_norm_type", "default"),
-        ("layer_norm_type", "gemma_rms"),
-        ("layer_norm_with_affine", False),
-        ("rope", False),
-        ("rope_full_precision", False),
-        ("alibi", True),
-        ("attention_layer_norm", True),
-        ("include_bias", True),
-        ("include_qkv_bias", True),
-        ("bias_for_layer_norm", True),
-        ("scale_logits", True),
-        ("input_emb_norm", True),
-        ("clip_qkv", 8.0),
-        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500000.0}),
-        ("block_group_size", 4),
-        ("multi_query_attention", True),
-        # 1 is not true here, nor 0 false: a config that says so was not written by its makers.
-        ("alibi", "false"),
-        ("include_bias", []),
-    ],
+    ("key", "value"), [(key, value) for key, values in NOT_IMPLEMENTED.items() for value in values]
 )
 def test_what_is_not_implemented_is_refused_by_name(key, value):
     with pytest.raises(ConfigError, match=f"not implemented.*{key}="):
@@ -124,13 +115,10 @@ def test_all_refusals_come_at_once():
     assert all(key in str(error.value) for key in ("alibi", "include_bias", "block_type"))
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        "d_model", "n_heads", "n_layers", "vocab_size", "mask_token_id", "max_sequence_length",
-        "rope_theta",
-    ],
-)  # fmt: skip
+REQUIRED = "d_model n_heads n_layers vocab_size mask_token_id max_sequence_length rope_theta"
+
+
+@pytest.mark.parametrize("key", REQUIRED.split())
 def test_missing_keys_are_named(key):
     with pytest.raises(ConfigError, match=key):
         ModelConfig.from_dict(without(key))
@@ -138,60 +126,139 @@ def test_missing_keys_are_named(key):
         read(**{key: None})
 
 
-def test_keys_with_a_default():
-    assert ModelConfig.from_dict(without("embedding_size")).embedding_size == 126464
-    assert ModelConfig.from_dict(without("n_kv_heads")).n_kv_heads == 32
-    assert read(n_kv_heads=None).n_kv_heads == 32
-    assert ModelConfig.from_dict(without("weight_tying")).weight_tying is False
-    assert ModelConfig.from_dict(without("rms_norm_eps")).rms_norm_eps == 1e-5
-    assert ModelConfig.from_dict(without("pad_token_id")).pad_token_id == 126081
-    assert ModelConfig.from_dict(without("eos_token_id")).eos_token_id == 126081
-    assert read(mlp_hidden_size=None).mlp_hidden_size == 16384
-    with pytest.raises(ConfigError, match="mlp_ratio"):
+def test_all_missing_keys_come_at_once():
+    with pytest.raises(ConfigError) as error:
+        ModelConfig.from_dict(without("n_layers", "rope_theta", "eos_token_id", "pad_token_id"))
+    assert str(error.value) == "config.json lacks n_layers, rope_theta, eos_token_id"
+
+
+@pytest.mark.parametrize(
+    ("key", "default"),
+    [
+        ("embedding_size", 126464),
+        ("n_kv_heads", 32),
+        ("weight_tying", False),
+        ("rms_norm_eps", 1e-5),
+        ("pad_token_id", 126081),
+        ("eos_token_id", 126081),
+        ("mlp_hidden_size", 16384),  # mlp_ratio 4 times d_model
+    ],
+)
+def test_keys_with_a_default(key, default):
+    assert getattr(ModelConfig.from_dict(without(key)), key) == default
+    if key not in ("weight_tying", "rms_norm_eps"):
+        assert getattr(read(**{key: None}), key) == default
+
+
+def test_the_size_of_the_mlp_is_needed_in_one_of_two_ways():
+    with pytest.raises(ConfigError, match="lacks mlp_hidden_size or mlp_ratio"):
         ModelConfig.from_dict(without("mlp_hidden_size", "mlp_ratio"))
 
 
-@pytest.mark.parametrize(
-    "key",
-    ["d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "vocab_size",
-     "embedding_size", "max_sequence_length"],
-)  # fmt: skip
-@pytest.mark.parametrize("value", [0, -1, 2.5, "8", True, [8], float("nan")])
-def test_sizes_that_are_no_sizes(key, value):
-    with pytest.raises(ConfigError) as error:
-        read(**{key: value})
-    assert key in str(error.value)
+NO_SIZES = [0, -1, 2.5, "8", True, [8], math.nan, 1 << 31]
+SIZES = "d_model n_layers n_heads n_kv_heads mlp_hidden_size vocab_size embedding_size"
+# Wrong values of single settings, by what reads them.
+WRONG_VALUES = {
+    read: {
+        **dict.fromkeys([*SIZES.split(), "max_sequence_length"], NO_SIZES),
+        "mask_token_id": [126464],
+        "eos_token_id": [-1],
+        "pad_token_id": ["x"],
+        "bos_token_id": [1.0],
+        "rope_theta": [0, "10000", math.inf, 10**400],
+        "rms_norm_eps": [-1e-5, math.nan, None],
+        "weight_tying": ["yes", None],
+    },
+    ChunkConfig: {"chunk_size": [0, -4, 10.0, True], "overlap": [-1, 0.5, True]},
+    SelectionConfig: {
+        "top_k": [0, -1, 1.5],
+        "max_k": [0],
+        "margin": [-1.0, math.nan],
+        "scorer": ["entropy", 3],
+        "encoding": ["causal"],
+        "positions": ["relative", ["reuse"]],
+        "reselect": ["always"],
+        "masked_copies": [0],
+        "draft_length": [0],
+        "draft_steps": [0],
+        "encode_batch": [0],
+        "keep_tokens": [0],
+    },
+    DecodeConfig: {
+        "gen_length": [0, -32],
+        "block_length": [0],
+        "steps": [0],
+        "temperature": [-0.1, math.nan, math.inf, "0"],
+        "remasking": ["topk", ["random"]],
+        "threshold": [0.0, 1.1, math.nan],
+        "factor": [0.0, math.inf],
+        "guidance": [-1.0],
+        "stop_ids": [[1], (-1,), (True,)],
+        "recompute": ["all"],
+        "unmask": ["schedule"],
+    },
+}
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("make", "key", "value"),
     [
-        ({"n_heads": 33}, "d_model 4096 is not a multiple of n_heads 33"),
-        ({"n_kv_heads": 5}, "n_heads 32 is not a multiple of n_kv_heads 5"),
-        ({"n_kv_heads": 64}, "n_kv_heads 64"),
-        ({"d_model": 32 * 33, "n_heads": 32}, "head size 33 must be even"),
-        ({"embedding_size": 126463}, "embedding_size 126463 is smaller than vocab_size 126464"),
-        ({"vocab_size": 126336, "embedding_size": 126336}, "mask_token_id 126336"),
-        ({"mask_token_id": 126464}, "mask_token_id 126464"),
-        ({"eos_token_id": -1}, "eos_token_id -1"),
-        ({"pad_token_id": "x"}, "pad_token_id 'x'"),
-        ({"bos_token_id": 1.0}, "bos_token_id 1.0"),
-        ({"rope_theta": 0}, "rope_theta"),
-        ({"rope_theta": "10000"}, "rope_theta"),
-        ({"rope_theta": math.inf}, "rope_theta"),
-        ({"rope_theta": 10**400}, "rope_theta"),
-        ({"rms_norm_eps": -1e-5}, "rms_norm_eps"),
-        ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
-        ({"weight_tying": "yes"}, "weight_tying"),
-        ({"mlp_hidden_size": None, "mlp_ratio": "4"}, "mlp_ratio"),
-        ({"mlp_hidden_size": None, "mlp_ratio": math.inf}, "mlp_"),
-        ({"mlp_hidden_size": None, "mlp_ratio": 10**400}, "mlp_"),
-        ({"mlp_hidden_size": None, "mlp_ratio": -4}, "mlp_"),
+        (make, key, value)
+        for make, keys in WRONG_VALUES.items()
+        for key, values in keys.items()
+        for value in values
     ],
 )
-def test_contradictions_are_named(changes, message):
+def test_a_wrong_value_is_refused_with_its_name(make, key, value):
     with pytest.raises(ConfigError) as error:
-        read(**changes)
+        make(**{key: value})
+    assert str(error.value).startswith(key + " ")
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [
+        (read, {"n_heads": 33}, "d_model 4096 is not a multiple of n_heads 33"),
+        (read, {"n_kv_heads": 5}, "n_heads 32 is not a multiple of n_kv_heads 5"),
+        (read, {"n_kv_heads": 64}, "n_kv_heads 64"),
+        (read, {"d_model": 32 * 33, "n_heads": 32}, "head size 33 must be even"),
+        (
+            read,
+            {"embedding_size": 126463},
+            "embedding_size 126463 is smaller than vocab_size 126464",
+        ),
+        (read, {"vocab_size": 126336, "embedding_size": 126336}, "mask_token_id 126336"),
+        (read, {"mlp_hidden_size": None, "mlp_ratio": "4"}, "mlp_ratio"),
+        (read, {"mlp_hidden_size": None, "mlp_ratio": math.inf}, "mlp_ratio"),
+        (read, {"mlp_hidden_size": None, "mlp_ratio": 10**400}, "mlp_ratio"),
+        (read, {"mlp_hidden_size": None, "mlp_ratio": -4}, "mlp_hidden_size"),
+        (ChunkConfig, {"chunk_size": 1}, "chunk_size 1"),
+        (ChunkConfig, {"chunk_size": 8, "overlap": 7}, "overlap of 7"),
+        (ChunkConfig, {"chunk_size": 8, "overlap": 8, "anchors": False}, "overlap of 8"),
+        (
+            SelectionConfig,
+            {"draft_length": 2, "draft_steps": 3},
+            "draft_steps must be at most draft_length 2, got 3",
+        ),
+        (SelectionConfig, {"max_k": 2}, "max_k 2 is less than top_k 4"),
+        (SelectionConfig, {"margin": 1.0}, "margin needs max_k"),
+        (DecodeConfig, {"gen_length": 40}, "block_length 32 does not divide gen_length 40"),
+        (DecodeConfig, {"gen_length": 16}, "block_length 32 does not divide gen_length 16"),
+        (
+            DecodeConfig,
+            {"gen_length": 64, "steps": 7},
+            "steps 7 is not a multiple of the number of blocks 2",
+        ),
+        (DecodeConfig, {"threshold": 0.9, "factor": 1.0}, "exclude each other"),
+        (DecodeConfig, {"unmask": max, "steps": 32}, "unmask excludes steps"),
+        (DecodeConfig, {"guidance": -1.0, "recompute": "response"}, "guidance"),
+        (DecodeConfig, {"guidance": 1.0}, "guidance needs recompute='response'"),
+    ],
+)
+def test_contradictions_are_named(make, settings, message):
+    with pytest.raises(ConfigError) as error:
+        make(**settings)
     assert message in str(error.value)
 
 
@@ -202,6 +269,9 @@ def test_tying_and_grouping_are_read(tying):
     assert config.n_kv_heads == 8
 
 
+YARN = {"rope_type": "yarn", "factor": 2.0}
+
+
 @pytest.mark.parametrize("key", ["rope_type", "type"])
 def test_rope_scaling_kinds(key):
     assert read(rope_scaling=None).rope_scaling is None
@@ -209,17 +279,9 @@ def test_rope_scaling_kinds(key):
     linear = read(rope_scaling={key: "linear", "factor": 4}).rope_scaling
     assert (linear.kind, linear.factor) == ("linear", 4)
     assert read(rope_scaling={key: "ntk", "factor": 8.0}).rope_scaling.kind == "ntk"
-    yarn = read(
-        rope_scaling={
-            key: "yarn",
-            "factor": 16.0,
-            "original_max_position_embeddings": 2048,
-            "attention_factor": 1.1,
-            "beta_fast": 24,
-            "beta_slow": 2,
-        }
-    ).rope_scaling
-    assert yarn == RopeScaling("yarn", 16.0, 2048, 1.1, 24, 2)
+    yarn = {key: "yarn", "factor": 16.0, "original_max_position_embeddings": 2048}
+    yarn |= {"attention_factor": 1.1, "beta_fast": 24, "beta_slow": 2}
+    assert read(rope_scaling=yarn).rope_scaling == RopeScaling("yarn", 16.0, 2048, 1.1, 24, 2)
     assert read(rope_scaling={key: "linear", "factor": 4, "rope_theta": 5e5}).rope_scaling == linear
     assert read(rope_scaling={key: "yarn", "factor": 2.0}).rope_scaling == RopeScaling(
         "yarn", 2.0, 4096
@@ -229,22 +291,16 @@ def test_rope_scaling_kinds(key):
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [
-        ({"rope_type": "dynamic", "factor": 2.0}, "dynamic"),
-        ({"rope_type": "longrope", "factor": 2.0}, "longrope"),
-        ({"rope_type": "llama3", "factor": 8.0}, "llama3"),
-        ({"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}, "mscale"),
-        ({"rope_type": "yarn", "factor": 2.0, "truncate": False}, "truncate"),
+        *(({"rope_type": kind, "factor": 2.0}, kind) for kind in ("dynamic", "longrope", "llama3")),
+        *(({"rope_type": "linear", "factor": x}, "factor") for x in (0.5, "2", math.inf, 10**400)),
+        *(({**YARN, key: 1.0}, key) for key in ("mscale", "truncate")),
         ({"rope_type": "linear"}, "factor"),
-        ({"rope_type": "linear", "factor": 0.5}, "factor"),
-        ({"rope_type": "linear", "factor": "2"}, "factor"),
-        ({"rope_type": "linear", "factor": math.inf}, "factor"),
-        ({"rope_type": "linear", "factor": 10**400}, "factor"),
         ({"rope_type": "linear", "factor": 2, "two\nlines": 1}, r"'two\nlines'"),
         ({"rope_type": "linear", "factor": True}, "factor"),
-        ({"rope_type": "yarn", "factor": 2, "beta_fast": 0}, "beta_fast"),
-        ({"rope_type": "yarn", "factor": 2, "beta_slow": "1"}, "beta_slow"),
-        ({"rope_type": "yarn", "factor": 2, "attention_factor": -1}, "attention_factor"),
-        ({"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": -4}, "original"),
+        ({**YARN, "beta_fast": 0}, "beta_fast"),
+        ({**YARN, "beta_slow": "1"}, "beta_slow"),
+        ({**YARN, "attention_factor": -1}, "attention_factor"),
+        ({**YARN, "original_max_position_embeddings": -4}, "original"),
         ({"rope_type": ["linear"], "factor": 2.0}, "linear"),
         ({"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}, "rope_theta 1000000.0"),
         ("linear", "rope_scaling"),
@@ -305,50 +361,6 @@ def test_chunk_stride(settings, stride):
     assert ChunkConfig(**settings).stride == stride
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"chunk_size": 0}, "chunk_size"),
-        ({"chunk_size": -4}, "chunk_size"),
-        ({"chunk_size": 10.0}, "chunk_size"),
-        ({"chunk_size": True}, "chunk_size"),
-        ({"chunk_size": 1}, "chunk_size 1"),
-        ({"chunk_size": 8, "overlap": 7}, "overlap of 7"),
-        ({"chunk_size": 8, "overlap": 8, "anchors": False}, "overlap of 8"),
-        ({"overlap": -1}, "overlap"),
-        ({"overlap": 0.5}, "overlap"),
-    ],
-)
-def test_chunk_config_refuses(settings, message):
-    with pytest.raises(ConfigError) as error:
-        ChunkConfig(**settings)
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"top_k": 0}, "top_k"),
-        ({"top_k": -1}, "top_k"),
-        ({"top_k": 1.5}, "top_k"),
-        ({"scorer": "entropy"}, "scorer 'entropy'"),
-        ({"encoding": "causal"}, "encoding 'causal'"),
-        ({"masked_copies": 0}, "masked_copies"),
-        ({"draft_length": 0}, "draft_length"),
-        ({"draft_steps": 0}, "draft_steps"),
-        (
-            {"draft_length": 2, "draft_steps": 3},
-            "draft_steps must be at most draft_length 2, got 3",
-        ),
-        ({"encode_batch": 0}, "encode_batch"),
-    ],
-)
-def test_selection_config_refuses(settings, message):
-    with pytest.raises(ConfigError) as error:
-        SelectionConfig(**settings)
-    assert message in str(error.value)
-
-
 def test_selection_config_accepts_leave_one_out():
     assert SelectionConfig(masked_copies=None).scorer.masked_copies is None
 
@@ -357,40 +369,6 @@ def test_decode_config_counts():
     assert DecodeConfig(gen_length=96, block_length=32).n_blocks == 3
     assert DecodeConfig(gen_length=96, block_length=32).steps_per_block == 32
     assert DecodeConfig(gen_length=96, block_length=32, steps=12).steps_per_block == 4
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"gen_length": 0}, "gen_length"),
-        ({"gen_length": -32}, "gen_length"),
-        ({"block_length": 0}, "block_length"),
-        ({"gen_length": 40, "block_length": 32}, "block_length 32 does not divide gen_length 40"),
-        ({"gen_length": 16, "block_length": 32}, "block_length 32 does not divide gen_length 16"),
-        ({"steps": 0}, "steps"),
-        ({"gen_length": 64, "steps": 7}, "steps 7 is not a multiple of the number of blocks 2"),
-        ({"temperature": -0.1}, "temperature"),
-        ({"temperature": math.nan}, "temperature"),
-        ({"temperature": math.inf}, "temperature"),
-        ({"temperature": "0"}, "temperature"),
-        ({"remasking": "topk"}, "remasking 'topk'"),
-        ({"threshold": 0.0}, "threshold"),
-        ({"threshold": 1.1}, "threshold"),
-        ({"threshold": math.nan}, "threshold"),
-        ({"factor": 0.0}, "factor"),
-        ({"factor": math.inf}, "factor"),
-        ({"threshold": 0.9, "factor": 1.0}, "exclude each other"),
-        ({"guidance": -1.0, "recompute": "response"}, "guidance"),
-        ({"guidance": 1.0}, "guidance needs recompute='response'"),
-        ({"stop_ids": [1]}, "stop_ids must be a tuple"),
-        ({"stop_ids": (-1,)}, "stop_ids must be a tuple"),
-        ({"recompute": "all"}, "recompute 'all'"),
-    ],
-)
-def test_decode_config_refuses(settings, message):
-    with pytest.raises(ConfigError) as error:
-        DecodeConfig(**settings)
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -406,8 +384,8 @@ def test_decode_config_refuses(settings, message):
 )
 def test_settings_are_frozen_hashable_values(config):
     """They are static arguments of jitted functions: equal settings must not compile twice."""
-    again = dataclasses.replace(config)
-    assert again == config
-    assert hash(again) == hash(config)
+    copy = dataclasses.replace(config)
+    assert copy == config
+    assert hash(copy) == hash(config)
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(config, dataclasses.fields(config)[0].name, 1)

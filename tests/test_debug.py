@@ -1,7 +1,8 @@
-"""NaN and infinity are found where they first appear, and what the search computes is the model."""
+"""NaN and infinity are found where they first appear, and the search computes the model itself."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import generate
@@ -12,9 +13,8 @@ import pytest
 from flax import nnx
 
 from pdllm_jax.cli import commands
-from pdllm_jax.debug import _look_into, find_nonfinite, find_nonfinite_leaf
+from pdllm_jax.debug import find_nonfinite, find_nonfinite_leaf
 from pdllm_jax.network.config import ModelConfig
-from pdllm_jax.network.rope import rotation
 from pdllm_jax.network.transformer import MaskPredictor
 from tests.support.models import relative_error
 
@@ -26,43 +26,57 @@ def model() -> MaskPredictor:
     return MaskPredictor(ModelConfig.tiny(), rngs=nnx.Rngs(0))
 
 
-def test_a_sound_model_has_nothing_to_find(model):
+def test_a_finite_model_gives_none(model):
     assert find_nonfinite(model, IDS) is None
-    by = rotation(model.config, jnp.arange(len(IDS)))
-    x = model.embedding(IDS[None])
-    for block in model.blocks:
-        x, _ = _look_into(block, x, by)
-    assert relative_error(model.final_norm(x), model.encode(IDS[None])) < 1e-6
+
+
+def test_the_hook_sees_the_residual_stream_after_every_layer(model):
+    """The streams lead to the hidden rows, and hooking changes no value."""
+    streams = {}
+    hidden = model.encode(IDS[None], hook=streams.__setitem__)
+    assert list(streams) == [0, 1]
+    assert relative_error(hidden, model.encode(IDS[None])) < 1e-6
+    np.testing.assert_array_equal(model.final_norm(streams[1]), hidden)
+    del model.blocks[1]
+    assert relative_error(model.final_norm(streams[0]), model.encode(IDS[None])) < 1e-6
 
 
 def test_a_weight_is_named(model):
     weight = model.blocks[1].up_proj.weight
     weight[...] = weight[...].at[3, 4].set(jnp.nan).at[5, 6].set(jnp.inf)
-    found = find_nonfinite(model, IDS)
-    assert (found.where, found.layer) == ("blocks.1.up_proj.weight", 1)
-    assert (found.nan, found.infinite, found.size) == (1, 1, 96 * 64)
-    assert "blocks.1.up_proj.weight is the first" in str(found)
+    problem = find_nonfinite(model, IDS)
+    assert (problem.where, problem.layer) == ("blocks.1.up_proj.weight", 1)
+    assert (problem.nan, problem.infinite, problem.size) == (1, 1, 96 * 64)
+    assert "blocks.1.up_proj.weight is the first" in str(problem)
 
 
 @pytest.mark.parametrize(
-    ("scaled", "where"),
-    [
-        ("attn_norm", "attn_norm"),
-        ("q_proj", "q_proj"),
-        ("v_proj", "v_proj"),
-        ("attn_out", "attn_out"),
-        ("ff_norm", "ff_norm"),
-        ("up_proj", "swiglu"),
-        ("down_proj", "down_proj"),
-    ],
+    "scaled", ["attn_norm", "q_proj", "v_proj", "attn_out", "ff_norm", "up_proj", "down_proj"]
 )
-def test_what_a_layer_computes_is_named(model, scaled, where):
-    """Weights that are finite, and too large for what goes through them."""
-    weight = getattr(model.blocks[1], scaled).weight
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_layer_with_the_first_infinity_is_named(model, scaled, layer):
+    """Weights that are finite, but too large for the rows that they multiply."""
+    weight = getattr(model.blocks[layer], scaled).weight
     weight[...] = jnp.where(weight[...] < 0, -1.0, 1.0) * 3e38
-    found = find_nonfinite(model, IDS)
-    assert (found.where, found.layer) == (f"blocks.1.{where}", 1)
-    assert found.nan + found.infinite > 0
+    problem = find_nonfinite(model, IDS)
+    assert (problem.where, problem.layer) == (f"blocks.{layer}", layer)
+    assert problem.nan + problem.infinite > 0
+    assert problem.size == len(IDS) * 64
+    assert "jax_debug_nans" in str(problem)
+
+
+def test_the_final_norm_is_named(model):
+    model.final_norm.weight[...] = model.final_norm.weight[...] * 3e38
+    assert find_nonfinite(model, IDS).where == "final_norm"
+
+
+def test_layers_are_searched_in_their_order():
+    """Ten layers and more: their names do not sort as their numbers do."""
+    config = dataclasses.replace(ModelConfig.tiny(), n_layers=11)
+    model = MaskPredictor(config, rngs=nnx.Rngs(0))
+    weight = model.blocks[2].up_proj.weight
+    weight[...] = weight[...] * 3e38
+    assert find_nonfinite(model, IDS).where == "blocks.2"
 
 
 def test_the_head_and_a_cache(model):
@@ -73,22 +87,19 @@ def test_the_head_and_a_cache(model):
     assert find_nonfinite_leaf(jax.tree.map(jnp.abs, tree["pool"])) is None
 
 
-def test_the_command_line_says_where(tmp_path, monkeypatch, capsys):
-    """--check-nan: silent with a sound model; one line and status 2 with another."""
+def test_the_command_line_says_where(model, tmp_path, monkeypatch, capsys):
+    """--check-nan: silent with a finite model; one line and status 2 with NaN."""
     prompt = tmp_path / "ids.json"
     prompt.write_text(
         json.dumps({"prefix": [253], "context": IDS.tolist() * 2, "query": IDS[:4].tolist()})
     )
     (tmp_path / "model").mkdir()
-    made = MaskPredictor(ModelConfig.tiny(), rngs=nnx.Rngs(0))
-    monkeypatch.setattr(commands, "load", lambda args, folder: made)
-    command = [
-        "--prompt-ids", prompt, "--method", "plain", "--gen-length", 2, "--check-nan",
-    ]  # fmt: skip
-    command = list(map(str, [tmp_path / "model", *command]))
+    monkeypatch.setattr(commands, "load", lambda args, folder: model)
+    options = ["--method", "plain", "--gen-length", "2", "--check-nan"]
+    command = [str(tmp_path / "model"), "--prompt-ids", str(prompt), *options]
     assert generate.main(command) == 0
     capsys.readouterr()
-    weight = made.blocks[0].down_proj.weight
+    weight = model.blocks[0].down_proj.weight
     weight[...] = weight[...] * jnp.nan
     assert generate.main(command) == 2
     out, err = capsys.readouterr()
@@ -96,9 +107,8 @@ def test_the_command_line_says_where(tmp_path, monkeypatch, capsys):
     assert err.startswith("error: blocks.0.down_proj.weight is the first tensor that is not finite")
 
 
-def test_what_are_no_ids_is_refused():
-    made = MaskPredictor(ModelConfig.tiny(), rngs=nnx.Rngs(0))
+def test_empty_and_unknown_ids_are_refused(model):
     with pytest.raises(ValueError, match="token_ids is empty"):
-        find_nonfinite(made, [])
+        find_nonfinite(model, [])
     with pytest.raises(ValueError, match=r"token_ids\[1\] = 9999 is outside the vocabulary"):
-        find_nonfinite(made, [1, 9999])
+        find_nonfinite(model, [1, 9999])

@@ -1,9 +1,8 @@
 """Rotary position embedding: half-split layout, full precision, plain or scaled frequencies.
 
-A rotation depends on the position alone, so R(p) q . R(o + i) k = R(p - o) q . R(i) k: keys can be
-kept rotated at chunk-local positions i and serve any offset o by rotating the few query rows by
-p - o instead (shared terms: algorithm step "Positions"). Scaling changes the frequencies, and
-YaRN a common factor on both sides, neither of which touches that identity.
+Scores depend on differences of positions: R(p) q . R(o + i) k = R(p - o) q . R(i) k. So keys stay
+rotated at chunk-local positions i and serve any offset o; the few query rows are rotated by p - o
+instead. The identity holds for scaled frequencies and for YaRN's factor too. See docs/algorithm.md.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from pdllm_jax.network.config import ModelConfig, RopeScaling
 
 
 class Rotation(NamedTuple):
-    """cos and sin of the angles of some rows, each [..., T, D/2] float32."""
+    """The cos and sin of the angles of rows, each [..., T, D/2] float32."""
 
     cos: Array
     sin: Array
 
 
 def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """Angle per position of each of the D/2 planes, float64, and the factor on cos and sin."""
+    """Returns each plane's angle per position, float64 [D/2], and the factor on cos and sin."""
     dim, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
     plane = np.arange(0, dim, 2, dtype=np.float64) / dim
     if scaling is None:
@@ -39,7 +38,7 @@ def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
 
 
 def _yarn(dim: int, theta: float, scaling: RopeScaling) -> tuple[np.ndarray, float]:
-    """YaRN (arXiv 2309.00071, section 3.2): slow planes interpolated, fast ones kept, a ramp."""
+    """YaRN (arXiv 2309.00071, section 3.2): slow planes interpolated, fast ones kept, by a ramp."""
 
     def plane_of(rotations: float) -> float:
         turns = scaling.original_max_position / (rotations * 2 * math.pi)
@@ -58,7 +57,7 @@ def _yarn(dim: int, theta: float, scaling: RopeScaling) -> tuple[np.ndarray, flo
 
 
 def rotation(config: ModelConfig, positions: Int[Array, "*rows T"]) -> Rotation:
-    """Angles of rows at `positions` (any integers, negative ones too)."""
+    """Returns the rotations of rows at `positions`, which may be negative."""
     frequencies, factor = inverse_frequencies(config)
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
     return Rotation(jnp.cos(angles) * factor, jnp.sin(angles) * factor)

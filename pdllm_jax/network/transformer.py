@@ -1,17 +1,15 @@
-"""The network's small parts: linear maps in PyTorch layout, RMSNorm, SwiGLU.
+"""The mask predictor, LLaDA's network, as Flax NNX modules: plain pytrees for jax.jit.
 
-LLaDA as a Flax NNX module: stateless, a plain pytree for jax.jit.
-
-The network has one form. What differs between a full forward, the encoding of chunks, the scoring
-of masked query copies and a denoising step is only where attention reads its keys and values, so
-`LLaDA.run` takes that as a function and threads a carry (a cache, say) through the layers.
+The network has one form. A full forward, the encoding of chunks, the scoring of masked query copies
+and a denoising step differ only in where attention reads its keys and values. So
+`MaskPredictor.run` takes attention as a function, and hands a carry (a cache, say) from layer to
+layer.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +18,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import AllReduceImplementation, Norm, matmul, peer_problem, peer_table
+from pallas_kernels import AllReduceImplementation, Norm, peer_problem, peer_table
 from pallas_kernels.common import rms_norm
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.rope import rotate, rotation
@@ -33,81 +31,31 @@ from pdllm_jax.network.sharding import (
     mesh_sizes,
     place,
     project_columns,
-    project_whole,
+    project_logits,
 )
 
-
-def project(
-    x: Float[Array, "*rows I"], weight: Float[Array, "O I"], dtype: DTypeLike | None = None
-) -> Float[Array, "*rows O"]:
-    """x W^T with float32 accumulation; `dtype` of the result, x's by default.
-
-    float32 weights ask for true float32 products: the default on GPUs would be tf32.
-    """
-    precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        x,
-        weight,
-        (((x.ndim - 1,), (1,)), ((), ())),
-        precision=precision,
-        preferred_element_type=x.dtype if dtype is None else dtype,
-    )
+Carry = TypeVar("Carry")
+# (layer, q [B, T, H, D], k [B, T, G, D], v [B, T, G, D], carry) -> (out [B, T, H, D], carry).
+# q and k arrive unrotated.
+Attend = Callable[[int, Array, Array, Array, Any], tuple[Array, Any]]
+# (layer, the residual stream after it [B, T, M]); called while the network is traced.
+StreamHook = Callable[[int, Array], None]
 
 
-class Linear(nnx.Module):
-    """y = x W^T without bias; W is [out, in] as in the checkpoints, so nothing is transposed."""
+class Devices(NamedTuple):
+    """Where a layer runs: the mesh and the peer table of its sums, see `MaskPredictor`."""
 
-    def __init__(self, size_in: int, size_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        scale = size_in**-0.5
-        values = jax.random.normal(rngs.params(), (size_out, size_in), jnp.float32) * scale
-        self.weight = nnx.Param(values.astype(dtype))
-
-    def __call__(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
-        return matmul(x, self.weight[...])[0]
+    mesh: Mesh | None
+    links: Array | None
 
 
-def project_all(
-    x: Float[Array, "*rows I"], *linears: Linear, mesh: Mesh | None = None
-) -> tuple[Float[Array, "*rows O"], ...]:
-    """x through each of them; where rows are few, in one launch."""
-    return project_columns(mesh, x, *(linear.weight[...] for linear in linears))
-
-
-def swiglu(
-    x: Float[Array, "*rows I"], gate: Linear, up: Linear, mesh: Mesh | None = None
-) -> Float[Array, "*rows O"]:
-    """silu(gate(x)) * up(x)."""
-    weights = gate.weight[...], up.weight[...]
-    return project_columns(mesh, x, *weights, activation="swiglu")[0]
-
-
-def add_to_stream(
-    stream: Float[Array, "*rows M"],
-    x: Float[Array, "*rows I"],
-    linear: Linear,
-    norm: RMSNorm | None,
-    mesh: Mesh | None = None,
-    links: Array | None = None,
-) -> tuple[Float[Array, "*rows M"], Float[Array, "*rows M"]]:
-    """stream + linear(x), and its norm, by default itself."""
-    by = None if norm is None else Norm(norm.weight[...], norm.eps)
-    found = add_projected(mesh, stream, x, linear.weight[...], by, links)
-    return found[0], found[-1]
-
-
-class Embedding(nnx.Module):
-    """Token embedding [E, M]."""
-
-    def __init__(self, rows: int, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        values = jax.random.normal(rngs.params(), (rows, size), jnp.float32) * size**-0.5
-        self.weight = nnx.Param(values.astype(dtype))
-
-    def __call__(self, token_ids: Array, mesh: Mesh | None = None) -> Float[Array, "*rows M"]:
-        return look_up(mesh, self.weight[...], token_ids)
+def _random(rows: int, columns: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param:
+    values = jax.random.normal(rngs.params(), (rows, columns), jnp.float32) * columns**-0.5
+    return nnx.Param(values.astype(dtype))
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm: float32 inside, cast back, then scaled by the weight."""
+    """Root-mean-square norm: float32 inside, cast back, then scaled by the weight [M]."""
 
     def __init__(self, size: int, eps: float, *, dtype: DTypeLike):
         self.weight = nnx.Param(jnp.ones((size,), dtype))
@@ -117,17 +65,72 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.weight[...], self.eps)
 
 
-Carry = TypeVar("Carry")
-# (layer, q [B, T, H, D], k [B, T, G, D], v [B, T, G, D], carry) -> (out [B, T, H, D], carry).
-# q and k arrive unrotated.
-Attend = Callable[[int, Array, Array, Array, Any], tuple[Array, Any]]
+class Linear(nnx.Module):
+    """x W^T without bias; W is [O, I] as in checkpoints."""
+
+    def __init__(self, size_in: int, size_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.weight = _random(size_out, size_in, dtype, rngs)
+
+    def add_to(
+        self,
+        stream: Float[Array, "B T O"],
+        x: Float[Array, "B T I"],
+        norm: RMSNorm | None,
+        devices: Devices,
+    ) -> tuple[Float[Array, "B T O"], ...]:
+        """Returns stream + x W^T and, if there is a norm, the norm of it."""
+        scale = None if norm is None else Norm(norm.weight[...], norm.eps)
+        return add_projected(devices.mesh, stream, x, self.weight[...], scale, devices.links)
+
+
+def project(x: Array, *linears: Linear, mesh: Mesh | None) -> tuple[Array, ...]:
+    """Returns x through each of the linear maps; few rows take one launch."""
+    return project_columns(mesh, x, *(linear.weight[...] for linear in linears))
+
+
+def swiglu(x: Array, gate: Linear, up: Linear, mesh: Mesh | None) -> Array:
+    """Returns silu(gate(x)) * up(x)."""
+    return project_columns(mesh, x, gate.weight[...], up.weight[...], activation="swiglu")[0]
+
+
+class Embedding(nnx.Module):
+    """A table [V, M] with a row for every token id: the embedding, or the LM head."""
+
+    def __init__(self, rows: int, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.weight = _random(rows, size, dtype, rngs)
+
+    def __call__(self, token_ids: Int[Array, "B T"], mesh: Mesh | None) -> Float[Array, "B T M"]:
+        return look_up(mesh, self.weight[...], token_ids)
+
+    def logits(self, x: Float[Array, "*rows M"], mesh: Mesh | None) -> Float[Array, "*rows V"]:
+        """Returns the float32 products of each row with all rows of the table."""
+        return project_logits(mesh, x, self.weight[...])
+
+
+class Residual(NamedTuple):
+    """The residual stream [B, T, M], and an input and its projection that is not yet added to it.
+
+    The sum waits for the norm that reads it: on several GPUs one kernel adds up the devices' parts
+    and the stream, and makes the norm.
+    """
+
+    stream: Array
+    pending: tuple[Array, Linear] | None = None
+
+    def add(self, devices: Devices, norm: RMSNorm | None = None) -> tuple[Array, ...]:
+        """Returns the stream with the projection added and, if there is a norm, the norm of it."""
+        if self.pending is None:
+            return (self.stream,) if norm is None else (self.stream, norm(self.stream))
+        x, linear = self.pending
+        return linear.add_to(self.stream, x, norm, devices)
 
 
 class Block(nnx.Module):
     """One layer: attention and SwiGLU, each behind an RMSNorm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        model, kv = config.d_model, config.n_kv_heads * config.head_dim
+        model, hidden = config.d_model, config.mlp_hidden_size
+        kv = config.n_kv_heads * config.head_dim
 
         def linear(size_in: int, size_out: int) -> Linear:
             return Linear(size_in, size_out, dtype=dtype, rngs=rngs)
@@ -138,48 +141,40 @@ class Block(nnx.Module):
         self.v_proj = linear(model, kv)
         self.attn_out = linear(model, model)
         self.ff_norm = RMSNorm(model, config.rms_norm_eps, dtype=dtype)
-        self.gate_proj = linear(model, config.mlp_hidden_size)
-        self.up_proj = linear(model, config.mlp_hidden_size)
-        self.down_proj = linear(config.mlp_hidden_size, model)
+        self.gate_proj = linear(model, hidden)
+        self.up_proj = linear(model, hidden)
+        self.down_proj = linear(hidden, model)
         self.head_dim = config.head_dim
 
     def __call__(
-        self,
-        layer: int,
-        x: Float[Array, "B T M"],
-        normed: Float[Array, "B T M"],
-        attend: Attend,
-        carry: Carry,
-        after: RMSNorm | None = None,
-        mesh: Mesh | None = None,
-        links: Array | None = None,
-    ) -> tuple[Float[Array, "B T M"], Float[Array, "B T M"], Carry]:
-        """x and its `attn_norm` -> the block's output, its norm `after` (or itself), the carry."""
+        self, layer: int, residual: Residual, attend: Attend, carry: Carry, devices: Devices
+    ) -> tuple[Residual, Carry]:
+        """Returns the residual stream behind the layer, and the carry of its attention."""
+        x, normed = residual.add(devices, self.attn_norm)
+        q, k, v = project(normed, self.q_proj, self.k_proj, self.v_proj, mesh=devices.mesh)
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        out, carry = attend(layer, q.reshape(heads), k.reshape(heads), v.reshape(heads), carry)
 
-        def heads(y: Array) -> Array:
-            return y.reshape(*y.shape[:-1], -1, self.head_dim)
-
-        into = self.q_proj, self.k_proj, self.v_proj
-        q, k, v = project_all(normed, *into, mesh=mesh)
-        out, carry = attend(layer, heads(q), heads(k), heads(v), carry)
-        out = out.reshape(x.shape)
-        x, normed = add_to_stream(x, out, self.attn_out, self.ff_norm, mesh, links)
-        h = swiglu(normed, self.gate_proj, self.up_proj, mesh)
-        return *add_to_stream(x, h, self.down_proj, after, mesh, links), carry
+        residual = Residual(x, (out.reshape(x.shape), self.attn_out))
+        x, normed = residual.add(devices, self.ff_norm)
+        hidden = swiglu(normed, self.gate_proj, self.up_proj, mesh=devices.mesh)
+        return Residual(x, (hidden, self.down_proj)), carry
 
 
 class Links(nnx.Variable):
-    """`pallas_kernels.peer_table`: no weight, but an argument of whatever takes the model."""
+    """`pallas_kernels.peer_table`: not a weight, but an array that jax.jit has to be handed."""
 
 
 class MaskPredictor(nnx.Module):
     """LLaDA (arXiv 2502.09992): predicts every masked token at its own position.
 
-    Weights are random until a checkpoint is restored over them. `dtype` is that of weights and
-    activations; norms, softmax and rotations are computed in float32.
+    Weights are random until a checkpoint is restored over them. `dtype` is the dtype of weights and
+    activations; norms, softmax and rotations are computed in float32. No call changes a module.
 
-    mesh: that the weights lie on (`load_model`, `parallel.shard_model`), None for one device.
-    links: where the devices of a mesh find each other's memory, None where XLA makes their sums.
+    `load_model` and `shard_model` set two attributes after construction:
+      mesh: the devices that hold the weights, None for one device.
+      links: int32 table of the addresses at which the devices of the mesh reach each other's
+        memory; None if XLA makes their sums.
     """
 
     mesh: Mesh | None = None
@@ -187,64 +182,76 @@ class MaskPredictor(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
-        self.embedding = Embedding(config.embedding_size, config.d_model, dtype=dtype, rngs=rngs)
-        self.blocks = nnx.List(
-            [Block(config, dtype=dtype, rngs=rngs) for _ in range(config.n_layers)]
-        )
-        self.final_norm = RMSNorm(config.d_model, config.rms_norm_eps, dtype=dtype)
+        rows, model = config.embedding_size, config.d_model
+        layers = range(config.n_layers)
+        self.embedding = Embedding(rows, model, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List([Block(config, dtype=dtype, rngs=rngs) for _ in layers])
+        self.final_norm = RMSNorm(model, config.rms_norm_eps, dtype=dtype)
         if not config.weight_tying:
-            self.lm_head = Linear(config.d_model, config.embedding_size, dtype=dtype, rngs=rngs)
+            self.lm_head = Embedding(rows, model, dtype=dtype, rngs=rngs)
 
     @property
     def dtype(self) -> jnp.dtype:
+        """The dtype of weights and activations."""
         return self.embedding.weight[...].dtype
 
     def run(
-        self, token_ids: Int[Array, "B T"], attend: Attend, carry: Carry
+        self,
+        token_ids: Int[Array, "B T"],
+        attend: Attend,
+        carry: Carry,
+        *,
+        hook: StreamHook | None = None,
     ) -> tuple[Float[Array, "B T M"], Carry]:
-        """The residual stream after the last layer (before the final norm), and the carry."""
-        links = None if self.links is None else self.links[...]
-        x = self.embedding(divide_rows(self.mesh, token_ids), self.mesh)
-        norms: list[RMSNorm | None] = [block.attn_norm for block in self.blocks]
-        normed = self.blocks[0].attn_norm(x)
-        for layer, (block, after) in enumerate(zip(self.blocks, [*norms[1:], None], strict=True)):
-            x, normed, carry = block(layer, x, normed, attend, carry, after, self.mesh, links)
-        return x, carry
+        """Returns the residual stream after the last layer, before the final norm, and the carry.
+
+        `attend` gets the carry and returns it, layer by layer; `hook` gets the residual stream.
+        """
+        devices = Devices(self.mesh, None if self.links is None else self.links[...])
+        residual = Residual(self.embedding(divide_rows(self.mesh, token_ids), self.mesh))
+        for layer, block in enumerate(self.blocks):
+            residual, carry = block(layer, residual, attend, carry, devices)
+            if hook is not None:
+                residual = Residual(*residual.add(devices))
+                hook(layer, residual.stream)
+        return residual.add(devices)[0], carry
 
     def logits(self, hidden: Float[Array, "*rows M"]) -> Float[Array, "*rows V"]:
-        """LM head over rows that went through the final norm; float32."""
+        """Returns the LM head's float32 logits of rows that went through the final norm."""
         head = self.embedding if self.config.weight_tying else self.lm_head
-        run = functools.partial(project, dtype=jnp.float32)
-        return project_whole(self.mesh, hidden, run, head.weight[...])
+        return head.logits(hidden, self.mesh)
 
     def encode(
-        self, token_ids: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None
+        self,
+        token_ids: Int[Array, "B T"],
+        lengths: Int[Array, "B"] | None = None,
+        *,
+        hook: StreamHook | None = None,
     ) -> Float[Array, "B T M"]:
-        """Full bidirectional forward without cache, final norm included.
+        """Returns the full bidirectional forward without cache, final norm included.
 
-        lengths: tokens that count in each row; what follows is padding that nobody attends to.
+        lengths: valid tokens of each row, all by default; no row attends to the padding.
         """
         by = rotation(self.config, jnp.arange(token_ids.shape[1]))
 
         def attend(layer: int, q: Array, k: Array, v: Array, carry: None) -> tuple[Array, None]:
-            turned = rotate(q, by), rotate(k, by)
-            return attention(self.mesh, *turned, v, lengths).out, None
+            return attention(self.mesh, rotate(q, by), rotate(k, by), v, lengths).out, None
 
-        x, _ = self.run(token_ids, attend, None)
+        x, _ = self.run(token_ids, attend, None, hook=hook)
         return self.final_norm(x)
 
     def __call__(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-        """Logits of every position, float32; for T rows by V words, so not on any hot path."""
+        """Returns the float32 logits of all positions: B T V values, so not for long rows."""
         return self.logits(self.encode(token_ids))
 
 
 def put_on(model: MaskPredictor, mesh: Mesh, sums: AllReduceImplementation | None) -> MaskPredictor:
-    """The model, told of the mesh that its weights lie on. sums: see `shard_model`."""
+    """Sets the mesh that the model's weights are on, and `links`; see `shard_model`."""
     if sums is None:
         sums = "xla" if peer_problem(mesh, TENSOR) else "mosaic_gpu"
-    if sums not in get_args(AllReduceImplementation):
-        known = ", ".join(get_args(AllReduceImplementation))
-        raise ValueError(f"sums {sums!r} is not known ({known})")
+    names = get_args(AllReduceImplementation)
+    if sums not in names:
+        raise ValueError(f"sums {sums!r} is not known ({', '.join(names)})")
     nnx.pop(model, Links)
     model.mesh = mesh
     if sums == "mosaic_gpu" and mesh.shape[TENSOR] > 1:
@@ -255,18 +262,19 @@ def put_on(model: MaskPredictor, mesh: Mesh, sums: AllReduceImplementation | Non
 def shard_model(
     model: MaskPredictor, mesh: Mesh, *, sums: AllReduceImplementation | None = None
 ) -> MaskPredictor:
-    """The same weights on a mesh; `load_model` puts them there without going through one device.
+    """Returns a model with the same weights on a mesh.
 
-    sums: how the devices of "tensor" add up a few rows: "mosaic_gpu", the kernel, on Hopper GPUs of
-      one process that can access each other's memory; "xla", anywhere; None, the kernel where it
-      can run, else XLA. Many rows are added up by XLA in any case.
+    `load_model` reads weights to a mesh directly, without one device holding all of them.
+
+    sums: how the devices of "tensor" add up a few rows. "mosaic_gpu": by the kernel, on Hopper GPUs
+      of one process that can access each other's memory. "xla": anywhere. None: by the kernel if it
+      can run, else by XLA. XLA adds up many rows in every case.
 
     Raises:
       ConfigError: "tensor" does not divide heads, MLP or vocabulary.
-      ValueError: the kernel is asked for and can't run, with the reason.
+      ValueError: the kernel is named but cannot run; the message says why.
     """
     mesh_sizes(model.config, mesh)
     graph, state = nnx.split(model)
-    pure = nnx.to_pure_dict(state)
-    nnx.replace_by_pure_dict(state, place(mesh, pure))
+    nnx.replace_by_pure_dict(state, place(mesh, nnx.to_pure_dict(state)))
     return put_on(nnx.merge(graph, state), mesh, sums)

@@ -164,20 +164,11 @@ def test_what_does_not_match_is_one_line_and_status_2(
     refused("phase '.*' needs", prefill.main, *request, *new, *little, "--holds", "selection")
     refused("nothing: not a directory", decode.main, checkpoint, tmp_path / "nothing")
     store = ("--store", tmp_path / "store", *little)
-<<<<<<< HEAD
     refused("phase 'encode document' needs", generate.main, *request, *store)
     manifest = (snapshot / "manifest.json").read_text()
     (snapshot / "manifest.json").write_text(manifest.replace('"version": 2', '"version": 3'))
     refused("version 3, only 2 can be read", decode.main, checkpoint, snapshot)
     (snapshot / "manifest.json").write_text(manifest)
     file = next((snapshot / "arrays" / "state.live.k.0").glob("0*"))
-=======
-    refused("phase 'encode document' would take", generate.main, *request, *store)
-    manifest = (snapshot / "snapshot.json").read_text()
-    (snapshot / "snapshot.json").write_text(manifest.replace('"version": 2', '"version": 3'))
-    refused("version is 3 where 2 is wanted", decode.main, checkpoint, snapshot)
-    (snapshot / "snapshot.json").write_text(manifest)
-    file = next((snapshot / "arrays" / "state.live.k").glob("0*"))
->>>>>>> w/engine
     file.write_bytes(file.read_bytes()[:-1])
     refused("state.live.k.0/.* bytes", decode.main, checkpoint, snapshot)

@@ -16,7 +16,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 START = time.perf_counter()  # before the imports that take seconds
@@ -101,7 +101,7 @@ def programs() -> dict[str, Callable[[], Lowered]]:
     prompt = document_prompt(prefix, tokens, CHUNKING, BOS_ID)
     group, scoring = {"encode_batch": SELECTION.encode_batch}, SELECTION.scoring()
     path = resolve_implementation(
-        None, dtype=model.dtype, head_size=config.head_dim, chunk_size=CHUNKING.chunk_size
+        None, dtype=jnp.dtype("float32"), head_size=config.head_dim, chunk_size=CHUNKING.chunk_size
     )
 
     document = jax.eval_shape(lambda *x: encode_document(*x, **group), model, prompt)
@@ -129,6 +129,11 @@ def programs() -> dict[str, Callable[[], Lowered]]:
         "init": lambda: init_denoise.lower(*started, **settings, implementation=None),
         "decode": decode,
     }
+
+
+def compile_program(lower: Callable[[], Lowered]) -> None:
+    """Compiles a program into JAX's caches."""
+    lower().compile()
 
 
 def say(text: str) -> None:
@@ -180,28 +185,23 @@ def run(plain: bool) -> int:
     """Encodes the document once, asks three questions; returns the exit status."""
     enable_compilation_cache()
     compile_quickly_on_cpu()
-    with ThreadPoolExecutor(2) as threads:
-        lowered = programs()
-        compiled = {
-            name: threads.submit(lambda lower=lower: lower().compile() and None)
-            for name, lower in lowered.items()
-        }
+    threads = ThreadPoolExecutor(2)
+    try:
+        compiled = {name: threads.submit(compile_program, f) for name, f in programs().items()}
         folder = checkpoint()
         tokenizer = Tokenizer.load(folder, load_config(folder))
         model = load_model(folder, dtype="float32")
         engine = Engine(model, tokenizer, chunking=CHUNKING, selection=SELECTION, decoding=DECODE)
         text = plant(DOCUMENT.read_text(encoding="utf-8")[:CHARACTERS])
         print(f"the model is ready after {clock()}", flush=True)
-        compiled["encode"].result()
-        say(f"the encoder is compiled ({clock()})")
-        document = engine.encode(text)
-        document.lengths.block_until_ready()
+        compiled.pop("encode").result()
+        document = jax.block_until_ready(engine.encode(text))
         tokens = len(tokenizer.encode(text))
-        print(
-            f"document: the beginning of Persuasion, {tokens} tokens, encoded once: {clock()}\n",
-            flush=True,
-        )
-        wait(compiled.values())
+        print(f"document: the beginning of Persuasion, {tokens} tokens, encoded once: {clock()}\n")
+        for program in compiled.values():
+            program.result()
+    finally:
+        threads.shutdown(cancel_futures=True)
 
     wrong = 0
     for depth, key, value in PLANTED:

@@ -197,7 +197,8 @@ def run(plain: bool) -> int:
         compiled.pop("encode").result()
         document = jax.block_until_ready(engine.encode(text))
         tokens = len(tokenizer.encode(text))
-        print(f"document: the beginning of Persuasion, {tokens} tokens, encoded once: {clock()}\n")
+        encoded = f"the beginning of Persuasion, {tokens} tokens, encoded once"
+        print(f"document: {encoded}: {clock()}\n", flush=True)
         for program in compiled.values():
             program.result()
     finally:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 START = time.perf_counter()  # before the imports that take seconds
 
@@ -91,12 +92,24 @@ def checkpoint() -> Path:
     return folder
 
 
+def on_device(shapes: Any) -> Any:
+    """Returns the shapes of arrays that are bound to the device, as a loaded model's are.
+
+    What a program computes from such arrays is bound too. XLA takes a program for bound arguments
+    for another one, which it would compile again.
+    """
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+
 def programs() -> dict[str, Callable[[], Lowered]]:
     """Returns the programs of the engine below by name, each lowered from shapes alone."""
     from small_model.base import BOS_ID, CONFIG
 
     config = ModelConfig.from_dict(CONFIG)
-    model = nnx.eval_shape(lambda: MaskPredictor(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
+    model = on_device(
+        nnx.eval_shape(lambda: MaskPredictor(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
+    )
     tokens, prefix, query = (np.zeros(length, np.int32) for length in LENGTHS)
     prompt = document_prompt(prefix, tokens, CHUNKING, BOS_ID)
     group, scoring = {"encode_batch": SELECTION.encode_batch}, SELECTION.scoring()
@@ -104,19 +117,20 @@ def programs() -> dict[str, Callable[[], Lowered]]:
         None, dtype=jnp.dtype("float32"), head_size=config.head_dim, chunk_size=CHUNKING.chunk_size
     )
 
-    document = jax.eval_shape(lambda *x: encode_document(*x, **group), model, prompt)
+    document = on_device(jax.eval_shape(lambda *x: encode_document(*x, **group), model, prompt))
     asked = jax.eval_shape(lambda x: question_prompt(x, [query], 1), document)
-    question = Question(asked.prefix, asked.prefix_length, asked.query, asked.query_length)
+    bound = on_device((asked.prefix, asked.prefix_length))
+    question = Question(*bound, asked.query, asked.query_length)
     keys = jax.eval_shape(lambda: request_keys([0], 1))
-    draft = jax.eval_shape(lambda *x: draft_response(*x, scoring), model, question)
+    draft = on_device(jax.eval_shape(lambda *x: draft_response(*x, scoring), model, question))
     scored = {"query_length": question.query_length, "draft": draft, "key": keys, "oracle": None}
     scores = jax.ShapeDtypeStruct((1, prompt.chunks.shape[0]), jnp.float32)
-    selection = jax.eval_shape(lambda x: select_top_k(x, SELECTION.top_k), scores)
+    selection = on_device(jax.eval_shape(lambda x: select_top_k(x, SELECTION.top_k), scores))
     started = model, document, selection, question.query, DECODE, keys
     settings = {"query_length": question.query_length, "selecting": SELECTION}
 
     def decode() -> Lowered:
-        state = init_denoise.eval_shape(*started, **settings, implementation=None)
+        state = on_device(init_denoise.eval_shape(*started, **settings, implementation=None))
         options = {"config": DECODE, "implementation": path, "selecting": None}
         return denoise.lower(model, None, state, **options)
 

@@ -119,8 +119,8 @@ def programs() -> dict[str, Callable[[], Lowered]]:
 
     document = on_device(jax.eval_shape(lambda *x: encode_document(*x, **group), model, prompt))
     asked = jax.eval_shape(lambda x: question_prompt(x, [query], 1), document)
-    bound = on_device((asked.prefix, asked.prefix_length))
-    question = Question(*bound, asked.query, asked.query_length)
+    instruction, length = on_device((asked.prefix, asked.prefix_length))
+    question = Question(instruction, length, asked.query, asked.query_length)
     keys = jax.eval_shape(lambda: request_keys([0], 1))
     draft = on_device(jax.eval_shape(lambda *x: draft_response(*x, scoring), model, question))
     scored = {"query_length": question.query_length, "draft": draft, "key": keys, "oracle": None}

@@ -24,7 +24,7 @@ from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import encode_document, prefill, prefill_top_k
 from pdllm_jax.method.scoring import draft_response, score_chunks
 from pdllm_jax.method.selection import select
-from pdllm_jax.network.transformer import Attend, Carry, MaskPredictor
+from pdllm_jax.network.transformer import Attend, Carry, MaskPredictor, StreamHook
 
 
 class Shapes(NamedTuple):
@@ -135,9 +135,11 @@ class RecordedModel(MaskPredictor):
 
     recorder: Recorder
 
-    def run(self, token_ids: Array, attend: Attend, carry: Carry) -> tuple[Array, Carry]:
+    def run(
+        self, token_ids: Array, attend: Attend, carry: Carry, *, hook: StreamHook | None = None
+    ) -> tuple[Array, Carry]:
         self.recorder.forwards.append([*token_ids.shape, 0])
-        return super().run(token_ids, attend, carry)
+        return super().run(token_ids, attend, carry, hook=hook)
 
     def logits(self, hidden: Array) -> Array:
         last = self.recorder.forwards[-1]

@@ -6,7 +6,7 @@
 small_model/corpus.py makes the corpora. --state receives the adapter, the optimizer's state and the
 log after every stage and when --limit is reached; the same command then continues. --adapter starts
 from an adapter file with a new optimizer and plan: give it an empty --state and a new --seed.
-small_model/MODEL_CARD.md lists the commands that made the adapter of this repository. Exit status: 0,
+small_model/MODEL_CARD.md lists the commands that made our adapter. Exit status: 0,
 also after --limit; 2 for invalid input; 130 when interrupted.
 """
 
@@ -65,7 +65,7 @@ def train(args: argparse.Namespace, started: float) -> None:
     adapter, note = None, {"rank": str(args.rank or 48)}
     if args.adapter is not None:
         adapter, note = lora.load(args.adapter), lora.load_note(args.adapter)
-    rank = int(note["rank"])
+    rank = int(note.get("rank", 48))
     if args.rank not in (None, rank):
         raise ValueError(f"--rank must be {rank}, the rank of {args.adapter}, got {args.rank}")
     fields = {key: vars(args)[key] for key in training.Options._fields if key in args}

@@ -188,7 +188,7 @@ class Evaluator:
         return [tasks.make_example(task, length, seed, **settings) for seed in range(count)]
 
     def __call__(self, params: Params, length: int, count: int) -> dict[str, object]:
-        """Returns exact match of threshold decoding and of a single pass, `count` examples a task."""
+        """Returns exact match of threshold decoding and of one pass, `count` examples a task."""
         exact, single = defaultdict(list), defaultdict(list)
         evaluations, wrong = [], []
         size = max(min(_TOKENS_AT_ONCE // length, count), 1)

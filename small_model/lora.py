@@ -1,6 +1,6 @@
 """Reads, writes and applies the adapter: low-rank differences, norms and special tokens' rows.
 
-The adapter is one safetensors file. For every linear map it holds int8 A [r, in] and B [out, r], each
+The adapter is one safetensors file. For each linear map it has int8 A [r, in] and B [out, r], each
 with r float32 scales, so that W = W0 + (B * b_scale) @ (A * a_scale). Norms and embedding rows are
 float32. Names extend the checkpoint's: `<tensor>.lora_a`, `<tensor>.lora_a_scale`, ...
 """

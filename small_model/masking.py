@@ -29,7 +29,7 @@ GROUPS = ("text", "answer", "full", "question")  # groups of the loss's rows in 
 class Masking(NamedTuple):
     """Masked tokens of a sequence.
 
-    hidden: ascending positions of all masks. places: those that the loss predicts. weights: float32,
+    hidden: ascending places of all masks. places: those that the loss predicts. weights: float32,
     one for each of `places`. group: index into GROUPS.
     """
 

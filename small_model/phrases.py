@@ -21,7 +21,7 @@ from small_model.tasks import Encoder, Fact, Needle
 Name = tuple[str, ...]
 
 EVALUATED: tuple[Name, ...] = (("pass", "key"), ("number", "string"))
-# Names, sentences and questions: {X} is the name with the space before it, {N} the number. The first
+# Names, sentences and questions: {X} is the name with a leading space, {N} the number. The first
 # pattern is InfiniteBench's form, the first question the evaluated wording.
 _DATA = json.loads(Path(__file__).with_name("phrases.json").read_text(encoding="utf-8"))
 PATTERNS, QUESTIONS, BLOCK_QUESTIONS = (

@@ -40,7 +40,7 @@ _NEXT_TURN = "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
 
 MANY_SHARE = 0.65  # share of dialogues with several questions
 TEXT_SHARE = 0.25  # share of plain text in a batch
-# Share of dialogues with one question whose needle is missing. Only the question is predicted there:
+# Share of one-question dialogues whose needle is missing. Only the question is predicted there:
 # its words must not become likelier without evidence.
 ABSENT_SHARE = 0.35
 CONTEXT, QUESTION, ANSWER = 0, 1, 2
@@ -107,7 +107,7 @@ class SequenceMaker:
     def _turns(
         self, rng: np.random.Generator, asked: Sequence[Fact], fill: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns tokens and roles of questions and answers; `fill` appends EOS to the last answer."""
+        """Returns tokens and roles of questions and answers; `fill` appends EOS."""
         parts, roles = [], []
 
         def add(tokens: np.ndarray, role: int) -> None:
@@ -175,7 +175,7 @@ class SequenceMaker:
         return needles, [facts[rng.integers(len(facts))]], source
 
     def _many(self, rng: np.random.Generator) -> tuple[list[Needle], list[Fact], Text]:
-        """Draws needles of mixed kinds for a share of the sequence, questions about most, and a text."""
+        """Draws needles of mixed kinds for a share of the sequence, questions and a text."""
         keys, names = Keys(self.corpora, rng), Names(self.corpora.words, rng)
         budget = (self.length - 64) * rng.uniform(0.35, 0.9)
         asking, alike, blocks = rng.uniform(0.5, 1.0), rng.random() < 0.5, rng.uniform(0.0, 0.6)

@@ -243,7 +243,7 @@ def make_example(
     Args:
         n_tokens: tokens of the prompt and of the 32 response slots together.
         corpora: the held-out side.
-        haystack: "text" hides the needles in the held-out texts, "noise" in InfiniteBench's repeated
+        haystack: "text" hides needles in the held-out texts, "noise" in InfiniteBench's repeated
             sentences. "auto" takes noise for pass keys and number strings with an even seed.
         depth: share of the text before the asked needle (for "key_value": before its block), 0 to
             1. None draws its position uniformly, like the others'.

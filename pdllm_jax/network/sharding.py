@@ -71,9 +71,8 @@ def make_mesh(
     if data * tensor > len(available):
         raise ValueError(f"{size} needs {data * tensor} devices, there are {len(available)}")
     if jax.process_count() > 1 and data * tensor != len(available):
-        raise ValueError(
-            f"{size} leaves out some of the {len(available)} devices of {jax.process_count()} processes"
-        )
+        processes = f"{len(available)} devices of {jax.process_count()} processes"
+        raise ValueError(f"{size} leaves out some of the {processes}")
     types = (AxisType.Auto, AxisType.Auto)
     used = available[: data * tensor]
     return jax.make_mesh((data, tensor), (DATA, TENSOR), axis_types=types, devices=used)

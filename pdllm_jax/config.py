@@ -172,9 +172,9 @@ class SelectionConfig:
         """Returns the settings of flat names; leaves out options that scorer or encoding lack."""
         options = {*_OPTIONS["scorer"], *_OPTIONS["encoding"]}
         plain = cls(**{name: value for name, value in settings.items() if name not in options})
-        known = plain.to_flat()
+        flat = plain.to_flat()
         return dataclasses.replace(
-            plain, **{name: settings[name] for name in options if name in {*settings} & {*known}}
+            plain, **{name: settings[name] for name in options if name in {*settings} & {*flat}}
         )
 
     def to_flat(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Settings: what a config.json may say, and what the method's own settings may hold."""
+"""Settings: what config.json may say, and which values the settings of the method may have."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.network.config import ConfigError, ModelConfig, RopeScaling
 
-# LLaDA-8B-Instruct's config.json, whole: the keys that it inherited from OLMo belong to the format.
+# The complete config.json of LLaDA-8B-Instruct, with the keys that it inherited from OLMo.
 LLADA_8B = json.loads("""{
   "activation_type": "silu", "alibi": false, "alibi_bias_max": 8.0,
   "architectures": ["LLaDAModelLM"], "attention_dropout": 0.0, "attention_layer_norm": false,

@@ -71,7 +71,7 @@ def test_the_final_norm_is_named(model):
 
 
 def test_layers_are_searched_in_their_order():
-    """Ten layers and more: their names do not sort as their numbers do."""
+    """With more than ten layers the names do not sort as the numbers do."""
     config = dataclasses.replace(ModelConfig.tiny(), n_layers=11)
     model = MaskPredictor(config, rngs=nnx.Rngs(0))
     weight = model.blocks[2].up_proj.weight

@@ -71,9 +71,8 @@ def make_mesh(
     if data * tensor > len(available):
         raise ValueError(f"{size} needs {data * tensor} devices, there are {len(available)}")
     if jax.process_count() > 1 and data * tensor != len(available):
-        raise ValueError(
-            f"{size} must use all {len(available)} devices of {jax.process_count()} processes"
-        )
+        processes = f"{len(available)} devices of {jax.process_count()} processes"
+        raise ValueError(f"{size} leaves out some of the {processes}")
     types = (AxisType.Auto, AxisType.Auto)
     used = available[: data * tensor]
     return jax.make_mesh((data, tensor), (DATA, TENSOR), axis_types=types, devices=used)
@@ -235,7 +234,7 @@ def chunk_attention(
         )
 
     heads = heads_spec(mesh, len(q), 2)
-    near_specs = near and OwnKV._make([heads, heads, PartitionSpec(heads[0])])
+    near_specs = None if near is None else OwnKV._make([heads, heads, PartitionSpec(heads[0])])
     sharded = local(mesh, run, (*_pool_specs(mesh, q), near_specs), _partial_specs(mesh, len(q)))
     return sharded(q, k, v, chunk_ids, chunk_lengths, near)
 
@@ -289,20 +288,19 @@ def add_projected(
         total = stream + pallas_kernels.matmul(x, weight)[0]
         return (total,) if norm is None else (total, rms_norm(total, *norm))
 
-    def run(stream: Array, x: Array, weight: Array, table: Array | None, *scale: Array):
+    def run(stream: Array, x: Array, weight: Array, scale: Array | None, table: Array | None):
         return pallas_kernels.all_reduce(
             pallas_kernels.matmul(x, weight)[0],
             TENSOR,
             table=table,
             residual=stream,
-            norm=None if norm is None else Norm._make([*scale, norm.eps]),
+            norm=None if norm is None else Norm._make([scale, norm.eps]),
         )
 
     rows, columns = PartitionSpec(rows_axis(mesh, len(x))), heads_spec(mesh, len(x), x.ndim - 1)
-    scale = () if norm is None else (norm.weight,)
-    table = PartitionSpec(DATA, TENSOR)
-    inputs = rows, columns, PartitionSpec(None, TENSOR), table, *[PartitionSpec()] * len(scale)
-    return local(mesh, run, inputs, rows)(stream, x, weight, links, *scale)
+    weights, table = PartitionSpec(None, TENSOR), PartitionSpec(DATA, TENSOR)
+    sharded = local(mesh, run, (rows, columns, weights, PartitionSpec(), table), rows)
+    return sharded(stream, x, weight, None if norm is None else norm.weight, links)
 
 
 def look_up(

@@ -45,10 +45,10 @@ def test_rotating_queries_back_equals_rotating_keys_on(kind, offset):
 def test_positions_may_be_negative():
     config = configured("plain")
     x = jax.random.normal(jax.random.key(0), (1, 1, config.head_dim))
-    there = rotate(x, rotation(config, jnp.array([-9])))
-    back = rotate(there, rotation(config, jnp.array([9])))
+    turned = rotate(x, rotation(config, jnp.array([-9])))
+    back = rotate(turned, rotation(config, jnp.array([9])))
     np.testing.assert_allclose(back, x, atol=1e-6)
-    assert not np.allclose(there, x, atol=1e-2)
+    assert not np.allclose(turned, x, atol=1e-2)
 
 
 def test_frequencies_of_the_scalings():
@@ -57,7 +57,7 @@ def test_frequencies_of_the_scalings():
     ntk, _ = inverse_frequencies(configured("ntk"))
     yarn, factor = inverse_frequencies(configured("yarn"))
     np.testing.assert_allclose(linear, plain / 4)
-    # NTK leaves the fastest plane alone and slows the slowest one by the whole factor.
+    # NTK leaves the fastest plane alone and slows the slowest one by the full factor.
     np.testing.assert_allclose([ntk[0] / plain[0], ntk[-1] / plain[-1]], [1, 1 / 4])
     np.testing.assert_allclose([yarn[0] / plain[0], yarn[-1] / plain[-1]], [1, 1 / 4])
     assert factor == pytest.approx(0.1 * np.log(4) + 1)

@@ -1,4 +1,4 @@
-"""Several devices: what one device gives, on every mesh; what does not fit is refused by name."""
+"""Every mesh gives the values of one device, and sizes that do not fit are refused by name."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def test_a_checkpoint_goes_to_a_mesh_in_parts(folder):
 
 
 def test_two_processes_are_one_mesh(folder, tmp_path):
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
     hosts = [
         workers.PROCESSES.Process(target=mesh_workers.host, args=(rank, port, folder, tmp_path))
         for rank in range(2)
@@ -61,7 +61,7 @@ def test_two_processes_are_one_mesh(folder, tmp_path):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == want
 
 
-def test_a_mesh_of_one_device_and_what_does_not_fit():
+def test_a_mesh_of_one_device_and_sizes_that_do_not_fit():
     mesh = make_mesh()
     assert (dict(mesh.shape), mesh.size) == ({"data": 1, "tensor": 1}, 1)
     config = ModelConfig.tiny()

@@ -99,7 +99,7 @@ def test_every_row_sees_every_token(model):
 
 
 def test_padding_changes_no_row(model, rng):
-    """Rows are alone in their batch, whatever stands behind their lengths."""
+    """A row depends neither on its neighbours nor on the padding behind its length."""
     ids = jnp.asarray(rng.integers(0, 250, (3, 16)), jnp.int32)
     lengths = jnp.array([16, 9, 1])
     hidden = encode(model, ids, lengths)

@@ -101,7 +101,7 @@ def ask(model: MaskPredictor, selecting: dict, decoding: dict, **more: Any) -> A
     oracle = [1, 4] if selecting.get("scorer") == "oracle" else None
     return generate_ids(
         model, PREFIX, DOCUMENT, QUERY,
-        chunking=CHUNKS, selection=SelectionConfig(**{**SELECT, **selecting}),
+        chunking=CHUNKS, selection=SelectionConfig.from_flat(**{**SELECT, **selecting}),
         decode=DecodeConfig(**{**DECODE, **decoding}), oracle=oracle, seed=3, **more,
     )  # fmt: skip
 
@@ -266,7 +266,7 @@ def loaded(folder: Path) -> None:
 def _communication(model: MaskPredictor) -> None:
     """A step sums rows behind the embedding and twice a layer, and gathers logits; no KV moves."""
     prompt = chunk_prompt(PREFIX, DOCUMENT, QUERY, CHUNKS)
-    selecting = SelectionConfig(**SELECT, scorer="first", encoding="independent")
+    selecting = SelectionConfig.from_flat(**SELECT, scorer="first", encoding="independent")
     decode = DecodeConfig(gen_length=4, block_length=4, recompute="response")
     cache, scores = prefill(model, prompt, selecting)
     state = init_denoise(

@@ -28,7 +28,7 @@ from convert.sources import (
     open_source,
 )
 from pdllm_jax.compilation import cache_folder
-from pdllm_jax.network.config import ModelConfig
+from pdllm_jax.network.config import ConfigError, ModelConfig
 from pdllm_jax.storage.atomic import AtomicFolder
 from pdllm_jax.storage.checkpoint import CHECKPOINT, CONFIG, PARAMS
 from pdllm_jax.storage.manifest import MANIFEST, CheckpointError, read_json, write_manifest
@@ -97,7 +97,10 @@ def convert(
     output = AtomicFolder(target, CHECKPOINT, is_checkpoint, overwrite)
     output.check()
     opened = open_source(folder)
-    config = ModelConfig.from_dict(read_json(folder / CONFIG))
+    try:
+        config = ModelConfig.from_dict(read_json(folder / CONFIG))
+    except ConfigError as error:
+        raise ConfigError(f"{folder / CONFIG}: {error}") from None
     wanted = _match(opened, config)
 
     chosen = {row.path: opened.tensors[name] for name, row in wanted.items()}

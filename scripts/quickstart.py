@@ -55,7 +55,7 @@ from pdllm_jax.compilation import (  # noqa: E402
 )
 from pdllm_jax.engine.request import document_prompt, question_prompt, request_keys  # noqa: E402
 from pdllm_jax.method.scoring import Question, draft_response  # noqa: E402
-from pdllm_jax.storage.checkpoint import MANIFEST  # noqa: E402
+from pdllm_jax.storage.manifest import MANIFEST  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "examples" / "persuasion.txt"
@@ -124,7 +124,7 @@ def programs() -> dict[str, Callable[[], Lowered]]:
     keys = jax.eval_shape(lambda: request_keys([0], 1))
     draft = on_device(jax.eval_shape(lambda *x: draft_response(*x, scoring), model, question))
     scored = {"query_length": question.query_length, "draft": draft, "key": keys, "oracle": None}
-    scores = jax.ShapeDtypeStruct((1, prompt.chunks.shape[0]), jnp.float32)
+    scores = jax.ShapeDtypeStruct((1, prompt.chunks.shape[1]), jnp.float32)
     selection = on_device(jax.eval_shape(lambda x: select_top_k(x, SELECTION.top_k), scores))
     started = model, document, selection, question.query, DECODE, keys
     settings = {"query_length": question.query_length, "selecting": SELECTION}

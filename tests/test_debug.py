@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import generate
 import jax
@@ -94,6 +95,7 @@ def test_the_command_line_says_where(model, tmp_path, monkeypatch, capsys):
         json.dumps({"prefix": [253], "context": IDS.tolist() * 2, "query": IDS[:4].tolist()})
     )
     (tmp_path / "model").mkdir()
+    monkeypatch.setattr(generate, "converted", Path)
     monkeypatch.setattr(commands, "load", lambda args, folder: model)
     options = ["--method", "plain", "--gen-length", "2", "--check-nan"]
     command = [str(tmp_path / "model"), "--prompt-ids", str(prompt), *options]

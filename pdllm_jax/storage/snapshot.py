@@ -362,9 +362,7 @@ def pack(tree: Any, name: str = "") -> tuple[dict[str, Array], Any]:
             return str(jax.random.key_impl(value)) if keys else None
         if isinstance(value, SelectionConfig | DecodeConfig):
             if value.has_code:
-                message = (
-                    f"{path} holds a function or an object of your own: a snapshot holds no code"
-                )
+                message = f"{path} holds a custom function or object: a snapshot holds no code"
                 raise SnapshotError(message, field=path)
             return {"class": type(value).__name__, "settings": value.to_flat()}
         if type(value) in _classes(hint):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,14 +144,13 @@ def test_what_does_not_match_is_one_line_and_status_2(
     kernel = "--sums", "mosaic_gpu"
     refused("needs a mesh", prefill.main, *request, *new, *kernel)
     refused("needs a mesh", decode.main, checkpoint, snapshot, *kernel)
-    shutil.copytree(checkpoint, tmp_path / "stretched")
-    config = json.loads((checkpoint / "config.json").read_text())
-    config["rope_theta"] *= 2
-    (tmp_path / "stretched" / "config.json").write_text(json.dumps(config))
+    settings = {"n_kv_heads": 2, "tokenizer": True, "max_sequence_length": 256}
+    convert(make_checkpoint(**settings, rope_theta=20_000.0).folder, tmp_path / "stretched")
     refused(r"rope\.theta is", decode.main, tmp_path / "stretched", snapshot)
-    shutil.copytree(checkpoint, tmp_path / "reworded")
-    with (tmp_path / "reworded" / "tokenizer.json").open("a") as file:
+    source = make_checkpoint(**settings).folder
+    with (source / "tokenizer.json").open("a") as file:
         file.write("\n")
+    convert(source, tmp_path / "reworded")
     refused("tokenizer is", decode.main, tmp_path / "reworded", snapshot)
     refused("holds a state", generate.main, checkpoint, "--snapshot", snapshot, "--question", "q")
     refused("s exists", prefill.main, tmp_path / "no model", *request[1:], "--out", snapshot)

@@ -244,8 +244,16 @@ BAD = {
     "memory of inf": (["--memory-limit", "inf"], {}, "must be a number of GB, got inf"),
     "memory of nan": (["--memory-limit", "nan"], {}, "must be a number of GB, got nan"),
     "memory of none": (["--memory-limit", "0"], {}, "must be a number of GB, got 0"),
-    "huge response": (["--gen-length", "99999999999"], {}, "gen_length must be less than"),
-    "huge chunk": (["--chunk-size", "99999999999"], {}, "chunk_size must be less than"),
+    "huge response": (
+        ["--gen-length", "99999999999"],
+        {},
+        "gen_length must be a positive integer below",
+    ),
+    "huge chunk": (
+        ["--chunk-size", "99999999999"],
+        {},
+        "chunk_size must be a positive integer below",
+    ),
     "huge id": (["--score", "oracle", "--chunks", "2147483648", *SMALL], {}, "not all inside"),
     "question of ids": (["--question", "q"], {}, "part of the ids"),
     "instruction of ids": (["--instruction", "x"], {}, "part of the ids"),

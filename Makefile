@@ -11,7 +11,47 @@ export PYTHONDONTWRITEBYTECODE :=
 PYTHON ?= $(shell scripts/find_python 3.11 3.12 3.13)
 PYTHON_KERNELS ?= $(shell scripts/find_python 3.12 3.13)
 VENV := .venv
-VENV_KERNELS := tests/kernels tests/network/test_transformer.py tests/network/test_rope.py \
+VENV_KERNELS := .venv312
+# All processors; one test at a time: PYTEST_ARGS='-n 0 tests/...'.
+PYTEST_ARGS ?=
+PARALLEL := -n auto --dist worksteal
+# Bytecode is made when a module is first imported; most of what is installed never is.
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
+
+.PHONY: help env test test-gpu test-kernels test-versions coverage lint format quickstart ablate-quick fuzz kills clean
+help:
+	@echo 'make env           environment in $(VENV) with the project and all it needs'
+	@echo 'make quickstart    convert the small model, ask it about a long document'
+	@echo 'make ablate-quick  a small ablation of the small model, on a CPU in minutes'
+	@echo 'make test          the tests, in parallel (PYTEST_ARGS="-k name" passes options on)'
+	@echo 'make test-kernels  the tests of kernels, model and method on Python 3.12 and jax 0.11'
+	@echo 'make test-gpu      the tests marked gpu, on Python 3.12 with jax[cuda]'
+	@echo 'make fuzz          damaged files, many examples; make kills  100 kills of each kind'
+	@echo 'make test-versions  a slice of the tests on 3.11 to 3.13, lowest and highest dependencies;'
+	@echo '                   ALL=--all: every test'
+	@echo 'make coverage      lines of the three packages that their own tests run, 90% of each at least'
+	@echo 'make lint          ruff, format, types and import contracts;  make format repairs'
+
+env: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo 'error: no Python 3.11 or newer found; set PYTHON=' >&2; exit 2; }
+	"$(PYTHON)" -m venv --clear $(VENV)
+	$(VENV)/bin/python $(INSTALL) -e '.[test,dev,small]'
+	@touch $@
+
+$(VENV_KERNELS)/.installed: pyproject.toml
+	"$(PYTHON_KERNELS)" -m venv --clear $(VENV_KERNELS)
+	$(VENV_KERNELS)/bin/python $(INSTALL) -e '.[test]'
+	@touch $@
+
+test: env
+	$(VENV)/bin/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+
+# What depends on the version of jax: kernels and model, and of the method what goes through all of it;
+# `make test-versions` has sampling and selection. The rest goes over them again, or over files,
+# settings, training and evaluation.
+KERNELS := tests/kernels tests/network/test_transformer.py tests/network/test_rope.py \
 	$(addprefix tests/method/test_, \
 	denoise.py::test_a_second_generate_of_the_same_bucket_compiles_nothing \
 	denoise.py::test_the_loop_on_the_device_equals_single_steps \

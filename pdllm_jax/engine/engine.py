@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_kernels import (
-    Implementation,
-    require_device,
-    resolve_implementation,
-)
+from pallas_kernels import Implementation, require_device, resolve_implementation
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine.answer import (
     Answer,
@@ -25,6 +19,7 @@ from pdllm_jax.engine.answer import (
     read_answer,
     used_paths,
 )
+from pdllm_jax.engine.inputs import Request, Text, naming, oracle_ids, stack_ids
 from pdllm_jax.engine.memory import require_baseline_memory, require_document_memory, require_memory
 from pdllm_jax.engine.request import (
     PreparedRequest,
@@ -52,29 +47,9 @@ from pdllm_jax.method.chunking import (
 )
 from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import encode_document
-from pdllm_jax.method.scorers import OracleScorer
 from pdllm_jax.method.scoring import check_scorable
-from pdllm_jax.method.selection import EMPTY_SLOT
 from pdllm_jax.network.transformer import MaskPredictor
 from pdllm_jax.tokenizer import INSTRUCTION, Tokenizer
-
-Text = str | TokenIds
-
-
-class Request(NamedTuple):
-    """A question about a document.
-
-    context, question: both text, or both token ids.
-    prefix: token ids before the document, BOS first; text has the engine's instruction instead.
-    oracle: ids of the chunks to keep, at most `top_k`, for the scorer "oracle" alone.
-    seed: from which all randomness follows; the same seed gives the same tokens.
-    """
-
-    context: Text
-    question: Text
-    prefix: TokenIds | None = None
-    oracle: Sequence[int] | None = None
-    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +110,7 @@ class Engine:
         return self._answer([Request(context, question, prefix, oracle, seed)], [""], on_block)[0]
 
     def answer_batch(
-        self,
-        requests: Sequence[Request | tuple[Text, Text]],
-        *,
-        on_block: OnBlock | None = None,
+        self, requests: Sequence[Request | tuple[Text, Text]], *, on_block: OnBlock | None = None
     ) -> list[Answer]:
         """Answers many requests in one batch, each as `answer` would answer it alone.
 
@@ -207,7 +179,7 @@ class Engine:
         chunks = int(np.count_nonzero(np.asarray(document.lengths)))
         named = []
         for i in range(len(questions)):
-            with _naming(f"question {i}: "):
+            with naming(f"question {i}: "):
                 chosen = None if oracle is None else oracle[i]
                 named.append(oracle_ids(chosen, self.selection, chunks))
         size = batch_size(len(ids))
@@ -217,7 +189,7 @@ class Engine:
             request_keys(seeds or [0] * len(ids), size),
             cache=document,
             requests=len(ids),
-            oracle=_stacked(named, size),
+            oracle=stack_ids(named, size),
         )
         return self._run(request, on_block)
 
@@ -322,7 +294,7 @@ class Engine:
         tight = self.selection.keeps_pool(documents=size)
         prompts, named = [], []
         for name, request in zip(names, requests, strict=True):
-            with _naming(name):
+            with naming(name):
                 parts = self.token_ids(request)
                 prompt = chunk_prompt(*parts, self.chunking, bos_id=self._bos_id, tight=tight)
                 prompts.append(prompt)
@@ -332,7 +304,7 @@ class Engine:
             self.selection,
             request_keys([request.seed for request in requests], size),
             requests=len(requests),
-            oracle=_stacked(named, size),
+            oracle=stack_ids(named, size),
         )
 
     def _answer(
@@ -342,7 +314,7 @@ class Engine:
             return self._run(self._prepare(requests, names), on_block)
         prompts = []
         for name, request in zip(names, requests, strict=True):
-            with _naming(name):
+            with naming(name):
                 if request.oracle is not None:
                     raise ValueError(f"oracle is for method 'prefilling', not for {self.method!r}")
                 prompts.append(np.concatenate(self.token_ids(request)))
@@ -376,7 +348,7 @@ class Engine:
         if on_block is not None:
             numbered = lambda _, block, tokens: on_block(number, block, tokens)  # noqa: E731
         with timer.phase("decode"):
-            ids = jnp.asarray(pad_to(prompt, _baseline_rows(prompt))[None])
+            ids = jnp.asarray(pad_to(prompt, bucket(prompt.size, 8))[None])
             length = jnp.asarray([prompt.size], jnp.int32)
             state = init_denoise(self.model, None, None, ids, config, keys, query_length=length)
             state = denoise_blocks(self.model, None, state, config, on_block=numbered)
@@ -421,51 +393,5 @@ class Engine:
 
     def _require_baseline_memory(self, prompt: np.ndarray) -> None:
         config = cache_method(self.method).decode_config(self.decoding)
-        rows = _baseline_rows(prompt)
+        rows = bucket(prompt.size, 8)
         require_baseline_memory(self.model, rows, config, limit=self.memory_limit)
-
-
-def _baseline_rows(prompt: np.ndarray) -> int:
-    return bucket(prompt.size, 8)
-
-
-@contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Puts the request's name before the message of a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise (type(error)(f"{name}{error}") if name else error) from None
-
-
-def oracle_ids(
-    oracle: Sequence[int] | None, config: SelectionConfig, n_chunks: int
-) -> np.ndarray | None:
-    """Validated, sorted, unique chunk ids, int32; None for all scorers but "oracle"."""
-    if not isinstance(config.scorer, OracleScorer):
-        if oracle is not None:
-            raise ValueError(
-                f"oracle ids are for the scorer 'oracle', not for {config.scorer.name!r}"
-            )
-        return None
-    ids = np.unique(np.asarray([] if oracle is None else oracle))
-    if ids.size == 0:
-        raise ValueError("scorer 'oracle' needs the ids of the chunks to keep")
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"oracle ids must be integers, got {ids.dtype}")
-    if ids[0] < 0 or ids[-1] >= n_chunks:
-        raise ValueError(f"oracle ids {ids.tolist()} are not all inside [0, {n_chunks})")
-    if ids.size > config.top_k:
-        raise ValueError(f"oracle names {ids.size} chunks, top_k is {config.top_k}")
-    return ids.astype(np.int32)
-
-
-def _stacked(named: Sequence[np.ndarray | None], size: int) -> np.ndarray | None:
-    """Chunk ids of all requests, [size, M], EMPTY_SLOT behind them; None where none are given."""
-    given = [ids for ids in named if ids is not None]
-    if not given:
-        return None
-    table = np.full((size, max(ids.size for ids in given)), EMPTY_SLOT, np.int32)
-    for row, ids in zip(table, given, strict=False):
-        row[: ids.size] = ids
-    return table

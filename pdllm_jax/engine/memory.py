@@ -12,8 +12,7 @@ XLA's temporaries follow from one formula for every program, of the forward pass
 - Of attention over chunks, the rotated query rows of each slot, and what its implementation copies.
 - KV that a program holds while it writes its results (`_Device.in_flight`).
 
-Not counted: the CUDA context, fragmentation, compiling. `scripts/benchmark.py memory` compares
-plans with the peaks that a device measures.
+Not counted: the CUDA context, fragmentation, compiling.
 """
 
 from __future__ import annotations
@@ -44,8 +43,7 @@ from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.sharding import DATA, TENSOR, mesh_sizes, shardings
 from pdllm_jax.network.transformer import MaskPredictor
 
-# XLA gives this workspace to every cuBLAS call on Hopper (GemmConfig::kHopperWorkspace).
-_CUBLAS_WORKSPACE = 32 << 20
+_CUBLAS_WORKSPACE = 32 << 20  # of every cuBLAS call on Hopper (GemmConfig::kHopperWorkspace)
 # Arrays that each layer has: weights of its block, and K and V of pools, prefixes and live rows.
 _PER_LAYER = re.compile(r"\bblocks\.|(^|[._])[kv](\.0)?$")
 
@@ -337,8 +335,7 @@ def require_baseline_memory(
 
 def device_stats(model: MaskPredictor) -> dict[str, int]:
     """Returns the memory statistics of the model's first device; empty on the CPU."""
-    device = model.embedding.weight[...].addressable_shards[0].device
-    return device.memory_stats() or {}
+    return model.embedding.weight[...].addressable_shards[0].device.memory_stats() or {}
 
 
 def _require(

@@ -11,7 +11,6 @@ describes the format.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
@@ -19,14 +18,15 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, Sharding
+from jax.sharding import Mesh, Sharding
 from jaxtyping import Array
 
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine.request import SelectedRequest, StartedRequest
 from pdllm_jax.method.cache import ChunkCache
-from pdllm_jax.network.sharding import DATA, TENSOR, sharding_of, spec_of
+from pdllm_jax.network.sharding import sharding_of
 from pdllm_jax.network.transformer import MaskPredictor
+from pdllm_jax.storage.arrays import heads_axis, read_arrays, write_arrays
 from pdllm_jax.storage.atomic import AtomicFolder, reason
 from pdllm_jax.storage.fingerprint import (
     ModelIdentity,
@@ -44,9 +44,6 @@ Placement = Callable[[str], Sharding]
 Tree = TypeVar("Tree")
 
 ARRAYS = "arrays"
-_CHUNK_BYTES = 16 << 20
-# A head with fewer bytes gets no file of its own.
-HEAD_BYTES = 1 << 20
 
 
 class SnapshotError(ValueError):
@@ -278,65 +275,15 @@ def _mismatch(folder: Path, field: str, found: Any, wanted: Any) -> SnapshotErro
     return SnapshotError(message, field=field, found=found, wanted=wanted)
 
 
-def _heads_axis(name: str, shape: tuple[int, ...]) -> int | None:
-    """Returns the axis of the KV heads, which a mesh divides; None for what is not KV."""
-    mesh: Any = AbstractMesh((1, 1), (DATA, TENSOR))
-    spec = tuple(spec_of(mesh, name, shape))
-    return spec.index(TENSOR) if TENSOR in spec else None
-
-
 def _check_heads(folder: Path, arrays: Mapping[str, Array], identity: ModelIdentity) -> None:
     """Refuses KV of another dtype, or with other heads, than the model's."""
     config = identity.config
     for name, array in arrays.items():
-        if (axis := _heads_axis(name, array.shape)) is not None:
+        if (axis := heads_axis(name, array.shape)) is not None:
             heads = array.shape[axis], array.shape[-1], str(array.dtype)
             wanted = config.n_kv_heads, config.head_dim, identity.dtype
             if heads != wanted:
                 raise _mismatch(folder, f"{name} (heads, head size, dtype)", heads, wanted)
-
-
-def write_arrays(folder: Path, arrays: Mapping[str, Array]) -> None:
-    """Writes arrays through Orbax, uncompressed. A file holds at most 16 MiB, of one KV head if a
-    head has 1 MiB: a device of a mesh reads little that it does not keep.
-    """
-    import orbax.checkpoint as ocp  # slow to import
-
-    from pdllm_jax.storage.checkpoint import quiet_orbax
-
-    def cut(name: str, array: Array) -> ocp.SaveArgs:
-        axis = _heads_axis(name, array.shape)
-        wide = axis is not None and array.nbytes // array.shape[axis] >= HEAD_BYTES
-        return ocp.SaveArgs(shard_axes=(axis,) if wide else (), chunk_byte_size=_CHUNK_BYTES)
-
-    # TensorStore has no empty arrays.
-    stored = {name: x for name, x in arrays.items() if x.size}
-    sizes = {name: cut(name, x) for name, x in stored.items()}
-    with quiet_orbax(), _checkpointer() as checkpointer:
-        checkpointer.save(folder, args=ocp.args.PyTreeSave(stored, save_args=sizes))
-
-
-def read_arrays(folder: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
-    """Restores arrays through Orbax, with the shape, dtype and sharding of their targets."""
-    import orbax.checkpoint as ocp
-
-    stored = {name: x for name, x in targets.items() if math.prod(x.shape)}
-    arguments = ocp.args.PyTreeRestore(
-        item=stored, restore_args=ocp.checkpoint_utils.construct_restore_args(stored)
-    )
-    with _checkpointer() as checkpointer:
-        arrays = checkpointer.restore(folder, args=arguments)
-    empty = {name: x for name, x in targets.items() if name not in stored}
-    return arrays | {
-        name: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding) for name, x in empty.items()
-    }
-
-
-def _checkpointer() -> Any:
-    import orbax.checkpoint as ocp
-
-    # Without OCDBT the folder of an array has its name; KV does not compress.
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False))
 
 
 def pack(tree: Any, name: str = "") -> tuple[dict[str, Array], Any]:

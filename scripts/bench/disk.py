@@ -180,18 +180,27 @@ def copy(source: Path, target: Path) -> float:
     return elapsed
 
 
+# Runs the command of its arguments from a small process: Linux counts what the parent held at exec.
+_MEASURE = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+seconds = time.perf_counter() - start
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024e-9
+print(json.dumps({"seconds": round(seconds, 2), "peak_resident_gb": round(peak, 3)}))
+"""
+
+
 def convert_command(*arguments: str | Path) -> dict[str, float]:
     """Runs the converter's command line: seconds with the start of Python, peak resident memory."""
     script = [sys.executable, str(ROOT / "scripts" / "convert_checkpoint.py"), *map(str, arguments)]
-    start = time.perf_counter()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(script, env=environment, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    elapsed = time.perf_counter() - start
-    if status:
-        raise SystemExit(f"{arguments} failed with status {status}")
-    # Linux counts ru_maxrss in KiB; of a new program it is VmHWM.
-    return {"seconds": round(elapsed, 2), "peak_resident_gb": round(usage.ru_maxrss * 1024e-9, 3)}
+    result = subprocess.run(
+        [sys.executable, "-c", _MEASURE, *script],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        stdout=subprocess.PIPE,
+    )
+    return json.loads(result.stdout)
 
 
 def identical(first: Path, second: Path) -> bool:

@@ -290,7 +290,7 @@ def test_written_on_one_mesh_and_restored_on_another(tmp_path):
 
 
 def test_a_large_array_has_a_file_for_each_head(tmp_path, monkeypatch):
-    monkeypatch.setattr("pdllm_jax.storage.snapshot.HEAD_BYTES", 1)
+    monkeypatch.setattr("pdllm_jax.storage.arrays.HEAD_BYTES", 1)
     save_document(tmp_path / "s", IDENTITY, document(), chunking=CHUNKS)
     files = (tmp_path / "s" / "arrays" / "cache.pool.k").glob("[0-9]*")
     assert sorted(path.name for path in files) == ["0.0.0.0.0", "0.0.1.0.0"]

@@ -22,7 +22,7 @@ from pdllm_jax import (
 )
 from pdllm_jax.deprecated import finish, prefill_request
 from pdllm_jax.network import sharding as sharded
-from pdllm_jax.storage import snapshot as snapshot_module
+from pdllm_jax.storage import arrays as arrays_module
 from pdllm_jax.storage.fingerprint import model_identity
 from tests.support.mesh_workers import CHUNKS, DECODE, DOCUMENT, PREFIX, QUERY, SELECT, join, setup
 from tests.support.workers import strike
@@ -95,7 +95,7 @@ def host(
 def writer(folder: Path, snapshot: Path, point: str) -> None:
     """Prefills on a mesh of four devices in one process and writes; `point` is as in `strike`."""
     setup()
-    snapshot_module.HEAD_BYTES = 1  # as if the arrays were large
+    arrays_module.HEAD_BYTES = 1  # as if the arrays were large
     model = load_model(folder, mesh=make_mesh(2, 2))
     begun, identity = prefilled(model), model_identity(model)
     if point:

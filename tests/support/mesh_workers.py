@@ -49,7 +49,7 @@ from pdllm_jax.method.likelihood import (
     keep_context,
 )
 from pdllm_jax.network.sharding import DATA, TENSOR
-from pdllm_jax.storage import snapshot
+from pdllm_jax.storage import arrays as arrays_module
 from pdllm_jax.storage.fingerprint import model_identity
 
 DEVICES = 8
@@ -197,7 +197,7 @@ def _steps(
 
 def snapshots(one: MaskPredictor, many: MaskPredictor, folder: Path) -> None:
     """A request and a document, written on one mesh and gone on with on others."""
-    snapshot.HEAD_BYTES = 1  # as if large
+    arrays_module.HEAD_BYTES = 1  # as if large
     selecting = SelectionConfig(**SELECT)
     want = ask(one, {}, {})
     prompt = chunk_prompt(PREFIX, DOCUMENT, QUERY, CHUNKS)

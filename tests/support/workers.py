@@ -22,7 +22,8 @@ from pdllm_jax.config import ChunkConfig
 from pdllm_jax.deprecated import finish
 from pdllm_jax.method.cache import ChunkCache, ChunkPool
 from pdllm_jax.network.config import ModelConfig
-from pdllm_jax.storage import snapshot, store
+from pdllm_jax.storage import arrays as arrays_module
+from pdllm_jax.storage import store
 from pdllm_jax.storage.fingerprint import ModelIdentity
 from pdllm_jax.storage.snapshot import load_document, load_request, save_document
 
@@ -141,7 +142,7 @@ def on_meshes(folder: Path, out: Path) -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     config = dataclasses.replace(IDENTITY.config, n_kv_heads=4, n_layers=3)
     identity = dataclasses.replace(IDENTITY, config=config)
-    snapshot.HEAD_BYTES = 1  # as if the arrays were large
+    arrays_module.HEAD_BYTES = 1  # as if the arrays were large
     want = document(config, chunks=7)
     pools = ("cache.pool.k", "cache.pool.v")
 

@@ -1,0 +1,74 @@
+"""A request as a caller gives it, and its checks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from pdllm_jax.config import SelectionConfig
+from pdllm_jax.method.chunking import TokenIds
+from pdllm_jax.method.scorers import OracleScorer
+from pdllm_jax.method.selection import EMPTY_SLOT
+
+Text = str | TokenIds
+
+
+class Request(NamedTuple):
+    """A question about a document.
+
+    context, question: both text, or both token ids.
+    prefix: token ids before the document, BOS first; text has the engine's instruction instead.
+    oracle: ids of the chunks to keep, at most `top_k`, for the scorer "oracle" alone.
+    seed: from which all randomness follows; the same seed gives the same tokens.
+    """
+
+    context: Text
+    question: Text
+    prefix: TokenIds | None = None
+    oracle: Sequence[int] | None = None
+    seed: int = 0
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Puts the request's name before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise (type(error)(f"{name}{error}") if name else error) from None
+
+
+def oracle_ids(
+    oracle: Sequence[int] | None, config: SelectionConfig, n_chunks: int
+) -> np.ndarray | None:
+    """Validated, sorted, unique chunk ids, int32; None for all scorers but "oracle"."""
+    if not isinstance(config.scorer, OracleScorer):
+        if oracle is not None:
+            raise ValueError(
+                f"oracle ids are for the scorer 'oracle', not for {config.scorer.name!r}"
+            )
+        return None
+    ids = np.unique(np.asarray([] if oracle is None else oracle))
+    if ids.size == 0:
+        raise ValueError("scorer 'oracle' needs the ids of the chunks to keep")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"oracle ids must be integers, got {ids.dtype}")
+    if ids[0] < 0 or ids[-1] >= n_chunks:
+        raise ValueError(f"oracle ids {ids.tolist()} are not all inside [0, {n_chunks})")
+    if ids.size > config.top_k:
+        raise ValueError(f"oracle names {ids.size} chunks, top_k is {config.top_k}")
+    return ids.astype(np.int32)
+
+
+def stack_ids(named: Sequence[np.ndarray | None], size: int) -> np.ndarray | None:
+    """Chunk ids of all requests, [size, M], EMPTY_SLOT behind them; None where none are given."""
+    given = [ids for ids in named if ids is not None]
+    if not given:
+        return None
+    table = np.full((size, max(ids.size for ids in given)), EMPTY_SLOT, np.int32)
+    for row, ids in zip(table, given, strict=False):
+        row[: ids.size] = ids
+    return table

@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's packages
 
-from command_line import status
+from pdllm_jax.cli.errors import status
 
 COMMANDS = {
     "kernel": "kernel", "compiled": "compiled", "speed": "speed", "method": "method",

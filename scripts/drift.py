@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command_line import Parser, status
 from jaxtyping import Array, Float, Int
 
 from convert import converted
@@ -33,6 +32,7 @@ from pdllm_jax import (
     load_config,
     load_model,
 )
+from pdllm_jax.cli.errors import Parser, status
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.method.cache_methods import cache_method
 

@@ -34,10 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import jax
 import numpy as np
-from command_line import Parser, status
 
 from convert import convert
 from pdllm_jax import load_document, load_model, save_document
+from pdllm_jax.cli.errors import Parser, status
 from pdllm_jax.storage.fingerprint import model_identity
 from tests.support import convert_sources as sources
 from tests.support import workers

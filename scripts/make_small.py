@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # small_model
 
-from command_line import status
+from pdllm_jax.cli.errors import status
 
 _ADAPTER = Path(__file__).resolve().parents[1] / "small_model" / "adapter.safetensors"
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # small_model
 
-from command_line import status
+from pdllm_jax.cli.errors import status
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from pdllm_jax.config import ChunkConfig
-from pdllm_jax.method.question import Question
+from pdllm_jax.method.scorers import Question
 
 TokenIds = Sequence[int] | np.ndarray
 
@@ -55,6 +55,11 @@ class ChunkedPrompt:
     def question(self) -> Question:
         """Prefix and query, without the document."""
         return Question(self.prefix, self.prefix_length, self.query, self.query_length)
+
+
+def count_ids(query_ids: Int[Array, "B Q"]) -> Int[Array, "B"]:
+    """Counts the ids of each row that are not padding (-1)."""
+    return jnp.count_nonzero(query_ids >= 0, axis=1).astype(jnp.int32)
 
 
 def bucket(n: int, granularity: int = 1, parts: int = 8) -> int:

@@ -19,10 +19,10 @@ from pdllm_jax.method.cache import (
     init_live,
     place_chunks,
 )
+from pdllm_jax.method.chunking import count_ids
 from pdllm_jax.method.encodings import Encoded, EncodeRequest, Encoding
 from pdllm_jax.method.encodings.base import slot_ids
 from pdllm_jax.method.live_forward import query_rows
-from pdllm_jax.method.question import count_ids
 from pdllm_jax.method.selection import Selection
 from pdllm_jax.method.token_selection import keep_tokens
 from pdllm_jax.network.config import ConfigError

@@ -8,46 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import Partial, merge
 from pdllm_jax.config import SelectionConfig
 from pdllm_jax.method.cache import ChunkCache, ChunkPool, init_pool, write_chunks
 from pdllm_jax.method.chunking import ChunkedPrompt
-from pdllm_jax.method.scorers import ScoreRequest
-from pdllm_jax.method.scorers.copies import Draft, QueryCopies, attend_copies, read_scores
+from pdllm_jax.method.scorers.base import Draft, QueryCopies, ScoreRequest
+from pdllm_jax.method.scorers.copies import attend_copies, for_groups, of_requests, read_scores
 from pdllm_jax.method.scoring import run_scorer
-from pdllm_jax.method.selection import EMPTY_SLOT, Selection, ranking, within_margin
+from pdllm_jax.method.selection import EMPTY_SLOT, Selection, ranking, select
 from pdllm_jax.network.rope import Rotation, rotate, rotation
 from pdllm_jax.network.sharding import attention, constrain, whole_groups
 from pdllm_jax.network.transformer import MaskPredictor
-
-
-class _Prefix(NamedTuple):
-    """KV of the prefixes, layer by layer, keys unrotated; no layer where they are empty."""
-
-    k: tuple[Float[Array, "B P G D"], ...]
-    v: tuple[Float[Array, "B P G D"], ...]
-
-
-def _encode_prefix(model: MaskPredictor, prompt: ChunkedPrompt) -> _Prefix:
-    rows = prompt.prefix.shape[1]
-    if rows == 0:
-        return _Prefix((), ())
-    by = rotation(model.config, jnp.arange(rows))
-
-    def attend(layer: int, q: Array, k: Array, v: Array, carry: _Prefix) -> tuple[Array, _Prefix]:
-        turned = rotate(q, by), rotate(k, by)
-        out = attention(model.mesh, *turned, v, prompt.prefix_length).out
-        return out, _Prefix((*carry.k, k), (*carry.v, v))
-
-    _, prefix = model.run(prompt.prefix, attend, _Prefix((), ()))
-    return prefix
 
 
 @functools.partial(jax.jit, static_argnames=("config", "keep_pool"))
@@ -82,35 +59,14 @@ def prefill(
     pooling = config.needs_pool if keep_pool is None else keep_pool
     pooling |= config.scorer.needs_pool and not config.scorer.in_pass
     keeps_prefix = pooling or config.encoding.keeps_prefix
-    request = _request(prompt, config, draft, key, oracle)
-    query_copies = config.scorer.query_copies(model, request)
-    prefix = _Prefix((), ())
-    if query_copies is not None or keeps_prefix:
-        prefix = _encode_prefix(model, prompt)
-    pool, scores = None, None
-    if pooling or query_copies is not None:
-        pool, scores = _encode_all(model, prompt, config, prefix, query_copies, pooling)
-    cache = _cache(model, prompt, prefix, pool, keeps_prefix)
-    if scores is None:
-        scores = run_scorer(config.scorer, model, cache, request)
+    run = _Pass.of(model, prompt, config, keeps_prefix, draft=draft, keys=key, oracle=oracle)
+    pool, scores = None, jnp.full(prompt.chunks.shape[:2], -jnp.inf, jnp.float32)
+    if pooling or run.copies is not None:
+        pool, scores, _ = run.encode(scores, pooling)
+    cache = run.cache(pool, keeps_prefix)
+    if run.copies is None:
+        scores = run_scorer(config.scorer, model, cache, run.request)
     return cache, constrain(model.mesh, scores)
-
-
-def _request(
-    prompt: ChunkedPrompt,
-    config: SelectionConfig,
-    draft: Draft | None,
-    key: Array | None,
-    oracle: Int[Array, "B M"] | None,
-) -> ScoreRequest:
-    return ScoreRequest(
-        prompt.question,
-        prompt.chunk_lengths > 0,
-        draft=draft,
-        keys=key,
-        oracle=oracle,
-        encode_batch=config.encode_batch,
-    )
 
 
 @functools.partial(jax.jit, static_argnames=("encode_batch",))
@@ -158,44 +114,29 @@ def prefill_top_k(
         raise ValueError("re-selection reads all chunks' KV: the document cannot be streamed")
     if prompt.chunks.shape[0] > 1:
         raise ValueError(f"one document is streamed at a time, got {prompt.chunks.shape[0]}")
-    request = _request(prompt, config, draft, key, oracle)
-    query_copies = config.scorer.query_copies(model, request)
-    prefix = _encode_prefix(model, prompt)
+    run = _Pass.of(model, prompt, config, True, draft=draft, keys=key, oracle=oracle)
     scores = jnp.full(prompt.chunks.shape[:2], -jnp.inf, jnp.float32)
-    if query_copies is None:
-        tokens = _cache(model, prompt, prefix, None, False)
-        scores = run_scorer(config.scorer, model, tokens, request)
-    pool, scores, selection = _encode_streaming(
-        model, prompt, config, prefix, query_copies, scores[0]
-    )
-    cache = _cache(model, prompt, prefix, pool, True, streamed=True)
-    return cache, *constrain(model.mesh, (selection, scores))
+    if run.copies is None:
+        scores = run_scorer(config.scorer, model, run.cache(None, False), run.request)
+    n = scores.shape[1]
+    places = min(config.slots, n) + run.group
+    empty = jnp.full((places,), -jnp.inf, jnp.float32)
+    kept = _Kept(jnp.full((places,), n, jnp.int32), empty, jnp.arange(places))
+    pool, scores, best = run.encode(scores, True, kept)
+    assert best is not None
+    scores = constrain(model.mesh, scores)
+    selection = select(scores, config)
+    at = selection.chunk_ids[..., None] == best.ids[: places - run.group]
+    slots = jnp.where(at.any(axis=-1), best.slots[at.argmax(axis=-1)], EMPTY_SLOT)
+    selection = constrain(model.mesh, dataclasses.replace(selection, slots=slots))
+    return run.cache(pool, True, streamed=True), selection, scores
 
 
-def _cache(
-    model: MaskPredictor,
-    prompt: ChunkedPrompt,
-    prefix: _Prefix,
-    pool: ChunkPool | None,
-    keep_prefix: bool,
-    streamed: bool = False,
-) -> ChunkCache:
-    k, v = None, None
-    if keep_prefix and prefix.k:
-        by = rotation(model.config, jnp.arange(prefix.k[0].shape[1]))
-        k, v = rotate(jnp.stack(prefix.k), by), jnp.stack(prefix.v)
-    cache = ChunkCache(
-        pool=pool,
-        tokens=prompt.chunks,
-        lengths=prompt.chunk_lengths,
-        prefix_ids=prompt.prefix,
-        prefix_length=prompt.prefix_length,
-        prefix_k=k,
-        prefix_v=v,
-        streamed=streamed,
-        anchors=prompt.anchors,
-    )
-    return constrain(model.mesh, cache)
+class _Prefix(NamedTuple):
+    """KV of the prefixes, layer by layer, keys unrotated; no layer where they are empty."""
+
+    k: tuple[Float[Array, "B P G D"], ...] = ()
+    v: tuple[Float[Array, "B P G D"], ...] = ()
 
 
 class _Kept(NamedTuple):
@@ -205,196 +146,170 @@ class _Kept(NamedTuple):
     scores: Float[Array, "S"]
     slots: Int[Array, "S"]
 
-
-def _row_rotation(
-    model: MaskPredictor, chunk_size: int, query_copies: QueryCopies | None
-) -> Rotation:
-    """Returns the rotation of a chunk's rows and of the copies behind them."""
-    positions = jnp.arange(chunk_size)
-    if query_copies is not None:
-        _, repeats, rows = query_copies.ids.shape
-        positions = jnp.concatenate([positions, jnp.tile(chunk_size + jnp.arange(rows), repeats)])
-    return rotation(model.config, positions)
-
-
-def _encode_all(
-    model: MaskPredictor,
-    prompt: ChunkedPrompt,
-    config: SelectionConfig,
-    prefix: _Prefix,
-    query_copies: QueryCopies | None,
-    pooling: bool,
-) -> tuple[ChunkPool | None, Float[Array, "B N"] | None]:
-    """Encodes every chunk. Returns the pool if `pooling`, and scores if there are copies."""
-    batch, n, size = prompt.chunks.shape
-    pairs = batch * n
-    group = whole_groups(model.mesh, min(config.encode_batch, pairs))
-    lengths = prompt.chunk_lengths.reshape(pairs)
-    order = jnp.argsort(lengths == 0, stable=True)
-    by = _row_rotation(model, size, query_copies)
-    pool, scores = None, jnp.full((pairs,), -jnp.inf, jnp.float32)
-    if pooling:
-        places = -(-pairs // group) * group
-        pool = init_pool(model.config, places, size, model.dtype, model.mesh)
-        pool = dataclasses.replace(pool, lengths=jnp.pad(lengths, (0, places - pairs)))
-
-    def encode_group(i: Array, carry):
-        pool, scores = carry
-        at = i * group + jnp.arange(group)
-        pair = order[jnp.minimum(at, pairs - 1)]
-        length = jnp.where(at < pairs, lengths[pair], 0)
-        # The chunks of one document are consecutive. Rows beyond the end go behind the last place.
-        where = i * group if batch == 1 else jnp.where(at < pairs, pair, pairs)
-        values, pool = _encode_group(
-            model, prompt, prefix, query_copies, by, pair, length, where, pool
-        )
-        if values is not None:
-            scores = scores.at[jnp.where(length > 0, pair, pairs)].set(values, mode="drop")
-        return constrain(model.mesh, pool, "pool"), scores
-
-    groups = -(-jnp.count_nonzero(lengths) // group)
-    pool, scores = lax.fori_loop(0, groups, encode_group, (pool, scores))
-    return pool, None if query_copies is None else scores.reshape(batch, n)
+    def merge(self, scores: Float[Array, "g"], ids: Int[Array, "g"], keep_first: bool) -> _Kept:
+        """Returns the best of the kept chunks and a group, whose KV is in the free places."""
+        k = self.ids.size - ids.size
+        ids = jnp.concatenate([self.ids[:k], ids]).astype(jnp.int32)
+        scores = jnp.concatenate([self.scores[:k], scores])
+        # Kept chunks come first, by rank, so ties go to the lower chunk id. A sort, because XLA
+        # crashes on a top_k whose operand it shards over "data".
+        order = jnp.argsort(ranking(scores, ids, keep_first), descending=True, stable=True)
+        return _Kept(ids[order], scores[order], self.slots[order])
 
 
-def _encode_streaming(
-    model: MaskPredictor,
-    prompt: ChunkedPrompt,
-    config: SelectionConfig,
-    prefix: _Prefix,
-    query_copies: QueryCopies | None,
-    scores: Float[Array, "N"],
-) -> tuple[ChunkPool, Float[Array, "1 N"], Selection]:
-    """Encodes every chunk of one document and keeps the KV of the best.
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """What all groups of a pass over documents share; by: rotation of chunk and copies' rows."""
 
-    The pool has K + group places; the next group overwrites the free ones. scores: of chunks that
-    need no copies.
-    """
-    n, size = prompt.chunks.shape[1:]
-    group, k = whole_groups(model.mesh, min(config.encode_batch, n)), min(config.slots, n)
-    lengths = prompt.chunk_lengths[0]
-    by = _row_rotation(model, size, query_copies)
-    pool = init_pool(model.config, k + group, size, model.dtype, model.mesh)
-    empty = jnp.full((k + group,), -jnp.inf, jnp.float32)
-    kept = _Kept(jnp.full((k + group,), n, jnp.int32), empty, jnp.arange(k + group))
+    model: MaskPredictor
+    prompt: ChunkedPrompt
+    config: SelectionConfig
+    request: ScoreRequest
+    copies: QueryCopies | None
+    prefix: _Prefix
+    by: Rotation
 
-    def encode_group(i: Array, carry):
-        pool, scores, kept = carry
-        at = i * group + jnp.arange(group)
-        chunk = jnp.minimum(at, n - 1)
-        length = jnp.where(at < n, lengths[chunk], 0)
-        where = kept.slots[k:]
-        values, pool = _encode_group(
-            model, prompt, prefix, query_copies, by, chunk, length, where, pool
-        )
-        if values is not None:
-            scores = scores.at[jnp.where(length > 0, chunk, n)].set(values, mode="drop")
-        assert pool is not None
-        pool = dataclasses.replace(pool, lengths=pool.lengths.at[where].set(length))
-        new = jnp.where(at < n, scores[chunk], -jnp.inf)
-        kept = _merge_kept(kept, new, jnp.where(at < n, chunk, n), k, config.keep_first)
-        return constrain(model.mesh, pool, "pool"), scores, kept
+    @classmethod
+    def of(
+        cls,
+        model: MaskPredictor,
+        prompt: ChunkedPrompt,
+        config: SelectionConfig,
+        keeps_prefix: bool,
+        **inputs: Any,
+    ) -> _Pass:
+        """Prepares a pass; inputs: of the `ScoreRequest`."""
+        valid, group = prompt.chunk_lengths > 0, config.encode_batch
+        request = ScoreRequest(prompt.question, valid, encode_batch=group, **inputs)
+        copies = config.scorer.query_copies(model, request)
+        encodes = keeps_prefix or copies is not None
+        prefix = _encode_prefix(model, prompt) if encodes else _Prefix()
+        positions = jnp.arange(prompt.chunk_size)
+        if copies is not None:
+            _, repeats, rows = copies.ids.shape
+            behind = jnp.tile(prompt.chunk_size + jnp.arange(rows), repeats)
+            positions = jnp.concatenate([positions, behind])
+        by = rotation(model.config, positions)
+        return cls(model, prompt, config, request, copies, prefix, by)
 
-    groups = -(-jnp.count_nonzero(lengths) // group)
-    pool, scores, kept = lax.fori_loop(0, groups, encode_group, (pool, scores, kept))
-    return pool, scores[None], _kept_selection(kept, k, n, config)
+    @property
+    def group(self) -> int:
+        """Chunks that go through the network together."""
+        pairs = self.prompt.chunk_lengths.size
+        return whole_groups(self.model.mesh, min(self.config.encode_batch, pairs))
 
+    def encode(
+        self, scores: Float[Array, "B N"], pooling: bool, kept: _Kept | None = None
+    ) -> tuple[ChunkPool | None, Float[Array, "B N"], _Kept | None]:
+        """Encodes every chunk, and writes scores where there are copies.
 
-def _encode_group(
-    model: MaskPredictor,
-    prompt: ChunkedPrompt,
-    prefix: _Prefix,
-    query_copies: QueryCopies | None,
-    by: Rotation,
-    pair: Int[Array, "g"],
-    lengths: Int[Array, "g"],
-    where: Int[Array, "*g"],
-    pool: ChunkPool | None,
-) -> tuple[Float[Array, "g"] | None, ChunkPool | None]:
-    """Runs a group of chunks, with copies behind them if there are any.
+        pooling: the KV is kept, of all chunks or, with `kept`, of the best ones. Their pool then
+        has K + group places, and the next group overwrites the free ones.
+        """
+        model, (batch, n, size) = self.model, self.prompt.chunks.shape
+        pairs, group = batch * n, self.group
+        lengths = self.prompt.chunk_lengths.reshape(pairs)
+        pool = None
+        if pooling:
+            places = -(-pairs // group) * group if kept is None else kept.ids.size
+            pool = init_pool(model.config, places, size, model.dtype, model.mesh)
+            if kept is None:
+                pool = dataclasses.replace(pool, lengths=jnp.pad(lengths, (0, places - pairs)))
 
-    pair: request * N + chunk; lengths: 0 for padding; where: places in the pool, or the first one.
-    """
-    n, size = prompt.chunks.shape[1:]
-    request, tokens = pair // n, prompt.chunks.reshape(-1, size)[pair]
-    copies = None
-    if query_copies is not None:
-        copies = query_copies.of(request)
-        tokens = jnp.concatenate([tokens, copies.ids.reshape(pair.size, -1)], axis=1)
-    attend = _chunk_attend(
-        by, size, lengths, prefix, prompt.prefix_length[request], request, copies, where, model
-    )
-    x, pool = model.run(tokens, attend, pool)
-    if copies is None:
-        return None, pool
-    return constrain(model.mesh, read_scores(model, x[:, size:], copies)), pool
+        def encode_group(pair: Int[Array, "g"], valid: Bool[Array, "g"], carry):
+            pool, scores, kept = carry
+            length = jnp.where(valid, lengths[pair], 0)
+            # Rows beyond the end go behind the last place.
+            ids = jnp.where(valid, pair, pairs)
+            # The chunks of one document are consecutive.
+            where = pair[0] if batch == 1 else ids
+            if kept is not None:
+                where = kept.slots[-group:]
+            values, pool = self.encode_group(pair, length, where, pool)
+            if values is not None:
+                scores = scores.at[jnp.where(length > 0, pair, pairs)].set(values, mode="drop")
+            if pool is not None and kept is not None:
+                pool = dataclasses.replace(pool, lengths=pool.lengths.at[where].set(length))
+                new = jnp.where(valid, scores[pair], -jnp.inf)
+                kept = kept.merge(new, ids, self.config.keep_first)
+            return constrain(model.mesh, pool, "pool"), scores, kept
 
+        carry = pool, scores.reshape(pairs), kept
+        pool, scores, kept = for_groups(lengths > 0, group, encode_group, carry)
+        return pool, scores.reshape(batch, n), kept
 
-def _chunk_attend(
-    by: Rotation,
-    chunk_size: int,
-    lengths: Int[Array, "g"],
-    prefix: _Prefix,
-    prefix_length: Int[Array, "g"],
-    owner: Int[Array, "g"],
-    query_copies: QueryCopies | None,
-    where: Int[Array, "*g"],
-    model: MaskPredictor,
-):
-    """Returns the attention of a group of chunks with copies behind them; carries the pool.
+    def encode_group(
+        self,
+        pair: Int[Array, "g"],
+        lengths: Int[Array, "g"],
+        where: Int[Array, "*g"],
+        pool: ChunkPool | None,
+    ) -> tuple[Float[Array, "g"] | None, ChunkPool | None]:
+        """Runs a group of chunks, with copies behind them if there are any.
 
-    owner: request of each chunk; where: its place in the pool, or the first chunk's.
-    """
-    if prefix.k:
-        # Chunk rows sit at 0..C-1, so the prefix ends at -1.
-        row = jnp.arange(prefix.k[0].shape[1])
-        prefix_by = rotation(model.config, row - prefix_length[:, None])
-
-    def attend(layer: int, q: Array, k: Array, v: Array, pool: ChunkPool | None):
-        q, k = rotate(q, by), rotate(k, by)
-        chunk_k, chunk_v = k[:, :chunk_size], v[:, :chunk_size]
-        seen = attention(model.mesh, q, chunk_k, chunk_v, lengths, need_lse=True)
+        pair: request * N + chunk; lengths: 0 for padding; where: places in the pool, or the first.
+        """
+        model, prefix, (n, size) = self.model, self.prefix, self.prompt.chunks.shape[1:]
+        request, tokens = pair // n, self.prompt.chunks.reshape(-1, size)[pair]
+        prefix_length, copies = self.prompt.prefix_length[request], None
+        if self.copies is not None:
+            copies = of_requests(self.copies, request)
+            tokens = jnp.concatenate([tokens, copies.ids.reshape(pair.size, -1)], axis=1)
         if prefix.k:
-            before = attention(
-                model.mesh,
-                q,
-                rotate(prefix.k[layer][owner], prefix_by),
-                prefix.v[layer][owner],
-                prefix_length,
-                need_lse=True,
-            )
-            seen = merge(seen, before)
-        out = seen.out
-        if query_copies is not None:
-            behind = Partial(out[:, chunk_size:], seen.lse[..., chunk_size:])
-            copy_q, copy_k, copy_v = (x[:, chunk_size:] for x in (q, k, v))
-            copy_out = attend_copies(model.mesh, behind, copy_q, copy_k, copy_v, query_copies)
-            out = jnp.concatenate([out[:, :chunk_size], copy_out], axis=1)
-        return out, None if pool is None else write_chunks(pool, layer, chunk_k, chunk_v, where)
+            # Chunk rows sit at 0..C-1, so the prefix ends at -1.
+            row = jnp.arange(prefix.k[0].shape[1])
+            prefix_by = rotation(model.config, row - prefix_length[:, None])
 
-    return attend
+        def attend(layer: int, q: Array, k: Array, v: Array, pool: ChunkPool | None):
+            q, k = rotate(q, self.by), rotate(k, self.by)
+            chunk_k, chunk_v = k[:, :size], v[:, :size]
+            seen = attention(model.mesh, q, chunk_k, chunk_v, lengths, need_lse=True)
+            if prefix.k:
+                kv = rotate(prefix.k[layer][request], prefix_by), prefix.v[layer][request]
+                seen = merge(seen, attention(model.mesh, q, *kv, prefix_length, need_lse=True))
+            out = seen.out
+            if copies is not None:
+                seen = Partial(out[:, size:], seen.lse[..., size:])
+                copy_q, copy_k, copy_v = (x[:, size:] for x in (q, k, v))
+                copy_out = attend_copies(model.mesh, seen, copy_q, copy_k, copy_v, copies)
+                out = jnp.concatenate([out[:, :size], copy_out], axis=1)
+            return out, None if pool is None else write_chunks(pool, layer, chunk_k, chunk_v, where)
+
+        x, pool = model.run(tokens, attend, pool)
+        return None if copies is None else read_scores(model, x[:, size:], copies), pool
+
+    def cache(
+        self, pool: ChunkPool | None, keeps_prefix: bool, *, streamed: bool = False
+    ) -> ChunkCache:
+        """Returns the cache of the pass."""
+        prompt, k, v = self.prompt, None, None
+        if keeps_prefix and self.prefix.k:
+            by = rotation(self.model.config, jnp.arange(prompt.prefix.shape[1]))
+            k, v = rotate(jnp.stack(self.prefix.k), by), jnp.stack(self.prefix.v)
+        cache = ChunkCache(
+            pool,
+            prompt.chunks,
+            prompt.chunk_lengths,
+            prompt.prefix,
+            prompt.prefix_length,
+            prefix_k=k,
+            prefix_v=v,
+            streamed=streamed,
+            anchors=prompt.anchors,
+        )
+        return constrain(self.model.mesh, cache)
 
 
-def _kept_selection(kept: _Kept, k: int, n: int, config: SelectionConfig) -> Selection:
-    ids, scores, slots = (x[:k] for x in kept)
-    ranked = ranking(scores, ids, config.keep_first)
-    chosen = ranked > -jnp.inf
-    if config.max_k is not None:
-        chosen = within_margin(ranked, config.top_k, config.margin)
-    order = jnp.argsort(jnp.where(chosen, ids, n))
-    chosen = chosen[order]
-    return Selection(
-        chunk_ids=jnp.where(chosen, ids[order], EMPTY_SLOT)[None],
-        scores=jnp.where(chosen, scores[order], -jnp.inf)[None],
-        slots=jnp.where(chosen, slots[order], EMPTY_SLOT)[None],
-    )
+def _encode_prefix(model: MaskPredictor, prompt: ChunkedPrompt) -> _Prefix:
+    rows = prompt.prefix.shape[1]
+    if rows == 0:
+        return _Prefix()
+    by = rotation(model.config, jnp.arange(rows))
 
+    def attend(layer: int, q: Array, k: Array, v: Array, carry: _Prefix) -> tuple[Array, _Prefix]:
+        turned = rotate(q, by), rotate(k, by)
+        out = attention(model.mesh, *turned, v, prompt.prefix_length).out
+        return out, _Prefix((*carry.k, k), (*carry.v, v))
 
-def _merge_kept(kept: _Kept, scores: Array, ids: Array, k: int, keep_first: bool) -> _Kept:
-    """Returns the best k of the kept chunks and a new group, whose KV is in the free places."""
-    ids = jnp.concatenate([kept.ids[:k], ids]).astype(jnp.int32)
-    scores = jnp.concatenate([kept.scores[:k], scores])
-    # Kept chunks come first, by rank, so ties go to the lower chunk id. A sort, because XLA crashes
-    # on a top_k whose operand it shards over "data".
-    order = jnp.argsort(ranking(scores, ids, keep_first), descending=True, stable=True)
-    return _Kept(ids[order], scores[order], kept.slots[order])
+    _, prefix = model.run(prompt.prefix, attend, _Prefix())
+    return prefix

@@ -27,8 +27,7 @@ from pallas_kernels import Implementation
 from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.method.cache import ChunkCache, DenoiseState
 from pdllm_jax.method.encoding import encode_state
-from pdllm_jax.method.question import Question
-from pdllm_jax.method.scorers import Response, ScoreRequest
+from pdllm_jax.method.scorers import Question, Response, ScoreRequest
 from pdllm_jax.method.scoring import check_scorable, run_scorer
 from pdllm_jax.method.selection import select
 from pdllm_jax.network.sharding import constrain
@@ -83,7 +82,18 @@ def reselect_due(
     due &= (state.tokens != model.config.mask_token_id).any(axis=1)
 
     def rescore(state: DenoiseState) -> DenoiseState:
-        scores = _scores(model, cache, state, selecting, config, implementation, due)
+        document = cache.document_of(due.size)
+        block = jnp.arange(config.gen_length) // config.block_length
+        prefix_ids, length = cache.prefix_ids[document], state.prefix_length
+        unmasked = state.tokens != model.config.mask_token_id
+        request = ScoreRequest(
+            Question(prefix_ids, length, state.query, state.query_length),
+            (cache.lengths[document] > 0) & due[:, None],
+            response=Response(state.tokens, unmasked, block == state.block[:, None]),
+            encode_batch=selecting.encode_batch,
+            implementation=implementation,
+        )
+        scores = run_scorer(selecting.scorer, model, cache, request)
         chosen = select(scores, selecting).chunk_ids
         chosen = jnp.where(due[:, None], chosen, state.selected)
         changed = (chosen != state.selected).any(axis=1)
@@ -98,49 +108,16 @@ def reselect_due(
     return lax.cond(due.any(), rescore, lambda state: state, state)
 
 
-def _scores(
-    model: MaskPredictor,
-    cache: ChunkCache,
-    state: DenoiseState,
-    selecting: SelectionConfig,
-    config: DecodeConfig,
-    implementation: Implementation | None,
-    due: Bool[Array, "B"],
-) -> Array:
-    document = cache.document_of(state.tokens.shape[0])
-    block = jnp.arange(config.gen_length) // config.block_length
-    request = ScoreRequest(
-        Question(cache.prefix_ids[document], state.prefix_length, state.query, state.query_length),
-        (cache.lengths[document] > 0) & due[:, None],
-        response=Response(
-            state.tokens,
-            state.tokens != model.config.mask_token_id,
-            block == state.block[:, None],
-        ),
-        encode_batch=selecting.encode_batch,
-        implementation=implementation,
-    )
-    return run_scorer(selecting.scorer, model, cache, request)
-
-
 def _of_changed(changed: Bool[Array, "B"], new: DenoiseState, old: DenoiseState) -> DenoiseState:
     """Returns the new state for changed requests, the old one for others."""
 
-    def pick(axis: int):
-        def one(a: Array, b: Array) -> Array:
-            rows = jnp.repeat(changed, a.shape[axis] // changed.shape[0])
-            return jnp.where(rows.reshape((-1,) + (1,) * (a.ndim - axis - 1)), a, b)
+    def pick(a: Array, b: Array, axis: int = 0) -> Array:
+        rows = jnp.repeat(changed, a.shape[axis] // changed.size)
+        return jnp.where(rows.reshape((-1,) + (1,) * (a.ndim - axis - 1)), a, b)
 
-        return one
-
-    def of_pool(a: Array, b: Array) -> Array:
-        """Selects KV on the axis behind the layers, and lengths on the first axis."""
-        return pick(0 if a.ndim == 1 else 1)(a, b)
-
-    changes = {
-        name: pick(0)(getattr(new, name), getattr(old, name))
-        for name in ("selected", "chunk_ids", "chunk_starts", "query_start", "stale")
-    }
-    live = jax.tree.map(pick(0), new.live, old.live)
-    pool = jax.tree.map(of_pool, new.pool, old.pool)
-    return dataclasses.replace(old, live=live, pool=pool, **changes)
+    names = ("selected", "chunk_ids", "chunk_starts", "query_start", "stale", "live", "pool")
+    changes = {name: (getattr(new, name), getattr(old, name)) for name in names}
+    # In a pool, requests divide the axis behind the layers of KV, and the first one of lengths.
+    pool = jax.tree.map(lambda a, b: pick(a, b, min(a.ndim, 2) - 1), *changes.pop("pool"))
+    picked = {name: jax.tree.map(pick, *pair) for name, pair in changes.items()}
+    return dataclasses.replace(old, pool=pool, **picked)

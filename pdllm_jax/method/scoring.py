@@ -11,10 +11,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import Implementation
 from pdllm_jax.config import SelectionConfig
 from pdllm_jax.method.cache import ChunkCache
-from pdllm_jax.method.chunking import ChunkedPrompt
-from pdllm_jax.method.question import Question, count_ids
-from pdllm_jax.method.scorers import Scorer, ScoreRequest
-from pdllm_jax.method.scorers.copies import Draft
+from pdllm_jax.method.chunking import ChunkedPrompt, count_ids
+from pdllm_jax.method.scorers import Draft, Question, Scorer, ScoreRequest
 from pdllm_jax.network.sharding import constrain
 from pdllm_jax.network.transformer import MaskPredictor
 
@@ -78,14 +76,11 @@ def score_chunks(
         check_scorable(cache)
     if draft is not None and draft.tokens.shape[0] != batch:
         raise ValueError(f"{draft.tokens.shape[0]} drafts for {batch} questions")
-    question = Question(
-        cache.prefix_ids[document],
-        cache.prefix_length[document],
-        query_ids,
-        count_ids(query_ids) if query_length is None else jnp.asarray(query_length, jnp.int32),
-    )
+    if query_length is None:
+        query_length = count_ids(query_ids)
+    prefix = cache.prefix_ids[document], cache.prefix_length[document]
     request = ScoreRequest(
-        question,
+        Question(*prefix, query_ids, jnp.asarray(query_length, jnp.int32)),
         cache.lengths[document] > 0,
         draft=draft,
         keys=key,

@@ -7,7 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pdllm_jax.config import SelectionConfig
 
@@ -20,7 +20,7 @@ class Selection:
     """Chunks kept, in document order.
 
     chunk_ids [B, K] int32: ascending; EMPTY_SLOT behind them where fewer than K chunks exist.
-    scores [B, K] float32: the scores of those chunks, -inf for empty slots.
+    scores [B, K] float32: of these chunks, -inf for empty slots.
     slots [B, K] int32: their places in the pool of `prefill_top_k`; None where the chunk ids give
       them.
     """
@@ -41,18 +41,6 @@ def ranking(
     if keep_first:
         rank_by = jnp.where((ids == 0) & (rank_by > -jnp.inf), jnp.inf, rank_by)
     return rank_by
-
-
-def within_margin(ranked: Float[Array, "B S"], k: int, margin: float) -> Bool[Array, "B S"]:
-    """Returns which of the best S chunks, best first, are kept: k, and others within the margin.
-
-    ranked: ranking keys, descending. Keeps a chunk behind the k-th where the k-th score exceeds its
-    score by at most `margin`.
-    """
-    rank = jnp.arange(ranked.shape[-1])
-    last = ranked[..., min(k, ranked.shape[-1]) - 1, None]
-    close = last - ranked <= margin
-    return (ranked > -jnp.inf) & ((rank < k) | close)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "keep_first", "max_k", "margin"))
@@ -86,7 +74,10 @@ def select_top_k(
     best, ids = jax.lax.top_k(
         ranking(scores, jnp.arange(n), keep_first), min(k if max_k is None else max_k, n)
     )
-    chosen = best > -jnp.inf if max_k is None else within_margin(best, k, margin)
+    chosen = best > -jnp.inf
+    if max_k is not None:
+        close = best[..., min(k, n) - 1, None] - best <= margin
+        chosen &= (jnp.arange(best.shape[-1]) < k) | close
     ids = jnp.sort(jnp.where(chosen, ids, n), axis=-1).astype(jnp.int32)
     values = jnp.take_along_axis(scores, jnp.minimum(ids, n - 1), axis=-1)
     return Selection(jnp.where(ids == n, EMPTY_SLOT, ids), jnp.where(ids == n, -jnp.inf, values))
@@ -94,10 +85,5 @@ def select_top_k(
 
 def select(scores: Float[Array, "B N"], config: SelectionConfig) -> Selection:
     """Runs `select_top_k` with a configuration's settings."""
-    return select_top_k(
-        scores,
-        config.top_k,
-        keep_first=config.keep_first,
-        max_k=config.max_k,
-        margin=float(config.margin),
-    )
+    adaptive = {"max_k": config.max_k, "margin": float(config.margin)}
+    return select_top_k(scores, config.top_k, keep_first=config.keep_first, **adaptive)

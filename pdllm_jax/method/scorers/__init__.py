@@ -2,43 +2,31 @@
 
 from __future__ import annotations
 
-from pdllm_jax.method.scorers.attention import AttentionScorer
-from pdllm_jax.method.scorers.base import Response, Scorer, ScoreRequest
-from pdllm_jax.method.scorers.controls import (
-    AllScorer,
-    FirstScorer,
-    LastScorer,
-    OracleScorer,
-    RandomScorer,
-)
-from pdllm_jax.method.scorers.query_copies import ConfidenceScorer, DraftScorer, QueryScorer
+from pdllm_jax.method.scorers import attention, controls, copies
+from pdllm_jax.method.scorers.base import Draft, Question, Response, Scorer, ScoreRequest
+from pdllm_jax.method.scorers.controls import AllScorer, OracleScorer
+from pdllm_jax.method.scorers.copies import DraftScorer
 
-SCORERS: dict[str, type[Scorer]] = {
-    scorer.name: scorer
-    for scorer in (
-        DraftScorer,
-        QueryScorer,
-        ConfidenceScorer,
-        AttentionScorer,
-        AllScorer,
-        FirstScorer,
-        LastScorer,
-        RandomScorer,
-        OracleScorer,
-    )
-}
+_ALL: tuple[type[Scorer], ...] = (
+    DraftScorer,
+    copies.QueryScorer,
+    copies.ConfidenceScorer,
+    attention.AttentionScorer,
+    AllScorer,
+    controls.FirstScorer,
+    controls.LastScorer,
+    controls.RandomScorer,
+    OracleScorer,
+)
+SCORERS = {scorer.name: scorer for scorer in _ALL}
 
 __all__ = [
     "SCORERS",
     "AllScorer",
-    "AttentionScorer",
-    "ConfidenceScorer",
+    "Draft",
     "DraftScorer",
-    "FirstScorer",
-    "LastScorer",
     "OracleScorer",
-    "QueryScorer",
-    "RandomScorer",
+    "Question",
     "Response",
     "ScoreRequest",
     "Scorer",

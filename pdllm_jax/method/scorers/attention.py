@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from pallas_kernels import merge
 from pdllm_jax.method.cache import ChunkCache, dynamic_updates
-from pdllm_jax.method.question import Question
-from pdllm_jax.method.scorers.base import Scorer, ScoreRequest
+from pdllm_jax.method.scorers.base import Scorer, ScoreRequest, prefix_attention
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import attention, chunk_attention_mass
 from pdllm_jax.network.transformer import MaskPredictor
@@ -33,58 +33,34 @@ class AttentionScorer(Scorer):
         self, model: MaskPredictor, cache: ChunkCache, request: ScoreRequest
     ) -> Float[Array, "B N"]:
         """Returns shares that add up to 1 over the chunks."""
-        question, counted = _counted_rows(request)
-        pool, row = cache.pool, jnp.arange(question.query.shape[1])
+        question, response, pool = request.question, request.response, cache.pool
         assert pool is not None
-        document = cache.document_of(question.query.shape[0])
-        chunk_ids = jnp.where(request.wanted, jnp.arange(request.wanted.shape[1]), -1)
-        places, chunk_size = cache.places(chunk_ids), cache.tokens.shape[-1]
-        by_chunk = rotation(model.config, chunk_size + row)
-        start = cache.prefix_length[document, None] + chunk_size
-        by_prefix = rotation(model.config, start + row)
+        if response is None:
+            counted = jnp.arange(question.query.shape[1]) < question.query_length[:, None]
+        else:
+            query_length = question.query_length
+            question, counted = question.with_tail(response)
+            counted = dynamic_updates(counted, query_length, response.confirmed)
         weights = counted.astype(jnp.float32)
+        chunk_ids = jnp.where(request.wanted, jnp.arange(request.wanted.shape[1]), -1)
+        places = cache.places(chunk_ids)
+        offset = cache.tokens.shape[-1] + jnp.arange(counted.shape[1])
+        by = rotation(model.config, offset)
+        document = cache.document_of(counted.shape[0])
+        to_prefix = prefix_attention(model, cache, document, offset)
+        path = request.implementation
+        to_chunks = functools.partial(chunk_attention_mass, model.mesh, implementation=path)
 
         def attend(layer: int, q: Array, k: Array, v: Array, total: Array) -> tuple[Array, Array]:
-            turned = rotate(q, by_chunk)
-            query_kv = rotate(k, by_chunk), v
-            parts = [attention(model.mesh, turned, *query_kv, question.query_length, need_lse=True)]
-            if cache.prefix_k is not None and cache.prefix_v is not None:
-                parts.append(
-                    attention(
-                        model.mesh,
-                        rotate(q, by_prefix),
-                        cache.prefix_k[layer][document],
-                        cache.prefix_v[layer][document],
-                        cache.prefix_length[document],
-                        need_lse=True,
-                    )
-                )
-            seen, mass = chunk_attention_mass(
-                model.mesh, turned, pool.k, pool.v, places, pool.lengths,
-                layer=layer, implementation=request.implementation,
-            )  # fmt: skip
+            turned = rotate(q, by)
+            query_kv = rotate(k, by), v
+            itself = attention(model.mesh, turned, *query_kv, question.query_length, need_lse=True)
+            before = to_prefix(layer, q)
+            seen, mass = to_chunks(turned, pool.k, pool.v, places, pool.lengths, layer=layer)
             share = jnp.einsum("bhtn,bt->bn", mass, weights)
             share /= jnp.maximum(weights.sum(axis=-1), 1)[:, None] * q.shape[2]
-            return merge(seen, *parts).out, total + share
+            return merge(seen, itself, *before).out, total + share
 
         zeros = jnp.zeros(places.shape, jnp.float32)
         _, total = model.run(question.query, attend, zeros)
         return total / model.config.n_layers
-
-
-def _counted_rows(request: ScoreRequest) -> tuple[Question, Bool[Array, "B T"]]:
-    """Returns the rows that go through the network, and which of them count."""
-    question, response = request.question, request.response
-    if response is None:
-        row = jnp.arange(question.query.shape[1])
-        return question, row < question.query_length[:, None]
-    slots = response.tokens.shape[1]
-    rows = jnp.pad(question.query, ((0, 0), (0, slots)))
-    counted = jnp.arange(rows.shape[1]) < question.query_length[:, None]
-    return (
-        question._replace(
-            query=dynamic_updates(rows, question.query_length, response.tokens),
-            query_length=question.query_length + slots,
-        ),
-        dynamic_updates(counted, question.query_length, response.unmasked),
-    )

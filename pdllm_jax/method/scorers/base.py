@@ -14,27 +14,52 @@ A scorer's extra pass goes through `model.run` with the attention that it needs.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import Implementation
-from pdllm_jax.method.cache import ChunkCache
-from pdllm_jax.method.question import Question
-from pdllm_jax.method.scorers.copies import Draft, QueryCopies
+from pallas_kernels import Implementation, Partial
+from pdllm_jax.method.cache import ChunkCache, dynamic_updates
+from pdllm_jax.network.rope import rotate, rotation
+from pdllm_jax.network.sharding import attention
 from pdllm_jax.network.transformer import MaskPredictor
 
 
-class Response(NamedTuple):
-    """A response that is being denoised, as re-selection sees it.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """d tokens behind the query: guesses where `confirmed`, mask tokens elsewhere."""
 
-    tokens [B, G]; unmasked [B, G]: slots that hold a token; in_block [B, G]: slots of the current
-    block.
-    """
+    tokens: Int[Array, "B d"]
+    confirmed: Bool[Array, "B d"]
 
-    tokens: Int[Array, "B G"]
-    unmasked: Bool[Array, "B G"]
+
+@dataclasses.dataclass(frozen=True)
+class Response(Draft):
+    """A response that is being denoised; in_block [B, G]: slots of the current block."""
+
     in_block: Bool[Array, "B G"]
+
+
+class Question(NamedTuple):
+    """Prefix and query of each request, padded behind their lengths."""
+
+    prefix: Int[Array, "B P"]
+    prefix_length: Int[Array, "B"]
+    query: Int[Array, "B Q"]
+    query_length: Int[Array, "B"]
+
+    def with_tail(self, tail: Draft) -> tuple[Question, Bool[Array, "B T"]]:
+        """Returns the question with the tail behind its query, and which rows are the query's."""
+        slots = tail.tokens.shape[1]
+        rows = jnp.pad(self.query, ((0, 0), (0, slots)))
+        in_query = jnp.arange(rows.shape[1]) < self.query_length[:, None]
+        rows = dynamic_updates(rows, self.query_length, tail.tokens)
+        return self._replace(query=rows, query_length=self.query_length + slots), in_query
 
 
 class ScoreRequest(NamedTuple):
@@ -56,6 +81,22 @@ class ScoreRequest(NamedTuple):
     oracle: Int[Array, "B M"] | None = None
     encode_batch: int = 8
     implementation: Implementation | None = None
+
+
+class QueryCopies(NamedTuple):
+    """Copies of query and tail, and the rows that are scored; see `copies.py`.
+
+    ids [B, R, T]; length [B]: valid rows of a copy.
+    read_copy, read_row, read_valid [B, S]: the scored rows; read_token [B, S]: the token whose
+      probability is the score, None for the likeliest one.
+    """
+
+    ids: Int[Array, "B R T"]
+    length: Int[Array, "B"]
+    read_copy: Int[Array, "B S"]
+    read_row: Int[Array, "B S"]
+    read_token: Int[Array, "B S"] | None
+    read_valid: Bool[Array, "B S"]
 
 
 @runtime_checkable
@@ -82,12 +123,28 @@ class Scorer(Protocol):
         """Returns the rows that go behind every chunk; None where `in_pass` is false."""
         return None
 
-    def copy_sizes(self, query_rows: int) -> tuple[int, int, int] | None:
-        """Returns (copies, rows of a copy, scored rows) of `query_copies`, for memory plans."""
-        return None
-
     def scores(
         self, model: MaskPredictor, cache: ChunkCache, request: ScoreRequest
     ) -> Float[Array, "B N"]:
         """Returns a score for each chunk, float32; higher is better."""
         ...
+
+
+def prefix_attention(
+    model: MaskPredictor, cache: ChunkCache, document: Int[Array, "B"], offset: Int[Array, "T"]
+) -> Callable[[int, Array], tuple[Partial, ...]]:
+    """Returns a function (layer, unrotated queries) -> attention to the prefix; () without one.
+
+    document: of each request. offset: positions of the rows behind the prefix.
+    """
+    k, v = cache.prefix_k, cache.prefix_v
+    if k is None or v is None:
+        return lambda layer, q: ()
+    length = cache.prefix_length[document]
+    by = rotation(model.config, length[:, None] + offset)
+
+    def attend(layer: int, q: Array) -> tuple[Partial, ...]:
+        kv = k[layer][document], v[layer][document]
+        return (attention(model.mesh, rotate(q, by), *kv, length, need_lse=True),)
+
+    return attend

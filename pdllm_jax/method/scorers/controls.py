@@ -16,7 +16,7 @@ from pdllm_jax.network.transformer import MaskPredictor
 
 @dataclasses.dataclass(frozen=True)
 class FirstScorer(Scorer):
-    """Prefers early chunks."""
+    """Prefers early chunks, and is the base of the other controls."""
 
     name: ClassVar[str] = "first"
     reads_document: ClassVar[bool] = False
@@ -24,9 +24,13 @@ class FirstScorer(Scorer):
     def scores(
         self, model: MaskPredictor, cache: ChunkCache, request: ScoreRequest
     ) -> Float[Array, "B N"]:
-        """Returns -i for chunk i."""
-        batch, n = request.wanted.shape
-        return jnp.broadcast_to(-jnp.arange(n, dtype=jnp.float32), (batch, n))
+        """Returns `rank` for every request."""
+        n = request.wanted.shape[1]
+        return jnp.broadcast_to(self.rank(jnp.arange(n), request), request.wanted.shape)
+
+    def rank(self, chunk: Array, request: ScoreRequest) -> Float[Array, "*B N"]:
+        """Returns the scores of chunks 0..N-1, -i for chunk i."""
+        return -chunk.astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,52 +46,37 @@ class LastScorer(FirstScorer):
 
     name: ClassVar[str] = "last"
 
-    def scores(
-        self, model: MaskPredictor, cache: ChunkCache, request: ScoreRequest
-    ) -> Float[Array, "B N"]:
+    def rank(self, chunk: Array, request: ScoreRequest) -> Float[Array, "N"]:
         """Returns i for chunk i."""
-        return -super().scores(model, cache, request)
+        return chunk.astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomScorer(FirstScorer):
-    """Prefers chunks at random, by the request's key."""
+    """Prefers chunks at random; raises ValueError for a request without a key."""
 
     name: ClassVar[str] = "random"
 
-    def scores(
-        self, model: MaskPredictor, cache: ChunkCache, request: ScoreRequest
-    ) -> Float[Array, "B N"]:
-        """Returns uniform numbers, which depend on key and chunk alone.
-
-        Raises:
-          ValueError: the request has no key.
-        """
+    def rank(self, chunk: Array, request: ScoreRequest) -> Float[Array, "B N"]:
+        """Returns uniform numbers, which depend on key and chunk alone."""
         if request.keys is None:
             raise ValueError("scorer 'random' needs a key")
-        batch, n = request.wanted.shape
 
         def draw(key: Array) -> Array:
-            return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(jnp.arange(n))
+            return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(chunk)
 
-        return jax.vmap(draw)(jnp.broadcast_to(request.keys, (batch,)))
+        return jax.vmap(draw)(jnp.broadcast_to(request.keys, request.wanted.shape[:1]))
 
 
 @dataclasses.dataclass(frozen=True)
 class OracleScorer(FirstScorer):
-    """Keeps the chunks that the caller names."""
+    """Keeps the chunks that the caller names; raises ValueError for a request without ids."""
 
     name: ClassVar[str] = "oracle"
 
-    def scores(
-        self, model: MaskPredictor, cache: ChunkCache, request: ScoreRequest
-    ) -> Float[Array, "B N"]:
-        """Returns 0 for the named chunks and -inf for all others.
-
-        Raises:
-          ValueError: no ids are given.
-        """
+    def rank(self, chunk: Array, request: ScoreRequest) -> Float[Array, "B N"]:
+        """Returns 0 for the named chunks and -inf for all others."""
         if request.oracle is None:
             raise ValueError("scorer 'oracle' needs the ids of the chunks to keep")
-        chunk, ids = jnp.arange(request.wanted.shape[1]), jnp.asarray(request.oracle)
+        ids = jnp.asarray(request.oracle)
         return jnp.where((chunk[:, None] == ids[:, None]).any(axis=-1), 0.0, -jnp.inf)

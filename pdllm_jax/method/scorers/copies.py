@@ -1,4 +1,4 @@
-"""Masked copies of the query that go through the network behind a chunk.
+"""Scorers by masked copies of the query that go through the network behind a chunk.
 
 R copies of the query and its tail (a draft, or the response so far), copy r with the scored slots s
 with s % R == r masked. They attend to prefix, chunk and themselves, all copies at the same
@@ -10,7 +10,9 @@ question costs its own rows against that KV. R = number of slots is exactly leav
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,122 +20,65 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import Implementation, Partial, merge
+from pallas_kernels import Partial, merge
 from pallas_kernels.common import row_sum
 from pdllm_jax.method.cache import ChunkCache, dynamic_slices, dynamic_updates
-from pdllm_jax.method.question import Question
 from pdllm_jax.method.sampling.confidence import log_probability
+from pdllm_jax.method.scorers.base import (
+    Draft,
+    QueryCopies,
+    Question,
+    Scorer,
+    ScoreRequest,
+    prefix_attention,
+)
+from pdllm_jax.network.config import require, size
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import attention, chunk_attention, constrain, whole_groups
 from pdllm_jax.network.transformer import MaskPredictor
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Draft:
-    """d tokens behind the query: guesses where `confirmed`, mask tokens elsewhere."""
-
-    tokens: Int[Array, "B d"]
-    confirmed: Bool[Array, "B d"]
+Carry = TypeVar("Carry")
 
 
-class QueryCopies(NamedTuple):
-    """Copies of query and tail, and the rows that are scored.
+def for_groups(
+    wanted: Bool[Array, "P"],
+    group: int,
+    body: Callable[[Int[Array, "g"], Bool[Array, "g"], Carry], Carry],
+    carry: Carry,
+) -> Carry:
+    """Runs body(indices, valid, carry) for groups of the wanted indices, ascending.
 
-    ids [B, R, T]; length [B]: valid rows of a copy.
-    read_copy, read_row, read_valid [B, S]: the scored rows; read_token [B, S]: the token whose
-      probability is the score, None for the likeliest one.
+    The last group may also hold indices that are not wanted, and places that are not valid.
     """
+    order = jnp.argsort(~wanted, stable=True)
 
-    ids: Int[Array, "B R T"]
-    length: Int[Array, "B"]
-    read_copy: Int[Array, "B S"]
-    read_row: Int[Array, "B S"]
-    read_token: Int[Array, "B S"] | None
-    read_valid: Bool[Array, "B S"]
+    def step(i: Array, carry: Carry) -> Carry:
+        at = i * group + jnp.arange(group)
+        return body(order[jnp.minimum(at, wanted.size - 1)], at < wanted.size, carry)
 
-    def of(self, request: Int[Array, "g"]) -> QueryCopies:
-        """Returns the copies of some requests."""
-        return jax.tree.map(lambda x: x[request], self)
+    return lax.fori_loop(0, -(-jnp.count_nonzero(wanted) // group), step, carry)
 
 
-def masked_draft(model: MaskPredictor, batch: int, d: int) -> Draft:
-    """Returns a draft of d masks."""
-    tokens = jnp.full((batch, d), model.config.mask_token_id, jnp.int32)
-    return Draft(tokens, jnp.zeros((batch, d), bool))
-
-
-def write_draft(model: MaskPredictor, question: Question, d: int, steps: int) -> Draft:
-    """Denoises `steps` of d masks: slot 0, then the most confident of those still masked."""
-    start = question.prefix_length + question.query_length
-    # Each part overwrites the padding of the one before it.
-    rows = jnp.pad(question.prefix, ((0, 0), (0, question.query.shape[1] + d)))
-    rows = dynamic_updates(rows, question.prefix_length, question.query)
-
-    def step(i: Array, draft: Draft) -> Draft:
-        hidden = model.encode(dynamic_updates(rows, start, draft.tokens), start + d)
-        logits = model.logits(dynamic_slices(hidden, start, d))
-        guess = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        confidence = jnp.where(draft.confirmed, -jnp.inf, log_probability(logits, guess))
-        slot = jnp.where(i == 0, 0, jnp.argmax(confidence, axis=-1))
-        chosen = jnp.arange(d) == slot[:, None]
-        return Draft(jnp.where(chosen, guess, draft.tokens), draft.confirmed | chosen)
-
-    return lax.fori_loop(0, steps, step, masked_draft(model, question.query.shape[0], d))
-
-
-def _place(values: Array, rows: int, start: int | Array) -> Array:
-    """Returns [rows] of zeros with `values` from `start` on."""
-    return lax.dynamic_update_slice_in_dim(jnp.zeros(rows, values.dtype), values, start, 0)
-
-
-def masked_copies(
-    model: MaskPredictor, question: Question, tail: Draft, copies: int | None, most: int
+def make_copies(
+    model: MaskPredictor,
+    rows: Question,
+    scored: Bool[Array, "B T"],
+    most: int,
+    copies: int | None,
 ) -> QueryCopies:
-    """Returns copies in which every query token and the tail's confirmed ones are scored.
+    """Returns R = `copies` copies of the rows, in which every scored row is masked once.
 
-    Args:
-      copies: R; None for one copy of every scored slot.
-      most: confirmed tokens of the tail that are scored, at most; 0 scores the query alone.
+    scored: at most `most` rows of a request. copies: None for `most`.
     """
-    mask_id, q_rows = model.config.mask_token_id, question.query.shape[1]
-    rows, scored_rows = q_rows + tail.tokens.shape[1], q_rows + most
-    copies = scored_rows if copies is None else copies
-
-    def of_request(query: Array, length: Array, tokens: Array, confirmed: Array):
-        ids = lax.dynamic_update_slice_in_dim(_place(query, rows, 0), tokens, length, 0)
-        scored = jnp.arange(rows) < length
-        if most:
-            scored |= _place(confirmed, rows, length)
-        slot = jnp.where(scored, jnp.cumsum(scored) - 1, -1)
-        masked = scored & (slot % copies == jnp.arange(copies)[:, None])
-        row = jnp.argsort(~scored, stable=True)[:scored_rows]
-        read_slot = jnp.arange(scored_rows)
-        copy, valid = read_slot % copies, read_slot < scored.sum()
-        return jnp.where(masked, mask_id, ids), copy, row, ids[row], valid
-
-    ids, copy, row, token, valid = jax.vmap(of_request)(
-        question.query, question.query_length, tail.tokens, tail.confirmed
-    )
-    length = question.query_length + tail.tokens.shape[1]
-    return QueryCopies(ids, length, copy, row, token, valid)
-
-
-def open_slots_copy(question: Question, tail: Draft) -> QueryCopies:
-    """Returns one copy, in which the likeliest token of every slot not confirmed is scored."""
-    d = tail.tokens.shape[1]
-    rows = question.query.shape[1] + d
-
-    def of_request(query: Array, length: Array, tokens: Array, confirmed: Array):
-        ids = lax.dynamic_update_slice_in_dim(_place(query, rows, 0), tokens, length, 0)
-        scored = _place(~confirmed, rows, length)
-        row = jnp.argsort(~scored, stable=True)[:d]
-        return ids[None], jnp.zeros_like(row), row, jnp.arange(d) < scored.sum()
-
-    ids, copy, row, valid = jax.vmap(of_request)(
-        question.query, question.query_length, tail.tokens, tail.confirmed
-    )
-    return QueryCopies(ids, question.query_length + d, copy, row, None, valid)
+    copies = most if copies is None else copies
+    slot = jnp.where(scored, jnp.cumsum(scored, axis=1) - 1, -1)[:, None]
+    masked = scored[:, None] & (slot % copies == jnp.arange(copies)[:, None])
+    ids = jnp.where(masked, model.config.mask_token_id, rows.query[:, None])
+    row = jnp.argsort(~scored, axis=1, stable=True)[:, :most]
+    token = jnp.take_along_axis(rows.query, row, axis=1)
+    read = jnp.broadcast_to(jnp.arange(most), row.shape)
+    valid = read < scored.sum(axis=1)[:, None]
+    return QueryCopies(ids, rows.query_length, read % copies, row, token, valid)
 
 
 def read_scores(
@@ -147,7 +92,8 @@ def read_scores(
     if tokens is None:
         tokens = jnp.argmax(logits, axis=-1)
     likelihood = jnp.where(copies.read_valid, log_probability(logits, tokens), 0.0)
-    return row_sum(likelihood) / jnp.maximum(copies.read_valid.sum(axis=-1), 1)
+    likelihood = row_sum(likelihood) / jnp.maximum(copies.read_valid.sum(axis=-1), 1)
+    return constrain(model.mesh, likelihood)
 
 
 def attend_copies(
@@ -165,65 +111,162 @@ def attend_copies(
     return merge(Partial(split(seen.out), lse), itself).out.reshape(q.shape)
 
 
-def score_copies(
-    model: MaskPredictor,
-    cache: ChunkCache,
-    query_copies: QueryCopies,
-    wanted: Bool[Array, "B N"],
-    *,
-    encode_batch: int,
-    implementation: Implementation | None,
-) -> Float[Array, "B N"]:
-    """Scores copies against the KV of every chunk; groups of (request, chunk) pairs at a time.
+def of_requests(copies: QueryCopies, request: Int[Array, "g"]) -> QueryCopies:
+    """Returns the copies of some requests."""
+    return jax.tree.map(lambda x: x[request], copies)
 
-    wanted: pairs to score; the others cost nothing and get 0.
+
+class CopyScorer(Scorer):
+    """Base of scorers whose `query_copies` are scored behind every chunk."""
+
+    in_pass: ClassVar[bool] = True
+    needs_pool: ClassVar[bool] = True
+
+    def scores(
+        self, model: MaskPredictor, cache: ChunkCache, request: ScoreRequest
+    ) -> Float[Array, "B N"]:
+        """Returns the mean log-probability of the scored rows, from the KV of every chunk.
+
+        Chunks that are not wanted cost nothing and get 0.
+        """
+        copies, pool, wanted = self.query_copies(model, request), cache.pool, request.wanted
+        assert copies is not None
+        assert pool is not None
+        (batch, n), chunk_size = wanted.shape, cache.tokens.shape[-1]
+        _, repeats, t = copies.ids.shape
+        # As many rows at once as an encoding pass has.
+        group = min(batch * n, max(1, request.encode_batch * chunk_size // (repeats * t)))
+        group = whole_groups(model.mesh, group)
+        offset = chunk_size + jnp.tile(jnp.arange(t), repeats)
+        by, document = rotation(model.config, offset), cache.document_of(batch)
+        places = cache.places(jnp.where(wanted, jnp.arange(n), -1)).reshape(-1)
+        path = request.implementation
+        to_chunk = functools.partial(chunk_attention, model.mesh, implementation=path)
+
+        def score_group(pair: Array, valid: Array, scores: Array) -> Array:
+            chunk = jnp.where(valid, places[pair], -1)
+            of_group = of_requests(copies, pair // n)
+            to_prefix = prefix_attention(model, cache, document[pair // n], offset)
+
+            def attend(layer: int, q: Array, k: Array, v: Array, carry: None) -> tuple[Array, None]:
+                turned, turned_k = rotate(q, by), rotate(k, by)
+                place = chunk[:, None], pool.lengths
+                seen = to_chunk(turned, pool.k, pool.v, *place, layer=layer)
+                seen = merge(*to_prefix(layer, q), seen)
+                return attend_copies(model.mesh, seen, turned, turned_k, v, of_group), None
+
+            x, _ = model.run(of_group.ids.reshape(group, repeats * t), attend, None)
+            # Rows of the last group beyond the end are dropped.
+            target = jnp.where(chunk >= 0, pair, batch * n)
+            return scores.at[target].set(read_scores(model, x, of_group), mode="drop")
+
+        zeros = jnp.zeros((batch * n,), jnp.float32)
+        return for_groups(places >= 0, group, score_group, zeros).reshape(batch, n)
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryScorer(CopyScorer):
+    """Self-information of the query given the chunk.
+
+    masked_copies: R, copies of the query; copy r has the slots s with s % R == r masked. None is
+      leave-one-out, a copy for every scored slot.
     """
-    pool, size, (batch, n) = cache.pool, cache.tokens.shape[-1], wanted.shape
-    assert pool is not None
-    document = cache.document_of(batch)
-    _, copies, t = query_copies.ids.shape
-    # As many rows at once as an encoding pass has.
-    group = min(batch * n, max(1, encode_batch * size // (copies * t)))
-    group = whole_groups(model.mesh, group)
-    row = jnp.tile(jnp.arange(t), copies)
-    by_chunk = rotation(model.config, size + row)
-    places = cache.places(jnp.where(wanted, jnp.arange(n), -1)).reshape(-1)
-    order = jnp.argsort(places < 0, stable=True)
 
-    def score_group(i: Array, scores: Array) -> Array:
-        at = i * group + jnp.arange(group)
-        pair = order[jnp.minimum(at, batch * n - 1)]
-        request, chunk = pair // n, jnp.where(at < batch * n, places[pair], -1)
-        group_copies = query_copies.of(request)
-        owner = document[request]
-        start = cache.prefix_length[owner, None]
-        by_prefix = rotation(model.config, start + size + row)
+    name: ClassVar[str] = "query"
 
-        def attend(layer: int, q: Array, k: Array, v: Array, carry: None) -> tuple[Array, None]:
-            before = None
-            if cache.prefix_k is not None and cache.prefix_v is not None:
-                before = attention(
-                    model.mesh,
-                    rotate(q, by_prefix),
-                    cache.prefix_k[layer][owner],
-                    cache.prefix_v[layer][owner],
-                    cache.prefix_length[owner],
-                    need_lse=True,
-                )
-            turned, turned_k = rotate(q, by_chunk), rotate(k, by_chunk)
-            seen = chunk_attention(
-                model.mesh, turned, pool.k, pool.v, chunk[:, None], pool.lengths,
-                layer=layer, implementation=implementation,
-            )  # fmt: skip
-            seen = seen if before is None else merge(before, seen)
-            return attend_copies(model.mesh, seen, turned, turned_k, v, group_copies), None
+    masked_copies: int | None = 4
 
-        x, _ = model.run(group_copies.ids.reshape(group, copies * t), attend, None)
-        # Rows of the last group beyond the end are dropped.
-        target = jnp.where(chunk >= 0, pair, batch * n)
-        values = constrain(model.mesh, read_scores(model, x, group_copies))
-        return scores.at[target].set(values, mode="drop")
+    def __post_init__(self) -> None:
+        if self.masked_copies is not None:
+            size("masked_copies", self.masked_copies)
 
-    groups = -(-jnp.count_nonzero(places >= 0) // group)
-    scores = lax.fori_loop(0, groups, score_group, jnp.zeros((batch * n,), jnp.float32))
-    return scores.reshape(batch, n)
+    def query_copies(self, model: MaskPredictor, request: ScoreRequest) -> QueryCopies:
+        """Returns copies in which the query alone is scored, the response behind it visible."""
+        question = request.question
+        rows, scored = question.with_tail(request.response or _masks(model, question, 0))
+        return make_copies(model, rows, scored, question.query.shape[1], self.masked_copies)
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftScorer(QueryScorer):
+    """Self-information of query and draft given the chunk.
+
+    draft_length: masks behind prefix and query, d. draft_steps: how many of them are denoised.
+    """
+
+    name: ClassVar[str] = "draft"
+
+    draft_length: int = 4
+    draft_steps: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size("draft_length", self.draft_length)
+        size("draft_steps", self.draft_steps)
+        require(
+            self.draft_steps <= self.draft_length,
+            f"draft_steps must be at most draft_length {self.draft_length}, got {self.draft_steps}",
+        )
+
+    def draft(self, model: MaskPredictor, question: Question) -> Draft:
+        """Returns guesses of the response's first tokens, from prefix and query alone.
+
+        Denoises `draft_steps` of d masks: slot 0, then the most confident of those still masked.
+        """
+        d, start = self.draft_length, question.prefix_length + question.query_length
+        # Each part overwrites the padding of the one before it.
+        rows = jnp.pad(question.prefix, ((0, 0), (0, question.query.shape[1] + d)))
+        rows = dynamic_updates(rows, question.prefix_length, question.query)
+
+        def step(i: Array, draft: Draft) -> Draft:
+            hidden = model.encode(dynamic_updates(rows, start, draft.tokens), start + d)
+            logits = model.logits(dynamic_slices(hidden, start, d))
+            guess = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            confidence = jnp.where(draft.confirmed, -jnp.inf, log_probability(logits, guess))
+            slot = jnp.where(i == 0, 0, jnp.argmax(confidence, axis=-1))
+            chosen = jnp.arange(d) == slot[:, None]
+            return Draft(jnp.where(chosen, guess, draft.tokens), draft.confirmed | chosen)
+
+        return lax.fori_loop(0, self.draft_steps, step, _masks(model, question, d))
+
+    def query_copies(self, model: MaskPredictor, request: ScoreRequest) -> QueryCopies:
+        """Returns copies in which the query and the draft, or the response so far, are scored."""
+        question = request.question
+        tail = request.response or request.draft or self.draft(model, question)
+        rows, in_query = question.with_tail(tail)
+        scored = dynamic_updates(in_query, question.query_length, tail.confirmed)
+        most = rows.query.shape[1]
+        if request.response is None:
+            most = min(question.query.shape[1] + self.draft_steps, most)
+        return make_copies(model, rows, scored, most, self.masked_copies)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfidenceScorer(CopyScorer):
+    """Mean log-probability of the likeliest token in each mask behind the query.
+
+    draft_length: masks behind the query.
+    """
+
+    name: ClassVar[str] = "confidence"
+
+    draft_length: int = 4
+
+    def __post_init__(self) -> None:
+        size("draft_length", self.draft_length)
+
+    def query_copies(self, model: MaskPredictor, request: ScoreRequest) -> QueryCopies:
+        """Returns one copy with its masks scored; of a response, the masks of the current block."""
+        question, response = request.question, request.response
+        tail = response or _masks(model, question, self.draft_length)
+        open_slots = ~tail.confirmed if response is None else ~tail.confirmed & response.in_block
+        rows, in_query = question.with_tail(tail)
+        scored = dynamic_updates(jnp.zeros_like(in_query), question.query_length, open_slots)
+        copies = make_copies(model, rows, scored, open_slots.shape[1], 1)
+        return copies._replace(read_token=None)
+
+
+def _masks(model: MaskPredictor, question: Question, d: int) -> Draft:
+    """Returns a draft of d masks."""
+    tokens = jnp.full((question.query.shape[0], d), model.config.mask_token_id, jnp.int32)
+    return Draft(tokens, jnp.zeros(tokens.shape, bool))

@@ -6,10 +6,9 @@ Every class here is hashable, so that it can be a static argument of a jitted fu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import InitVar
 from types import EllipsisType
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 from pdllm_jax.method.cache import Positions
 from pdllm_jax.method.encodings import ENCODINGS, BridgeTokens, Encoding
@@ -20,23 +19,11 @@ from pdllm_jax.network.config import (
     POSITIVE,
     SHARE,
     SIZE,
-    ConfigError,
-    ModelConfig,
-    RopeScaling,
     is_index,
     one_of,
     require,
     validate,
 )
-
-__all__ = [
-    "ChunkConfig",
-    "ConfigError",
-    "DecodeConfig",
-    "ModelConfig",
-    "RopeScaling",
-    "SelectionConfig",
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,36 +54,33 @@ class ChunkConfig:
 
 
 Reselect = Literal["never", "block", "step"]
-Choice = TypeVar("Choice", Scorer, Encoding)
 
-# Options that SelectionConfig takes by a flat name, and their fields in the object.
-_OPTIONS = {
-    "scorer": {name: name for name in ("masked_copies", "draft_length", "draft_steps")},
-    "encoding": {"bridge_share": "share", "bridge_tokens": "tokens"},
+_CHOICES: dict[str, tuple[Any, Any]] = {
+    "scorer": (SCORERS, Scorer),
+    "encoding": (ENCODINGS, Encoding),
 }
+# Options that SelectionConfig takes by a flat name: the setting, and the field of its object.
+_OPTIONS = {name: ("scorer", name) for name in ("masked_copies", "draft_length", "draft_steps")}
+_OPTIONS |= {f"bridge_{name}": ("encoding", name) for name in ("share", "tokens")}
 
 
-def _choose(
-    kind: str, table: Mapping[str, type[Choice]], value: str | Choice, options: dict[str, Any]
-) -> Choice:
-    """Returns the object of a name, with these options; an option `...` is not changed."""
+def _options(kind: str, value: Any) -> dict[str, str]:
+    """Returns the flat names of the options that a scorer or an encoding has, and their fields."""
+    fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    names = {field.name for field in fields}
+    return {flat: name for flat, (of, name) in _OPTIONS.items() if of == kind and name in names}
+
+
+def _choose(kind: str, value: Any, given: dict[str, Any]) -> Any:
+    """Returns the object of a name, with the given options that it has; `...` is not given."""
+    table, protocol = _CHOICES[kind]
     if isinstance(value, str):
         require(value in table, f"{kind} {value!r} is not known ({', '.join(table)})")
         value = table[value]()
-    protocol = Scorer if kind == "scorer" else Encoding
     require(isinstance(value, protocol), f"{kind} must be a name or an object, got {value!r:.60}")
-    fields, changes = {field.name for field in fields_of(value)}, {}
-    for name, option in options.items():
-        if option is not ...:
-            field = _OPTIONS[kind][name]
-            if field in fields:  # other scorers ignore it, as flat settings always were
-                changes[field] = option
-    return dataclasses.replace(value, **changes) if changes else value  # type: ignore[type-var]
-
-
-def fields_of(value: Any) -> tuple[dataclasses.Field[Any], ...]:
-    """Returns the options of a scorer or an encoding: the fields of a dataclass, else ()."""
-    return dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    options = {name: given[flat] for flat, name in _options(kind, value).items()}
+    changes = {name: option for name, option in options.items() if option is not ...}
+    return dataclasses.replace(value, **changes) if changes else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,17 +95,13 @@ class SelectionConfig:
       reselect: when relevance is computed again from the denoising state (`reselect`): "never", at
         the start of every further "block", or before every further "step".
     How they are scored:
-      scorer: a `Scorer`, or the name of one: "draft" (self-information of query and draft), "query"
-        (of the query), "confidence" (mean log-probability of the likeliest token in each mask
-        behind the query), "attention" (the query rows' attention to a chunk, as a share of that to
-        all), or a control: "all", "first", "last", "random", "oracle" (ids given by the caller).
+      scorer: a `Scorer`, or the name of one: "draft", "query", "confidence", "attention", or a
+        control: "all", "first", "last", "random", "oracle". Its class describes it.
       masked_copies, draft_length, draft_steps: options of the named scorer.
       encode_batch: chunks that go through the network together.
     Their KV:
-      encoding: an `Encoding`, or the name of one, what a chunk's KV is computed from: "independent"
-        (prefix and the chunk alone), "query-conditioned" (prefix, chunk and query), "joint" (one
-        forward over prefix, all kept chunks, query and masked response), "bridge" (independent,
-        then a share of the tokens recomputed with the other chunks, query and response in view).
+      encoding: an `Encoding`, or the name of one: "independent", "query-conditioned", "joint",
+        "bridge". Its class describes it.
       bridge_share, bridge_tokens: options `share` and `tokens` of the encoding "bridge".
       positions: of kept chunk j, id n: "continuous" P + j C, "absolute" P + n C, "reuse" P; the
         query starts behind the last slot of these.
@@ -148,51 +128,37 @@ class SelectionConfig:
     keep_tokens: int | None = None
 
     def __post_init__(self, *options: Any) -> None:
-        scoring = dict(zip(_OPTIONS["scorer"], options, strict=False))
-        encoding = dict(zip(_OPTIONS["encoding"], options[len(scoring) :], strict=True))
-        scorer = _choose("scorer", SCORERS, self.scorer, scoring)
-        object.__setattr__(self, "scorer", scorer)
-        chosen = _choose("encoding", ENCODINGS, self.encoding, encoding)
-        object.__setattr__(self, "encoding", chosen)
-        sizes = dict.fromkeys(("top_k", "encode_batch", "max_k", "keep_tokens"), SIZE)
-        places, times = one_of(get_args(Positions)), one_of(get_args(Reselect))
-        validate(self, {**sizes, "positions": places, "reselect": times, "margin": AT_LEAST_0})
-        require(
-            self.max_k is None or self.max_k >= self.top_k,
-            f"max_k {self.max_k} is less than top_k {self.top_k}",
-        )
-        require(self.max_k is not None or self.margin == 0, "margin needs max_k")
-        require(
-            self.reselect == "never" or self.scorer.reads_document,
-            f"reselect needs a scorer that reads the document, not {self.scorer.name!r}",
-        )
+        given = dict(zip(_OPTIONS, options, strict=True))
+        for kind in _CHOICES:
+            object.__setattr__(self, kind, _choose(kind, getattr(self, kind), given))
+        rules = dict.fromkeys(("top_k", "encode_batch", "max_k", "keep_tokens"), SIZE)
+        rules |= {"positions": one_of(get_args(Positions)), "reselect": one_of(get_args(Reselect))}
+        validate(self, {**rules, "margin": AT_LEAST_0})
+        k, most, name = self.top_k, self.max_k, self.scorer.name
+        require(most is None or most >= k, f"max_k {most} is less than top_k {k}")
+        require(most is not None or self.margin == 0, "margin needs max_k")
+        reads = self.scorer.reads_document or not self.reselects
+        require(reads, f"reselect needs a scorer that reads the document, not {name!r}")
 
     @classmethod
     def from_flat(cls, **settings: Any) -> SelectionConfig:
-        """Returns the settings of flat names; leaves out options that scorer or encoding lack."""
-        options = {*_OPTIONS["scorer"], *_OPTIONS["encoding"]}
-        plain = cls(**{name: value for name, value in settings.items() if name not in options})
-        flat = plain.to_flat()
-        return dataclasses.replace(
-            plain, **{name: settings[name] for name in options if name in {*settings} & {*flat}}
-        )
+        """Returns the settings that `to_flat` gave."""
+        return cls(**settings)
 
     def to_flat(self) -> dict[str, Any]:
         """Returns all settings by their flat names, scorer and encoding by name, for JSON."""
         flat = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        flat |= {"scorer": self.scorer.name, "encoding": self.encoding.name}
-        for kind, names in _OPTIONS.items():
-            value = getattr(self, kind)
-            fields = {field.name for field in fields_of(value)}
-            flat |= {name: getattr(value, f) for name, f in names.items() if f in fields}
+        for kind in _CHOICES:
+            value = flat[kind]
+            flat |= {name: getattr(value, f) for name, f in _options(kind, value).items()}
+            flat[kind] = value.name
         return flat
 
     @property
     def has_code(self) -> bool:
         """Whether scorer or encoding is an object of the caller's, which JSON cannot hold."""
-        return SCORERS.get(self.scorer.name) is not type(self.scorer) or ENCODINGS.get(
-            self.encoding.name
-        ) is not type(self.encoding)
+        tables = (SCORERS, self.scorer), (ENCODINGS, self.encoding)
+        return any(type(value) not in table.values() for table, value in tables)
 
     @property
     def slots(self) -> int:
@@ -210,11 +176,7 @@ class SelectionConfig:
         return self.encoding.needs_pool or self.reselects
 
     def keeps_pool(self, *, documents: int = 1) -> bool:
-        """Whether answering keeps the KV of all chunks of the documents of a pass.
-
-        Encodings that compute their own KV need none of it. A single document is streamed, where
-        the kept chunks are enough.
-        """
+        """Whether answering keeps the KV of every chunk. A single document is streamed if it can."""
         reads_all = self.reselects or (self.scorer.needs_pool and not self.scorer.in_pass)
         return reads_all or (documents > 1 and self.needs_pool)
 
@@ -227,16 +189,14 @@ class SelectionConfig:
 
         named: the caller names the chunks to keep.
         """
+        everything: dict[str, Any] = {"top_k": n, "max_k": None, "margin": 0.0}
         if isinstance(self.scorer, AllScorer):
-            return dataclasses.replace(self, top_k=n, max_k=None, margin=0.0)
+            return dataclasses.replace(self, **everything)
         if n <= self.top_k and not named:
             # Everything is kept: there is nothing to score, now or later.
-            return dataclasses.replace(
-                self, scorer=AllScorer(), top_k=n, max_k=None, margin=0.0, reselect="never"
-            )
-        if self.max_k is not None:
-            return dataclasses.replace(self, max_k=min(self.max_k, n))
-        return self
+            everything |= {"scorer": AllScorer(), "reselect": "never"}
+            return dataclasses.replace(self, **everything)
+        return dataclasses.replace(self, max_k=None if self.max_k is None else min(self.max_k, n))
 
     def scoring(self) -> SelectionConfig:
         """Returns the scorer's settings, all others at their defaults."""
@@ -244,9 +204,8 @@ class SelectionConfig:
 
     def for_prefill(self, *, streaming: bool) -> SelectionConfig:
         """Returns what the pass over the documents reads, so that it compiles for few settings."""
-        names = (
-            ("top_k", "max_k", "margin", "keep_first") if streaming else ("encoding", "reselect")
-        )
+        ranking = ("top_k", "max_k", "margin", "keep_first")
+        names = ranking if streaming else ("encoding", "reselect")
         return dataclasses.replace(self.scoring(), **{name: getattr(self, name) for name in names})
 
 
@@ -293,16 +252,15 @@ class DecodeConfig:
     unmask: Unmask | None = None
 
     def __post_init__(self) -> None:
+        rules = dict.fromkeys(("gen_length", "block_length", "steps"), SIZE)
+        rules |= {"temperature": AT_LEAST_0, "threshold": SHARE, "factor": POSITIVE}
+        rules |= {"guidance": AT_LEAST_0, "recompute": one_of(get_args(Recompute))}
         if not callable(self.remasking):
             validate(self, {"remasking": one_of(CONFIDENCES)})
             object.__setattr__(self, "remasking", CONFIDENCES[self.remasking]())
-        validate(self, dict.fromkeys(("gen_length", "block_length", "steps"), SIZE))
-        validate(self, {"temperature": AT_LEAST_0, "threshold": SHARE, "factor": POSITIVE})
-        validate(self, {"guidance": AT_LEAST_0, "recompute": one_of(get_args(Recompute))})
-        require(
-            self.gen_length % self.block_length == 0,
-            f"block_length {self.block_length} does not divide gen_length {self.gen_length}",
-        )
+        validate(self, rules)
+        length, block, stops = self.gen_length, self.block_length, self.stop_ids
+        require(length % block == 0, f"block_length {block} does not divide gen_length {length}")
         require(
             (self.steps or 0) % self.n_blocks == 0,
             f"steps {self.steps} is not a multiple of the number of blocks {self.n_blocks}",
@@ -312,15 +270,10 @@ class DecodeConfig:
         if self.unmask is not None:
             require(callable(self.unmask), f"unmask must be a function, got {self.unmask!r}")
             require(not any(given), "unmask excludes steps, threshold and factor")
-        stops = self.stop_ids
-        require(
-            isinstance(stops, tuple) and all(map(is_index, stops)),
-            f"stop_ids must be a tuple of token ids, got {stops!r}",
-        )
-        require(
-            self.guidance == 0 or self.recompute == "response",
-            f"guidance needs recompute='response', got {self.recompute!r}",
-        )
+        ids = isinstance(stops, tuple) and all(map(is_index, stops))
+        require(ids, f"stop_ids must be a tuple of token ids, got {stops!r}")
+        plain = self.guidance == 0 or self.recompute == "response"
+        require(plain, f"guidance needs recompute='response', got {self.recompute!r}")
 
     @property
     def n_blocks(self) -> int:

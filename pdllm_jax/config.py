@@ -176,7 +176,7 @@ class SelectionConfig:
         return self.encoding.needs_pool or self.reselects
 
     def keeps_pool(self, *, documents: int = 1) -> bool:
-        """Whether answering keeps the KV of every chunk. A single document is streamed if it can."""
+        """Whether answering keeps every chunk's KV; a single document is streamed if it can."""
         reads_all = self.reselects or (self.scorer.needs_pool and not self.scorer.in_pass)
         return reads_all or (documents > 1 and self.needs_pool)
 
@@ -210,7 +210,6 @@ class SelectionConfig:
 
 
 Recompute = Literal["block", "suffix", "response"]
-Remasking = Literal["low_confidence", "margin", "entropy", "random"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from pdllm_jax.method.chunking import ChunkedPrompt, chunk_prompt
 from pdllm_jax.network.transformer import MaskPredictor
-from tests.support.method import prompt_parts, sharp_model
+from tests.support.method import CHUNKS, prompt_parts, sharp_model
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +17,8 @@ def model() -> MaskPredictor:
 @pytest.fixture(scope="session")
 def parts() -> tuple[list[int], list[int], list[int]]:
     return prompt_parts()
+
+
+@pytest.fixture(scope="session")
+def prompt(parts: tuple[list[int], list[int], list[int]]) -> ChunkedPrompt:
+    return chunk_prompt(*parts, CHUNKS)

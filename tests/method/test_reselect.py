@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 
 from pdllm_jax.config import DecodeConfig, SelectionConfig
-from pdllm_jax.method.chunking import chunk_prompt
 from pdllm_jax.method.denoise import denoise, denoise_step
 from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import prefill
 from pdllm_jax.method.reselect import reselect
 from pdllm_jax.method.selection import select
 from tests.oracles.definition import Definition
-from tests.support.method import CHUNKS, MASK, copies_score, copy, first_state, pieces, prompt_parts
+from tests.support.method import CHUNKS, MASK, copies_score, copy, first_state, pieces
 
 DECODE = DecodeConfig(gen_length=8, block_length=4)
 SELECT = SelectionConfig(
@@ -26,19 +25,13 @@ SELECT = SelectionConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def prompt():
-    return chunk_prompt(*prompt_parts(), CHUNKS)
+def start(model, prompt, selecting, scores=None):
+    cache, computed = prefill(model, prompt, selecting, keep_pool=True)
+    chosen = select(computed if scores is None else scores, selecting)
+    return cache, first_state(model, cache, chosen, prompt, DECODE, selecting=selecting)
 
 
-def start(model, prompt, selecting, decode=DECODE, scores=None):
-    cache, found = prefill(model, prompt, selecting, keep_pool=True)
-    chosen = select(found if scores is None else scores, selecting)
-    state = first_state(model, cache, chosen, prompt, decode, selecting=selecting)
-    return cache, state
-
-
-def defined(model, prompt, state, scorer, copies=3) -> np.ndarray:
+def defined(model, prompt, state, scorer) -> np.ndarray:
     """Scores of every chunk from the formulas in reselect.py, in float64."""
     prefix = prompt.prefix[0, : int(prompt.prefix_length[0])].tolist()
     query = prompt.query[0, : int(prompt.query_length[0])].tolist()
@@ -54,14 +47,14 @@ def defined(model, prompt, state, scorer, copies=3) -> np.ndarray:
         if scorer == "confidence":
             logp = definition.slot_scores(prefix, (chunk, CHUNKS.chunk_size), slots, set())
             result.append(np.mean([logp[slot].max() for slot in open_slots]))
-            continue
-        result.append(copies_score(definition, prefix, chunk, slots, scored, copies))
+        else:
+            result.append(copies_score(definition, prefix, chunk, slots, scored, copies=3))
     return np.array(result)
 
 
 @pytest.mark.parametrize("scorer", ["draft", "query", "confidence"])
 def test_the_best_chunks_of_the_state_are_the_defined_ones(model, prompt, scorer):
-    selecting = SelectionConfig.from_flat(**SELECT.to_flat() | {"scorer": scorer})
+    selecting = dataclasses.replace(SELECT, scorer=scorer, masked_copies=3)
     # Begin with the worst chunks, so that there is something to change.
     first = prefill(model, prompt, selecting, keep_pool=True)[1]
     worst = jnp.where(jnp.isfinite(first), -first, first)
@@ -76,8 +69,7 @@ def test_the_best_chunks_of_the_state_are_the_defined_ones(model, prompt, scorer
     assert state.chunk_ids[0].tolist() == want.tolist()
     assert int(state.rescored[0]) == 1
     np.testing.assert_array_equal(state.tokens, before.tokens)
-    changed = before.selected[0].tolist() != want.tolist()
-    assert changed
+    assert before.selected[0].tolist() != want.tolist()
     assert bool(state.stale[0])
 
 
@@ -110,29 +102,22 @@ def test_attention_counts_query_and_unmasked_response(model, prompt):
     assert state.selected[0].tolist() == [int(share.argmax())]
 
 
-@pytest.mark.parametrize(
-    ("when", "encoding"),
-    [
-        ("block", "independent"),
-        ("block", "joint"),
-        ("step", "query-conditioned"),
-        ("step", "bridge"),
-        *(
-            pytest.param(when, encoding, marks=pytest.mark.slow)
-            for when, encoding in (
-                ("step", "independent"),
-                ("step", "joint"),
-                ("block", "query-conditioned"),
-                ("block", "bridge"),
-            )
-        ),
-    ],
-)
+LOOPS = {
+    "independent": "block",
+    "joint": "block",
+    "query-conditioned": "step",
+    "bridge": "step",
+}
+OTHERS = {encoding: "step" if when == "block" else "block" for encoding, when in LOOPS.items()}
+SLOW = [pytest.param(*loop, marks=pytest.mark.slow) for loop in OTHERS.items()]
+
+
+@pytest.mark.parametrize(("encoding", "when"), [*LOOPS.items(), *SLOW])
 def test_the_loop_is_the_loop_by_hand(model, prompt, encoding, when):
     """Before every step, or a block's first, once something is unmasked."""
-    selecting = dataclasses.replace(SELECT, encoding=encoding, reselect=when, keep_tokens=8)
-    if encoding == "bridge":
-        selecting = dataclasses.replace(selecting, bridge_share=0.25)
+    selecting = dataclasses.replace(
+        SELECT, encoding=encoding, reselect=when, keep_tokens=8, bridge_share=0.25
+    )
     worst = jnp.array([[0.0, 1.0, -1.0, -2.0, -3.0]])
     cache, state = start(model, prompt, selecting, scores=worst)
     other = copy(state)
@@ -158,11 +143,10 @@ def test_a_request_that_keeps_its_chunks_keeps_its_kv(model, prompt):
 
     def begin(rows):
         chosen = select(jnp.stack(rows), selecting)
-        state = init_denoise(
-            model, cache, chosen, jnp.repeat(prompt.query, len(rows), axis=0), DECODE,
-            jnp.stack([jax.random.key(7)] * len(rows)),
-            query_length=jnp.repeat(prompt.query_length, len(rows)), selecting=selecting,
-        )  # fmt: skip
+        query, length = (x.repeat(len(rows), axis=0) for x in (prompt.query, prompt.query_length))
+        keys = jnp.stack([jax.random.key(7)] * len(rows))
+        settings = {"query_length": length, "selecting": selecting}
+        state = init_denoise(model, cache, chosen, query, DECODE, keys, **settings)
         return denoise_step(model, cache, state, config=DECODE)
 
     def again(state):
@@ -170,13 +154,11 @@ def test_a_request_that_keeps_its_chunks_keeps_its_kv(model, prompt):
 
     # A request whose chunks are those that it would choose again, and one of which this is not so.
     choices = [
-        jnp.where(jnp.isin(jnp.arange(scores.shape[1]), jnp.array(choice)), 0.0, -jnp.inf)
+        jnp.full(scores.shape[1], -jnp.inf).at[jnp.array(choice)].set(0.0)
         for choice in itertools.combinations(range(5), 3)
     ]
-    stays = [
-        (begun.selected == again(begun).selected).all().item()
-        for begun in (begin([choice]) for choice in choices)
-    ]
+    begun = [begin([choice]) for choice in choices]
+    stays = [bool((state.selected == again(state).selected).all()) for state in begun]
     settled, worst = choices[stays.index(True)], choices[stays.index(False)]
     state = begin([settled, worst])
     before = copy(state)
@@ -197,12 +179,10 @@ def test_a_request_that_keeps_its_chunks_keeps_its_kv(model, prompt):
 
 def test_requests_that_are_done_and_untouched_ones_cost_nothing(model, prompt):
     cache, state = start(model, prompt, SELECT)
-    fresh = reselect(model, cache, copy(state), selecting=SELECT, config=DECODE)
-    assert fresh.rescored.tolist() == [0]
-    done = denoise(model, cache, state, config=DECODE)
-    again = reselect(model, cache, copy(done), selecting=SELECT, config=DECODE)
-    assert again.rescored.tolist() == [0]
-    np.testing.assert_array_equal(again.selected, done.selected)
+    for before in (copy(state), denoise(model, cache, state, config=DECODE)):
+        after = reselect(model, cache, copy(before), selecting=SELECT, config=DECODE)
+        assert after.rescored.tolist() == [0]
+        np.testing.assert_array_equal(after.selected, before.selected)
 
 
 def test_what_cannot_be_scored_anew_is_refused(model, prompt):
@@ -210,17 +190,12 @@ def test_what_cannot_be_scored_anew_is_refused(model, prompt):
     cache, scores = prefill(model, prompt, joint)
     state = first_state(model, cache, select(scores, joint), prompt, DECODE)
     again = dataclasses.replace(joint, reselect="step")
-    for run in (
-        lambda: reselect(model, cache, state, selecting=again, config=DECODE),
-        lambda: denoise(model, cache, state, config=DECODE, selecting=again),
-    ):
+    for run in (reselect, denoise):
         with pytest.raises(ValueError, match="keep_pool"):
-            run()
+            run(model, cache, state, selecting=again, config=DECODE)
     with pytest.raises(ValueError, match="needs the document's cache"):
         denoise(model, None, state, config=DECODE, selecting=again)
     whole = prefill(model, prompt, joint, keep_pool=True)[0]
+    last = dataclasses.replace(joint, scorer="last")
     with pytest.raises(ValueError, match="needs a scorer that reads"):
-        reselect(
-            model, whole, state, config=DECODE,
-            selecting=dataclasses.replace(joint, scorer="last"),
-        )  # fmt: skip
+        reselect(model, whole, state, selecting=last, config=DECODE)

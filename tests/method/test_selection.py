@@ -17,18 +17,29 @@ from tests.support.method import tiny_model
 SCORES = st.lists(st.sampled_from([-np.inf, -3.0, -1.5, -1.0, 0.0, 2.0]), min_size=1, max_size=9)
 
 
-@settings(max_examples=100, deadline=None)
-@given(scores=SCORES, k=st.sampled_from([1, 2, 4, 20]), keep_first=st.booleans())
-def test_against_a_sort(scores, k, keep_first):
-    got = select_top_k(jnp.array(scores), k, keep_first=keep_first)
-    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+@settings(max_examples=200, deadline=None)
+@given(
+    scores=SCORES,
+    k=st.sampled_from([1, 2, 4, 20]),
+    keep_first=st.booleans(),
+    extra=st.sampled_from([None, 0, 1, 3]),
+    margin=st.sampled_from([0.0, 0.5, 2.0]),
+)
+def test_against_a_sort(scores, k, keep_first, extra, margin):
+    """The K best; in adaptive K also `extra` chunks at most that are close behind."""
+    max_k = None if extra is None else k + extra
+    got = select_top_k(jnp.array(scores), k, keep_first=keep_first, max_k=max_k, margin=margin)
+    order = [i for i in range(len(scores)) if scores[i] > -np.inf]
+    order.sort(key=lambda i: (-scores[i], i))
+    rank_by = list(scores)
     if keep_first and scores[0] > -np.inf:
-        order = [0, *(i for i in order if i != 0)]
-    want = sorted(i for i in order[:k] if scores[i] > -np.inf)
-    ids = got.chunk_ids.tolist()
+        order, rank_by[0] = [0, *(i for i in order if i != 0)], np.inf
+    last = rank_by[order[k - 1]] if len(order) >= k else -np.inf
+    close = [i for i in order[k : k + (extra or 0)] if last - rank_by[i] <= margin]
+    want, ids = sorted(order[:k] + close), got.chunk_ids.tolist()
     assert ids[: len(want)] == want
     assert set(ids[len(want) :]) <= {EMPTY_SLOT}
-    assert len(ids) == min(k, len(scores))
+    assert len(ids) == min(max_k or k, len(scores))
     np.testing.assert_array_equal(got.scores[: len(want)], np.float32([scores[i] for i in want]))
     assert np.isneginf(got.scores[len(want) :]).all()
 
@@ -45,10 +56,13 @@ def test_nan_ranks_below_every_number():
     assert select_top_k(jnp.array([jnp.nan, -5.0, -jnp.inf]), 3).chunk_ids.tolist() == [0, 1, -1]
 
 
-@pytest.mark.parametrize("k", [0, -1])
-def test_k_must_be_positive(k):
-    with pytest.raises(ValueError, match="k must be positive"):
-        select_top_k(jnp.zeros(3), k)
+@pytest.mark.parametrize(
+    ("k", "max_k", "message"),
+    [(0, None, "k must be positive"), (-1, None, "k must be positive"), (2, 1, "less than k 2")],
+)
+def test_impossible_counts_are_refused(k, max_k, message):
+    with pytest.raises(ValueError, match=message):
+        select_top_k(jnp.zeros(3), k, max_k=max_k)
 
 
 def test_controls():
@@ -73,29 +87,3 @@ def test_controls():
         chosen("oracle")
     named = control_scores("oracle", oracle=jnp.array([[4, 3, 1]]))
     assert select_top_k(named, 4).chunk_ids[0].tolist() == [1, 3, EMPTY_SLOT, EMPTY_SLOT]
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    scores=SCORES,
-    k=st.sampled_from([1, 2, 4]),
-    more=st.sampled_from([0, 1, 3]),
-    margin=st.sampled_from([0.0, 0.5, 2.0]),
-)
-def test_adaptive_k_keeps_what_is_close_behind(scores, k, more, margin):
-    got = select_top_k(jnp.array(scores), k, max_k=k + more, margin=margin)
-    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-    order = [i for i in order if scores[i] > -np.inf]
-    last = scores[order[k - 1]] if len(order) >= k else -np.inf
-    want = order[:k] + [i for i in order[k : k + more] if last - scores[i] <= margin]
-    ids = got.chunk_ids.tolist()
-    assert ids[: len(want)] == sorted(want)
-    assert set(ids[len(want) :]) <= {EMPTY_SLOT}
-    assert len(ids) == min(k + more, len(scores))
-    if more == 0:
-        np.testing.assert_array_equal(got.chunk_ids, select_top_k(jnp.array(scores), k).chunk_ids)
-
-
-def test_max_k_must_not_be_less_than_k():
-    with pytest.raises(ValueError, match="max_k 1 is less than k 2"):
-        select_top_k(jnp.zeros(3), 2, max_k=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -49,6 +50,21 @@ def pieces(prompt: ChunkedPrompt) -> list[list[int]]:
     lengths = np.asarray(prompt.chunk_lengths[0])
     rows = np.asarray(prompt.chunks[0])
     return [row[:n].tolist() for row, n in zip(rows, lengths, strict=True) if n]
+
+
+def widened(prompt: ChunkedPrompt, *, chunks=0, query=0, prefix=0) -> ChunkedPrompt:
+    """A prompt with more padding: empty chunks, and ids behind query and prefix."""
+
+    def pad(x, *widths):
+        return jnp.pad(x, [(0, width) for width in widths], constant_values=7)
+
+    return dataclasses.replace(
+        prompt,
+        chunks=pad(prompt.chunks, 0, chunks, 0),
+        chunk_lengths=jnp.pad(prompt.chunk_lengths, [(0, 0), (0, chunks)]),
+        query=pad(prompt.query, 0, query),
+        prefix=pad(prompt.prefix, 0, prefix),
+    )
 
 
 def first_state(model, cache, selection, prompt, decode, **settings):

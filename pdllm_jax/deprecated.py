@@ -13,7 +13,7 @@ from typing import Any
 from pdllm_jax.engine import memory, request
 from pdllm_jax.engine.answer import Answer
 from pdllm_jax.engine.engine import Engine, Request
-from pdllm_jax.method import cache, prefill, scoring
+from pdllm_jax.method import cache, prefill, scorers, scoring
 from pdllm_jax.network.transformer import MaskPredictor
 from pdllm_jax.storage import fingerprint, snapshot
 from pdllm_jax.tokenizer import TokenizerError
@@ -127,7 +127,7 @@ _NAMES: dict[str, Any] = {
     "Plan": memory.Plan,
     "ChunkPool": cache.ChunkPool,
     "LiveCache": cache.LiveCache,
-    "Draft": scoring.Draft,
+    "Draft": scorers.Draft,
     "draft_response": scoring.draft_response,
     "prefill_top_k": prefill.prefill_top_k,
     "ModelIdentity": fingerprint.ModelIdentity,

@@ -54,7 +54,8 @@ from pdllm_jax.compilation import (  # noqa: E402
     enable_compilation_cache,
 )
 from pdllm_jax.engine.request import document_prompt, question_prompt, request_keys  # noqa: E402
-from pdllm_jax.method.scoring import Question, draft_response  # noqa: E402
+from pdllm_jax.method.scorers import Question  # noqa: E402
+from pdllm_jax.method.scoring import draft_response  # noqa: E402
 from pdllm_jax.storage.manifest import MANIFEST  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent

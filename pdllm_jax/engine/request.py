@@ -36,8 +36,8 @@ from pdllm_jax.method.chunking import (
 from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import prefill, prefill_top_k
 from pdllm_jax.method.sampling import random_key
-from pdllm_jax.method.scorers import AllScorer, OracleScorer
-from pdllm_jax.method.scoring import Draft, draft_response, score_chunks
+from pdllm_jax.method.scorers import AllScorer, Draft, OracleScorer
+from pdllm_jax.method.scoring import draft_response, score_chunks
 from pdllm_jax.method.selection import EMPTY_SLOT, Selection, select
 from pdllm_jax.network.transformer import MaskPredictor
 

@@ -19,7 +19,7 @@ from pdllm_jax.config import SelectionConfig
 from pdllm_jax.method.cache import ChunkCache, ChunkPool, init_pool, write_chunks
 from pdllm_jax.method.chunking import ChunkedPrompt
 from pdllm_jax.method.scorers.base import Draft, QueryCopies, ScoreRequest
-from pdllm_jax.method.scorers.copies import attend_copies, for_groups, of_requests, read_scores
+from pdllm_jax.method.scorers.copies import for_groups
 from pdllm_jax.method.scoring import run_scorer
 from pdllm_jax.method.selection import EMPTY_SLOT, Selection, ranking, select
 from pdllm_jax.network.rope import Rotation, rotate, rotation
@@ -126,7 +126,7 @@ def prefill_top_k(
     assert best is not None
     scores = constrain(model.mesh, scores)
     selection = select(scores, config)
-    at = selection.chunk_ids[..., None] == best.ids[: places - run.group]
+    at = selection.chunk_ids[..., None] == best.ids
     slots = jnp.where(at.any(axis=-1), best.slots[at.argmax(axis=-1)], EMPTY_SLOT)
     selection = constrain(model.mesh, dataclasses.replace(selection, slots=slots))
     return run.cache(pool, True, streamed=True), selection, scores
@@ -216,12 +216,11 @@ class _Pass:
             if kept is None:
                 pool = dataclasses.replace(pool, lengths=jnp.pad(lengths, (0, places - pairs)))
 
-        def encode_group(pair: Int[Array, "g"], valid: Bool[Array, "g"], carry):
+        def step(pair: Int[Array, "g"], valid: Bool[Array, "g"], carry):
             pool, scores, kept = carry
             length = jnp.where(valid, lengths[pair], 0)
-            # Rows beyond the end go behind the last place.
+            # The chunks of one document are consecutive. Rows beyond the end go behind the last.
             ids = jnp.where(valid, pair, pairs)
-            # The chunks of one document are consecutive.
             where = pair[0] if batch == 1 else ids
             if kept is not None:
                 where = kept.slots[-group:]
@@ -235,25 +234,22 @@ class _Pass:
             return constrain(model.mesh, pool, "pool"), scores, kept
 
         carry = pool, scores.reshape(pairs), kept
-        pool, scores, kept = for_groups(lengths > 0, group, encode_group, carry)
+        pool, scores, kept = for_groups(lengths > 0, group, step, carry)
         return pool, scores.reshape(batch, n), kept
 
     def encode_group(
-        self,
-        pair: Int[Array, "g"],
-        lengths: Int[Array, "g"],
-        where: Int[Array, "*g"],
-        pool: ChunkPool | None,
+        self, pair: Array, lengths: Array, where: Array, pool: ChunkPool | None
     ) -> tuple[Float[Array, "g"] | None, ChunkPool | None]:
         """Runs a group of chunks, with copies behind them if there are any.
 
-        pair: request * N + chunk; lengths: 0 for padding; where: places in the pool, or the first.
+        pair [g]: request * N + chunk; lengths [g]: 0 for padding; where: places in the pool [g],
+        or the first one.
         """
         model, prefix, (n, size) = self.model, self.prefix, self.prompt.chunks.shape[1:]
         request, tokens = pair // n, self.prompt.chunks.reshape(-1, size)[pair]
         prefix_length, copies = self.prompt.prefix_length[request], None
         if self.copies is not None:
-            copies = of_requests(self.copies, request)
+            copies = self.copies.of(request)
             tokens = jnp.concatenate([tokens, copies.ids.reshape(pair.size, -1)], axis=1)
         if prefix.k:
             # Chunk rows sit at 0..C-1, so the prefix ends at -1.
@@ -271,12 +267,12 @@ class _Pass:
             if copies is not None:
                 seen = Partial(out[:, size:], seen.lse[..., size:])
                 copy_q, copy_k, copy_v = (x[:, size:] for x in (q, k, v))
-                copy_out = attend_copies(model.mesh, seen, copy_q, copy_k, copy_v, copies)
+                copy_out = copies.attend(model.mesh, seen, copy_q, copy_k, copy_v)
                 out = jnp.concatenate([out[:, :size], copy_out], axis=1)
             return out, None if pool is None else write_chunks(pool, layer, chunk_k, chunk_v, where)
 
         x, pool = model.run(tokens, attend, pool)
-        return None if copies is None else read_scores(model, x[:, size:], copies), pool
+        return None if copies is None else copies.read(model, x[:, size:]), pool
 
     def cache(
         self, pool: ChunkPool | None, keeps_prefix: bool, *, streamed: bool = False
@@ -286,17 +282,8 @@ class _Pass:
         if keeps_prefix and self.prefix.k:
             by = rotation(self.model.config, jnp.arange(prompt.prefix.shape[1]))
             k, v = rotate(jnp.stack(self.prefix.k), by), jnp.stack(self.prefix.v)
-        cache = ChunkCache(
-            pool,
-            prompt.chunks,
-            prompt.chunk_lengths,
-            prompt.prefix,
-            prompt.prefix_length,
-            prefix_k=k,
-            prefix_v=v,
-            streamed=streamed,
-            anchors=prompt.anchors,
-        )
+        document = prompt.chunks, prompt.chunk_lengths, prompt.prefix, prompt.prefix_length
+        cache = ChunkCache(pool, *document, k, v, streamed=streamed, anchors=prompt.anchors)
         return constrain(self.model.mesh, cache)
 
 

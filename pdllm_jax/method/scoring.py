@@ -16,8 +16,6 @@ from pdllm_jax.method.scorers import Draft, Question, Scorer, ScoreRequest
 from pdllm_jax.network.sharding import constrain
 from pdllm_jax.network.transformer import MaskPredictor
 
-__all__ = ["Draft", "check_scorable", "draft_response", "run_scorer", "score_chunks"]
-
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def draft_response(
@@ -57,9 +55,8 @@ def score_chunks(
     Args:
       cache: of `prefill` or `encode_document`, of one document for all questions or one for each.
         Its pool is needed by all scorers that read the document.
-      query_ids: [B, Q], padded with -1, or with any ids behind query_length where that is given.
-      draft: from `draft_response`; computed here where None.
-      key, oracle: as `prefill` takes them.
+      query_ids: [B, Q], padded with -1, or with any ids behind query_length where given.
+      draft, key, oracle: as in `prefill`.
       implementation: of the attention over chunks, as `chunk_attention` names them.
 
     Returns:

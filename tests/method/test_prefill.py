@@ -14,7 +14,8 @@ from pdllm_jax.method.chunking import chunk_prompt
 from pdllm_jax.method.denoise import denoise, denoise_step
 from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import encode_document, prefill, prefill_top_k
-from pdllm_jax.method.scoring import Draft, draft_response, score_chunks
+from pdllm_jax.method.scorers import Draft
+from pdllm_jax.method.scoring import draft_response, score_chunks
 from pdllm_jax.method.selection import select_top_k
 from tests.oracles.definition import Definition
 from tests.support.method import (

@@ -7,11 +7,11 @@ import functools
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from pallas_kernels import merge
 from pdllm_jax.method.cache import ChunkCache, dynamic_updates
-from pdllm_jax.method.scorers.base import Scorer, ScoreRequest, prefix_attention
+from pdllm_jax.method.scorers.base import Scorer, ScoreRequest, Scores, prefix_attention
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import attention, chunk_attention_mass
 from pdllm_jax.network.transformer import MaskPredictor
@@ -29,9 +29,7 @@ class AttentionScorer(Scorer):
     name: ClassVar[str] = "attention"
     needs_pool: ClassVar[bool] = True
 
-    def scores(
-        self, model: MaskPredictor, cache: ChunkCache, request: ScoreRequest
-    ) -> Float[Array, "B N"]:
+    def scores(self, model: MaskPredictor, cache: ChunkCache, request: ScoreRequest) -> Scores:
         """Returns shares that add up to 1 over the chunks."""
         question, response, pool = request.question, request.response, cache.pool
         assert pool is not None

@@ -20,13 +20,18 @@ from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import Implementation, Partial
+from pallas_kernels import Implementation, Partial, merge
+from pallas_kernels.common import row_sum
 from pdllm_jax.method.cache import ChunkCache, dynamic_updates
+from pdllm_jax.method.sampling.confidence import log_probability
 from pdllm_jax.network.rope import rotate, rotation
-from pdllm_jax.network.sharding import attention
+from pdllm_jax.network.sharding import attention, constrain
 from pdllm_jax.network.transformer import MaskPredictor
+
+Scores = Float[Array, "B N"]
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +89,7 @@ class ScoreRequest(NamedTuple):
 
 
 class QueryCopies(NamedTuple):
-    """Copies of query and tail, and the rows that are scored; see `copies.py`.
+    """Copies of query and tail that go through the network behind a chunk; see `copies.py`.
 
     ids [B, R, T]; length [B]: valid rows of a copy.
     read_copy, read_row, read_valid [B, S]: the scored rows; read_token [B, S]: the token whose
@@ -97,6 +102,31 @@ class QueryCopies(NamedTuple):
     read_row: Int[Array, "B S"]
     read_token: Int[Array, "B S"] | None
     read_valid: Bool[Array, "B S"]
+
+    def of(self, request: Int[Array, "g"]) -> QueryCopies:
+        """Returns the copies of some requests."""
+        return jax.tree.map(lambda x: x[request], self)
+
+    def attend(self, mesh: Mesh | None, seen: Partial, q: Array, k: Array, v: Array) -> Array:
+        """Returns attention of copies' rows [B, R T, H, D]: `seen`, merged with the copy itself."""
+        batch, copies, t = self.ids.shape
+
+        def split(x: Array) -> Array:
+            return x.reshape(batch * copies, t, *x.shape[2:])
+
+        lengths = jnp.repeat(self.length, copies)
+        itself = attention(mesh, split(q), split(k), split(v), lengths, need_lse=True)
+        lse = split(seen.lse.swapaxes(1, 2)).swapaxes(1, 2)
+        return merge(Partial(split(seen.out), lse), itself).out.reshape(q.shape)
+
+    def read(self, model: MaskPredictor, x: Float[Array, "B T M"]) -> Float[Array, "B"]:
+        """Returns the mean log-probability of the scored rows; only they reach the LM head."""
+        index = jnp.arange(len(x))[:, None], self.read_copy, self.read_row
+        logits = model.logits(model.final_norm(x.reshape(*self.ids.shape, -1)[index]))
+        tokens = jnp.argmax(logits, axis=-1) if self.read_token is None else self.read_token
+        likelihood = jnp.where(self.read_valid, log_probability(logits, tokens), 0.0)
+        scores = row_sum(likelihood) / jnp.maximum(self.read_valid.sum(axis=-1), 1)
+        return constrain(model.mesh, scores)
 
 
 @runtime_checkable
@@ -123,9 +153,7 @@ class Scorer(Protocol):
         """Returns the rows that go behind every chunk; None where `in_pass` is false."""
         return None
 
-    def scores(
-        self, model: MaskPredictor, cache: ChunkCache, request: ScoreRequest
-    ) -> Float[Array, "B N"]:
+    def scores(self, model: MaskPredictor, cache: ChunkCache, request: ScoreRequest) -> Scores:
         """Returns a score for each chunk, float32; higher is better."""
         ...
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pdllm_jax.method.cache import ChunkCache
-from pdllm_jax.method.scorers.base import Scorer, ScoreRequest
+from pdllm_jax.method.scorers.base import Scorer, ScoreRequest, Scores
 from pdllm_jax.network.transformer import MaskPredictor
 
 
@@ -21,9 +21,7 @@ class FirstScorer(Scorer):
     name: ClassVar[str] = "first"
     reads_document: ClassVar[bool] = False
 
-    def scores(
-        self, model: MaskPredictor, cache: ChunkCache, request: ScoreRequest
-    ) -> Float[Array, "B N"]:
+    def scores(self, model: MaskPredictor, cache: ChunkCache, request: ScoreRequest) -> Scores:
         """Returns `rank` for every request."""
         n = request.wanted.shape[1]
         return jnp.broadcast_to(self.rank(jnp.arange(n), request), request.wanted.shape)

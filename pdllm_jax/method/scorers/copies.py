@@ -14,14 +14,11 @@ import functools
 from collections.abc import Callable
 from typing import ClassVar, TypeVar
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
-from pallas_kernels import Partial, merge
-from pallas_kernels.common import row_sum
+from pallas_kernels import merge
 from pdllm_jax.method.cache import ChunkCache, dynamic_slices, dynamic_updates
 from pdllm_jax.method.sampling.confidence import log_probability
 from pdllm_jax.method.scorers.base import (
@@ -30,11 +27,12 @@ from pdllm_jax.method.scorers.base import (
     Question,
     Scorer,
     ScoreRequest,
+    Scores,
     prefix_attention,
 )
 from pdllm_jax.network.config import require, size
 from pdllm_jax.network.rope import rotate, rotation
-from pdllm_jax.network.sharding import attention, chunk_attention, constrain, whole_groups
+from pdllm_jax.network.sharding import chunk_attention, whole_groups
 from pdllm_jax.network.transformer import MaskPredictor
 
 Carry = TypeVar("Carry")
@@ -81,50 +79,13 @@ def make_copies(
     return QueryCopies(ids, rows.query_length, read % copies, row, token, valid)
 
 
-def read_scores(
-    model: MaskPredictor, x: Float[Array, "g T M"], copies: QueryCopies
-) -> Float[Array, "g"]:
-    """Returns the mean log-probability of the scored rows; only they reach the LM head."""
-    group, n, t = copies.ids.shape
-    index = jnp.arange(group)[:, None], copies.read_copy, copies.read_row
-    logits = model.logits(model.final_norm(x.reshape(group, n, t, -1)[index]))
-    tokens = copies.read_token
-    if tokens is None:
-        tokens = jnp.argmax(logits, axis=-1)
-    likelihood = jnp.where(copies.read_valid, log_probability(logits, tokens), 0.0)
-    likelihood = row_sum(likelihood) / jnp.maximum(copies.read_valid.sum(axis=-1), 1)
-    return constrain(model.mesh, likelihood)
-
-
-def attend_copies(
-    mesh: Mesh | None, seen: Partial, q: Array, k: Array, v: Array, copies: QueryCopies
-) -> Array:
-    """Returns attention of copies' rows [g, R T, H, D]: `seen`, merged with each copy itself."""
-    group, n, t = copies.ids.shape
-
-    def split(x: Array) -> Array:
-        return x.reshape(group * n, t, *x.shape[2:])
-
-    lengths = jnp.repeat(copies.length, n)
-    itself = attention(mesh, split(q), split(k), split(v), lengths, need_lse=True)
-    lse = split(seen.lse.swapaxes(1, 2)).swapaxes(1, 2)
-    return merge(Partial(split(seen.out), lse), itself).out.reshape(q.shape)
-
-
-def of_requests(copies: QueryCopies, request: Int[Array, "g"]) -> QueryCopies:
-    """Returns the copies of some requests."""
-    return jax.tree.map(lambda x: x[request], copies)
-
-
 class CopyScorer(Scorer):
     """Base of scorers whose `query_copies` are scored behind every chunk."""
 
     in_pass: ClassVar[bool] = True
     needs_pool: ClassVar[bool] = True
 
-    def scores(
-        self, model: MaskPredictor, cache: ChunkCache, request: ScoreRequest
-    ) -> Float[Array, "B N"]:
+    def scores(self, model: MaskPredictor, cache: ChunkCache, request: ScoreRequest) -> Scores:
         """Returns the mean log-probability of the scored rows, from the KV of every chunk.
 
         Chunks that are not wanted cost nothing and get 0.
@@ -145,7 +106,7 @@ class CopyScorer(Scorer):
 
         def score_group(pair: Array, valid: Array, scores: Array) -> Array:
             chunk = jnp.where(valid, places[pair], -1)
-            of_group = of_requests(copies, pair // n)
+            of_group = copies.of(pair // n)
             to_prefix = prefix_attention(model, cache, document[pair // n], offset)
 
             def attend(layer: int, q: Array, k: Array, v: Array, carry: None) -> tuple[Array, None]:
@@ -153,12 +114,12 @@ class CopyScorer(Scorer):
                 place = chunk[:, None], pool.lengths
                 seen = to_chunk(turned, pool.k, pool.v, *place, layer=layer)
                 seen = merge(*to_prefix(layer, q), seen)
-                return attend_copies(model.mesh, seen, turned, turned_k, v, of_group), None
+                return of_group.attend(model.mesh, seen, turned, turned_k, v), None
 
             x, _ = model.run(of_group.ids.reshape(group, repeats * t), attend, None)
             # Rows of the last group beyond the end are dropped.
             target = jnp.where(chunk >= 0, pair, batch * n)
-            return scores.at[target].set(read_scores(model, x, of_group), mode="drop")
+            return scores.at[target].set(of_group.read(model, x), mode="drop")
 
         zeros = jnp.zeros((batch * n,), jnp.float32)
         return for_groups(places >= 0, group, score_group, zeros).reshape(batch, n)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
@@ -41,10 +42,8 @@ def test_live_rows_are_those_written_last(seed, writes):
         keep = rng.random((2, rows)) < 0.5 if some else np.zeros((2, rows), bool)
         mask = jnp.asarray(keep) if some else None
         live = live.write(layer, jnp.asarray(new), -jnp.asarray(new), jnp.asarray(start), mask)
-        for b in range(2):
-            for row in range(rows):
-                if not keep[b, row]:
-                    want[layer, b, start[b] + row] = new[b, row]
+        for b, row in zip(*np.nonzero(~keep), strict=True):
+            want[layer, b, start[b] + row] = new[b, row]
     np.testing.assert_array_equal(np.stack(live.k), want)
     np.testing.assert_array_equal(np.stack(live.v), -want)
 
@@ -56,33 +55,28 @@ def test_a_pool_holds_chunks_where_they_were_put(seed, places):
     rng = np.random.default_rng(seed)
     shape = (len(places), 4, TINY.n_kv_heads, TINY.head_dim)
     rows = rng.standard_normal(shape).astype(np.float32)
-    layer = int(rng.integers(TINY.n_layers))
+    layer, first = int(rng.integers(TINY.n_layers)), int(rng.integers(0, 7 - len(places)))
     pool = init_pool(TINY, 6, 4, jnp.float32)
-    want = np.zeros(pool.k.shape, np.float32)
-    want[layer, places] = rows.transpose(0, 2, 1, 3)
-    got = write_chunks(pool, layer, jnp.asarray(rows), -jnp.asarray(rows), jnp.asarray(places))
-    np.testing.assert_array_equal(got.k, want)
-    np.testing.assert_array_equal(got.v, -want)
-    first = int(rng.integers(0, 7 - len(places)))
-    want = np.zeros(pool.k.shape, np.float32)
-    want[layer, first : first + len(places)] = rows.transpose(0, 2, 1, 3)
-    got = write_chunks(pool, layer, jnp.asarray(rows), -jnp.asarray(rows), first)
-    np.testing.assert_array_equal(got.k, want)
+    following = [*range(first, first + len(places))]
+    for where, targets in ((jnp.asarray(places), places), (first, following)):
+        want = np.zeros(pool.k.shape, np.float32)
+        want[layer, targets] = rows.transpose(0, 2, 1, 3)
+        got = write_chunks(pool, layer, jnp.asarray(rows), -jnp.asarray(rows), where)
+        np.testing.assert_array_equal(got.k, want)
+        np.testing.assert_array_equal(got.v, -want)
 
 
-CONFIDENCE = st.lists(
-    st.sampled_from([-np.inf, -1e30, -7.0, -0.5, -0.1, -1e-9, 0.0]), min_size=8, max_size=8
-)
-RULES = st.sampled_from(
-    [
-        {}, {"steps": 3}, {"steps": 1}, {"threshold": 0.9}, {"threshold": 1.0}, {"factor": 0.5},
-        {"factor": 4.0},
-    ]
-)  # fmt: skip
+LOGP = st.sampled_from([-np.inf, -1e30, -7.0, -0.5, -0.1, -1e-9, 0.0])
+STEPS = [{}, {"steps": 3}, {"steps": 1}]
+RULES = [*STEPS, {"threshold": 0.9}, {"threshold": 1.0}, {"factor": 0.5}, {"factor": 4.0}]
 
 
 @settings(max_examples=150, deadline=None)
-@given(confidence=CONFIDENCE, rule=RULES, step=st.integers(0, 7))
+@given(
+    confidence=st.lists(LOGP, min_size=8, max_size=8),
+    rule=st.sampled_from(RULES),
+    step=st.integers(0, 7),
+)
 def test_every_step_unmasks_its_best_candidates(confidence, rule, step):
     """The slots taken are candidates, at least one where there is any, and none is better."""
     config = DecodeConfig(gen_length=8, block_length=8, **rule)
@@ -129,17 +123,14 @@ def test_log_probabilities_are_those_of_a_softmax(seed, scale, size):
 def test_any_checkpoint_comes_back_bit_for_bit(
     heads, head_dim, layers, hidden, tied, dtype, shards, seed
 ):
-    model = sources.config(
-        n_heads=heads[0], n_kv_heads=heads[1], d_model=heads[0] * head_dim, n_layers=layers,
-        mlp_hidden_size=hidden, weight_tying=tied,
-    )  # fmt: skip
+    sizes = {"d_model": heads[0] * head_dim, "n_heads": heads[0], "n_kv_heads": heads[1]}
+    sizes |= {"n_layers": layers, "mlp_hidden_size": hidden}
+    model = sources.config(**sizes, weight_tying=tied)
     values = sources.tensors(model, dtype, seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sources.write(folder / "source", values, model, shards=shards)
         convert(folder / "source", folder / "converted")
         reverse(folder / "converted", folder / "back", shard_bytes=2000)
-        found = sources.read_folder(folder / "back")
-    assert {k: sources.bits(v) for k, v in found.items()} == {
-        k: sources.bits(v) for k, v in values.items()
-    }
+        back = sources.read_folder(folder / "back")
+    assert jax.tree.map(sources.bits, back) == jax.tree.map(sources.bits, values)

@@ -216,7 +216,7 @@ def denoise_step(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "implementation", "selecting"),
+    static_argnames=("config", "implementation", "settings"),
     donate_argnames=("state",),
 )
 def denoise(
@@ -226,17 +226,17 @@ def denoise(
     *,
     config: DecodeConfig,
     implementation: Implementation | None = None,
-    selecting: SelectionConfig | None = None,
+    settings: SelectionConfig | None = None,
     until: Int[Array, ""] | None = None,
 ) -> DenoiseState:
     """Runs steps until every request is done, in one loop on the device. See `denoise_step`.
 
-    selecting: the settings that the state was made with, where they ask for re-selection; `cache`
+    settings: the settings that the state was made with, where they ask for re-selection; `cache`
       is then needed, with the KV of every chunk.
     until: stops when every request has done this many blocks. A run-time value; call again to
       continue.
     """
-    reselecting = selecting if selecting is not None and selecting.reselects else None
+    reselecting = settings if settings is not None and settings.reselects else None
     if reselecting is not None:
         if cache is None or not state.chunk_ids.shape[1]:
             raise ValueError("re-selection needs the document's cache")

@@ -110,7 +110,7 @@ def _with_prefix(
     return live
 
 
-@functools.partial(jax.jit, static_argnames=("config", "encoding", "selecting", "implementation"))
+@functools.partial(jax.jit, static_argnames=("config", "encoding", "settings", "implementation"))
 def init_denoise(
     model: MaskPredictor,
     cache: ChunkCache | None,
@@ -121,12 +121,12 @@ def init_denoise(
     *,
     query_length: Int[Array, "B"] | None = None,
     encoding: str | Encoding | None = None,
-    selecting: SelectionConfig | None = None,
+    settings: SelectionConfig | None = None,
     implementation: Implementation | None = None,
 ) -> DenoiseState:
     """Returns the state before the first step: all masked, the chosen chunks placed and encoded.
 
-    Compiles once for each (shapes, config, encoding, selecting, implementation).
+    Compiles once for each (shapes, config, encoding, settings, implementation).
 
     Args:
       cache, selection: from `prefill` and `select_top_k`; selection.chunk_ids [B, K]. Both None for
@@ -137,12 +137,12 @@ def init_denoise(
       key: PRNG key; request b uses fold_in(key, b). Or a key for each request, [B].
       encoding: what the chunks' KV is computed from (see `SelectionConfig`). By default
         "independent" where the cache has their KV, else "joint".
-      selecting: settings of encoding, positions and kept tokens, instead of `encoding`.
+      settings: settings of encoding, positions and kept tokens, instead of `encoding`.
       implementation: of the attention over chunks, where the encoding has any.
 
     Raises:
       ValueError: the encoding needs a pool and the cache has none; cache without selection;
-        guidance with a cache; both encoding and selecting.
+        guidance with a cache; both encoding and settings.
     """
     query_ids = jnp.asarray(query_ids, jnp.int32)
     batch, q_rows = query_ids.shape
@@ -150,8 +150,8 @@ def init_denoise(
         query_length = count_ids(query_ids)
     if (cache is None) != (selection is None):
         raise ValueError("cache and selection go together: give both or neither")
-    if encoding is not None and selecting is not None:
-        raise ValueError("selecting names an encoding already: give one of the two")
+    if encoding is not None and settings is not None:
+        raise ValueError("settings names an encoding already: give one of the two")
     if cache is not None and config.guidance > 0:
         raise ConfigError("guidance is implemented for generation without a document's cache")
     mask_id = model.config.mask_token_id
@@ -184,18 +184,18 @@ def init_denoise(
     if cache is None or selection is None:
         return constrain(model.mesh, state)
 
-    if selecting is None:
+    if settings is None:
         default = "joint" if cache.pool is None else "independent"
-        selecting = SelectionConfig(encoding=default if encoding is None else encoding)
-    _check_cache(cache, selection, selecting.encoding, batch)
+        settings = SelectionConfig(encoding=default if encoding is None else encoding)
+    _check_cache(cache, selection, settings.encoding, batch)
     state = dataclasses.replace(
         state,
         prefix_length=cache.prefix_length[cache.document_of(batch)],
-        live_encoded=selecting.encoding.live_encoded,
+        live_encoded=settings.encoding.live_encoded,
     )
-    slots = selection.slots if selecting.encoding.needs_pool else None
+    slots = selection.slots if settings.encoding.needs_pool else None
     state = encode_state(
-        model, cache, state, selection.chunk_ids, selecting, implementation, slots=slots
+        model, cache, state, selection.chunk_ids, settings, implementation, slots=slots
     )
     return constrain(model.mesh, state)
 

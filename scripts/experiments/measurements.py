@@ -115,7 +115,7 @@ def start(
     selection = select(scores, config)
     state = init_denoise(
         bench.model, cache, selection, prompt.query, cell.decode_config(RESPONSE_LENGTH),
-        jax.random.key(0), query_length=prompt.query_length, selecting=config,
+        jax.random.key(0), query_length=prompt.query_length, settings=config,
         implementation=bench.implementation,
     )  # fmt: skip
     return cache, state, np.asarray(selection.chunk_ids).tolist()

@@ -33,7 +33,7 @@ def run(model, parts, selecting, decode=DECODE, chunking=CHUNKS, **fields):
     prompt = dataclasses.replace(chunk_prompt(*parts, chunking), **fields)
     cache, scores = prefill(model, prompt, selecting)
     chosen = select(scores, selecting)
-    state = first_state(model, cache, chosen, prompt, decode, selecting=selecting)
+    state = first_state(model, cache, chosen, prompt, decode, settings=selecting)
     begun = copy(state)
     tokens = denoise(model, cache, state, config=decode).tokens[0].tolist()
     return [pieces(prompt)[i] for i in chosen.chunk_ids[0].tolist()], begun, tokens
@@ -107,7 +107,7 @@ def test_a_bridge_of_all_tokens_without_prefix_is_joint_encoding(model, parts):
         cache, scores = prefill(model, prompt, selecting)
         decode = dataclasses.replace(DECODE, recompute="block")
         state = first_state(
-            model, cache, select(scores, selecting), prompt, decode, selecting=selecting
+            model, cache, select(scores, selecting), prompt, decode, settings=selecting
         )
         tokens.append((state, denoise(model, cache, copy(state), config=decode)))
     (joint, a), (bridged, b) = tokens
@@ -206,7 +206,7 @@ def test_attention_of_padding_and_empty_slots_is_none(model, parts):
         cache.pool, k=jnp.where(poison[None, :, None, :, None], 1e4, cache.pool.k)
     )
     wider = jnp.pad(scores, ((0, 0), (0, 3)), constant_values=-jnp.inf)
-    state = first_state(model, cache, select(wider, selecting), prompt, DECODE, selecting=selecting)
+    state = first_state(model, cache, select(wider, selecting), prompt, DECODE, settings=selecting)
     found = np.asarray(
         token_attention(model, pool, state.placement, query_rows(state), state.live)
     )[0]
@@ -275,7 +275,7 @@ def test_encodings_on_a_streamed_document(model, parts):
             else:
                 cache, scores = prefill(model, prompt, selecting)
                 chosen = select(scores, selecting)
-            state = first_state(model, cache, chosen, prompt, DECODE, selecting=selecting)
+            state = first_state(model, cache, chosen, prompt, DECODE, settings=selecting)
             tokens.append(denoise(model, cache, state, config=DECODE).tokens)
         np.testing.assert_array_equal(*tokens)
 
@@ -292,7 +292,7 @@ def test_what_does_not_go_together_is_refused(model, parts):
         init_denoise(model, cache, chosen, prompt.query, DECODE, key, encoding="query-conditioned")
     with pytest.raises(ValueError, match="give one of the two"):
         init_denoise(
-            model, cache, chosen, prompt.query, DECODE, key, encoding="joint", selecting=SELECT
+            model, cache, chosen, prompt.query, DECODE, key, encoding="joint", settings=SELECT
         )
 
 

@@ -132,7 +132,7 @@ def test_kept_chunks_are_attended_to_as_in_a_step(both, encoding):
     got = ll.answer_log_likelihood_kept(model, kept, query, [33], samples=2, group=2)
     state = init_denoise(
         model, kept.cache, kept.selection, prompt.query, DecodeConfig(1, 1, recompute="response"),
-        jax.random.key(0), query_length=prompt.query_length, selecting=kept.settings,
+        jax.random.key(0), query_length=prompt.query_length, settings=kept.settings,
     )  # fmt: skip
     pool = kept.cache.pool if state.pool is None else state.pool
 

@@ -34,7 +34,7 @@ def prompt():
 def start(model, prompt, selecting, decode=DECODE, scores=None):
     cache, found = prefill(model, prompt, selecting, keep_pool=True)
     chosen = select(found if scores is None else scores, selecting)
-    state = first_state(model, cache, chosen, prompt, decode, selecting=selecting)
+    state = first_state(model, cache, chosen, prompt, decode, settings=selecting)
     return cache, state
 
 
@@ -71,7 +71,7 @@ def test_the_best_chunks_of_the_state_are_the_defined_ones(model, prompt, scorer
     assert int(state.block[0]) == 1
     before = copy(state)
     want = np.sort(np.argsort(-defined(model, prompt, before, scorer), kind="stable")[:2])
-    state = reselect(model, cache, state, selecting=selecting, config=DECODE)
+    state = reselect(model, cache, state, settings=selecting, config=DECODE)
     assert state.selected[0].tolist() == want.tolist()
     assert state.chunk_ids[0].tolist() == want.tolist()
     assert int(state.rescored[0]) == 1
@@ -88,7 +88,7 @@ def test_attention_counts_query_and_unmasked_response(model, prompt):
     for _ in range(3):
         state = denoise_step(model, cache, state, config=DECODE)
     before = copy(state)
-    state = reselect(model, cache, state, selecting=selecting, config=DECODE)
+    state = reselect(model, cache, state, settings=selecting, config=DECODE)
     prefix = prompt.prefix[0, : int(prompt.prefix_length[0])].tolist()
     query, response = prompt.query[0, :7].tolist(), before.tokens[0].tolist()
     chunks, size = pieces(prompt), CHUNKS.chunk_size
@@ -139,11 +139,11 @@ def test_the_loop_is_the_loop_by_hand(model, prompt, encoding, when):
     steps, seen = 0, []
     while int(other.block[0]) < DECODE.n_blocks:
         if steps and (when == "step" or int(other.step[0]) == 0):
-            other = reselect(model, cache, other, selecting=selecting, config=DECODE)
+            other = reselect(model, cache, other, settings=selecting, config=DECODE)
             seen.append(tuple(other.selected[0].tolist()))
         other = denoise_step(model, cache, other, config=DECODE)
         steps += 1
-    state = denoise(model, cache, state, config=DECODE, selecting=selecting)
+    state = denoise(model, cache, state, config=DECODE, settings=selecting)
     np.testing.assert_array_equal(state.tokens, other.tokens)
     np.testing.assert_array_equal(state.selected, other.selected)
     assert state.rescored.tolist() == [len(seen)] == [7 if when == "step" else 1]
@@ -161,12 +161,12 @@ def test_a_request_that_keeps_its_chunks_keeps_its_kv(model, prompt):
         state = init_denoise(
             model, cache, chosen, jnp.repeat(prompt.query, len(rows), axis=0), DECODE,
             jnp.stack([jax.random.key(7)] * len(rows)),
-            query_length=jnp.repeat(prompt.query_length, len(rows)), selecting=selecting,
+            query_length=jnp.repeat(prompt.query_length, len(rows)), settings=selecting,
         )  # fmt: skip
         return denoise_step(model, cache, state, config=DECODE)
 
     def again(state):
-        return reselect(model, cache, copy(state), selecting=selecting, config=DECODE)
+        return reselect(model, cache, copy(state), settings=selecting, config=DECODE)
 
     # A request whose chunks are those that it would choose again, and one of which this is not so.
     choices = [
@@ -190,17 +190,17 @@ def test_a_request_that_keeps_its_chunks_keeps_its_kv(model, prompt):
     assert not np.array_equal(state.pool.k[:, 3:], before.pool.k[:, 3:])
     alone = again(begin([worst]))
     np.testing.assert_array_equal(alone.selected[0], state.selected[1])
-    together = denoise(model, cache, state, config=DECODE, selecting=selecting)
-    apart = denoise(model, cache, alone, config=DECODE, selecting=selecting)
+    together = denoise(model, cache, state, config=DECODE, settings=selecting)
+    apart = denoise(model, cache, alone, config=DECODE, settings=selecting)
     np.testing.assert_array_equal(together.tokens[1], apart.tokens[0])
 
 
 def test_requests_that_are_done_and_untouched_ones_cost_nothing(model, prompt):
     cache, state = start(model, prompt, SELECT)
-    fresh = reselect(model, cache, copy(state), selecting=SELECT, config=DECODE)
+    fresh = reselect(model, cache, copy(state), settings=SELECT, config=DECODE)
     assert fresh.rescored.tolist() == [0]
     done = denoise(model, cache, state, config=DECODE)
-    again = reselect(model, cache, copy(done), selecting=SELECT, config=DECODE)
+    again = reselect(model, cache, copy(done), settings=SELECT, config=DECODE)
     assert again.rescored.tolist() == [0]
     np.testing.assert_array_equal(again.selected, done.selected)
 
@@ -211,16 +211,16 @@ def test_what_cannot_be_scored_anew_is_refused(model, prompt):
     state = first_state(model, cache, select(scores, joint), prompt, DECODE)
     again = dataclasses.replace(joint, reselect="step")
     for run in (
-        lambda: reselect(model, cache, state, selecting=again, config=DECODE),
-        lambda: denoise(model, cache, state, config=DECODE, selecting=again),
+        lambda: reselect(model, cache, state, settings=again, config=DECODE),
+        lambda: denoise(model, cache, state, config=DECODE, settings=again),
     ):
         with pytest.raises(ValueError, match="keep_pool"):
             run()
     with pytest.raises(ValueError, match="needs the document's cache"):
-        denoise(model, None, state, config=DECODE, selecting=again)
+        denoise(model, None, state, config=DECODE, settings=again)
     whole = prefill(model, prompt, joint, keep_pool=True)[0]
     with pytest.raises(ValueError, match="needs a scorer that reads"):
         reselect(
             model, whole, state, config=DECODE,
-            selecting=dataclasses.replace(joint, scorer="last"),
+            settings=dataclasses.replace(joint, scorer="last"),
         )  # fmt: skip

@@ -11,17 +11,10 @@ from jaxtyping import Array, Int
 
 from pallas_kernels import Implementation
 from pdllm_jax.config import DecodeConfig, SelectionConfig
-from pdllm_jax.method.cache import (
-    ChunkCache,
-    DenoiseState,
-    LiveCache,
-    Placement,
-    init_live,
-    place_chunks,
-)
-from pdllm_jax.method.encodings import Encoded, EncodeRequest, Encoding
+from pdllm_jax.method.cache import ChunkCache, DenoiseState, LiveCache, init_live, place_chunks
+from pdllm_jax.method.encodings import EncodeRequest, Encoding
 from pdllm_jax.method.encodings.base import slot_ids
-from pdllm_jax.method.live_forward import query_rows
+from pdllm_jax.method.live_forward import Context, query_rows
 from pdllm_jax.method.question import count_ids
 from pdllm_jax.method.selection import Selection
 from pdllm_jax.method.token_selection import keep_tokens
@@ -31,37 +24,26 @@ from pdllm_jax.network.transformer import MaskPredictor
 
 
 def encode_chosen(
-    model: MaskPredictor,
-    cache: ChunkCache,
-    request: EncodeRequest,
-    config: SelectionConfig,
-    implementation: Implementation | None = None,
-) -> tuple[Encoded, Placement]:
-    """Returns the KV of the chosen chunks, and where they lie.
+    model: MaskPredictor, cache: ChunkCache, request: EncodeRequest, config: SelectionConfig
+) -> Context:
+    """Returns the KV of the chosen chunks and of the live rows, and where they lie.
 
-    request.placement indexes the cache's pool. The live cache need not hold the prefix.
+    The pool is None where the cache's serves. request.placement indexes the cache's pool.
+    request.live need not hold the prefix.
     """
-    encoding, placement = config.encoding, request.placement
+    encoding, placement, path = config.encoding, request.placement, request.implementation
     if encoding.keeps_prefix:
         live = _with_prefix(model, cache, request.live, placement.prefix_length)
         request = request._replace(live=live)
-    pool, live = encoding.encode(model, cache, request, implementation)
+    pool, live = encoding.encode(model, cache, request)
     in_slots = dataclasses.replace(placement, chunk_ids=slot_ids(request.selected))
-    placement = placement if pool is None else in_slots
+    context = Context(pool, placement if pool is None else in_slots, live, path)
     source, count = cache.pool if pool is None else pool, config.keep_tokens
-    if count is not None and source is not None and count < source.k.shape[3]:
-        pool = keep_tokens(
-            model,
-            source,
-            placement,
-            request.rows,
-            live,
-            count,
-            anchors=cache.anchors,
-            implementation=implementation,
-        )
-        placement = in_slots
-    return Encoded(pool, live), placement
+    if count is None or source is None or count >= source.k.shape[3]:
+        return context
+    context = context._replace(pool=source)
+    kept = keep_tokens(model, context, request.rows, count, keep_first=cache.anchors)
+    return context._replace(pool=kept, placement=in_slots)
 
 
 def encode_state(
@@ -78,13 +60,12 @@ def encode_state(
 
     slots: their places in the cache's pool, where these do not follow from the ids.
     """
-    placement = place_chunks(
-        cache, selected, state.prefix_length, state.placement.total, config.positions
-    )
+    total = state.placement.total
+    placement = place_chunks(cache, selected, state.prefix_length, total, config.positions)
     if slots is not None:
         placement = dataclasses.replace(placement, chunk_ids=slots)
-    request = EncodeRequest(selected, placement, query_rows(state), state.live)
-    (pool, live), placement = encode_chosen(model, cache, request, config, implementation)
+    request = EncodeRequest(selected, placement, query_rows(state), state.live, implementation)
+    pool, placement, live, _ = encode_chosen(model, cache, request, config)
     return dataclasses.replace(
         state,
         selected=selected,
@@ -129,15 +110,15 @@ def init_denoise(
     Compiles once for each (shapes, config, encoding, settings, implementation).
 
     Args:
-      cache, selection: from `prefill` and `select_top_k`; selection.chunk_ids [B, K]. Both None for
-        generation without a document's cache, where query_ids is the whole prompt. A cache has
-        one document for all requests or one for each.
-      query_ids: [B, Q], padded with -1, or with any ids behind query_length where that is given.
+      cache, selection: from `prefill` and `select_top_k`. Both None for generation without a
+        document's cache, where query_ids is the whole prompt. A cache has one document for all
+        requests or one for each.
+      query_ids: padded with -1, or with any ids behind query_length where that is given.
       config: lengths and sampling rule.
       key: PRNG key; request b uses fold_in(key, b). Or a key for each request, [B].
       encoding: what the chunks' KV is computed from (see `SelectionConfig`). By default
         "independent" where the cache has their KV, else "joint".
-      settings: settings of encoding, positions and kept tokens, instead of `encoding`.
+      settings: of encoding, positions and kept tokens, instead of `encoding`.
       implementation: of the attention over chunks, where the encoding has any.
 
     Raises:
@@ -178,9 +159,8 @@ def init_denoise(
     prefix_rows = 0 if cache is None else cache.prefix_ids.shape[-1]
     if config.recompute != "response" or prefix_rows:
         rows = prefix_rows + q_rows + config.gen_length
-        state = dataclasses.replace(
-            state, live=init_live(model.config, batch, rows, model.dtype, model.mesh)
-        )
+        live = init_live(model.config, batch, rows, model.dtype, model.mesh)
+        state = dataclasses.replace(state, live=live)
     if cache is None or selection is None:
         return constrain(model.mesh, state)
 
@@ -188,11 +168,9 @@ def init_denoise(
         default = "joint" if cache.pool is None else "independent"
         settings = SelectionConfig(encoding=default if encoding is None else encoding)
     _check_cache(cache, selection, settings.encoding, batch)
-    state = dataclasses.replace(
-        state,
-        prefix_length=cache.prefix_length[cache.document_of(batch)],
-        live_encoded=settings.encoding.live_encoded,
-    )
+    prefix_length = cache.prefix_length[cache.document_of(batch)]
+    live_encoded = settings.encoding.live_encoded
+    state = dataclasses.replace(state, prefix_length=prefix_length, live_encoded=live_encoded)
     slots = selection.slots if settings.encoding.needs_pool else None
     state = encode_state(
         model, cache, state, selection.chunk_ids, settings, implementation, slots=slots

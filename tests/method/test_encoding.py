@@ -14,7 +14,7 @@ from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.method.chunking import chunk_prompt
 from pdllm_jax.method.denoise import denoise
 from pdllm_jax.method.encoding import init_denoise
-from pdllm_jax.method.live_forward import query_rows
+from pdllm_jax.method.live_forward import Context, query_rows
 from pdllm_jax.method.prefill import prefill, prefill_top_k
 from pdllm_jax.method.selection import select
 from pdllm_jax.method.token_selection import best_tokens, token_attention
@@ -207,9 +207,8 @@ def test_attention_of_padding_and_empty_slots_is_none(model, parts):
     )
     wider = jnp.pad(scores, ((0, 0), (0, 3)), constant_values=-jnp.inf)
     state = first_state(model, cache, select(wider, selecting), prompt, DECODE, settings=selecting)
-    found = np.asarray(
-        token_attention(model, pool, state.placement, query_rows(state), state.live)
-    )[0]
+    context = Context(pool, state.placement, state.live)
+    found = np.asarray(token_attention(model, context, query_rows(state)))[0]
     lengths = np.array([len(piece) for piece in pieces(prompt)])
     for j in range(found.shape[0]):
         n = lengths[j] if j < len(lengths) else 0

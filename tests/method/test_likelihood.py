@@ -121,7 +121,7 @@ SELECTING = SelectionConfig(top_k=2, scorer="last", encode_batch=2)
 def test_kept_chunks_are_attended_to_as_in_a_step(both, encoding):
     """A one-token answer is all masked: what the first evaluation of a response predicts."""
     from pdllm_jax import DecodeConfig, init_denoise
-    from pdllm_jax.method.live_forward import live_forward, response_rows
+    from pdllm_jax.method.live_forward import Context, live_forward, query_rows
 
     model, _ = both
     rng = np.random.default_rng(1)
@@ -138,8 +138,8 @@ def test_kept_chunks_are_attended_to_as_in_a_step(both, encoding):
 
     @jax.jit
     def evaluation(state, pool):
-        rows = response_rows(state)
-        x, _, _ = live_forward(model, pool, state.placement, state.live, rows, state.prefix_length)
+        context = Context(pool, state.placement, state.live)
+        x, _, _ = live_forward(model, context, query_rows(state).ids)
         return jax.nn.log_softmax(model.logits(model.final_norm(x[0, len(query)])))
 
     assert got == pytest.approx(float(evaluation(state, pool)[33]), rel=1e-4)

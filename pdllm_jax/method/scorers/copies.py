@@ -22,7 +22,7 @@ from pallas_kernels import Implementation, Partial, merge
 from pallas_kernels.common import row_sum
 from pdllm_jax.method.cache import ChunkCache, dynamic_slices, dynamic_updates
 from pdllm_jax.method.question import Question
-from pdllm_jax.method.sampling.confidence import log_probability
+from pdllm_jax.method.sampling import log_probability
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import attention, chunk_attention, constrain, whole_groups
 from pdllm_jax.network.transformer import MaskPredictor

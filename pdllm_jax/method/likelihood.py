@@ -54,21 +54,16 @@ from pdllm_jax.network.transformer import MaskPredictor
 _LOGIT_ROWS = 64  # logits in memory at once
 
 
-class Samples(NamedTuple):
-    """Which answer tokens are masked [n, A], and how many [n]."""
-
-    masked: Bool[Array, "n A"]
-    counts: Int[Array, "n"]
-
-
-def answer_samples(key: Array, length: Int[Array, ""], n: int, rows: int) -> Samples:
-    """Draws n masks over the first `length` of `rows` places."""
+def answer_samples(
+    key: Array, length: Int[Array, ""], n: int, rows: int
+) -> tuple[Bool[Array, "n A"], Int[Array, "n"]]:
+    """Draws n masks over the first `length` of `rows` places; returns them and their counts."""
     first, order = jax.random.split(key)
     steps = jnp.round(jnp.arange(n) * (length / n)).astype(jnp.int32)
     counts = (jax.random.randint(first, (), 0, length) + steps) % length + 1
     noise = jnp.where(jnp.arange(rows) < length, jax.random.uniform(order, (n, rows)), 2.0)
     rank = jnp.argsort(jnp.argsort(noise, axis=-1), axis=-1)
-    return Samples(rank < counts[:, None], counts)
+    return rank < counts[:, None], counts
 
 
 def masked_log_likelihood(

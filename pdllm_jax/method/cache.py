@@ -103,6 +103,37 @@ class ChunkCache:
         first = self.document_of(chunk_ids.shape[0])[:, None] * self.tokens.shape[1]
         return jnp.where(chunk_ids >= 0, first + chunk_ids, -1)
 
+    def chosen(self, ids: Int[Array, "B K"]) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
+        """Returns tokens and valid lengths of the chosen chunks; empty slots have length 0."""
+        document, at = self.document_of(ids.shape[0])[:, None], jnp.maximum(ids, 0)
+        return self.tokens[document, at], jnp.where(ids >= 0, self.lengths[document, at], 0)
+
+    def place(
+        self,
+        selected: Int[Array, "B K"],
+        prefix_length: Int[Array, "B"],
+        total: Int[Array, "B"],
+        positions: Positions,
+    ) -> Placement:
+        """Places chosen chunks in the pool and in the prompt.
+
+        Positions of chunk j, id n: "continuous" P + j C, "absolute" P + n C, "reuse" P. The query
+        starts behind the last slot: at P + K C, P + N C or P + C; K and N count existing chunks.
+        """
+        batch, (n, size) = selected.shape[0], self.tokens.shape[1:]
+        valid = selected >= 0
+        if positions == "continuous":
+            slot = jnp.arange(selected.shape[1])[None]
+            slots = jnp.count_nonzero(valid, axis=1)
+        elif positions == "absolute":
+            lengths = jnp.broadcast_to(self.lengths, (batch, n))
+            slot, slots = jnp.maximum(selected, 0), jnp.count_nonzero(lengths, axis=1)
+        else:
+            slot, slots = jnp.zeros_like(selected), valid.any(axis=1).astype(jnp.int32)
+        starts = jnp.broadcast_to(prefix_length[:, None] + slot * size, selected.shape)
+        query_start = prefix_length + slots * size
+        return Placement(self.places(selected), starts, query_start, prefix_length, total)
+
     def without_pool(self) -> ChunkCache:
         """Returns the cache for decoding against the state's pool."""
         return dataclasses.replace(self, pool=None)
@@ -280,39 +311,3 @@ class DenoiseState:
         if pool is None and self.chunk_ids.shape[1]:
             raise ValueError("the state's chunks lie in a cache: pass the one it was made with")
         return pool
-
-
-def place_chunks(
-    cache: ChunkCache,
-    selected: Int[Array, "B K"],
-    prefix_length: Int[Array, "B"],
-    total: Int[Array, "B"],
-    positions: Positions,
-) -> Placement:
-    """Places chosen chunks in the cache's pool and in the prompt.
-
-    Positions of chunk j, id n: "continuous" P + j C, "absolute" P + n C, "reuse" P. The query
-    starts behind the last slot: at P + K C, P + N C or P + C, where K and N count existing chunks.
-    """
-    batch, (n, size) = selected.shape[0], cache.tokens.shape[1:]
-    valid = selected >= 0
-    if positions == "continuous":
-        slot = jnp.arange(selected.shape[1])[None]
-        slots = jnp.count_nonzero(valid, axis=1)
-    elif positions == "absolute":
-        lengths = jnp.broadcast_to(cache.lengths, (batch, n))
-        slot, slots = jnp.maximum(selected, 0), jnp.count_nonzero(lengths, axis=1)
-    else:
-        slot, slots = jnp.zeros_like(selected), valid.any(axis=1).astype(jnp.int32)
-    starts = prefix_length[:, None] + slot * size
-    starts, query_start = jnp.broadcast_to(starts, selected.shape), prefix_length + slots * size
-    return Placement(cache.places(selected), starts, query_start, prefix_length, total)
-
-
-def chosen_chunks(
-    cache: ChunkCache, selected: Int[Array, "B K"]
-) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
-    """Returns tokens and valid lengths of the chosen chunks; empty slots have length 0."""
-    document, ids = cache.document_of(selected.shape[0])[:, None], jnp.maximum(selected, 0)
-    lengths = jnp.where(selected >= 0, cache.lengths[document, ids], 0)
-    return cache.tokens[document, ids], lengths

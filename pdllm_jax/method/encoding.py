@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from pallas_kernels import Implementation
 from pdllm_jax.config import DecodeConfig, SelectionConfig
-from pdllm_jax.method.cache import ChunkCache, DenoiseState, LiveCache, init_live, place_chunks
+from pdllm_jax.method.cache import ChunkCache, DenoiseState, LiveCache, init_live
 from pdllm_jax.method.encodings import EncodeRequest, Encoding
 from pdllm_jax.method.encodings.base import slot_ids
 from pdllm_jax.method.live_forward import Context, query_rows
@@ -61,7 +61,7 @@ def encode_state(
     slots: their places in the cache's pool, where these do not follow from the ids.
     """
     total = state.placement.total
-    placement = place_chunks(cache, selected, state.prefix_length, total, config.positions)
+    placement = cache.place(selected, state.prefix_length, total, config.positions)
     if slots is not None:
         placement = dataclasses.replace(placement, chunk_ids=slots)
     request = EncodeRequest(selected, placement, query_rows(state), state.live, implementation)

@@ -24,14 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import Implementation
 from pdllm_jax.config import SelectionConfig
-from pdllm_jax.method.cache import (
-    ChunkCache,
-    Placement,
-    dynamic_slices,
-    dynamic_updates,
-    init_live,
-    place_chunks,
-)
+from pdllm_jax.method.cache import ChunkCache, Placement, dynamic_slices, dynamic_updates, init_live
 from pdllm_jax.method.chunking import (
     ChunkedPrompt,
     TokenIds,
@@ -131,7 +124,7 @@ def _on_chunks(
     ends = (start + length)[None]
     query_length = ends if settings.encoding.live_encoded else start[None]
     prefix = cache.prefix_length
-    placement = place_chunks(cache, selected, prefix, prefix + query_length, settings.positions)
+    placement = cache.place(selected, prefix, prefix + query_length, settings.positions)
     live_rows = cache.prefix_ids.shape[-1] + tokens.size
     live = init_live(model.config, 1, live_rows, model.dtype, model.mesh)
     query = QueryRows(blank, query_length, blank)

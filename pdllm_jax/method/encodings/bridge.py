@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pdllm_jax.method.cache import ChunkCache, ChunkPool, chosen_chunks
+from pdllm_jax.method.cache import ChunkCache, ChunkPool
 from pdllm_jax.method.encodings.base import Encoded, EncodeRequest, Encoding, slot_ids
 from pdllm_jax.method.live_forward import Context, row_rotations
 from pdllm_jax.method.token_selection import best_tokens, token_attention
@@ -91,7 +91,7 @@ class Bridge(Encoding):
             seen, live = context.attend(model, layer, q, own_k, own_v, by, start)
             return seen.out, context._replace(live=live)
 
-        tokens, _ = chosen_chunks(cache, selected)
+        tokens, _ = cache.chosen(selected)
         tokens = jnp.take_along_axis(tokens, jnp.minimum(places, size - 1), axis=2)
         rows = jnp.concatenate([tokens.reshape(batch, chunk_rows), own_rows], axis=1)
         context = context._replace(pool=mixed, placement=in_slots)

@@ -10,14 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from pdllm_jax.method.cache import (
-    ChunkCache,
-    Placement,
-    chosen_chunks,
-    dynamic_updates,
-    init_pool,
-    write_chunks,
-)
+from pdllm_jax.method.cache import ChunkCache, Placement, dynamic_updates, init_pool, write_chunks
 from pdllm_jax.method.encodings.base import Encoded, EncodeRequest, Encoding
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import attention
@@ -82,7 +75,7 @@ def _encode_rows(
     batch, slots = selected.shape
     size, prefix_rows = cache.tokens.shape[2], cache.prefix_ids.shape[1]
     own_rows, prefix_length = own_ids.shape[1], placement.prefix_length
-    tokens, lengths = chosen_chunks(cache, selected)
+    tokens, lengths = cache.chosen(selected)
     ends = jnp.cumsum(lengths, axis=1)
     context = ends[:, -1]
 

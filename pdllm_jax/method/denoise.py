@@ -37,7 +37,6 @@ from pdllm_jax.method.cache import (
 from pdllm_jax.method.live_forward import Context, live_forward, query_rows
 from pdllm_jax.method.reselect import reselect_due
 from pdllm_jax.method.sampling import predict, transfer
-from pdllm_jax.method.scoring import check_scorable
 from pdllm_jax.network.sharding import constrain
 from pdllm_jax.network.transformer import MaskPredictor
 
@@ -186,9 +185,11 @@ class _Step:
         )
 
 
-def _stays_fresh(state: DenoiseState, config: DecodeConfig) -> bool:
-    """Returns whether the live KV is never stale: fresh from the encoding, and one block."""
-    return state.live_encoded and config.n_blocks == 1
+def _only_width(state: DenoiseState, config: DecodeConfig) -> Width | None:
+    """Returns the width of all steps, if it is one; narrow where the live KV is never stale."""
+    if config.recompute == "response":
+        return "wide"
+    return "narrow" if state.live_encoded and config.n_blocks == 1 else None
 
 
 @functools.partial(
@@ -209,7 +210,7 @@ def denoise_step(
     cache, or None where the state has a pool (all encodings but "independent") or no chunks.
     """
     step = _Step(model, state.pool_in(cache), state, config, implementation)
-    return step.run("narrow" if _stays_fresh(state, config) else None)
+    return step.run(_only_width(state, config))
 
 
 @functools.partial(
@@ -227,8 +228,8 @@ def denoise(
 ) -> DenoiseState:
     """Runs steps until every request is done, in one loop on the device. See `denoise_step`.
 
-    settings: the settings that the state was made with, where they ask for re-selection; `cache`
-      is then needed, with the KV of every chunk.
+    settings: that the state was made with, where they ask for re-selection; `cache` is then needed,
+      with the KV of every chunk.
     until: stops when every request has done this many blocks. A run-time value; call again to
       continue.
     """
@@ -240,7 +241,6 @@ def denoise(
     if settings is not None and settings.reselects:
         if cache is None or not state.chunk_ids.shape[1]:
             raise ValueError("re-selection needs the document's cache")
-        check_scorable(cache)
 
         def reselect_and_step(state: DenoiseState) -> DenoiseState:
             due = state.block < config.n_blocks
@@ -265,13 +265,12 @@ def denoise(
         state = lax.while_loop(lambda s: unfinished(s) & ~stale(s), step_of("narrow"), state)
         return lax.while_loop(lambda s: unfinished(s) & stale(s), step_of("wide"), state)
 
-    body = each_width
-    if config.recompute == "response" or _stays_fresh(state, config):
-        one = step_of("wide" if config.recompute == "response" else "narrow")
+    body, width = each_width, _only_width(state, config)
+    if width is not None:
+        one = step_of(width)
         # With a fixed number of steps, test for the end between blocks alone: the test waits for
         # the host. In a loop that begins inside a block, the extra steps change nothing.
-        fixed_steps = config.scheduled and until is None
-        steps = config.steps_per_block if fixed_steps else 1
+        steps = config.steps_per_block if config.scheduled and until is None else 1
         body = lambda state: lax.fori_loop(0, steps, lambda _, s: one(s), state)  # noqa: E731
     last = lax.while_loop(unfinished, body, dataclasses.replace(state, pool=None))
     return dataclasses.replace(last, pool=pool)

@@ -99,14 +99,14 @@ def main(argv: list[str] | None = None) -> list[int]:
     case = tiny() if args.checkpoint is None else real(args.checkpoint, args.question)
     model, prompt, stops, text = case
 
-    selecting = SelectionConfig(top_k=2, encoding="independent", encode_batch=2)
+    settings = SelectionConfig(top_k=2, encoding="independent", encode_batch=2)
     config = DecodeConfig(gen_length=16, block_length=8)
     # All chunks' KV stays, for they are scored again; the settings of the pass alone go in.
-    cache, scores = prefill(model, prompt, selecting.scoring(), keep_pool=True)
+    cache, scores = prefill(model, prompt, settings.scoring(), keep_pool=True)
     print("scores:", " ".join(f"{x:.2f}" for x in scores[0, : prompt.n_chunks].tolist()))
     state = init_denoise(
-        model, cache, select_top_k(scores, selecting.top_k), prompt.query, config,
-        jax.random.key(0), selecting=selecting,
+        model, cache, select_top_k(scores, settings.top_k), prompt.query, config,
+        jax.random.key(0), settings=settings,
     )  # fmt: skip
 
     tokens = np.asarray(state.tokens[0])
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> list[int]:
         evaluations = int(state.evaluations[0])
         if evaluations and evaluations % RESELECT_EVERY == 0:
             before = state.selected[0].tolist()
-            state = reselect(model, cache, state, selecting=selecting, config=config)
+            state = reselect(model, cache, state, settings=settings, config=config)
             print(f"  chunks {before} -> {state.selected[0].tolist()}")
         block = int(state.block[0])
         state = denoise_step(model, cache, state, config=config)

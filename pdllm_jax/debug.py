@@ -16,8 +16,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
-from pdllm_jax.config import ChunkConfig
 from pdllm_jax.engine.answer import Answer
+from pdllm_jax.engine.engine import Engine
 from pdllm_jax.method.chunking import TokenIds, check_token_ids, split_context
 from pdllm_jax.network.transformer import MaskPredictor
 
@@ -31,15 +31,19 @@ class NonFinite:
 
     where: the path of a weight or leaf ("blocks.3.down_proj.weight"), the layer after which the
       residual stream is not finite ("blocks.3"), "final_norm" or "logits".
-    layer: number of the layer, None outside of the layers.
     nan, infinite, size: numbers of NaN, of infinite and of all values.
     """
 
     where: str
-    layer: int | None
     nan: int
     infinite: int
     size: int
+
+    @property
+    def layer(self) -> int | None:
+        """Number of the layer, None outside of the layers."""
+        keys = self.where.split(".")
+        return int(keys[1]) if keys[0] == "blocks" else None
 
     def __str__(self) -> str:
         message = (
@@ -64,10 +68,7 @@ def _first(counts: Iterable[tuple[str, Array, int]]) -> NonFinite | None:
     for where, values, size in counts:
         nan, infinite = np.asarray(values).tolist()
         if nan or infinite:
-            keys = where.split(".")
-            return NonFinite(
-                where, int(keys[1]) if keys[0] == "blocks" else None, nan, infinite, size
-            )
+            return NonFinite(where, nan, infinite, size)
     return None
 
 
@@ -96,16 +97,13 @@ def _forward(model: MaskPredictor, ids: Int[Array, "B T"]) -> tuple[Array, list[
 def find_nonfinite(
     model: MaskPredictor, token_ids: Int[Array, "B T"] | TokenIds
 ) -> NonFinite | None:
-    """Searches the weights, then the residual stream after each layer, then the logits.
+    """Returns the first tensor that is not finite, in the order of computation, or None.
 
-    The forward is a plain one, where every row attends to all: a cache is for
-    `find_nonfinite_leaf`.
+    Searches the weights, then the residual stream after each layer of a plain forward, where every
+    row attends to all, then the logits. A cache is for `find_nonfinite_leaf`.
 
     Args:
       token_ids: [B, T] or [T]; what the answer was computed from, response included.
-
-    Returns:
-      The first tensor that is not finite, in the order of computation; None if all are finite.
 
     Raises:
       ValueError: no ids, or ids outside the vocabulary.
@@ -127,24 +125,18 @@ def find_nonfinite(
 
 
 def check_answer(
-    model: MaskPredictor,
-    prefix_ids: TokenIds,
-    context_ids: TokenIds,
-    query_ids: TokenIds,
-    chunking: ChunkConfig,
-    result: Answer,
-    bos_id: int | None = None,
+    engine: Engine, prefix: TokenIds, context: TokenIds, query: TokenIds, answer: Answer
 ) -> None:
     """Runs `find_nonfinite` on prefix, kept chunks (a baseline: the context), query and response.
 
     Raises NonFiniteError.
     """
-    context = [np.asarray(context_ids, np.int32)]
-    if result.selection is not None:
-        first = bos_id if bos_id is not None else next(iter(prefix_ids), None)
-        chunks, lengths = split_context(context_ids, chunking, first)
-        context = [chunks[i, : lengths[i]] for i in result.selection["chunks"]]
-    parts = [prefix_ids, *context, query_ids, result.tokens]
+    kept = [context]
+    if answer.selection is not None:
+        bos_id = next(iter(prefix), None) if engine.bos_id is None else engine.bos_id
+        chunks, lengths = split_context(context, engine.chunking, bos_id)
+        kept = [chunks[i, : lengths[i]] for i in answer.selection["chunks"]]
+    parts = [prefix, *kept, query, answer.tokens]
     ids = np.concatenate([np.asarray(part, np.int32) for part in parts])
-    if (problem := find_nonfinite(model, ids)) is not None:
+    if (problem := find_nonfinite(engine.model, ids)) is not None:
         raise NonFiniteError(str(problem))

@@ -128,11 +128,11 @@ def programs() -> dict[str, Callable[[], Lowered]]:
     scores = jax.ShapeDtypeStruct((1, prompt.chunks.shape[1]), jnp.float32)
     selection = on_device(jax.eval_shape(lambda x: select_top_k(x, SELECTION.top_k), scores))
     started = model, document, selection, question.query, DECODE, keys
-    settings = {"query_length": question.query_length, "selecting": SELECTION}
+    settings = {"query_length": question.query_length, "settings": SELECTION}
 
     def decode() -> Lowered:
         state = on_device(init_denoise.eval_shape(*started, **settings, implementation=None))
-        options = {"config": DECODE, "implementation": path, "selecting": None}
+        options = {"config": DECODE, "implementation": path, "settings": None}
         return denoise.lower(model, None, state, **options)
 
     return {

@@ -27,8 +27,8 @@ def model() -> MaskPredictor:
     return MaskPredictor(ModelConfig.tiny(), rngs=nnx.Rngs(0))
 
 
-def test_a_finite_model_gives_none(model):
-    assert find_nonfinite(model, IDS) is None
+def scale(parameter, factor: float) -> None:
+    parameter.weight[...] = parameter.weight[...] * factor
 
 
 def test_the_hook_sees_the_residual_stream_after_every_layer(model):
@@ -67,7 +67,8 @@ def test_the_layer_with_the_first_infinity_is_named(model, scaled, layer):
 
 
 def test_the_final_norm_is_named(model):
-    model.final_norm.weight[...] = model.final_norm.weight[...] * 3e38
+    assert find_nonfinite(model, IDS) is None
+    scale(model.final_norm, 3e38)
     assert find_nonfinite(model, IDS).where == "final_norm"
 
 
@@ -75,13 +76,12 @@ def test_layers_are_searched_in_their_order():
     """With more than ten layers the names do not sort as the numbers do."""
     config = dataclasses.replace(ModelConfig.tiny(), n_layers=11)
     model = MaskPredictor(config, rngs=nnx.Rngs(0))
-    weight = model.blocks[2].up_proj.weight
-    weight[...] = weight[...] * 3e38
+    scale(model.blocks[2].up_proj, 3e38)
     assert find_nonfinite(model, IDS).where == "blocks.2"
 
 
 def test_the_head_and_a_cache(model):
-    model.lm_head.weight[...] = model.lm_head.weight[...] * 1e38
+    scale(model.lm_head, 1e38)
     assert find_nonfinite(model, IDS).where == "logits"
     tree = {"pool": {"k": jnp.ones((2, 3)), "ids": jnp.arange(3)}, "v": jnp.array([0.0, -jnp.inf])}
     assert find_nonfinite_leaf(tree).where == "v"
@@ -91,9 +91,8 @@ def test_the_head_and_a_cache(model):
 def test_the_command_line_says_where(model, tmp_path, monkeypatch, capsys):
     """--check-nan: silent with a finite model; one line and status 2 with NaN."""
     prompt = tmp_path / "ids.json"
-    prompt.write_text(
-        json.dumps({"prefix": [253], "context": IDS.tolist() * 2, "query": IDS[:4].tolist()})
-    )
+    ids = {"prefix": [253], "context": IDS.tolist() * 2, "query": IDS[:4].tolist()}
+    prompt.write_text(json.dumps(ids))
     (tmp_path / "model").mkdir()
     monkeypatch.setattr(generate, "converted", Path)
     monkeypatch.setattr(commands, "load", lambda args, folder: model)
@@ -101,8 +100,7 @@ def test_the_command_line_says_where(model, tmp_path, monkeypatch, capsys):
     command = [str(tmp_path / "model"), "--prompt-ids", str(prompt), *options]
     assert generate.main(command) == 0
     capsys.readouterr()
-    weight = model.blocks[0].down_proj.weight
-    weight[...] = weight[...] * jnp.nan
+    scale(model.blocks[0].down_proj, jnp.nan)
     assert generate.main(command) == 2
     out, err = capsys.readouterr()
     assert out == ""

@@ -67,7 +67,7 @@ def test_a_scorer(model):
     assert 2 in kept
     state = init_denoise(
         model, cache, selection, prompt.query, DECODE, jax.random.key(0),
-        query_length=prompt.query_length, selecting=SELECT,
+        query_length=prompt.query_length, settings=SELECT,
     )  # fmt: skip
     tokens = denoise(model, cache, state, config=DECODE).tokens[0].tolist()
     named = generate_ids(

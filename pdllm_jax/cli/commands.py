@@ -180,7 +180,7 @@ def answer(args: argparse.Namespace, resolve: Resolve, stream: Stream | None) ->
     result = engine.answer(**request._asdict(), on_block=stream)
     if args.check_nan:
         prefix, context, query = engine.token_ids(request)
-        check_answer(engine.model, prefix, context, query, engine.chunking, result, engine.bos_id)
+        check_answer(engine, prefix, context, query, result)
     return result
 
 

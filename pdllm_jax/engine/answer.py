@@ -75,7 +75,7 @@ def decode_request(
             request.state,
             decoding,
             implementation=implementation,
-            selecting=config if reselecting else None,
+            settings=config if reselecting else None,
             on_block=on_block,
         )
     rows = state.tokens.shape[0]
@@ -131,7 +131,7 @@ def denoise_blocks(
     config: DecodeConfig,
     *,
     implementation: Implementation | None = None,
-    selecting: SelectionConfig | None = None,
+    settings: SelectionConfig | None = None,
     on_block: OnBlock | None = None,
 ) -> DenoiseState:
     """Runs `denoise` and waits for it; with `on_block`, hands out every finished block.
@@ -141,9 +141,9 @@ def denoise_blocks(
     A request has ended where its `state.block` says that it is done and only EOS follows one of its
     `stop_ids`.
     """
-    settings = {"config": config, "implementation": implementation, "selecting": selecting}
+    options = {"config": config, "implementation": implementation, "settings": settings}
     if on_block is None:
-        return jax.block_until_ready(denoise(model, cache, state, **settings))
+        return jax.block_until_ready(denoise(model, cache, state, **options))
     length, sent = config.block_length, np.asarray(state.block).tolist()
     pending: list[tuple[Array, Array]] = []
 
@@ -159,7 +159,7 @@ def denoise_blocks(
                     break
 
     for block in range(config.n_blocks):
-        state = denoise(model, cache, state, until=jnp.int32(block + 1), **settings)
+        state = denoise(model, cache, state, until=jnp.int32(block + 1), **options)
         # Copies: the state's buffers are donated to the next call.
         pending.append((jnp.copy(state.tokens), jnp.copy(state.block)))
         if len(pending) > 1:

@@ -188,12 +188,12 @@ class _Device:
             nbytes += half // pool.k.shape[1] * (batch // self.sizes[0]) + self.gpu * half
         if "live KV" in made and recorder.forwards:
             nbytes += self.nbytes(made["live KV"])  # written when the last layer is through
-        selection = program.settings.get("selecting")
+        selection = program.settings.get("settings")
         if selection is not None and program.phase == "decode":
             nbytes += self.nbytes(program.held["KV of the chosen chunks"])  # re-selected beside it
         elif selection is not None and selection.keep_tokens is not None:
             # Tokens are kept of a pool of whole chunks.
-            whole = {"selecting": dataclasses.replace(selection, keep_tokens=None)}
+            whole = {"settings": dataclasses.replace(selection, keep_tokens=None)}
             state = trace(program.function, *program.args, **{**program.settings, **whole})
             nbytes += self.nbytes({"pool": state.pool})
         return nbytes

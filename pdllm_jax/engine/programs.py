@@ -219,17 +219,17 @@ def programs(
             yield step
         if chosen is None:
             chosen = trace(select, scores, config=selection)
-    selecting = {"selecting": selection if cache else None}
-    inputs = {"config": decode, "key": keys, **lengths, **selecting, **path}
+    settings = {"settings": selection if cache else None}
+    inputs = {"config": decode, "key": keys, **lengths, **settings, **path}
     yield program("encode", init_denoise, model, cache, chosen, prompt.query, **inputs)
     state = result
     if not selection.reselects:
-        selecting = {}
+        settings = {}
         if state.pool is not None:  # it serves instead of the document's
             cache = None
             if not shapes.encoded:
                 held.pop("KV of the document")
-    yield program("decode", denoise, model, cache, state, config=decode, **selecting, **path)
+    yield program("decode", denoise, model, cache, state, config=decode, **settings, **path)
 
 
 def _ids(*shape: int) -> Any:

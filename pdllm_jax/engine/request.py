@@ -274,7 +274,7 @@ def start_decoding(
             decoding,
             request.keys,
             query_length=request.query_length,
-            selecting=request.config,
+            settings=request.config,
             implementation=implementation,
         )
         padding = jnp.arange(state.block.shape[0]) >= request.requests

@@ -53,20 +53,22 @@ class ChunkPool:
     v: Float[Array, "L N G C D"]
     lengths: Int[Array, "N"]
 
+    def rows_of(self, ids: Int[Array, "B K"]) -> tuple[Int[Array, "B K"], Int[Array, "B K"]]:
+        """Returns places and valid rows of chunks; both are 0 for an empty slot."""
+        places = jnp.maximum(ids, 0)
+        return places, jnp.where(ids >= 0, self.lengths[places], 0)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ChunkCache:
-    """Documents after `prefill`: tokens, and the KV that later steps read.
-
-    Z documents: one for each request, or one for all requests.
+    """Documents after `prefill`, one for each request or one for all: tokens, and KV to read later.
 
     pool: KV of every chunk, encoded behind the prefix alone; None where decoding does not read it.
       Chunk n of document z is the pool's z N + n.
-    tokens [Z, N, C], lengths [Z, N]: the chunks, from which joint encoding starts.
-    prefix_ids [Z, P], prefix_length [Z]: the prefix.
-    prefix_k, prefix_v [L, Z, P, G, D]: its KV, keys rotated at 0..P-1 (None for an empty prefix,
-      and without a pool).
+    tokens, lengths: the chunks, from which joint encoding starts.
+    prefix_k, prefix_v: the prefix' KV, keys rotated at 0..P-1 (None for an empty prefix, and
+      without a pool).
     streamed: the pool holds the kept chunks alone, at the places `Selection.slots`.
     anchors: chunks begin with an anchor.
     """
@@ -101,6 +103,37 @@ class ChunkCache:
         first = self.document_of(chunk_ids.shape[0])[:, None] * self.tokens.shape[1]
         return jnp.where(chunk_ids >= 0, first + chunk_ids, -1)
 
+    def chosen(self, ids: Int[Array, "B K"]) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
+        """Returns tokens and valid lengths of the chosen chunks; empty slots have length 0."""
+        document, at = self.document_of(ids.shape[0])[:, None], jnp.maximum(ids, 0)
+        return self.tokens[document, at], jnp.where(ids >= 0, self.lengths[document, at], 0)
+
+    def place(
+        self,
+        selected: Int[Array, "B K"],
+        prefix_length: Int[Array, "B"],
+        total: Int[Array, "B"],
+        positions: Positions,
+    ) -> Placement:
+        """Places chosen chunks in the pool and in the prompt.
+
+        Positions of chunk j, id n: "continuous" P + j C, "absolute" P + n C, "reuse" P. The query
+        starts behind the last slot: at P + K C, P + N C or P + C; K and N count existing chunks.
+        """
+        batch, (n, size) = selected.shape[0], self.tokens.shape[1:]
+        valid = selected >= 0
+        if positions == "continuous":
+            slot = jnp.arange(selected.shape[1])[None]
+            slots = jnp.count_nonzero(valid, axis=1)
+        elif positions == "absolute":
+            lengths = jnp.broadcast_to(self.lengths, (batch, n))
+            slot, slots = jnp.maximum(selected, 0), jnp.count_nonzero(lengths, axis=1)
+        else:
+            slot, slots = jnp.zeros_like(selected), valid.any(axis=1).astype(jnp.int32)
+        starts = jnp.broadcast_to(prefix_length[:, None] + slot * size, selected.shape)
+        query_start = prefix_length + slots * size
+        return Placement(self.places(selected), starts, query_start, prefix_length, total)
+
     def without_pool(self) -> ChunkCache:
         """Returns the cache for decoding against the state's pool."""
         return dataclasses.replace(self, pool=None)
@@ -111,9 +144,8 @@ class ChunkCache:
 class LiveCache:
     """KV of prefix, query and response without gaps, then padding up to whole kernel blocks.
 
-    One array for each layer, so that attention reads it without a copy.
-
-    k: keys rotated at their positions in the prompt.
+    One array for each layer, so that attention reads it without a copy. Keys are rotated at their
+    positions in the prompt.
     """
 
     k: tuple[Float[Array, "B S G D"], ...]
@@ -129,10 +161,7 @@ class LiveCache:
         *,
         mesh: Mesh | None = None,
     ) -> LiveCache:
-        """Returns the cache with T rows of a layer written from start[b] on, except where `keep`.
-
-        mesh: of the cache.
-        """
+        """Returns the cache with rows of a layer written from start[b] on, except where `keep`."""
         batch = start.shape[0]
         heads, each = heads_spec(mesh, batch, 2), PartitionSpec(rows_axis(mesh, batch))
         write = local(mesh, _write_rows, (heads, heads, each, each), heads)
@@ -149,10 +178,8 @@ def init_pool(
 ) -> ChunkPool:
     """Returns an empty pool of `chunks` chunks of `size` rows. Call under jit on a mesh."""
     shape = (config.n_layers, chunks, config.n_kv_heads, size, config.head_dim)
-    pool = ChunkPool(
-        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((chunks,), jnp.int32)
-    )
-    return constrain(mesh, pool, "pool")
+    k, v = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+    return constrain(mesh, ChunkPool(k, v, jnp.zeros((chunks,), jnp.int32)), "pool")
 
 
 def live_rows(rows: int) -> int:
@@ -163,10 +190,7 @@ def live_rows(rows: int) -> int:
 def init_live(
     config: ModelConfig, batch: int, rows: int, dtype: DTypeLike, mesh: Mesh | None = None
 ) -> LiveCache:
-    """Returns an empty live cache of `live_rows(rows)` rows for each of `batch` requests.
-
-    Call under jit on a mesh.
-    """
+    """Returns an empty live cache of `live_rows(rows)` rows. Call under jit on a mesh."""
     shape = (batch, live_rows(rows), config.n_kv_heads, config.head_dim)
     k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)) for _ in range(2))
     return constrain(mesh, LiveCache(k, v), "live")
@@ -179,7 +203,7 @@ def _write_rows(
     keep: Bool[Array, "B T"] | None,
 ) -> Float[Array, "B S G D"]:
     if keep is not None:
-        old = jax.vmap(lambda c, s: lax.dynamic_slice_in_dim(c, s, rows.shape[1]))(store, start)
+        old = dynamic_slices(store, start, rows.shape[1])
         rows = jnp.where(keep[..., None, None], old, rows)
     rows = rows.astype(store.dtype)
     batch, count = rows.shape[:2]
@@ -203,8 +227,8 @@ def write_chunks(
         if rows.shape[1] > _ONE_BY_ONE:
             return store.at[layer, where].set(rows[0], mode="drop")
         for i in range(rows.shape[1]):
-            one = rows[:, i : i + 1]
-            store = lax.dynamic_update_slice(store, one, (layer, jnp.asarray(where)[i], 0, 0, 0))
+            place = (layer, jnp.asarray(where)[i], 0, 0, 0)
+            store = lax.dynamic_update_slice(store, rows[:, i : i + 1], place)
         return store
 
     return dataclasses.replace(pool, k=put(pool.k, k), v=put(pool.v, v))
@@ -215,11 +239,9 @@ def write_chunks(
 class Placement:
     """Where the chosen chunks and the live rows of each request lie.
 
-    chunk_ids [B, K]: the chunks' places in the pool, negative for an empty slot.
-    chunk_starts [B, K]: position of each chunk's first row.
-    query_start [B]: position of the query's first row.
-    prefix_length [B]: live rows before the query.
-    total [B]: valid live rows.
+    chunk_ids: the chunks' places in the pool, negative for an empty slot.
+    chunk_starts, query_start: positions of the first row of each chunk, and of the query.
+    prefix_length, total: live rows before the query, and all valid live rows.
     """
 
     chunk_ids: Int[Array, "B K"]
@@ -238,18 +260,18 @@ class Placement:
 class DenoiseState:
     """Everything that changes while a response is denoised; B requests, G response tokens each.
 
-    tokens [B, G] int32: the response; masked slots hold the mask token.
-    query [B, Q], query_length [B], prefix_length [B]: the other live rows.
-    selected [B, K]: document ids of the chosen chunks, ascending, negative for an empty slot.
+    tokens: the response, int32; masked slots hold the mask token.
+    query, query_length, prefix_length: the other live rows.
+    selected: document ids of the chosen chunks, ascending, negative for an empty slot.
     chunk_ids, chunk_starts, query_start: see `Placement`.
     live: KV of the live rows; None where no step reads it.
     pool: KV of the chosen chunks (joint encoding, bridge, kept tokens); None where it is in the
       document's cache.
-    block [B], step [B]: current block (gen_length / block_length when the request is done), and
+    block, step: current block (gen_length / block_length when the request is done), and
       evaluations in it.
-    stale [B]: live KV must be recomputed before a step reads it.
-    evaluations [B]: denoising evaluations so far, without encoding and scoring.
-    rescored [B]: how often `reselect` scored the chunks.
+    stale: live KV must be recomputed before a step reads it.
+    evaluations: denoising evaluations so far, without encoding and scoring.
+    rescored: how often `reselect` scored the chunks.
     keys [B]: PRNG key of each request.
     live_encoded: the encoding computed the live KV too, so the first block starts with fresh KV.
     """
@@ -276,9 +298,8 @@ class DenoiseState:
     def placement(self) -> Placement:
         """Where chunks and live rows lie."""
         total = self.prefix_length + self.query_length + self.tokens.shape[1]
-        return Placement(
-            self.chunk_ids, self.chunk_starts, self.query_start, self.prefix_length, total
-        )
+        places = self.chunk_ids, self.chunk_starts, self.query_start
+        return Placement(*places, self.prefix_length, total)
 
     def pool_in(self, cache: ChunkCache | None) -> ChunkPool | None:
         """Returns the pool that `chunk_ids` index: the state's pool, or the cache's.
@@ -290,44 +311,3 @@ class DenoiseState:
         if pool is None and self.chunk_ids.shape[1]:
             raise ValueError("the state's chunks lie in a cache: pass the one it was made with")
         return pool
-
-
-def place_chunks(
-    cache: ChunkCache,
-    selected: Int[Array, "B K"],
-    prefix_length: Int[Array, "B"],
-    total: Int[Array, "B"],
-    positions: Positions,
-) -> Placement:
-    """Places chosen chunks in the cache's pool and in the prompt.
-
-    Positions of chunk j, id n: "continuous" P + j C, "absolute" P + n C, "reuse" P. The query
-    starts behind the last slot: at P + K C, P + N C or P + C, where K and N count existing chunks.
-    """
-    batch, (n, size) = selected.shape[0], cache.tokens.shape[1:]
-    valid = selected >= 0
-    if positions == "continuous":
-        slot = jnp.arange(selected.shape[1])[None]
-        slots = jnp.count_nonzero(valid, axis=1)
-    elif positions == "absolute":
-        lengths = jnp.broadcast_to(cache.lengths, (batch, n))
-        slot, slots = jnp.maximum(selected, 0), jnp.count_nonzero(lengths, axis=1)
-    else:
-        slot, slots = jnp.zeros_like(selected), valid.any(axis=1).astype(jnp.int32)
-    starts = prefix_length[:, None] + slot * size
-    return Placement(
-        chunk_ids=cache.places(selected),
-        chunk_starts=jnp.broadcast_to(starts, selected.shape),
-        query_start=prefix_length + slots * size,
-        prefix_length=prefix_length,
-        total=total,
-    )
-
-
-def chosen_chunks(
-    cache: ChunkCache, selected: Int[Array, "B K"]
-) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
-    """Returns tokens and valid lengths of the chosen chunks; empty slots have length 0."""
-    document, ids = cache.document_of(selected.shape[0])[:, None], jnp.maximum(selected, 0)
-    lengths = jnp.where(selected >= 0, cache.lengths[document, ids], 0)
-    return cache.tokens[document, ids], lengths

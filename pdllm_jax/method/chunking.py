@@ -27,9 +27,9 @@ _ANY = 1 << 31  # size of a vocabulary with every int32 id
 class ChunkedPrompt:
     """A batch of long prompts, each cut into chunks; int32 arrays, padded to buckets.
 
-    prefix [B, P], prefix_length [B]: tokens before the document, padding behind the length.
-    chunks [B, N, C], chunk_lengths [B, N]: the document; empty chunks (length 0) come last.
-    query [B, Q], query_length [B]: tokens after the document, -1 behind the length.
+    prefix: tokens before the document, padding behind the length.
+    chunks: the document; empty chunks (length 0) come last.
+    query: tokens after the document, -1 behind the length.
     anchors: chunks begin with an anchor.
     """
 
@@ -65,7 +65,7 @@ def count_ids(query_ids: Int[Array, "B Q"]) -> Int[Array, "B"]:
 def bucket(n: int, granularity: int = 1, parts: int = 8) -> int:
     """Rounds n up to a multiple of a `parts`-th of the power of two below it, or of granularity.
 
-    Lengths up to n_max have about `parts` log2(n_max) buckets.
+    Lengths up to n have about `parts` log2(n) buckets.
     """
     if n <= 0:
         return 0
@@ -130,17 +130,12 @@ def split_context(
     anchor = int(config.anchors)
     if config.anchors and bos_id is None:
         raise ValueError("anchors need a BOS token")
-    span = config.chunk_size - anchor
     n = count_chunks(context.size, config)
-    chunks = np.zeros((n, config.chunk_size), np.int32)
-    lengths = np.zeros((n,), np.int32)
-    if bos_id is not None and config.anchors:
-        chunks[:, 0] = bos_id
-    for i in range(n):
-        piece = context[i * config.stride : i * config.stride + span]
-        chunks[i, anchor : anchor + piece.size] = piece
-        lengths[i] = anchor + piece.size
-    return chunks, lengths
+    place = np.arange(n)[:, None] * config.stride + np.arange(config.chunk_size - anchor)
+    valid = place < context.size
+    pieces = np.where(valid, context[np.minimum(place, context.size - 1)], 0)
+    heads = np.full((n, anchor), bos_id or 0, np.int32)
+    return np.hstack([heads, pieces]), (anchor + valid.sum(axis=1)).astype(np.int32)
 
 
 def pad_to(ids: np.ndarray, size: int, fill: int = 0) -> np.ndarray:
@@ -203,9 +198,9 @@ def batch_prompts(prompts: Sequence[ChunkedPrompt], size: int | None = None) -> 
     """
     if not prompts:
         raise ValueError("no prompts")
-    sizes = {prompt.chunk_size for prompt in prompts}
-    if len(sizes) > 1 or len({prompt.anchors for prompt in prompts}) > 1:
-        raise ValueError(f"prompts differ in chunk size or anchors: sizes {sorted(sizes)}")
+    if len({(prompt.chunk_size, prompt.anchors) for prompt in prompts}) > 1:
+        sizes = sorted({prompt.chunk_size for prompt in prompts})
+        raise ValueError(f"prompts differ in chunk size or anchors: sizes {sizes}")
     extra = (len(prompts) if size is None else size) - len(prompts)
     if extra < 0:
         raise ValueError(f"{len(prompts)} prompts do not fit a batch of {size}")

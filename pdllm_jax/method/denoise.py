@@ -34,163 +34,162 @@ from pdllm_jax.method.cache import (
     dynamic_slices,
     dynamic_updates,
 )
-from pdllm_jax.method.live_forward import live_forward, response_rows
+from pdllm_jax.method.live_forward import Context, live_forward, query_rows
 from pdllm_jax.method.reselect import reselect_due
 from pdllm_jax.method.sampling import predict, transfer
-from pdllm_jax.method.scoring import check_scorable
 from pdllm_jax.network.sharding import constrain
 from pdllm_jax.network.transformer import MaskPredictor
 
 Width = Literal["wide", "narrow"]
+# (first response slot [B], slots) -> logits [B, slots, V].
+Logits = Callable[[Array, int], Float[Array, "B T V"]]
+# Predicted token and confidence [B, G] of each slot, -inf where there is none; live KV behind them.
+Evaluation = tuple[Array, Array, LiveCache | None]
 
 
-def _guided_hidden(
-    model: MaskPredictor, state: DenoiseState, rows: Int[Array, "B T"]
-) -> Float[Array, "two_B T M"]:
-    """Returns hidden rows twice in one batch: as they are, and with the prompt masked."""
-    in_prompt = jnp.arange(rows.shape[1]) < state.query_length[:, None]
-    blind = jnp.where(in_prompt, model.config.mask_token_id, rows)
-    lengths = jnp.tile(state.query_length + state.tokens.shape[1], 2)
-    return model.encode(jnp.concatenate([rows, blind]), lengths)
+class _Step:
+    """A step on a state: the slots that it may fill, and ways to evaluate the network."""
 
+    def __init__(
+        self,
+        model: MaskPredictor,
+        pool: ChunkPool | None,
+        state: DenoiseState,
+        config: DecodeConfig,
+        implementation: Implementation | None,
+    ):
+        self.model, self.state, self.config = model, state, config
+        self.active = state.block < config.n_blocks
+        self.first = jnp.minimum(state.block, config.n_blocks - 1) * config.block_length
+        slot, first = jnp.arange(state.tokens.shape[1]), self.first[:, None]
+        self.in_block = (slot >= first) & (slot < first + config.block_length)
+        self.masked = (state.tokens == model.config.mask_token_id) & self.active[:, None]
+        self.always_wide = config.recompute == "response"
+        stale = state.stale & self.active
+        self.wide = jnp.ones(stale.shape, bool) if self.always_wide else stale
+        # A predicted mask token leaves its slot masked. As published, an evaluation of all rows may
+        # unmask such slots of earlier blocks.
+        self.behind = (slot < first) & self.wide[:, None]
+        self.keys = jax.vmap(jax.random.fold_in)(state.keys, state.evaluations)
+        placement = state.placement.only(self.active)
+        self.context = Context(pool, placement, state.live, implementation)
 
-def _guided_logits(
-    model: MaskPredictor, hidden: Float[Array, "two_B T M"], guidance: float
-) -> Float[Array, "B T V"]:
-    """Returns LLaDA's guided logits u + (1 + guidance) (c - u), u of the masked prompt."""
-    conditional, unconditional = jnp.split(model.logits(hidden), 2)
-    return unconditional + (guidance + 1) * (conditional - unconditional)
+    def run(self, width: Width | None = None) -> DenoiseState:
+        """Returns the next state. width: where it is static, so that only that pass is compiled."""
+        if self.always_wide or width == "wide":
+            evaluation = self.evaluate_wide()
+        elif width == "narrow":
+            evaluation = self.evaluate_narrow()
+        else:
+            evaluation = lax.cond(self.wide.any(), self.evaluate_wide, self.evaluate_narrow)
+        return constrain(self.model.mesh, self.advance(*evaluation))
 
+    def predict(self, logits: Array, first: Array) -> tuple[Array, Array]:
+        """Returns tokens and confidences of the slots from `first` on."""
+        config, tokens = self.config, self.state.tokens
+        predicted, confidence = jax.vmap(
+            lambda x, key: predict(x, config.remasking, config.temperature, key)
+        )(logits, self.keys)
+        confidences = jnp.full(tokens.shape, -jnp.inf)
+        confidences = dynamic_updates(confidences, first, confidence)
+        return dynamic_updates(tokens, first, predicted), confidences
 
-def _step(
-    model: MaskPredictor,
-    pool: ChunkPool | None,
-    state: DenoiseState,
-    config: DecodeConfig,
-    implementation: Implementation | None,
-    width: Width | None = None,
-) -> DenoiseState:
-    """Runs one step. width: of the pass, where it is static, so that only that pass is compiled."""
-    batch, length = state.tokens.shape
-    block_length = config.block_length
-    active = state.block < config.n_blocks
-    block_start = jnp.minimum(state.block, config.n_blocks - 1) * block_length
-    slot = jnp.arange(length)
-    in_block = (slot >= block_start[:, None]) & (slot < block_start[:, None] + block_length)
-    masked = (state.tokens == model.config.mask_token_id) & active[:, None]
-    always_wide = config.recompute == "response"
-    wide = jnp.ones((batch,), bool) if always_wide else state.stale & active
-    # A predicted mask token leaves its slot masked. As published, an evaluation of all rows may
-    # unmask such slots of earlier blocks.
-    behind = (slot < block_start[:, None]) & wide[:, None]
-    candidates = masked & (in_block | behind)
-    keys = jax.vmap(jax.random.fold_in)(state.keys, state.evaluations)
-    forward = functools.partial(
-        live_forward,
-        model,
-        pool,
-        state.placement.only(active),
-        state.live,
-        implementation=implementation,
-    )
+    def predict_block(self, logits: Logits) -> tuple[Array, Array]:
+        """Predicts the block's slots alone, unless an earlier slot is still masked."""
 
-    def decide(logits: Array, first: Array) -> tuple[Array, Array]:
-        """Returns tokens and confidences [B, G] of rows from `first` on, -inf elsewhere."""
-        tokens, confidence = jax.vmap(
-            lambda x, k: predict(x, config.remasking, config.temperature, k)
-        )(logits, keys)
-        return (
-            dynamic_updates(state.tokens, first, tokens),
-            dynamic_updates(jnp.full((batch, length), -jnp.inf), first, confidence),
+        def from_slot(first: Array, slots: int) -> tuple[Array, Array]:
+            return self.predict(logits(first, slots), first)
+
+        block = functools.partial(from_slot, self.first, self.config.block_length)
+        if self.config.n_blocks == 1:
+            return block()
+        length = self.state.tokens.shape[1]
+        everything = lambda: from_slot(jnp.zeros_like(self.first), length)  # noqa: E731
+        return lax.cond((self.masked & self.behind).any(), everything, block)
+
+    def evaluate_guided(self) -> Evaluation:
+        """Evaluates LLaDA's guided logits u + (1 + guidance) (c - u), u of the masked prompt."""
+        model, state, guidance = self.model, self.state, self.config.guidance
+        rows = query_rows(state).ids
+        in_prompt = jnp.arange(rows.shape[1]) < state.query_length[:, None]
+        blind = jnp.where(in_prompt, model.config.mask_token_id, rows)
+        lengths = jnp.tile(state.query_length + state.tokens.shape[1], 2)
+        both = model.encode(jnp.concatenate([rows, blind]), lengths)
+
+        def logits(first: Array, size: int) -> Array:
+            hidden = dynamic_slices(both, jnp.tile(state.query_length + first, 2), size)
+            conditional, unconditional = jnp.split(model.logits(hidden), 2)
+            return unconditional + (guidance + 1) * (conditional - unconditional)
+
+        return *self.predict_block(logits), state.live
+
+    def evaluate_wide(self) -> Evaluation:
+        """Recomputes query and response."""
+        model, state, config = self.model, self.state, self.config
+        if config.guidance > 0:
+            return self.evaluate_guided()
+        rows = query_rows(state).ids
+        response_row = jnp.arange(rows.shape[1]) - state.query_length[:, None]
+        rewritten = response_row >= self.first[:, None]
+        if config.recompute == "block":
+            rewritten &= response_row < self.first[:, None] + config.block_length
+        # Requests with fresh live KV go through this pass beside stale ones, and keep theirs.
+        keep = None if self.always_wide else ~(rewritten | self.wide[:, None])
+        x, live, _ = live_forward(model, self.context, rows, keep=keep)
+
+        def logits(first: Array, size: int) -> Array:
+            hidden = dynamic_slices(x, state.query_length + first, size)
+            return model.logits(model.final_norm(hidden))
+
+        return *self.predict_block(logits), live
+
+    def evaluate_narrow(self) -> Evaluation:
+        """Recomputes the block, or it and all behind it."""
+        model, state, length = self.model, self.state, self.config.block_length
+        start = state.prefix_length + state.query_length
+        if self.config.recompute == "block":
+            rows = dynamic_slices(state.tokens, self.first, length)
+            x, live, _ = live_forward(model, self.context, rows, start + self.first)
+        else:
+            keep = jnp.arange(state.tokens.shape[1]) < self.first[:, None]
+            x, live, _ = live_forward(model, self.context, state.tokens, start, keep)
+            x = dynamic_slices(x, self.first, length)
+        return *self.predict(model.logits(model.final_norm(x)), self.first), live
+
+    def advance(self, predicted: Array, confidence: Array, live: LiveCache | None) -> DenoiseState:
+        """Unmasks slots, and goes on to the next block where this one is finished."""
+        state, config, mask_id = self.state, self.config, self.model.config.mask_token_id
+        candidates = self.masked & (self.in_block | self.behind)
+        confidence = jnp.where(candidates, confidence, -jnp.inf)
+        take = jax.vmap(lambda c, s: transfer(c, s, config.unmasking))(confidence, state.step)
+        tokens, step = jnp.where(take, predicted, state.tokens), state.step + 1
+        limit = config.steps_per_block if config.scheduled else config.block_length
+        open_slots = ((tokens == mask_id) & self.in_block).any(axis=1)
+        finished = self.active & (~open_slots | (step >= limit))
+        block = state.block + finished
+        if config.stop_ids:
+            stops = jnp.isin(tokens, jnp.array(config.stop_ids)) & self.in_block
+            ended = finished & stops.any(axis=1)
+            block = jnp.where(ended, config.n_blocks, block)
+            slot = jnp.arange(tokens.shape[1])
+            unread = ended[:, None] & (slot >= self.first[:, None] + config.block_length)
+            tokens = jnp.where(unread, self.model.config.eos_token_id, tokens)
+        return dataclasses.replace(
+            state,
+            tokens=tokens,
+            live=live,
+            block=block,
+            step=jnp.where(finished | ~self.active, 0, step),
+            stale=jnp.where(self.wide, finished, state.stale | finished),
+            evaluations=state.evaluations + self.active,
         )
 
-    def read(logits_of: Callable[[Array, int], Array]) -> tuple[Array, Array]:
-        """Predicts the block's rows alone, unless an earlier slot is still masked."""
 
-        def block() -> tuple[Array, Array]:
-            return decide(logits_of(block_start, block_length), block_start)
-
-        def everything() -> tuple[Array, Array]:
-            first = jnp.zeros_like(block_start)
-            return decide(logits_of(first, length), first)
-
-        if config.n_blocks == 1:
-            return block()
-        return lax.cond((masked & behind).any(), everything, block)
-
-    def wide_step() -> tuple[Array, Array, LiveCache | None]:
-        rows = response_rows(state)
-        if config.guidance > 0:
-            both = _guided_hidden(model, state, rows)
-
-            def guided(first: Array, size: int) -> Array:
-                hidden = dynamic_slices(both, jnp.tile(state.query_length + first, 2), size)
-                return _guided_logits(model, hidden, config.guidance)
-
-            return *read(guided), state.live
-        response_row = jnp.arange(rows.shape[1]) - state.query_length[:, None]
-        rewritten = response_row >= block_start[:, None]
-        if config.recompute == "block":
-            rewritten &= response_row < block_start[:, None] + block_length
-        # Requests with fresh live KV go through this pass beside stale ones, and keep theirs.
-        keep = None if always_wide else ~(rewritten | wide[:, None])
-        x, live, _ = forward(rows, state.prefix_length, keep)
-
-        def plain(first: Array, size: int) -> Array:
-            return model.logits(
-                model.final_norm(dynamic_slices(x, state.query_length + first, size))
-            )
-
-        return *read(plain), live
-
-    def narrow_step() -> tuple[Array, Array, LiveCache | None]:
-        response_start = state.prefix_length + state.query_length
-        if config.recompute == "block":
-            rows = dynamic_slices(state.tokens, block_start, block_length)
-            start = response_start + block_start
-            x, live, _ = forward(rows, start)
-            return *decide(model.logits(model.final_norm(x)), block_start), live
-        keep = slot < block_start[:, None]
-        x, live, _ = forward(state.tokens, response_start, keep)
-        hidden = model.final_norm(dynamic_slices(x, block_start, block_length))
-        return *decide(model.logits(hidden), block_start), live
-
-    if always_wide or width == "wide":
-        predicted, confidence, live = wide_step()
-    elif width == "narrow":
-        predicted, confidence, live = narrow_step()
-    else:
-        predicted, confidence, live = lax.cond(wide.any(), wide_step, narrow_step)
-
-    confidence = jnp.where(candidates, confidence, -jnp.inf)
-    take = jax.vmap(lambda c, s: transfer(c, s, config.unmasking))(confidence, state.step)
-    tokens = jnp.where(take, predicted, state.tokens)
-    step = state.step + 1
-    limit = config.steps_per_block if config.scheduled else block_length
-    open_slots = ((tokens == model.config.mask_token_id) & in_block).any(axis=1)
-    finished = active & (~open_slots | (step >= limit))
-    block = state.block + finished
-    if config.stop_ids:
-        stops = jnp.isin(tokens, jnp.array(config.stop_ids)) & in_block
-        ended = finished & stops.any(axis=1)
-        block = jnp.where(ended, config.n_blocks, block)
-        unread = ended[:, None] & (slot >= block_start[:, None] + block_length)
-        tokens = jnp.where(unread, model.config.eos_token_id, tokens)
-    state = dataclasses.replace(
-        state,
-        tokens=tokens,
-        live=live,
-        block=block,
-        step=jnp.where(finished | ~active, 0, step),
-        stale=jnp.where(wide, finished, state.stale | finished),
-        evaluations=state.evaluations + active,
-    )
-    return constrain(model.mesh, state)
-
-
-def _stays_fresh(state: DenoiseState, config: DecodeConfig) -> bool:
-    """Returns whether the live KV is never stale: fresh from the encoding, and one block."""
-    return state.live_encoded and config.n_blocks == 1
+def _only_width(state: DenoiseState, config: DecodeConfig) -> Width | None:
+    """Returns the width of all steps, if it is one; narrow where the live KV is never stale."""
+    if config.recompute == "response":
+        return "wide"
+    return "narrow" if state.live_encoded and config.n_blocks == 1 else None
 
 
 @functools.partial(
@@ -210,14 +209,12 @@ def denoise_step(
     and its chunks are not read. `config` must be the one that the state was made with; `cache` the
     cache, or None where the state has a pool (all encodings but "independent") or no chunks.
     """
-    width: Width | None = "narrow" if _stays_fresh(state, config) else None
-    return _step(model, state.pool_in(cache), state, config, implementation, width)
+    step = _Step(model, state.pool_in(cache), state, config, implementation)
+    return step.run(_only_width(state, config))
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("config", "implementation", "selecting"),
-    donate_argnames=("state",),
+    jax.jit, static_argnames=("config", "implementation", "settings"), donate_argnames=("state",)
 )
 def denoise(
     model: MaskPredictor,
@@ -226,58 +223,54 @@ def denoise(
     *,
     config: DecodeConfig,
     implementation: Implementation | None = None,
-    selecting: SelectionConfig | None = None,
+    settings: SelectionConfig | None = None,
     until: Int[Array, ""] | None = None,
 ) -> DenoiseState:
     """Runs steps until every request is done, in one loop on the device. See `denoise_step`.
 
-    selecting: the settings that the state was made with, where they ask for re-selection; `cache`
-      is then needed, with the KV of every chunk.
+    settings: that the state was made with, where they ask for re-selection; `cache` is then needed,
+      with the KV of every chunk.
     until: stops when every request has done this many blocks. A run-time value; call again to
       continue.
     """
-    reselecting = selecting if selecting is not None and selecting.reselects else None
-    if reselecting is not None:
-        if cache is None or not state.chunk_ids.shape[1]:
-            raise ValueError("re-selection needs the document's cache")
-        check_scorable(cache)
     last_block = config.n_blocks if until is None else jnp.minimum(until, config.n_blocks)
-    # A pool that does not change is kept out of the loop's carry.
-    fixed = state.pool_in(cache) if reselecting is None else None
-    pool = state.pool
 
     def unfinished(state: DenoiseState) -> Array:
         return (state.block < last_block).any()
 
-    def stale(state: DenoiseState) -> Array:
-        return (state.stale & (state.block < config.n_blocks)).any()
+    if settings is not None and settings.reselects:
+        if cache is None or not state.chunk_ids.shape[1]:
+            raise ValueError("re-selection needs the document's cache")
+
+        def reselect_and_step(state: DenoiseState) -> DenoiseState:
+            due = state.block < config.n_blocks
+            if settings.reselect == "block":
+                due &= state.step == 0
+            state = reselect_due(model, cache, state, settings, config, implementation, due)
+            return _Step(model, state.pool_in(cache), state, config, implementation).run()
+
+        return lax.while_loop(unfinished, reselect_and_step, state)
+
+    # A pool that does not change is kept out of the loop's carry.
+    fixed, pool = state.pool_in(cache), state.pool
 
     def step_of(width: Width) -> Callable[[DenoiseState], DenoiseState]:
-        return lambda state: _step(model, fixed, state, config, implementation, width)
+        return lambda state: _Step(model, fixed, state, config, implementation).run(width)
+
+    def stale(state: DenoiseState) -> Array:
+        return (state.stale & (state.block < config.n_blocks)).any()
 
     def each_width(state: DenoiseState) -> DenoiseState:
         """Runs a loop for each width: a branch at every step would copy the live KV."""
         state = lax.while_loop(lambda s: unfinished(s) & ~stale(s), step_of("narrow"), state)
         return lax.while_loop(lambda s: unfinished(s) & stale(s), step_of("wide"), state)
 
-    def reselect_and_step(state: DenoiseState) -> DenoiseState:
-        assert cache is not None
-        assert reselecting is not None
-        due = state.block < config.n_blocks
-        if reselecting.reselect == "block":
-            due &= state.step == 0
-        state = reselect_due(model, cache, state, reselecting, config, implementation, due)
-        return _step(model, state.pool_in(cache), state, config, implementation)
-
-    if reselecting is not None:
-        return lax.while_loop(unfinished, reselect_and_step, state)
-    body = each_width
-    if config.recompute == "response" or _stays_fresh(state, config):
-        one = step_of("wide" if config.recompute == "response" else "narrow")
+    body, width = each_width, _only_width(state, config)
+    if width is not None:
+        one = step_of(width)
         # With a fixed number of steps, test for the end between blocks alone: the test waits for
         # the host. In a loop that begins inside a block, the extra steps change nothing.
-        fixed_steps = config.scheduled and until is None
-        steps = config.steps_per_block if fixed_steps else 1
+        steps = config.steps_per_block if config.scheduled and until is None else 1
         body = lambda state: lax.fori_loop(0, steps, lambda _, s: one(s), state)  # noqa: E731
     last = lax.while_loop(unfinished, body, dataclasses.replace(state, pool=None))
     return dataclasses.replace(last, pool=pool)

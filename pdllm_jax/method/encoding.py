@@ -11,18 +11,11 @@ from jaxtyping import Array, Int
 
 from pallas_kernels import Implementation
 from pdllm_jax.config import DecodeConfig, SelectionConfig
-from pdllm_jax.method.cache import (
-    ChunkCache,
-    DenoiseState,
-    LiveCache,
-    Placement,
-    init_live,
-    place_chunks,
-)
+from pdllm_jax.method.cache import ChunkCache, DenoiseState, LiveCache, init_live
 from pdllm_jax.method.chunking import count_ids
-from pdllm_jax.method.encodings import Encoded, EncodeRequest, Encoding
+from pdllm_jax.method.encodings import EncodeRequest, Encoding
 from pdllm_jax.method.encodings.base import slot_ids
-from pdllm_jax.method.live_forward import query_rows
+from pdllm_jax.method.live_forward import Context, query_rows
 from pdllm_jax.method.selection import Selection
 from pdllm_jax.method.token_selection import keep_tokens
 from pdllm_jax.network.config import ConfigError
@@ -31,37 +24,26 @@ from pdllm_jax.network.transformer import MaskPredictor
 
 
 def encode_chosen(
-    model: MaskPredictor,
-    cache: ChunkCache,
-    request: EncodeRequest,
-    config: SelectionConfig,
-    implementation: Implementation | None = None,
-) -> tuple[Encoded, Placement]:
-    """Returns the KV of the chosen chunks, and where they lie.
+    model: MaskPredictor, cache: ChunkCache, request: EncodeRequest, config: SelectionConfig
+) -> Context:
+    """Returns the KV of the chosen chunks and of the live rows, and where they lie.
 
-    request.placement indexes the cache's pool. The live cache need not hold the prefix.
+    The pool is None where the cache's serves. request.placement indexes the cache's pool.
+    request.live need not hold the prefix.
     """
-    encoding, placement = config.encoding, request.placement
+    encoding, placement, path = config.encoding, request.placement, request.implementation
     if encoding.keeps_prefix:
         live = _with_prefix(model, cache, request.live, placement.prefix_length)
         request = request._replace(live=live)
-    pool, live = encoding.encode(model, cache, request, implementation)
+    pool, live = encoding.encode(model, cache, request)
     in_slots = dataclasses.replace(placement, chunk_ids=slot_ids(request.selected))
-    placement = placement if pool is None else in_slots
+    context = Context(pool, placement if pool is None else in_slots, live, path)
     source, count = cache.pool if pool is None else pool, config.keep_tokens
-    if count is not None and source is not None and count < source.k.shape[3]:
-        pool = keep_tokens(
-            model,
-            source,
-            placement,
-            request.rows,
-            live,
-            count,
-            anchors=cache.anchors,
-            implementation=implementation,
-        )
-        placement = in_slots
-    return Encoded(pool, live), placement
+    if count is None or source is None or count >= source.k.shape[3]:
+        return context
+    context = context._replace(pool=source)
+    kept = keep_tokens(model, context, request.rows, count, keep_first=cache.anchors)
+    return context._replace(pool=kept, placement=in_slots)
 
 
 def encode_state(
@@ -78,13 +60,12 @@ def encode_state(
 
     slots: their places in the cache's pool, where these do not follow from the ids.
     """
-    placement = place_chunks(
-        cache, selected, state.prefix_length, state.placement.total, config.positions
-    )
+    total = state.placement.total
+    placement = cache.place(selected, state.prefix_length, total, config.positions)
     if slots is not None:
         placement = dataclasses.replace(placement, chunk_ids=slots)
-    request = EncodeRequest(selected, placement, query_rows(state), state.live)
-    (pool, live), placement = encode_chosen(model, cache, request, config, implementation)
+    request = EncodeRequest(selected, placement, query_rows(state), state.live, implementation)
+    pool, placement, live, _ = encode_chosen(model, cache, request, config)
     return dataclasses.replace(
         state,
         selected=selected,
@@ -110,7 +91,7 @@ def _with_prefix(
     return live
 
 
-@functools.partial(jax.jit, static_argnames=("config", "encoding", "selecting", "implementation"))
+@functools.partial(jax.jit, static_argnames=("config", "encoding", "settings", "implementation"))
 def init_denoise(
     model: MaskPredictor,
     cache: ChunkCache | None,
@@ -121,28 +102,28 @@ def init_denoise(
     *,
     query_length: Int[Array, "B"] | None = None,
     encoding: str | Encoding | None = None,
-    selecting: SelectionConfig | None = None,
+    settings: SelectionConfig | None = None,
     implementation: Implementation | None = None,
 ) -> DenoiseState:
     """Returns the state before the first step: all masked, the chosen chunks placed and encoded.
 
-    Compiles once for each (shapes, config, encoding, selecting, implementation).
+    Compiles once for each (shapes, config, encoding, settings, implementation).
 
     Args:
-      cache, selection: from `prefill` and `select_top_k`; selection.chunk_ids [B, K]. Both None for
-        generation without a document's cache, where query_ids is the whole prompt. A cache has
-        one document for all requests or one for each.
-      query_ids: [B, Q], padded with -1, or with any ids behind query_length where that is given.
+      cache, selection: from `prefill` and `select_top_k`. Both None for generation without a
+        document's cache, where query_ids is the whole prompt. A cache has one document for all
+        requests or one for each.
+      query_ids: padded with -1, or with any ids behind query_length where that is given.
       config: lengths and sampling rule.
       key: PRNG key; request b uses fold_in(key, b). Or a key for each request, [B].
       encoding: what the chunks' KV is computed from (see `SelectionConfig`). By default
         "independent" where the cache has their KV, else "joint".
-      selecting: settings of encoding, positions and kept tokens, instead of `encoding`.
+      settings: of encoding, positions and kept tokens, instead of `encoding`.
       implementation: of the attention over chunks, where the encoding has any.
 
     Raises:
       ValueError: the encoding needs a pool and the cache has none; cache without selection;
-        guidance with a cache; both encoding and selecting.
+        guidance with a cache; both encoding and settings.
     """
     query_ids = jnp.asarray(query_ids, jnp.int32)
     batch, q_rows = query_ids.shape
@@ -150,8 +131,8 @@ def init_denoise(
         query_length = count_ids(query_ids)
     if (cache is None) != (selection is None):
         raise ValueError("cache and selection go together: give both or neither")
-    if encoding is not None and selecting is not None:
-        raise ValueError("selecting names an encoding already: give one of the two")
+    if encoding is not None and settings is not None:
+        raise ValueError("settings names an encoding already: give one of the two")
     if cache is not None and config.guidance > 0:
         raise ConfigError("guidance is implemented for generation without a document's cache")
     mask_id = model.config.mask_token_id
@@ -178,24 +159,21 @@ def init_denoise(
     prefix_rows = 0 if cache is None else cache.prefix_ids.shape[-1]
     if config.recompute != "response" or prefix_rows:
         rows = prefix_rows + q_rows + config.gen_length
-        state = dataclasses.replace(
-            state, live=init_live(model.config, batch, rows, model.dtype, model.mesh)
-        )
+        live = init_live(model.config, batch, rows, model.dtype, model.mesh)
+        state = dataclasses.replace(state, live=live)
     if cache is None or selection is None:
         return constrain(model.mesh, state)
 
-    if selecting is None:
+    if settings is None:
         default = "joint" if cache.pool is None else "independent"
-        selecting = SelectionConfig(encoding=default if encoding is None else encoding)
-    _check_cache(cache, selection, selecting.encoding, batch)
-    state = dataclasses.replace(
-        state,
-        prefix_length=cache.prefix_length[cache.document_of(batch)],
-        live_encoded=selecting.encoding.live_encoded,
-    )
-    slots = selection.slots if selecting.encoding.needs_pool else None
+        settings = SelectionConfig(encoding=default if encoding is None else encoding)
+    _check_cache(cache, selection, settings.encoding, batch)
+    prefix_length = cache.prefix_length[cache.document_of(batch)]
+    live_encoded = settings.encoding.live_encoded
+    state = dataclasses.replace(state, prefix_length=prefix_length, live_encoded=live_encoded)
+    slots = selection.slots if settings.encoding.needs_pool else None
     state = encode_state(
-        model, cache, state, selection.chunk_ids, selecting, implementation, slots=slots
+        model, cache, state, selection.chunk_ids, settings, implementation, slots=slots
     )
     return constrain(model.mesh, state)
 

@@ -24,14 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import Implementation
 from pdllm_jax.config import SelectionConfig
-from pdllm_jax.method.cache import (
-    ChunkCache,
-    Placement,
-    dynamic_slices,
-    dynamic_updates,
-    init_live,
-    place_chunks,
-)
+from pdllm_jax.method.cache import ChunkCache, Placement, dynamic_slices, dynamic_updates, init_live
 from pdllm_jax.method.chunking import (
     ChunkedPrompt,
     TokenIds,
@@ -42,7 +35,7 @@ from pdllm_jax.method.chunking import (
 )
 from pdllm_jax.method.encoding import encode_chosen
 from pdllm_jax.method.encodings import Bridge, EncodeRequest
-from pdllm_jax.method.live_forward import QueryRows, live_forward
+from pdllm_jax.method.live_forward import Context, QueryRows, live_forward
 from pdllm_jax.method.prefill import prefill
 from pdllm_jax.method.sampling import log_probability, random_key
 from pdllm_jax.method.scorers import OracleScorer
@@ -54,21 +47,16 @@ from pdllm_jax.network.transformer import MaskPredictor
 _LOGIT_ROWS = 64  # logits in memory at once
 
 
-class Samples(NamedTuple):
-    """Which answer tokens are masked [n, A], and how many [n]."""
-
-    masked: Bool[Array, "n A"]
-    counts: Int[Array, "n"]
-
-
-def answer_samples(key: Array, length: Int[Array, ""], n: int, rows: int) -> Samples:
-    """Draws n masks over the first `length` of `rows` places."""
+def answer_samples(
+    key: Array, length: Int[Array, ""], n: int, rows: int
+) -> tuple[Bool[Array, "n A"], Int[Array, "n"]]:
+    """Draws n masks over the first `length` of `rows` places; returns them and their counts."""
     first, order = jax.random.split(key)
     steps = jnp.round(jnp.arange(n) * (length / n)).astype(jnp.int32)
     counts = (jax.random.randint(first, (), 0, length) + steps) % length + 1
     noise = jnp.where(jnp.arange(rows) < length, jax.random.uniform(order, (n, rows)), 2.0)
     rank = jnp.argsort(jnp.argsort(noise, axis=-1), axis=-1)
-    return Samples(rank < counts[:, None], counts)
+    return rank < counts[:, None], counts
 
 
 def masked_log_likelihood(
@@ -98,42 +86,87 @@ def masked_log_likelihood(
     return lax.fori_loop(0, blocks, block, jnp.zeros((n,), jnp.float32))
 
 
-@functools.partial(jax.jit, static_argnames=("n", "group", "rows"))
-def _on_prompt(
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeptContext:
+    """A document's cache and the chunks that a question keeps."""
+
+    cache: ChunkCache
+    selection: Selection
+    settings: SelectionConfig = dataclasses.field(metadata={"static": True})
+
+
+class _Rows(NamedTuple):
+    """Prompt or question, the answer from `start` on, padding."""
+
+    tokens: Int[Array, "T"]
+    start: Int[Array, ""]
+    length: Int[Array, ""]
+
+
+def _on_prompt(rows: _Rows, group: int) -> Context:
+    """Returns what the rows of a group of samples attend to: each other."""
+    zeros, none = jnp.zeros((group,), jnp.int32), jnp.zeros((group, 0), jnp.int32)
+    total = jnp.full((group,), rows.start + rows.length)
+    return Context(None, Placement(none, none, zeros, zeros, total), None)
+
+
+def _on_chunks(
+    model: MaskPredictor, kept: KeptContext, rows: _Rows, group: int, path: Implementation | None
+) -> Context:
+    """Returns what the rows of a group of samples attend to: prefix, kept chunks and each other."""
+    cache, settings, selected = kept.cache, kept.settings, kept.selection.chunk_ids
+    tokens, start, length = rows
+    inside = (jnp.arange(tokens.size) >= start) & (jnp.arange(tokens.size) < start + length)
+    blank = jnp.where(inside, model.config.mask_token_id, tokens)[None]
+    # The answer's number of rows must not be a shape, so the answer is the query's last rows. Only
+    # joint encoding attends to its masks.
+    ends = (start + length)[None]
+    query_length = ends if settings.encoding.live_encoded else start[None]
+    prefix = cache.prefix_length
+    placement = cache.place(selected, prefix, prefix + query_length, settings.positions)
+    live_rows = cache.prefix_ids.shape[-1] + tokens.size
+    live = init_live(model.config, 1, live_rows, model.dtype, model.mesh)
+    query = QueryRows(blank, query_length, blank)
+    request = EncodeRequest(selected, placement, query, live, path)
+    context = encode_chosen(model, cache, request, settings)
+    placement = dataclasses.replace(context.placement, total=prefix + ends)
+    placement, live = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (group, *x.shape[1:])), (placement, context.live)
+    )
+    return Context(cache.pool if context.pool is None else context.pool, placement, live, path)
+
+
+@functools.partial(jax.jit, static_argnames=("samples", "group", "most", "implementation"))
+def _estimate(
     model: MaskPredictor,
-    tokens: Int[Array, "T"],
-    start: Int[Array, ""],
-    length: Int[Array, ""],
+    kept: KeptContext | None,
+    rows: _Rows,
     key: Array,
     *,
-    n: int,
+    samples: int,
     group: int,
-    rows: int,
+    most: int,
+    implementation: Implementation | None,
 ) -> Float[Array, ""]:
-    """tokens: prompt, answer from `start` on, padding; at least `rows` tokens from there on."""
-    samples = answer_samples(key, length, n, rows)
-    targets = lax.dynamic_slice_in_dim(tokens, start, rows)
+    """most: rows of an answer at most; as many tokens follow rows.start."""
+    tokens, start, length = rows
+    masks, counts = answer_samples(key, length, samples, most)
+    targets = lax.dynamic_slice_in_dim(tokens, start, most)
+    if kept is None:
+        context = _on_prompt(rows, group)
+    else:
+        context = _on_chunks(model, kept, rows, group, implementation)
     starts = jnp.full((group,), start)
 
     def score(masked: Array) -> Array:
         answers = jnp.where(masked, model.config.mask_token_id, targets)
         ids = dynamic_updates(jnp.broadcast_to(tokens, (group, tokens.size)), starts, answers)
-        hidden = _encode(model, ids, jnp.full((group,), start + length))
-        return masked_log_likelihood(model, dynamic_slices(hidden, starts, rows), targets, masked)
+        hidden = dynamic_slices(live_forward(model, context, ids)[0], starts, most)
+        return masked_log_likelihood(model, hidden, targets, masked)
 
-    return _mean(lax.map(score, samples.masked.reshape(-1, group, rows)), samples, length)
-
-
-def _encode(model: MaskPredictor, ids: Int[Array, "n T"], lengths: Int[Array, "n"]) -> Array:
-    """Returns `model.encode` before its final norm, by the path that decoding takes."""
-    zeros = jnp.zeros_like(lengths)
-    none = jnp.zeros((len(ids), 0), jnp.int32)
-    placement = Placement(none, none, query_start=zeros, prefix_length=zeros, total=lengths)
-    return live_forward(model, None, placement, None, ids, zeros)[0]
-
-
-def _mean(sums: Array, samples: Samples, length: Int[Array, ""]) -> Float[Array, ""]:
-    return (sums.reshape(-1) * (length / samples.counts)).mean()
+    sums = lax.map(score, masks.reshape(-1, group, most))
+    return (sums.reshape(-1) * (length / counts)).mean()
 
 
 def answer_log_likelihood(
@@ -157,23 +190,9 @@ def answer_log_likelihood(
     Raises:
       ValueError: the answer is empty, an id is outside the vocabulary, samples or group is below 1.
     """
-    prompt, answer = _checked(model, prompt_ids, answer_ids, samples, group)
-    rows = bucket_rows(answer.size)
-    size = bucket(prompt.size + rows, 8)
-    value = _on_prompt(
-        model, jnp.asarray(pad_to(np.concatenate([prompt, answer]), size)),
-        jnp.asarray(prompt.size), jnp.asarray(answer.size), random_key(seed),
-        n=samples, group=_divisor(samples, group), rows=rows,
-    )  # fmt: skip
-    return float(value)
-
-
-class KeptContext(NamedTuple):
-    """A document's cache and the chunks that a question keeps."""
-
-    cache: ChunkCache
-    selection: Selection
-    settings: SelectionConfig
+    return answer_log_likelihood_kept(
+        model, None, prompt_ids, answer_ids, samples=samples, group=group, seed=seed
+    )
 
 
 def keep_context(
@@ -197,70 +216,9 @@ def keep_context(
     return KeptContext(cache, select(scores, config), config)
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "n", "group", "rows", "implementation"))
-def _on_chunks(
-    model: MaskPredictor,
-    cache: ChunkCache,
-    selection: Selection,
-    tokens: Int[Array, "Q"],
-    start: Int[Array, ""],
-    length: Int[Array, ""],
-    key: Array,
-    *,
-    settings: SelectionConfig,
-    n: int,
-    group: int,
-    rows: int,
-    implementation: Implementation | None,
-) -> Float[Array, ""]:
-    """As `_on_prompt`; tokens: the question, the answer from `start` on, padding."""
-    samples = answer_samples(key, length, n, rows)
-    targets = lax.dynamic_slice_in_dim(tokens, start, rows)
-    inside = (jnp.arange(tokens.size) >= start) & (jnp.arange(tokens.size) < start + length)
-    blank = jnp.where(inside, model.config.mask_token_id, tokens)
-    # The answer's number of rows must not be a shape, so the answer is the query's last rows. Only
-    # joint encoding attends to its masks.
-    ends = (start + length)[None]
-    query_length = ends if settings.encoding.live_encoded else start[None]
-    prefix_length = cache.prefix_length
-    placement = place_chunks(
-        cache, selection.chunk_ids, prefix_length, prefix_length + query_length, settings.positions
-    )
-    live_rows = cache.prefix_ids.shape[-1] + tokens.size
-    request = EncodeRequest(
-        selection.chunk_ids,
-        placement,
-        QueryRows(blank[None], query_length, blank[None]),
-        init_live(model.config, 1, live_rows, model.dtype, model.mesh),
-    )
-    (pool, live), placement = encode_chosen(model, cache, request, settings, implementation)
-    pool = cache.pool if pool is None else pool
-    placement = dataclasses.replace(placement, total=prefix_length + ends)
-    placement, live = jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (group, *x.shape[1:])), (placement, live)
-    )
-    starts = jnp.full((group,), start)
-
-    def score(masked: Array) -> Array:
-        answers = jnp.where(masked, model.config.mask_token_id, targets)
-        ids = dynamic_updates(jnp.broadcast_to(tokens, (group, tokens.size)), starts, answers)
-        hidden, _, _ = live_forward(
-            model,
-            pool,
-            placement,
-            live,
-            ids,
-            placement.prefix_length,
-            implementation=implementation,
-        )
-        return masked_log_likelihood(model, dynamic_slices(hidden, starts, rows), targets, masked)
-
-    return _mean(lax.map(score, samples.masked.reshape(-1, group, rows)), samples, length)
-
-
 def answer_log_likelihood_kept(
     model: MaskPredictor,
-    context: KeptContext,
+    context: KeptContext | None,
     query_ids: TokenIds,
     answer_ids: TokenIds,
     *,
@@ -275,33 +233,21 @@ def answer_log_likelihood_kept(
     costs the rows of query and answer, as a denoising step with recompute "response".
 
     Args:
-      context: from `keep_context` with the same question.
+      context: from `keep_context` with the same question; None where the query is a whole prompt.
     """
-    query, answer = _checked(model, query_ids, answer_ids, samples, group)
-    rows = bucket_rows(answer.size)
-    size = bucket_rows(query.size + rows)
-    value = _on_chunks(
-        model, context.cache, context.selection,
-        jnp.asarray(pad_to(np.concatenate([query, answer]), size)),
-        jnp.asarray(query.size), jnp.asarray(answer.size), random_key(seed),
-        settings=context.settings, n=samples, group=_divisor(samples, group), rows=rows,
-        implementation=implementation,
-    )  # fmt: skip
-    return float(value)
-
-
-def _checked(
-    model: MaskPredictor, prompt: TokenIds, answer: TokenIds, samples: int, group: int
-) -> tuple[np.ndarray, np.ndarray]:
     vocab = model.config.vocab_size
-    ids = check_token_ids("prompt", prompt, vocab), check_token_ids("answer", answer, vocab)
-    if ids[1].size == 0:
+    prompt = check_token_ids("prompt", query_ids, vocab)
+    answer = check_token_ids("answer", answer_ids, vocab)
+    if answer.size == 0:
         raise ValueError("answer is empty")
     if samples < 1 or group < 1:
         raise ValueError(f"samples and group must be positive, got {samples} and {group}")
-    return ids
-
-
-def _divisor(samples: int, most: int) -> int:
-    """Returns the largest group size, at most `most`, that divides the samples."""
-    return next(size for size in range(min(most, samples), 0, -1) if samples % size == 0)
+    most = bucket_rows(answer.size)
+    size = bucket(prompt.size + most, 8) if context is None else bucket_rows(prompt.size + most)
+    tokens = pad_to(np.concatenate([prompt, answer]), size)
+    rows = _Rows(*map(jnp.asarray, (tokens, prompt.size, answer.size)))
+    # The largest group that divides the samples.
+    group = next(n for n in range(min(group, samples), 0, -1) if samples % n == 0)
+    plan = {"samples": samples, "group": group, "most": most}
+    key = random_key(seed)
+    return float(_estimate(model, context, rows, key, implementation=implementation, **plan))

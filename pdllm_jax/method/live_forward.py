@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import Implementation, OwnKV, Partial
@@ -26,19 +25,17 @@ class RowRotations(NamedTuple):
     live: for keys, and for queries that attend to live rows alone.
     per_chunk [B, K + 1, T]: for queries. Entry j attends to chunk j, whose keys are rotated at
       chunk-local positions; the last entry attends to live rows.
-    total [B]: valid live rows.
     """
 
     live: Rotation
     per_chunk: Rotation
-    total: Int[Array, "B"]
 
 
 class QueryRows(NamedTuple):
-    """Query and response of each request, as encodings read them.
+    """Query and response of each request.
 
-    query [B, Q], query_length [B]: the query, padded.
-    ids [B, R]: query and response without a gap, then padding.
+    query, query_length: the query, padded.
+    ids: query and response without a gap, then padding.
     """
 
     query: Int[Array, "B Q"]
@@ -53,11 +50,6 @@ def query_rows(state: DenoiseState) -> QueryRows:
     return QueryRows(state.query, state.query_length, ids)
 
 
-def response_rows(state: DenoiseState) -> Int[Array, "B R"]:
-    """Returns the tokens of query and response, without a gap, then padding."""
-    return query_rows(state).ids
-
-
 def live_positions(placement: Placement, row: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Returns the positions in the prompt of rows of the live cache."""
     prefix = placement.prefix_length[:, None]
@@ -70,87 +62,84 @@ def row_rotations(
     """Returns the rotations of rows at these positions."""
     starts = jnp.pad(placement.chunk_starts, ((0, 0), (0, 1)))
     per_chunk = rotation(config, positions[:, None] - starts[..., None])
-    return RowRotations(rotation(config, positions), per_chunk, placement.total)
+    return RowRotations(rotation(config, positions), per_chunk)
 
 
-def attend_all(
-    rotations: RowRotations,
-    layer: int,
-    q: Float[Array, "B T H D"],
-    live_k: Float[Array, "B S G D"],
-    live_v: Float[Array, "B S G D"],
-    pool: ChunkPool | None,
-    chunk_ids: Int[Array, "B K"],
-    implementation: Implementation | None,
-    *,
-    need_lse: bool = False,
-    mesh: Mesh | None = None,
-) -> Partial:
-    """Attends from rows to all live rows and the chosen chunks."""
-    total = rotations.total
-    if pool is None or not chunk_ids.shape[1]:
-        return attention(mesh, rotate(q, rotations.live), live_k, live_v, total, need_lse=need_lse)
-    return chunk_attention(
-        mesh,
-        rotate(q[:, None], rotations.per_chunk),
-        pool.k,
-        pool.v,
-        chunk_ids,
-        pool.lengths,
-        layer=layer,
-        near=OwnKV(live_k, live_v, total),
-        implementation=implementation,
-    )
+class Context(NamedTuple):
+    """What live rows attend to, and the implementation of attention over chunks.
+
+    pool: which placement.chunk_ids index; None without chunks.
+    live: None where rows attend to each other and to chunks alone.
+    """
+
+    pool: ChunkPool | None
+    placement: Placement
+    live: LiveCache | None
+    implementation: Implementation | None = None
+
+    def attend(
+        self,
+        model: MaskPredictor,
+        layer: int,
+        q: Float[Array, "B T H D"],
+        k: Float[Array, "B S G D"],
+        v: Float[Array, "B S G D"],
+        by: RowRotations,
+        start: Int[Array, "B"],
+        keep: Bool[Array, "B S"] | None = None,
+        *,
+        need_lse: bool = False,
+    ) -> tuple[Partial, LiveCache | None]:
+        """Writes live rows, keys rotated; attends from unrotated queries to all that there is."""
+        pool, live, chunk_ids = self.pool, self.live, self.placement.chunk_ids
+        total = self.placement.total
+        if live is not None:
+            live = live.write(layer, k, v, start, keep, mesh=model.mesh)
+            k, v = live.k[layer], live.v[layer]
+        if pool is None or not chunk_ids.shape[1]:
+            return attention(model.mesh, rotate(q, by.live), k, v, total, need_lse=need_lse), live
+        seen = chunk_attention(
+            model.mesh,
+            rotate(q[:, None], by.per_chunk),
+            *(pool.k, pool.v, chunk_ids, pool.lengths),
+            layer=layer,
+            near=OwnKV(k, v, total),
+            implementation=self.implementation,
+        )
+        return seen, live
 
 
 def live_forward(
     model: MaskPredictor,
-    pool: ChunkPool | None,
-    placement: Placement,
-    live: LiveCache | None,
+    context: Context,
     rows: Int[Array, "B T"],
-    start: Int[Array, "B"],
+    start: Int[Array, "B"] | None = None,
     keep: Bool[Array, "B T"] | None = None,
-    implementation: Implementation | None = None,
     *,
     hook: LayerHook | None = None,
     hook_carry: Any = None,
 ) -> tuple[Float[Array, "B T M"], LiveCache | None, Any]:
-    """Runs the network on tokens `rows`, which are live rows start[b] and on.
+    """Runs the network on tokens `rows`, which are live rows start[b] and on, else the query's.
 
-    Writes their KV into the live cache, except where `keep`. Without a live cache the rows attend
-    to each other and to the chunks. Requests without chunks in `placement` read none.
-
-    Args:
-      hook: called in every layer, with `hook_carry` as its carry.
+    Writes their KV into the live cache, except where `keep`. Requests without chunks in the
+    placement read none. The hook is called in every layer.
 
     Returns:
       The residual stream, the live cache, and the hook's last carry.
     """
+    placement = context.placement
+    start = placement.prefix_length if start is None else start
     positions = live_positions(placement, start[:, None] + jnp.arange(rows.shape[1]))
-    rotations = row_rotations(model.config, placement, positions)
+    by = row_rotations(model.config, placement, positions)
 
     def attend(layer: int, q: Array, k: Array, v: Array, carry):
         live, hook_carry = carry
-        live_k, live_v = rotate(k, rotations.live), v
-        if live is not None:
-            live = live.write(layer, live_k, v, start, keep, mesh=model.mesh)
-            live_k, live_v = live.k[layer], live.v[layer]
-        seen = attend_all(
-            rotations,
-            layer,
-            q,
-            live_k,
-            live_v,
-            pool,
-            placement.chunk_ids,
-            implementation,
-            need_lse=hook is not None,
-            mesh=model.mesh,
+        seen, live = context._replace(live=live).attend(
+            model, layer, q, rotate(k, by.live), v, by, start, keep, need_lse=hook is not None
         )
         if hook is not None:
             hook_carry = hook(layer, q, seen, hook_carry)
         return seen.out, (live, hook_carry)
 
-    x, (live, hook_carry) = model.run(rows, attend, (live, hook_carry))
+    x, (live, hook_carry) = model.run(rows, attend, (context.live, hook_carry))
     return x, live, hook_carry

@@ -36,7 +36,7 @@ from pdllm_jax.network.transformer import MaskPredictor
 
 @functools.partial(
     jax.jit,
-    static_argnames=("selecting", "config", "implementation"),
+    static_argnames=("settings", "config", "implementation"),
     donate_argnames=("state",),
 )
 def reselect(
@@ -44,26 +44,26 @@ def reselect(
     cache: ChunkCache,
     state: DenoiseState,
     *,
-    selecting: SelectionConfig,
+    settings: SelectionConfig,
     config: DecodeConfig,
     implementation: Implementation | None = None,
 ) -> DenoiseState:
     """Scores all chunks for the current state and keeps the best; donates `state`.
 
-    For custom loops around `denoise_step`; `denoise` calls it as selecting.reselect says. Finished
+    For custom loops around `denoise_step`; `denoise` calls it as settings.reselect says. Finished
     requests, and requests whose response is all masks, do not change. Costs the scoring of Q + G
     rows in R copies against every chunk, and an encoding where the selection changes.
 
     Args:
       cache: with the KV of every chunk (`prefill` with keep_pool).
-      selecting: scorer, K and encoding that made the state.
+      settings: scorer, K and encoding that made the state.
       config: the settings that made the state.
 
     Raises:
       ValueError: the cache does not hold every chunk's KV; the scorer does not read the document.
     """
     active = state.block < config.n_blocks
-    state = reselect_due(model, cache, state, selecting, config, implementation, active)
+    state = reselect_due(model, cache, state, settings, config, implementation, active)
     return constrain(model.mesh, state)
 
 
@@ -71,14 +71,14 @@ def reselect_due(
     model: MaskPredictor,
     cache: ChunkCache,
     state: DenoiseState,
-    selecting: SelectionConfig,
+    settings: SelectionConfig,
     config: DecodeConfig,
     implementation: Implementation | None,
     due: Bool[Array, "B"],
 ) -> DenoiseState:
     """Runs `reselect` for the requests that are due; costs nothing if none is."""
     check_scorable(cache)
-    dataclasses.replace(selecting, reselect="step")  # raises for scorers that do not read
+    dataclasses.replace(settings, reselect="step")  # raises for scorers that do not read
     due &= (state.tokens != model.config.mask_token_id).any(axis=1)
 
     def rescore(state: DenoiseState) -> DenoiseState:
@@ -90,17 +90,17 @@ def reselect_due(
             Question(prefix_ids, length, state.query, state.query_length),
             (cache.lengths[document] > 0) & due[:, None],
             response=Response(state.tokens, unmasked, block == state.block[:, None]),
-            encode_batch=selecting.encode_batch,
+            encode_batch=settings.encode_batch,
             implementation=implementation,
         )
-        scores = run_scorer(selecting.scorer, model, cache, request)
-        chosen = select(scores, selecting).chunk_ids
+        scores = run_scorer(settings.scorer, model, cache, request)
+        chosen = select(scores, settings).chunk_ids
         chosen = jnp.where(due[:, None], chosen, state.selected)
         changed = (chosen != state.selected).any(axis=1)
         state = dataclasses.replace(state, rescored=state.rescored + due)
 
         def renew(state: DenoiseState) -> DenoiseState:
-            moved = encode_state(model, cache, state, chosen, selecting, implementation)
+            moved = encode_state(model, cache, state, chosen, settings, implementation)
             return _of_changed(changed, moved, state)
 
         return lax.cond(changed.any(), renew, lambda state: state, state)

@@ -148,7 +148,7 @@ def _start(run: Run, cache: ChunkCache, prompt: ChunkedPrompt, config: Any) -> A
     """Returns the state that denoising starts from, the first four chunks kept."""
     return init_denoise(
         run.model, cache, _first(prompt), prompt.query, DECODE, jax.random.key(0),
-        query_length=prompt.query_length, selecting=config,
+        query_length=prompt.query_length, settings=config,
     )  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def choices(run: Run) -> None:
 
     def decode(again: Any = None) -> Any:
         state = _start(run, cache, prompt, INDEPENDENT)
-        return denoise(run.model, cache, state, config=DECODE, selecting=again).tokens
+        return denoise(run.model, cache, state, config=DECODE, settings=again).tokens
 
     for name, config in CHOICES.items():
         run.timed(f"encode: {name}", functools.partial(_stale, run, cache, prompt, config))

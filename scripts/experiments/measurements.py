@@ -30,7 +30,13 @@ from pdllm_jax import (
     prefill,
 )
 from pdllm_jax.method.cache import ChunkPool
-from pdllm_jax.method.live_forward import live_forward, live_positions, response_rows, row_rotations
+from pdllm_jax.method.live_forward import (
+    Context,
+    live_forward,
+    live_positions,
+    query_rows,
+    row_rotations,
+)
 from pdllm_jax.method.selection import select
 from pdllm_jax.network.rope import rotate
 from small_model.tasks import RESPONSE_LENGTH
@@ -60,7 +66,7 @@ def attention_shares(
     One pass of query and response over the kept chunks gives the log-sum-exps; the weights are
     computed beside it, from the same queries and keys.
     """
-    rows = response_rows(state)
+    rows = query_rows(state).ids
     place = jnp.arange(rows.shape[1])
     in_response = (place >= state.query_length[:, None]) & (
         place < state.query_length[:, None] + state.tokens.shape[1]
@@ -68,8 +74,7 @@ def attention_shares(
     weight = in_response / in_response.sum(axis=1, keepdims=True)  # [B, T]
     positions = live_positions(state.placement, state.prefix_length[:, None] + place)
     rotations = row_rotations(model.config, state.placement, positions)
-    ids = jnp.maximum(state.chunk_ids, 0)
-    lengths = jnp.where(state.chunk_ids >= 0, pool.lengths[ids], 0)
+    ids, lengths = pool.rows_of(state.chunk_ids)
     valid = jnp.arange(pool.k.shape[3]) < lengths[..., None]  # [B, K, C]
     product = functools.partial(
         jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
@@ -95,10 +100,8 @@ def attention_shares(
             bos = mean_share(product("btgrd,bgd->btgr", live_q, state.live.k[layer][:, 0]))
         return [*layers, Shares(tokens[..., 0], tokens.sum(axis=-1), bos)]
 
-    _, _, layers = live_forward(
-        model, pool, state.placement, state.live, rows, state.prefix_length, None, implementation,
-        hook=hook, hook_carry=[],
-    )  # fmt: skip
+    context = Context(pool, state.placement, state.live, implementation)
+    _, _, layers = live_forward(model, context, rows, hook=hook, hook_carry=[])
     return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
 
 
@@ -115,7 +118,7 @@ def start(
     selection = select(scores, config)
     state = init_denoise(
         bench.model, cache, selection, prompt.query, cell.decode_config(RESPONSE_LENGTH),
-        jax.random.key(0), query_length=prompt.query_length, selecting=config,
+        jax.random.key(0), query_length=prompt.query_length, settings=config,
         implementation=bench.implementation,
     )  # fmt: skip
     return cache, state, np.asarray(selection.chunk_ids).tolist()

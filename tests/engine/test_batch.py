@@ -192,7 +192,7 @@ def test_a_request_that_is_done_reads_no_chunk(model):
     cache, scores = prefill(model, prompts, selecting)
     state = init_denoise(
         model, cache, select(scores, selecting), prompts.query, DECODE, jax.random.key(0),
-        query_length=prompts.query_length, selecting=selecting,
+        query_length=prompts.query_length, settings=selecting,
     )  # fmt: skip
     state = dataclasses.replace(state, block=jnp.array([DECODE.n_blocks, 0]))
     n = prompts.chunks.shape[1]
@@ -251,7 +251,7 @@ def test_until_stops_between_blocks_and_goes_on(model):
     def begin():
         return init_denoise(
             model, cache, select(scores, SELECT), prompt.query, DECODE, jax.random.key(0),
-            query_length=prompt.query_length, selecting=SELECT,
+            query_length=prompt.query_length, settings=SELECT,
         )  # fmt: skip
 
     half = denoise(model, cache, begin(), config=DECODE, until=jnp.int32(1))
@@ -389,7 +389,7 @@ def test_a_step_by_hand_serves_a_batch(model):
     def begin():
         return init_denoise(
             model, cache, select(scores, SELECT), prompts.query, DECODE, jax.random.key(0),
-            query_length=prompts.query_length, selecting=SELECT,
+            query_length=prompts.query_length, settings=SELECT,
         )  # fmt: skip
 
     state = begin()

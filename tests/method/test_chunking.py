@@ -22,12 +22,7 @@ BOS = 9999
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    n=st.integers(1, 400),
-    size=st.integers(2, 40),
-    anchors=st.booleans(),
-    overlap=st.integers(0, 20),
-)
+@given(st.integers(1, 400), st.integers(2, 40), st.booleans(), st.integers(0, 20))
 def test_every_token_is_kept_in_order(n, size, anchors, overlap):
     try:
         config = ChunkConfig(size, anchors=anchors, overlap=overlap)
@@ -50,17 +45,14 @@ def test_every_token_is_kept_in_order(n, size, anchors, overlap):
     assert (lengths[:-1] == size).all()
 
 
-def test_last_token_of_a_full_chunk_survives_its_anchor():
-    chunks, lengths = split_context(range(1, 9), ChunkConfig(5), BOS)
-    assert chunks.tolist() == [[BOS, 1, 2, 3, 4], [BOS, 5, 6, 7, 8]]
-    assert lengths.tolist() == [5, 5]
-
-
 def test_context_shorter_than_a_chunk():
     prompt = chunk_prompt([1, 2], [3, 4], [5], ChunkConfig(16))
     assert prompt.n_chunks == 1
     assert prompt.chunk_lengths.tolist() == [[3]]
     assert prompt.chunks[0, 0, :3].tolist() == [1, 3, 4]  # the prefix's first token is the anchor
+    bare = chunk_prompt([], [2], [3], ChunkConfig(8, anchors=False))
+    assert bare.prefix.shape == (1, 0)
+    assert bare.chunks[0, 0].tolist() == [2] + [0] * 7
 
 
 def test_true_lengths_behind_the_padding():
@@ -101,11 +93,6 @@ def test_buckets_are_few():
 def test_empty_parts_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         chunk_prompt(*arguments, ChunkConfig(8))
-
-
-def test_an_empty_prefix_works_without_anchors():
-    prompt = chunk_prompt([], [2], [3], ChunkConfig(8, anchors=False))
-    assert prompt.prefix.shape == (1, 0)
 
 
 @pytest.mark.parametrize(

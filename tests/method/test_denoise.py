@@ -36,13 +36,15 @@ def ids(n: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, 250, n).tolist()
 
 
-def start(model, encoding, seed=0, config=DECODE):
+def start(model, encoding, seed=0):
     prompt = chunk_prompt(ids(5, seed), ids(50, seed + 1), ids(7, seed + 2), CHUNKS)
-    select = dataclasses.replace(SELECT, encoding=encoding)
-    cache, scores = prefill(model, prompt, select)
-    chosen = select_top_k(scores, 2)
-    state = first_state(model, cache, chosen, prompt, config)
-    return cache, state
+    cache, scores = prefill(model, prompt, dataclasses.replace(SELECT, encoding=encoding))
+    return cache, first_state(model, cache, select_top_k(scores, 2), prompt, DECODE)
+
+
+def answer(model, method, *parts, decode=DECODE, selection=SELECT, seed=0):
+    settings = {"chunking": CHUNKS, "selection": selection, "decode": decode}
+    return generate_ids(model, *parts, method=method, seed=seed, **settings)
 
 
 @pytest.mark.parametrize("encoding", ["joint", "independent"])
@@ -83,11 +85,9 @@ def test_compiles_once_and_consumes_its_state(model, encoding):
 @pytest.mark.parametrize("method", ["prefilling", "plain", "prefix-cache", "dual-cache"])
 def test_a_second_generate_of_the_same_bucket_compiles_nothing(model, method):
     def run(n_context, n_query, seed):
-        return generate_ids(
-            model, ids(5), ids(n_context, seed), ids(n_query, seed), method=method,
-            chunking=CHUNKS, selection=dataclasses.replace(SELECT, scorer="draft"),
-            decode=DECODE, seed=seed,
-        )  # fmt: skip
+        parts = ids(5), ids(n_context, seed), ids(n_query, seed)
+        draft = dataclasses.replace(SELECT, scorer="draft")
+        return answer(model, method, *parts, selection=draft, seed=seed)
 
     first, second = run(44, 6, 1), run(41, 7, 2)
     assert first.timings["compile"] > 0
@@ -125,10 +125,8 @@ def test_requests_of_a_batch_do_not_touch_each_other(model, encoding, rule):
 
     def run(rows):
         chosen = jax.tree.map(lambda *x: jnp.concatenate(x), *[selections[r] for r in rows])
-        state = init_denoise(
-            model, cache, chosen, jnp.asarray(questions[rows]), config, jax.random.key(0),
-            query_length=jnp.asarray(lengths[rows]),
-        )  # fmt: skip
+        asked = dataclasses.replace(prompt, query=jnp.asarray(questions[rows]))
+        state = first_state(model, cache, chosen, asked, config, query_length=lengths[rows])
         return denoise(model, cache, state, config=config)
 
     together = run([0, 1])
@@ -144,10 +142,8 @@ def test_a_stop_token_ends_the_text_with_its_block(model, method):
     config = DecodeConfig(gen_length=16, block_length=4, temperature=2.0)  # tokens that differ
 
     def run(stop_ids):
-        return generate_ids(
-            model, ids(5), ids(50, 1), ids(7, 2), method=method, chunking=CHUNKS, selection=SELECT,
-            decode=dataclasses.replace(config, stop_ids=stop_ids),
-        )  # fmt: skip
+        decode = dataclasses.replace(config, stop_ids=stop_ids)
+        return answer(model, method, ids(5), ids(50, 1), ids(7, 2), decode=decode)
 
     whole = run(())
     second = whole.tokens[4:8]
@@ -164,7 +160,7 @@ def test_seeds_give_the_same_tokens_every_time(model):
     config = DecodeConfig(gen_length=8, block_length=8, temperature=1.0)
 
     def run(seed):
-        return generate_ids(model, [], [], ids(9), method="plain", decode=config, seed=seed).tokens
+        return answer(model, "plain", [], [], ids(9), decode=config, seed=seed).tokens
 
     assert run(3) == run(3)
     assert len({tuple(run(seed)) for seed in range(4)}) == 4
@@ -173,14 +169,11 @@ def test_seeds_give_the_same_tokens_every_time(model):
 def test_what_does_not_go_together_is_refused(model):
     prompt = chunk_prompt(ids(5), ids(50), ids(7), CHUNKS)
     cache, scores = prefill(model, prompt, SELECT)
-    chosen, key = select_top_k(scores, 2), jax.random.key(0)
     with pytest.raises(ValueError, match="give both or neither"):
-        init_denoise(model, cache, None, prompt.query, DECODE, key)
-    with pytest.raises(ValueError, match="holds no chunk KV"):
-        init_denoise(model, cache, chosen, prompt.query, DECODE, key, encoding="independent")
+        first_state(model, cache, None, prompt, DECODE)
     guided = DecodeConfig(guidance=1.0, recompute="response")
     with pytest.raises(ConfigError, match="guidance"):
-        init_denoise(model, cache, chosen, prompt.query, guided, key)
+        first_state(model, cache, select_top_k(scores, 2), prompt, guided)
     cache, state = start(model, "independent")
     with pytest.raises(ValueError, match="pass the one it was made with"):
         denoise_step(model, None, state, config=DECODE)

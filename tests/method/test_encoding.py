@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -13,8 +14,7 @@ import pytest
 from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.method.chunking import chunk_prompt
 from pdllm_jax.method.denoise import denoise
-from pdllm_jax.method.encoding import init_denoise
-from pdllm_jax.method.live_forward import query_rows
+from pdllm_jax.method.live_forward import Context, query_rows
 from pdllm_jax.method.prefill import prefill, prefill_top_k
 from pdllm_jax.method.selection import select
 from pdllm_jax.method.token_selection import best_tokens, token_attention
@@ -25,24 +25,35 @@ from tests.support.method import BOS, CHUNKS, MASK, copy, first_state, greedy, p
 G = 6
 # Everything is recomputed at every step, so that a step's logits are one dense forward's.
 DECODE = DecodeConfig(gen_length=G, block_length=G, recompute="response")
+ONE_STEP = dataclasses.replace(DECODE, steps=1)
+CACHED = dataclasses.replace(DECODE, recompute="block")
 SELECT = SelectionConfig(top_k=3, scorer="last", encode_batch=2)
+ENCODINGS = pytest.mark.parametrize(
+    "encoding", ["joint", "independent", "query-conditioned", "bridge"]
+)
 
 
-def run(model, parts, selecting, decode=DECODE, chunking=CHUNKS, **fields):
-    """(prompt, chosen chunks, state at the start, response) of the settings."""
-    prompt = dataclasses.replace(chunk_prompt(*parts, chunking), **fields)
-    cache, scores = prefill(model, prompt, selecting)
-    chosen = select(scores, selecting)
-    state = first_state(model, cache, chosen, prompt, decode, selecting=selecting)
+def encoded(model, parts, decode=DECODE, chunking=CHUNKS, **changes):
+    """(ids of the chosen chunks, state at the start, response) of changed settings."""
+    settings = SelectionConfig.from_flat(**SELECT.to_flat() | changes)
+    prompt = chunk_prompt(*parts, chunking, bos_id=BOS)
+    cache, scores = prefill(model, prompt, settings)
+    chosen = select(scores, settings)
+    state = first_state(model, cache, chosen, prompt, decode, settings=settings)
     begun = copy(state)
     tokens = denoise(model, cache, state, config=decode).tokens[0].tolist()
     return [pieces(prompt)[i] for i in chosen.chunk_ids[0].tolist()], begun, tokens
 
 
+def masked_logits(logits_of, parts, chunks, *details):
+    """A definition's logits [G, V] of a response that is all masked."""
+    prefix, _, query = parts
+    return logits_of(prefix, chunks, CHUNKS.chunk_size, *details, [*query, *[MASK] * G])[-G:]
+
+
 def test_query_conditioned_encoding_is_the_defined_one(model, parts):
     prefix, _, query = parts
-    selecting = dataclasses.replace(SELECT, encoding="query-conditioned")
-    chunks, state, tokens = run(model, parts, selecting)
+    chunks, state, tokens = encoded(model, parts, encoding="query-conditioned")
     assert bool(state.stale.all())
     assert len(chunks[-1]) < CHUNKS.chunk_size
     definition = Definition(model)
@@ -52,78 +63,54 @@ def test_query_conditioned_encoding_is_the_defined_one(model, parts):
         return definition.conditioned(prefix, chunks, CHUNKS.chunk_size, query, live)[-G:]
 
     assert tokens == greedy(logits, G)
-    other = run(model, parts, dataclasses.replace(SELECT, encoding="independent"))[2]
-    assert tokens != other
+    assert tokens != encoded(model, parts, encoding="independent")[2]
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 1.0])
 def test_a_bridge_recomputes_the_starts_of_chunks_with_all_in_view(model, parts, share):
     """What is recomputed saw the masked response, so the first step is what can be compared."""
-    prefix, _, query = parts
-    selecting = dataclasses.replace(SELECT, encoding="bridge", bridge_share=share)
-    one = dataclasses.replace(DECODE, steps=1)
-    chunks, state, tokens = run(model, parts, selecting, one)
+    chunks, state, tokens = encoded(model, parts, ONE_STEP, encoding="bridge", bridge_share=share)
     assert not bool(state.stale.any())
     count = math.ceil(share * CHUNKS.chunk_size)
     again = [list(range(min(count, len(chunk)))) for chunk in chunks]
-    logits = Definition(model).bridged(
-        prefix, chunks, CHUNKS.chunk_size, again, [*query, *[MASK] * G]
-    )[-G:]
+    bridged = Definition(model).bridged
+    logits = masked_logits(bridged, parts, chunks, again)
     assert tokens == logits.argmax(-1).tolist()
-    if share == 1:
-        return
-    fewer = Definition(model).bridged(
-        prefix, chunks, CHUNKS.chunk_size, [[]] * len(chunks), [*query, *[MASK] * G]
-    )[-G:]
-    assert np.abs(fewer - logits).max() > 1e-2  # the share matters
+    if share < 1:  # the share matters
+        fewer = masked_logits(bridged, parts, chunks, [[]] * len(chunks))
+        assert np.abs(fewer - logits).max() > 1e-2
 
 
 def test_a_bridge_by_attention_recomputes_what_the_query_looks_at(model, parts):
-    prefix, _, query = parts
-    selecting = dataclasses.replace(
-        SELECT, encoding="bridge", bridge_share=0.3, bridge_tokens="attention"
-    )
-    chunks, _, tokens = run(model, parts, selecting, dataclasses.replace(DECODE, steps=1))
-    received = received_attention(model, prefix, chunks, query).mean(axis=(0, 1))
+    changes = {"encoding": "bridge", "bridge_share": 0.3, "bridge_tokens": "attention"}
+    chunks, _, tokens = encoded(model, parts, ONE_STEP, **changes)
+    received = received_attention(model, parts, chunks).mean(axis=(0, 1))
     count = math.ceil(0.3 * CHUNKS.chunk_size)
     again = [
         sorted({0, *np.argsort(-received[j, 1 : len(chunk)], kind="stable")[: count - 1] + 1})
         for j, chunk in enumerate(chunks)
     ]
-    logits = Definition(model).bridged(
-        prefix, chunks, CHUNKS.chunk_size, again, [*query, *[MASK] * G]
-    )[-G:]
+    logits = masked_logits(Definition(model).bridged, parts, chunks, again)
     assert tokens == logits.argmax(-1).tolist()
 
 
 def test_a_bridge_of_all_tokens_without_prefix_is_joint_encoding(model, parts):
-    parts = ([], *parts[1:])
-    tokens = []
-    for encoding in ("joint", "bridge"):
-        selecting = SelectionConfig.from_flat(
-            **SELECT.to_flat() | {"encoding": encoding, "bridge_share": 1.0}
-        )
-        prompt = chunk_prompt(*parts, CHUNKS, bos_id=BOS)
-        cache, scores = prefill(model, prompt, selecting)
-        decode = dataclasses.replace(DECODE, recompute="block")
-        state = first_state(
-            model, cache, select(scores, selecting), prompt, decode, selecting=selecting
-        )
-        tokens.append((state, denoise(model, cache, copy(state), config=decode)))
-    (joint, a), (bridged, b) = tokens
-    lengths = np.asarray(joint.pool.lengths)
-    for slot, n in enumerate(lengths):
+    (_, joint, a), (_, bridged, b) = (
+        encoded(model, ([], *parts[1:]), CACHED, encoding=encoding, bridge_share=1.0)
+        for encoding in ("joint", "bridge")
+    )
+    for slot, n in enumerate(np.asarray(joint.pool.lengths)):
         np.testing.assert_allclose(
             joint.pool.k[:, slot, :, :n], bridged.pool.k[:, slot, :, :n], atol=2e-4
         )
-    np.testing.assert_array_equal(a.tokens, b.tokens)
+    assert a == b
 
 
-def received_attention(model, prefix, chunks, query, rows=8, window=7) -> np.ndarray:
-    """[L, G, K, C] as sparsity.py defines it, from the weights of a dense forward; -inf: none."""
-    config, size = model.config, CHUNKS.chunk_size
-    definition, live = Definition(model), [*query, *[MASK] * G]
-    definition.against_chunks(prefix, chunks, size, live)
+def received_attention(model, parts, chunks, rows=8, window=7) -> np.ndarray:
+    """[L, G, K, C] as token_selection.py defines it, from a dense forward's weights; -inf: none."""
+    config, size, (prefix, _, query) = model.config, CHUNKS.chunk_size, parts
+    definition = Definition(model)
+    masked_logits(definition.against_chunks, parts, chunks)
     first_live = len(prefix) + sum(map(len, chunks))
     last = first_live + np.arange(max(0, len(query) - rows), len(query))
     groups = config.n_kv_heads
@@ -144,11 +131,11 @@ def received_attention(model, prefix, chunks, query, rows=8, window=7) -> np.nda
 def test_kept_tokens_are_those_that_the_query_looks_at(model, parts, count, anchors):
     prefix, _, query = parts
     chunking = dataclasses.replace(CHUNKS, anchors=anchors)
-    selecting = dataclasses.replace(SELECT, encoding="independent", keep_tokens=count)
-    chunks, state, tokens = run(model, parts, selecting, chunking=chunking)
+    changes = {"encoding": "independent", "keep_tokens": count}
+    chunks, state, tokens = encoded(model, parts, chunking=chunking, **changes)
     config = model.config
     assert state.pool.k.shape == (config.n_layers, 3, config.n_kv_heads, count, config.head_dim)
-    received = received_attention(model, prefix, chunks, query)
+    received = received_attention(model, parts, chunks)
     kept = np.zeros((config.n_layers, config.n_kv_heads, 3, CHUNKS.chunk_size), bool)
     for layer, group, j in np.ndindex(*received.shape[:3]):
         scores = received[layer, group, j].copy()
@@ -170,24 +157,21 @@ def test_kept_tokens_are_those_that_the_query_looks_at(model, parts, count, anch
     np.testing.assert_array_equal(state.pool.lengths, [min(count, len(c)) for c in chunks])
 
 
-@pytest.mark.parametrize("encoding", ["joint", "independent", "query-conditioned", "bridge"])
+@ENCODINGS
 def test_keeping_all_tokens_is_a_no_op(model, parts, encoding):
     """Identity 6, bit for bit; and one token fewer is not."""
-    selecting = SelectionConfig.from_flat(
-        **SELECT.to_flat() | {"encoding": encoding, "bridge_share": 0.25}
-    )
-    decode = dataclasses.replace(DECODE, recompute="block")
-    _, state, tokens = run(model, parts, selecting, decode)
+    changes = {"encoding": encoding, "bridge_share": 0.25}
+    _, state, tokens = encoded(model, parts, CACHED, **changes)
     for count in (CHUNKS.chunk_size, 999):
-        wanted = dataclasses.replace(selecting, keep_tokens=count)
-        _, same, also = run(model, parts, wanted, decode)
+        _, same, also = encoded(model, parts, CACHED, keep_tokens=count, **changes)
         assert jax.tree.structure(same) == jax.tree.structure(state)
         for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(same), strict=True):
             if a.dtype != state.keys.dtype:
                 np.testing.assert_array_equal(a, b)
         assert also == tokens
-    fewer = dataclasses.replace(selecting, keep_tokens=CHUNKS.chunk_size - 1)
-    assert run(model, parts, fewer, decode)[1].pool.k.shape[3] == CHUNKS.chunk_size - 1
+    fewer = CHUNKS.chunk_size - 1
+    state = encoded(model, parts, CACHED, keep_tokens=fewer, **changes)[1]
+    assert state.pool.k.shape[3] == fewer
 
 
 def test_best_tokens():
@@ -198,64 +182,52 @@ def test_best_tokens():
 
 
 def test_attention_of_padding_and_empty_slots_is_none(model, parts):
-    selecting = dataclasses.replace(SELECT, encoding="independent", top_k=99, scorer="first")
+    settings = dataclasses.replace(SELECT, encoding="independent", top_k=99, scorer="first")
     prompt = chunk_prompt(*parts, CHUNKS)
-    cache, scores = prefill(model, prompt, selecting)
+    cache, scores = prefill(model, prompt, settings)
     poison = jnp.arange(CHUNKS.chunk_size) >= cache.pool.lengths[:, None]
-    pool = dataclasses.replace(
-        cache.pool, k=jnp.where(poison[None, :, None, :, None], 1e4, cache.pool.k)
-    )
+    poisoned = jnp.where(poison[None, :, None, :, None], 1e4, cache.pool.k)
+    pool = dataclasses.replace(cache.pool, k=poisoned)
     wider = jnp.pad(scores, ((0, 0), (0, 3)), constant_values=-jnp.inf)
-    state = first_state(model, cache, select(wider, selecting), prompt, DECODE, selecting=selecting)
-    found = np.asarray(
-        token_attention(model, pool, state.placement, query_rows(state), state.live)
-    )[0]
-    lengths = np.array([len(piece) for piece in pieces(prompt)])
-    for j in range(found.shape[0]):
-        n = lengths[j] if j < len(lengths) else 0
-        assert (found[j, :n] > 0).all()
-        assert np.isneginf(found[j, n:]).all()
+    state = first_state(model, cache, select(wider, settings), prompt, DECODE, settings=settings)
+    context = Context(pool, state.placement, state.live)
+    received = np.asarray(token_attention(model, context, query_rows(state)))[0]
+    lengths = [len(piece) for piece in pieces(prompt)]
+    assert len(received) >= len(lengths)
+    for attention, n in itertools.zip_longest(received, lengths, fillvalue=0):
+        assert (attention[:n] > 0).all()
+        assert np.isneginf(attention[n:]).all()
 
 
-@pytest.mark.parametrize("encoding", ["joint", "independent", "query-conditioned", "bridge"])
+@ENCODINGS
 def test_positions(model, parts, encoding):
     """Where chunks and query lie; and that a shift of everything alike changes nothing."""
-    selecting = dataclasses.replace(SELECT, encoding=encoding, top_k=2)
-    starts, responses = {}, {}
+    starts = {}
     for positions in ("continuous", "absolute", "reuse"):
-        wanted = dataclasses.replace(selecting, positions=positions)
-        _, state, responses[positions] = run(model, parts, wanted)
+        _, state, _ = encoded(model, parts, encoding=encoding, top_k=2, positions=positions)
         assert state.selected[0].tolist() == [3, 4]
         starts[positions] = [*state.chunk_starts[0].tolist(), int(state.query_start[0])]
     p, c = 5, CHUNKS.chunk_size
     assert starts["continuous"] == [p, p + c, p + 2 * c]
     assert starts["absolute"] == [p + 3 * c, p + 4 * c, p + 5 * c]
     assert starts["reuse"] == [p, p, p + c]
-    # The first two chunks lie where they are in the document in either way.
-    first = dataclasses.replace(selecting, scorer="first", top_k=5)
-    runs = [
-        run(model, parts, dataclasses.replace(first, positions=positions))[2]
+    # All chunks lie where they are in the document in either way.
+    first = {"encoding": encoding, "scorer": "first", "top_k": 5}
+    continuous, absolute = (
+        encoded(model, parts, positions=positions, **first)[2]
         for positions in ("continuous", "absolute")
-    ]
-    assert runs[0] == runs[1]
+    )
+    assert continuous == absolute
 
 
 def test_absolute_positions_are_those_of_the_whole_document(model, parts):
     """Two chunks of five, joint: one dense forward with the others' places left empty."""
     prefix, _, query = parts
-    selecting = dataclasses.replace(SELECT, top_k=2, positions="absolute")
-    decode = dataclasses.replace(DECODE, steps=1)
-    chunks, _, tokens = run(model, parts, selecting, decode)
+    chunks, _, tokens = encoded(model, parts, ONE_STEP, top_k=2, positions="absolute")
     p, c = len(prefix), CHUNKS.chunk_size
     ids = [*prefix, *chunks[0], *chunks[1], *query, *[MASK] * G]
-    position = np.array(
-        [
-            *range(p),
-            *(p + 3 * c + i for i in range(len(chunks[0]))),
-            *(p + 4 * c + i for i in range(len(chunks[1]))),
-            *(p + 5 * c + i for i in range(len(query) + G)),
-        ]
-    )
+    starts, counts = (0, p + 3 * c, p + 4 * c, p + 5 * c), (p, *map(len, chunks), len(query) + G)
+    position = np.concatenate([np.arange(n) + s for s, n in zip(starts, counts, strict=True)])
     everyone = np.ones((len(ids), len(ids)), bool)
     logits = Definition(model).logits(ids, everyone, position - position[:, None])[-G:]
     assert tokens == logits.argmax(-1).tolist()
@@ -263,53 +235,40 @@ def test_absolute_positions_are_those_of_the_whole_document(model, parts):
 
 def test_encodings_on_a_streamed_document(model, parts):
     """Only the kept chunks lie in the pool: the same tokens."""
-    prompt = chunk_prompt(*parts, CHUNKS)
+    prompt, kept = chunk_prompt(*parts, CHUNKS), {"top_k": 2, "keep_tokens": 9}
     for encoding in ("independent", "bridge"):
-        selecting = SelectionConfig(
-            top_k=2, encoding=encoding, masked_copies=2, encode_batch=2, keep_tokens=9
-        )
+        settings = SelectionConfig(encoding=encoding, masked_copies=2, encode_batch=2, **kept)
+        cache, scores = prefill(model, prompt, settings)
+        runs = (cache, select(scores, settings)), prefill_top_k(model, prompt, settings)[:2]
         tokens = []
-        for streamed in (False, True):
-            if streamed:
-                cache, chosen, _ = prefill_top_k(model, prompt, selecting)
-            else:
-                cache, scores = prefill(model, prompt, selecting)
-                chosen = select(scores, selecting)
-            state = first_state(model, cache, chosen, prompt, DECODE, selecting=selecting)
+        for cache, chosen in runs:
+            state = first_state(model, cache, chosen, prompt, DECODE, settings=settings)
             tokens.append(denoise(model, cache, state, config=DECODE).tokens)
         np.testing.assert_array_equal(*tokens)
 
 
-def test_what_does_not_go_together_is_refused(model, parts):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoding": "independent"}, "holds no chunk KV.*independent"),
+        ({"encoding": "bridge"}, "holds no chunk KV.*bridge"),
+        ({"encoding": "query-conditioned"}, "holds no KV of the prefix"),
+        ({"encoding": "joint", "settings": SELECT}, "give one of the two"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(model, parts, options, message):
     prompt = chunk_prompt(*parts, CHUNKS)
-    key = jax.random.key(0)
     cache, scores = prefill(model, prompt, SELECT)
-    chosen = select(scores, SELECT)
-    for encoding in ("independent", "bridge"):
-        with pytest.raises(ValueError, match=f"holds no chunk KV.*{encoding}"):
-            init_denoise(model, cache, chosen, prompt.query, DECODE, key, encoding=encoding)
-    with pytest.raises(ValueError, match="holds no KV of the prefix"):
-        init_denoise(model, cache, chosen, prompt.query, DECODE, key, encoding="query-conditioned")
-    with pytest.raises(ValueError, match="give one of the two"):
-        init_denoise(
-            model, cache, chosen, prompt.query, DECODE, key, encoding="joint", selecting=SELECT
-        )
+    with pytest.raises(ValueError, match=message):
+        first_state(model, cache, select(scores, SELECT), prompt, DECODE, **options)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"encoding": "causal"}, "encoding 'causal' is not known"),
-        ({"positions": "relative"}, "positions 'relative' is not known"),
-        ({"reselect": "always"}, "reselect 'always' is not known"),
         ({"encoding": "bridge", "bridge_tokens": "end"}, "bridge_tokens 'end' is not known"),
         ({"encoding": "bridge", "bridge_share": 0}, r"bridge_share must lie in \(0, 1\]"),
         ({"encoding": "bridge", "bridge_share": 1.5}, r"bridge_share must lie in \(0, 1\]"),
-        ({"keep_tokens": 0}, "keep_tokens must be a positive integer"),
-        ({"max_k": 2}, "max_k 2 is less than top_k 4"),
-        ({"margin": -1.0}, "margin must be a number of at least 0"),
-        ({"margin": 1.0}, "margin needs max_k"),
-        ({"margin": float("nan")}, "margin must be a number of at least 0"),
         ({"reselect": "step", "scorer": "random"}, "reselect needs a scorer that reads"),
     ],
 )

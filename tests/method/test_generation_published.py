@@ -40,21 +40,15 @@ class Pair:
 
     def published(self, method: str, config: DecodeConfig) -> tuple[np.ndarray, list[int]]:
         """Responses [B, G] and evaluations, one prompt at a time."""
-        settings = {"cfg_scale": config.guidance} if config.guidance else {}
-        runs = [
-            getattr(generation, method)(
-                self.network,
-                torch.from_numpy(prompt)[None],
-                steps=config.steps_per_block * config.n_blocks,
-                gen_length=config.gen_length,
-                block_length=config.block_length,
-                threshold=config.threshold,
-                factor=config.factor,
-                mask_id=self.config["mask_token_id"],
-                **settings,
-            )
-            for prompt in self.prompts
-        ]
+        names = ("gen_length", "block_length", "threshold", "factor")
+        settings = {name: getattr(config, name) for name in names}
+        settings["steps"] = config.steps_per_block * config.n_blocks
+        settings["mask_id"] = self.config["mask_token_id"]
+        if config.guidance:
+            settings["cfg_scale"] = config.guidance
+        generate = getattr(generation, method)
+        prompts = [torch.from_numpy(prompt)[None] for prompt in self.prompts]
+        runs = [generate(self.network, prompt, **settings) for prompt in prompts]
         tokens = np.concatenate([run.tokens[:, -config.gen_length :].numpy() for run in runs])
         return tokens, [run.evaluations for run in runs]
 
@@ -63,20 +57,17 @@ class Pair:
         padded = np.zeros((len(self.prompts), max(LENGTHS) + 2), np.int32)
         for row, prompt in zip(padded, self.prompts, strict=True):
             row[: len(prompt)] = prompt
-        return init_denoise(
-            self.model,
-            None,
-            None,
-            jnp.asarray(padded),
-            config,
-            jax.random.key(0),
-            query_length=jnp.asarray(LENGTHS),
-        )
+        inputs = jnp.asarray(padded), config, jax.random.key(0)
+        return init_denoise(self.model, None, None, *inputs, query_length=jnp.asarray(LENGTHS))
+
+    def denoise(self, config: DecodeConfig):
+        """The last state, of the loop on the device."""
+        return denoise(self.model, None, self.start(config), config=config)
 
     def check(self, method: str, **settings) -> np.ndarray:
         config = DecodeConfig(recompute=RECOMPUTE[method], **settings)
         want, evaluations = self.published(method, config)
-        state = denoise(self.model, None, self.start(config), config=config)
+        state = self.denoise(config)
         np.testing.assert_array_equal(state.tokens, want)
         assert state.evaluations.tolist() == evaluations
         return want
@@ -105,19 +96,17 @@ SCHEDULES = {  # length of response and block, evaluations
 }
 
 
-@pytest.mark.parametrize(
-    ("method", "gen_length", "block_length", "steps"),
-    [
-        pytest.param(
-            # Counts of tokens an evaluation are every method's: the caches have three of them each.
-            method, *schedule, id=f"{name}-{method}",
-            marks=SLOW if method != "plain" and i % 2 == (method == "dual_cache") else (),
-        )
-        for i, (name, schedule) in enumerate(SCHEDULES.items())
-        for method in RECOMPUTE
-    ],
-)  # fmt: skip
-def test_schedule(pair, method, gen_length, block_length, steps):
+def schedules():
+    """Counts of tokens an evaluation are every method's: the caches have three of them each."""
+    for i, name in enumerate(SCHEDULES):
+        for method in RECOMPUTE:
+            slow = method != "plain" and i % 2 == (method == "dual_cache")
+            yield pytest.param(method, name, marks=SLOW if slow else ())
+
+
+@pytest.mark.parametrize(("method", "name"), schedules())
+def test_schedule(pair, method, name):
+    gen_length, block_length, steps = SCHEDULES[name]
     pair.check(method, gen_length=gen_length, block_length=block_length, steps=steps)
 
 
@@ -135,14 +124,12 @@ def test_threshold_unmasks_several_tokens_at_once(pair):
     assert len(set(evaluations)) > 1
 
 
+SLOW_FACTORS = [pytest.param(method, 1.5, marks=SLOW) for method in ("plain", "dual_cache")]
+
+
 @pytest.mark.parametrize(
     ("method", "factor"),
-    [
-        ("plain", 0.7),
-        ("prefix_cache", 1.5),
-        ("dual_cache", 0.7),
-        *(pytest.param(*x, marks=SLOW) for x in (("plain", 1.5), ("dual_cache", 1.5))),
-    ],
+    [("plain", 0.7), ("prefix_cache", 1.5), ("dual_cache", 0.7), *SLOW_FACTORS],
 )
 def test_factor(pair, method, factor):
     pair.check(method, gen_length=24, block_length=8, factor=factor)
@@ -169,12 +156,11 @@ def test_generate_ids(pair, method):
     assert result.evaluations == evaluations[0]
 
 
-def quieten_the_mask(tensors, mask_id: int) -> None:
-    """A random tied head predicts a mask where it sees one."""
-    tensors["model.transformer.wte.weight"][mask_id] *= 0.3
-
-
 def test_tied_embeddings():
+    def quieten_the_mask(tensors, mask_id: int) -> None:
+        """A random tied head predicts a mask where it sees one."""
+        tensors["model.transformer.wte.weight"][mask_id] *= 0.3
+
     tied = Pair(seed=4, change=quieten_the_mask, weight_tying=True)
     tied.check("dual_cache", gen_length=12, block_length=6, steps=6)
 
@@ -182,8 +168,7 @@ def test_tied_embeddings():
 @pytest.mark.parametrize("method", ["plain", "dual_cache"])
 def test_steps_by_hand_equal_the_loop_on_the_device(pair, method):
     config = DecodeConfig(gen_length=12, block_length=6, threshold=0.5, recompute=RECOMPUTE[method])
-    want = denoise(pair.model, None, pair.start(config), config=config)
-    state = pair.start(config)
+    want, state = pair.denoise(config), pair.start(config)
     for _ in range(config.gen_length):
         if (np.asarray(state.block) == config.n_blocks).all():
             break
@@ -192,13 +177,13 @@ def test_steps_by_hand_equal_the_loop_on_the_device(pair, method):
     np.testing.assert_array_equal(state.evaluations, want.evaluations)
 
 
-def favour_the_mask(tensors, mask_id: int) -> None:
-    """The mask token becomes a frequent prediction."""
-    tensors["model.transformer.ff_out.weight"][mask_id] *= 1.4
-
-
 def test_predicted_masks_stay_open_as_published():
     """LLaDA's loop may predict the mask token, and fill the slot during a later block."""
+
+    def favour_the_mask(tensors, mask_id: int) -> None:
+        """The mask token becomes a frequent prediction."""
+        tensors["model.transformer.ff_out.weight"][mask_id] *= 1.4
+
     pair = Pair(seed=1, change=favour_the_mask)
     tokens = pair.check("plain", gen_length=24, block_length=8, steps=12)
     mask_id = pair.config["mask_token_id"]
@@ -221,11 +206,9 @@ def test_random_remasking_changes_the_order_alone(pair, method):
         gen_length=12, block_length=6, steps=2, recompute=RECOMPUTE[method], remasking="random"
     )
     want, _ = pair.published(method, dataclasses.replace(config, remasking="low_confidence"))
-    state = denoise(pair.model, None, pair.start(config), config=config)
-    np.testing.assert_array_equal(state.tokens, want)
+    np.testing.assert_array_equal(pair.denoise(config).tokens, want)
 
     # One at a time, it shows.
     config = dataclasses.replace(config, steps=12)
     want, _ = pair.published(method, config)
-    state = denoise(pair.model, None, pair.start(config), config=config)
-    assert not np.array_equal(state.tokens, want)
+    assert not np.array_equal(pair.denoise(config).tokens, want)

@@ -11,17 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from pdllm_jax import (
-    ChunkConfig,
-    ConfigError,
-    MaskPredictor,
-    ModelConfig,
-    SelectionConfig,
-    chunk_prompt,
-)
+from pdllm_jax import ChunkConfig, ConfigError, DecodeConfig, SelectionConfig, chunk_prompt
 from pdllm_jax.method import likelihood as ll
+from pdllm_jax.method.live_forward import Context, live_forward, query_rows
+from tests.support.method import first_state, tiny_model
 
 torch = pytest.importorskip("torch")
 from tests.oracles.llada import LlamaOracle  # noqa: E402
@@ -35,17 +29,15 @@ ANSWER = [40, 41, 42, 40, 99]
 def both(make_checkpoint):
     """The library's model and the oracle of the same tensors; small, for much is compiled here."""
     made = make_checkpoint(n_layers=1, d_model=32, n_heads=2, n_kv_heads=1)
-    return (
-        model_from_tensors(made.tensors, made.config),
-        LlamaOracle(made.tensors, made.config),
-    )
+    tensors = made.tensors, made.config
+    return model_from_tensors(*tensors), LlamaOracle(*tensors)
 
 
 def log_probs(oracle: LlamaOracle, ids: list[int]) -> np.ndarray:
     return torch.log_softmax(oracle(torch.tensor([ids]))[0].double(), -1).numpy()
 
 
-def term(model: MaskPredictor, oracle: LlamaOracle, prompt, answer, masked) -> float:
+def term(model, oracle: LlamaOracle, prompt, answer, masked) -> float:
     """-cross-entropy of the masked tokens times L / k, as eval_llada.py computes it."""
     mask_id = model.config.mask_token_id
     noisy = [mask_id if hidden else token for token, hidden in zip(answer, masked, strict=True)]
@@ -57,7 +49,7 @@ def term(model: MaskPredictor, oracle: LlamaOracle, prompt, answer, masked) -> f
 @pytest.mark.parametrize(("samples", "group"), [(12, 5), (7, 3)])
 def test_the_estimate_is_the_published_one(both, samples, group):
     model, oracle = both
-    masks = ll.answer_samples(jax.random.key(3), jnp.asarray(len(ANSWER)), samples, 32).masked
+    masks, _ = ll.answer_samples(jax.random.key(3), jnp.asarray(len(ANSWER)), samples, 32)
     want = np.mean(
         [term(model, oracle, PROMPT, ANSWER, m[: len(ANSWER)]) for m in np.asarray(masks).tolist()]
     )
@@ -114,60 +106,59 @@ def test_logits_exist_for_masked_rows_alone(both, monkeypatch):
     assert set(re.findall(r"f32\[(\d+),272\]", str(program))) == {"4"}
 
 
-SELECTING = SelectionConfig(top_k=2, scorer="last", encode_batch=2)
+SETTINGS = SelectionConfig(top_k=2, scorer="last", encode_batch=2)
 
 
 @pytest.mark.parametrize("encoding", ["joint", "independent", "query-conditioned"])
 def test_kept_chunks_are_attended_to_as_in_a_step(both, encoding):
     """A one-token answer is all masked: what the first evaluation of a response predicts."""
-    from pdllm_jax import DecodeConfig, init_denoise
-    from pdllm_jax.method.live_forward import live_forward, response_rows
-
-    model, _ = both
-    rng = np.random.default_rng(1)
-    prefix, document, query = [256, 3], rng.integers(0, 250, 70), [7, 8, 9]
-    prompt = chunk_prompt(prefix, document, query, ChunkConfig(16))
-    config = dataclasses.replace(SELECTING, encoding=encoding)
+    model, query = both[0], [7, 8, 9]
+    document = np.random.default_rng(1).integers(0, 250, 70)
+    prompt = chunk_prompt([256, 3], document, query, ChunkConfig(16))
+    config = dataclasses.replace(SETTINGS, encoding=encoding)
     kept = ll.keep_context(model, prompt, config)
     got = ll.answer_log_likelihood_kept(model, kept, query, [33], samples=2, group=2)
-    state = init_denoise(
-        model, kept.cache, kept.selection, prompt.query, DecodeConfig(1, 1, recompute="response"),
-        jax.random.key(0), query_length=prompt.query_length, selecting=kept.settings,
-    )  # fmt: skip
-    pool = kept.cache.pool if state.pool is None else state.pool
+    decode = DecodeConfig(1, 1, recompute="response")
+    state = first_state(model, kept.cache, kept.selection, prompt, decode, settings=kept.settings)
 
     @jax.jit
-    def evaluation(state, pool):
-        rows = response_rows(state)
-        x, _, _ = live_forward(model, pool, state.placement, state.live, rows, state.prefix_length)
+    def evaluation(state):
+        context = Context(state.pool_in(kept.cache), state.placement, state.live)
+        x, _, _ = live_forward(model, context, query_rows(state).ids)
         return jax.nn.log_softmax(model.logits(model.final_norm(x[0, len(query)])))
 
-    assert got == pytest.approx(float(evaluation(state, pool)[33]), rel=1e-4)
+    assert got == pytest.approx(float(evaluation(state)[33]), rel=1e-4)
 
 
 def test_everything_kept_is_the_whole_prompt(both):
     """All chunks, joint encoding, no anchors: the same forward for an answer that is all masked."""
-    model, _ = both
-    rng = np.random.default_rng(2)
-    prefix, document, query = [256, 3], rng.integers(0, 250, 48), [7, 8, 9]
+    model, prefix, query = both[0], [256, 3], [7, 8, 9]
+    document = np.random.default_rng(2).integers(0, 250, 48)
     prompt = chunk_prompt(prefix, document, query, ChunkConfig(16, anchors=False))
-    kept = ll.keep_context(model, prompt, dataclasses.replace(SELECTING, top_k=3))
+    kept = ll.keep_context(model, prompt, dataclasses.replace(SETTINGS, top_k=3))
     got = ll.answer_log_likelihood_kept(model, kept, query, [33], samples=1)
     whole = ll.answer_log_likelihood(model, [*prefix, *document, *query], [33], samples=1)
     assert got == pytest.approx(whole, rel=1e-4)
 
 
-def test_what_is_refused():
-    model = MaskPredictor(ModelConfig.tiny(), rngs=nnx.Rngs(0))
-    for answer, kwargs, message in (
+@pytest.mark.parametrize(
+    ("answer", "plan", "message"),
+    [
         ([], {}, "answer is empty"),
         ([10**6], {}, "outside the vocabulary"),
         ([1], {"samples": 0}, "must be positive"),
         ([1], {"group": 0}, "must be positive"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ll.answer_log_likelihood(model, [1], answer, **kwargs)
+    ],
+)
+def test_wrong_answers_are_refused(answer, plan, message):
+    with pytest.raises(ValueError, match=message):
+        ll.answer_log_likelihood(tiny_model(), [1], answer, **plan)
+
+
+@pytest.mark.parametrize(
+    "change", [{"keep_tokens": 8}, {"encoding": "bridge"}, {"scorer": "oracle"}]
+)
+def test_settings_without_an_estimate_are_refused(change):
     prompt = chunk_prompt([1], list(range(40)), [2], ChunkConfig(16))
-    for changes in ({"keep_tokens": 8}, {"encoding": "bridge"}, {"scorer": "oracle"}):
-        with pytest.raises(ConfigError, match="not implemented"):
-            ll.keep_context(model, prompt, dataclasses.replace(SELECTING, **changes))
+    with pytest.raises(ConfigError, match="not implemented"):
+        ll.keep_context(tiny_model(), prompt, dataclasses.replace(SETTINGS, **change))

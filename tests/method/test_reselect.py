@@ -25,10 +25,10 @@ SELECT = SelectionConfig(
 )
 
 
-def start(model, prompt, selecting, scores=None):
-    cache, computed = prefill(model, prompt, selecting, keep_pool=True)
-    chosen = select(computed if scores is None else scores, selecting)
-    return cache, first_state(model, cache, chosen, prompt, DECODE, selecting=selecting)
+def start(model, prompt, settings, scores=None):
+    cache, computed = prefill(model, prompt, settings, keep_pool=True)
+    chosen = select(computed if scores is None else scores, settings)
+    return cache, first_state(model, cache, chosen, prompt, DECODE, settings=settings)
 
 
 def defined(model, prompt, state, scorer) -> np.ndarray:
@@ -54,17 +54,17 @@ def defined(model, prompt, state, scorer) -> np.ndarray:
 
 @pytest.mark.parametrize("scorer", ["draft", "query", "confidence"])
 def test_the_best_chunks_of_the_state_are_the_defined_ones(model, prompt, scorer):
-    selecting = dataclasses.replace(SELECT, scorer=scorer, masked_copies=3)
+    settings = dataclasses.replace(SELECT, scorer=scorer, masked_copies=3)
     # Begin with the worst chunks, so that there is something to change.
-    first = prefill(model, prompt, selecting, keep_pool=True)[1]
+    first = prefill(model, prompt, settings, keep_pool=True)[1]
     worst = jnp.where(jnp.isfinite(first), -first, first)
-    cache, state = start(model, prompt, selecting, scores=worst)
+    cache, state = start(model, prompt, settings, scores=worst)
     for _ in range(6):  # into the second block
         state = denoise_step(model, cache, state, config=DECODE)
     assert int(state.block[0]) == 1
     before = copy(state)
     want = np.sort(np.argsort(-defined(model, prompt, before, scorer), kind="stable")[:2])
-    state = reselect(model, cache, state, selecting=selecting, config=DECODE)
+    state = reselect(model, cache, state, settings=settings, config=DECODE)
     assert state.selected[0].tolist() == want.tolist()
     assert state.chunk_ids[0].tolist() == want.tolist()
     assert int(state.rescored[0]) == 1
@@ -75,12 +75,12 @@ def test_the_best_chunks_of_the_state_are_the_defined_ones(model, prompt, scorer
 
 def test_attention_counts_query_and_unmasked_response(model, prompt):
     """Slots that are still masked do not count, but are there; a chunk's share is of the K kept."""
-    selecting = dataclasses.replace(SELECT, scorer="attention", top_k=1)
-    cache, state = start(model, prompt, selecting)
+    settings = dataclasses.replace(SELECT, scorer="attention", top_k=1)
+    cache, state = start(model, prompt, settings)
     for _ in range(3):
         state = denoise_step(model, cache, state, config=DECODE)
     before = copy(state)
-    state = reselect(model, cache, state, selecting=selecting, config=DECODE)
+    state = reselect(model, cache, state, settings=settings, config=DECODE)
     prefix = prompt.prefix[0, : int(prompt.prefix_length[0])].tolist()
     query, response = prompt.query[0, :7].tolist(), before.tokens[0].tolist()
     chunks, size = pieces(prompt), CHUNKS.chunk_size
@@ -115,20 +115,20 @@ SLOW = [pytest.param(*loop, marks=pytest.mark.slow) for loop in OTHERS.items()]
 @pytest.mark.parametrize(("encoding", "when"), [*LOOPS.items(), *SLOW])
 def test_the_loop_is_the_loop_by_hand(model, prompt, encoding, when):
     """Before every step, or a block's first, once something is unmasked."""
-    selecting = dataclasses.replace(
+    settings = dataclasses.replace(
         SELECT, encoding=encoding, reselect=when, keep_tokens=8, bridge_share=0.25
     )
     worst = jnp.array([[0.0, 1.0, -1.0, -2.0, -3.0]])
-    cache, state = start(model, prompt, selecting, scores=worst)
+    cache, state = start(model, prompt, settings, scores=worst)
     other = copy(state)
     steps, seen = 0, []
     while int(other.block[0]) < DECODE.n_blocks:
         if steps and (when == "step" or int(other.step[0]) == 0):
-            other = reselect(model, cache, other, selecting=selecting, config=DECODE)
+            other = reselect(model, cache, other, settings=settings, config=DECODE)
             seen.append(tuple(other.selected[0].tolist()))
         other = denoise_step(model, cache, other, config=DECODE)
         steps += 1
-    state = denoise(model, cache, state, config=DECODE, selecting=selecting)
+    state = denoise(model, cache, state, config=DECODE, settings=settings)
     np.testing.assert_array_equal(state.tokens, other.tokens)
     np.testing.assert_array_equal(state.selected, other.selected)
     assert state.rescored.tolist() == [len(seen)] == [7 if when == "step" else 1]
@@ -138,19 +138,19 @@ def test_the_loop_is_the_loop_by_hand(model, prompt, encoding, when):
 
 def test_a_request_that_keeps_its_chunks_keeps_its_kv(model, prompt):
     """Two requests over one document, of which one changes; beside that one or alone."""
-    selecting = dataclasses.replace(SELECT, encoding="joint", top_k=3)
-    cache, scores = prefill(model, prompt, selecting)
+    settings = dataclasses.replace(SELECT, encoding="joint", top_k=3)
+    cache, scores = prefill(model, prompt, settings)
 
     def begin(rows):
-        chosen = select(jnp.stack(rows), selecting)
+        chosen = select(jnp.stack(rows), settings)
         query, length = (x.repeat(len(rows), axis=0) for x in (prompt.query, prompt.query_length))
         keys = jnp.stack([jax.random.key(7)] * len(rows))
-        settings = {"query_length": length, "selecting": selecting}
+        settings = {"query_length": length, "settings": settings}
         state = init_denoise(model, cache, chosen, query, DECODE, keys, **settings)
         return denoise_step(model, cache, state, config=DECODE)
 
     def again(state):
-        return reselect(model, cache, copy(state), selecting=selecting, config=DECODE)
+        return reselect(model, cache, copy(state), settings=settings, config=DECODE)
 
     # A request whose chunks are those that it would choose again, and one of which this is not so.
     choices = [
@@ -172,15 +172,15 @@ def test_a_request_that_keeps_its_chunks_keeps_its_kv(model, prompt):
     assert not np.array_equal(state.pool.k[:, 3:], before.pool.k[:, 3:])
     alone = again(begin([worst]))
     np.testing.assert_array_equal(alone.selected[0], state.selected[1])
-    together = denoise(model, cache, state, config=DECODE, selecting=selecting)
-    apart = denoise(model, cache, alone, config=DECODE, selecting=selecting)
+    together = denoise(model, cache, state, config=DECODE, settings=settings)
+    apart = denoise(model, cache, alone, config=DECODE, settings=settings)
     np.testing.assert_array_equal(together.tokens[1], apart.tokens[0])
 
 
 def test_requests_that_are_done_and_untouched_ones_cost_nothing(model, prompt):
     cache, state = start(model, prompt, SELECT)
     for before in (copy(state), denoise(model, cache, state, config=DECODE)):
-        after = reselect(model, cache, copy(before), selecting=SELECT, config=DECODE)
+        after = reselect(model, cache, copy(before), settings=SELECT, config=DECODE)
         assert after.rescored.tolist() == [0]
         np.testing.assert_array_equal(after.selected, before.selected)
 
@@ -192,10 +192,10 @@ def test_what_cannot_be_scored_anew_is_refused(model, prompt):
     again = dataclasses.replace(joint, reselect="step")
     for run in (reselect, denoise):
         with pytest.raises(ValueError, match="keep_pool"):
-            run(model, cache, state, selecting=again, config=DECODE)
+            run(model, cache, state, settings=again, config=DECODE)
     with pytest.raises(ValueError, match="needs the document's cache"):
-        denoise(model, None, state, config=DECODE, selecting=again)
+        denoise(model, None, state, config=DECODE, settings=again)
     whole = prefill(model, prompt, joint, keep_pool=True)[0]
     last = dataclasses.replace(joint, scorer="last")
     with pytest.raises(ValueError, match="needs a scorer that reads"):
-        reselect(model, whole, state, selecting=last, config=DECODE)
+        reselect(model, whole, state, settings=last, config=DECODE)

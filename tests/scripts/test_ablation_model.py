@@ -207,7 +207,7 @@ def test_flops_are_the_products_of_the_traced_programs(model, change):
 
     def begin(cache, chosen):
         return init_denoise(
-            model, cache, chosen, prompt.query, decode, jax.random.key(0), selecting=config
+            model, cache, chosen, prompt.query, decode, jax.random.key(0), settings=config
         )
 
     found["encode"] = matmul_flops(jax.make_jaxpr(begin)(cache, chosen).jaxpr)
@@ -235,7 +235,7 @@ def test_attention_shares_are_those_of_one_forward_over_everything(model):
     cache, scores = prefill(model, prompt, config)
     state = init_denoise(
         model, cache, select_top_k(scores, 3), prompt.query, decode, jax.random.key(0),
-        query_length=prompt.query_length, selecting=config,
+        query_length=prompt.query_length, settings=config,
     )  # fmt: skip
     found = measurements.attention_shares(model, state.pool, state)
 

@@ -186,11 +186,11 @@ def _steps(
     cache, scores = prefill(model, prompt, selecting)
     state = init_denoise(
         model, cache, select_top_k(scores, 2), prompt.query, decode, jax.random.key(0),
-        query_length=prompt.query_length, selecting=selecting,
+        query_length=prompt.query_length, settings=selecting,
     )  # fmt: skip
     while int(state.block[0]) < decode.n_blocks:
         if int(state.block[0]) == 1 and int(state.step[0]) == 0:
-            state = reselect(model, cache, state, selecting=selecting, config=decode)
+            state = reselect(model, cache, state, settings=selecting, config=decode)
         state = denoise_step(model, cache, state, config=decode)
     return np.asarray(state.tokens)[0].tolist()
 
@@ -271,7 +271,7 @@ def _communication(model: MaskPredictor) -> None:
     cache, scores = prefill(model, prompt, selecting)
     state = init_denoise(
         model, cache, select_top_k(scores, 2), prompt.query, decode, jax.random.key(0),
-        query_length=prompt.query_length, selecting=selecting,
+        query_length=prompt.query_length, settings=selecting,
     )  # fmt: skip
     compiled = denoise_step.lower(model, cache, state, config=decode).compile()
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"

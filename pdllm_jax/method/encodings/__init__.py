@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from pdllm_jax.method.encodings.base import Encoded, EncodeRequest, Encoding
+from pdllm_jax.method.encodings.base import Encoded, EncodeRequest, Encoding, Independent
 from pdllm_jax.method.encodings.bridge import Bridge, BridgeTokens
-from pdllm_jax.method.encodings.independent import Independent
-from pdllm_jax.method.encodings.joint import Joint
-from pdllm_jax.method.encodings.query_conditioned import QueryConditioned
+from pdllm_jax.method.encodings.joint import Joint, QueryConditioned
 
 ENCODINGS: dict[str, type[Encoding]] = {
     encoding.name: encoding for encoding in (Independent, QueryConditioned, Joint, Bridge)
 }
 
-__all__ = [
-    "ENCODINGS",
-    "Bridge",
-    "BridgeTokens",
-    "EncodeRequest",
-    "Encoded",
-    "Encoding",
-    "Independent",
-    "Joint",
-    "QueryConditioned",
-]
+__all__ = ["ENCODINGS", "Bridge", "BridgeTokens", "EncodeRequest", "Encoded", "Encoding"]

@@ -1,10 +1,11 @@
-"""The extension point of step 4: how the KV of the chosen chunks is computed.
+"""The extension point of step 4, and the encoding that changes nothing.
 
 An encoding is a frozen dataclass, because it is a static argument of jitted functions.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -19,16 +20,18 @@ from pdllm_jax.network.transformer import MaskPredictor
 class EncodeRequest(NamedTuple):
     """What an encoding starts from.
 
-    selected [B, K]: document ids of the chosen chunks, negative for an empty slot.
+    selected: document ids of the chosen chunks, negative for an empty slot.
     placement: where they lie in the cache's pool and in the prompt.
     rows: query and response.
     live: KV of the live rows, the prefix' written; None where no step reads it.
+    implementation: of the attention over chunks, where the encoding has any.
     """
 
     selected: Int[Array, "B K"]
     placement: Placement
     rows: QueryRows
     live: LiveCache | None
+    implementation: Implementation | None = None
 
 
 class Encoded(NamedTuple):
@@ -58,15 +61,21 @@ class Encoding(Protocol):
     keeps_prefix: ClassVar[bool] = True
     live_encoded: ClassVar[bool] = False
 
-    def encode(
-        self,
-        model: MaskPredictor,
-        cache: ChunkCache,
-        request: EncodeRequest,
-        implementation: Implementation | None,
-    ) -> Encoded:
+    def encode(self, model: MaskPredictor, cache: ChunkCache, request: EncodeRequest) -> Encoded:
         """Returns the KV of the chosen chunks and of the live rows."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Independent(Encoding):
+    """Prefix and the chunk alone: the KV of the pass over the document, unchanged."""
+
+    name: ClassVar[str] = "independent"
+    needs_pool: ClassVar[bool] = True
+
+    def encode(self, model: MaskPredictor, cache: ChunkCache, request: EncodeRequest) -> Encoded:
+        """Returns no pool: the chunks are in the cache's pool."""
+        return Encoded(None, request.live)
 
 
 def slot_ids(selected: Int[Array, "B K"]) -> Int[Array, "B K"]:

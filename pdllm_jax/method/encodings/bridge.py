@@ -9,10 +9,9 @@ from typing import ClassVar, Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels import Implementation
-from pdllm_jax.method.cache import ChunkCache, ChunkPool, chosen_chunks
+from pdllm_jax.method.cache import ChunkCache, ChunkPool
 from pdllm_jax.method.encodings.base import Encoded, EncodeRequest, Encoding, slot_ids
-from pdllm_jax.method.live_forward import attend_all, row_rotations
+from pdllm_jax.method.live_forward import Context, row_rotations
 from pdllm_jax.method.token_selection import best_tokens, token_attention
 from pdllm_jax.network.config import is_number, require
 from pdllm_jax.network.rope import rotate, rotation
@@ -38,23 +37,13 @@ class Bridge(Encoding):
     tokens: BridgeTokens = "start"
 
     def __post_init__(self) -> None:
-        require(
-            is_number(self.share) and 0 < self.share <= 1,
-            f"bridge_share must lie in (0, 1], got {self.share!r}",
-        )
-        allowed = get_args(BridgeTokens)
-        require(
-            self.tokens in allowed,
-            f"bridge_tokens {self.tokens!r} is not known ({', '.join(allowed)})",
-        )
+        valid = is_number(self.share) and 0 < self.share <= 1
+        require(valid, f"bridge_share must lie in (0, 1], got {self.share!r}")
+        names = get_args(BridgeTokens)
+        unknown = f"bridge_tokens {self.tokens!r} is not known ({', '.join(names)})"
+        require(self.tokens in names, unknown)
 
-    def encode(
-        self,
-        model: MaskPredictor,
-        cache: ChunkCache,
-        request: EncodeRequest,
-        implementation: Implementation | None,
-    ) -> Encoded:
+    def encode(self, model: MaskPredictor, cache: ChunkCache, request: EncodeRequest) -> Encoded:
         """Runs one forward over the recomputed tokens of every chunk, query and masked response.
 
         Each row attends to prefix, all chosen chunks, query and response. The forward replaces the
@@ -63,28 +52,26 @@ class Bridge(Encoding):
         """
         pool, selected, placement = cache.pool, request.selected, request.placement
         assert pool is not None
+        context = Context(pool, placement, request.live, request.implementation)
         batch, slots = selected.shape
         size = pool.k.shape[3]
         count = min(size, math.ceil(self.share * size))
-        ids = jnp.maximum(placement.chunk_ids, 0)
-        lengths = jnp.where(placement.chunk_ids >= 0, pool.lengths[ids], 0)  # [B, K]
+        ids, lengths = pool.rows_of(placement.chunk_ids)
         if self.tokens == "start":
             places = jnp.broadcast_to(jnp.arange(count), (batch, slots, count))
             places = jnp.where(places < lengths[..., None], places, size)
         else:
-            received = token_attention(
-                model, pool, placement, request.rows, request.live, implementation
-            )
+            received = token_attention(model, context, request.rows)
             places = best_tokens(received, count, cache.anchors)  # [B, K, count]
         chunk_rows = slots * count
         own_rows = request.rows.ids
         own_positions = placement.query_start[:, None] + jnp.arange(own_rows.shape[1])
         positions = (placement.chunk_starts[..., None] + places).reshape(batch, chunk_rows)
         positions = jnp.concatenate([positions, own_positions], axis=1)
-        rotations = row_rotations(model.config, placement, positions)
+        by = row_rotations(model.config, placement, positions)
         chunk_local = rotation(model.config, places.reshape(batch, chunk_rows))
         slot = (jnp.arange(batch)[:, None] * slots + jnp.arange(slots))[..., None]  # [B, K, 1]
-        chunk_ids = slot_ids(selected)
+        in_slots = dataclasses.replace(placement, chunk_ids=slot_ids(selected))
         flat = ids.reshape(-1)
         mixed = ChunkPool(pool.k[:, flat], pool.v[:, flat], lengths.reshape(-1))
 
@@ -93,33 +80,20 @@ class Bridge(Encoding):
             rows = rows.reshape(batch, slots, count, *rows.shape[2:])
             return store.at[layer, slot, :, places].set(rows.astype(store.dtype), mode="drop")
 
-        def attend(layer: int, q: Array, k: Array, v: Array, carry):
-            mixed, live = carry
-            mixed = dataclasses.replace(
-                mixed,
-                k=replace(mixed.k, layer, rotate(k[:, :chunk_rows], chunk_local)),
-                v=replace(mixed.v, layer, v[:, :chunk_rows]),
-            )
-            live_k, live_v = rotate(k, rotations.live)[:, chunk_rows:], v[:, chunk_rows:]
-            if live is not None:
-                start = placement.prefix_length
-                live = live.write(layer, live_k, live_v, start, mesh=model.mesh)
-                live_k, live_v = live.k[layer], live.v[layer]
-            seen = attend_all(
-                rotations,
-                layer,
-                q,
-                live_k,
-                live_v,
-                mixed,
-                chunk_ids,
-                implementation,
-                mesh=model.mesh,
-            )
-            return seen.out, (mixed, live)
+        def attend(layer: int, q: Array, k: Array, v: Array, context: Context):
+            assert context.pool is not None
+            chunk_k = replace(context.pool.k, layer, rotate(k[:, :chunk_rows], chunk_local))
+            chunk_v = replace(context.pool.v, layer, v[:, :chunk_rows])
+            mixed = dataclasses.replace(context.pool, k=chunk_k, v=chunk_v)
+            context = context._replace(pool=mixed)
+            own_k, own_v = rotate(k, by.live)[:, chunk_rows:], v[:, chunk_rows:]
+            start = placement.prefix_length
+            seen, live = context.attend(model, layer, q, own_k, own_v, by, start)
+            return seen.out, context._replace(live=live)
 
-        tokens, _ = chosen_chunks(cache, selected)
+        tokens, _ = cache.chosen(selected)
         tokens = jnp.take_along_axis(tokens, jnp.minimum(places, size - 1), axis=2)
         rows = jnp.concatenate([tokens.reshape(batch, chunk_rows), own_rows], axis=1)
-        _, (mixed, live) = model.run(rows, attend, (mixed, request.live))
-        return Encoded(mixed, live)
+        context = context._replace(pool=mixed, placement=in_slots)
+        _, context = model.run(rows, attend, context)
+        return Encoded(context.pool, context.live)

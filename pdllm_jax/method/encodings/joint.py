@@ -1,24 +1,16 @@
-"""Joint encoding: one forward over prefix, chosen chunks, query and response."""
+"""Encodings by one forward over rows without gaps: prefix, chunks, query, and perhaps response."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from pallas_kernels import Implementation
-from pdllm_jax.method.cache import (
-    ChunkCache,
-    LiveCache,
-    Placement,
-    chosen_chunks,
-    dynamic_updates,
-    init_pool,
-    write_chunks,
-)
+from pdllm_jax.method.cache import ChunkCache, Placement, dynamic_updates, init_pool, write_chunks
 from pdllm_jax.method.encodings.base import Encoded, EncodeRequest, Encoding
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import attention
@@ -33,36 +25,57 @@ class Joint(Encoding):
     keeps_prefix: ClassVar[bool] = False
     live_encoded: ClassVar[bool] = True
 
-    def encode(
-        self,
-        model: MaskPredictor,
-        cache: ChunkCache,
-        request: EncodeRequest,
-        implementation: Implementation | None,
-    ) -> Encoded:
+    def encode(self, model: MaskPredictor, cache: ChunkCache, request: EncodeRequest) -> Encoded:
         """Runs one forward over prefix, chosen chunks, query and masked response."""
-        return encode_rows(
-            model, cache, request.selected, request.placement, request.rows.ids, request.live
+        return _encode_rows(model, cache, request, request.rows.ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryConditioned(Encoding):
+    """Full attention among prefix, one chunk and the query."""
+
+    name: ClassVar[str] = "query-conditioned"
+
+    def encode(self, model: MaskPredictor, cache: ChunkCache, request: EncodeRequest) -> Encoded:
+        """Runs one forward for each chosen chunk, the query behind the chunk's full slot.
+
+        Keeps the KV of the chunk's rows alone.
+        """
+        slots = request.selected.shape[1]
+
+        def per_chunk(x: Array) -> Array:
+            """Repeats the value of a request for each of its chunks."""
+            return jnp.repeat(x, slots, axis=0)
+
+        selected, query = request.selected.reshape(-1, 1), per_chunk(request.rows.query)
+        prefix = per_chunk(request.placement.prefix_length)
+        placement = Placement(
+            chunk_ids=selected,
+            chunk_starts=prefix[:, None],
+            query_start=prefix + cache.tokens.shape[2],
+            prefix_length=prefix,
+            total=prefix + per_chunk(request.rows.query_length),
         )
+        if cache.documents > 1:
+            tokens_alone = dataclasses.replace(cache, pool=None, prefix_k=None, prefix_v=None)
+            cache = jax.tree.map(per_chunk, tokens_alone)
+        each = request._replace(selected=selected, placement=placement, live=None)
+        return Encoded(_encode_rows(model, cache, each, query).pool, request.live)
 
 
-def encode_rows(
-    model: MaskPredictor,
-    cache: ChunkCache,
-    selected: Int[Array, "B K"],
-    placement: Placement,
-    own_ids: Int[Array, "B R"],
-    live: LiveCache | None,
+def _encode_rows(
+    model: MaskPredictor, cache: ChunkCache, request: EncodeRequest, own_ids: Int[Array, "B R"]
 ) -> Encoded:
     """Runs one forward over prefix, chosen chunks and `own_ids`, laid without gaps.
 
-    Full attention among all of them. own_ids: rows from placement.query_start on, padded;
-    placement.total counts the valid ones with the prefix.
+    own_ids: rows from placement.query_start on, padded; placement.total counts the valid ones with
+    the prefix.
     """
+    selected, placement = request.selected, request.placement
     batch, slots = selected.shape
     size, prefix_rows = cache.tokens.shape[2], cache.prefix_ids.shape[1]
     own_rows, prefix_length = own_ids.shape[1], placement.prefix_length
-    tokens, lengths = chosen_chunks(cache, selected)
+    tokens, lengths = cache.chosen(selected)
     ends = jnp.cumsum(lengths, axis=1)
     context = ends[:, -1]
 
@@ -111,5 +124,5 @@ def encode_rows(
             live = live.write(layer, *live_kv, zeros, mesh=model.mesh)
         return out, (pool, live)
 
-    _, (pool, live) = model.run(rows, attend, (pool, live))
+    _, (pool, live) = model.run(rows, attend, (pool, request.live))
     return Encoded(pool, live)

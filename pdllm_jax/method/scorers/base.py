@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import Implementation, Partial, merge
 from pallas_kernels.common import row_sum
 from pdllm_jax.method.cache import ChunkCache, dynamic_updates
-from pdllm_jax.method.sampling.confidence import log_probability
+from pdllm_jax.method.sampling import log_probability
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import attention, constrain
 from pdllm_jax.network.transformer import MaskPredictor

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Int
 
 from pallas_kernels import merge
 from pdllm_jax.method.cache import ChunkCache, dynamic_slices, dynamic_updates
-from pdllm_jax.method.sampling.confidence import log_probability
+from pdllm_jax.method.sampling import log_probability
 from pdllm_jax.method.scorers.base import (
     Draft,
     QueryCopies,

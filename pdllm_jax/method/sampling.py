@@ -1,0 +1,170 @@
+"""The sampling rule of a denoising step: what masked slots predict, and which of them are unmasked.
+
+A confidence rule ranks the predictions: a function (logits [T, V] float32, predicted tokens [T],
+PRNG key) -> log confidence [T], finite. An unmasking rule takes slots: a function (log confidence
+[G], -inf where a slot is not a candidate; evaluations made in the block, int32) -> bool [G]. Both
+are static under jit, so they must be hashable. Sources: LLaDA (arXiv 2502.09992: low-confidence and
+random remasking, schedule), Dream (arXiv 2508.15487: margin, entropy), Fast-dLLM (arXiv 2505.22618:
+threshold, factor).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.common import row_sum
+
+Confidence = Callable[[Array, Array, Array], Array]
+Unmask = Callable[[Array, Array], Array]
+
+_LEAST = -1e30  # finite: -inf means that a slot is not a candidate
+
+
+def predict(
+    logits: Float[Array, "T V"], confidence: Confidence, temperature: float, key: Array
+) -> tuple[Int[Array, "T"], Float[Array, "T"]]:
+    """Returns the predicted token of each row and its log confidence, finite.
+
+    temperature: samples by the Gumbel trick; the confidence comes from the unscaled logits.
+    """
+    noise_key, order_key = jax.random.split(key)
+    scores = logits
+    if temperature > 0:
+        scores = logits + temperature * jax.random.gumbel(noise_key, logits.shape)
+    tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    return tokens, confidence(logits, tokens, order_key)
+
+
+def transfer(confidence: Float[Array, "G"], step: Int[Array, ""], rule: Unmask) -> Bool[Array, "G"]:
+    """Returns the slots to unmask: of the rule's, those that are candidates."""
+    return rule(confidence, step) & (confidence > -jnp.inf)
+
+
+def random_key(seed: int) -> Array:
+    """`jax.random.key`; ValueError unless the seed is a signed 64-bit integer."""
+    if not isinstance(seed, int | np.integer) or not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError(f"seed must be a signed 64-bit integer, got {seed!r:.40}")
+    return jax.random.key(seed)
+
+
+def log_probability(
+    logits: Float[Array, "*rows V"], tokens: Int[Array, "*rows"]
+) -> Float[Array, "*rows"]:
+    """log softmax(logits)[token], to full relative precision also where the probability is near 1.
+
+    -log(1 + sum of the other words' odds): log_softmax would round -1e-9 and -1e-12 to the same
+    zero, and so lose the order of confident slots.
+    """
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
+    odds = logits - chosen
+    others = jnp.where(jnp.arange(logits.shape[-1]) == tokens[..., None], -jnp.inf, odds)
+    top = jnp.maximum(others.max(axis=-1), 0.0)
+    # With top = 0 this is log1p of a sum of small terms; else the usual shifted form.
+    rest = row_sum(jnp.exp(others - top[..., None]))
+    return -jnp.where(top > 0, top + jnp.log(rest + jnp.exp(-top)), jnp.log1p(rest))
+
+
+@dataclasses.dataclass(frozen=True)
+class LowConfidence:
+    """The probability of the predicted token."""
+
+    name: ClassVar[str] = "low_confidence"
+
+    def __call__(self, logits: Array, tokens: Array, key: Array) -> Array:
+        return log_probability(logits, tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Margin:
+    """The lead of the likeliest token over the second, p1 - p2; about 0 where they tie."""
+
+    name: ClassVar[str] = "margin"
+
+    def __call__(self, logits: Array, tokens: Array, key: Array) -> Array:
+        (first, second), (best, _) = (jnp.moveaxis(x, -1, 0) for x in jax.lax.top_k(logits, 2))
+        lead = jnp.log(-jnp.expm1(second - first))
+        return jnp.maximum(log_probability(logits, best) + lead, _LEAST)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entropy:
+    """exp(-entropy) of the prediction, to full relative precision also near 1.
+
+    Its logarithm is log p1 - sum of p_i (l_1 - l_i), whose terms have one sign.
+    """
+
+    name: ClassVar[str] = "entropy"
+
+    def __call__(self, logits: Array, tokens: Array, key: Array) -> Array:
+        top = log_probability(logits, jnp.argmax(logits, axis=-1))
+        behind = logits.max(axis=-1, keepdims=True) - logits
+        terms = jnp.exp(top[..., None] - behind) * behind
+        return top - row_sum(jnp.where(behind < jnp.inf, terms, 0.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Random:
+    """A uniform random number."""
+
+    name: ClassVar[str] = "random"
+
+    def __call__(self, logits: Array, tokens: Array, key: Array) -> Array:
+        return jnp.log(jax.random.uniform(key, tokens.shape, minval=1e-9))
+
+
+CONFIDENCES: dict[str, Any] = {rule.name: rule for rule in (LowConfidence, Margin, Entropy, Random)}
+
+
+def _rank(confidence: Array) -> Int[Array, "G"]:
+    """Place of each slot by confidence, 0 the best; ties to the lower slot."""
+    return jnp.argsort(jnp.argsort(-confidence, stable=True), stable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Spreads a block's slots evenly over its steps, the remainder first."""
+
+    block_length: int
+    steps: int
+
+    def __call__(self, confidence: Array, step: Array) -> Array:
+        base, remainder = divmod(self.block_length, self.steps)
+        return _rank(confidence) < base + (step < remainder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Threshold:
+    """Takes every slot with at least this confidence, and always the best one."""
+
+    threshold: float
+
+    def __call__(self, confidence: Array, step: Array) -> Array:
+        sure = confidence >= jnp.log(jnp.float32(self.threshold))
+        return (_rank(confidence) == 0) | sure
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """Fast-dLLM's factor rule.
+
+    With confidences sorted downwards and bounds 1 - factor / (i + 2), i from 0, where the first
+    bound always holds: the count is the index of the first slot under its bound, or the last index
+    if every bound holds; one more where that is the first or the last index, as published.
+    """
+
+    factor: float
+
+    def __call__(self, confidence: Array, step: Array) -> Array:
+        n = (confidence > -jnp.inf).sum()
+        best = jnp.exp(jnp.sort(confidence)[::-1])
+        index = jnp.arange(confidence.shape[0])
+        below = (index > 0) & (index < n) & (best < 1 - self.factor / (index + 2))
+        first = jnp.where(below.any(), jnp.argmax(below), n - 1)
+        return _rank(confidence) < first + ((first == 0) | (first == n - 1))

@@ -347,17 +347,17 @@ def test_what_does_not_fit_is_named(model):
         generate_batch_ids(model, [good], seeds=[1, 2], **settings)
     oracle = dataclasses.replace(SELECT, scorer="oracle")
     named = {"selection": oracle, "chunking": CHUNKS}
-    with pytest.raises(ValueError, match="request 0: scorer 'oracle' needs the ids"):
+    with pytest.raises(ValueError, match="scorer 'oracle' needs the ids"):
         generate_batch_ids(model, [good], **named)
     with pytest.raises(ValueError, match="oracle has 2 entries for 1 requests"):
         generate_batch_ids(model, [good], oracle=[[0], [1]], **named)
     with pytest.raises(ValueError, match=r"request 1: oracle ids \[5\] are not all inside"):
         generate_batch_ids(model, [good, good], oracle=[[0], [5]], **named)
-    with pytest.raises(ValueError, match="request 0: oracle ids are for the scorer 'oracle'"):
+    with pytest.raises(ValueError, match="oracle ids are for the scorer 'oracle'"):
         generate_batch_ids(model, [good], oracle=[[0]], **settings)
     prompt = chunk_prompt(*good, CHUNKS)
     cache = encode_document(model, prompt)
-    with pytest.raises(ValueError, match="question 0: scorer 'oracle' needs the ids"):
+    with pytest.raises(ValueError, match="scorer 'oracle' needs the ids"):
         ask_ids(model, cache, [good[2]], selection=oracle)
     with pytest.raises(ValueError, match="oracle has 2 entries for 1 questions"):
         ask_ids(model, cache, [good[2]], selection=oracle, oracle=[[0], [1]])
@@ -365,7 +365,7 @@ def test_what_does_not_fit_is_named(model):
         ask_ids(model, cache, [good[2]] * 2, selection=oracle, oracle=[[0], [8]])
     with pytest.raises(ValueError, match="no questions"):
         ask_ids(model, cache, [])
-    with pytest.raises(ValueError, match="question 1 is empty"):
+    with pytest.raises(ValueError, match="question 1: question is empty"):
         ask_ids(model, cache, [good[2], []])
     with pytest.raises(ValueError, match="keep_pool"):
         ask_ids(model, prefill(model, prompt, SELECT)[0], [good[2]])

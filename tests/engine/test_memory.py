@@ -28,6 +28,7 @@ from pdllm_jax.deprecated import ask_ids, generate_batch_ids, generate_ids
 from pdllm_jax.engine import answer, engine, memory
 from pdllm_jax.engine import request as prefilled
 from pdllm_jax.engine.memory import require_memory
+from pdllm_jax.engine.programs import Shapes
 from pdllm_jax.method.chunking import chunk_prompt
 
 LLADA = ModelConfig.llada_8b()
@@ -277,8 +278,8 @@ def test_an_answer_that_does_not_fit_is_refused_before_anything_runs(model, monk
 
 
 def require(model, limit=None, document: int = 90, selection: SelectionConfig = SELECT) -> None:
-    prompt = chunk_prompt(*request_of(document), CHUNKS)
-    require_memory(model, prompt, selection, DECODE, implementation="xla", limit=limit)
+    shapes = Shapes.of(chunk_prompt(*request_of(document), CHUNKS))
+    require_memory(model, shapes, selection, DECODE, implementation="xla", limit=limit)
 
 
 def test_the_refusal_advises_the_smallest_changes_that_fit(model):

@@ -20,7 +20,6 @@ from pdllm_jax.engine.offload import (
     fetch,
     host_memory,
     offload,
-    offloaded_request,
     score_offloaded,
     select_offloaded,
 )
@@ -126,12 +125,9 @@ def test_only_the_chosen_chunks_come_over(document, cache, monkeypatch):
 @pytest.mark.parametrize("scorer", ["query", "random"])
 def test_scores_of_later_questions_are_those_on_the_device(model, document, cache, prompt, scorer):
     config = dataclasses.replace(SELECT, scorer=scorer)
-    request = offloaded_request(document, QUERY, config, seed=1)
-    want = score_chunks(
-        model, cache, prompt.query, config.scoring(),
-        query_length=prompt.query_length, key=request.scoring_keys(),
-    )  # fmt: skip
-    got = score_offloaded(model, document, request, group=3)
+    inputs = {"query_length": prompt.query_length, "key": jax.random.key(1)}
+    want = score_chunks(model, cache, prompt.query, config, **inputs)
+    got = score_offloaded(model, document, prompt.query, config, group=3, **inputs)
     np.testing.assert_allclose(got[0, :7], want[0, :7], atol=2e-4)
     assert np.isneginf(got[0, 7:]).all()
     assert got.shape == want.shape
@@ -156,7 +152,7 @@ def test_answers_are_those_of_the_device(model, document, cache, encoding):
 def test_what_can_not_be_streamed_is_refused(model, document, cache, prompt):
     for change, message in (
         ({"reselect": "block"}, "re-selection reads all"),
-        ({"scorer": "attention"}, "cannot be streamed"),
+        ({"scorer": "attention"}, "scorer 'attention' reads all"),
         ({"scorer": "oracle"}, "needs the ids"),
     ):
         selecting = dataclasses.replace(SELECT, **change)

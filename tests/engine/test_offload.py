@@ -12,7 +12,6 @@ import pytest
 
 from pdllm_jax import Engine
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
-from pdllm_jax.deprecated import ask_ids
 from pdllm_jax.engine import offload as module
 from pdllm_jax.engine.memory import MemoryLimitError
 from pdllm_jax.engine.offload import (
@@ -136,9 +135,10 @@ def test_scores_of_later_questions_are_those_on_the_device(model, document, cach
 @pytest.mark.parametrize("encoding", ["independent", "joint"])
 def test_answers_are_those_of_the_device(model, document, cache, encoding):
     selecting = dataclasses.replace(SELECT, encoding=encoding)
-    (want,) = ask_ids(model, cache, [QUERY], selection=selecting, decode=DECODE, seeds=[5])
+    engine = Engine(model, selection=selecting, decoding=DECODE)
+    (want,) = engine.ask(cache, [QUERY], seeds=[5])
     chosen = select_offloaded(model, document, QUERY, selecting, seed=5, group=4)
-    (got,) = Engine(model, decoding=DECODE).decode(chosen)
+    (got,) = engine.decode(chosen)
     assert got.tokens == want.tokens
     assert got.selection["chunks"] == want.selection["chunks"]
     np.testing.assert_allclose(got.selection["scores"], want.selection["scores"], atol=2e-4)

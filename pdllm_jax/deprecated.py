@@ -10,7 +10,7 @@ from typing import Any
 
 from pdllm_jax.config import SelectionConfig
 from pdllm_jax.engine.engine import Engine, Request
-from pdllm_jax.engine.request import prepare, select_chunks
+from pdllm_jax.engine.request import PreparedRequest, select_chunks
 
 _MOVED = {
     "LLaDA": "network.transformer.MaskPredictor",
@@ -71,7 +71,8 @@ def _generate_batch_ids(
 
 def _choose(model: Any, *prompt: Any, implementation: Any = None, **settings: Any) -> Any:
     """Use `Engine.prefill` with encode=False."""
-    return select_chunks(model, prepare(*prompt, **settings), implementation=implementation)
+    request = PreparedRequest(*prompt, **settings)
+    return select_chunks(model, request, implementation=implementation)
 
 
 _CALLS = {

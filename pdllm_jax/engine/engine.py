@@ -27,7 +27,6 @@ from pdllm_jax.engine.request import (
     StartedRequest,
     Timer,
     document_prompt,
-    prepare,
     question_prompt,
     request_keys,
     select_chunks,
@@ -193,14 +192,9 @@ class Engine:
         count, size = len(questions), batch_size(len(questions))
         given = list(zip(questions, [None] * count if oracle is None else oracle, strict=True))
         ids, named = zip(*map_named("question", read, given), strict=True)
-        request = prepare(
-            question_prompt(document, ids, size),
-            self.selection,
-            request_keys(seeds or [0] * count, size),
-            cache=document,
-            requests=count,
-            oracle=stack_ids(named, size),
-        )
+        prompt = question_prompt(document, ids, size)
+        keys, table = request_keys(seeds or [0] * count, size), stack_ids(named, size)
+        request = PreparedRequest(prompt, self.selection, keys, count, document, table)
         return self._run(request, on_block)
 
     def prefill(
@@ -308,7 +302,7 @@ class Engine:
         prompts, named = zip(*map_named("request", read, requests), strict=True)
         keys, oracle = request_keys([x.seed for x in requests], size), stack_ids(named, size)
         prompt = batch_prompts(prompts, size)
-        return prepare(prompt, self.selection, keys, requests=count, oracle=oracle)
+        return PreparedRequest(prompt, self.selection, keys, count, oracle=oracle)
 
     def _run(self, request: PreparedRequest, on_block: OnBlock | None) -> list[Answer]:
         timer = Timer()

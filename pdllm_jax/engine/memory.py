@@ -17,12 +17,11 @@ Not counted: the CUDA context, fragmentation, compiling.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -344,11 +343,7 @@ def require_memory(
     others = max(0, stats.get("bytes_in_use", 0) - plan.resident)
     if plan.peak + others <= limit:
         return
-    fitting = []
-    for changes in _changes(case):
-        key = lambda change: _plan(change[1]).peak + others <= limit  # noqa: E731
-        first = bisect.bisect_left(changes, True, key=key)
-        fitting += [words for words, _ in changes[first : first + 1]]
+    fitting = _advice(case, lambda changed: _plan(changed).peak + others <= limit)
     advice = f"fits with {', or '.join(fitting)}" if fitting else "no one setting makes it fit"
     if not shapes.chunks:
         advice = "a shorter prompt needs less, and so does method 'prefilling'"
@@ -363,9 +358,9 @@ def require_memory(
     )
 
 
-def _changes(case: _Case) -> Iterator[list[tuple[str, _Case]]]:
-    """Yields changes of one setting, in words; each needs at most the memory of the one before."""
-    shapes, selection = case.shapes, case.selection
+def _advice(case: _Case, fits: Callable[[_Case], bool]) -> list[str]:
+    """Returns for each setting the smallest change of it alone that fits, in words."""
+    shapes, selection, advice = case.shapes, case.selection, []
 
     def halves(n: int) -> list[int]:
         return [n >> i for i in range(1, n.bit_length())]
@@ -379,10 +374,12 @@ def _changes(case: _Case) -> Iterator[list[tuple[str, _Case]]]:
             options += [("top_k", halves(selection.top_k))]
         options += [("reselect", ["never"]), ("encoding", ["independent"]), ("encoding", ["joint"])]
     for name, values in options:
-        changed = [dataclasses.replace(selection, **{name: value}) for value in values]
-        words = [f"{name}={value!r}" for value in values]
-        cases = [dataclasses.replace(case, selection=x) for x in changed]
-        yield list(zip(words, cases, strict=True))
-    fewer = halves(shapes.requests)
-    cases = [dataclasses.replace(case, shapes=shapes._replace(requests=n)) for n in fewer]
-    yield [(f"{x.shapes.requests} requests at a time", x) for x in cases]
+        for value in values:
+            changed = dataclasses.replace(selection, **{name: value})
+            if fits(dataclasses.replace(case, selection=changed)):
+                advice.append(f"{name}={value!r}")
+                break
+    for n in halves(shapes.requests):
+        if fits(dataclasses.replace(case, shapes=shapes._replace(requests=n))):
+            return [*advice, f"{n} requests at a time"]
+    return advice

@@ -27,8 +27,8 @@ from pdllm_jax.config import SelectionConfig
 from pdllm_jax.engine.inputs import oracle_ids
 from pdllm_jax.engine.memory import MemoryLimitError
 from pdllm_jax.engine.request import (
+    PreparedRequest,
     SelectedRequest,
-    prepare,
     question_prompt,
     request_keys,
     select_chunks,
@@ -227,7 +227,7 @@ def select_offloaded(
     if ids.size == 0:
         raise ValueError("query is empty")
     cache, keys = document.cache, request_keys([seed], 1)
-    request = prepare(question_prompt(cache, [ids], 1), config, keys, cache=cache)
+    request = PreparedRequest(question_prompt(cache, [ids], 1), config, keys, cache=cache)
 
     def score(model: MaskPredictor, _: ChunkCache, *args: Any, **inputs: Any) -> Array:
         return score_offloaded(model, document, *args, group=group, **inputs)

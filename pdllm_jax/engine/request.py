@@ -1,8 +1,7 @@
 """The phases of a batch of requests before decoding, and what each phase hands to the next.
 
-    prepare          settings and chunk counts of the documents    -> PreparedRequest
-    select_chunks    draft, score, select                          -> SelectedRequest
-    start_decoding   place and encode the chosen chunks            -> StartedRequest
+    select_chunks    draft, score, select                   PreparedRequest -> SelectedRequest
+    start_decoding   place and encode the chosen chunks     SelectedRequest -> StartedRequest
 
 Every array has a batch axis B. Rows after the first `requests` are padding. SelectedRequest and
 StartedRequest are pytrees that another process can go on from (`storage.snapshot`).
@@ -12,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -69,24 +69,34 @@ class Timer:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedRequest:
-    """A batch of B requests before any computation (`prepare`).
+    """A batch of B requests before any computation.
 
     prompt: [B]; with a `cache` its chunks are not read.
-    config: the settings for these documents: K is at most their number of chunks.
-    keys: PRNG keys [B], from which all randomness follows.
-    counts: chunks of each document, [B].
+    settings: of the selection, for any documents.
+    keys: PRNG keys [B], from which all randomness follows (`request_keys`).
     requests: rows that were asked for; the rest of the batch is padding.
     cache: documents encoded before, with the KV of every chunk.
     oracle: ids of the chunks to keep, [B, M], EMPTY_SLOT behind them, for the scorer "oracle".
     """
 
     prompt: ChunkedPrompt
-    config: SelectionConfig
+    settings: SelectionConfig
     keys: Array
-    counts: np.ndarray
-    requests: int
+    requests: int = 1
     cache: ChunkCache | None = None
     oracle: np.ndarray | None = None
+
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        """Chunks of each document, [B]."""
+        lengths = self.prompt.chunk_lengths if self.cache is None else self.cache.lengths
+        counts = np.count_nonzero(np.asarray(lengths), axis=-1)
+        return np.broadcast_to(counts, (self.prompt.query.shape[0],))
+
+    @functools.cached_property
+    def config(self) -> SelectionConfig:
+        """The settings for these documents: K is at most their number of chunks."""
+        return self.settings.for_document(int(self.counts.max()), named=self.oracle is not None)
 
 
 @jax.tree_util.register_dataclass
@@ -140,27 +150,6 @@ class StartedRequest:
             pool = self.cache.pool
         assert pool is not None
         return pool
-
-
-def prepare(
-    prompt: ChunkedPrompt,
-    config: SelectionConfig,
-    keys: Array,
-    *,
-    cache: ChunkCache | None = None,
-    requests: int | None = None,
-    oracle: np.ndarray | None = None,
-) -> PreparedRequest:
-    """Derives the settings and chunk counts of a batch, once for all phases.
-
-    Args: see `PreparedRequest`. config: for any documents. requests: B by default.
-    """
-    batch = prompt.query.shape[0]
-    lengths = np.asarray(prompt.chunk_lengths if cache is None else cache.lengths)
-    counts = np.broadcast_to(np.count_nonzero(lengths, axis=-1), (batch,))
-    config = config.for_document(int(counts.max()), named=oracle is not None)
-    requests = batch if requests is None else requests
-    return PreparedRequest(prompt, config, keys, counts, requests, cache, oracle)
 
 
 def select_chunks(

@@ -89,6 +89,8 @@ def test_ragged_requests_are_answered_as_if_each_were_alone(model, encoding):
         {"scorer": "random", "encoding": "independent", "keep_tokens": 8},
         pytest.param({"reselect": "step"}, marks=pytest.mark.slow),
         {"encoding": "independent", "reselect": "block"},
+        {"scorer": "all"},  # identity 1: for one request in tests/method/test_prefill.py
+        {"encoding": "independent", "top_k": 11, "keep_tokens": 12},  # identity 6
     ],
     ids=lambda change: "+".join(f"{k}={v}" for k, v in change.items()),
 )
@@ -129,13 +131,10 @@ def test_padding_and_buckets_change_no_bit(model):
         first = row * batch.chunks.shape[1]
         for i, length in enumerate(np.asarray(prompt.chunk_lengths[0, :n])):
             for mine, theirs in ((cache.pool.k, got.pool.k), (cache.pool.v, got.pool.v)):
-                np.testing.assert_array_equal(
-                    mine[:, i, :, :length], theirs[:, first + i, :, :length]
-                )
-        draft = draft_response(model, batch, selecting)
-        np.testing.assert_array_equal(
-            draft.tokens[row], draft_response(model, prompt, selecting).tokens[0]
-        )
+                padded = theirs[:, first + i, :, :length]
+                np.testing.assert_array_equal(mine[:, i, :, :length], padded)
+        alone, draft = (draft_response(model, x, selecting).tokens for x in (prompt, batch))
+        np.testing.assert_array_equal(draft[row], alone[0])
 
 
 def test_documents_of_a_batch_can_be_asked_again(model):
@@ -356,21 +355,6 @@ def test_a_step_by_hand_serves_a_batch(model):
     )
 
 
-def test_all_chunks_jointly_without_anchors_is_the_dual_cache_in_a_batch_too(model):
-    """Identity 1: ragged prompts of several chunks each, against Fast-dLLM's dual cache on each."""
-    decode = DecodeConfig(gen_length=8, block_length=8)
-    requests = [request_of(5, 48, 7), request_of(9, 24, 40, 1), request_of(3, 84, 20, 2)]
-    joint = engine_of(
-        model,
-        chunking=ChunkConfig(12, anchors=False),
-        selection=dataclasses.replace(SELECT, scorer="all"),
-        decoding=decode,
-    )
-    dual = engine_of(model, method="dual-cache", decoding=decode)
-    for request, result in zip(requests, joint.answer_batch(requests), strict=True):
-        assert result.tokens == answer(dual, request).tokens
-
-
 @pytest.mark.parametrize("recompute", ["response", "suffix", "block"])
 def test_the_baselines_in_a_ragged_batch(model, recompute):
     """Identity 2 and its cached kin: LLaDA's generation of prompts of different lengths at once."""
@@ -380,10 +364,8 @@ def test_the_baselines_in_a_ragged_batch(model, recompute):
     for row, prompt in zip(rows, prompts, strict=True):
         row[: len(prompt)] = prompt
     key = jax.random.key(0)
-    state = init_denoise(
-        model, None, None, jnp.asarray(rows), config, jnp.stack([key] * 3),
-        query_length=jnp.array([len(prompt) for prompt in prompts]),
-    )  # fmt: skip
+    keys, lengths = jnp.stack([key] * 3), jnp.array([len(prompt) for prompt in prompts])
+    state = init_denoise(model, None, None, jnp.asarray(rows), config, keys, query_length=lengths)
     together = denoise(model, None, state, config=config)
     for row, prompt in zip(together.tokens, prompts, strict=True):
         alone = init_denoise(model, None, None, jnp.asarray(prompt)[None], config, key[None])
@@ -400,20 +382,6 @@ def test_leave_one_out_in_a_batch(model):
         slots = int(prompt.query_length[0]) + SELECT.scorer.draft_steps
         alone = prefill(model, prompt, dataclasses.replace(SELECT, masked_copies=slots))[1][0]
         np.testing.assert_allclose(row[:n], alone[:n], rtol=1e-5)
-
-
-def test_no_ops_in_a_batch(model):
-    """Identity 6: K = N for the longest document, and all of a chunk's tokens kept."""
-    changes = (
-        {"scorer": "all"},
-        {"top_k": 11},
-        {"top_k": 99},
-        {"top_k": 11, "keep_tokens": CHUNKS.chunk_size},
-    )
-    settings = [dataclasses.replace(SELECT, encoding="independent", **x) for x in changes]
-    whole = [engine_of(model, selection=x).answer_batch(RAGGED[:3]) for x in settings]
-    for other in whole[1:]:
-        assert [result.tokens for result in other] == [result.tokens for result in whole[0]]
 
 
 def test_streaming_each_document_keeps_what_the_batch_keeps(model):

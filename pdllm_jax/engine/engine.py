@@ -60,6 +60,10 @@ class Engine:
     argument and its value, or MemoryLimitError (a ValueError) where the plan (`plan_memory`) needs
     more device memory than there is.
 
+    `on_block` of its methods is called with (request, block, its tokens) when a block is finished;
+    the blocks after the end of a text are left out. A slot that holds the mask token (the model
+    predicted it) may be filled with a later block.
+
     Args:
       model: from `load_model`.
       tokenizer: of text; None where requests are token ids.
@@ -85,7 +89,7 @@ class Engine:
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:
-        _ = self._decoding  # checks method and guidance
+        self._method.decode_config(self.decoding)  # checks method and guidance
         check_bos_id(self.bos_id, self.model.config.vocab_size)
 
     def answer(
@@ -103,9 +107,7 @@ class Engine:
         Args:
           context, question, prefix, oracle, seed: the fields of `Request`. A baseline's prompt is
             prefix, context and question one after the other; on ids any of them may be empty.
-          on_block: called with (0, block, its tokens) when a block is finished; the blocks after
-            the end of a text are left out. A slot that holds the mask token (the model predicted
-            it) may be filled with a later block.
+          on_block: see `Engine`.
         """
         request = Request(context, question, prefix, oracle, seed)
         return self.answer_batch([request], on_block=on_block)[0]
@@ -119,8 +121,7 @@ class Engine:
         power of two. Baselines are answered one after another.
 
         Args:
-          requests: requests, or tuples of their first fields.
-          on_block: called with (request, block, its tokens).
+          requests: requests, or tuples of their first fields. on_block: see `Engine`.
 
         Raises:
           ValueError: also where there are no requests; of several, the message has the request's
@@ -129,7 +130,7 @@ class Engine:
         if not requests:
             raise ValueError("no requests")
         given = [Request(*request) for request in requests]
-        if self._uses_chunks:
+        if self._method.uses_chunks:
             return self._run(self._prepare(given), on_block)
         prompts = map_named("request", self._baseline_prompt, given)
         return [
@@ -171,11 +172,11 @@ class Engine:
           questions: text or token ids.
           oracle: for each question the ids of the chunks to keep, for the scorer "oracle" alone.
           seeds: of each question, 0 by default.
-          on_block: called with (question, block, its tokens).
+          on_block: see `Engine`; its request is the number of the question.
         """
         if not questions:
             raise ValueError("no questions")
-        if not self._uses_chunks:
+        if not self._method.uses_chunks:
             raise ValueError(f"a document is asked with method 'prefilling', not {self.method!r}")
         check_scorable(document)
         if document.documents > 1:
@@ -216,7 +217,7 @@ class Engine:
         Returns:
           A started request, or with encode=False a selected one.
         """
-        if not self._uses_chunks:
+        if not self._method.uses_chunks:
             raise ValueError(f"method {self.method!r} has nothing to prefill")
         request = self._prepare([Request(context, question, prefix, oracle, seed)])
         selected = self._select(request, Timer())
@@ -231,7 +232,7 @@ class Engine:
 
         Args:
           request: its own settings apply; the engine's `decoding` where it has none.
-          on_block: called with (request, block, its tokens).
+          on_block: see `Engine`.
 
         Returns:
           An answer to each of the requests.
@@ -242,12 +243,8 @@ class Engine:
         return self._decode(request, timer, on_block)
 
     @property
-    def _uses_chunks(self) -> bool:
-        return cache_method(self.method).uses_chunks
-
-    @property
-    def _decoding(self) -> DecodeConfig:
-        return cache_method(self.method).decode_config(self.decoding)
+    def _method(self) -> CacheMethod:
+        return cache_method(self.method)
 
     @property
     def _bos_id(self) -> int | None:
@@ -266,7 +263,7 @@ class Engine:
                 raise ValueError(f"{name} is empty")
             value = encode(self.tokenizer, value)
         ids = check_token_ids(name, value, self.model.config.vocab_size)
-        if ids.size == 0 and self._uses_chunks:
+        if ids.size == 0 and self._method.uses_chunks:
             raise ValueError(f"{name} is empty")
         return ids
 
@@ -350,13 +347,14 @@ class Engine:
         if prompt.size == 0:
             raise ValueError("prompt is empty: prefix, context and question have no tokens")
         shapes = Shapes(1, 0, bucket(prompt.size, 8), 0, 1)
-        require_memory(self.model, shapes, decode=self._decoding, limit=self.memory_limit)
+        decode = self._method.decode_config(self.decoding)
+        require_memory(self.model, shapes, decode=decode, limit=self.memory_limit)
         return prompt
 
     def _baseline(
         self, number: int, prompt: np.ndarray, seed: int, on_block: OnBlock | None
     ) -> Answer:
-        config, timer, numbered = self._decoding, Timer(), None
+        config, timer, numbered = self._method.decode_config(self.decoding), Timer(), None
         if on_block is not None:
             numbered = lambda _, block, tokens: on_block(number, block, tokens)  # noqa: E731
         with timer.phase("decode"):

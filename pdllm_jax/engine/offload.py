@@ -32,6 +32,7 @@ from pdllm_jax.engine.request import (
     question_prompt,
     request_keys,
     select_chunks,
+    with_pool,
 )
 from pdllm_jax.method.cache import ChunkCache, ChunkPool
 from pdllm_jax.method.chunking import ChunkedPrompt, TokenIds, check_token_ids
@@ -66,10 +67,7 @@ class OffloadedDocument:
 
 
 def host_memory(sharding: Sharding) -> Sharding:
-    """The same devices' host memory: pinned where there is such a thing.
-
-    Raises ValueError where the backend has no memory of the host's.
-    """
+    """The same devices' host memory, pinned where possible; ValueError where they have none."""
     devices: Any = sharding.device_set
     kinds = {memory.kind for device in devices for memory in device.addressable_memories()}
     for kind in ("pinned_host", "unpinned_host"):
@@ -166,14 +164,9 @@ def score_offloaded(
     group: int = 8,
     **inputs: Any,
 ) -> Float[Array, "1 N"]:
-    """Returns the scores of `score_chunks`, up to the order of sums.
+    """`score_chunks`, up to the order of sums, with `group` chunks on the device at a time.
 
-    Two groups of chunks lie on the device at once: one is scored while the next comes over. The
-    controls read no KV.
-
-    Args:
-      query_ids, config, inputs: as `score_chunks` takes them.
-      group: chunks of a group.
+    One group is scored while the next comes over. The controls read no KV.
     """
     cache, n = document.cache, len(document.k)
     if not config.scorer.needs_pool:
@@ -212,8 +205,8 @@ def select_offloaded(
     their own KV from the tokens.
 
     Args:
-      query_ids: token ids behind the document. config: settings of the selection.
-      seed: of the request. group: as in `score_offloaded`.
+      query_ids, seed: of the request. config: settings of the selection.
+      group: chunks that are scored at a time.
 
     Raises:
       ValueError: an empty question; ids outside the vocabulary; settings that need the KV of every
@@ -236,10 +229,8 @@ def select_offloaded(
     if not request.config.encoding.needs_pool:
         return selected
     chosen = np.asarray(selected.selection.chunk_ids)
-    cache = dataclasses.replace(cache, pool=fetch(document, chosen[0].tolist()), streamed=True)
     slots = jnp.asarray(np.where(chosen >= 0, np.arange(chosen.size), EMPTY_SLOT), jnp.int32)
-    selection = dataclasses.replace(selected.selection, slots=slots)
-    return dataclasses.replace(selected, cache=cache, selection=selection)
+    return with_pool(selected, fetch(document, chosen[0].tolist()), slots)
 
 
 def _device(mesh: Any) -> Sharding:

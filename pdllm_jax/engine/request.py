@@ -15,7 +15,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -250,18 +250,16 @@ def start_decoding(
     )
 
 
-AnyRequest = TypeVar("AnyRequest", bound=SelectedRequest | StartedRequest)
-
-
-def drop_other_chunks(request: AnyRequest) -> AnyRequest:
+def drop_other_chunks(
+    request: SelectedRequest | StartedRequest,
+) -> SelectedRequest | StartedRequest:
     """Returns the request without the KV of chunks that were not chosen; tokens stay the same.
 
     Returns the input unchanged if there is no such KV or if re-selection may read it.
     """
-    cache = request.cache
+    cache, selection = request.cache, request.selection
     if cache is None or cache.pool is None or request.config.reselects:
         return request
-    selection = request.selection
     if isinstance(request, StartedRequest):
         pool, places = _gathered(cache.pool, request.state.chunk_ids)
         state = dataclasses.replace(request.state, pool=pool, chunk_ids=places)
@@ -269,15 +267,17 @@ def drop_other_chunks(request: AnyRequest) -> AnyRequest:
         return dataclasses.replace(request, cache=None, state=state, selection=selection)
     if not request.config.encoding.needs_pool:
         return dataclasses.replace(request, cache=cache.without_pool())
-    ids = selection.slots
-    if ids is None:
-        ids = cache.places(selection.chunk_ids)
-    pool, places = _gathered(cache.pool, ids)
-    return dataclasses.replace(
-        request,
-        cache=dataclasses.replace(cache, pool=pool, streamed=True),
-        selection=dataclasses.replace(selection, slots=places),
-    )
+    ids = cache.places(selection.chunk_ids) if selection.slots is None else selection.slots
+    return with_pool(request, *_gathered(cache.pool, ids))
+
+
+def with_pool(
+    request: SelectedRequest, pool: ChunkPool, slots: Int[Array, "B K"]
+) -> SelectedRequest:
+    """Returns the request with the KV of its chosen chunks alone, which lie at these places."""
+    cache = dataclasses.replace(request.cache, pool=pool, streamed=True)
+    selection = dataclasses.replace(request.selection, slots=slots)
+    return dataclasses.replace(request, cache=cache, selection=selection)
 
 
 def _gathered(pool: ChunkPool, ids: Int[Array, "B K"]) -> tuple[ChunkPool, Int[Array, "B K"]]:

@@ -1,160 +1,105 @@
-"""Public names of version 0.1, as thin aliases of the new ones.
-
-`pdllm_jax.NAME` finds them through the package's `__getattr__`, with a DeprecationWarning.
-"""
+"""Public names of version 0.1 for those of today: `pdllm_jax.NAME` finds them, with a warning."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
-from pdllm_jax.engine import memory, request
-from pdllm_jax.engine.answer import Answer
+from pdllm_jax.config import SelectionConfig
 from pdllm_jax.engine.engine import Engine, Request
-from pdllm_jax.method import cache, prefill, scorers, scoring
-from pdllm_jax.network.transformer import MaskPredictor
-from pdllm_jax.storage import fingerprint, snapshot
-from pdllm_jax.tokenizer import TokenizerError
+from pdllm_jax.engine.request import PreparedRequest, select_chunks
 
-
-def engine_of(model: MaskPredictor, tokenizer: Any = None, **settings: Any) -> Engine:
-    """Returns an engine from settings under their old names."""
-    decode = settings.pop("decode", None)
-    if decode is not None:
-        settings["decoding"] = decode
-    return Engine(model, tokenizer, **settings)
-
-
-def _split(settings: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Takes the arguments of a single call out of the settings."""
-    return {name: settings.pop(name) for name in names if name in settings}
-
-
-def generate(
-    model: MaskPredictor, tokenizer: Any, *, context: str, question: str, **settings: Any
-) -> Answer:
-    """Use `Engine.answer`."""
-    call = _split(settings, "oracle", "seed", "on_block")
-    return engine_of(model, tokenizer, **settings).answer(context, question, **call)
-
-
-def generate_ids(
-    model: MaskPredictor, prefix_ids: Any, context_ids: Any, query_ids: Any, **settings: Any
-) -> Answer:
-    """Use `Engine.answer`."""
-    call = _split(settings, "oracle", "seed", "on_block")
-    return engine_of(model, **settings).answer(context_ids, query_ids, prefix=prefix_ids, **call)
-
-
-def generate_batch_ids(
-    model: MaskPredictor, requests: Sequence[Any], **settings: Any
-) -> list[Answer]:
-    """Use `Engine.answer_batch`. requests: tuples (prefix, context, query) of ids."""
-    on_block = settings.pop("on_block", None)
-    given = _split(settings, "oracle", "seeds")
-    for name, values in given.items():
-        if values is not None and len(values) != len(requests):
-            raise ValueError(f"{name} has {len(values)} entries for {len(requests)} requests")
-    oracle, seeds = (
-        given.get(name) or [default] * len(requests)
-        for name, default in (("oracle", None), ("seeds", 0))
-    )
-    if any(isinstance(one, Request) for one in requests):
-        raise ValueError("requests must be tuples (prefix, context, query): Request has changed")
-    batch = [
-        Request(context, query, prefix, ids, seed)
-        for (prefix, context, query), ids, seed in zip(requests, oracle, seeds, strict=True)
-    ]
-    return engine_of(model, **settings).answer_batch(batch, on_block=on_block)
-
-
-def encode_text(
-    model: MaskPredictor, tokenizer: Any, context: str, *, encode_batch: int = 8, **settings: Any
-) -> cache.ChunkCache:
-    """Use `Engine.encode`."""
-    selection = dataclasses.replace(Engine.selection, encode_batch=encode_batch)
-    return engine_of(model, tokenizer, selection=selection, **settings).encode(context)
-
-
-def ask(
-    model: MaskPredictor, tokenizer: Any, document: Any, questions: Sequence[Any], **settings: Any
-) -> list[Answer]:
-    """Use `Engine.ask`."""
-    call = _split(settings, "oracle", "seeds", "on_block")
-    return engine_of(model, tokenizer, **settings).ask(document, questions, **call)
-
-
-def ask_ids(
-    model: MaskPredictor, document: Any, queries: Sequence[Any], **settings: Any
-) -> list[Answer]:
-    """Use `Engine.ask`."""
-    return ask(model, None, document, queries, **settings)
-
-
-def prefill_request(
-    model: MaskPredictor, prefix_ids: Any, context_ids: Any, query_ids: Any, **settings: Any
-) -> request.StartedRequest | request.SelectedRequest:
-    """Use `Engine.prefill`."""
-    call = _split(settings, "oracle", "seed")
-    encode = settings.get("decode", True) is not None
-    return engine_of(model, **settings).prefill(
-        context_ids, query_ids, prefix=prefix_ids, encode=encode, **call
-    )
-
-
-def choose(
-    model: MaskPredictor, prompt: Any, selecting: Any, keys: Any, **settings: Any
-) -> request.SelectedRequest:
-    """Use `Engine.prefill` with encode=False."""
-    call = _split(settings, "implementation")
-    return request.select_chunks(
-        model, request.prepare(prompt, selecting, keys, **settings), **call
-    )
-
-
-def finish(model: MaskPredictor, prefilled: Any, **settings: Any) -> list[Answer]:
-    """Use `Engine.decode`."""
-    call = _split(settings, "on_block")
-    return Engine(model, **settings).decode(prefilled, **call)
-
-
-_NAMES: dict[str, Any] = {
-    "LLaDA": MaskPredictor,
-    "GenerationResult": Answer,
-    "Prefilled": request.StartedRequest,
-    "Plan": memory.Plan,
-    "ChunkPool": cache.ChunkPool,
-    "LiveCache": cache.LiveCache,
-    "Draft": scorers.Draft,
-    "draft_response": scoring.draft_response,
-    "prefill_top_k": prefill.prefill_top_k,
-    "ModelIdentity": fingerprint.ModelIdentity,
-    "model_identity": fingerprint.model_identity,
-    "TokenizerError": TokenizerError,
-    "begin": request.start_decoding,
-    "without_other_chunks": request.drop_other_chunks,
-    "save_prefilled": snapshot.save_request,
-    "load_prefilled": snapshot.load_request,
-    "generate": generate,
-    "generate_ids": generate_ids,
-    "generate_batch_ids": generate_batch_ids,
-    "encode_text": encode_text,
-    "ask": ask,
-    "ask_ids": ask_ids,
-    "choose": choose,
-    "prefill_request": prefill_request,
-    "finish": finish,
+_MOVED = {
+    "LLaDA": "network.transformer.MaskPredictor",
+    "GenerationResult": "engine.answer.Answer",
+    "Prefilled": "engine.request.StartedRequest",
+    "Plan": "engine.memory.Plan",
+    "ChunkPool": "method.cache.ChunkPool",
+    "LiveCache": "method.cache.LiveCache",
+    "Draft": "method.scorers.Draft",
+    "draft_response": "method.scoring.draft_response",
+    "prefill_top_k": "method.prefill.prefill_top_k",
+    "ModelIdentity": "storage.fingerprint.ModelIdentity",
+    "model_identity": "storage.fingerprint.model_identity",
+    "TokenizerError": "tokenizer.TokenizerError",
+    "begin": "engine.request.start_decoding",
+    "without_other_chunks": "engine.request.drop_other_chunks",
+    "save_prefilled": "storage.snapshot.save_request",
+    "load_prefilled": "storage.snapshot.load_request",
 }
+_ARGUMENTS = {
+    "prefix_ids": "prefix",
+    "context_ids": "context",
+    "query_ids": "question",
+    "queries": "questions",
+    "cache": "document",
+    "prefilled": "request",
+    "decode": "decoding",
+}
+
+
+def _method(method: str, *names: str) -> Callable[..., Any]:
+    """Returns an old function (model, *names, **settings) that calls a method of `Engine`."""
+
+    def call(model: Any, *args: Any, **settings: Any) -> Any:
+        settings |= dict(zip(names, args, strict=False))
+        given = {_ARGUMENTS.get(name, name): value for name, value in settings.items()}
+        if method == "prefill" and given.get("decoding", ...) is None:
+            given["encode"] = given.pop("decoding") is not None
+        if "encode_batch" in given:
+            given["selection"] = SelectionConfig(encode_batch=given.pop("encode_batch"))
+        fields = {field.name for field in dataclasses.fields(Engine)} & {*given}
+        engine = Engine(model, **{name: given.pop(name) for name in fields})
+        return getattr(engine, method)(**given)
+
+    call.__doc__ = f"Use `Engine.{method}`."
+    return call
+
+
+def _generate_batch_ids(
+    model: Any, requests: Any, *, oracle: Any = None, seeds: Any = None, **settings: Any
+) -> Any:
+    """Use `Engine.answer_batch`."""
+    count = len(requests)
+    rows = zip(requests, oracle or [None] * count, seeds or [0] * count, strict=True)
+    batch = [Request(text, query, prefix, *row) for (prefix, text, query), *row in rows]
+    return _method("answer_batch", "requests")(model, batch, **settings)
+
+
+def _choose(model: Any, *prompt: Any, implementation: Any = None, **settings: Any) -> Any:
+    """Use `Engine.prefill` with encode=False."""
+    request = PreparedRequest(*prompt, **settings)
+    return select_chunks(model, request, implementation=implementation)
+
+
+_CALLS = {
+    "generate": _method("answer", "tokenizer"),
+    "generate_ids": _method("answer", "prefix", "context", "question"),
+    "generate_batch_ids": _generate_batch_ids,
+    "encode_text": _method("encode", "tokenizer", "context"),
+    "ask": _method("ask", "tokenizer", "document", "questions"),
+    "ask_ids": _method("ask", "document", "questions"),
+    "choose": _choose,
+    "prefill_request": _method("prefill", "prefix", "context", "question"),
+    "finish": _method("decode", "request"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CALLS:
+        return _CALLS[name]
+    if name not in _MOVED:
+        raise AttributeError(f"module 'pdllm_jax' has no attribute {name!r}")
+    module, _, new = _MOVED[name].rpartition(".")
+    return getattr(importlib.import_module(f"pdllm_jax.{module}"), new)
 
 
 def lookup(name: str) -> Any:
     """Returns an old name's replacement, with a warning; AttributeError for an unknown name."""
-    if name not in _NAMES:
-        raise AttributeError(f"module 'pdllm_jax' has no attribute {name!r}")
-    new = _NAMES[name]
-    where = f"{new.__module__}.{new.__name__}"
-    hint = new.__doc__.splitlines()[0] if new.__module__ == __name__ else f"Use {where}."
+    new = __getattr__(name)
+    hint = f"Use pdllm_jax.{_MOVED[name]}." if name in _MOVED else new.__doc__
     warnings.warn(f"pdllm_jax.{name} is deprecated. {hint}", DeprecationWarning, stacklevel=3)
     return new

@@ -17,18 +17,17 @@ from pdllm_jax import (
     ChunkConfig,
     ConfigError,
     DecodeConfig,
+    Engine,
     MaskPredictor,
     SelectionConfig,
     SnapshotError,
     chunk_prompt,
     denoise,
     encode_document,
-    init_denoise,
     save_request,
     select_top_k,
 )
-from pdllm_jax.deprecated import generate_ids, prefill_request
-from tests.support.method import sharp_model
+from tests.support.method import first_state, sharp_model
 
 CHUNKS = ChunkConfig(16)
 RNG = np.random.default_rng(0)
@@ -42,39 +41,31 @@ def model() -> MaskPredictor:
     return sharp_model()
 
 
-def answer(model, decode=DECODE, chunks=(0, 4), **more):
-    return generate_ids(
-        model, PREFIX, DOCUMENT, QUERY, oracle=list(chunks),
-        chunking=CHUNKS, selection=SELECT, decode=decode, **more,
-    )  # fmt: skip
+def engine_of(model, decode=DECODE, **settings) -> Engine:
+    return Engine(model, chunking=CHUNKS, selection=SELECT, decoding=decode, **settings)
+
+
+def answer(model, decode=DECODE, query=QUERY, chunks=(0, 4), **settings):
+    engine = engine_of(model, decode, **settings)
+    return engine.answer(DOCUMENT, query, prefix=PREFIX, oracle=chunks)
 
 
 def test_a_scorer(model):
     """The chunk whose tokens the question shares is kept, as counted by hand."""
     prompt = chunk_prompt(PREFIX, DOCUMENT, DOCUMENT[33:40], CHUNKS)
     cache = encode_document(model, prompt)
-    there = np.arange(16) < np.asarray(cache.lengths)[..., None]
-    scores = jnp.where(
-        cache.lengths > 0,
-        (jnp.isin(cache.tokens, prompt.query[0, :7]) & there).sum(2) * 1.0,
-        -jnp.inf,
-    )
+    valid = np.arange(16) < np.asarray(cache.lengths)[..., None]
+    shared = (jnp.isin(cache.tokens, prompt.query[0, :7]) & valid).sum(2)
+    scores = jnp.where(cache.lengths > 0, shared * 1.0, -jnp.inf)
     selection = select_top_k(scores, 2)
     pieces = [set(DOCUMENT[i : i + 15].tolist()) for i in range(0, 90, 15)]
-    shared = [len(set(DOCUMENT[33:40].tolist()) & piece) for piece in pieces]
-    assert int(np.argmax(shared)) == 2
+    counted = [len(set(DOCUMENT[33:40].tolist()) & piece) for piece in pieces]
+    assert int(np.argmax(counted)) == 2
     kept = selection.chunk_ids[0].tolist()
     assert 2 in kept
-    state = init_denoise(
-        model, cache, selection, prompt.query, DECODE, jax.random.key(0),
-        query_length=prompt.query_length, settings=SELECT,
-    )  # fmt: skip
+    state = first_state(model, cache, selection, prompt, DECODE, settings=SELECT)
     tokens = denoise(model, cache, state, config=DECODE).tokens[0].tolist()
-    named = generate_ids(
-        model, PREFIX, DOCUMENT, DOCUMENT[33:40], oracle=kept,
-        chunking=CHUNKS, selection=SELECT, decode=DECODE,
-    )  # fmt: skip
-    assert named.tokens == tokens
+    assert answer(model, query=DOCUMENT[33:40], chunks=kept).tokens == tokens
 
 
 def probability(logits, tokens, key):
@@ -111,21 +102,12 @@ def test_a_sampling_rule(model):
 
 
 def test_a_snapshot_holds_no_code(model, tmp_path):
-    ready = prefill_request(
-        model,
-        PREFIX,
-        DOCUMENT,
-        QUERY,
-        oracle=[0, 4],
-        chunking=CHUNKS,
-        selection=SELECT,
-        decode=None,
-    )
+    engine = engine_of(model)
+    ready = engine.prefill(DOCUMENT, QUERY, prefix=PREFIX, oracle=[0, 4], encode=False)
     for decode in (DecodeConfig(unmask=best_then_all), DecodeConfig(remasking=probability)):
+        holding = dataclasses.replace(ready, decoding=decode)
         with pytest.raises(SnapshotError, match=r"decoding holds a custom function .* no code$"):
-            save_request(
-                tmp_path / "s", model, dataclasses.replace(ready, decoding=decode), chunking=CHUNKS
-            )
+            save_request(tmp_path / "s", model, holding, chunking=CHUNKS)
     assert not (tmp_path / "s").exists()
 
 

@@ -22,6 +22,11 @@ from tests.conftest import ROOT
 sys.path.insert(0, str(ROOT / "scripts"))
 
 
+def python(code: str, **settings) -> subprocess.CompletedProcess:
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | settings
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=240, **settings)
+
+
 def test_importing_touches_no_device_and_little_else():
     """JAX and Flax take nearly all of the import's time; of others only what is quick comes in."""
     code = (
@@ -31,7 +36,7 @@ def test_importing_touches_no_device_and_little_else():
         "new = {name.partition('.')[0] for name in sys.modules.keys() - before};"
         "assert not new - ours - sys.stdlib_module_names, new"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    python(code).check_returncode()
 
 
 def test_how_command_lines_end(capsys):
@@ -70,15 +75,11 @@ leave(status(lambda: print("\u00e9 " * 10)))
 
 @pytest.mark.parametrize("place", ["/dev/full", "a reader that has gone"])
 def test_output_that_nobody_takes_is_one_line(place):
-    command = [sys.executable, "-c", SAYS]
-    if place == "/dev/full":
-        with open(place, "w") as out:
-            done = subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.PIPE, text=True)
-    else:
-        reader, writer = os.pipe()
+    if place != "/dev/full":
+        reader, place = os.pipe()
         os.close(reader)
-        with os.fdopen(writer, "w") as out:
-            done = subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.PIPE, text=True)
+    with open(place, "w") as out:
+        done = python(SAYS, stdout=out)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: [Errno ")
     assert done.stderr.count("\n") == 1
@@ -101,17 +102,12 @@ leave(status(work))
 
 
 def test_an_interrupt_ends_a_computation_that_does_not():
-    done = subprocess.run(
-        [sys.executable, "-c", ENDLESS], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    done = python(ENDLESS)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 def test_output_that_an_encoding_lacks_is_spelled_out():
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(
-        [sys.executable, "-c", SAYS], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    done = python(SAYS, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout) == (0, "\\xe9 " * 10 + "\n")
 
 
@@ -128,23 +124,7 @@ def test_every_public_name_says_what_it_is(module):
         assert not written.startswith(f"{name}("), name
 
 
-SCRIPTS = (
-    "ablate",
-    "benchmark",
-    "convert_checkpoint",
-    "decode",
-    "drift",
-    "evaluate",
-    "generate",
-    "kills",
-    "make_small",
-    "prefill",
-    "quickstart",
-    "train_small",
-)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
 def test_command_lines(script, capsys):
     """--help has an example and the exit status; a wrong flag is one line and status 2."""
     main = importlib.import_module(script).main
@@ -188,7 +168,7 @@ def test_the_wheel_holds_the_three_packages(tmp_path):
 
 def test_there_are_at_most_40_public_names_and_old_ones_are_found_with_a_warning():
     assert len(pdllm_jax.__all__) <= 40
-    for name in deprecated._NAMES:
+    for name in (*deprecated._MOVED, *deprecated._CALLS):
         assert name not in pdllm_jax.__all__
         with pytest.warns(DeprecationWarning, match=f"pdllm_jax.{name} is deprecated. Use "):
             assert getattr(pdllm_jax, name).__doc__

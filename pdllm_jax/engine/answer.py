@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from pallas_kernels import Implementation, implementation_name, resolve_matmul
 from pallas_kernels.chunk_attention.dense import dense_implementation
-from pdllm_jax.config import DecodeConfig, SelectionConfig
+from pdllm_jax.config import DecodeConfig
 from pdllm_jax.engine.request import StartedRequest, Timer
 from pdllm_jax.method.cache import ChunkCache, DenoiseState
 from pdllm_jax.method.denoise import denoise
@@ -67,27 +67,17 @@ def decode_request(
       An answer without text to each of the requests.
     """
     config, decoding = request.config, request.decoding
-    reselecting = config.reselects
+    settings: dict[str, Any] = {"config": decoding, "implementation": implementation}
+    if config.reselects:
+        settings["settings"] = config
     with timer.phase("decode"):
-        state = denoise_blocks(
-            model,
-            request.cache,
-            request.state,
-            decoding,
-            implementation=implementation,
-            settings=config if reselecting else None,
-            on_block=on_block,
-        )
+        state = denoise_blocks(model, request.cache, request.state, on_block, **settings)
     rows = state.tokens.shape[0]
     if model.mesh is not None and rows_axis(model.mesh, rows):
         rows //= model.mesh.shape[DATA]
-    paths = used_paths(
-        model,
-        rows * decoding.block_length,
-        chunk_attention=implementation_name(implementation),
-        encoding=config.encoding.name,
-        scorer=config.scorer.name,
-    )
+    chosen = {"encoding": config.encoding.name, "scorer": config.scorer.name}
+    path = implementation_name(implementation)
+    paths = used_paths(model, rows * decoding.block_length, chunk_attention=path, **chosen)
     counts = np.asarray(request.counts)
     scores = None if request.scores is None else np.asarray(request.scores)
     first, last = np.asarray(request.selection.chunk_ids), np.asarray(state.selected)
@@ -97,7 +87,7 @@ def decode_request(
             "chunks": first[b][first[b] != EMPTY_SLOT].tolist(),
             "scores": None if scores is None else scores[b, : counts[b]].tolist(),
         }
-        if reselecting:
+        if config.reselects:
             selection["rescored"] = int(state.rescored[b])
             selection["chunks_at_end"] = last[b][last[b] != EMPTY_SLOT].tolist()
         answers.append(read_answer(state, b, selection, timer, paths))
@@ -105,11 +95,7 @@ def decode_request(
 
 
 def read_answer(
-    state: DenoiseState,
-    row: int,
-    selection: dict[str, Any] | None,
-    timer: Timer,
-    paths: dict[str, str],
+    state: DenoiseState, row: int, selection: Any, timer: Timer, paths: dict[str, str]
 ) -> Answer:
     """The answer, without text, in a row of a state."""
     phases = ("draft", "score", "encode", "decode", "compile")
@@ -128,22 +114,20 @@ def denoise_blocks(
     model: MaskPredictor,
     cache: ChunkCache | None,
     state: DenoiseState,
-    config: DecodeConfig,
-    *,
-    implementation: Implementation | None = None,
-    settings: SelectionConfig | None = None,
-    on_block: OnBlock | None = None,
+    on_block: OnBlock | None,
+    **settings: Any,
 ) -> DenoiseState:
     """Runs `denoise` and waits for it; with `on_block`, hands out every finished block.
 
-    A block is fetched while the next one is computed.
+    A block is fetched while the next one is computed. A request has ended where its `state.block`
+    says that it is done and only EOS follows one of its `stop_ids`.
 
-    A request has ended where its `state.block` says that it is done and only EOS follows one of its
-    `stop_ids`.
+    Args:
+      settings: of `denoise`.
     """
-    options = {"config": config, "implementation": implementation, "settings": settings}
     if on_block is None:
-        return jax.block_until_ready(denoise(model, cache, state, **options))
+        return jax.block_until_ready(denoise(model, cache, state, **settings))
+    config: DecodeConfig = settings["config"]
     length, sent = config.block_length, np.asarray(state.block).tolist()
     pending: list[tuple[Array, Array]] = []
 
@@ -159,7 +143,7 @@ def denoise_blocks(
                     break
 
     for block in range(config.n_blocks):
-        state = denoise(model, cache, state, until=jnp.int32(block + 1), **options)
+        state = denoise(model, cache, state, until=jnp.int32(block + 1), **settings)
         # Copies: the state's buffers are donated to the next call.
         pending.append((jnp.copy(state.tokens), jnp.copy(state.block)))
         if len(pending) > 1:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from pallas_kernels import Implementation, require_device, resolve_implementation
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
@@ -19,15 +18,15 @@ from pdllm_jax.engine.answer import (
     read_answer,
     used_paths,
 )
-from pdllm_jax.engine.inputs import Request, Text, naming, oracle_ids, stack_ids
-from pdllm_jax.engine.memory import require_baseline_memory, require_document_memory, require_memory
+from pdllm_jax.engine.inputs import Request, Text, map_named, oracle_ids, stack_ids
+from pdllm_jax.engine.memory import require_document_memory, require_memory
+from pdllm_jax.engine.programs import Shapes
 from pdllm_jax.engine.request import (
     PreparedRequest,
     SelectedRequest,
     StartedRequest,
     Timer,
     document_prompt,
-    prepare,
     question_prompt,
     request_keys,
     select_chunks,
@@ -36,6 +35,7 @@ from pdllm_jax.engine.request import (
 from pdllm_jax.method.cache import ChunkCache
 from pdllm_jax.method.cache_methods import CacheMethod, Method, cache_method
 from pdllm_jax.method.chunking import (
+    ChunkedPrompt,
     TokenIds,
     batch_prompts,
     batch_size,
@@ -59,6 +59,10 @@ class Engine:
     All methods check their arguments before any computation and raise ValueError, which names the
     argument and its value, or MemoryLimitError (a ValueError) where the plan (`plan_memory`) needs
     more device memory than there is.
+
+    `on_block` of its methods is called with (request, block, its tokens) when a block is finished;
+    the blocks after the end of a text are left out. A slot that holds the mask token (the model
+    predicted it) may be filled with a later block.
 
     Args:
       model: from `load_model`.
@@ -85,7 +89,7 @@ class Engine:
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:
-        cache_method(self.method).decode_config(self.decoding)
+        self._method.decode_config(self.decoding)  # checks method and guidance
         check_bos_id(self.bos_id, self.model.config.vocab_size)
 
     def answer(
@@ -103,11 +107,10 @@ class Engine:
         Args:
           context, question, prefix, oracle, seed: the fields of `Request`. A baseline's prompt is
             prefix, context and question one after the other; on ids any of them may be empty.
-          on_block: called with (0, block, its tokens) when a block is finished; the blocks after
-            the end of a text are left out. A slot that holds the mask token (the model predicted
-            it) may be filled with a later block.
+          on_block: see `Engine`.
         """
-        return self._answer([Request(context, question, prefix, oracle, seed)], [""], on_block)[0]
+        request = Request(context, question, prefix, oracle, seed)
+        return self.answer_batch([request], on_block=on_block)[0]
 
     def answer_batch(
         self, requests: Sequence[Request | tuple[Text, Text]], *, on_block: OnBlock | None = None
@@ -118,16 +121,22 @@ class Engine:
         power of two. Baselines are answered one after another.
 
         Args:
-          requests: requests, or tuples of their first fields.
-          on_block: called with (request, block, its tokens).
+          requests: requests, or tuples of their first fields. on_block: see `Engine`.
 
         Raises:
-          ValueError: also where there are no requests; the message has the request's number.
+          ValueError: also where there are no requests; of several, the message has the request's
+            number.
         """
         if not requests:
             raise ValueError("no requests")
-        names = [f"request {i}: " for i in range(len(requests))]
-        return self._answer([Request(*request) for request in requests], names, on_block)
+        given = [Request(*request) for request in requests]
+        if self._method.uses_chunks:
+            return self._run(self._prepare(given), on_block)
+        prompts = map_named("request", self._baseline_prompt, given)
+        return [
+            self._baseline(i, prompt, request.seed, on_block)
+            for i, (prompt, request) in enumerate(zip(prompts, given, strict=True))
+        ]
 
     def encode(self, context: Text, *, prefix: TokenIds | None = None) -> ChunkCache:
         """Encodes a document for `ask`, independently of any question.
@@ -163,11 +172,11 @@ class Engine:
           questions: text or token ids.
           oracle: for each question the ids of the chunks to keep, for the scorer "oracle" alone.
           seeds: of each question, 0 by default.
-          on_block: called with (question, block, its tokens).
+          on_block: see `Engine`; its request is the number of the question.
         """
         if not questions:
             raise ValueError("no questions")
-        if not self._uses_chunks:
+        if not self._method.uses_chunks:
             raise ValueError(f"a document is asked with method 'prefilling', not {self.method!r}")
         check_scorable(document)
         if document.documents > 1:
@@ -175,22 +184,18 @@ class Engine:
         for name, values in (("oracle", oracle), ("seeds", seeds)):
             if values is not None and len(values) != len(questions):
                 raise ValueError(f"{name} has {len(values)} entries for {len(questions)} questions")
-        ids = [self._ids(f"question {i}", q, Tokenizer.query) for i, q in enumerate(questions)]
         chunks = int(np.count_nonzero(np.asarray(document.lengths)))
-        named = []
-        for i in range(len(questions)):
-            with naming(f"question {i}: "):
-                chosen = None if oracle is None else oracle[i]
-                named.append(oracle_ids(chosen, self.selection, chunks))
-        size = batch_size(len(ids))
-        request = prepare(
-            question_prompt(document, ids, size),
-            self.selection,
-            request_keys(seeds or [0] * len(ids), size),
-            cache=document,
-            requests=len(ids),
-            oracle=stack_ids(named, size),
-        )
+
+        def read(item: tuple[Text, Sequence[int] | None]) -> tuple[np.ndarray, np.ndarray | None]:
+            ids = self._ids("question", item[0], Tokenizer.query)
+            return ids, oracle_ids(item[1], self.selection, chunks)
+
+        count, size = len(questions), batch_size(len(questions))
+        given = list(zip(questions, [None] * count if oracle is None else oracle, strict=True))
+        ids, named = zip(*map_named("question", read, given), strict=True)
+        prompt = question_prompt(document, ids, size)
+        keys, table = request_keys(seeds or [0] * count, size), stack_ids(named, size)
+        request = PreparedRequest(prompt, self.selection, keys, count, document, table)
         return self._run(request, on_block)
 
     def prefill(
@@ -212,16 +217,13 @@ class Engine:
         Returns:
           A started request, or with encode=False a selected one.
         """
-        if not self._uses_chunks:
+        if not self._method.uses_chunks:
             raise ValueError(f"method {self.method!r} has nothing to prefill")
-        request = self._prepare([Request(context, question, prefix, oracle, seed)], [""])
-        self._require_memory(request)
-        selected = select_chunks(self.model, request, implementation=self.implementation)
-        if not encode:
-            return dataclasses.replace(selected, decoding=self.decoding)
-        return start_decoding(
-            self.model, selected, self.decoding, implementation=self.implementation
-        )
+        request = self._prepare([Request(context, question, prefix, oracle, seed)])
+        selected = self._select(request, Timer())
+        if encode:
+            return self._start(selected, Timer())
+        return dataclasses.replace(selected, decoding=self.decoding)
 
     def decode(
         self, request: StartedRequest | SelectedRequest, *, on_block: OnBlock | None = None
@@ -230,23 +232,19 @@ class Engine:
 
         Args:
           request: its own settings apply; the engine's `decoding` where it has none.
-          on_block: called with (request, block, its tokens).
+          on_block: see `Engine`.
 
         Returns:
           An answer to each of the requests.
         """
         timer = Timer()
         if isinstance(request, SelectedRequest):
-            decoding = request.decoding or self.decoding
-            self._path(request.cache.tokens.shape[-1], request.config)
-            request = start_decoding(
-                self.model, request, decoding, implementation=self.implementation, timer=timer
-            )
+            request = self._start(request, timer)
         return self._decode(request, timer, on_block)
 
     @property
-    def _uses_chunks(self) -> bool:
-        return cache_method(self.method).uses_chunks
+    def _method(self) -> CacheMethod:
+        return cache_method(self.method)
 
     @property
     def _bos_id(self) -> int | None:
@@ -265,7 +263,7 @@ class Engine:
                 raise ValueError(f"{name} is empty")
             value = encode(self.tokenizer, value)
         ids = check_token_ids(name, value, self.model.config.vocab_size)
-        if ids.size == 0 and self._uses_chunks:
+        if ids.size == 0 and self._method.uses_chunks:
             raise ValueError(f"{name} is empty")
         return ids
 
@@ -289,71 +287,40 @@ class Engine:
         prefix, context = self._document_ids(request.context, request.prefix)
         return prefix, context, self._ids("question", request.question, Tokenizer.query)
 
-    def _prepare(self, requests: Sequence[Request], names: Sequence[str]) -> PreparedRequest:
-        size = batch_size(len(requests))
+    def _prepare(self, requests: Sequence[Request]) -> PreparedRequest:
+        count, size = len(requests), batch_size(len(requests))
         tight = self.selection.keeps_pool(documents=size)
-        prompts, named = [], []
-        for name, request in zip(names, requests, strict=True):
-            with naming(name):
-                parts = self.token_ids(request)
-                prompt = chunk_prompt(*parts, self.chunking, bos_id=self._bos_id, tight=tight)
-                prompts.append(prompt)
-                named.append(oracle_ids(request.oracle, self.selection, prompt.n_chunks))
-        return prepare(
-            batch_prompts(prompts, size),
-            self.selection,
-            request_keys([request.seed for request in requests], size),
-            requests=len(requests),
-            oracle=stack_ids(named, size),
-        )
 
-    def _answer(
-        self, requests: Sequence[Request], names: Sequence[str], on_block: OnBlock | None
-    ) -> list[Answer]:
-        if self._uses_chunks:
-            return self._run(self._prepare(requests, names), on_block)
-        prompts = []
-        for name, request in zip(names, requests, strict=True):
-            with naming(name):
-                if request.oracle is not None:
-                    raise ValueError(f"oracle is for method 'prefilling', not for {self.method!r}")
-                prompts.append(np.concatenate(self.token_ids(request)))
-                if prompts[-1].size == 0:
-                    raise ValueError("prompt is empty: prefix, context and question have no tokens")
-                self._require_baseline_memory(prompts[-1])
-        keys = [request_keys([request.seed], 1) for request in requests]
-        return [
-            self._baseline(i, prompt, key, on_block)
-            for i, (prompt, key) in enumerate(zip(prompts, keys, strict=True))
-        ]
+        def read(request: Request) -> tuple[ChunkedPrompt, np.ndarray | None]:
+            parts = self.token_ids(request)
+            prompt = chunk_prompt(*parts, self.chunking, bos_id=self._bos_id, tight=tight)
+            return prompt, oracle_ids(request.oracle, self.selection, prompt.n_chunks)
+
+        prompts, named = zip(*map_named("request", read, requests), strict=True)
+        keys, oracle = request_keys([x.seed for x in requests], size), stack_ids(named, size)
+        prompt = batch_prompts(prompts, size)
+        return PreparedRequest(prompt, self.selection, keys, count, oracle=oracle)
 
     def _run(self, request: PreparedRequest, on_block: OnBlock | None) -> list[Answer]:
-        self._require_memory(request)
         timer = Timer()
-        started = start_decoding(
-            self.model,
-            select_chunks(self.model, request, implementation=self.implementation, timer=timer),
-            self.decoding,
-            implementation=self.implementation,
-            timer=timer,
-        )
-        del request  # the document's KV may go
+        started = self._start(self._select(request, timer), timer)
         return self._decode(started, timer, on_block)
 
-    def _baseline(
-        self, number: int, prompt: np.ndarray, keys: Array, on_block: OnBlock | None
-    ) -> Answer:
-        config, timer = cache_method(self.method).decode_config(self.decoding), Timer()
-        numbered = None
-        if on_block is not None:
-            numbered = lambda _, block, tokens: on_block(number, block, tokens)  # noqa: E731
-        with timer.phase("decode"):
-            ids = jnp.asarray(pad_to(prompt, bucket(prompt.size, 8))[None])
-            length = jnp.asarray([prompt.size], jnp.int32)
-            state = init_denoise(self.model, None, None, ids, config, keys, query_length=length)
-            state = denoise_blocks(self.model, None, state, config, on_block=numbered)
-        paths = used_paths(self.model, config.block_length)
-        return self._with_text(read_answer(state, 0, None, timer, paths))
+    def _select(self, request: PreparedRequest, timer: Timer) -> SelectedRequest:
+        require_memory(
+            self.model,
+            Shapes.of(request.prompt, request.cache),
+            request.config,
+            self.decoding,
+            implementation=self._path(request.prompt.chunk_size, request.config),
+            limit=self.memory_limit,
+        )
+        return select_chunks(self.model, request, implementation=self.implementation, timer=timer)
+
+    def _start(self, request: SelectedRequest, timer: Timer) -> StartedRequest:
+        self._path(request.cache.tokens.shape[-1], request.config)
+        decoding, path = request.decoding or self.decoding, self.implementation
+        return start_decoding(self.model, request, decoding, implementation=path, timer=timer)
 
     def _decode(
         self, request: StartedRequest, timer: Timer, on_block: OnBlock | None
@@ -361,11 +328,6 @@ class Engine:
         path = self._path(request.pool.k.shape[3], request.config)
         answers = decode_request(self.model, request, path, timer, on_block)
         return [self._with_text(answer) for answer in answers]
-
-    def _with_text(self, answer: Answer) -> Answer:
-        if self.tokenizer is None:
-            return answer
-        return dataclasses.replace(answer, text=self.tokenizer.decode(answer.tokens))
 
     def _path(self, chunk_size: int, config: SelectionConfig) -> Implementation:
         """The implementation of the attention over chunks; ValueError if it does not run here."""
@@ -378,20 +340,32 @@ class Engine:
         require_device(path)
         return path
 
-    def _require_memory(self, request: PreparedRequest) -> None:
-        prompt = request.prompt
-        path = self._path(prompt.chunk_size, request.config)
-        require_memory(
-            self.model,
-            prompt,
-            request.config,
-            self.decoding,
-            cache=request.cache,
-            implementation=path,
-            limit=self.memory_limit,
-        )
+    def _baseline_prompt(self, request: Request) -> np.ndarray:
+        if request.oracle is not None:
+            raise ValueError(f"oracle is for method 'prefilling', not for {self.method!r}")
+        prompt = np.concatenate(self.token_ids(request))
+        if prompt.size == 0:
+            raise ValueError("prompt is empty: prefix, context and question have no tokens")
+        shapes = Shapes(1, 0, bucket(prompt.size, 8), 0, 1)
+        decode = self._method.decode_config(self.decoding)
+        require_memory(self.model, shapes, decode=decode, limit=self.memory_limit)
+        return prompt
 
-    def _require_baseline_memory(self, prompt: np.ndarray) -> None:
-        config = cache_method(self.method).decode_config(self.decoding)
-        rows = bucket(prompt.size, 8)
-        require_baseline_memory(self.model, rows, config, limit=self.memory_limit)
+    def _baseline(
+        self, number: int, prompt: np.ndarray, seed: int, on_block: OnBlock | None
+    ) -> Answer:
+        config, timer, numbered = self._method.decode_config(self.decoding), Timer(), None
+        if on_block is not None:
+            numbered = lambda _, block, tokens: on_block(number, block, tokens)  # noqa: E731
+        with timer.phase("decode"):
+            ids = jnp.asarray(pad_to(prompt, bucket(prompt.size, 8))[None])
+            length, keys = jnp.asarray([prompt.size], jnp.int32), request_keys([seed], 1)
+            state = init_denoise(self.model, None, None, ids, config, keys, query_length=length)
+            state = denoise_blocks(self.model, None, state, numbered, config=config)
+        paths = used_paths(self.model, config.block_length)
+        return self._with_text(read_answer(state, 0, None, timer, paths))
+
+    def _with_text(self, answer: Answer) -> Answer:
+        if self.tokenizer is None:
+            return answer
+        return dataclasses.replace(answer, text=self.tokenizer.decode(answer.tokens))

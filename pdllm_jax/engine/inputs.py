@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from pdllm_jax.method.scorers import OracleScorer
 from pdllm_jax.method.selection import EMPTY_SLOT
 
 Text = str | TokenIds
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class Request(NamedTuple):
@@ -32,13 +32,17 @@ class Request(NamedTuple):
     seed: int = 0
 
 
-@contextlib.contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Puts the request's name before the message of a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise (type(error)(f"{name}{error}") if name else error) from None
+def map_named(kind: str, read: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Returns `read` of each item; of several, a ValueError has the item's number."""
+    results = []
+    for i, item in enumerate(items):
+        try:
+            results.append(read(item))
+        except ValueError as error:
+            if len(items) == 1:
+                raise
+            raise type(error)(f"{kind} {i}: {error}") from None
+    return results
 
 
 def oracle_ids(

@@ -10,19 +10,18 @@ XLA's temporaries follow from one formula for every program, of the forward pass
   attention (M + 4 H D + 2 G D). Or the stream of the last layer with the float32 logits.
 - Of the portable attention, float32 scores and weights of one block of rows.
 - Of attention over chunks, the rotated query rows of each slot, and what its implementation copies.
-- KV that a program holds while it writes its results (`_Device.in_flight`).
+- KV that a program holds while it writes its results (`_Case.in_flight`).
 
 Not counted: the CUDA context, fragmentation, compiling.
 """
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -34,10 +33,17 @@ from jax.typing import DTypeLike
 from pallas_kernels import Implementation, implementation_name, resolve_implementation
 from pallas_kernels.chunk_attention import dense
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
-from pdllm_jax.engine.programs import Program, RecordedModel, Recorder, Shapes, programs, trace
-from pdllm_jax.method.cache import ChunkCache, live_rows
+from pdllm_jax.engine.programs import Program, RecordedModel, Recorder, Shapes, programs
+from pdllm_jax.method.cache import live_rows
 from pdllm_jax.method.cache_methods import Method, cache_method
-from pdllm_jax.method.chunking import ChunkedPrompt, bucket, count_chunks
+from pdllm_jax.method.chunking import (
+    ChunkedPrompt,
+    batch_size,
+    bucket,
+    bucket_chunks,
+    bucket_rows,
+    count_chunks,
+)
 from pdllm_jax.method.scorers import AllScorer, OracleScorer
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.sharding import DATA, TENSOR, mesh_sizes, shardings
@@ -46,8 +52,6 @@ from pdllm_jax.network.transformer import MaskPredictor
 _CUBLAS_WORKSPACE = 32 << 20  # of every cuBLAS call on Hopper (GemmConfig::kHopperWorkspace)
 # Arrays that each layer has: weights of its block, and K and V of pools, prefixes and live rows.
 _PER_LAYER = re.compile(r"\bblocks\.|(^|[._])[kv](\.0)?$")
-
-_Settings = tuple[Shapes, SelectionConfig, DecodeConfig]
 
 
 class MemoryLimitError(ValueError):
@@ -69,7 +73,7 @@ class Phase:
     @property
     def nbytes(self) -> int:
         """Bytes while the program runs: XLA allocates results and temporaries before it starts."""
-        return _total(self.held) + _total(self.made) + _total(self.scratch)
+        return sum(map(_total, (self.held, self.made, self.scratch)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,14 +116,17 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Device:
-    """One device of a mesh of (data, tensor) devices, the model on it, and its kernels."""
+class _Case:
+    """An answer, and one device of a mesh of `sizes` (data, tensor) devices that computes it."""
 
     config: ModelConfig
     dtype: jnp.dtype
     sizes: tuple[int, int]
     implementation: Implementation
     attention: dense.DenseImplementation
+    shapes: Shapes
+    selection: SelectionConfig
+    decode: DecodeConfig
 
     @functools.cached_property
     def gpu(self) -> bool:
@@ -144,37 +151,41 @@ class _Device:
             total += layers * math.prod(shape) * leaf.dtype.itemsize
         return total
 
-    def temporaries(
-        self, recorder: Recorder, chunk_size: int, live: int, passing: bool
-    ) -> dict[str, int]:
-        """Estimates activations. live: rows of live KV; passing: a program that encodes chunks."""
+    def temporaries(self, program: Program, recorder: Recorder) -> dict[str, int]:
+        """Estimates what XLA allocates for the program while it runs."""
         c, (data, tensor), item = self.config, self.sizes, self.dtype.itemsize
+        shapes, size = self.shapes, self.shapes.chunk_size
         heads, kv = c.n_heads // tensor, c.n_kv_heads // tensor * c.head_dim
         mlp = 2 * c.d_model + 2 * c.mlp_hidden_size // tensor
         attention = c.d_model + 4 * heads * c.head_dim + 2 * kv
+        live = live_rows(shapes.prefix + shapes.query + self.decode.gen_length)
         widest: dict[str, int] = {}
         for batch, rows, read in recorder.forwards:
             divided = data if batch % data == 0 else 1
             batch, read = batch // divided, read // divided
             layer = {"activations of a layer": batch * rows * max(mlp, attention) * item}
             if self.attention == "xla":
-                keys = batch * heads * (chunk_size if passing else max(rows, live))
+                seen = size if "KV of the document" in program.made else max(rows, live)
+                keys = batch * heads * seen
                 block = min(rows, max(16, dense.BLOCK_SCORES // keys))
                 layer["attention scores"] = 2 * 4 * block * keys
-            # A device computes its share of the logits and gathers the others.
-            logits = 4 * read * c.embedding_size // tensor * (tensor + 1 if tensor > 1 else 1)
             last = {"activations of the last layer": batch * rows * c.d_model * item}
-            last["logits"] = logits
+            # A device computes its share of the logits and gathers the others.
+            parts = tensor + 1 if tensor > 1 else 1
+            last["logits"] = 4 * read * c.embedding_size // tensor * parts
             widest = max(widest, layer, last, key=_total)
         over_chunks, path = 0, implementation_name(self.implementation)
         for batch, slots, rows in recorder.over_chunks:
             nbytes = batch * slots * rows * heads * c.head_dim * item
             if path not in ("mosaic_gpu", "interpret"):
                 copied = slots if path == "cudnn" else 1
-                nbytes += batch * chunk_size * (copied * 2 * kv * item + 2 * 4 * rows * heads)
+                nbytes += batch * size * (copied * 2 * kv * item + 2 * 4 * rows * heads)
             over_chunks = max(over_chunks, nbytes)
-        workspace = _CUBLAS_WORKSPACE if self.gpu else 0
-        return widest | {"attention over chunks": over_chunks, "cuBLAS workspace": workspace}
+        return widest | {
+            "attention over chunks": over_chunks,
+            "cuBLAS workspace": _CUBLAS_WORKSPACE if self.gpu else 0,
+            "KV in flight": self.in_flight(program, recorder),
+        }
 
     def in_flight(self, program: Program, recorder: Recorder) -> int:
         """Bytes of KV that a program holds beside its results while it writes them."""
@@ -194,7 +205,7 @@ class _Device:
         elif selection is not None and selection.keep_tokens is not None:
             # Tokens are kept of a pool of whole chunks.
             whole = {"settings": dataclasses.replace(selection, keep_tokens=None)}
-            state = trace(program.function, *program.args, **{**program.settings, **whole})
+            state = program.function.eval_shape(*program.args, **{**program.settings, **whole})
             nbytes += self.nbytes({"pool": state.pool})
         return nbytes
 
@@ -204,26 +215,20 @@ def _total(parts: Mapping[str, int]) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(
-    device: _Device, shapes: Shapes, selection: SelectionConfig, decode: DecodeConfig
-) -> Plan:
-    config = dataclasses.replace(device.config, n_layers=1)
-    model = nnx.eval_shape(lambda: RecordedModel(config, rngs=nnx.Rngs(0), dtype=device.dtype))
-    recorder = Recorder()
-    model.recorder, model.mesh = recorder, device.mesh
-    phases = [Phase("load", {"weights": device.nbytes(model)})]
-    live = live_rows(shapes.prefix + shapes.query + decode.gen_length)
-    for program in programs(model, shapes, selection, decode, recorder.chunk_attention):
-        held = {name: device.nbytes(tree) for name, tree in program.held.items()}
-        made = {name: device.nbytes(tree) for name, tree in program.made.items()}
-        passing = "KV of the document" in made
-        scratch = device.temporaries(recorder, shapes.chunk_size, live, passing)
-        scratch["KV in flight"] = device.in_flight(program, recorder)
-        phases.append(Phase(program.phase, held, made, scratch))
+def _plan(case: _Case) -> Plan:
+    config, recorder = dataclasses.replace(case.config, n_layers=1), Recorder()
+    model = nnx.eval_shape(lambda: RecordedModel(config, rngs=nnx.Rngs(0), dtype=case.dtype))
+    model.recorder, model.mesh = recorder, case.mesh
+    phases = [Phase("load", {"weights": case.nbytes(model)})]
+    settings = case.shapes, case.selection, case.decode
+    for program in programs(model, *settings, recorder.chunk_attention):
+        held = {name: case.nbytes(tree) for name, tree in program.held.items()}
+        made = {name: case.nbytes(tree) for name, tree in program.made.items()}
+        phases.append(Phase(program.phase, held, made, case.temporaries(program, recorder)))
         recorder.forwards.clear()
         recorder.over_chunks.clear()
-    document = phases[1].made["KV of the document"] if shapes.encoded else 0
-    return Plan(tuple(phases), phases[0].nbytes + document, shapes, selection, decode)
+    document = phases[1].made["KV of the document"] if case.shapes.encoded else 0
+    return Plan(tuple(phases), phases[0].nbytes + document, *settings)
 
 
 def plan_memory(
@@ -279,7 +284,8 @@ def plan_memory(
         requests, encoded = batch or questions or 1, questions is not None
         n = count_chunks(document, chunking)
         tight = encoded or selection.keeps_pool(documents=1 if encoded else requests)
-        shapes = Shapes.padded(requests, prefix, query, n, size, tight=tight, encoded=encoded)
+        rows = batch_size(requests), bucket_rows(prefix), bucket_rows(query)
+        shapes = Shapes(*rows, bucket_chunks(n, tight), size, encoded)
         selection = selection.for_document(n, named=isinstance(selection.scorer, OracleScorer))
     implementation = resolve_implementation(
         implementation,
@@ -289,48 +295,8 @@ def plan_memory(
     )
     attention = attention or dense.dense_implementation(jnp.dtype(dtype), config.head_dim)
     sizes = mesh_sizes(config, mesh)
-    device = _Device(config, jnp.dtype(dtype), sizes, implementation, attention)
-    return _plan(device, shapes, selection, decode)
-
-
-def require_memory(
-    model: MaskPredictor,
-    prompt: ChunkedPrompt,
-    selection: SelectionConfig,
-    decode: DecodeConfig,
-    *,
-    cache: ChunkCache | None = None,
-    implementation: Implementation,
-    limit: int | None = None,
-) -> None:
-    """Refuses an answer that would exceed the device memory, before anything is computed.
-
-    Args:
-      prompt: of a batch of requests; with a `cache`, its questions.
-      selection: as `SelectionConfig.for_document` returns it.
-      implementation: of the attention over chunks, resolved.
-      limit: bytes, by default as the device reports. The CPU reports none: nothing is refused.
-
-    Raises:
-      MemoryLimitError: names the phase, its bytes, the limit, and settings that would fit.
-    """
-    _require(model, limit, implementation, (Shapes.of(prompt, cache), selection, decode))
-
-
-def require_document_memory(
-    model: MaskPredictor, prompt: ChunkedPrompt, encode_batch: int, *, limit: int | None = None
-) -> None:
-    """`require_memory` for `encode_document` alone."""
-    shapes = Shapes.of(prompt)._replace(requests=0, query=1, encoded=True)
-    selection = SelectionConfig(encode_batch=encode_batch)
-    _require(model, limit, "xla", (shapes, selection, DecodeConfig()))
-
-
-def require_baseline_memory(
-    model: MaskPredictor, rows: int, decode: DecodeConfig, *, limit: int | None = None
-) -> None:
-    """`require_memory` for a baseline. rows: of its whole prompt, padded."""
-    _require(model, limit, "xla", (Shapes(1, 0, rows, 0, 1), SelectionConfig(), decode))
+    settings = shapes, selection, decode
+    return _plan(_Case(config, jnp.dtype(dtype), sizes, implementation, attention, *settings))
 
 
 def device_stats(model: MaskPredictor) -> dict[str, int]:
@@ -338,30 +304,48 @@ def device_stats(model: MaskPredictor) -> dict[str, int]:
     return model.embedding.weight[...].addressable_shards[0].device.memory_stats() or {}
 
 
-def _require(
-    model: MaskPredictor, limit: int | None, implementation: Implementation, settings: _Settings
+def require_document_memory(
+    model: MaskPredictor, prompt: ChunkedPrompt, encode_batch: int, *, limit: int | None = None
 ) -> None:
+    """`require_memory` for `encode_document` alone."""
+    shapes = Shapes.of(prompt)._replace(requests=0, query=1, encoded=True)
+    require_memory(model, shapes, SelectionConfig(encode_batch=encode_batch), limit=limit)
+
+
+def require_memory(
+    model: MaskPredictor,
+    shapes: Shapes,
+    selection: SelectionConfig = SelectionConfig(),
+    decode: DecodeConfig = DecodeConfig(),
+    *,
+    implementation: Implementation = "xla",
+    limit: int | None = None,
+) -> None:
+    """Refuses an answer that would exceed the device memory, before anything is computed.
+
+    Args:
+      selection: as `SelectionConfig.for_document` returns it.
+      implementation: of the attention over chunks, resolved.
+      limit: bytes, by default as the device reports. The CPU reports none: nothing is refused.
+
+    Raises:
+      MemoryLimitError: names the phase, its bytes, the limit, and settings that would fit.
+    """
     stats = device_stats(model)
     limit = stats.get("bytes_limit") if limit is None else limit
     if limit is None:
         return
-    sizes = mesh_sizes(model.config, model.mesh)
-    attention = dense.dense_implementation(model.dtype, model.config.head_dim)
-    device = _Device(model.config, model.dtype, sizes, implementation, attention)
-    plan = _plan(device, *settings)
+    config, sizes = model.config, mesh_sizes(model.config, model.mesh)
+    attention = dense.dense_implementation(model.dtype, config.head_dim)
+    settings = shapes, selection, decode
+    case = _Case(config, model.dtype, sizes, implementation, attention, *settings)
+    plan = _plan(case)
     others = max(0, stats.get("bytes_in_use", 0) - plan.resident)
     if plan.peak + others <= limit:
         return
-
-    def fits(change: tuple[str, _Settings]) -> bool:
-        return _plan(device, *change[1]).peak + others <= limit
-
-    fitting = []
-    for changes in _changes(*settings):
-        first = bisect.bisect_left(changes, True, key=fits)
-        fitting += [words for words, _ in changes[first : first + 1]]
+    fitting = _advice(case, lambda changed: _plan(changed).peak + others <= limit)
     advice = f"fits with {', or '.join(fitting)}" if fitting else "no one setting makes it fit"
-    if not settings[0].chunks:
+    if not shapes.chunks:
         advice = "a shorter prompt needs less, and so does method 'prefilling'"
     phase = plan.largest
     parts = {**phase.scratch, **phase.made, **phase.held}
@@ -374,27 +358,28 @@ def _require(
     )
 
 
-def _changes(
-    shapes: Shapes, selection: SelectionConfig, decode: DecodeConfig
-) -> Iterator[list[tuple[str, _Settings]]]:
-    """Yields changes of one setting, in words; each needs at most the memory of the one before."""
+def _advice(case: _Case, fits: Callable[[_Case], bool]) -> list[str]:
+    """Returns for each setting the smallest change of it alone that fits, in words."""
+    shapes, selection, advice = case.shapes, case.selection, []
 
     def halves(n: int) -> list[int]:
         return [n >> i for i in range(1, n.bit_length())]
 
-    def change(name: str, *values: Any) -> list[tuple[str, _Settings]]:
-        changed = [dataclasses.replace(selection, **{name: value}) for value in values]
-        words = (f"{name}={value!r}" for value in values)
-        return [(text, (shapes, x, decode)) for text, x in zip(words, changed, strict=True)]
-
+    options: list[tuple[str, list[Any]]] = []
     if shapes.chunks:
         chunks = shapes.chunks * max(1, shapes.requests)
-        yield change("encode_batch", *halves(min(selection.encode_batch, chunks)))
+        options += [("encode_batch", halves(min(selection.encode_batch, chunks)))]
     if shapes.chunks and shapes.requests:
         if selection.max_k is None and not isinstance(selection.scorer, AllScorer):
-            yield change("top_k", *halves(selection.top_k))
-        yield change("reselect", "never")
-        yield change("encoding", "independent")
-        yield change("encoding", "joint")
-    fewer = [shapes._replace(requests=n) for n in halves(shapes.requests)]
-    yield [(f"{x.requests} requests at a time", (x, selection, decode)) for x in fewer]
+            options += [("top_k", halves(selection.top_k))]
+        options += [("reselect", ["never"]), ("encoding", ["independent"]), ("encoding", ["joint"])]
+    for name, values in options:
+        for value in values:
+            changed = dataclasses.replace(selection, **{name: value})
+            if fits(dataclasses.replace(case, selection=changed)):
+                advice.append(f"{name}={value!r}")
+                break
+    for n in halves(shapes.requests):
+        if fits(dataclasses.replace(case, shapes=shapes._replace(requests=n))):
+            return [*advice, f"{n} requests at a time"]
+    return advice

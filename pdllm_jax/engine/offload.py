@@ -20,25 +20,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import Implementation
 from pdllm_jax.config import SelectionConfig
+from pdllm_jax.engine.inputs import oracle_ids
 from pdllm_jax.engine.memory import MemoryLimitError
 from pdllm_jax.engine.request import (
     PreparedRequest,
     SelectedRequest,
-    Timer,
-    prepare,
     question_prompt,
     request_keys,
+    select_chunks,
+    with_pool,
 )
 from pdllm_jax.method.cache import ChunkCache, ChunkPool
 from pdllm_jax.method.chunking import ChunkedPrompt, TokenIds, check_token_ids
 from pdllm_jax.method.prefill import encode_document
-from pdllm_jax.method.scorers import OracleScorer
 from pdllm_jax.method.scoring import score_chunks
-from pdllm_jax.method.selection import EMPTY_SLOT, select
+from pdllm_jax.method.selection import EMPTY_SLOT
 from pdllm_jax.network.sharding import TENSOR
 from pdllm_jax.network.transformer import MaskPredictor
 
@@ -67,10 +67,7 @@ class OffloadedDocument:
 
 
 def host_memory(sharding: Sharding) -> Sharding:
-    """The same devices' host memory: pinned where there is such a thing.
-
-    Raises ValueError where the backend has no memory of the host's.
-    """
+    """The same devices' host memory, pinned where possible; ValueError where they have none."""
     devices: Any = sharding.device_set
     kinds = {memory.kind for device in devices for memory in device.addressable_memories()}
     for kind in ("pinned_host", "unpinned_host"):
@@ -82,13 +79,13 @@ def host_memory(sharding: Sharding) -> Sharding:
 def check_host_memory(host: Sharding, nbytes: int) -> None:
     """Raises MemoryLimitError where XLA would not pin as much of a GPU's host memory.
 
-    The limit is one for all of a process's devices, and set as the first of them is used.
+    XLA would fail only after most of the document is encoded. It sets the limit, one for all
+    devices of a process, when the first of them is used.
     """
     devices: Any = host.device_set
-    if next(iter(devices)).platform != "gpu" or host.memory_kind != "pinned_host":
-        return
     limit = int(os.environ.get(_LIMIT, 64))
-    if nbytes > (limit << 30) - _RESERVED:
+    pinned = next(iter(devices)).platform == "gpu" and host.memory_kind == "pinned_host"
+    if pinned and nbytes > (limit << 30) - _RESERVED:
         raise MemoryLimitError(
             f"the document's KV takes {nbytes / 2**30:.1f} GiB of pinned host memory, XLA's limit "
             f"is {limit}: start the process with {_LIMIT}={2 + -(-nbytes // 2**30)} or more"
@@ -110,28 +107,20 @@ def encode_offloaded(
     if prompt.chunks.shape[0] > 1:
         raise ValueError(f"one document is offloaded at a time, got {prompt.chunks.shape[0]}")
     group = 2 * encode_batch if group is None else group
-    n = prompt.n_chunks
-    device = _device(model.mesh)
+    n, device, config = prompt.n_chunks, _device(model.mesh), model.config
     host = host_memory(device)
-    config = model.config
     values = 2 * config.n_layers * config.n_kv_heads * config.head_dim * prompt.chunk_size
     check_host_memory(host, n * values * model.dtype.itemsize)
     k: list[Array] = []
     v: list[Array] = []
-    cache = None
     for first in range(0, n, group):
-        part = dataclasses.replace(
-            prompt,
-            chunks=_chunks(prompt.chunks, first, group),
-            chunk_lengths=_chunks(prompt.chunk_lengths, first, group),
-        )
+        chunks, lengths = (_chunks(x, first, group) for x in (prompt.chunks, prompt.chunk_lengths))
+        part = dataclasses.replace(prompt, chunks=chunks, chunk_lengths=lengths)
         cache = encode_document(model, part, encode_batch=encode_batch)
         assert cache.pool is not None
-        for i in range(min(group, n - first)):
-            # Asynchronous: the next group is encoded while this one is on its way.
-            k.append(jax.device_put(cache.pool.k[:, i], host))
-            v.append(jax.device_put(cache.pool.v[:, i], host))
-    assert cache is not None
+        # Asynchronous: the next group is encoded while this one is on its way.
+        k += _to_host(cache.pool.k, min(group, n - first), host)
+        v += _to_host(cache.pool.v, min(group, n - first), host)
     cache = dataclasses.replace(
         cache.without_pool(), tokens=prompt.chunks, lengths=prompt.chunk_lengths
     )
@@ -145,21 +134,13 @@ def offload(cache: ChunkCache) -> OffloadedDocument:
     """
     if cache.pool is None or cache.documents > 1 or cache.streamed:
         raise ValueError("only one document's cache with the KV of every chunk can be offloaded")
-    lies = cache.pool.k.sharding
-    device = _device(lies.mesh if isinstance(lies, NamedSharding) else None)
+    pool, n = cache.pool, int(np.count_nonzero(np.asarray(cache.lengths)))
+    sharding = pool.k.sharding
+    device = _device(sharding.mesh if isinstance(sharding, NamedSharding) else None)
     host = host_memory(device)
-    n = int(np.count_nonzero(np.asarray(cache.lengths)))
-    check_host_memory(host, 2 * n * cache.pool.k.nbytes // cache.pool.k.shape[1])
-
-    def chunks(x: Array) -> tuple[Array, ...]:
-        on_device = x.sharding.memory_kind == device.memory_kind
-        # What lies in host memory is cut up there; an index would be computed on the device.
-        rows = x if on_device else np.asarray(x)
-        return tuple(jax.device_put(rows[:, i], host) for i in range(n))
-
-    return OffloadedDocument(
-        chunks(cache.pool.k), chunks(cache.pool.v), cache.without_pool(), device
-    )
+    check_host_memory(host, 2 * n * pool.k.nbytes // pool.k.shape[1])
+    k, v = (tuple(_to_host(x, n, host)) for x in (pool.k, pool.v))
+    return OffloadedDocument(k, v, cache.without_pool(), device)
 
 
 def fetch(document: OffloadedDocument, chunk_ids: Sequence[int]) -> ChunkPool:
@@ -174,91 +155,38 @@ def fetch(document: OffloadedDocument, chunk_ids: Sequence[int]) -> ChunkPool:
     return ChunkPool(_stacked(*k), _stacked(*v), jnp.asarray(lengths, jnp.int32))
 
 
-@jax.jit
-def _stacked(*chunks: Array) -> Array:
-    return jnp.stack(chunks, axis=1)
-
-
 def score_offloaded(
     model: MaskPredictor,
     document: OffloadedDocument,
-    request: PreparedRequest,
+    query_ids: Int[Array, "1 Q"],
+    config: SelectionConfig,
     *,
     group: int = 8,
-    implementation: Implementation | None = None,
-    timer: Timer | None = None,
+    **inputs: Any,
 ) -> Float[Array, "1 N"]:
-    """Returns the scores of `score_chunks`, up to the order of sums.
+    """`score_chunks`, up to the order of sums, with `group` chunks on the device at a time.
 
-    Two groups of chunks lie on the device at once: one is scored while the next comes over. The
-    controls read no KV.
-
-    Args:
-      request: one question about the document's cache (`offloaded_request`).
-      group: chunks of a group.
+    One group is scored while the next comes over. The controls read no KV.
     """
-    timer, config, prompt = timer or Timer(), request.config.scoring(), request.prompt
-    draft = request.draft(model, timer)
     cache, n = document.cache, len(document.k)
+    if not config.scorer.needs_pool:
+        return score_chunks(model, cache, query_ids, config, **inputs)
 
     def part(first: int) -> ChunkCache:
         pool = fetch(document, [i if i < n else EMPTY_SLOT for i in range(first, first + group)])
         tokens = _chunks(cache.tokens, first, group)
         return dataclasses.replace(cache, pool=pool, tokens=tokens, lengths=pool.lengths[None])
 
-    with timer.phase("score"):
-        if not config.scorer.needs_pool:
-            keys, length = request.scoring_keys(), prompt.query_length
-            return score_chunks(model, cache, prompt.query, config, query_length=length, key=keys)
-        scores = []
-        following = part(0)
-        for first in range(0, n, group):
-            current = following
-            rows = score_chunks(
-                model,
-                current,
-                prompt.query,
-                config,
-                query_length=prompt.query_length,
-                draft=draft,
-                implementation=implementation,
-            )
-            if first + group < n:
-                following = part(first + group)
-            # The first group is done before a third one comes over.
-            scores.append(jax.block_until_ready(rows))
-        joined = jnp.concatenate(scores, axis=1)[:, :n]
-        padding = ((0, 0), (0, cache.lengths.shape[1] - n))
-        return jnp.pad(joined, padding, constant_values=-jnp.inf)
-
-
-def offloaded_request(
-    document: OffloadedDocument,
-    query_ids: TokenIds,
-    config: SelectionConfig,
-    *,
-    seed: int = 0,
-    vocab_size: int | None = None,
-) -> PreparedRequest:
-    """Prepares one question about an offloaded document.
-
-    Raises:
-      ValueError: an empty question; ids outside the vocabulary; settings that need the KV of every
-        chunk at once: re-selection and the scorer "attention"; the scorer "oracle".
-    """
-    if config.reselects:
-        raise ValueError("re-selection reads all chunks' KV: the document cannot be offloaded")
-    if config.scorer.needs_pool and not config.scorer.in_pass:
-        raise ValueError(
-            f"scorer {config.scorer.name!r} reads all chunks' KV: the document cannot be streamed"
-        )
-    if isinstance(config.scorer, OracleScorer):
-        raise ValueError("scorer 'oracle' needs the ids of the chunks to keep")
-    ids = check_token_ids("query", query_ids, vocab_size or 1 << 31)
-    if ids.size == 0:
-        raise ValueError("query is empty")
-    prompt = question_prompt(document.cache, [ids], 1)
-    return prepare(prompt, config, request_keys([seed], 1), cache=document.cache)
+    scores, following = [], part(0)
+    for first in range(0, n, group):
+        rows = score_chunks(model, following, query_ids, config, **inputs)
+        if first + group < n:
+            following = part(first + group)
+        # The first group is done before a third one comes over.
+        scores.append(jax.block_until_ready(rows))
+    joined = jnp.concatenate(scores, axis=1)[:, :n]
+    padding = ((0, 0), (0, cache.lengths.shape[1] - n))
+    return jnp.pad(joined, padding, constant_values=-jnp.inf)
 
 
 def select_offloaded(
@@ -277,26 +205,32 @@ def select_offloaded(
     their own KV from the tokens.
 
     Args:
-      query_ids: token ids behind the document. config: settings of the selection.
-      seed: of the request. group: as in `score_offloaded`.
+      query_ids, seed: of the request. config: settings of the selection.
+      group: chunks that are scored at a time.
 
     Raises:
-      ValueError: as `offloaded_request`.
+      ValueError: an empty question; ids outside the vocabulary; settings that need the KV of every
+        chunk at once: re-selection and the scorer "attention"; the scorer "oracle".
     """
-    vocab = model.config.vocab_size
-    request = offloaded_request(document, query_ids, config, seed=seed, vocab_size=vocab)
-    scores = score_offloaded(model, document, request, group=group, implementation=implementation)
-    selected = request.selected(document.cache, select(scores, request.config), scores)
+    if config.keeps_pool():
+        reader = "re-selection" if config.reselects else f"scorer {config.scorer.name!r}"
+        raise ValueError(f"{reader} reads all chunks' KV: the document cannot be offloaded")
+    oracle_ids(None, config, len(document.k))  # raises for the scorer "oracle"
+    ids = check_token_ids("query", query_ids, model.config.vocab_size)
+    if ids.size == 0:
+        raise ValueError("query is empty")
+    cache, keys = document.cache, request_keys([seed], 1)
+    request = PreparedRequest(question_prompt(cache, [ids], 1), config, keys, cache=cache)
+
+    def score(model: MaskPredictor, _: ChunkCache, *args: Any, **inputs: Any) -> Array:
+        return score_offloaded(model, document, *args, group=group, **inputs)
+
+    selected = select_chunks(model, request, implementation=implementation, score=score)
     if not request.config.encoding.needs_pool:
         return selected
-    ids = np.asarray(selected.selection.chunk_ids)
-    pool = fetch(document, ids[0].tolist())
-    slots = jnp.asarray(np.where(ids >= 0, np.arange(ids.size), EMPTY_SLOT), jnp.int32)
-    return dataclasses.replace(
-        selected,
-        cache=dataclasses.replace(document.cache, pool=pool, streamed=True),
-        selection=dataclasses.replace(selected.selection, slots=slots),
-    )
+    chosen = np.asarray(selected.selection.chunk_ids)
+    slots = jnp.asarray(np.where(chosen >= 0, np.arange(chosen.size), EMPTY_SLOT), jnp.int32)
+    return with_pool(selected, fetch(document, chosen[0].tolist()), slots)
 
 
 def _device(mesh: Any) -> Sharding:
@@ -304,6 +238,18 @@ def _device(mesh: Any) -> Sharding:
     if mesh is None:
         return jax.device_put(0).sharding
     return NamedSharding(mesh, PartitionSpec(None, TENSOR))
+
+
+def _to_host(x: Array, count: int, host: Sharding) -> list[Array]:
+    """The first chunks of a pool's array, each in host memory."""
+    # An array in host memory is cut up there; an index would be computed on the device.
+    rows = np.asarray(x) if x.sharding.memory_kind == host.memory_kind else x
+    return [jax.device_put(rows[:, i], host) for i in range(count)]
+
+
+@jax.jit
+def _stacked(*chunks: Array) -> Array:
+    return jnp.stack(chunks, axis=1)
 
 
 def _chunks(x: Array, first: int, count: int) -> Array:

@@ -18,7 +18,7 @@ from jaxtyping import Array
 from pallas_kernels import Implementation, Partial
 from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.method.cache import ChunkCache, DenoiseState
-from pdllm_jax.method.chunking import ChunkedPrompt, batch_size, bucket_chunks, bucket_rows
+from pdllm_jax.method.chunking import ChunkedPrompt
 from pdllm_jax.method.denoise import denoise
 from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import encode_document, prefill, prefill_top_k
@@ -46,26 +46,8 @@ class Shapes(NamedTuple):
     def of(cls, prompt: ChunkedPrompt, cache: ChunkCache | None = None) -> Shapes:
         """Returns the shapes of a prompt, or of questions about the document of a cache."""
         chunks = prompt.chunks if cache is None else cache.tokens
-        (batch, prefix), query = prompt.prefix.shape, prompt.query.shape[1]
-        n, size = chunks.shape[1:]
-        return cls(batch, prefix, query, n, size, encoded=cache is not None)
-
-    @classmethod
-    def padded(
-        cls,
-        requests: int,
-        prefix: int,
-        query: int,
-        chunks: int,
-        chunk_size: int,
-        *,
-        tight: bool,
-        encoded: bool = False,
-    ) -> Shapes:
-        """Returns the shapes that a batch of these sizes is padded to. tight: as `chunk_prompt`."""
-        rows = bucket_rows(prefix), bucket_rows(query)
-        n = bucket_chunks(chunks, tight)
-        return cls(batch_size(requests), *rows, n, chunk_size, encoded)
+        (batch, prefix), (_, n, size) = prompt.prefix.shape, chunks.shape
+        return cls(batch, prefix, prompt.query.shape[1], n, size, cache is not None)
 
     def prompt(self) -> ChunkedPrompt:
         """Returns the arrays of the requests; for questions the document's chunks are in it."""
@@ -147,18 +129,6 @@ class RecordedModel(MaskPredictor):
         return super().logits(hidden)
 
 
-def trace(function: Any, *args: Any, **settings: Any) -> Any:
-    """Returns the shapes of function(*args, **settings); settings are arrays or static values."""
-
-    def is_array(value: Any) -> bool:
-        return all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(value))
-
-    arrays = {name: value for name, value in settings.items() if is_array(value)}
-    static = {name: value for name, value in settings.items() if name not in arrays}
-    call = functools.partial(function, **static)
-    return jax.eval_shape(lambda args, arrays: call(*args, **arrays), args, arrays)
-
-
 def programs(
     model: MaskPredictor,
     shapes: Shapes,
@@ -175,61 +145,59 @@ def programs(
     """
     prompt, batch = shapes.prompt(), shapes.requests
     held: dict[str, Any] = {"weights": model, "token ids": prompt}
-    result: Any = None
+    cache = chosen = None
 
     def program(phase: str, function: Any, *args: Any, **settings: Any) -> Program:
-        nonlocal result
-        result = trace(function, *args, **settings)
-        traced = Program(phase, function, args, settings, dict(held), result)
-        held.update(traced.made)
-        return traced
+        result = function.eval_shape(*args, **settings)
+        step = Program(phase, function, args, settings, dict(held), result)
+        held.update(step.made)
+        return step
 
-    cache = chosen = draft = None
     if shapes.encoded:
-        document = shapes._replace(requests=1, query=1).prompt()
-        group = {"encode_batch": selection.encode_batch}
-        yield program("encode document", encode_document, model, document, **group)
-        cache = result
+        document, group = shapes._replace(requests=1, query=1).prompt(), selection.encode_batch
+        step = program("encode document", encode_document, model, document, encode_batch=group)
+        cache = step.result
+        yield step
     if not batch:
         return
-    keys = trace(lambda: jax.random.split(jax.random.key(0), batch))
-    lengths, path = {"query_length": prompt.query_length}, {"implementation": implementation}
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    reading = {"query_length": prompt.query_length, "implementation": implementation}
     if shapes.chunks:
-        scoring = {"config": selection.scoring()}
-        step = program("draft", draft_response, model, prompt.question, **scoring)
-        draft = result
-        if draft is not None:
+        scoring = selection.scoring()
+        step = program("draft", draft_response, model, prompt.question, config=scoring)
+        inputs = {"draft": step.result, "key": keys, "oracle": _ids(batch, 1)}
+        if step.result is not None:
             yield step
-        inputs = {"draft": draft, "key": keys, "oracle": _ids(batch, 1)}
-        over_cache = {**inputs, **lengths, **scoring, **path}
+        over_pool = {"config": scoring, **inputs, **reading}
+        streaming = cache is None and selection.streams(documents=batch)
+        passing = selection.for_prefill(streaming=streaming)
         if cache is not None:
-            yield program("score", score_chunks, model, cache, prompt.query, **over_cache)
-            scores = result
-        elif selection.streams(documents=batch):
-            config = selection.for_prefill(streaming=True)
-            yield program("score", prefill_top_k, model, prompt, config=config, **inputs)
-            cache, chosen, scores = result
+            step = program("score", score_chunks, model, cache, prompt.query, **over_pool)
+            scores = step.result
+        elif streaming:
+            step = program("score", prefill_top_k, model, prompt, config=passing, **inputs)
+            cache, chosen, scores = step.result
         else:
-            config = selection.for_prefill(streaming=False)
-            step = program("score", prefill, model, prompt, config=config, **inputs)
-            cache, scores = result
+            step = program("score", prefill, model, prompt, config=passing, **inputs)
+            cache, scores = step.result
             if selection.scorer.needs_pool and not selection.scorer.in_pass:
                 # `prefill` does not take the implementation.
-                trace(score_chunks, model, cache, prompt.query, **over_cache)
-            yield step
+                score_chunks.eval_shape(model, cache, prompt.query, **over_pool)
+        yield step
         if chosen is None:
-            chosen = trace(select, scores, config=selection)
-    settings = {"settings": selection if cache else None}
-    inputs = {"config": decode, "key": keys, **lengths, **settings, **path}
-    yield program("encode", init_denoise, model, cache, chosen, prompt.query, **inputs)
-    state = result
+            chosen = jax.eval_shape(functools.partial(select, config=selection), scores)
+    reselecting = {"settings": selection if cache else None}
+    inputs = {"config": decode, "key": keys, **reading, **reselecting}
+    step = program("encode", init_denoise, model, cache, chosen, prompt.query, **inputs)
+    yield step
     if not selection.reselects:
-        settings = {}
-        if state.pool is not None:  # it serves instead of the document's
+        reselecting = {}
+        if step.result.pool is not None:  # it serves instead of the document's
             cache = None
             if not shapes.encoded:
                 held.pop("KV of the document")
-    yield program("decode", denoise, model, cache, state, config=decode, **settings, **path)
+    settings = {"config": decode, "implementation": implementation, **reselecting}
+    yield program("decode", denoise, model, cache, step.result, **settings)
 
 
 def _ids(*shape: int) -> Any:

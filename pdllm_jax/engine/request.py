@@ -1,8 +1,7 @@
 """The phases of a batch of requests before decoding, and what each phase hands to the next.
 
-    prepare          settings and chunk counts of the documents    -> PreparedRequest
-    select_chunks    draft, score, select                          -> SelectedRequest
-    start_decoding   place and encode the chosen chunks            -> StartedRequest
+    select_chunks    draft, score, select                   PreparedRequest -> SelectedRequest
+    start_decoding   place and encode the chosen chunks     SelectedRequest -> StartedRequest
 
 Every array has a batch axis B. Rows after the first `requests` are padding. SelectedRequest and
 StartedRequest are pytrees that another process can go on from (`storage.snapshot`).
@@ -12,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,18 +25,11 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import Implementation
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.method.cache import ChunkCache, ChunkPool, DenoiseState
-from pdllm_jax.method.chunking import (
-    ChunkedPrompt,
-    TokenIds,
-    bucket_chunks,
-    bucket_rows,
-    pad_to,
-    split_context,
-)
+from pdllm_jax.method.chunking import ChunkedPrompt, TokenIds, bucket_rows, chunk_prompt, pad_to
 from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import prefill, prefill_top_k
 from pdllm_jax.method.sampling import random_key
-from pdllm_jax.method.scorers import AllScorer, Draft, OracleScorer
+from pdllm_jax.method.scorers import AllScorer, OracleScorer
 from pdllm_jax.method.scoring import draft_response, score_chunks
 from pdllm_jax.method.selection import EMPTY_SLOT, Selection, select
 from pdllm_jax.network.transformer import MaskPredictor
@@ -76,55 +69,34 @@ class Timer:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedRequest:
-    """A batch of requests before any computation (`prepare`).
+    """A batch of B requests before any computation.
 
-    prompt: [B]; with a `cache` its chunks are not read. config: the settings for these documents.
-    keys: PRNG keys [B], from which all randomness follows. counts: chunks of each document, [B].
-    cache: documents encoded before, with the KV of every chunk. oracle: ids of the chunks to keep,
-    [B, M], EMPTY_SLOT behind them.
+    prompt: [B]; with a `cache` its chunks are not read.
+    settings: of the selection, for any documents.
+    keys: PRNG keys [B], from which all randomness follows (`request_keys`).
+    requests: rows that were asked for; the rest of the batch is padding.
+    cache: documents encoded before, with the KV of every chunk.
+    oracle: ids of the chunks to keep, [B, M], EMPTY_SLOT behind them, for the scorer "oracle".
     """
 
     prompt: ChunkedPrompt
-    config: SelectionConfig
+    settings: SelectionConfig
     keys: Array
-    counts: np.ndarray
-    requests: int
+    requests: int = 1
     cache: ChunkCache | None = None
     oracle: np.ndarray | None = None
 
-    @property
-    def streams(self) -> bool:
-        """Whether the pass keeps the KV of the running top K alone."""
-        return self.cache is None and self.config.streams(documents=len(self.counts))
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        """Chunks of each document, [B]."""
+        lengths = self.prompt.chunk_lengths if self.cache is None else self.cache.lengths
+        counts = np.count_nonzero(np.asarray(lengths), axis=-1)
+        return np.broadcast_to(counts, (self.prompt.query.shape[0],))
 
-    def draft(self, model: MaskPredictor, timer: Timer) -> Draft | None:
-        """The drafted responses; None for a scorer that reads none."""
-        with timer.phase("draft"):
-            draft = draft_response(model, self.prompt, self.config.scoring())
-            return jax.block_until_ready(draft)
-
-    def scoring_keys(self) -> Array:
-        """PRNG keys of the scorer "random", [B]."""
-        return jax.vmap(lambda key: jax.random.fold_in(key, 1))(self.keys)
-
-    def selected(
-        self, cache: ChunkCache, selection: Selection, scores: Float[Array, "B N"]
-    ) -> SelectedRequest:
-        """The request after selection; waits for the arrays."""
-        if self.config.max_k is not None:
-            selection = trimmed(selection)
-        jax.block_until_ready((cache, selection))
-        return SelectedRequest(
-            cache=cache,
-            selection=selection,
-            query=self.prompt.query,
-            query_length=self.prompt.query_length,
-            keys=self.keys,
-            counts=jnp.asarray(self.counts, jnp.int32),
-            scores=None if isinstance(self.config.scorer, AllScorer | OracleScorer) else scores,
-            config=self.config,
-            requests=self.requests,
-        )
+    @functools.cached_property
+    def config(self) -> SelectionConfig:
+        """The settings for these documents: K is at most their number of chunks."""
+        return self.settings.for_document(int(self.counts.max()), named=self.oracle is not None)
 
 
 @jax.tree_util.register_dataclass
@@ -134,10 +106,8 @@ class SelectedRequest:
 
     cache: the documents, or the document that all questions share.
     selection: the chosen chunks; scores: of every chunk, None where nothing was scored.
-    query [B, Q], query_length [B], keys [B]: the remaining inputs of `init_denoise`.
-    counts: chunks of each document, [B].
-    config: the settings for these documents: K is at most their number of chunks.
-    requests: rows that were asked for; the rest of the batch is padding.
+    query, query_length, keys: the remaining inputs of `init_denoise`.
+    counts, config, requests: as in `PreparedRequest`.
     decoding: the settings of the response; None where the decoder's own are to be used.
     """
 
@@ -159,8 +129,8 @@ class StartedRequest:
     """A batch of requests whose response is masked and whose chunks are encoded.
 
     cache: the documents; None where the state holds all KV that decoding reads.
-    selection, counts, scores, config, requests: as in `SelectedRequest`.
-    state: the state that denoising starts from. decoding: the settings that it was made for.
+    state: the state that denoising starts from; decoding: the settings that it was made for.
+    The other fields are as in `SelectedRequest`.
     """
 
     cache: ChunkCache | None
@@ -182,69 +152,57 @@ class StartedRequest:
         return pool
 
 
-def prepare(
-    prompt: ChunkedPrompt,
-    config: SelectionConfig,
-    keys: Array,
-    *,
-    cache: ChunkCache | None = None,
-    requests: int | None = None,
-    oracle: np.ndarray | None = None,
-) -> PreparedRequest:
-    """Derives the settings and chunk counts of a batch, once for all phases.
-
-    Args:
-      prompt: of B requests; the rows after the first `requests` (by default B) are padding.
-      keys: a PRNG key for each request, [B] (`request_keys`).
-      cache: documents encoded before, with the KV of every chunk.
-      oracle: ids of the chunks to keep, [B, M] int32, for the scorer "oracle".
-    """
-    batch = prompt.query.shape[0]
-    lengths = np.asarray(prompt.chunk_lengths if cache is None else cache.lengths)
-    counts = np.broadcast_to(np.count_nonzero(lengths, axis=-1), (batch,))
-    config = config.for_document(int(counts.max()), named=oracle is not None)
-    requests = batch if requests is None else requests
-    return PreparedRequest(prompt, config, keys, counts, requests, cache, oracle)
-
-
 def select_chunks(
     model: MaskPredictor,
     request: PreparedRequest,
     *,
     implementation: Implementation | None = None,
     timer: Timer | None = None,
+    score: Callable[..., Array] | None = None,
 ) -> SelectedRequest:
     """Drafts, scores and selects.
 
     Args:
       implementation: of the attention over chunks, by default the device's.
       timer: gets the seconds of "draft" and "score".
+      score: takes the place of `score_chunks` for a request with a cache.
 
     Raises:
       ValueError: the scorer lacks an input (a key, ids); the cache has no KV to score with.
     """
     timer = timer or Timer()
     prompt, cache, config = request.prompt, request.cache, request.config
-    shared: dict[str, Any] = {"draft": request.draft(model, timer), "oracle": request.oracle}
+    with timer.phase("draft"):
+        draft = jax.block_until_ready(draft_response(model, prompt, config.scoring()))
     with timer.phase("score"):
-        shared["key"] = request.scoring_keys()
-        if cache is not None:
-            scores = score_chunks(
-                model,
-                cache,
-                prompt.query,
-                config.scoring(),
-                query_length=prompt.query_length,
-                implementation=implementation,
-                **shared,
-            )
-        elif request.streams:
-            passing = config.for_prefill(streaming=True)
-            return request.selected(*prefill_top_k(model, prompt, passing, **shared))
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(request.keys)
+        inputs: dict[str, Any] = {"draft": draft, "key": keys, "oracle": request.oracle}
+        streaming = cache is None and config.streams(documents=len(request.counts))
+        passing = config.for_prefill(streaming=streaming)
+        if streaming:
+            cache, selection, scores = prefill_top_k(model, prompt, passing, **inputs)
         else:
-            passing = config.for_prefill(streaming=False)
-            cache, scores = prefill(model, prompt, passing, **shared)
-        return request.selected(cache, select(scores, config), scores)
+            if cache is None:
+                cache, scores = prefill(model, prompt, passing, **inputs)
+            else:
+                inputs |= {"query_length": prompt.query_length, "implementation": implementation}
+                score = score or score_chunks
+                scores = score(model, cache, prompt.query, config.scoring(), **inputs)
+            selection = select(scores, config)
+        if config.max_k is not None:
+            selection = trimmed(selection)
+        jax.block_until_ready((cache, selection))
+    return SelectedRequest(
+        cache=cache,
+        selection=selection,
+        query=prompt.query,
+        query_length=prompt.query_length,
+        keys=request.keys,
+        counts=jnp.asarray(request.counts, jnp.int32),
+        scores=None if isinstance(config.scorer, AllScorer | OracleScorer) else scores,
+        config=config,
+        requests=request.requests,
+    )
 
 
 def start_decoding(
@@ -264,15 +222,11 @@ def start_decoding(
     Raises:
       ValueError: as `init_denoise`.
     """
-    timer = timer or Timer()
-    with timer.phase("encode"):
+    inputs = request.cache, request.selection, request.query, decoding, request.keys
+    with (timer or Timer()).phase("encode"):
         state = init_denoise(
             model,
-            request.cache,
-            request.selection,
-            request.query,
-            decoding,
-            request.keys,
+            *inputs,
             query_length=request.query_length,
             settings=request.config,
             implementation=implementation,
@@ -281,12 +235,12 @@ def start_decoding(
         state = dataclasses.replace(state, block=jnp.where(padding, decoding.n_blocks, state.block))
         jax.block_until_ready(state)
     unread = state.pool is not None and not request.config.reselects
+    selection = request.selection
+    if unread:  # places in the pool of the cache go with it
+        selection = dataclasses.replace(selection, slots=None)
     return StartedRequest(
         cache=None if unread else request.cache,
-        # Places in the pool of the cache go with it.
-        selection=dataclasses.replace(request.selection, slots=None)
-        if unread
-        else request.selection,
+        selection=selection,
         counts=request.counts,
         scores=request.scores,
         state=state,
@@ -296,18 +250,16 @@ def start_decoding(
     )
 
 
-AnyRequest = TypeVar("AnyRequest", bound=SelectedRequest | StartedRequest)
-
-
-def drop_other_chunks(request: AnyRequest) -> AnyRequest:
+def drop_other_chunks(
+    request: SelectedRequest | StartedRequest,
+) -> SelectedRequest | StartedRequest:
     """Returns the request without the KV of chunks that were not chosen; tokens stay the same.
 
     Returns the input unchanged if there is no such KV or if re-selection may read it.
     """
-    cache = request.cache
+    cache, selection = request.cache, request.selection
     if cache is None or cache.pool is None or request.config.reselects:
         return request
-    selection = request.selection
     if isinstance(request, StartedRequest):
         pool, places = _gathered(cache.pool, request.state.chunk_ids)
         state = dataclasses.replace(request.state, pool=pool, chunk_ids=places)
@@ -315,15 +267,17 @@ def drop_other_chunks(request: AnyRequest) -> AnyRequest:
         return dataclasses.replace(request, cache=None, state=state, selection=selection)
     if not request.config.encoding.needs_pool:
         return dataclasses.replace(request, cache=cache.without_pool())
-    ids = selection.slots
-    if ids is None:
-        ids = cache.places(selection.chunk_ids)
-    pool, places = _gathered(cache.pool, ids)
-    return dataclasses.replace(
-        request,
-        cache=dataclasses.replace(cache, pool=pool, streamed=True),
-        selection=dataclasses.replace(selection, slots=places),
-    )
+    ids = cache.places(selection.chunk_ids) if selection.slots is None else selection.slots
+    return with_pool(request, *_gathered(cache.pool, ids))
+
+
+def with_pool(
+    request: SelectedRequest, pool: ChunkPool, slots: Int[Array, "B K"]
+) -> SelectedRequest:
+    """Returns the request with the KV of its chosen chunks alone, which lie at these places."""
+    cache = dataclasses.replace(request.cache, pool=pool, streamed=True)
+    selection = dataclasses.replace(request.selection, slots=slots)
+    return dataclasses.replace(request, cache=cache, selection=selection)
 
 
 def _gathered(pool: ChunkPool, ids: Int[Array, "B K"]) -> tuple[ChunkPool, Int[Array, "B K"]]:
@@ -351,37 +305,23 @@ def document_prompt(
     prefix_ids: TokenIds, context_ids: TokenIds, config: ChunkConfig, bos_id: int | None
 ) -> ChunkedPrompt:
     """A document without a question, for `encode_document`: as `chunk_prompt` with tight=True."""
-    prefix = np.asarray(prefix_ids, np.int32)
-    if bos_id is None and prefix.size:
-        bos_id = int(prefix[0])
-    chunks, lengths = split_context(context_ids, config, bos_id)
-    n = bucket_chunks(len(chunks), tight=True)
-    return ChunkedPrompt(
-        prefix=jnp.asarray(pad_to(prefix, bucket_rows(prefix.size))[None]),
-        prefix_length=jnp.asarray([prefix.size], jnp.int32),
-        chunks=jnp.asarray(pad_to(chunks, n)[None]),
-        chunk_lengths=jnp.asarray(pad_to(lengths, n)[None]),
-        query=jnp.zeros((1, 0), jnp.int32),
-        query_length=jnp.zeros((1,), jnp.int32),
-        anchors=config.anchors,
-    )
+    prompt = chunk_prompt(prefix_ids, context_ids, [0], config, bos_id=bos_id, tight=True)
+    query = jnp.zeros((1, 0), jnp.int32)
+    return dataclasses.replace(prompt, query=query, query_length=jnp.zeros((1,), jnp.int32))
 
 
 def question_prompt(
     document: ChunkCache, questions: Sequence[np.ndarray], size: int
 ) -> ChunkedPrompt:
     """Questions about one encoded document, padded to a batch of `size`, without its chunks."""
-    rows = bucket_rows(max(ids.size for ids in questions))
-    query = np.full((size, rows), -1, np.int32)
-    query[: len(questions)] = [pad_to(ids, rows, -1) for ids in questions]
-    lengths = [ids.size for ids in questions] + [0] * (size - len(questions))
-    chunk_size = document.tokens.shape[2]
+    ids = [*questions, *[np.zeros((0,), np.int32)] * (size - len(questions))]
+    rows = bucket_rows(max(x.size for x in ids))
     return ChunkedPrompt(
         prefix=jnp.broadcast_to(document.prefix_ids, (size, document.prefix_ids.shape[-1])),
         prefix_length=jnp.broadcast_to(document.prefix_length, (size,)),
-        chunks=jnp.zeros((size, 0, chunk_size), jnp.int32),
+        chunks=jnp.zeros((size, 0, document.tokens.shape[2]), jnp.int32),
         chunk_lengths=jnp.zeros((size, 0), jnp.int32),
-        query=jnp.asarray(query),
-        query_length=jnp.asarray(lengths, jnp.int32),
+        query=jnp.asarray(np.stack([pad_to(x, rows, -1) for x in ids])),
+        query_length=jnp.asarray([x.size for x in ids], jnp.int32),
         anchors=document.anchors,
     )

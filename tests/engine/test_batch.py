@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
-from pdllm_jax.deprecated import ask_ids, generate_batch_ids, generate_ids
+from pdllm_jax import ChunkConfig, DecodeConfig, Engine, MaskPredictor, Request, SelectionConfig
 from pdllm_jax.method.chunking import batch_prompts, batch_size, chunk_prompt
 from pdllm_jax.method.denoise import denoise, denoise_step
 from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import encode_document, prefill, prefill_top_k
 from pdllm_jax.method.scoring import draft_response, score_chunks
 from pdllm_jax.method.selection import select
-from pdllm_jax.network.transformer import MaskPredictor
-from tests.support.method import BOS, CHUNKS, sharp_model
+from tests.support.method import BOS, CHUNKS, copy, first_state, sharp_model
 
 SELECT = SelectionConfig(top_k=2, masked_copies=3, encode_batch=3)
 DECODE = DecodeConfig(gen_length=8, block_length=4)
@@ -29,30 +28,30 @@ def model() -> MaskPredictor:
     return sharp_model()
 
 
-def request_of(prefix: int, context: int, query: int, seed: int = 0):
+def request_of(prefix: int, context: int, query: int, seed: int = 0) -> Request:
     rng = np.random.default_rng(seed)
-    return (
-        [BOS, *rng.integers(0, 250, prefix - 1)],
-        rng.integers(0, 250, context),
-        rng.integers(0, 250, query),
-    )
+    first = [BOS, *rng.integers(0, 250, prefix - 1)]
+    return Request(rng.integers(0, 250, context), rng.integers(0, 250, query), first, seed=seed)
 
 
 # Of 5, 1, 11 and 2 chunks; queries in two buckets.
-RAGGED = [request_of(5, 53, 7), request_of(9, 8, 40, 1), request_of(3, 120, 20, 2)]
-RAGGED += [request_of(12, 20, 11, 3)]
+SIZES = [(5, 53, 7), (9, 8, 40), (3, 120, 20), (12, 20, 11)]
+RAGGED = [request_of(*sizes, seed) for seed, sizes in enumerate(SIZES)]
+engine_of = functools.partial(Engine, chunking=CHUNKS, selection=SELECT, decoding=DECODE)
 
 
-def both(model, requests, **settings):
+def prompt_of(request: Request, chunking: ChunkConfig = CHUNKS):
+    return chunk_prompt(request.prefix, request.context, request.question, chunking)
+
+
+def answer(engine: Engine, request: Request, **settings):
+    return engine.answer(**request._asdict(), **settings)
+
+
+def both(engine, requests):
     """(alone, together) of each request."""
-    alone = [
-        generate_ids(model, *request, seed=i, chunking=CHUNKS, **settings)
-        for i, request in enumerate(requests)
-    ]
-    together = generate_batch_ids(
-        model, requests, seeds=range(len(requests)), chunking=CHUNKS, **settings
-    )
-    return list(zip(alone, together, strict=True))
+    alone = [answer(engine, request) for request in requests]
+    return list(zip(alone, engine.answer_batch(requests), strict=True))
 
 
 ENCODINGS = pytest.mark.parametrize(
@@ -69,8 +68,8 @@ ENCODINGS = pytest.mark.parametrize(
 @ENCODINGS
 def test_ragged_requests_are_answered_as_if_each_were_alone(model, encoding):
     """Identity 5: other documents, lengths, questions; tokens, chunks and scores bit for bit."""
-    selecting = dataclasses.replace(SELECT, encoding=encoding)
-    pairs = both(model, RAGGED, selection=selecting, decode=DECODE)
+    engine = engine_of(model, selection=dataclasses.replace(SELECT, encoding=encoding))
+    pairs = both(engine, RAGGED)
     for alone, together in pairs:
         assert together.tokens == alone.tokens
         assert together.evaluations == alone.evaluations
@@ -78,13 +77,8 @@ def test_ragged_requests_are_answered_as_if_each_were_alone(model, encoding):
         if alone.selection["scores"] is not None:  # one document is kept whole: nothing to score
             assert together.selection["scores"] == alone.selection["scores"]
     assert len({tuple(alone.tokens) for alone, _ in pairs}) == len(RAGGED)
-    again, first = (
-        generate_ids(
-            model, *RAGGED[0], seed=0, chunking=CHUNKS, selection=selecting, decode=DECODE
-        ),
-        pairs[0][0],
-    )
-    assert (again.tokens, again.selection) == (first.tokens, first.selection), "another run"
+    second, first = answer(engine, RAGGED[0]), pairs[0][0]
+    assert (second.tokens, second.selection) == (first.tokens, first.selection), "another run"
 
 
 @pytest.mark.parametrize(
@@ -95,6 +89,8 @@ def test_ragged_requests_are_answered_as_if_each_were_alone(model, encoding):
         {"scorer": "random", "encoding": "independent", "keep_tokens": 8},
         pytest.param({"reselect": "step"}, marks=pytest.mark.slow),
         {"encoding": "independent", "reselect": "block"},
+        {"scorer": "all"},  # identity 1: for one request in tests/method/test_prefill.py
+        {"encoding": "independent", "top_k": 11, "keep_tokens": 12},  # identity 6
     ],
     ids=lambda change: "+".join(f"{k}={v}" for k, v in change.items()),
 )
@@ -102,7 +98,9 @@ def test_every_choice_is_the_same_in_a_batch(model, change):
     """Of two documents that have to be chosen from; one that is kept whole is above."""
     selecting = dataclasses.replace(SELECT, **change)
     decode = dataclasses.replace(DECODE, threshold=0.05, temperature=0.5)
-    for alone, together in both(model, RAGGED[::2], selection=selecting, decode=decode):
+    for alone, together in both(
+        engine_of(model, selection=selecting, decoding=decode), RAGGED[::2]
+    ):
         assert together.tokens == alone.tokens
         assert together.evaluations == alone.evaluations
         assert together.selection["chunks"] == alone.selection["chunks"]
@@ -111,7 +109,7 @@ def test_every_choice_is_the_same_in_a_batch(model, change):
 
 def test_padding_and_buckets_change_no_bit(model):
     """A prompt in larger buckets of every axis, in the batch with another: scores and KV."""
-    prompt = chunk_prompt(*RAGGED[0], CHUNKS)
+    prompt = prompt_of(RAGGED[0])
     wider = dataclasses.replace(
         prompt,
         prefix=jnp.pad(prompt.prefix, ((0, 0), (0, 16)), constant_values=9),
@@ -119,7 +117,7 @@ def test_padding_and_buckets_change_no_bit(model):
         chunk_lengths=jnp.pad(prompt.chunk_lengths, ((0, 0), (0, 3))),
         query=jnp.pad(prompt.query, ((0, 0), (0, 16)), constant_values=9),
     )
-    other = chunk_prompt(*RAGGED[2], CHUNKS)
+    other = prompt_of(RAGGED[2])
     selecting = dataclasses.replace(SELECT, encoding="independent")
     cache, scores = prefill(model, prompt, selecting)
     n = prompt.n_chunks
@@ -133,20 +131,17 @@ def test_padding_and_buckets_change_no_bit(model):
         first = row * batch.chunks.shape[1]
         for i, length in enumerate(np.asarray(prompt.chunk_lengths[0, :n])):
             for mine, theirs in ((cache.pool.k, got.pool.k), (cache.pool.v, got.pool.v)):
-                np.testing.assert_array_equal(
-                    mine[:, i, :, :length], theirs[:, first + i, :, :length]
-                )
-        draft = draft_response(model, batch, selecting)
-        np.testing.assert_array_equal(
-            draft.tokens[row], draft_response(model, prompt, selecting).tokens[0]
-        )
+                padded = theirs[:, first + i, :, :length]
+                np.testing.assert_array_equal(mine[:, i, :, :length], padded)
+        alone, draft = (draft_response(model, x, selecting).tokens for x in (prompt, batch))
+        np.testing.assert_array_equal(draft[row], alone[0])
 
 
 def test_documents_of_a_batch_can_be_asked_again(model):
     """Scores of later questions, one for each document, from the batch's one pool."""
-    prompts = [chunk_prompt(*request, CHUNKS) for request in RAGGED[:3]]
+    prompts = [prompt_of(request) for request in RAGGED[:3]]
     cache = encode_document(model, batch_prompts(prompts))
-    later = [chunk_prompt(*request[:2], RAGGED[3][2], CHUNKS) for request in RAGGED[:3]]
+    later = [prompt_of(x._replace(question=RAGGED[3].question)) for x in RAGGED[:3]]
     query = jnp.concatenate([prompt.query for prompt in later])
     lengths = jnp.concatenate([prompt.query_length for prompt in later])
     got = score_chunks(model, cache, query, SELECT, query_length=lengths)
@@ -165,39 +160,33 @@ def test_documents_of_a_batch_can_be_asked_again(model):
 
 @ENCODINGS
 def test_questions_about_one_document(model, encoding):
-    """As generate_ids on each; the document is encoded once, and by nobody's question."""
-    prefix, context, _ = RAGGED[2]
-    queries = [RAGGED[i][2] for i in (0, 1, 3)]
-    prompt = chunk_prompt(prefix, context, queries[0], CHUNKS)
-    cache = encode_document(model, prompt)
+    """As an answer to each; the document is encoded once, and by nobody's question."""
+    queries = [RAGGED[i].question for i in (0, 1, 3)]
+    cache = encode_document(model, prompt_of(RAGGED[2]))
     before = [np.asarray(x) for x in jax.tree.leaves(cache)]
-    selecting = dataclasses.replace(SELECT, encoding=encoding)
-    answers = ask_ids(model, cache, queries, selection=selecting, decode=DECODE, seeds=[0, 1, 2])
-    for i, (query, answer) in enumerate(zip(queries, answers, strict=True)):
-        alone = generate_ids(
-            model, prefix, context, query,
-            chunking=CHUNKS, selection=selecting, decode=DECODE, seed=i,
-        )  # fmt: skip
-        assert answer.tokens == alone.tokens
-        assert answer.selection["chunks"] == alone.selection["chunks"]
-        np.testing.assert_allclose(answer.selection["scores"], alone.selection["scores"], atol=2e-4)
+    engine = engine_of(model, selection=dataclasses.replace(SELECT, encoding=encoding))
+    answers = engine.ask(cache, queries, seeds=[0, 1, 2])
+    for i, (query, got) in enumerate(zip(queries, answers, strict=True)):
+        alone = answer(engine, RAGGED[2]._replace(question=query, seed=i))
+        assert got.tokens == alone.tokens
+        assert got.selection["chunks"] == alone.selection["chunks"]
+        np.testing.assert_allclose(got.selection["scores"], alone.selection["scores"], atol=2e-4)
     for x, y in zip(before, jax.tree.leaves(cache), strict=True):
         np.testing.assert_array_equal(x, y)
 
 
 def test_a_request_that_is_done_reads_no_chunk(model):
     """Its chunks' KV may be anything by then: the others' tokens stay, and so do its own."""
-    prompts = batch_prompts([chunk_prompt(*request, CHUNKS) for request in RAGGED[:2]])
+    prompts = batch_prompts([prompt_of(request) for request in RAGGED[:2]])
     selecting = dataclasses.replace(SELECT, encoding="independent")
     cache, scores = prefill(model, prompts, selecting)
-    state = init_denoise(
-        model, cache, select(scores, selecting), prompts.query, DECODE, jax.random.key(0),
-        query_length=prompts.query_length, settings=selecting,
-    )  # fmt: skip
+    state = first_state(
+        model, cache, select(scores, selecting), prompts, DECODE, settings=selecting
+    )
     state = dataclasses.replace(state, block=jnp.array([DECODE.n_blocks, 0]))
     n = prompts.chunks.shape[1]
     spoilt = jax.tree.map(lambda x: x.at[:, :n].set(jnp.nan) if x.ndim == 5 else x, cache)
-    want = denoise(model, cache, jax.tree.map(jnp.copy, state), config=DECODE)
+    want = denoise(model, cache, copy(state), config=DECODE)
     got = denoise(model, spoilt, state, config=DECODE)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     assert (got.tokens[0] == model.config.mask_token_id).all()
@@ -207,34 +196,27 @@ def test_a_request_that_is_done_reads_no_chunk(model):
 @pytest.mark.parametrize("method", ["prefilling", "plain"])
 def test_finished_blocks_are_handed_out(model, method):
     config = DecodeConfig(gen_length=16, block_length=4, temperature=2.0)
-    settings = {"method": method, "chunking": CHUNKS, "selection": SELECT}
-    whole = generate_ids(model, *RAGGED[0], decode=config, **settings)
+    engine = engine_of(model, method=method, decoding=config)
+    whole = answer(engine, RAGGED[0])
     seen: list[tuple[int, int, list[int]]] = []
-    again = generate_ids(
-        model, *RAGGED[0], decode=config, on_block=lambda *x: seen.append(x), **settings
-    )
-    assert again.tokens == whole.tokens
+    streamed = answer(engine, RAGGED[0], on_block=lambda *x: seen.append(x))
+    assert streamed.tokens == whole.tokens
     assert [(r, b) for r, b, _ in seen] == [(0, 0), (0, 1), (0, 2), (0, 3)]
     assert [token for *_, piece in seen for token in piece] == whole.tokens
     # A text that ends in its second block has no third.
     stop = next(token for token in whole.tokens[4:8] if token not in whole.tokens[:4])
     seen.clear()
-    ended = generate_ids(
-        model, *RAGGED[0], decode=dataclasses.replace(config, stop_ids=(stop,)),
-        on_block=lambda *x: seen.append(x), **settings,
-    )  # fmt: skip
+    stopping = dataclasses.replace(engine, decoding=dataclasses.replace(config, stop_ids=(stop,)))
+    ended = answer(stopping, RAGGED[0], on_block=lambda *x: seen.append(x))
     assert [b for _, b, _ in seen] == [0, 1]
     assert [token for *_, piece in seen for token in piece] == ended.tokens[:8]
 
 
 def test_blocks_of_a_batch_out_of_step(model):
     """Requests that need different numbers of evaluations a block."""
-    config = dataclasses.replace(DECODE, gen_length=16, threshold=0.02)
+    engine = engine_of(model, decoding=dataclasses.replace(DECODE, gen_length=16, threshold=0.02))
     seen: dict[int, list[int]] = {i: [] for i in range(3)}
-    results = generate_batch_ids(
-        model, RAGGED[:3], chunking=CHUNKS, selection=SELECT, decode=config,
-        on_block=lambda request, block, piece: seen[request].extend(piece),
-    )  # fmt: skip
+    results = engine.answer_batch(RAGGED[:3], on_block=lambda i, _, piece: seen[i].extend(piece))
     for i, result in enumerate(results):
         # A slot whose prediction is the mask token itself may be filled with a later block.
         handed = np.array(seen[i])
@@ -245,14 +227,11 @@ def test_blocks_of_a_batch_out_of_step(model):
 
 
 def test_until_stops_between_blocks_and_goes_on(model):
-    prompt = chunk_prompt(*RAGGED[0], CHUNKS)
+    prompt = prompt_of(RAGGED[0])
     cache, scores = prefill(model, prompt, SELECT)
 
     def begin():
-        return init_denoise(
-            model, cache, select(scores, SELECT), prompt.query, DECODE, jax.random.key(0),
-            query_length=prompt.query_length, settings=SELECT,
-        )  # fmt: skip
+        return first_state(model, cache, select(scores, SELECT), prompt, DECODE, settings=SELECT)
 
     half = denoise(model, cache, begin(), config=DECODE, until=jnp.int32(1))
     assert half.evaluations.tolist() == [4]
@@ -272,7 +251,7 @@ def test_compilations_are_few_and_a_second_request_of_a_bucket_needs_none(model)
 
     def shapes():
         prefix, query = int(rng.integers(2, 41)), int(rng.integers(2, 97))
-        prompt = chunk_prompt(*request_of(prefix, int(rng.integers(40, 480)), query), small)
+        prompt = prompt_of(request_of(prefix, int(rng.integers(40, 480)), query), small)
         return prompt.prefix.shape, prompt.query.shape, prompt.chunks.shape
 
     drawn = [shapes() for _ in range(100)]
@@ -283,17 +262,12 @@ def test_compilations_are_few_and_a_second_request_of_a_bucket_needs_none(model)
     assert len(distinct) <= 2 * 4 * 4
     jitted = (prefill, draft_response, init_denoise, denoise)
 
-    def answer(context: int, query: int, seed: int):
-        return generate_ids(
-            model, *request_of(4, context, query, seed),
-            chunking=small, selection=selecting, decode=decode, seed=seed,
-        )  # fmt: skip
-
-    answer(100, 20, 0)
+    engine = Engine(model, chunking=small, selection=selecting, decoding=decode)
+    answer(engine, request_of(4, 100, 20, 0))
     before = [f._cache_size() for f in jitted]
     for i in range(4):
-        again = answer(91 + 3 * i, 5 + 7 * i, i)  # the same buckets
-        assert again.timings["compile"] == 0
+        later = answer(engine, request_of(4, 91 + 3 * i, 5 + 7 * i, i))  # the same buckets
+        assert later.timings["compile"] == 0
     assert [f._cache_size() for f in jitted] == before
 
 
@@ -302,95 +276,76 @@ def test_sizes_of_batches():
 
 
 def test_each_request_of_a_batch_keeps_the_chunks_named_for_it(model):
-    requests, named = RAGGED[:2], [[4, 1], [0]]
-    settings = {
-        "selection": dataclasses.replace(SELECT, scorer="oracle"),
-        "decode": DECODE,
-        "chunking": CHUNKS,
-    }
-    together = generate_batch_ids(model, requests, oracle=named, **settings)
-    for request, ids, answer in zip(requests, named, together, strict=True):
-        assert answer.selection == {"chunks": sorted(ids), "scores": None}
-        assert answer.tokens == generate_ids(model, *request, oracle=ids, **settings).tokens
+    engine = engine_of(model, selection=dataclasses.replace(SELECT, scorer="oracle"))
+    requests = [RAGGED[0]._replace(oracle=[4, 1]), RAGGED[1]._replace(oracle=[0])]
+    for request, (alone, together) in zip(requests, both(engine, requests), strict=True):
+        assert together.selection == {"chunks": sorted(request.oracle), "scores": None}
+        assert together.tokens == alone.tokens
 
 
 def test_each_question_keeps_the_chunks_named_for_it(model):
     """Those that a scorer has chosen give its tokens, whatever order they are named in."""
-    document, selecting = RAGGED[0], dataclasses.replace(SELECT, encoding="independent")
-    cache = encode_document(model, chunk_prompt(*document, CHUNKS))
-    questions = [document[2], RAGGED[1][2]]
-    scored = ask_ids(model, cache, questions, selection=selecting, decode=DECODE)
+    selecting = dataclasses.replace(SELECT, encoding="independent")
+    scoring = engine_of(model, selection=selecting)
+    naming = engine_of(model, selection=dataclasses.replace(selecting, scorer="oracle"))
+    cache = encode_document(model, prompt_of(RAGGED[0]))
+    questions = [RAGGED[0].question, RAGGED[1].question]
+    scored = scoring.ask(cache, questions)
     kept = [answer.selection["chunks"] for answer in scored]
     assert kept[0] != kept[1]
-    oracle = dataclasses.replace(selecting, scorer="oracle")
-    named = ask_ids(
-        model, cache, questions, selection=oracle, decode=DECODE, oracle=[ids[::-1] for ids in kept]
-    )
+    named = naming.ask(cache, questions, oracle=[ids[::-1] for ids in kept])
     assert [answer.selection for answer in named] == [{"chunks": k, "scores": None} for k in kept]
     assert [answer.tokens for answer in named] == [answer.tokens for answer in scored]
-    other = ask_ids(
-        model, cache, questions, selection=oracle, decode=DECODE, oracle=[kept[1], kept[0]]
-    )
+    other = naming.ask(cache, questions, oracle=kept[::-1])
     assert [answer.tokens for answer in other] != [answer.tokens for answer in scored]
 
 
 def test_what_does_not_fit_is_named(model):
     good = RAGGED[0]
-    settings = {"chunking": CHUNKS, "selection": SELECT, "decode": DECODE}
-    with pytest.raises(ValueError, match="no requests"):
-        generate_batch_ids(model, [], **settings)
-    with pytest.raises(ValueError, match=r"request 1: context\[0\] = 300 is outside"):
-        generate_batch_ids(model, [good, (good[0], [300], good[2])], **settings)
-    with pytest.raises(ValueError, match="request 1: question is empty"):
-        generate_batch_ids(model, [good, (good[0], good[1], [])], **settings)
-    with pytest.raises(ValueError, match="seeds has 2 entries for 1 requests"):
-        generate_batch_ids(model, [good], seeds=[1, 2], **settings)
-    oracle = dataclasses.replace(SELECT, scorer="oracle")
-    named = {"selection": oracle, "chunking": CHUNKS}
-    with pytest.raises(ValueError, match="request 0: scorer 'oracle' needs the ids"):
-        generate_batch_ids(model, [good], **named)
-    with pytest.raises(ValueError, match="oracle has 2 entries for 1 requests"):
-        generate_batch_ids(model, [good], oracle=[[0], [1]], **named)
-    with pytest.raises(ValueError, match=r"request 1: oracle ids \[5\] are not all inside"):
-        generate_batch_ids(model, [good, good], oracle=[[0], [5]], **named)
-    with pytest.raises(ValueError, match="request 0: oracle ids are for the scorer 'oracle'"):
-        generate_batch_ids(model, [good], oracle=[[0]], **settings)
-    prompt = chunk_prompt(*good, CHUNKS)
-    cache = encode_document(model, prompt)
-    with pytest.raises(ValueError, match="question 0: scorer 'oracle' needs the ids"):
-        ask_ids(model, cache, [good[2]], selection=oracle)
-    with pytest.raises(ValueError, match="oracle has 2 entries for 1 questions"):
-        ask_ids(model, cache, [good[2]], selection=oracle, oracle=[[0], [1]])
-    with pytest.raises(ValueError, match=r"question 1: oracle ids \[8\] are not all inside"):
-        ask_ids(model, cache, [good[2]] * 2, selection=oracle, oracle=[[0], [8]])
-    with pytest.raises(ValueError, match="no questions"):
-        ask_ids(model, cache, [])
-    with pytest.raises(ValueError, match="question 1 is empty"):
-        ask_ids(model, cache, [good[2], []])
-    with pytest.raises(ValueError, match="keep_pool"):
-        ask_ids(model, prefill(model, prompt, SELECT)[0], [good[2]])
+    scored = engine_of(model)
+    oracle = engine_of(model, selection=dataclasses.replace(SELECT, scorer="oracle"))
+    prompt = prompt_of(good)
     two = batch_prompts([prompt, prompt])
-    with pytest.raises(ValueError, match="the cache holds 2"):
-        ask_ids(model, encode_document(model, two), [good[2]])
-    with pytest.raises(ValueError, match="one document is streamed at a time"):
-        prefill_top_k(model, two, dataclasses.replace(SELECT, encoding="independent"))
-    with pytest.raises(ValueError, match="no prompts"):
-        batch_prompts([])
-    with pytest.raises(ValueError, match="2 prompts do not fit a batch of 1"):
-        batch_prompts([prompt, prompt], 1)
-    with pytest.raises(ValueError, match="differ in chunk size"):
-        batch_prompts([prompt, chunk_prompt(*good, ChunkConfig(16))])
+    cache = encode_document(model, prompt)
+    streamed = dataclasses.replace(SELECT, encoding="independent")
+    question, named = good.question, good._replace(oracle=[0])
+    batch, ask, ask_oracle = scored.answer_batch, scored.ask, oracle.ask
+    for message, call in (
+        ("no requests", lambda: batch([])),
+        (r"request 1: context\[0\] = 300 is outside", lambda: batch([good, ([300], question)])),
+        ("request 1: question is empty", lambda: batch([good, good._replace(question=[])])),
+        ("^scorer 'oracle' needs the ids", lambda: oracle.answer_batch([good])),
+        (
+            r"request 1: oracle ids \[5\] are not all inside",
+            lambda: oracle.answer_batch([named, good._replace(oracle=[5])]),
+        ),
+        ("^oracle ids are for the scorer 'oracle'", lambda: batch([named])),
+        ("^scorer 'oracle' needs the ids", lambda: ask_oracle(cache, [question])),
+        ("oracle has 2 entries for 1 q", lambda: ask_oracle(cache, [question], oracle=[[0], [1]])),
+        (
+            r"question 1: oracle ids \[8\] are not all inside",
+            lambda: ask_oracle(cache, [question] * 2, oracle=[[0], [8]]),
+        ),
+        ("no questions", lambda: ask(cache, [])),
+        ("seeds has 2 entries for 1 questions", lambda: ask(cache, [question], seeds=[1, 2])),
+        ("question 1: question is empty", lambda: ask(cache, [question, []])),
+        ("keep_pool", lambda: ask(prefill(model, prompt, SELECT)[0], [question])),
+        ("the cache holds 2", lambda: ask(encode_document(model, two), [question])),
+        ("one document is streamed at a time", lambda: prefill_top_k(model, two, streamed)),
+        ("no prompts", lambda: batch_prompts([])),
+        ("2 prompts do not fit a batch of 1", lambda: batch_prompts([prompt, prompt], 1)),
+        ("differ in chunk s", lambda: batch_prompts([prompt, prompt_of(good, ChunkConfig(16))])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_a_step_by_hand_serves_a_batch(model):
-    prompts = batch_prompts([chunk_prompt(*request, CHUNKS) for request in RAGGED[:2]])
+    prompts = batch_prompts([prompt_of(request) for request in RAGGED[:2]])
     cache, scores = prefill(model, prompts, SELECT)
 
     def begin():
-        return init_denoise(
-            model, cache, select(scores, SELECT), prompts.query, DECODE, jax.random.key(0),
-            query_length=prompts.query_length, settings=SELECT,
-        )  # fmt: skip
+        return first_state(model, cache, select(scores, SELECT), prompts, DECODE, settings=SELECT)
 
     state = begin()
     while bool((state.block < DECODE.n_blocks).any()):
@@ -400,32 +355,17 @@ def test_a_step_by_hand_serves_a_batch(model):
     )
 
 
-def test_all_chunks_jointly_without_anchors_is_the_dual_cache_in_a_batch_too(model):
-    """Identity 1: ragged prompts of several chunks each, against Fast-dLLM's dual cache on each."""
-    decode = DecodeConfig(gen_length=8, block_length=8)
-    requests = [request_of(5, 48, 7), request_of(9, 24, 40, 1), request_of(3, 84, 20, 2)]
-    together = generate_batch_ids(
-        model, requests, chunking=ChunkConfig(12, anchors=False),
-        selection=dataclasses.replace(SELECT, scorer="all"), decode=decode,
-    )  # fmt: skip
-    for request, result in zip(requests, together, strict=True):
-        whole = generate_ids(model, *request, method="dual-cache", decode=decode)
-        assert result.tokens == whole.tokens
-
-
 @pytest.mark.parametrize("recompute", ["response", "suffix", "block"])
 def test_the_baselines_in_a_ragged_batch(model, recompute):
     """Identity 2 and its cached kin: LLaDA's generation of prompts of different lengths at once."""
     config = dataclasses.replace(DECODE, recompute=recompute)
-    prompts = [np.concatenate(request) for request in RAGGED[:3]]
+    prompts = [np.concatenate([x.prefix, x.context, x.question]) for x in RAGGED[:3]]
     rows = np.zeros((3, max(map(len, prompts))), np.int32)
     for row, prompt in zip(rows, prompts, strict=True):
         row[: len(prompt)] = prompt
     key = jax.random.key(0)
-    state = init_denoise(
-        model, None, None, jnp.asarray(rows), config, jnp.stack([key] * 3),
-        query_length=jnp.array([len(prompt) for prompt in prompts]),
-    )  # fmt: skip
+    keys, lengths = jnp.stack([key] * 3), jnp.array([len(prompt) for prompt in prompts])
+    state = init_denoise(model, None, None, jnp.asarray(rows), config, keys, query_length=lengths)
     together = denoise(model, None, state, config=config)
     for row, prompt in zip(together.tokens, prompts, strict=True):
         alone = init_denoise(model, None, None, jnp.asarray(prompt)[None], config, key[None])
@@ -434,7 +374,7 @@ def test_the_baselines_in_a_ragged_batch(model, recompute):
 
 def test_leave_one_out_in_a_batch(model):
     """Identity 3: the longest question decides how many copies there are, for nobody else."""
-    prompts = [chunk_prompt(*request, CHUNKS) for request in RAGGED[:3]]
+    prompts = [prompt_of(request) for request in RAGGED[:3]]
     exact = dataclasses.replace(SELECT, masked_copies=None)
     _, together = prefill(model, batch_prompts(prompts), exact)
     for row, prompt in zip(together, prompts, strict=True):
@@ -444,30 +384,12 @@ def test_leave_one_out_in_a_batch(model):
         np.testing.assert_allclose(row[:n], alone[:n], rtol=1e-5)
 
 
-def test_no_ops_in_a_batch(model):
-    """Identity 6: K = N for the longest document, and all of a chunk's tokens kept."""
-    whole = [
-        generate_batch_ids(
-            model, RAGGED[:3], chunking=CHUNKS, decode=DECODE, seeds=[0, 1, 2],
-            selection=dataclasses.replace(SELECT, encoding="independent", **change),
-        )
-        for change in (
-            {"scorer": "all"},
-            {"top_k": 11},
-            {"top_k": 99},
-            {"top_k": 11, "keep_tokens": CHUNKS.chunk_size},
-        )
-    ]  # fmt: skip
-    for other in whole[1:]:
-        assert [result.tokens for result in other] == [result.tokens for result in whole[0]]
-
-
 def test_streaming_each_document_keeps_what_the_batch_keeps(model):
     """Identity 7: selection, scores and KV, bit for bit."""
     selecting = dataclasses.replace(
         SELECT, encoding="independent", top_k=2, max_k=3, margin=0.5, keep_first=True
     )
-    prompts = [chunk_prompt(*request, CHUNKS) for request in RAGGED]
+    prompts = [prompt_of(request) for request in RAGGED]
     together = batch_prompts(prompts)
     cache, scores = prefill(model, together, selecting)
     chosen = select(scores, selecting)

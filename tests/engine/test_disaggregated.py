@@ -40,102 +40,92 @@ def text(tmp_path) -> Path:
     return tmp_path / "text.txt"
 
 
-def call(capsys, main, *argv) -> tuple[int, str, str]:
-    try:
-        status = main([str(a) for a in argv])
-    except SystemExit as stop:
-        status = stop.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+@pytest.fixture
+def call(capsys):
+    """Returns the output of a command line that ends with a status: stderr where it is not 0."""
+
+    def call(main, *argv, status: int = 0) -> str:
+        try:
+            ended = main([str(a) for a in argv])
+        except SystemExit as stop:
+            ended = stop.code
+        captured = capsys.readouterr()
+        assert ended == status, captured.err
+        assert status == 0 or not captured.out
+        return captured.err if status else captured.out
+
+    return call
 
 
-def process(script: str, *argv) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / script), *map(str, argv)],
-        env={
-            **os.environ, "PYTHONPATH": str(ROOT),
-            "JAX_DEFAULT_MATMUL_PRECISION": "highest", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )  # fmt: skip
+def process(script: str, *argv) -> str:
+    settings = {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **settings}
+    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, argv)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_two_processes_give_the_tokens_of_one(checkpoint, text, tmp_path, capsys):
+def test_two_processes_give_the_tokens_of_one(checkpoint, text, tmp_path, call):
     request = (checkpoint, "--context-file", text, "--question", "which?", *SMALL)
-    status, out, err = call(capsys, generate.main, *request, "--json")
-    assert status == 0, err
-    want = json.loads(out)
+    want = json.loads(call(generate.main, *request, "--json"))
     wrote = process("prefill.py", *request, "--out", tmp_path / "request")
-    assert wrote.returncode == 0, wrote.stderr
-    assert re.fullmatch(r".*request: state, 6 chunks, \d+\.\d MB, \d+\.\d s\n", wrote.stdout)
+    assert re.fullmatch(r".*request: state, 6 chunks, \d+\.\d MB, \d+\.\d s\n", wrote)
     # Later, elsewhere: where the document is not, and the model has another name.
     text.unlink()
     moved = checkpoint.rename(tmp_path / "moved")
     read = process("decode.py", moved, tmp_path / "request", "--json", "--mesh", "1x1")
-    assert read.returncode == 0, read.stderr
-    got = json.loads(read.stdout)
+    got = json.loads(read)
     for key in ("tokens", "text", "selection", "evaluations"):
         assert got[key] == want[key], key
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [["--holds", "selection"], ["--whole-pool"]], ids=" ".join)
-def test_other_forms_give_the_same_tokens(checkpoint, text, tmp_path, capsys, more):
+def test_other_forms_give_the_same_tokens(checkpoint, text, tmp_path, call, more):
     request = (checkpoint, "--context-file", text, "--question", "which?", *FIRST)
     request += ("--encoding", "independent")
-    _, out, _ = call(capsys, generate.main, *request, "--json")
-    status, _, err = call(capsys, prefill.main, *request, "--out", tmp_path / "s", *more)
-    assert status == 0, err
-    status, got, err = call(capsys, decode.main, checkpoint, tmp_path / "s", "--json")
-    assert status == 0, err
-    assert json.loads(got)["tokens"] == json.loads(out)["tokens"]
-    assert json.loads(got)["selection"] == json.loads(out)["selection"]
+    want = json.loads(call(generate.main, *request, "--json"))
+    call(prefill.main, *request, "--out", tmp_path / "s", *more)
+    got = json.loads(call(decode.main, checkpoint, tmp_path / "s", "--json"))
+    assert (got["tokens"], got["selection"]) == (want["tokens"], want["selection"])
 
 
-def test_a_document_is_asked_from_a_snapshot_and_from_a_store(checkpoint, text, tmp_path, capsys):
+def test_a_document_is_asked_from_a_snapshot_and_from_a_store(checkpoint, text, tmp_path, call):
+    document = ("--context-file", text)
     question = ("--question", "which?", "--encoding", "independent", *FIRST, "--json")
-    direct = call(capsys, generate.main, checkpoint, "--context-file", text, *question)
-    assert direct[0] == 0, direct[2]
-    made = call(
-        capsys, prefill.main, checkpoint, "--context-file", text, "--holds", "document",
-        "--out", tmp_path / "document", "--chunk-size", "32",
-    )  # fmt: skip
-    assert made[0] == 0, made[2]
-    sources = [("--snapshot", tmp_path / "document")]
-    instructed = (*sources[0], "--question", "which?", "--instruction", "Sing!")
-    status, _, err = call(capsys, generate.main, checkpoint, *instructed)
-    assert (status, "part of the document" in err) == (2, True)
-    sources += [("--context-file", text, "--store", tmp_path / "store")] * 2
-    asked = [call(capsys, generate.main, checkpoint, *source, *question) for source in sources]
+    direct = json.loads(call(generate.main, checkpoint, *document, *question))
+    saved = ("--holds", "document", "--out", tmp_path / "document", "--chunk-size", "32")
+    call(prefill.main, checkpoint, *document, *saved)
+    snapshot = ("--snapshot", tmp_path / "document")
+    instructed = (*snapshot, "--question", "which?", "--instruction", "Sing!")
+    refused = call(generate.main, checkpoint, *instructed, status=2)
+    assert "part of the document" in refused
+    stored = (*document, "--store", tmp_path / "store")
+    for source in (snapshot, stored, stored):
+        asked = json.loads(call(generate.main, checkpoint, *source, *question))
+        assert asked["tokens"] == direct["tokens"]
     (kept,) = [p for p in (tmp_path / "store").iterdir() if p.is_dir()]
     assert len(kept.name) == 64
-    for status, out, err in asked:
-        assert status == 0, err
-        assert json.loads(out)["tokens"] == json.loads(direct[1])["tokens"]
     named = ("--score", "oracle", "--chunks", "2", "0")
-    status, out, err = call(capsys, generate.main, checkpoint, *sources[0], *question, *named)
-    assert status == 0, err
+    out = call(generate.main, checkpoint, *snapshot, *question, *named)
     assert json.loads(out)["selection"]["chunks"] == [0, 2]
 
 
 def test_what_does_not_match_is_one_line_and_status_2(
-    make_checkpoint, checkpoint, text, tmp_path, capsys
+    make_checkpoint, checkpoint, text, tmp_path, call
 ):
     request = (checkpoint, "--context-file", text, "--question", "which?", *FIRST)
     snapshot = tmp_path / "s"
-    status, _, err = call(capsys, prefill.main, *request, "--out", snapshot)
-    assert status == 0, err
+    call(prefill.main, *request, "--out", snapshot)
 
     def refused(message: str, *argv) -> None:
-        status, out, err = call(capsys, *argv)
-        lines = [line for line in err.splitlines() if not line.startswith("loading")]
-        assert (status, out, len(lines)) == (2, "", 1), err
-        assert re.search(message, lines[0]), lines[0]
+        err = call(*argv, status=2)
+        (line,) = [line for line in err.splitlines() if not line.startswith("loading")]
+        assert re.search(message, line), line
 
-    other = make_checkpoint(n_kv_heads=2, tokenizer=True, max_sequence_length=256, seed=1).folder
-    convert(other, tmp_path / "other")
+    settings = {"n_kv_heads": 2, "tokenizer": True, "max_sequence_length": 256}
+    convert(make_checkpoint(**settings, seed=1).folder, tmp_path / "other")
     refused(r"model\.weights is '", decode.main, tmp_path / "other", snapshot)
     refused(r"model\.dtype", decode.main, checkpoint, snapshot, "--dtype", "bfloat16")
     refused("64 x 1 needs 64 devices", decode.main, checkpoint, snapshot, "--mesh", "64x1")
@@ -144,7 +134,6 @@ def test_what_does_not_match_is_one_line_and_status_2(
     kernel = "--sums", "mosaic_gpu"
     refused("needs a mesh", prefill.main, *request, *new, *kernel)
     refused("needs a mesh", decode.main, checkpoint, snapshot, *kernel)
-    settings = {"n_kv_heads": 2, "tokenizer": True, "max_sequence_length": 256}
     convert(make_checkpoint(**settings, rope_theta=20_000.0).folder, tmp_path / "stretched")
     refused(r"rope\.theta is", decode.main, tmp_path / "stretched", snapshot)
     source = make_checkpoint(**settings).folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -17,17 +18,19 @@ from pdllm_jax import (
     ChunkConfig,
     ConfigError,
     DecodeConfig,
+    Engine,
     MaskPredictor,
     MemoryLimitError,
     ModelConfig,
+    Request,
     SelectionConfig,
     encode_document,
     plan_memory,
 )
-from pdllm_jax.deprecated import ask_ids, generate_batch_ids, generate_ids
 from pdllm_jax.engine import answer, engine, memory
 from pdllm_jax.engine import request as prefilled
 from pdllm_jax.engine.memory import require_memory
+from pdllm_jax.engine.programs import Shapes
 from pdllm_jax.method.chunking import chunk_prompt
 
 LLADA = ModelConfig.llada_8b()
@@ -47,8 +50,15 @@ def tokens(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 250, n)
 
 
-def request_of(document: int = 90, query: int = 7):
-    return [253, *tokens(4)], tokens(document, 1), tokens(query, 2)
+def request_of(document: int = 90) -> Request:
+    return Request(tokens(document, 1), tokens(7, 2), [253, *tokens(4)])
+
+
+def prompt_of(request: Request, **settings):
+    return chunk_prompt(request.prefix, request.context, request.question, CHUNKS, **settings)
+
+
+engine_of = functools.partial(Engine, chunking=CHUNKS, selection=SELECT, decoding=DECODE)
 
 
 def planned(config: ModelConfig = LLADA, document: int = 32 * 1023, **settings):
@@ -141,9 +151,8 @@ def test_results_are_as_large_as_the_arrays_of_an_answer(model, monkeypatch, nam
 
     monkeypatch.setattr(prefilled, "init_denoise", spy)
     monkeypatch.setattr(answer, "denoise_blocks", lambda model, cache, state, *_, **__: state)
-    settings = {"selection": selecting, "decode": decode}
-    generate_ids(model, *request_of(), chunking=CHUNKS, **settings)
-    plan = tiny_plan(**settings)
+    engine_of(model, selection=selecting, decoding=decode).answer_batch([request_of()])
+    plan = tiny_plan(selection=selecting, decode=decode)
     cache, state = seen["cache"], seen["state"]
     arrays = [cache.pool, cache.prefix_k, cache.prefix_v]
     assert plan["score"].made["KV of the document"] == tree_bytes(arrays)
@@ -154,7 +163,7 @@ def test_results_are_as_large_as_the_arrays_of_an_answer(model, monkeypatch, nam
 def test_a_batch_and_questions_hold_what_their_arrays_do(model):
     plan = tiny_plan(8 * 15, questions=3)
     assert plan.shapes.requests == 4
-    prompt = chunk_prompt(*request_of(8 * 15), CHUNKS, tight=True)
+    prompt = prompt_of(request_of(8 * 15), tight=True)
     cache = jax.eval_shape(lambda m: encode_document(m, prompt, encode_batch=2), model)
     arrays = tree_bytes([cache.pool, cache.prefix_k, cache.prefix_v])
     assert plan.resident == tiny_plan().resident + arrays
@@ -252,33 +261,31 @@ def never(*args, **kwargs):
 
 def test_an_answer_that_does_not_fit_is_refused_before_anything_runs(model, monkeypatch):
     request = request_of()
-    prompt = chunk_prompt(*request, CHUNKS, tight=True)
+    prompt = prompt_of(request, tight=True)
     cache = jax.eval_shape(lambda m: encode_document(m, prompt), model)
     cache = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), cache)
     for name in ("draft_response", "prefill", "prefill_top_k", "score_chunks", "init_denoise"):
         monkeypatch.setattr(prefilled, name, never)
     for name in ("init_denoise", "encode_document"):
         monkeypatch.setattr(engine, name, never)
-    settings = {"decode": DECODE, "selection": SELECT, "chunking": CHUNKS}
     plan = tiny_plan()
-    message = refused(generate_ids, model, *request, memory_limit=plan.peak - 1, **settings)
+    message = refused(engine_of(model, memory_limit=plan.peak - 1).answer_batch, [request])
     assert f"phase {plan.largest.name!r} needs {plan.peak / 1e9:.2f} GB" in message
     assert f"the device gives {(plan.peak - 1) / 1e9:.2f} GB" in message
     with pytest.raises(AssertionError, match="computed"):
-        generate_ids(model, *request, memory_limit=plan.peak, **settings)
-    settings["memory_limit"] = 1000
-    assert "no one setting" in refused(generate_batch_ids, model, [request] * 2, **settings)
-    assert "'prefilling'" in refused(generate_ids, model, *request, method="plain", **settings)
-    del settings["chunking"]
-    refused(ask_ids, model, cache, [request[2]], **settings)
-    small = engine.Engine(model, chunking=CHUNKS, memory_limit=1000)
-    message = refused(small.encode, request[1], prefix=request[0])
+        engine_of(model, memory_limit=plan.peak).answer_batch([request])
+    small = engine_of(model, memory_limit=1000)
+    plain = engine_of(model, method="plain", memory_limit=1000)
+    assert "no one setting" in refused(small.answer_batch, [request] * 2)
+    assert "'prefilling'" in refused(plain.answer_batch, [request])
+    refused(small.ask, cache, [request.question])
+    message = refused(small.encode, request.context, prefix=request.prefix)
     assert "encode document" in message
 
 
 def require(model, limit=None, document: int = 90, selection: SelectionConfig = SELECT) -> None:
-    prompt = chunk_prompt(*request_of(document), CHUNKS)
-    require_memory(model, prompt, selection, DECODE, implementation="xla", limit=limit)
+    shapes = Shapes.of(prompt_of(request_of(document)))
+    require_memory(model, shapes, selection, DECODE, implementation="xla", limit=limit)
 
 
 def test_the_refusal_advises_the_smallest_changes_that_fit(model):

@@ -12,7 +12,6 @@ import pytest
 
 from pdllm_jax import Engine
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
-from pdllm_jax.deprecated import ask_ids
 from pdllm_jax.engine import offload as module
 from pdllm_jax.engine.memory import MemoryLimitError
 from pdllm_jax.engine.offload import (
@@ -20,7 +19,6 @@ from pdllm_jax.engine.offload import (
     fetch,
     host_memory,
     offload,
-    offloaded_request,
     score_offloaded,
     select_offloaded,
 )
@@ -126,12 +124,9 @@ def test_only_the_chosen_chunks_come_over(document, cache, monkeypatch):
 @pytest.mark.parametrize("scorer", ["query", "random"])
 def test_scores_of_later_questions_are_those_on_the_device(model, document, cache, prompt, scorer):
     config = dataclasses.replace(SELECT, scorer=scorer)
-    request = offloaded_request(document, QUERY, config, seed=1)
-    want = score_chunks(
-        model, cache, prompt.query, config.scoring(),
-        query_length=prompt.query_length, key=request.scoring_keys(),
-    )  # fmt: skip
-    got = score_offloaded(model, document, request, group=3)
+    inputs = {"query_length": prompt.query_length, "key": jax.random.key(1)}
+    want = score_chunks(model, cache, prompt.query, config, **inputs)
+    got = score_offloaded(model, document, prompt.query, config, group=3, **inputs)
     np.testing.assert_allclose(got[0, :7], want[0, :7], atol=2e-4)
     assert np.isneginf(got[0, 7:]).all()
     assert got.shape == want.shape
@@ -140,9 +135,10 @@ def test_scores_of_later_questions_are_those_on_the_device(model, document, cach
 @pytest.mark.parametrize("encoding", ["independent", "joint"])
 def test_answers_are_those_of_the_device(model, document, cache, encoding):
     selecting = dataclasses.replace(SELECT, encoding=encoding)
-    (want,) = ask_ids(model, cache, [QUERY], selection=selecting, decode=DECODE, seeds=[5])
+    engine = Engine(model, selection=selecting, decoding=DECODE)
+    (want,) = engine.ask(cache, [QUERY], seeds=[5])
     chosen = select_offloaded(model, document, QUERY, selecting, seed=5, group=4)
-    (got,) = Engine(model, decoding=DECODE).decode(chosen)
+    (got,) = engine.decode(chosen)
     assert got.tokens == want.tokens
     assert got.selection["chunks"] == want.selection["chunks"]
     np.testing.assert_allclose(got.selection["scores"], want.selection["scores"], atol=2e-4)
@@ -156,7 +152,7 @@ def test_answers_are_those_of_the_device(model, document, cache, encoding):
 def test_what_can_not_be_streamed_is_refused(model, document, cache, prompt):
     for change, message in (
         ({"reselect": "block"}, "re-selection reads all"),
-        ({"scorer": "attention"}, "cannot be streamed"),
+        ({"scorer": "attention"}, "scorer 'attention' reads all"),
         ({"scorer": "oracle"}, "needs the ids"),
     ):
         selecting = dataclasses.replace(SELECT, **change)

@@ -145,8 +145,8 @@ def test_a_request_that_keeps_its_chunks_keeps_its_kv(model, prompt):
         chosen = select(jnp.stack(rows), settings)
         query, length = (x.repeat(len(rows), axis=0) for x in (prompt.query, prompt.query_length))
         keys = jnp.stack([jax.random.key(7)] * len(rows))
-        settings = {"query_length": length, "settings": settings}
-        state = init_denoise(model, cache, chosen, query, DECODE, keys, **settings)
+        options = {"query_length": length, "settings": settings}
+        state = init_denoise(model, cache, chosen, query, DECODE, keys, **options)
         return denoise_step(model, cache, state, config=DECODE)
 
     def again(state):

@@ -70,12 +70,12 @@ def read_source(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     opened = open_source(folder)
     if config.n_layers > len(opened.tensors):
         raise CheckpointError("n_layers")
-    match(opened, targets(config), {})
+    match(opened, targets(config), targets(config))
     return config, {name: opened.tensors[name].read("float32") for name in targets(config)}
 
 
 def read_converted(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
-    open_checkpoint(folder).verify()
+    open_checkpoint(folder, verify=True)
     return load_config(folder), sources.read_params(folder)
 
 

@@ -195,8 +195,8 @@ AGAIN = "; convert it (again): pdllm-convert SOURCE DESTINATION"
     [
         (shutil.rmtree, "not a directory"),
         (old_version, f"manifest.json is missing{AGAIN}"),
-        (other_version, f"format version 3, only 2 can be read{AGAIN}"),
-        (other_kind, "manifest.json has kind 'snapshot', not 'checkpoint'"),
+        (other_version, f"version 3, only a 'checkpoint' of version 2 can be read{AGAIN}"),
+        (other_kind, "manifest.json is of a 'snapshot' of format version 2"),
         (text("manifest.json", lambda s: s[:-9]), "manifest.json is not valid JSON"),
         (text("manifest.json", lambda s: ""), "manifest.json is not valid JSON"),
         (text("manifest.json", lambda s: "[]"), "manifest.json does not hold a JSON object"),

@@ -132,10 +132,9 @@ def test_another_file_under_a_documents_name_is_replaced(what, model, tmp_path):
 def test_a_store_that_cannot_be_locked_is_refused(model, tmp_path):
     store = DocumentStore(tmp_path / "store", model)
     key = "0" * 64
-    (store.folder / f".{key}.lock").symlink_to(tmp_path / "elsewhere")
+    (store.folder / f".{key}.lock").mkdir()
     with pytest.raises(SnapshotError, match="lock cannot be locked"):
         store.remove(key)
-    assert not (tmp_path / "elsewhere").exists()
     shutil.rmtree(store.folder)
     for call in (store.keys, lambda: store.remove(key)):
         with pytest.raises(SnapshotError, match="No such file"):

@@ -49,29 +49,27 @@ EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate
 
 class Job:
     """Work that makes the folder `target`: `work(turn)` is killed, `read(folder)` returns what a
-    complete folder holds and raises ValueError or OSError for any other. Turns are 0 and 1.
+    complete folder holds and raises ValueError or OSError for any other. Turns are 0 and 1;
+    `prepare` writes what they read. restarts: a finished run leaves nothing to do for the next.
     """
 
-    restarts = False  # a finished run leaves nothing to do for the next one
+    restarts = False
 
     def __init__(self, root: Path) -> None:
         self.root, self.target = root, root / "target"
 
-    def prepare(self) -> None:
-        """Writes what the work reads."""
+    def prepare(self) -> None: ...
 
 
 class Conversion(Job):
     """Converts one checkpoint of safetensors over another."""
 
     def prepare(self) -> None:
-        settings = sources.config()
         for turn in range(2):
-            values = sources.tensors(settings, seed=turn)
-            sources.write(self.root / f"source{turn}", values, settings, shards=2)
+            sources.make(self.root / str(turn), seed=turn, shards=2)
 
     def work(self, turn: int) -> None:
-        convert(self.root / f"source{turn}", self.target, overwrite=True)
+        convert(self.root / str(turn) / "source", self.target, overwrite=True)
 
     def read(self, folder: Path) -> Any:
         return model_identity(load_model(folder))
@@ -217,7 +215,8 @@ def campaign(args: argparse.Namespace) -> int:
             states, findings = kill(KINDS[kind](Path(root)), args.kills, args.seed)
         remains = ", ".join(f"{state} {n} times" for state, n in sorted(states.items()) if n)
         print(f"{kind}: {args.kills} kills left {remains}; {len(findings)} findings", flush=True)
-        print(*(f"  {finding}\n" for finding in findings), sep="", end="", flush=True)
+        for finding in findings:
+            print(f"  {finding}", flush=True)
         failed |= bool(findings)
     return failed
 

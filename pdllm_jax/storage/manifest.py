@@ -65,10 +65,6 @@ class FolderKind:
     error: type[ValueError]
     advice: str
 
-    def refusal(self, folder: Path, problem: str) -> ValueError:
-        """Returns the error for a folder, in one line."""
-        return self.error(f"{self.name} {folder}: {' '.join(problem.split())}")
-
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
@@ -92,20 +88,20 @@ class Manifest:
         Raises:
           kind.error: names the first file that is missing, has changed or is not part of a folder.
         """
-        for name, (nbytes, _) in self.files.items():
-            path = self.folder / name
-            if not path.is_file():
-                raise self.kind.refusal(self.folder, f"{name} is missing")
-            if (size := path.stat().st_size) != nbytes:
-                problem = f"{name} has {size} bytes, {nbytes} were written"
-                raise self.kind.refusal(self.folder, problem)
-        for name in _files(self.folder):
-            if "/" in name and name not in self.files:
-                raise self.kind.refusal(self.folder, f"{name} is not part of the {self.kind.name}")
-        small = [name for name, (nbytes, _) in self.files.items() if nbytes <= largest]
-        for name, record in _records(self.folder, small).items():
-            if record != self.files[name]:
-                raise self.kind.refusal(self.folder, f"{name} has changed: its checksum differs")
+        with errors_as(self.kind.error, f"{self.kind.name} {self.folder}"):
+            for name, (nbytes, _) in self.files.items():
+                path = self.folder / name
+                if not path.is_file():
+                    raise ValueError(f"{name} is missing")
+                if (size := path.stat().st_size) != nbytes:
+                    raise ValueError(f"{name} has {size} bytes, {nbytes} were written")
+            for name in _files(self.folder):
+                if "/" in name and name not in self.files:
+                    raise ValueError(f"{name} is not part of the {self.kind.name}")
+            small = [name for name, (nbytes, _) in self.files.items() if nbytes <= largest]
+            for name, record in _records(self.folder, small).items():
+                if record != self.files[name]:
+                    raise ValueError(f"{name} has changed: its checksum differs")
 
 
 def write_manifest(folder: Path, kind: FolderKind, settings: Mapping[str, Any]) -> None:
@@ -122,24 +118,22 @@ def read_manifest(folder: Path, kind: FolderKind) -> Manifest:
       kind.error: folder or manifest do not exist, are of another kind or version, or the manifest
         has changed since it was written.
     """
-    if not folder.is_dir():
-        raise kind.refusal(folder, "not a directory")
     path = folder / MANIFEST
-    if not path.is_file():
-        raise kind.refusal(folder, f"{MANIFEST} is missing; {kind.advice}")
-    try:
+    with errors_as(kind.error, f"{kind.name} {folder}"):
+        if not folder.is_dir():
+            raise ValueError("not a directory")
+        if not path.is_file():
+            raise ValueError(f"{MANIFEST} is missing; {kind.advice}")
         raw = read_json(path)
-    except CheckpointError as error:
-        raise kind.refusal(folder, str(error).replace(str(path), MANIFEST, 1)) from None
-    if (stated := (raw.get("kind"), raw.get("version"))) != (kind.name, kind.version):
-        problem = "a {!r:.60} of format version {!r:.60}, only a {!r} of version {} can be read"
-        problem = problem.format(*stated, kind.name, kind.version)
-        raise kind.refusal(folder, f"{MANIFEST} is of {problem}; {kind.advice}")
-    raw.pop("digest", None)
-    # Byte for byte: a changed byte is refused wherever it stands.
-    if _encode(raw) != path.read_bytes():
-        raise kind.refusal(folder, f"{MANIFEST} has changed since it was written")
-    return Manifest(folder, kind, raw["settings"], raw["files"])
+        if (stated := (raw.get("kind"), raw.get("version"))) != (kind.name, kind.version):
+            form = "{!r:.60} of format version {!r:.60}, only a {!r} of version {} can be read; {}"
+            problem = form.format(*stated, kind.name, kind.version, kind.advice)
+            raise ValueError(f"{MANIFEST} is of a {problem}")
+        raw.pop("digest", None)
+        # Byte for byte: a changed byte is refused wherever it stands.
+        if _encode(raw) != path.read_bytes():
+            raise ValueError(f"{MANIFEST} has changed since it was written")
+        return Manifest(folder, kind, raw["settings"], raw["files"])
 
 
 def read_json(path: Path) -> dict[str, Any]:

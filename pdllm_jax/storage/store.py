@@ -25,17 +25,10 @@ from pdllm_jax.method.cache import ChunkCache
 from pdllm_jax.method.chunking import TokenIds, check_bos_id, check_token_ids
 from pdllm_jax.method.prefill import encode_document
 from pdllm_jax.network.transformer import MaskPredictor
-from pdllm_jax.storage import fingerprint
+from pdllm_jax.storage import fingerprint, snapshot
 from pdllm_jax.storage.atomic import discard
 from pdllm_jax.storage.manifest import errors_as
-from pdllm_jax.storage.snapshot import (
-    SNAPSHOT,
-    Placement,
-    SnapshotError,
-    load_document,
-    require_one_process,
-    save_document,
-)
+from pdllm_jax.storage.snapshot import SnapshotError
 from pdllm_jax.tokenizer import INSTRUCTION, Tokenizer
 
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -57,7 +50,7 @@ class DocumentStore:
         model: MaskPredictor,
         tokenizer: Tokenizer | None = None,
         *,
-        placement: Placement | None = None,
+        placement: snapshot.Placement | None = None,
     ) -> None:
         self.folder = Path(folder).absolute()
         self.folder.mkdir(exist_ok=True)
@@ -106,16 +99,15 @@ class DocumentStore:
         if (cache := self._restore(key, document, warn=False)) is not None:
             return cache
         # Before the lock: encoding takes all processes of a mesh, of which one would hold it.
-        require_one_process(self.folder / key)
+        snapshot.require_one_process(self.folder / key)
         with self._lock(key):
             if (cache := self._restore(key, document, warn=True)) is not None:
                 return cache
             require_document_memory(self.model, prompt, encode_batch, limit=memory_limit)
             discard(self.folder / key)  # damaged
             cache = encode_document(self.model, prompt, encode_batch=encode_batch)
-            save_document(
-                self.folder / key, self.identity, cache, chunking=chunking, tokenizer=self.tokenizer
-            )
+            options: Any = {"chunking": chunking, "tokenizer": self.tokenizer}
+            snapshot.save_document(self.folder / key, self.identity, cache, **options)
             return cache
 
     def key(self, document: str, chunking: ChunkConfig) -> str:
@@ -128,7 +120,7 @@ class DocumentStore:
         settings = [chunking.chunk_size, chunking.anchors, chunking.overlap]
         tokenizer = self.tokenizer and fingerprint.tokenizer_fingerprint(self.tokenizer)
         model = fingerprint.model_fields(self.identity)
-        return fingerprint.digest([SNAPSHOT.version, document, settings, tokenizer, model])
+        return fingerprint.digest([snapshot.SNAPSHOT.version, document, settings, tokenizer, model])
 
     def keys(self) -> list[str]:
         """Returns the names of all documents, of every model."""
@@ -149,8 +141,9 @@ class DocumentStore:
         if not os.path.lexists(self.folder / key):
             return None
         try:
-            return load_document(self.folder / key, self.identity, **expected, **place).cache
-        except (SnapshotError, OSError) as error:
+            path, model = self.folder / key, self.identity
+            return snapshot.load_document(path, model, **expected, **place).cache
+        except SnapshotError as error:
             # Without the lock, another process may be removing it.
             if warn:
                 warnings.warn(f"encoded again: {error}", RuntimeWarning, stacklevel=3)

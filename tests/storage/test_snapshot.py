@@ -235,28 +235,6 @@ def test_dataclasses_are_saved_by_their_fields():
             unpack({**content, **change}, Outer, {}, "root")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "not valid JSON"),
-        (b"[]", "does not hold"),
-        (b'{"a":' * 100_000, "not valid JSON"),
-        (b'{"kind": 1, "kind": 2}', "repeats the key"),
-        (b"\xff\xfe", "not valid JSON"),
-        (b'{"kind": "checkpoint"}', "is of a 'checkpoint' of format"),
-        (
-            b'{"kind": "snapshot", "version": 1}',
-            "version 1, only a 'snapshot' of version 2 .*; write",
-        ),
-        (b'{"kind": "snapshot", "version": 2, "settings": {}}', "changed since it was written"),
-    ],
-)
-def test_another_manifest_is_refused(content, message, saved):
-    (saved / "manifest.json").write_bytes(content)
-    with pytest.raises(SnapshotError, match=message):
-        load_document(saved, IDENTITY)
-
-
 @pytest.mark.parametrize("name", ["manifest.json", "arrays/cache.pool.k/.zarray", "arrays"])
 def test_a_pipe_or_a_dangling_link_is_refused_at_once(name, saved):
     path = saved / name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 
 import pytest
 
@@ -66,25 +65,6 @@ def test_another_text_prefix_setting_or_model_is_another_document(model, tmp_pat
     other.encode_ids(PREFIX, text(), chunking=CHUNKS)
     assert len(encodings) == 5
     assert len(store.keys()) == 5
-
-
-def test_a_damaged_document_is_replaced_with_a_warning(model, tmp_path, encodings):
-    store = DocumentStore(tmp_path / "store", model)
-    cache = store.encode_ids(PREFIX, text(), chunking=CHUNKS)
-    (key,) = store.keys()
-    victim = next((store.folder / key / "arrays" / "cache.pool.v").glob("0*"))
-    data = bytearray(victim.read_bytes())
-    data[100] ^= 1
-    victim.write_bytes(data)
-    with pytest.warns(RuntimeWarning, match=r"encoded again: .*cache\.pool\.v.*checksum"):
-        repaired = store.encode_ids(PREFIX, text(), chunking=CHUNKS)
-    assert len(encodings) == 2
-    assert same(cache, repaired)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert same(cache, store.encode_ids(PREFIX, text(), chunking=CHUNKS))
-    assert len(encodings) == 2
-    assert sorted(p.name for p in store.folder.iterdir()) == [f".{key}.lock", key]
 
 
 def test_a_removed_document_is_encoded_again(model, tmp_path, encodings):

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import AbstractMesh
 from jaxtyping import Array
 
@@ -49,11 +50,23 @@ def write_arrays(folder: Path, arrays: Mapping[str, Array]) -> None:
 def read_arrays(folder: Path, targets: Any) -> Any:
     """Restores a tree of arrays, none of them empty, to the shardings of its ShapeDtypeStructs."""
     import orbax.checkpoint as ocp
+    import tensorstore as ts
+
+    class MappedHandler(ocp.type_handlers.ArrayHandler):
+        """Maps files. Orbax reads each into fresh memory first, which costs as much as the copy."""
+
+        async def deserialize(self, infos: Any, args: Any = None) -> Any:
+            for info in infos:
+                info.ts_context = ts.Context({"file_io_mode": {"mode": "memmap"}})
+            return await super().deserialize(infos, args)
 
     arguments = ocp.args.PyTreeRestore(
         item=targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets)
     )
-    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_RESTORE_GB)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, MappedHandler()))
+    handler = ocp.PyTreeCheckpointHandler(
+        restore_concurrent_gb=_RESTORE_GB, type_handler_registry=registry
+    )
     with quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
         return checkpointer.restore(folder, args=arguments)
 

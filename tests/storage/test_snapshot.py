@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,14 +17,14 @@ import pytest
 from flax import nnx
 from jaxtyping import Array
 
-from pdllm_jax import MaskPredictor, ModelConfig, RopeScaling
+from pdllm_jax import MaskPredictor, RopeScaling
 from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.deprecated import choose, finish
 from pdllm_jax.engine.request import SelectedRequest, request_keys
 from pdllm_jax.engine.request import drop_other_chunks as without_other_chunks
 from pdllm_jax.engine.request import start_decoding as begin
 from pdllm_jax.method.chunking import chunk_prompt
-from pdllm_jax.storage.fingerprint import document_fingerprint, model_identity
+from pdllm_jax.storage.fingerprint import ModelIdentity, document_fingerprint, model_identity
 from pdllm_jax.storage.snapshot import (
     SnapshotError,
     load_document,
@@ -56,10 +57,9 @@ def saved(tmp_path) -> Path:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_document_is_restored_bit_for_bit(tmp_path, dtype):
-    identity = dataclasses.replace(IDENTITY, dtype=dtype)
-    cache = document(dtype=dtype)
-    save_document(tmp_path / "s", identity, cache, chunking=CHUNKS)
-    restored = load_document(tmp_path / "s", identity)
+    maker, cache = dataclasses.replace(IDENTITY, dtype=dtype), document(dtype=dtype)
+    save_document(tmp_path / "s", maker, cache, chunking=CHUNKS)
+    restored = load_document(tmp_path / "s", maker)
     assert same(restored.cache, cache)
     assert restored.chunking == CHUNKS
     assert snapshot_holds(tmp_path / "s") == "document"
@@ -68,8 +68,8 @@ def test_a_document_is_restored_bit_for_bit(tmp_path, dtype):
         cache.without_pool(), prefix_k=None, prefix_v=None,
         prefix_ids=jnp.zeros((1, 0), jnp.int32), prefix_length=jnp.zeros(1, jnp.int32),
     )  # fmt: skip
-    save_document(tmp_path / "s", identity, bare, chunking=CHUNKS, overwrite=True)
-    assert same(load_document(tmp_path / "s", identity).cache, bare)
+    save_document(tmp_path / "s", maker, bare, chunking=CHUNKS, overwrite=True)
+    assert same(load_document(tmp_path / "s", maker).cache, bare)
 
 
 @pytest.mark.parametrize(
@@ -88,16 +88,16 @@ def test_decoding_from_a_snapshot_gives_the_same_tokens(model, tmp_path, change)
     """Before and after the encoding, with all chunks and with the chosen ones alone."""
     selecting = dataclasses.replace(SELECT, **change)
     prompt = chunk_prompt(PREFIX, CONTEXT, np.arange(7), CHUNKS)
-    identity = model_identity(model)
+    maker = model_identity(model)
     chosen = choose(model, prompt, selecting, request_keys([3], 1))
     begun = begin(model, chosen, DECODE)
     forms = [chosen, without_other_chunks(chosen), begun, without_other_chunks(begun)]
     copies = [jax.tree.map(jnp.copy, form) for form in forms]
     want = finish(model, begun)[0]
     for i, form in enumerate(copies):
-        save_request(tmp_path / str(i), identity, form, chunking=CHUNKS)
+        save_request(tmp_path / str(i), maker, form, chunking=CHUNKS)
         assert snapshot_holds(tmp_path / str(i)) == ("selection" if i < 2 else "state")
-        restored = load_request(tmp_path / str(i), identity)
+        restored = load_request(tmp_path / str(i), maker)
         assert same(restored, form)
         if isinstance(restored, SelectedRequest):
             restored = begin(model, restored, DECODE)
@@ -110,23 +110,31 @@ def test_decoding_from_a_snapshot_gives_the_same_tokens(model, tmp_path, change)
         assert copies[3].cache is None
 
 
-def test_a_mismatch_is_refused_by_name(saved, tmp_path):
-    config = IDENTITY.config
-    for identity, field in (
+def identity(**changes) -> ModelIdentity:
+    return dataclasses.replace(IDENTITY, config=dataclasses.replace(IDENTITY.config, **changes))
+
+
+@pytest.mark.parametrize(
+    ("other", "field"),
+    [
         (dataclasses.replace(IDENTITY, weights="1" * 64), "model.weights"),
         (dataclasses.replace(IDENTITY, dtype="bfloat16"), "model.dtype"),
-        (dataclasses.replace(config, rope_theta=5e5), "rope.theta"),
-        (dataclasses.replace(config, rope_scaling=RopeScaling("ntk", 2.0)), "rope.scaling"),
-        (dataclasses.replace(config, n_layers=3), "model.n_layers"),
-        (dataclasses.replace(config, rms_norm_eps=1e-6), "model.rms_norm_eps"),
-    ):
-        other = identity
-        if isinstance(identity, ModelConfig):
-            other = dataclasses.replace(IDENTITY, config=identity, weights="1" * 64)
-        with pytest.raises(SnapshotError, match=field.replace(".", r"\.")) as refused:
-            load_document(saved, other)
-        assert refused.value.field == field
-        assert refused.value.found != refused.value.wanted
+        (identity(rope_theta=5e5), "rope.theta"),
+        (identity(rope_scaling=RopeScaling("ntk", 2.0)), "rope.scaling"),
+        (identity(n_layers=3), "model.n_layers"),
+        (identity(rms_norm_eps=1e-6), "model.rms_norm_eps"),
+    ],
+)
+def test_another_model_is_refused_by_name(saved, other, field):
+    if field != "model.dtype":  # other weights too, which say less
+        other = dataclasses.replace(other, weights="1" * 64)
+    with pytest.raises(SnapshotError, match=re.escape(field)) as refused:
+        load_document(saved, other)
+    assert refused.value.field == field
+    assert refused.value.found != refused.value.wanted
+
+
+def test_a_mismatch_is_refused_by_name(saved, tmp_path):
     with pytest.raises(SnapshotError, match="tokenizer is None where '"):
         load_document(saved, IDENTITY, tokenizer=FakeTokenizer())
     cache = document()
@@ -143,9 +151,8 @@ def test_a_mismatch_is_refused_by_name(saved, tmp_path):
     other = dataclasses.replace(IDENTITY, dtype="bfloat16")
     with pytest.raises(SnapshotError, match=r"cache\.pool\.k.*'float32'.* where .*'bfloat16'"):
         save_document(tmp_path / "new", other, cache, chunking=CHUNKS)
-    wide = dataclasses.replace(IDENTITY, config=dataclasses.replace(config, n_kv_heads=4))
     with pytest.raises(SnapshotError, match=r"is \(2, 16, 'float32'\) where \(4, 16"):
-        save_document(tmp_path / "new", wide, cache, chunking=CHUNKS)
+        save_document(tmp_path / "new", identity(n_kv_heads=4), cache, chunking=CHUNKS)
     with pytest.raises(SnapshotError, match="new: not a directory"):
         load_document(tmp_path / "new", IDENTITY)
 

@@ -11,48 +11,35 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
-
-class Parser(argparse.ArgumentParser):
-    """Refuses in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
+from convert import converted as convert_cached
+from convert.convert import OutputDtype, Progress, convert
+from convert.export import reverse
+from pdllm_jax.cli.errors import Parser, status
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="pdllm-convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("source", metavar="SRC", help="folder to read")
-    parser.add_argument("destination", metavar="DST", help="folder to make")
-    parser.add_argument(
-        "--dtype",
-        choices=("keep", "bfloat16", "float32"),
-        default="keep",
-        help="of the weights in DST (default: keep)",
-    )
-    parser.add_argument(
-        "--verify", action="store_true", help="read DST again and compare it with SRC bit by bit"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    parser.add_argument(
-        "--reverse", action="store_true", help="SRC is a converted folder; DST gets safetensors"
-    )
-    parser.add_argument(
-        "--shard-size",
-        type=float,
-        metavar="GB",
-        default=2.0,
-        help="largest file that --reverse writes, and the memory it takes (default: 2)",
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="pdllm-convert", description=__doc__, formatter_class=raw)
+    add: Any = parser.add_argument
+    add("source", metavar="SRC", help="folder to read")
+    add("destination", metavar="DST", help="folder to make")
+    helped = "of the weights in DST (default: keep)"
+    add("--dtype", choices=get_args(OutputDtype), default="keep", help=helped)
+    helped = "read DST again and compare it with SRC bit by bit"
+    add("--verify", action="store_true", help=helped)
+    add("--overwrite", action="store_true", help="replace DST if it exists")
+    helped = "SRC is a converted folder; DST gets safetensors"
+    add("--reverse", action="store_true", help=helped)
+    helped = "largest file that --reverse writes, and the memory it takes (default: 2)"
+    add("--shard-size", type=float, metavar="GB", default=2.0, help=helped)
     options = parser.parse_args(arguments)
     if options.reverse and options.dtype != "keep":
         parser.error("--reverse keeps the dtypes: --dtype cannot be given with it")
@@ -61,55 +48,36 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-class _Bars:
-    """Progress bars on stderr, one for every stage, if stderr is a terminal."""
+@contextlib.contextmanager
+def _bars() -> Iterator[Progress]:
+    """Yields progress bars on stderr, one for every stage, if stderr is a terminal."""
+    from tqdm import tqdm
 
-    def __init__(self) -> None:
-        self._bars: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
 
-    def __call__(self, stage: str, nbytes: int, total: int) -> None:
-        if not sys.stderr.isatty():
-            return
-        from tqdm import tqdm
+        @functools.cache
+        def bar(stage: str, total: int) -> Any:
+            form: Any = {"unit": "B", "unit_scale": True, "disable": None}
+            return stack.enter_context(tqdm(desc=stage, total=total, **form))
 
-        if stage not in self._bars:
-            self._bars[stage] = tqdm(desc=stage, total=total, unit="B", unit_scale=True)
-        self._bars[stage].update(nbytes)
-
-    def close(self) -> None:
-        for bar in self._bars.values():
-            bar.close()
+        yield lambda stage, nbytes, total: bar(stage, total).update(nbytes)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     options = _parse(arguments)
-    try:
-        _run(options)
-        sys.stdout.flush()
-    except (ValueError, OSError, MemoryError) as error:
-        line = " ".join(str(error).split()) or repr(error)
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-        print(f"error: {line}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return status(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:
-    from convert import convert, reverse
-
-    bars = _Bars()
     start = time.perf_counter()
-    common = {"verify": options.verify, "overwrite": options.overwrite, "progress": bars}
-    with contextlib.closing(bars):
-        if options.reverse:
-            size = int(options.shard_size * 1e9)
-            report = reverse(options.source, options.destination, shard_bytes=size, **common)
-        else:
-            report = convert(options.source, options.destination, dtype=options.dtype, **common)
+    if options.reverse:
+        run = functools.partial(reverse, shard_bytes=int(options.shard_size * 1e9))
+    else:
+        run = functools.partial(convert, dtype=options.dtype)
+    common = {"verify": options.verify, "overwrite": options.overwrite}
+    with _bars() as progress:
+        report = run(options.source, options.destination, progress=progress, **common)
     seconds = time.perf_counter() - start
     verified = ", verified" if options.verify else ""
     print(
@@ -122,9 +90,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def converted(path: str | Path) -> Path:
     """Returns `convert.converted(path)`, and says on stderr when it converts."""
-    from convert.convert import converted
-
-    return converted(path, notify=lambda line: print(line, file=sys.stderr))
+    return convert_cached(path, notify=lambda line: print(line, file=sys.stderr))
 
 
 def run() -> NoReturn:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -18,15 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert import orbax_stream
-from convert.mapping import LM_HEAD, Target, lm_head, targets
-from convert.sources import (
-    BLOCK,
-    SAFETENSORS_INDEX,
-    Source,
-    SourceTensor,
-    match,
-    open_source,
-)
+from convert.mapping import EMBEDDING, LM_HEAD, Target, targets
+from convert.sources import BLOCK, SAFETENSORS_INDEX, Source, SourceTensor, match, open_source
 from pdllm_jax.compilation import cache_folder
 from pdllm_jax.network.config import ConfigError, ModelConfig
 from pdllm_jax.storage.atomic import AtomicFolder
@@ -38,12 +32,12 @@ OutputDtype = Literal["keep", "bfloat16", "float32"]
 Progress = Callable[[str, int, int], None]
 
 # Files that travel along with the weights, so that the result is complete; never code.
-COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-    "chat_template.jinja", "chat_template.json", "generation_config.json",
-    "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE",
-)  # fmt: skip
+_NAMES = """
+tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt
+merges.txt tokenizer.model spiece.model chat_template.jinja chat_template.json
+generation_config.json LICENSE LICENSE.md LICENSE.txt NOTICE
+"""
+_COMPANIONS = frozenset(_NAMES.split())
 # The manifest of format version 1.
 _OLD_MANIFEST = "pdllm.json"
 # Arrays that are compared at a time.
@@ -89,24 +83,20 @@ def convert(
         or the disk is full. Nothing is left behind.
       ConfigError: config.json describes an architecture that is not implemented.
     """
-    folder, target = Path(source), Path(os.path.abspath(destination))
+    folder = Path(source)
     if dtype not in get_args(OutputDtype):
         allowed = ", ".join(get_args(OutputDtype))
         raise CheckpointError(f"dtype must be one of {allowed}, got {dtype!r}")
-    check_apart(folder, target)
-    output = AtomicFolder(target, CHECKPOINT, is_checkpoint, overwrite)
-    output.check()
+    output = output_folder(folder, destination, overwrite)
     opened = open_source(folder)
     try:
         config = ModelConfig.from_dict(read_json(folder / CONFIG))
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG}: {error}") from None
     wanted = _match(opened, config)
-
     chosen = {row.path: opened.tensors[name] for name, row in wanted.items()}
     dtypes = {p: tensor.dtype if dtype == "keep" else dtype for p, tensor in chosen.items()}
-    total = sum(tensor.nbytes for tensor in chosen.values())
-    report = count(progress, total)
+    report = count(progress, sum(tensor.nbytes for tensor in chosen.values()))
 
     def leaf(path: str) -> orbax_stream.Leaf:
         def load() -> NDArray[Any]:
@@ -115,22 +105,21 @@ def convert(
             return array
 
         tensor = chosen[path]
-        nbytes = int(np.prod(tensor.shape)) * np.dtype(dtypes[path]).itemsize
+        nbytes = math.prod(tensor.shape) * np.dtype(dtypes[path]).itemsize
         return orbax_stream.Leaf(tensor.order, nbytes, load)
 
     leaves = {path: leaf(path) for path in chosen}
     nbytes = sum(leaf.nbytes for leaf in leaves.values())
-    output.check_space(nbytes)
     kinds = set(dtypes.values())
     model_dtype = kinds.pop() if len(kinds) == 1 else "float32"
-    with output.write() as partial:
+    with output.write(nbytes) as partial:
         orbax_stream.save(partial / PARAMS, leaves)
         copy_companions(folder, partial)
         if verify:
             compare(partial / PARAMS, chosen, report)
         write_manifest(partial, CHECKPOINT, {"dtype": model_dtype})
     ignored = tuple(sorted(opened.tensors.keys() - wanted.keys()))
-    return Report(target, len(leaves), nbytes, model_dtype, ignored)
+    return Report(output.destination, len(leaves), nbytes, model_dtype, ignored)
 
 
 def converted(
@@ -211,8 +200,8 @@ def count(progress: Progress | None, total: int) -> Callable[[str, int], None]:
     return lambda stage, nbytes: progress(stage, nbytes, total)
 
 
-def check_apart(source: Path, destination: Path) -> None:
-    """Refuses to write into, over or around the source."""
+def output_folder(source: Path, destination: str | Path, overwrite: bool) -> AtomicFolder:
+    """Returns the folder to write; refuses to write into, over or around the source."""
     inner, outer = Path(os.path.realpath(source)), Path(os.path.realpath(destination))
     if inner == outer:
         raise CheckpointError(f"{destination} is the source itself")
@@ -220,51 +209,49 @@ def check_apart(source: Path, destination: Path) -> None:
         raise CheckpointError(f"{destination} lies inside the source {source}")
     if inner.is_relative_to(outer):
         raise CheckpointError(f"{destination} contains the source {source}")
+    path = Path(os.path.abspath(destination))
+    output = AtomicFolder(path, CHECKPOINT, _is_checkpoint, overwrite)
+    output.check()
+    return output
 
 
-def is_checkpoint(folder: Path) -> bool:
+def _is_checkpoint(names: set[str]) -> bool:
     """Returns whether a folder holds what `convert` or `reverse` write, and nothing else."""
-    names = {entry.name for entry in folder.iterdir()}
     weights = {name for name in names if name.endswith(".safetensors")}
-    manifests = {MANIFEST, _OLD_MANIFEST}
-    ours = {CONFIG, PARAMS, SAFETENSORS_INDEX, *COMPANIONS} | manifests | weights
-    return CONFIG in names and bool(names & (manifests | weights)) and names <= ours
+    marks = {MANIFEST, _OLD_MANIFEST} | weights
+    return (
+        CONFIG in names
+        and bool(names & marks)
+        and names <= marks | {CONFIG, PARAMS, SAFETENSORS_INDEX} | _COMPANIONS
+    )
 
 
 def copy_companions(source: Path, destination: Path) -> None:
     """Copies config.json, the tokenizer's files and licences."""
-    for name in (CONFIG, *COMPANIONS):
+    for name in (CONFIG, *_COMPANIONS):
         if (source / name).is_file():
             shutil.copyfile(source / name, destination / name)
 
 
 def _match(source: Source, config: ModelConfig) -> dict[str, Target]:
     """Returns the tensors to convert, by their names in the source, after all checks."""
-    if config.n_layers > len(source.tensors):  # before a row is made for every layer
-        raise CheckpointError(
-            f"{source.folder / CONFIG} says n_layers {config.n_layers}, but the checkpoint holds "
-            f"{len(source.tensors)} tensors"
-        )
+    settings = source.folder / CONFIG
+    if config.n_layers > (count := len(source.tensors)):  # before a row is made for every layer
+        problem = f"n_layers {config.n_layers}, but the checkpoint holds {count} tensors"
+        raise CheckpointError(f"{settings} says {problem}")
     wanted = targets(config)
-    match(source, wanted, {LM_HEAD.source: lm_head(config)})
-    head = source.tensors.get(LM_HEAD.source)
-    if config.weight_tying and head is not None:
-        embedding = source.tensors[next(iter(wanted))]
-        if not _equal(embedding.load(), head.load()):
-            raise CheckpointError(
-                f"{source.folder / CONFIG} ties the LM head to the embedding, but {head.name!r} in "
-                f"{head.file.name} differs from {embedding.name!r}"
-            )
+    match(source, wanted, targets(dataclasses.replace(config, weight_tying=False)))
+    head = source.tensors.get(LM_HEAD) if config.weight_tying else None
+    if head is not None and not _equal(source.tensors[EMBEDDING].load(), head.load()):
+        problem = f"{head.name!r} in {head.file.name} differs from {EMBEDDING!r}"
+        raise CheckpointError(f"{settings} ties the LM head to the embedding, but {problem}")
     return wanted
 
 
 def _equal(a: NDArray[Any], b: NDArray[Any]) -> bool:
     """Returns whether two arrays of one size have the same bits as float32."""
-    a, b = a.reshape(-1), b.reshape(-1)
-    return all(
-        np.array_equal(
-            a[start : start + BLOCK].astype(np.float32).view(np.uint32),
-            b[start : start + BLOCK].astype(np.float32).view(np.uint32),
-        )
-        for start in range(0, a.size, BLOCK)
-    )
+
+    def bits(array: NDArray[Any], start: int) -> NDArray[Any]:
+        return array.reshape(-1)[start : start + BLOCK].astype(np.float32).view(np.uint32)
+
+    return all(np.array_equal(bits(a, i), bits(b, i)) for i in range(0, a.size, BLOCK))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -14,16 +13,14 @@ from convert.convert import (
     Progress,
     Report,
     batches,
-    check_apart,
     compare,
     copy_companions,
     count,
-    is_checkpoint,
+    output_folder,
 )
 from convert.mapping import targets
 from convert.sources import SAFETENSORS_INDEX, open_source
-from pdllm_jax.storage.atomic import AtomicFolder
-from pdllm_jax.storage.checkpoint import CHECKPOINT, PARAMS, load_config, open_checkpoint
+from pdllm_jax.storage.checkpoint import PARAMS, load_config, open_checkpoint
 
 
 def reverse(
@@ -47,22 +44,16 @@ def reverse(
       CheckpointError: the source is not a complete converted checkpoint, the destination exists,
         or the disk is full. Nothing is left behind.
     """
-    folder, target = Path(source).absolute(), Path(os.path.abspath(destination))
-    check_apart(folder, target)
-    output = AtomicFolder(target, CHECKPOINT, is_checkpoint, overwrite)
-    output.check()
-    manifest = open_checkpoint(folder)
-    if verify:
-        manifest.verify()
+    folder = Path(source).absolute()
+    output = output_folder(folder, destination, overwrite)
+    manifest = open_checkpoint(folder, verify=verify)
     rows = {row.path: row.source for row in targets(load_config(folder)).values()}
     sizes = orbax_stream.sizes(folder / PARAMS, rows)
     nbytes = sum(sizes.values())
-    output.check_space(nbytes)
-
     report = count(progress, nbytes)
     shards = list(batches(sizes, shard_bytes))
     weight_map: dict[str, str] = {}
-    with output.write() as partial:
+    with output.write(nbytes) as partial:
         for number, paths in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             arrays = orbax_stream.restore(folder / PARAMS, paths)
@@ -79,4 +70,4 @@ def reverse(
         if verify:
             written = open_source(partial).tensors
             compare(folder / PARAMS, {p: written[name] for p, name in rows.items()}, report)
-    return Report(target, len(rows), nbytes, manifest.settings["dtype"], ())
+    return Report(output.destination, len(rows), nbytes, manifest.settings["dtype"], ())

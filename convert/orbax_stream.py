@@ -21,9 +21,8 @@ import orbax.checkpoint as ocp
 from numpy.typing import NDArray
 
 from convert.mapping import tree
-from pdllm_jax.storage.atomic import reason
-from pdllm_jax.storage.checkpoint import quiet_orbax
-from pdllm_jax.storage.manifest import CheckpointError
+from pdllm_jax.storage.arrays import quiet_orbax
+from pdllm_jax.storage.manifest import CheckpointError, errors_as
 
 # Larger arrays are cut, so that several threads write and read them; only an embedding is larger.
 CHUNK_BYTES = 128 << 20
@@ -113,12 +112,12 @@ def restore(params: Path, paths: Iterable[str]) -> dict[str, NDArray[Any]]:
         restore_args=tree(dict.fromkeys(paths, ocp.RestoreArgs(restore_type=np.ndarray))),
         partial_restore=True,
     )
-    try:
-        with quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
-            restored = checkpointer.restore(params, args=arguments)
-    except Exception as error:  # Orbax and TensorStore raise various classes
-        raise CheckpointError(f"{params} cannot be read: {reason(error)}") from error
-    return _flat(restored)
+    with (
+        errors_as(CheckpointError, f"{params} cannot be read"),
+        quiet_orbax(),
+        ocp.PyTreeCheckpointer() as checkpointer,
+    ):
+        return _flat(checkpointer.restore(params, args=arguments))
 
 
 def _flat(params: Any) -> dict[str, Any]:

@@ -8,23 +8,21 @@ from the folder is ever executed: safetensors holds no code, and PyTorch reads w
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from convert.mapping import IGNORED, Target
-from pdllm_jax.storage.atomic import reason
 from pdllm_jax.storage.checkpoint import CONFIG, DTYPES
-from pdllm_jax.storage.manifest import MANIFEST, CheckpointError, read_json
+from pdllm_jax.storage.manifest import MANIFEST, CheckpointError, errors_as, read_json
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -34,12 +32,6 @@ BIN_INDEX = "pytorch_model.bin.index.json"
 BLOCK = 1 << 20
 
 _SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-# An exponent of all ones is Inf or NaN.
-_EXPONENTS: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
-    "bfloat16": (np.uint16, 0x7F80),
-    "float16": (np.uint16, 0x7C00),
-    "float32": (np.uint32, 0x7F800000),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +41,6 @@ class SourceTensor:
     Args:
       dtype: one of DTYPES, or the file's name of one that is not supported.
       order: sorts tensors so that files are read from front to back.
-      load: reads the tensor.
     """
 
     name: str
@@ -57,11 +48,14 @@ class SourceTensor:
     dtype: str
     file: Path
     order: tuple[str, int]
-    load: Callable[[], NDArray[Any]]
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def load(self) -> NDArray[Any]:
+        """Reads the tensor as it is stored."""
+        return (_load_bin if _is_bin(self.file) else _load_safetensors)(self.file, self.name)
 
     def read(self, dtype: str) -> NDArray[Any]:
         """Reads the tensor in `dtype`, rounded to nearest even where that is narrower.
@@ -81,14 +75,12 @@ class SourceTensor:
         return result.reshape(self.shape)
 
     def _check(self, values: NDArray[Any], start: int, complaint: str) -> None:
-        unsigned, mask = _EXPONENTS[values.dtype.name]
-        exponents = values.view(unsigned) & unsigned(mask)
+        # An exponent of all ones is Inf or NaN.
+        mask = np.array(np.inf, values.dtype).view(f"u{values.itemsize}")
+        exponents = values.view(mask.dtype) & mask
         if exponents.max() == mask:
-            element = start + int(np.argmax(exponents == mask))
-            raise CheckpointError(
-                f"{self.file}: tensor {self.name!r} has a value that {complaint} "
-                f"(element {element})"
-            )
+            problem = f"{complaint} (element {start + int(np.argmax(exponents == mask))})"
+            raise CheckpointError(f"{self.file}: tensor {self.name!r} has a value that {problem}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +112,8 @@ def open_source(folder: Path) -> Source:
             return _open_files(folder, [single], None)
     if (folder / MANIFEST).exists():
         raise CheckpointError(f"{folder} is converted already (--reverse converts it back)")
-    raise CheckpointError(
-        f"{folder} holds no weights: no {SAFETENSORS}, {BIN} or the index of either"
-    )
+    wanted = f"{SAFETENSORS}, {BIN} or the index of either"
+    raise CheckpointError(f"{folder} holds no weights: no {wanted}")
 
 
 def _open_sharded(folder: Path, index: str, single: str) -> Source:
@@ -136,8 +127,7 @@ def _open_sharded(folder: Path, index: str, single: str) -> Source:
         if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
             raise CheckpointError(f"{where} names a file outside of the folder: {file!r}")
     files = sorted(set(weight_map.values()))
-    absent = [repr(file) for file in files if not os.path.isfile(folder / file)]
-    if absent:
+    if absent := [repr(file) for file in files if not os.path.isfile(folder / file)]:
         raise CheckpointError(f"{where} names absent files: {', '.join(absent):.999}")
     if (folder / single).exists() and single not in files:
         raise CheckpointError(f"{folder} holds {single} and {index}, which does not name it")
@@ -151,16 +141,11 @@ def _open_files(folder: Path, files: list[str], weight_map: Mapping[str, str] | 
         path = folder / file
         if not path.is_file():  # a pipe would never answer
             raise CheckpointError(f"{path} is not a regular file")
-        for tensor in (
-            _open_bin(path) if file.endswith((".bin", ".pt")) else _open_safetensors(path)
-        ):
-            holders.setdefault(tensor.name, []).append(file)
-            tensors[tensor.name] = tensor
-    problems = [
-        f"duplicate {name!r} in {' and '.join(held)}"
-        for name, held in holders.items()
-        if len(held) > 1
-    ]
+        rows = _list_bin(path) if _is_bin(path) else _list_safetensors(path)
+        for position, (name, (shape, dtype)) in enumerate(rows.items()):
+            tensors[name] = SourceTensor(name, tuple(shape), dtype, path, (file, position))
+            holders.setdefault(name, []).append(file)
+    problems = [f"duplicate {k!r} in {' and '.join(v)}" for k, v in holders.items() if len(v) > 1]
     if weight_map is not None:
         problems += [
             f"{name!r} is not in {file}, where the index places it"
@@ -175,17 +160,16 @@ def _open_files(folder: Path, files: list[str], weight_map: Mapping[str, str] | 
     return Source(folder, tensors, tuple(problems))
 
 
-def _open_safetensors(path: Path) -> Iterator[SourceTensor]:
-    try:
-        with safe_open(path, "numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.offset_keys()}
-            headers = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is truncated or corrupt: {reason(error)}") from None
-    for position, (name, (dtype, shape)) in enumerate(headers.items()):
-        known = _SAFETENSORS_DTYPES.get(dtype, dtype)
-        load = functools.partial(_load_safetensors, path, name)
-        yield SourceTensor(name, tuple(shape), known, path, (str(path), position), load)
+def _is_bin(path: Path) -> bool:
+    return path.suffix in (".bin", ".pt")
+
+
+def _list_safetensors(path: Path) -> dict[str, tuple[Sequence[int], str]]:
+    problem = f"{path} is truncated or corrupt"
+    with errors_as(CheckpointError, problem), safe_open(path, "numpy") as file:
+        rows = [(name, file.get_slice(name)) for name in file.offset_keys()]
+        forms = {name: (row.get_shape(), row.get_dtype()) for name, row in rows}
+    return {k: (shape, _SAFETENSORS_DTYPES.get(x, x)) for k, (shape, x) in forms.items()}
 
 
 def _load_safetensors(path: Path, name: str) -> NDArray[Any]:
@@ -194,25 +178,19 @@ def _load_safetensors(path: Path, name: str) -> NDArray[Any]:
         return file.get_tensor(name)
 
 
-def _open_bin(path: Path) -> Iterator[SourceTensor]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # PyTorch does not compare the checksums
-    except Exception as error:  # BadZipFile, NotImplementedError, struct.error, zlib.error, ...
-        raise CheckpointError(
-            f"{path} is truncated, corrupt, or in PyTorch's format from before 1.6: {reason(error)}"
-        ) from None
+def _list_bin(path: Path) -> dict[str, tuple[Sequence[int], str]]:
+    problem = f"{path} is truncated, corrupt, or in PyTorch's format from before 1.6"
+    with errors_as(CheckpointError, problem), zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()  # PyTorch does not compare the checksums
     if damaged is not None:
         raise CheckpointError(f"{path} is corrupt: the checksum of {damaged!r} differs")
     content = _torch_load(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
-    for position, (name, value) in enumerate(content.items()):
+    for name, value in content.items():
         if not isinstance(name, str) or not hasattr(value, "untyped_storage"):
             raise CheckpointError(f"{path}: entry {name!r:.200} is not a tensor")
-        dtype = str(value.dtype).removeprefix("torch.")
-        load = functools.partial(_load_bin, path, name)
-        yield SourceTensor(name, tuple(value.shape), dtype, path, (str(path), position), load)
+    return {k: (x.shape, str(x.dtype).removeprefix("torch.")) for k, x in content.items()}
 
 
 def _load_bin(path: Path, name: str) -> NDArray[Any]:
@@ -228,44 +206,33 @@ def _torch_load(path: Path) -> Any:
     try:
         import torch
     except ImportError:
-        raise CheckpointError(
-            f"{path} needs PyTorch to be read: pip install 'pdllm-jax[torch]'"
-        ) from None
-    try:
+        problem = "needs PyTorch to be read: pip install 'pdllm-jax[torch]'"
+        raise CheckpointError(f"{path} {problem}") from None
+    with errors_as(CheckpointError, f"{path} does not hold plain weights"):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # errors of zip, pickle and PyTorch
-        raise CheckpointError(f"{path} does not hold plain weights: {reason(error)}") from None
 
 
-def match(source: Source, targets: Mapping[str, Target], optional: Mapping[str, Target]) -> None:
-    """Compares a checkpoint with what its config.json demands.
-
-    Args:
-      targets: tensors that must exist.
-      optional: tensors that may exist.
+def match(source: Source, required: Mapping[str, Target], allowed: Mapping[str, Target]) -> None:
+    """Compares a checkpoint with the tensors that its config.json requires and allows.
 
     Raises:
       CheckpointError: lists every contradiction, every missing, unknown or misshaped tensor and
         every unsupported dtype.
     """
     problems = list(source.problems)
-    problems += [f"missing {name!r}" for name in targets if name not in source.tensors]
+    problems += [f"missing {name!r}" for name in required if name not in source.tensors]
     for name, tensor in source.tensors.items():
-        target = targets.get(name) or optional.get(name)
+        target = allowed.get(name)
         if target is None:
             if not IGNORED.fullmatch(name):
                 problems.append(f"unknown {name!r} in {tensor.file.name}")
             continue
         if tensor.shape != target.shape:
-            problems.append(
-                f"misshaped {name!r}: {list(tensor.shape)} in {tensor.file.name}, "
-                f"{list(target.shape)} by {CONFIG}"
-            )
+            shapes = f"{list(tensor.shape)} in {tensor.file.name}, {list(target.shape)} by {CONFIG}"
+            problems.append(f"misshaped {name!r}: {shapes}")
         if tensor.dtype not in DTYPES:
-            problems.append(
-                f"unsupported dtype of {name!r}: {tensor.dtype} in {tensor.file.name} "
-                f"({', '.join(DTYPES)} are)"
-            )
+            dtypes = f"{tensor.dtype} in {tensor.file.name} ({', '.join(DTYPES)} are)"
+            problems.append(f"unsupported dtype of {name!r}: {dtypes}")
     if problems:
         count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
         raise CheckpointError(f"{source.folder} has {count}: {'; '.join(problems)}")

@@ -49,29 +49,27 @@ EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate
 
 class Job:
     """Work that makes the folder `target`: `work(turn)` is killed, `read(folder)` returns what a
-    complete folder holds and raises ValueError or OSError for any other. Turns are 0 and 1.
+    complete folder holds and raises ValueError or OSError for any other. Turns are 0 and 1;
+    `prepare` writes what they read. restarts: a finished run leaves nothing to do for the next.
     """
 
-    restarts = False  # a finished run leaves nothing to do for the next one
+    restarts = False
 
     def __init__(self, root: Path) -> None:
         self.root, self.target = root, root / "target"
 
-    def prepare(self) -> None:
-        """Writes what the work reads."""
+    def prepare(self) -> None: ...
 
 
 class Conversion(Job):
     """Converts one checkpoint of safetensors over another."""
 
     def prepare(self) -> None:
-        settings = sources.config()
         for turn in range(2):
-            values = sources.tensors(settings, seed=turn)
-            sources.write(self.root / f"source{turn}", values, settings, shards=2)
+            sources.make(self.root / str(turn), seed=turn, shards=2)
 
     def work(self, turn: int) -> None:
-        convert(self.root / f"source{turn}", self.target, overwrite=True)
+        convert(self.root / str(turn) / "source", self.target, overwrite=True)
 
     def read(self, folder: Path) -> Any:
         return model_identity(load_model(folder))
@@ -104,18 +102,20 @@ class Evaluation(Job):
         (self.root / "text.txt").write_text("Anne lives at Kellynch Hall. Louisa jumps. " * 6)
 
     def work(self, turn: int) -> None:
-        flags = (
-            "--lengths 160 --depths 4 --needle Key:7. --question Key? --expect 7 --chunk-size 32 "
-            "--top-k 1 --encode-batch 2 --gen-length 4 --methods plain prefilling --no-chat"
+        command = (
+            f"{self.root}/model needle {self.root}/text.txt --out {self.target} --lengths 160 "
+            "--depths 4 --needle Key:7. --question Key? --expect 7 --chunk-size 32 --top-k 1 "
+            "--encode-batch 2 --gen-length 4 --methods plain prefilling --no-chat"
         )
-        paths = [self.root / "model", "needle", self.root / "text.txt", "--out", self.target]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            if evaluate.main([*map(str, paths), *flags.split()]) != 0:
+            if evaluate.main(command.split()) != 0:
                 raise RuntimeError("the evaluation failed")
 
     def read(self, folder: Path) -> Any:
         lines = (folder / "records.jsonl").read_text().splitlines()
         rows = [*map(json.loads, lines), *json.loads((folder / "summary.json").read_text())["rows"]]
+        # A line "run" says that a process began to write: a run that goes on has two.
+        rows = [row for row in rows if "run" not in row]
         return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
 
 
@@ -180,10 +180,9 @@ def kill(job: Job, kills: int, seed: int = 0) -> tuple[Counter[str], list[str]]:
         moment = draw.choice(moments)
         ended = run(job, turn, **moment) > 0
         left, state = result(job, job.target), "the new result"
-        if left is None and before is not None:
-            left, state = result(job, aside), "the old result, aside"
-        elif left is None:
-            state = "nothing complete"
+        if left is None:
+            state = "nothing complete" if before is None else "the old result, aside"
+            left = None if before is None else result(job, aside)
         elif left == before != wanted[turn]:
             state = "the old result"
         states[state] += not ended
@@ -209,15 +208,15 @@ def campaign(args: argparse.Namespace) -> int:
     """Kills every kind. Returns 1 after a finding."""
     if args.kills < 1:
         raise ValueError(f"N must be at least 1, got {args.kills}")
-    failed = 0
+    failed = False
     for kind in args.kinds:
         with tempfile.TemporaryDirectory(prefix="kills-") as root:
             states, findings = kill(KINDS[kind](Path(root)), args.kills, args.seed)
         remains = ", ".join(f"{state} {n} times" for state, n in sorted(states.items()) if n)
-        print(f"{kind}: {args.kills} kills left {remains}; {len(findings)} findings", flush=True)
-        print(*(f"  {finding}\n" for finding in findings), sep="", end="", flush=True)
+        lines = [f"{kind}: {args.kills} kills left {remains}; {len(findings)} findings", *findings]
+        print("\n  ".join(lines), flush=True)
         failed |= bool(findings)
-    return failed
+    return int(failed)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,23 +1,24 @@
-"""Arrays of a snapshot on disk, through Orbax."""
+"""Trees of arrays on disk, through Orbax."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jaxtyping import Array
 
 from pdllm_jax.network.sharding import DATA, TENSOR, spec_of
-from pdllm_jax.storage.checkpoint import quiet_orbax
 
 _CHUNK_BYTES = 16 << 20
 # A head with fewer bytes gets no file of its own.
 HEAD_BYTES = 1 << 20
+# Between disk and device at a time.
+_RESTORE_GB = 4
 
 
 def heads_axis(name: str, shape: tuple[int, ...]) -> int | None:
@@ -28,41 +29,56 @@ def heads_axis(name: str, shape: tuple[int, ...]) -> int | None:
 
 
 def write_arrays(folder: Path, arrays: Mapping[str, Array]) -> None:
-    """Writes arrays through Orbax, uncompressed. A file holds at most 16 MiB, of one KV head if a
-    head has 1 MiB: a device of a mesh reads little that it does not keep.
+    """Writes arrays uncompressed. A file holds at most 16 MiB, of one KV head if a head has 1 MiB:
+    a device of a mesh reads little that it does not keep.
     """
-    import orbax.checkpoint as ocp  # slow to import
+    import orbax.checkpoint as ocp  # takes as long to import as the rest of the package
 
     def cut(name: str, array: Array) -> ocp.SaveArgs:
         axis = heads_axis(name, array.shape)
         wide = axis is not None and array.nbytes // array.shape[axis] >= HEAD_BYTES
         return ocp.SaveArgs(shard_axes=(axis,) if wide else (), chunk_byte_size=_CHUNK_BYTES)
 
-    # TensorStore has no empty arrays.
-    stored = {name: x for name, x in arrays.items() if x.size}
+    stored = {name: x for name, x in arrays.items() if x.size}  # TensorStore has no empty arrays
     sizes = {name: cut(name, x) for name, x in stored.items()}
-    with quiet_orbax(), _checkpointer() as checkpointer:
+    # Without OCDBT the folder of an array has its name; KV does not compress.
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+    with quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(folder, args=ocp.args.PyTreeSave(stored, save_args=sizes))
 
 
-def read_arrays(folder: Path, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
-    """Restores arrays through Orbax, with the shape, dtype and sharding of their targets."""
+def read_arrays(folder: Path, targets: Any) -> Any:
+    """Restores a tree of arrays, none of them empty, to the shardings of its ShapeDtypeStructs."""
     import orbax.checkpoint as ocp
+    import tensorstore as ts
 
-    stored = {name: x for name, x in targets.items() if math.prod(x.shape)}
+    class MappedHandler(ocp.type_handlers.ArrayHandler):
+        """Maps files: 8 GB/s onto an H200. Orbax reads them into fresh memory first: 4 GB/s."""
+
+        async def deserialize(self, infos: Any, args: Any = None) -> Any:
+            context = ts.Context({"file_io_mode": {"mode": "memmap"}})
+            for info in infos:
+                info.ts_context = context
+            return await super().deserialize(infos, args)
+
     arguments = ocp.args.PyTreeRestore(
-        item=stored, restore_args=ocp.checkpoint_utils.construct_restore_args(stored)
+        item=targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets)
     )
-    with _checkpointer() as checkpointer:
-        arrays = checkpointer.restore(folder, args=arguments)
-    empty = {name: x for name, x in targets.items() if name not in stored}
-    return arrays | {
-        name: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding) for name, x in empty.items()
-    }
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, MappedHandler()))
+    handler = ocp.PyTreeCheckpointHandler(
+        restore_concurrent_gb=_RESTORE_GB, type_handler_registry=registry
+    )
+    with quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
+        return checkpointer.restore(folder, args=arguments)
 
 
-def _checkpointer() -> Any:
-    import orbax.checkpoint as ocp
-
-    # Without OCDBT the folder of an array has its name; KV does not compress.
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False))
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Silences Orbax's log: it warns about absent OCDBT files, and it raises what is wrong."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -10,11 +10,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator
+import math
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +23,12 @@ from pallas_kernels import AllReduceImplementation
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.sharding import mesh_sizes, shardings
 from pdllm_jax.network.transformer import MaskPredictor, put_on
-from pdllm_jax.storage.atomic import reason
+from pdllm_jax.storage.arrays import read_arrays
 from pdllm_jax.storage.manifest import (
     CheckpointError,
     FolderKind,
     Manifest,
+    errors_as,
     read_json,
     read_manifest,
 )
@@ -44,21 +42,18 @@ DTYPES = ("bfloat16", "float16", "float32")
 # Files up to this size (JSON, Zarr metadata, most tokenizers) are compared with their checksums
 # whenever a checkpoint is opened.
 _SMALL_BYTES = 8 << 20
-# Between disk and device at a time.
-_RESTORE_GB = 4
 
 
-def open_checkpoint(path: str | Path) -> Manifest:
+def open_checkpoint(path: str | Path, *, verify: bool = False) -> Manifest:
     """Reads the manifest of a converted checkpoint and compares the folder with it.
 
-    Compares the sizes of all files, and the checksums of all but the weights.
+    Compares the sizes of all files, and the checksums of all but the weights (of all: `verify`).
 
     Raises:
       CheckpointError: names what is missing, truncated or changed.
     """
     manifest = read_manifest(Path(path), CHECKPOINT)
-    manifest.check_sizes()
-    manifest.verify(name for name, file in manifest.files.items() if file.nbytes <= _SMALL_BYTES)
+    manifest.check(math.inf if verify else _SMALL_BYTES)
     return manifest
 
 
@@ -96,9 +91,7 @@ def load_model(
       ValueError: `sums` without a mesh.
     """
     folder = Path(path).resolve()
-    manifest = open_checkpoint(folder)
-    if verify:
-        manifest.verify()
+    manifest = open_checkpoint(folder, verify=verify)
     config = load_config(folder)
     if mesh is not None:
         mesh_sizes(config, mesh)
@@ -112,41 +105,14 @@ def load_model(
         lambda: MaskPredictor(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(name))
     )
     graph, state = nnx.split(abstract)
-    nnx.replace_by_pure_dict(state, _restore(folder / PARAMS, nnx.to_pure_dict(state), mesh))
-    model = nnx.merge(graph, state)
-    return model if mesh is None else put_on(model, mesh, sums)
-
-
-def _restore(params: Path, wanted: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
-    """Returns the arrays of `wanted`, a pure dict of shapes and dtypes, on their devices."""
-    import orbax.checkpoint as ocp  # takes as long to import as the rest of the package
-
+    shapes = nnx.to_pure_dict(state)
     # The device that JAX would place a new array on, jax.default_device included.
     default = jax.device_put(0).sharding
-    places = jax.tree.map(lambda _: default, wanted) if mesh is None else shardings(mesh, wanted)
-    target = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        wanted,
-        places,
+    places = jax.tree.map(lambda _: default, shapes) if mesh is None else shardings(mesh, shapes)
+    targets = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
     )
-    arguments = ocp.args.PyTreeRestore(
-        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
-    )
-    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_RESTORE_GB)
-    try:
-        with quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
-            return checkpointer.restore(params, args=arguments)
-    except Exception as error:  # Orbax and TensorStore raise various classes
-        raise CheckpointError(f"{params} cannot be restored: {reason(error)}") from error
-
-
-@contextlib.contextmanager
-def quiet_orbax() -> Iterator[None]:
-    """Silences Orbax's log: it warns about absent OCDBT files, and it raises what is wrong."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    with errors_as(CheckpointError, f"{folder / PARAMS} cannot be restored"):
+        nnx.replace_by_pure_dict(state, read_arrays(folder / PARAMS, targets))
+    model = nnx.merge(graph, state)
+    return model if mesh is None else put_on(model, mesh, sums)

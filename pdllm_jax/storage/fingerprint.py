@@ -82,26 +82,18 @@ def document_fingerprint(prefix: Any, prefix_length: Any, chunks: Any, lengths: 
     """Returns the SHA-256 of the ids that are encoded: prefix and chunks with their anchors.
 
     Args:
-      prefix [*B, P], prefix_length [*B], chunks [*B, N, C], lengths [*B, N]: fields of a
-        `ChunkCache` or `ChunkedPrompt`; padding is not hashed.
+      prefix [Z, P], prefix_length [Z], chunks [Z, N, C], lengths [Z, N]: fields of a `ChunkCache`
+        or `ChunkedPrompt`; padding is not hashed.
     """
-    prefix, chunks = (np.asarray(x, np.int32) for x in (prefix, chunks))
-    prefix_length, lengths = (np.asarray(x, np.int32) for x in (prefix_length, lengths))
-    documents, size = prefix_length.size, chunks.shape[-1]
-    content = [
+    fields = (np.asarray(x, np.int32) for x in (prefix, prefix_length, chunks, lengths))
+    documents = [
         {
-            "prefix": before[:rows].tolist(),
+            "prefix": ids[:rows].tolist(),
             "chunks": [row[:n].tolist() for row, n in zip(tokens, counts, strict=True) if n > 0],
         }
-        for before, rows, tokens, counts in zip(
-            prefix.reshape(documents, -1),
-            prefix_length.reshape(-1),
-            chunks.reshape(documents, -1, size),
-            lengths.reshape(documents, -1),
-            strict=True,
-        )
+        for ids, rows, tokens, counts in zip(*fields, strict=True)
     ]
-    return digest({"chunk_size": size, "documents": content})
+    return digest({"chunk_size": chunks.shape[-1], "documents": documents})
 
 
 def digest(content: Any) -> str:

@@ -11,13 +11,14 @@ covers its own content, so that a changed byte is noticed in any file of the fol
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
-import threading
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,27 @@ from typing import Any
 MANIFEST = "manifest.json"
 # Stays in a processor's cache.
 _READ_BYTES = 256 << 10
-_WORKERS = max(4, os.cpu_count() or 1)
-_BUFFERS = threading.local()
 
 
 class CheckpointError(ValueError):
     """A checkpoint folder cannot be read or written; the message names the file or the tensor."""
+
+
+@contextlib.contextmanager
+def errors_as(kind: type[ValueError], problem: str) -> Iterator[None]:
+    """Raises every error as one of the kind: Orbax, TensorStore and PyTorch raise many classes."""
+    try:
+        yield
+    except kind:
+        raise
+    except Exception as error:
+        raise kind(f"{problem}: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """Returns the first line of an error's message, without TensorStore's dump of its settings."""
+    line = next(iter(str(error).splitlines()), "") or repr(error)
+    return line.partition(" [tensorstore_spec=")[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,19 +63,7 @@ class FolderKind:
     name: str
     version: int
     error: type[ValueError]
-    advice: str = ""
-
-    def refusal(self, folder: Path, problem: str) -> ValueError:
-        """Returns the error for a folder, in one line."""
-        return self.error(f"{self.name} {folder}: {' '.join(problem.split())}")
-
-
-@dataclasses.dataclass(frozen=True)
-class FileRecord:
-    """Size in bytes and CRC-32 (as of zlib) of a file."""
-
-    nbytes: int
-    crc32: int
+    advice: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,58 +72,42 @@ class Manifest:
 
     Args:
       settings: JSON object; its fields belong to the kind.
-      files: every file of the folder except manifest.json, by path relative to the folder.
+      files: [bytes, CRC-32 as of zlib] of every file but manifest.json, by path in the folder.
     """
 
     folder: Path
     kind: FolderKind
     settings: Mapping[str, Any]
-    files: Mapping[str, FileRecord]
+    files: Mapping[str, list[int]]
 
-    def check_sizes(self) -> None:
-        """Checks that every file has its size, and that no subfolder holds another file.
+    def check(self, largest: float = math.inf) -> None:
+        """Compares the size of every file, and the checksums of files of at most `largest` bytes.
 
-        Reads no contents. Ignores files beside the manifest that it does not list.
-
-        Raises:
-          kind.error: names the first file that differs.
-        """
-        for name, record in self.files.items():
-            path = self.folder / name
-            if not path.is_file():
-                raise self.kind.refusal(self.folder, f"{name} is missing")
-            if (nbytes := path.stat().st_size) != record.nbytes:
-                problem = f"{name} has {nbytes} bytes, {record.nbytes} were written"
-                raise self.kind.refusal(self.folder, problem)
-        for name in _files(self.folder):
-            if "/" in name and name not in self.files:
-                raise self.kind.refusal(self.folder, f"{name} is not part of the {self.kind.name}")
-
-    def verify(self, names: Iterable[str] | None = None) -> None:
-        """Compares the checksums of the named files, by default of all.
+        Ignores files beside the manifest that it does not list.
 
         Raises:
-          kind.error: names the first file that differs.
+          kind.error: names the first file that is missing, has changed or is not part of a folder.
         """
-        names = list(self.files if names is None else names)
-        for name, record in zip(names, _records(self.folder, names), strict=True):
-            if record != self.files[name]:
-                raise self.kind.refusal(self.folder, f"{name} has changed: its checksum differs")
+        with errors_as(self.kind.error, f"{self.kind.name} {self.folder}"):
+            for name, (nbytes, _) in self.files.items():
+                path = self.folder / name
+                if not path.is_file():
+                    raise ValueError(f"{name} is missing")
+                if (size := path.stat().st_size) != nbytes:
+                    raise ValueError(f"{name} has {size} bytes, {nbytes} were written")
+            for name in _files(self.folder):
+                if "/" in name and name not in self.files:
+                    raise ValueError(f"{name} is not part of the {self.kind.name}")
+            small = [name for name, (nbytes, _) in self.files.items() if nbytes <= largest]
+            for name, record in _records(self.folder, small).items():
+                if record != self.files[name]:
+                    raise ValueError(f"{name} has changed: its checksum differs")
 
 
 def write_manifest(folder: Path, kind: FolderKind, settings: Mapping[str, Any]) -> None:
     """Writes manifest.json, which covers everything that the folder holds by then."""
-    names = [name for name in _files(folder) if name != MANIFEST]
-    files = {
-        name: dataclasses.astuple(record)
-        for name, record in zip(names, _records(folder, names), strict=True)
-    }
-    content = {
-        "kind": kind.name,
-        "version": kind.version,
-        "settings": dict(settings),
-        "files": files,
-    }
+    files = _records(folder, [name for name in _files(folder) if name != MANIFEST])
+    content = {"kind": kind.name, "version": kind.version, "settings": settings, "files": files}
     (folder / MANIFEST).write_bytes(_encode(content))
 
 
@@ -130,32 +118,26 @@ def read_manifest(folder: Path, kind: FolderKind) -> Manifest:
       kind.error: folder or manifest do not exist, are of another kind or version, or the manifest
         has changed since it was written.
     """
-    advice = f"; {kind.advice}" if kind.advice else ""
-    if not folder.is_dir():
-        raise kind.refusal(folder, "not a directory")
-    if not (folder / MANIFEST).is_file():
-        raise kind.refusal(folder, f"{MANIFEST} is missing{advice}")
-    content = (folder / MANIFEST).read_bytes()
-    try:
-        raw = parse_json(content, MANIFEST)
-    except CheckpointError as error:
-        raise kind.refusal(folder, str(error)) from None
-    name, version = raw.get("kind"), raw.get("version")
-    if name != kind.name:
-        raise kind.refusal(folder, f"{MANIFEST} has kind {name!r:.60}, not {kind.name!r}")
-    if version != kind.version:
-        problem = f"format version {version!r:.60}, only {kind.version} can be read{advice}"
-        raise kind.refusal(folder, problem)
-    raw.pop("digest", None)
-    # Byte for byte: a changed byte is refused wherever it stands.
-    if _encode(raw) != content:
-        raise kind.refusal(folder, f"{MANIFEST} has changed since it was written")
-    files = {name: FileRecord(*record) for name, record in raw["files"].items()}
-    return Manifest(folder, kind, raw["settings"], files)
+    path = folder / MANIFEST
+    with errors_as(kind.error, f"{kind.name} {folder}"):
+        if not folder.is_dir():
+            raise ValueError("not a directory")
+        if not path.is_file():
+            raise ValueError(f"{MANIFEST} is missing; {kind.advice}")
+        raw = read_json(path)
+        if (stated := (raw.get("kind"), raw.get("version"))) != (kind.name, kind.version):
+            form = "{!r:.60} of format version {!r:.60}, only a {!r} of version {} can be read; {}"
+            problem = form.format(*stated, kind.name, kind.version, kind.advice)
+            raise ValueError(f"{MANIFEST} is of a {problem}")
+        raw.pop("digest", None)
+        # Byte for byte: a changed byte is refused wherever it stands.
+        if _encode(raw) != path.read_bytes():
+            raise ValueError(f"{MANIFEST} has changed since it was written")
+        return Manifest(folder, kind, raw["settings"], raw["files"])
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file.
+    """Reads a JSON object without repeated keys.
 
     Raises:
       CheckpointError: the file does not exist, is not a regular file or holds something else.
@@ -163,31 +145,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():  # a pipe would never answer
         problem = "is not a regular file" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {problem}")
-    return parse_json(path.read_bytes(), str(path))
-
-
-def parse_json(content: bytes, where: str) -> dict[str, Any]:
-    """Parses a JSON object without repeated keys.
-
-    Raises:
-      CheckpointError: the content is something else; the message begins with `where`.
-    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         counts = collections.Counter(name for name, _ in pairs)
-        if len(counts) < len(pairs):
-            repeated = [repr(name) for name, count in counts.items() if count > 1]
-            raise CheckpointError(f"{where} repeats the key {', '.join(repeated)}")
+        if repeated := [repr(name) for name, count in counts.items() if count > 1]:
+            raise CheckpointError(f"{path} repeats the key {', '.join(repeated)}")
         return dict(pairs)
 
-    try:
-        result = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not valid JSON: {error}") from None
+    with errors_as(CheckpointError, f"{path} is not valid JSON"):
+        result = json.loads(path.read_text("utf-8"), object_pairs_hook=unique)
     if not isinstance(result, dict):
-        raise CheckpointError(f"{where} does not hold a JSON object")
+        raise CheckpointError(f"{path} does not hold a JSON object")
     return result
 
 
@@ -203,16 +171,15 @@ def _files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
-def _records(folder: Path, names: Iterable[str]) -> list[FileRecord]:
-    with ThreadPoolExecutor(_WORKERS) as threads:
-        return list(threads.map(lambda name: _record(folder / name), names))
+def _records(folder: Path, names: list[str]) -> dict[str, list[int]]:
+    with ThreadPoolExecutor(max(4, os.cpu_count() or 1)) as threads:
+        return dict(zip(names, threads.map(lambda x: _record(folder / x), names), strict=True))
 
 
-def _record(path: Path) -> FileRecord:
-    checksum, nbytes = 0, 0
-    buffer = memoryview(_BUFFERS.__dict__.setdefault("buffer", bytearray(_READ_BYTES)))
+def _record(path: Path) -> list[int]:
+    checksum, nbytes, buffer = 0, 0, memoryview(bytearray(_READ_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             checksum = zlib.crc32(buffer[:count], checksum)
             nbytes += count
-    return FileRecord(nbytes, checksum)
+    return [nbytes, checksum]

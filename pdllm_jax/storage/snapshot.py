@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from pdllm_jax.method.cache import ChunkCache
 from pdllm_jax.network.sharding import sharding_of
 from pdllm_jax.network.transformer import MaskPredictor
 from pdllm_jax.storage.arrays import heads_axis, read_arrays, write_arrays
-from pdllm_jax.storage.atomic import AtomicFolder, reason
+from pdllm_jax.storage.atomic import AtomicFolder
 from pdllm_jax.storage.fingerprint import (
     ModelIdentity,
     document_fingerprint,
@@ -35,13 +35,19 @@ from pdllm_jax.storage.fingerprint import (
     model_identity,
     tokenizer_fingerprint,
 )
-from pdllm_jax.storage.manifest import MANIFEST, FolderKind, read_manifest, write_manifest
+from pdllm_jax.storage.manifest import (
+    MANIFEST,
+    FolderKind,
+    errors_as,
+    read_manifest,
+    write_manifest,
+)
 from pdllm_jax.tokenizer import Tokenizer
 
 Holds = Literal["document", "selection", "state"]
+Model = MaskPredictor | ModelIdentity
 # Where to place an array of a snapshot, by its path ("cache.pool.k", "state.tokens").
 Placement = Callable[[str], Sharding]
-Tree = TypeVar("Tree")
 
 ARRAYS = "arrays"
 
@@ -79,7 +85,7 @@ class Document(NamedTuple):
 
 def save_document(
     path: str | Path,
-    model: MaskPredictor | ModelIdentity,
+    model: Model,
     cache: ChunkCache,
     *,
     chunking: ChunkConfig,
@@ -101,12 +107,12 @@ def save_document(
       SnapshotError: the destination exists, the disk is full, or the cache does not fit the model;
         then nothing is left behind.
     """
-    _save(path, model, "document", cache, chunking, tokenizer, overwrite)
+    _save(_folder(path, overwrite), model, cache, chunking, tokenizer)
 
 
 def load_document(
     path: str | Path,
-    model: MaskPredictor | ModelIdentity,
+    model: Model,
     *,
     tokenizer: Tokenizer | None = None,
     document: str | None = None,
@@ -133,7 +139,7 @@ def load_document(
 
 def save_request(
     path: str | Path,
-    model: MaskPredictor | ModelIdentity,
+    model: Model,
     request: SelectedRequest | StartedRequest,
     *,
     chunking: ChunkConfig,
@@ -144,21 +150,19 @@ def save_request(
 
     Arguments and errors as `save_document`. `drop_other_chunks(request)` needs less space.
     """
-    holds: Holds = "state" if isinstance(request, StartedRequest) else "selection"
-    _save(path, model, holds, request, chunking, tokenizer, overwrite)
+    _save(_folder(path, overwrite), model, request, chunking, tokenizer)
 
 
 def load_request(
     path: str | Path,
-    model: MaskPredictor | ModelIdentity,
+    model: Model,
     *,
     tokenizer: Tokenizer | None = None,
     placement: Placement | None = None,
     mesh: Mesh | None = None,
 ) -> SelectedRequest | StartedRequest:
     """Restores a request that `save_request` wrote. Arguments and errors as `load_document`."""
-    wanted: tuple[Holds, ...] = ("selection", "state")
-    return _load(path, model, wanted, tokenizer, None, placement, mesh)[1]
+    return _load(path, model, ("selection", "state"), tokenizer, None, placement, mesh)[1]
 
 
 def snapshot_holds(path: str | Path) -> Holds:
@@ -178,55 +182,44 @@ def require_one_process(target: Path) -> None:
 
 
 def _folder(path: str | Path, overwrite: bool) -> AtomicFolder:
-    def replaceable(folder: Path) -> bool:
-        names = {entry.name for entry in folder.iterdir()}
-        return MANIFEST in names and names <= {MANIFEST, ARRAYS}
+    def replaceable(names: set[str]) -> bool:
+        return {MANIFEST} <= names <= {MANIFEST, ARRAYS}
 
     return AtomicFolder(Path(path).absolute(), SNAPSHOT, replaceable, overwrite)
 
 
-def _document(cache: ChunkCache) -> str:
-    return document_fingerprint(cache.prefix_ids, cache.prefix_length, cache.tokens, cache.lengths)
-
-
-def _identity(model: MaskPredictor | ModelIdentity) -> ModelIdentity:
+def _identity(model: Model) -> ModelIdentity:
     return model if isinstance(model, ModelIdentity) else model_identity(model)
 
 
 def _save(
-    path: str | Path,
-    model: MaskPredictor | ModelIdentity,
-    holds: Holds,
-    tree: ChunkCache | SelectedRequest | StartedRequest,
-    chunking: ChunkConfig,
-    tokenizer: Tokenizer | None,
-    overwrite: bool,
+    out: AtomicFolder, model: Model, tree: Any, chunking: ChunkConfig, tokenizer: Tokenizer | None
 ) -> None:
-    folder = _folder(path, overwrite)
-    require_one_process(folder.destination)
-    folder.check()
+    require_one_process(out.destination)
+    out.check()
     identity = _identity(model)
-    arrays, content = pack(tree, "cache" if holds == "document" else "")
-    _check_heads(folder.destination, arrays, identity)
+    holds = next(name for name, (kind, _) in _ROOTS.items() if isinstance(tree, kind))
+    arrays, content = pack(tree, _ROOTS[holds][1])
+    _check_heads(out.destination, arrays, identity)
     cache = tree if isinstance(tree, ChunkCache) else tree.cache
+    ids = cache and (cache.prefix_ids, cache.prefix_length, cache.tokens, cache.lengths)
     settings = {
         "holds": holds,
         "model": model_fields(identity),
         "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-        "document": None if cache is None else _document(cache),
+        "document": ids and document_fingerprint(*ids),
         "chunking": dataclasses.asdict(chunking),
         "tree": content,
         "arrays": {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()},
     }
-    folder.check_space(sum(x.nbytes for x in arrays.values()))
-    with folder.write() as partial:
+    with out.write(sum(x.nbytes for x in arrays.values())) as partial:
         write_arrays(partial / ARRAYS, arrays)
         write_manifest(partial, SNAPSHOT, settings)
 
 
 def _load(
     path: str | Path,
-    model: MaskPredictor | ModelIdentity,
+    model: Model,
     wanted: tuple[Holds, ...],
     tokenizer: Tokenizer | None,
     document: str | None,
@@ -235,9 +228,9 @@ def _load(
 ) -> tuple[Mapping[str, Any], Any]:
     folder = Path(path).absolute()
     manifest = read_manifest(folder, SNAPSHOT)
-    settings, holds = manifest.settings, manifest.settings["holds"]
-    if holds not in wanted:
-        raise _mismatch(folder, "holds", holds, " or ".join(wanted))
+    settings = manifest.settings
+    if settings["holds"] not in wanted:
+        raise _mismatch(folder, "holds", settings["holds"], " or ".join(wanted))
     saved, current = settings["model"], model_fields(_identity(model))
     # The fingerprint of the weights comes last: another field says more.
     for name in sorted(saved.keys() | current.keys(), key="model.weights".__eq__):
@@ -247,27 +240,24 @@ def _load(
     for name, fingerprint in (("tokenizer", expected), ("document", document)):
         if fingerprint is not None and settings[name] != fingerprint:
             raise _mismatch(folder, name, settings[name], fingerprint)
-    manifest.check_sizes()
-    manifest.verify()
+    manifest.check()
     if mesh is None and isinstance(model, MaskPredictor):
         mesh = model.mesh
     default = jax.device_put(0).sharding  # obeys jax.default_device
 
-    def sharding(name: str, shape: list[int]) -> Sharding:
-        if placement is not None:
-            return placement(name)
-        return default if mesh is None else sharding_of(mesh, name, shape)
+    def target(name: str, shape: list[int], dtype: str) -> jax.ShapeDtypeStruct:
+        place = default if mesh is None else sharding_of(mesh, name, shape)
+        place = place if placement is None else placement(name)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
 
-    targets = {
-        name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding(name, shape))
-        for name, (shape, dtype) in settings["arrays"].items()
-    }
-    root, name = _ROOTS[holds]
-    try:
-        return settings, unpack(settings["tree"], root, read_arrays(folder / ARRAYS, targets), name)
-    except Exception as error:
-        # Orbax and TensorStore raise many classes; TypeError is a tree with other fields.
-        raise SnapshotError(f"snapshot {folder} cannot be restored: {reason(error)}") from error
+    targets = {name: target(name, *form) for name, form in settings["arrays"].items()}
+    empty = {name: x for name, x in targets.items() if not x.size}
+    root, name = _ROOTS[settings["holds"]]
+    with errors_as(SnapshotError, f"snapshot {folder} cannot be restored"):
+        arrays = read_arrays(folder / ARRAYS, {n: x for n, x in targets.items() if n not in empty})
+        for n, x in empty.items():
+            arrays[n] = jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
+        return settings, unpack(settings["tree"], root, arrays, name)
 
 
 def _mismatch(folder: Path, field: str, found: Any, wanted: Any) -> SnapshotError:
@@ -278,59 +268,51 @@ def _mismatch(folder: Path, field: str, found: Any, wanted: Any) -> SnapshotErro
 def _check_heads(folder: Path, arrays: Mapping[str, Array], identity: ModelIdentity) -> None:
     """Refuses KV of another dtype, or with other heads, than the model's."""
     config = identity.config
+    wanted = config.n_kv_heads, config.head_dim, identity.dtype
     for name, array in arrays.items():
         if (axis := heads_axis(name, array.shape)) is not None:
             heads = array.shape[axis], array.shape[-1], str(array.dtype)
-            wanted = config.n_kv_heads, config.head_dim, identity.dtype
             if heads != wanted:
                 raise _mismatch(folder, f"{name} (heads, head size, dtype)", heads, wanted)
 
 
 def pack(tree: Any, name: str = "") -> tuple[dict[str, Array], Any]:
-    """Splits a tree of dataclasses into arrays and JSON.
-
-    Args:
-      tree: dataclasses and tuples of arrays; static fields hold settings.
-      name: path of the root.
+    """Splits a tree of dataclasses and tuples into arrays and JSON; `name` is the root's path.
 
     Returns:
       Arrays by path (data of PRNG keys), and the tree as JSON: a dataclass is an object with its
-      class and fields, an array null or the kind of its PRNG keys, a missing one false.
+      class and fields, an array null or the kind of its PRNG keys, a missing one null.
 
     Raises:
       SnapshotError: names a field that holds something else, such as a function.
     """
     arrays: dict[str, Array] = {}
 
-    def visit(value: Any, hint: Any, path: str, static: bool) -> Any:
-        if isinstance(value, jax.Array | np.ndarray) and not static:
+    def visit(value: Any, hint: Any, path: str) -> Any:
+        kind = type(value)
+        if isinstance(value, jax.Array | np.ndarray):
             keys = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
             arrays[path] = jax.random.key_data(value) if keys else jnp.asarray(value)
             return str(jax.random.key_impl(value)) if keys else None
+        if isinstance(value, SelectionConfig | DecodeConfig) and not value.has_code:
+            return {"class": kind.__name__, "settings": value.to_flat()}
         if isinstance(value, SelectionConfig | DecodeConfig):
-            if value.has_code:
-                message = f"{path} holds a custom function or object: a snapshot holds no code"
-                raise SnapshotError(message, field=path)
-            return {"class": type(value).__name__, "settings": value.to_flat()}
-        if type(value) in _classes(hint):
-            fields = dataclasses.fields(value)
-            hints = get_type_hints(type(value))
-            content = {
-                f.name: visit(
-                    getattr(value, f.name), hints[f.name], f"{path}.{f.name}".strip("."),
-                    static or f.metadata.get("static", False),
-                )
-                for f in fields
-            }  # fmt: skip
-            return {"class": type(value).__name__, **content}
+            problem = "holds a custom function or object: a snapshot holds no code"
+            raise SnapshotError(f"{path} {problem}", field=path)
+        if kind in _classes(hint):
+            hints, content = get_type_hints(kind), {"class": kind.__name__}
+            for field in dataclasses.fields(value):
+                where = f"{path}.{field.name}".strip(".")
+                content[field.name] = visit(getattr(value, field.name), hints[field.name], where)
+            return content
         if isinstance(value, tuple):
-            return [visit(x, hint, f"{path}.{i}", static) for i, x in enumerate(value)]
-        if value is None or (static and isinstance(value, bool | int | float | str)):
+            return [visit(x, hint, f"{path}.{i}") for i, x in enumerate(value)]
+        if value is None or isinstance(value, bool | int | float | str):
             return value
-        message = f"{path} is {value!r:.60}: a snapshot holds arrays and settings, not code"
-        raise SnapshotError(message, field=path)
+        problem = f"is {value!r:.60}: a snapshot holds arrays and settings, not code"
+        raise SnapshotError(f"{path} {problem}", field=path)
 
-    content = visit(tree, type(tree), name, False)
+    content = visit(tree, type(tree), name)
     return arrays, content
 
 

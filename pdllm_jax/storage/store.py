@@ -16,6 +16,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pdllm_jax.config import ChunkConfig
 from pdllm_jax.engine.memory import require_document_memory
@@ -24,16 +25,10 @@ from pdllm_jax.method.cache import ChunkCache
 from pdllm_jax.method.chunking import TokenIds, check_bos_id, check_token_ids
 from pdllm_jax.method.prefill import encode_document
 from pdllm_jax.network.transformer import MaskPredictor
-from pdllm_jax.storage import fingerprint
+from pdllm_jax.storage import fingerprint, snapshot
 from pdllm_jax.storage.atomic import discard
-from pdllm_jax.storage.snapshot import (
-    SNAPSHOT,
-    Placement,
-    SnapshotError,
-    load_document,
-    require_one_process,
-    save_document,
-)
+from pdllm_jax.storage.manifest import errors_as
+from pdllm_jax.storage.snapshot import SnapshotError
 from pdllm_jax.tokenizer import INSTRUCTION, Tokenizer
 
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -55,7 +50,7 @@ class DocumentStore:
         model: MaskPredictor,
         tokenizer: Tokenizer | None = None,
         *,
-        placement: Placement | None = None,
+        placement: snapshot.Placement | None = None,
     ) -> None:
         self.folder = Path(folder).absolute()
         self.folder.mkdir(exist_ok=True)
@@ -63,23 +58,13 @@ class DocumentStore:
         self.identity = fingerprint.model_identity(model)
 
     def encode_text(
-        self,
-        context: str,
-        *,
-        instruction: str = INSTRUCTION,
-        chunking: ChunkConfig = ChunkConfig(),
-        encode_batch: int = 8,
-        memory_limit: int | None = None,
+        self, context: str, *, instruction: str = INSTRUCTION, **options: Any
     ) -> ChunkCache:
-        """Encodes a document of text behind an instruction, or restores it."""
+        """Encodes a document of text behind an instruction, or restores it; as `encode_ids`."""
         if self.tokenizer is None:
             raise ValueError("the store has no tokenizer: use encode_ids")
-        prefix = self.tokenizer.prefix(instruction)
-        ids = self.tokenizer.encode(context)
-        return self.encode_ids(
-            prefix, ids, chunking=chunking, bos_id=self.tokenizer.bos_id,
-            encode_batch=encode_batch, memory_limit=memory_limit,
-        )  # fmt: skip
+        prefix, ids = self.tokenizer.prefix(instruction), self.tokenizer.encode(context)
+        return self.encode_ids(prefix, ids, bos_id=self.tokenizer.bos_id, **options)
 
     def encode_ids(
         self,
@@ -114,16 +99,15 @@ class DocumentStore:
         if (cache := self._restore(key, document, warn=False)) is not None:
             return cache
         # Before the lock: encoding takes all processes of a mesh, of which one would hold it.
-        require_one_process(self.folder / key)
+        snapshot.require_one_process(self.folder / key)
         with self._lock(key):
             if (cache := self._restore(key, document, warn=True)) is not None:
                 return cache
             require_document_memory(self.model, prompt, encode_batch, limit=memory_limit)
             discard(self.folder / key)  # damaged
             cache = encode_document(self.model, prompt, encode_batch=encode_batch)
-            save_document(
-                self.folder / key, self.identity, cache, chunking=chunking, tokenizer=self.tokenizer
-            )
+            options: Any = {"chunking": chunking, "tokenizer": self.tokenizer}
+            snapshot.save_document(self.folder / key, self.identity, cache, **options)
             return cache
 
     def key(self, document: str, chunking: ChunkConfig) -> str:
@@ -136,15 +120,12 @@ class DocumentStore:
         settings = [chunking.chunk_size, chunking.anchors, chunking.overlap]
         tokenizer = self.tokenizer and fingerprint.tokenizer_fingerprint(self.tokenizer)
         model = fingerprint.model_fields(self.identity)
-        return fingerprint.digest([SNAPSHOT.version, document, settings, tokenizer, model])
+        return fingerprint.digest([snapshot.SNAPSHOT.version, document, settings, tokenizer, model])
 
     def keys(self) -> list[str]:
         """Returns the names of all documents, of every model."""
-        try:
-            names = [entry.name for entry in self.folder.iterdir()]
-        except OSError as error:
-            raise SnapshotError(f"{self.folder} cannot be read: {error.strerror}") from None
-        return sorted(name for name in names if _KEY.fullmatch(name))
+        with errors_as(SnapshotError, f"{self.folder} cannot be read"):
+            return sorted(filter(_KEY.fullmatch, os.listdir(self.folder)))
 
     def remove(self, key: str) -> None:
         """Removes a document, and what a killed process left of it. A missing one is fine."""
@@ -155,14 +136,13 @@ class DocumentStore:
                 discard(self.folder / name)
 
     def _restore(self, key: str, document: str, *, warn: bool) -> ChunkCache | None:
-        folder = self.folder / key
-        if not os.path.lexists(folder):
+        expected: Any = {"tokenizer": self.tokenizer, "document": document}
+        place: Any = {"placement": self.placement, "mesh": self.model.mesh}
+        if not os.path.lexists(self.folder / key):
             return None
         try:
-            return load_document(
-                folder, self.identity, tokenizer=self.tokenizer, document=document,
-                placement=self.placement, mesh=self.model.mesh,
-            ).cache  # fmt: skip
+            path, model = self.folder / key, self.identity
+            return snapshot.load_document(path, model, **expected, **place).cache
         except SnapshotError as error:
             # Without the lock, another process may be removing it.
             if warn:
@@ -173,12 +153,8 @@ class DocumentStore:
     def _lock(self, key: str) -> Iterator[None]:
         # The file stays: after its removal two processes could lock two files of this name.
         path = self.folder / f".{key}.lock"
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except OSError as error:
-            raise SnapshotError(f"{path} cannot be locked: {error.strerror}") from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with errors_as(SnapshotError, f"{path} cannot be locked"):
+            file = path.open("a")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with file:
             yield
-        finally:
-            os.close(descriptor)

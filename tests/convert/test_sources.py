@@ -39,13 +39,17 @@ def refusal(folder: Path, tmp_path: Path, **options: Any) -> str:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """Two good shards with an index; tests spoil it."""
-    settings = sources.config()
-    return sources.write(tmp_path / "source", sources.tensors(settings), settings, shards=2)
+    sources.make(tmp_path, shards=2)
+    return tmp_path / "source"
 
 
-def text(name: str, content: str | bytes) -> Mutation:
+def write(folder: Path, values: dict[str, Any], **options: Any) -> Path:
+    return sources.write(folder / "source", values, sources.config(), **options)
+
+
+def text(name: str, new: str | bytes) -> Mutation:
     """Replaces a file's content."""
-    encoded = content.encode() if isinstance(content, str) else content
+    encoded = new.encode() if isinstance(new, str) else new
     return lambda folder: (folder / name).write_bytes(encoded)
 
 
@@ -64,8 +68,8 @@ def index(change: Callable[[dict[str, str]], Any]) -> Mutation:
     return run
 
 
-def weight_map(content: Any) -> Mutation:
-    return text(INDEX, json.dumps({"weight_map": content}))
+def weight_map(new: Any) -> Mutation:
+    return text(INDEX, json.dumps({"weight_map": new}))
 
 
 def header(change: Callable[[dict[str, Any], list[dict[str, Any]]], Any]) -> Mutation:
@@ -84,20 +88,20 @@ def field(key: str, value: Any) -> Mutation:
     return header(lambda head, rows: rows[0].update({key: value}))
 
 
-def raw_header(content: bytes) -> Mutation:
-    return lambda folder: sources.write_raw(folder / FIRST, content, b"")
+def raw_header(new: bytes) -> Mutation:
+    return lambda folder: sources.write_raw(folder / FIRST, new, b"")
+
+
+def content(name: str, change: Callable[[bytes], bytes]) -> Mutation:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
 def truncated(keep: int) -> Mutation:
-    return lambda folder: (folder / SECOND).write_bytes((folder / SECOND).read_bytes()[:keep])
+    return content(SECOND, lambda old: old[:keep])
 
 
 def length(claimed: int) -> Mutation:
-    def run(folder: Path) -> None:
-        content = (folder / FIRST).read_bytes()
-        (folder / FIRST).write_bytes(claimed.to_bytes(8, "little") + content[8:])
-
-    return run
+    return content(FIRST, lambda old: claimed.to_bytes(8, "little") + old[8:])
 
 
 def pipe(name: str) -> Mutation:
@@ -113,13 +117,6 @@ def pipe(name: str) -> Mutation:
 def no_weights(folder: Path) -> None:
     for path in folder.glob("model*"):
         path.unlink()
-
-
-def twice(folder: Path) -> None:
-    head, data = sources.read_raw(folder / FIRST)
-    name = next(key for key in head if key != "__metadata__")
-    repeated = json.dumps(head)[:-1] + f", {json.dumps(name)}: {json.dumps(head[name])}}}"
-    sources.write_raw(folder / FIRST, repeated.encode(), data)
 
 
 LN, WTE = f"{PREFIX}ln_f.weight", f"{PREFIX}wte.weight"
@@ -177,7 +174,7 @@ MUTATIONS: list[tuple[Mutation, str]] = [
     (raw_header(b"not json"), CORRUPT),
     (raw_header(b"\xff\xfe"), CORRUPT),
     (raw_header(b"{" * 50_000), CORRUPT),
-    (lambda folder: text(FIRST, (folder / FIRST).read_bytes() + b"1234")(folder), CORRUPT),
+    (content(FIRST, lambda old: old + b"1234"), CORRUPT),
 ]
 
 
@@ -198,14 +195,16 @@ def test_good_source_is_accepted(source: Path, tmp_path: Path) -> None:
 def test_same_entry_twice_in_one_header(source: Path, tmp_path: Path) -> None:
     """It means the same tensor; any other repetition leaves a hole, which the library refuses."""
     values = sources.read_folder(source)
-    twice(source)
+    head, data = sources.read_raw(source / FIRST)
+    name = next(key for key in head if key != "__metadata__")
+    repeated = json.dumps(head)[:-1] + f", {json.dumps(name)}: {json.dumps(head[name])}}}"
+    sources.write_raw(source / FIRST, repeated.encode(), data)
     convert(source, tmp_path / "converted")
     sources.assert_converted(tmp_path / "converted", values)
 
 
 def test_report_lists_every_problem_at_once(tmp_path: Path) -> None:
-    settings = sources.config()
-    values = sources.tensors(settings)
+    values = sources.tensors(sources.config())
     del values[LN]
     del values[f"{PREFIX}blocks.1.up_proj.weight"]
     values["model.extra"] = np.zeros(3, np.float32)
@@ -213,12 +212,11 @@ def test_report_lists_every_problem_at_once(tmp_path: Path) -> None:
     values[WTE] = np.zeros((52, 25), np.float32)
     values[f"{PREFIX}blocks.0.ff_proj.weight"] = np.zeros((24, 40), np.float32)
     values[f"{PREFIX}blocks.0.ff_norm.weight"] = np.zeros(24, np.float64)
-    folder = sources.write(tmp_path / "source", values, settings, shards=2)
+    folder = write(tmp_path, values, shards=2)
     name = f"{PREFIX}attn.weight"
     for file in (FIRST, SECOND):
-        names = sources.read_raw(folder / file)[0]
-        content = {key: value for key, value in values.items() if key in names}
-        save_file({**content, name: np.zeros(2, np.float32)}, folder / file)
+        part = {key: values[key] for key in sources.read_raw(folder / file)[0] if key in values}
+        save_file({**part, name: np.zeros(2, np.float32)}, folder / file)
     sources.write_index(folder, {**sources.read_index(folder), name: FIRST})
 
     message = refusal(folder, tmp_path)
@@ -239,10 +237,8 @@ def test_report_lists_every_problem_at_once(tmp_path: Path) -> None:
 
 
 def test_names_stay_on_one_line(tmp_path: Path) -> None:
-    settings = sources.config()
-    values = {**sources.tensors(settings), "a\nerror: b": np.zeros(1, np.float32)}
-    folder = sources.write(tmp_path / "source", values, settings)
-    assert r"unknown 'a\nerror: b'" in refusal(folder, tmp_path)
+    values = {**sources.tensors(sources.config()), "a\nerror: b": np.zeros(1, np.float32)}
+    assert r"unknown 'a\nerror: b'" in refusal(write(tmp_path, values), tmp_path)
 
 
 def test_links_of_the_hugging_face_cache_are_followed(source: Path, tmp_path: Path) -> None:
@@ -263,32 +259,27 @@ def test_links_of_the_hugging_face_cache_are_followed(source: Path, tmp_path: Pa
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("output", ["keep", "float32"])
 def test_values_that_are_not_finite(tmp_path: Path, value: float, dtype: str, output: str) -> None:
-    settings = sources.config()
-    values = sources.tensors(settings, dtype)
+    values = sources.tensors(sources.config(), dtype)
     name = f"{PREFIX}blocks.1.ff_out.weight"
     values[name].reshape(-1)[777] = value
-    folder = sources.write(tmp_path / "source", values, settings, shards=2)
-    message = refusal(folder, tmp_path, dtype=output)
+    message = refusal(write(tmp_path, values, shards=2), tmp_path, dtype=output)
     assert f"tensor '{name}' has a value that is NaN or infinite (element 777)" in message
 
 
 def test_largest_finite_values_are_accepted(tmp_path: Path) -> None:
-    settings = sources.config()
     for dtype, kind in sources.DTYPES.items():
-        values = sources.tensors(settings, dtype)
+        values = sources.tensors(sources.config(), dtype)
         largest = ml_dtypes.finfo(kind).max
         values[LN][:] = largest
         values[f"{PREFIX}blocks.0.ff_norm.weight"][:] = -largest
-        folder = sources.write(tmp_path / dtype, values, settings)
-        convert(folder, tmp_path / f"{dtype}-converted", verify=True)
+        convert(write(tmp_path / dtype, values), tmp_path / f"{dtype}-converted", verify=True)
 
 
 def test_value_too_large_for_the_output(tmp_path: Path) -> None:
-    settings = sources.config()
-    values = sources.tensors(settings)
+    values = sources.tensors(sources.config())
     values[LN][3] = np.finfo(np.float32).max
-    folder = sources.write(tmp_path / "source", values, settings)
-    assert "is too large for bfloat16 (element 3)" in refusal(folder, tmp_path, dtype="bfloat16")
+    message = refusal(write(tmp_path, values), tmp_path, dtype="bfloat16")
+    assert "is too large for bfloat16 (element 3)" in message
 
 
 # --- PyTorch's .bin ----------------------------------------------------------------------------

@@ -31,58 +31,25 @@ CHAT_TEMPLATE = (
 N_BYTES = 256
 
 # LLaDA-8B's config.json, whole: the keys that it inherited from OLMo are part of the format.
-LLADA_8B_CONFIG: dict[str, Any] = {
-    "activation_type": "silu",
-    "alibi": False,
-    "alibi_bias_max": 8.0,
-    "architectures": ["LLaDAModelLM"],
-    "attention_dropout": 0.0,
-    "attention_layer_norm": False,
-    "attention_layer_norm_with_affine": True,
-    "auto_map": {
-        "AutoConfig": "configuration_llada.LLaDAConfig",
-        "AutoModel": "modeling_llada.LLaDAModelLM",
-        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
-    },
-    "bias_for_layer_norm": False,
-    "block_group_size": 1,
-    "block_type": "llama",
-    "d_model": 4096,
-    "embedding_dropout": 0.0,
-    "embedding_size": 126464,
-    "eos_token_id": 126081,
-    "flash_attention": False,
-    "include_bias": False,
-    "include_qkv_bias": False,
-    "init_cutoff_factor": None,
-    "init_device": "meta",
-    "init_fn": "mitchell",
-    "init_std": 0.02,
-    "input_emb_norm": False,
-    "layer_norm_type": "rms",
-    "layer_norm_with_affine": True,
-    "mask_token_id": 126336,
-    "max_sequence_length": 4096,
-    "mlp_hidden_size": 12288,
-    "mlp_ratio": 4,
-    "model_type": "llada",
-    "multi_query_attention": None,
-    "n_heads": 32,
-    "n_kv_heads": 32,
-    "n_layers": 32,
-    "pad_token_id": 126081,
-    "precision": "amp_bf16",
-    "residual_dropout": 0.0,
-    "rms_norm_eps": 1e-05,
-    "rope": True,
-    "rope_full_precision": True,
-    "rope_theta": 500000.0,
-    "scale_logits": False,
-    "transformers_version": "4.46.3",
-    "use_cache": False,
-    "vocab_size": 126464,
-    "weight_tying": False,
-}
+LLADA_8B_CONFIG: dict[str, Any] = json.loads("""
+{"activation_type": "silu", "alibi": false, "alibi_bias_max": 8.0,
+"architectures": ["LLaDAModelLM"], "attention_dropout": 0.0, "attention_layer_norm": false,
+"attention_layer_norm_with_affine": true,
+"auto_map": {"AutoConfig": "configuration_llada.LLaDAConfig",
+ "AutoModel": "modeling_llada.LLaDAModelLM",
+ "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM"},
+"bias_for_layer_norm": false, "block_group_size": 1, "block_type": "llama", "d_model": 4096,
+"embedding_dropout": 0.0, "embedding_size": 126464, "eos_token_id": 126081,
+"flash_attention": false, "include_bias": false, "include_qkv_bias": false,
+"init_cutoff_factor": null, "init_device": "meta", "init_fn": "mitchell", "init_std": 0.02,
+"input_emb_norm": false, "layer_norm_type": "rms", "layer_norm_with_affine": true,
+"mask_token_id": 126336, "max_sequence_length": 4096, "mlp_hidden_size": 12288, "mlp_ratio": 4,
+"model_type": "llada", "multi_query_attention": null, "n_heads": 32, "n_kv_heads": 32,
+"n_layers": 32, "pad_token_id": 126081, "precision": "amp_bf16", "residual_dropout": 0.0,
+"rms_norm_eps": 1e-05, "rope": true, "rope_full_precision": true, "rope_theta": 500000.0,
+"scale_logits": false, "transformers_version": "4.46.3", "use_cache": false, "vocab_size": 126464,
+"weight_tying": false}
+""")
 
 
 def tiny_config(**changes: Any) -> dict[str, Any]:
@@ -90,22 +57,11 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
 
     The vocabulary is 256 bytes, the special tokens, and rows that no token uses.
     """
-    eos = N_BYTES + SPECIAL_TOKENS.index("<|endoftext|>")
-    sizes = {
-        "d_model": 64,
-        "n_layers": 2,
-        "n_heads": 4,
-        "n_kv_heads": 4,
-        "mlp_hidden_size": 96,
-        "vocab_size": 272,
-        "embedding_size": 272,
-        "max_sequence_length": 256,
-        "rope_theta": 10000.0,
-        "mask_token_id": N_BYTES + SPECIAL_TOKENS.index("<|mdm_mask|>"),
-        "eos_token_id": eos,
-        "pad_token_id": eos,
-    }
-    return {**LLADA_8B_CONFIG, **sizes, **changes}
+    eos, mask = (N_BYTES + SPECIAL_TOKENS.index(x) for x in ("<|endoftext|>", "<|mdm_mask|>"))
+    sizes = {"d_model": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 96}
+    tokens = {"vocab_size": 272, "embedding_size": 272, "max_sequence_length": 256}
+    special = {"mask_token_id": mask, "eos_token_id": eos, "pad_token_id": eos}
+    return {**LLADA_8B_CONFIG, "rope_theta": 10000.0, **sizes, **tokens, **special, **changes}
 
 
 def random_tensors(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
 
 import kills
 import pytest
+from experiments.records import Key, Records
 
 
 class Careless(kills.Job):
@@ -34,6 +36,22 @@ def test_a_careless_writer_is_found(tmp_path):
 def test_a_snapshot_is_complete_or_missing(capsys):
     assert kills.main(["1", "--kinds", "snapshot"]) == 0
     assert "snapshot: 1 kills left" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_goes_on_has_the_same_result(tmp_path):
+    """Each process that adds records notes itself first, so that two runs leave two notes."""
+    keys = [Key("needle", "local", method, "0") for method in ("plain", "prefilling")]
+    results = []
+    for name, starts in (("undisturbed", [keys]), ("killed", [keys[:1], keys[1:]])):
+        job = kills.Evaluation(tmp_path / name)
+        for seconds, part in enumerate(starts):
+            with Records(job.target, {}) as records:
+                rows = {key: {"score": 1.0, "seconds": seconds} for key in part}
+                records.add_all(rows, {"platform": "cpu"})
+        (job.target / "summary.json").write_text(json.dumps({"rows": [{"score": 1.0}]}))
+        results.append(job.read(job.target))
+    assert results[0] == results[1]
+    assert len(results[0]) == 3
 
 
 @pytest.mark.slow

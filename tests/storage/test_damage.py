@@ -180,8 +180,10 @@ def test_a_damaged_store_gives_the_same_document(encoded, data):
         cache = encoded.store.encode_ids(PREFIX, text(), chunking=CHUNKS)
     assert same(cache, encoded.want)
     assert len(encodings) == len(caught) == changed
+    assert all(str(w.message).startswith("encoded again: ") for w in caught)
     assert all(name in str(w.message) or name == "manifest.json" for w in caught)
-    assert encoded.folder == folder
+    files = sorted(path.name for path in encoded.store.folder.iterdir())
+    assert files == [f".{folder.name}.lock", folder.name]
 
 
 def test_a_document_under_the_name_of_another_is_encoded_again(encoded, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
@@ -45,12 +44,14 @@ def model():
     return workers.tiny()
 
 
-def check_killed_while_writing(model, tmp_path: Path, points: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "points", [["renaming"], pytest.param([*POINTS], marks=pytest.mark.slow)], ids=["one", "all"]
+)
+def test_killed_while_writing(model, tmp_path, points):
+    """The next run for the same document succeeds and leaves nothing else behind."""
     reference = DocumentStore(tmp_path / "reference", model)
     want = reference.encode_ids(PREFIX, workers.text(), chunking=CHUNKS)
-    running = {
-        name: start(workers.encode, tmp_path / name, point)[0] for name, point in points.items()
-    }
+    running = {name: start(workers.encode, tmp_path / name, POINTS[name])[0] for name in points}
     for name, process in running.items():
         process.join(240)
         assert process.exitcode == -signal.SIGKILL, name
@@ -62,15 +63,6 @@ def check_killed_while_writing(model, tmp_path: Path, points: dict[str, str]) ->
                     load_document(partial, store.identity)
         assert same(store.encode_ids(PREFIX, workers.text(), chunking=CHUNKS), want)
         assert [p.name for p in store.folder.iterdir() if p.is_dir()] == store.keys()
-
-
-def test_killed_before_the_snapshot_has_its_name(model, tmp_path):
-    check_killed_while_writing(model, tmp_path, {"renaming": POINTS["renaming"]})
-
-
-@pytest.mark.slow
-def test_killed_at_every_stage_of_writing(model, tmp_path):
-    check_killed_while_writing(model, tmp_path, POINTS)
 
 
 @pytest.mark.slow

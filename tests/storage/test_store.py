@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 
 import pytest
 
@@ -68,25 +67,6 @@ def test_another_text_prefix_setting_or_model_is_another_document(model, tmp_pat
     assert len(store.keys()) == 5
 
 
-def test_a_damaged_document_is_replaced_with_a_warning(model, tmp_path, encodings):
-    store = DocumentStore(tmp_path / "store", model)
-    cache = store.encode_ids(PREFIX, text(), chunking=CHUNKS)
-    (key,) = store.keys()
-    victim = next((store.folder / key / "arrays" / "cache.pool.v").glob("0*"))
-    data = bytearray(victim.read_bytes())
-    data[100] ^= 1
-    victim.write_bytes(data)
-    with pytest.warns(RuntimeWarning, match=r"encoded again: .*cache\.pool\.v.*checksum"):
-        repaired = store.encode_ids(PREFIX, text(), chunking=CHUNKS)
-    assert len(encodings) == 2
-    assert same(cache, repaired)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert same(cache, store.encode_ids(PREFIX, text(), chunking=CHUNKS))
-    assert len(encodings) == 2
-    assert sorted(p.name for p in store.folder.iterdir()) == [f".{key}.lock", key]
-
-
 def test_a_removed_document_is_encoded_again(model, tmp_path, encodings):
     store = DocumentStore(tmp_path / "store", model)
     store.encode_ids(PREFIX, text(), chunking=CHUNKS)
@@ -132,10 +112,9 @@ def test_another_file_under_a_documents_name_is_replaced(what, model, tmp_path):
 def test_a_store_that_cannot_be_locked_is_refused(model, tmp_path):
     store = DocumentStore(tmp_path / "store", model)
     key = "0" * 64
-    (store.folder / f".{key}.lock").symlink_to(tmp_path / "elsewhere")
+    (store.folder / f".{key}.lock").mkdir()
     with pytest.raises(SnapshotError, match="lock cannot be locked"):
         store.remove(key)
-    assert not (tmp_path / "elsewhere").exists()
     shutil.rmtree(store.folder)
     for call in (store.keys, lambda: store.remove(key)):
         with pytest.raises(SnapshotError, match="No such file"):

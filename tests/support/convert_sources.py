@@ -109,6 +109,15 @@ def write(
     return folder
 
 
+def make(
+    folder: Path, dtype: str = "float32", seed: int = 0, shards: int | None = None, **changes: Any
+) -> Tensors:
+    """Writes random values to folder/source and returns them; `changes` are of config.json."""
+    values = tensors(config(**changes), dtype, seed)
+    write(folder / "source", values, config(**changes), shards=shards)
+    return values
+
+
 def write_index(folder: Path, weight_map: Mapping[str, Any]) -> None:
     text = json.dumps({"metadata": {}, "weight_map": weight_map})
     (folder / "model.safetensors.index.json").write_text(text)

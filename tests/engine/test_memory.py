@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bench.programs import programs, tree_bytes
+from bench.memory import programs, tree_bytes
 from flax import nnx
 
 from pdllm_jax import (
@@ -177,7 +177,7 @@ def test_the_compiler_takes_what_the_plan_says(name):
     peaks = []
     settings = plan.shapes, plan.selection, plan.decode
     for program in programs(config, *settings, dtype=jnp.float32, implementation="xla"):
-        compiled = program.lower().compile().memory_analysis()
+        compiled = program.lowered.compile().memory_analysis()
         made = compiled.output_size_in_bytes - compiled.alias_size_in_bytes
         phase = plan[program.phase]
         assert sum(phase.held.values()) == pytest.approx(program.held, rel=0.01)

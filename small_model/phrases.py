@@ -29,18 +29,16 @@ PATTERNS, QUESTIONS, BLOCK_QUESTIONS = (
 )
 # Names have no held-out words, except "pass", which belongs to an evaluated name.
 NATURAL: tuple[Name, ...] = tuple(
-    name
-    for name in (tuple(text.split()) for text in _DATA["names"])
-    if not any(is_held_out(word) and word != "pass" for word in name)
+    tuple(name.split())
+    for name in _DATA["names"]
+    if not any(is_held_out(word) and word != "pass" for word in name.split())
 )
 _FIRST = tuple(sorted({name[0] for name in (*NATURAL, *EVALUATED)}))
 _HEADS = tuple(sorted({name[-1] for name in (*NATURAL, *EVALUATED)}))
 
 COMMON_SHARE = {"pattern": 0.5, "question": 0.7}  # share of the first entry of each list
 EVALUATED_SHARE = 0.03  # share of evaluated names; with more of them they are learned by heart
-RELATED_SHARE = (
-    0.22  # share of names that share a word with an evaluated one: "pass ...", "... string"
-)
+RELATED_SHARE = 0.22  # share of names with a word of an evaluated one: "pass ...", "... string"
 LOOKALIKE_SHARE = 0.35  # share of names with a word of an earlier name of the document
 
 
@@ -95,13 +93,10 @@ class Names:
         natural = NATURAL[self.rng.integers(len(NATURAL))]
         if roll < 0.45:
             return natural
-        if roll < 0.65:
-            return one(_FIRST), one(_HEADS)
         if roll < 0.8:
-            return one(self.words.nouns), one(_HEADS)
-        if roll < 0.9:
-            return one(self.words.adjectives), one(self.words.nouns)
-        return one(self.words.adjectives), *natural
+            return one(_FIRST if roll < 0.65 else self.words.nouns), one(_HEADS)
+        adjective = one(self.words.adjectives)
+        return (adjective, one(self.words.nouns)) if roll < 0.9 else (adjective, *natural)
 
 
 def named_needle(encode: Encoder, rng: np.random.Generator, name: Name, value: str) -> Needle:

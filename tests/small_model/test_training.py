@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from pdllm_jax.network.config import ModelConfig
-from pdllm_jax.network.transformer import MaskPredictor
+from convert.mapping import targets
+from pdllm_jax import ModelConfig
 
 tokenizers = pytest.importorskip("tokenizers")
 optax = pytest.importorskip("optax")
-from small_model import (  # noqa: E402  # noqa: E402
+from small_model import (  # noqa: E402
     base,
     corpus,
     evaluation,
@@ -35,6 +35,7 @@ NOUNS = tuple(f"{a}{b}r" for a in ("door", "lamp", "fox", "tree") for b in "abcd
 BOOK = "It was a fine day, and nobody came. She said that she would go. He did not answer!\n\n"
 CONFIG = dict(base.CONFIG, d_model=32, n_heads=4, n_kv_heads=2, n_layers=2, mlp_hidden_size=48)
 CONFIG |= {"vocab_size": 512, "embedding_size": 512, "mlp_ratio": 1.5}
+MODEL = ModelConfig.from_dict(CONFIG)
 
 
 def make_tokenizer(model, *, digits: bool):
@@ -82,7 +83,11 @@ def held_out_side(encode: tasks.Encoder) -> corpus.Corpora:
 
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, np.ndarray]:
-    return base.random_tensors(0, CONFIG)
+    rng = np.random.default_rng(0)
+    shapes = {name: row.shape for name, row in targets(MODEL).items()}
+    scales = {name: shape[-1] ** -0.5 if shape[1:] else 0 for name, shape in shapes.items()}
+    drawn = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    return {name: np.float32(x * scales[name] + (x.ndim == 1)) for name, x in drawn.items()}
 
 
 def answer_spans(sequence: sequences.TrainingSequence) -> list[tuple[int, int]]:
@@ -341,79 +346,47 @@ def test_batch_rows_are_the_masked_tokens(encode, training_side, rows):
 
 def test_forward_equals_mask_predictor(tensors):
     """The scanned network gives MaskPredictor's logits."""
-    config = ModelConfig.from_dict(CONFIG)
-    params = network.stack(tensors, config.n_layers)
+    params = network.stack(tensors, MODEL.n_layers)
     tokens = np.random.default_rng(1).integers(0, 512, (2, 24)).astype(np.int32)
-    hidden = network.encode(params, network.shape_of(CONFIG), jnp.asarray(tokens))
-    model = MaskPredictor(config, rngs=nnx.Rngs(0))
-    state = nnx.to_pure_dict(nnx.state(model))
-    state["embedding"]["weight"] = params["embedding"]
-    state["final_norm"]["weight"] = params["final_norm"]
-    for layer in range(config.n_layers):
-        for name in network.LINEAR + network.NORMS:
-            state["blocks"][layer][name]["weight"] = params[name][layer]
-    graph = nnx.state(model)
-    nnx.replace_by_pure_dict(graph, jax.tree.map(jnp.asarray, state))
-    nnx.update(model, graph)
+    hidden = network.encode(params, MODEL, jnp.asarray(tokens))
+    model = network.to_model(params, MODEL)
     want = np.asarray(model(jnp.asarray(tokens)))
     got = np.asarray(network.head(params, hidden))
     assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
 
 
-def test_question_fit_rows(encode, held_out_side):
-    """Masks every guessed token of question and opening once; each row has one piece."""
-    example = tasks.make_example("magic_number", 2048, 3, corpora=held_out_side, encode=encode)
-    prefix, context, query = (example[key] for key in ("prefix", "context", "query"))
-    opening = [70, base.MASK_ID, 80, base.MASK_ID]
-    length = len(prefix) + 1 + 300 + len(query) + 4
-    rows = evaluation.fit_rows(example, np.array(opening), length, base.BOS_ID, base.MASK_ID)
-    pieces = -(-len(context) // 300)
-    assert rows.tokens.shape == (4 * pieces, length)
-    start, end = example["needle_span"]
-    for index in range(pieces):
-        at = min(300 * index, len(context) - 300)
-        masked = []
-        for copy in range(4):
-            row = rows.tokens[4 * index + copy]
-            slots, targets = (x[4 * index + copy] for x in (rows.slots, rows.targets))
-            slots, targets = slots[targets >= 0], targets[targets >= 0]
-            assert (row[slots] == base.MASK_ID).all()
-            whole = row.copy()
-            whole[slots] = targets
-            want = [*prefix, base.BOS_ID, *context[at : at + 300], *query, *opening]
-            assert whole.tolist() == want
-            masked += (slots - len(prefix) - 301).tolist()
-        assert sorted(masked) == [*range(len(query)), len(query), len(query) + 2]
-        if at <= start and end <= at + 300:
-            assert index in rows.needle
-
-
-def test_question_fit_scores_are_pseudo_log_likelihoods(encode, held_out_side, tensors):
-    """Compares with a plain sum over copies; questions have unequal lengths."""
-    params = jax.tree.map(jnp.asarray, network.stack(tensors, 2))
-    shape = network.shape_of(CONFIG)
+@pytest.mark.parametrize("right", [False, True])
+def test_evaluation_counts_answers_and_needles(monkeypatch, encode, held_out_side, right):
+    """The engine keeps the needle's chunk of 511 tokens and answers right, or neither."""
+    settings = {"corpora": held_out_side, "encode": encode}
     examples = [
-        tasks.make_example(task, 1024, 0, corpora=held_out_side, encode=encode)
-        for task in ("passkey", "magic_number")
+        tasks.make_example(t, 2048, seed, **settings) for t in tasks.TASKS for seed in (0, 1)
     ]
-    logits_of = jax.jit(lambda ids: network.head(params, network.encode(params, shape, ids)))
-    guesses = evaluation.openings(params, shape, examples, base.MASK_ID)
-    assert ((guesses != base.MASK_ID).sum(axis=1) == 2).all()
-    for example, guess in zip(examples, guesses, strict=True):  # without padding
-        prompt = [*example["prefix"], *example["query"], *[base.MASK_ID] * 4]
-        assert guess[0] == logits_of(np.array([prompt]))[0, -4].argmax()
-    rows = [
-        evaluation.fit_rows(one, guess, 448, base.BOS_ID, base.MASK_ID)
-        for one, guess in zip(examples, guesses, strict=True)
-    ]
-    for one, scores in zip(rows, evaluation.fit_scores(params, shape, rows), strict=True):
-        logits = np.asarray(logits_of(one.tokens), np.float64)
-        logs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-        want = np.zeros(len(one.tokens) // 4)
-        for row, (slots, targets) in enumerate(zip(one.slots, one.targets, strict=True)):
-            for slot, target in zip(slots, targets, strict=True):
-                want[row // 4] += logs[row, slot, target] if target >= 0 else 0
-        np.testing.assert_allclose(scores, want, rtol=1e-4)
+    spans = {tuple(e["context"]): (e["needle_span"], e["answer"]) for e in examples}
+
+    class Engine:
+        def __init__(self, model, method="prefilling", **_):
+            self.selects = method == "prefilling"
+
+        def answer_batch(self, requests):
+            for request in requests:
+                (start, _), answer = spans[tuple(request.context)]
+                chunk = start // 511 if right else 9
+                chosen = {"chunks": [0, chunk], "scores": [float(i == chunk) for i in range(10)]}
+                tokens = encode(answer if right else "no 1")
+                yield SimpleNamespace(tokens=tokens, selection=chosen if self.selects else None)
+
+    monkeypatch.setattr(evaluation, "Engine", Engine)
+    monkeypatch.setattr(evaluation, "load", lambda *_, **__: held_out_side)
+    monkeypatch.setattr(evaluation.tasks.Encoder, "load", lambda folder: encode)
+    measures = evaluation.Evaluator("folder")(None, 2048, 2)
+    shares = dict.fromkeys(tasks.TASKS, float(right))
+    assert measures["exact"] == measures["prefilling"] == shares
+    for place, task in enumerate(tasks.TASKS):
+        pair = [e["needle_span"] for e in examples[2 * place : 2 * place + 2]]
+        complete = [right and start // 511 == (end - 1) // 511 for start, end in pair]
+        assert measures["fit_first"][task] == np.mean(complete)
+        assert measures["fit"][task] >= np.mean(complete)
 
 
 def random_trainable(params: network.Params, gain: dict[str, np.ndarray], rank: int):
@@ -476,7 +449,7 @@ def test_adapter_of_another_base_raises(tensors):
 def test_initial_adapter_changes_nothing_and_learns(encode, training_side, tensors):
     params = network.stack(tensors, 2)
     gain = network.gains(params, 0.5)
-    trainable = training.initial(params, 4, seed=0)
+    trainable = training.initial(params, seed=0, rank=4)
     with_gain = {**params, "gain": gain}
     merged = network.merge(with_gain, trainable, jnp.float32)
     for name, values in params.items():
@@ -486,17 +459,17 @@ def test_initial_adapter_changes_nothing_and_learns(encode, training_side, tenso
     moments = training.OPTIMIZER.init(trainable)
     step = jax.jit(
         training.train_step,
-        static_argnames=("shape", "dtype"),
+        static_argnames=("config", "dtype"),
         # Compiling takes most of this test's time.
         compiler_options={
             "xla_backend_optimization_level": 0,
             "xla_llvm_disable_expensive_passes": True,
         },
     )
-    losses, shape = [], network.shape_of(CONFIG)
+    losses = []
     for _ in range(12):
         arguments = (trainable, moments, with_gain, batch, np.float32(3e-2))
-        trainable, moments, metrics = step(*arguments, shape=shape, dtype=jnp.float32)
+        trainable, moments, metrics = step(*arguments, config=MODEL, dtype=jnp.float32)
         sums = np.asarray(metrics["sums"])
         losses.append(sums[0].sum() / sums[2].sum())
     assert losses[-1] < losses[0] - 0.5, losses
@@ -511,7 +484,6 @@ def test_unpermute_turns_pairs_into_halves():
 
 
 def test_stages_are_parsed():
-    stages = ((512, 10.0, True), (1024, 20.0, True))
-    assert training.parse_stages("512:10s,1024:20s") == stages
-    with pytest.raises(ValueError, match="all seconds or all steps"):
+    assert training.parse_stages("512:10s,1024:20s") == ((512, 10.0), (1024, 20.0))
+    with pytest.raises(ValueError, match="must be LENGTH:SECONDSs"):
         training.parse_stages("512:10s,1024:20")

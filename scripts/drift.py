@@ -49,7 +49,7 @@ def drift(
     """Generates with `model`; returns `compare` of both models' logits at every step."""
     config = cache_method("plain").decode_config(config)
     ids = jnp.asarray(prompt, jnp.int32)
-    state = init_denoise(model, None, None, ids, config, jax.random.key(0))
+    state = init_denoise(model, None, None, ids[None], config, jax.random.key(0))
     steps = []
     while int(state.block[0]) < config.n_blocks:
         tokens = jnp.copy(state.tokens[0])

@@ -20,16 +20,13 @@ from bench.record import Record, clock, in_process
 from bench.run import cheap_model, model_config
 from pdllm_jax import ChunkConfig, Engine, compilation, load_model
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `benchmark.py cold`."""
-    option = parser.add_argument
-    option("--out", type=Path, default=Path("benchmarks/cold.json"))
-    option("--checkpoint", type=Path, help="a converted folder instead of random weights")
-    option("--tiny", action="store_true", help="a tiny model instead of LLaDA-8B")
-    option("--tokens", type=int, default=32 * 1023, help="of the document")
-    option("--chunk-size", type=int, default=1024)
-    option("--repeats", type=int, default=1, help="pairs of cold and warm")
+OPTIONS = {
+    "--checkpoint": (Path, "a converted folder instead of random weights"),
+    "--tiny": (False, "a tiny model instead of LLaDA-8B"),
+    "--tokens": (32 * 1023, "of the document"),
+    "--chunk-size": (1024, ""),
+    "--repeats": (1, "pairs of cold and warm"),
+}
 
 
 def one(args: argparse.Namespace) -> dict[str, Any]:
@@ -61,7 +58,7 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": phases, "to first tokens": total, "asked again": again, "phases": timings}
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> None:
     """Runs pairs of processes; writes the record."""
     options = ["--tokens", args.tokens, "--chunk-size", args.chunk_size] + ["--tiny"] * args.tiny
     options += ["--checkpoint", args.checkpoint] * (args.checkpoint is not None)
@@ -77,4 +74,3 @@ def main(args: argparse.Namespace) -> int:
                 print(rows[-1], flush=True)
     # Made at the end: a process that looks at a GPU takes its memory.
     Record(args.out, model=model, document_tokens=args.tokens, rows=rows).say(f"{args.out}")
-    return 0

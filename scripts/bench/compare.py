@@ -16,19 +16,18 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.record import ROOT, replace, run_script
-from bench.tables import table, times
+from bench.record import ROOT, SPREAD, replace, run_script
+from bench.report import Record, table
+
+OPTIONS = {
+    "--out": (Path, "where both checkouts' times are written"),
+    "--rounds": (2, "runs of each checkout"),
+    "checkout": (Path, "folder of the other checkout"),
+    "benchmark": (argparse.REMAINDER, "the command and its options"),
+}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `benchmark.py compare`."""
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each checkout")
-    parser.add_argument("--out", type=Path, help="where both checkouts' times are written")
-    parser.add_argument("checkout", type=Path, help="folder of the other checkout")
-    parser.add_argument("benchmark", nargs=argparse.REMAINDER, help="the command and its options")
-
-
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> None:
     """Prints a table of the median times of both checkouts, and this one over the other."""
     seconds: dict[str, dict[str, list[float]]] = {}
     sides = {"other": args.checkout.resolve(), "this": ROOT}
@@ -48,4 +47,27 @@ def main(args: argparse.Namespace) -> int:
     if args.out is not None:
         record = {"command": args.benchmark, "seconds": seconds, "rows": rows}
         replace(args.out, json.dumps(record, indent=1) + "\n")
-    return 0
+
+
+def times(record: Record) -> dict[str, float]:
+    """Returns every time of a record of `speed`, `method` or `kernel` by name, in seconds."""
+    result = {name: row[SPREAD[0]] for name, row in record.get("seconds", {}).items()}
+    named = {
+        "step": "step, {cached_tokens} cached",
+        "end_to_end": "{method}, {chunks} chunks, {tokens} tokens",
+        "stream": "streamed, {document_tokens} tokens",
+        "rows": "implementation {implementation}, batch {batch}, slots {slots}, rows {rows}, heads "
+        "{heads}, kv_heads {kv_heads}, ragged {ragged}",
+    }
+    for key, form in named.items():
+        for row in record.get(key, ()):
+            on = f", mesh {row['mesh']}" if "mesh" in row else ""
+            name = form.format_map(row) + on
+            if key == "rows":
+                result[name] = row["us"] / 1e6
+            elif key == "step":
+                result[name] = row["ms"] / 1e3
+                result[f"{name}, from Python"] = row["ms_from_python"] / 1e3
+            else:
+                result[name] = row["seconds"]
+    return result

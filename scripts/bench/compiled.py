@@ -51,10 +51,7 @@ PRODUCTS = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `benchmark.py compiled`."""
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/compiled.json"))
-    parser.add_argument("--target", type=Path, help="compile for a device that is not there")
+OPTIONS = {"--target": (Path, "compile for a device that is not there")}
 
 
 def one(args: argparse.Namespace) -> None:

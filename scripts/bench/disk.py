@@ -48,22 +48,16 @@ SHARD_BYTES = 4 << 30  # of a safetensors file
 C = 1024  # chunk length of the snapshot
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `benchmark.py convert`, `load` and `snapshot`."""
-    command = parser.get_default("command")
-    option = parser.add_argument
-    option("work", type=Path, help="scratch folder on the disk to measure")
-    option("--out", type=Path, default=Path("benchmarks") / f"{command}.json")
-    option("--repeats", type=int, default=3)
-    if command == "snapshot":
-        option("--chunks", type=int, default=4, help="of the document")
-    else:
-        option("--layers", type=int, default=32, help="of the checkpoint that is made")
-    if command == "load":
-        option("--checkpoint", type=Path, help="a converted folder instead of a new one")
+OPTIONS = {
+    "work": (Path, "scratch folder on the disk to measure"),
+    "--repeats": (3, ""),
+    "--chunks": (4, "snapshot: of the document"),
+    "--layers": (32, "convert, load: of the checkpoint that is made"),
+    "--checkpoint": (Path, "load: a converted folder instead of a new one"),
+}
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> None:
     """Measures in a folder that is removed at the end; writes the record."""
     if args.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
@@ -77,7 +71,6 @@ def main(args: argparse.Namespace) -> int:
         Record(args.out, **measured).say(f"{args.out}")
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return 0
 
 
 def make_checkpoint(folder: Path, config: ModelConfig) -> int:

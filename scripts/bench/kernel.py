@@ -14,10 +14,10 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -230,26 +230,24 @@ def reference(q, k, v, ids, lengths) -> jax.Array:
     return chunk_attention_reference(q, k[None], v[None], 0, ids, lengths, q.shape[-1] ** -0.5).out
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `benchmark.py kernel`."""
-    option = parser.add_argument
-    option("--out", type=Path, help="default: benchmarks/kernel.json, kernel_tuning.json if --tune")
-    option("--quick", action="store_true", help="the cases of docs/performance.md alone")
-    option("--tune", action="store_true", help="settings of the kernel instead")
-    option("--implementations", nargs="+", help="only these")
-    option("--slots", nargs="+", type=int, help="only these K")
-    option("--rows", nargs="+", type=int, help="only these numbers of query rows")
-    option("--layers", type=int, default=32, help="of the pool; 0.67 GB each")
-    option("--seconds", type=float, default=0.08, help="of one loop; its launch takes 0.4 ms")
-    option("--repeats", type=int, default=7)
-    option("--limit", type=float, default=float("inf"), help="seconds in all")
+OPTIONS = {
+    "--quick": (False, "the cases of docs/performance.md alone"),
+    "--tune": (False, "settings of the kernel instead; the record is kernel_tuning.json"),
+    "--implementations": ([str], "only these"),
+    "--slots": ([int], "only these K"),
+    "--rows": ([int], "only these numbers of query rows"),
+    "--layers": (32, "of the pool; 0.67 GB each"),
+    "--seconds": (0.08, "of one loop; its launch takes 0.4 ms"),
+    "--repeats": (7, ""),
+    "--limit": (math.inf, "seconds in all"),
+}
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> None:
     """Runs the grid; writes the record after every case, prints a line for each."""
     start, copied = time.monotonic(), copy_bandwidth()
     floor = copied * READ_OVER_COPY
-    out = args.out or Path("benchmarks", "kernel_tuning.json" if args.tune else "kernel.json")
+    out = args.out.with_stem(f"{args.out.stem}_tuning") if args.tune else args.out
     grid = [
         case
         for case in (tuning_cases() if args.tune else cases(args.quick))
@@ -272,7 +270,6 @@ def main(args: argparse.Namespace) -> int:
                 row = ready.measure(args.repeats)
                 record.add(row, describe(row))
     print(f"{len(record['rows'])} cases in {time.monotonic() - start:.0f} s, {out}")
-    return 0
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -75,16 +75,14 @@ SETTINGS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `benchmark.py memory`."""
-    option = parser.add_argument
-    option("--out", type=Path, default=Path("benchmarks/memory.json"))
-    option("--settings", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS))
-    option("--tiny", action="store_true", help="a tiny model, to try the script")
-    option("--layers", type=int, help="of the model, instead of LLaDA-8B's 32")
-    option("--chunk-size", type=int, default=1024)
-    option("--compiled", action="store_true", help="what the compiler says as well")
-    option("--target", type=Path, help="compile for a device that is not there")
+OPTIONS = {
+    "--settings": (tuple(SETTINGS), ""),
+    "--tiny": (False, "a tiny model, to try the script"),
+    "--layers": (int, "of the model, instead of LLaDA-8B's 32"),
+    "--chunk-size": (1024, ""),
+    "--compiled": (False, "what the compiler says as well"),
+    "--target": (Path, "compile for a device that is not there"),
+}
 
 
 class Measured:
@@ -207,7 +205,7 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
     return kinds[args.one]()
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> None:
     """Measures every setting; writes the record after each."""
     options = ["--chunk-size", args.chunk_size]
     options += ["--tiny"] * args.tiny + ["--layers", args.layers] * (args.layers is not None)
@@ -231,4 +229,3 @@ def main(args: argparse.Namespace) -> int:
         print(f"{name:34} {', '.join(figures)}", flush=True)
         record["rows"].append(row)
         replace(args.out, json.dumps(record, indent=1) + "\n")
-    return 0

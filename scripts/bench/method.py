@@ -10,31 +10,21 @@ import argparse
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import pdllm_jax as pdllm
 from bench.record import clock, peak
-from bench.run import BLOCK, SELECT, Run, add_model_arguments
-from pdllm_jax import (
-    DecodeConfig,
-    batch_prompts,
-    denoise,
-    encode_document,
-    init_denoise,
-    prefill,
-    score_chunks,
-    select_top_k,
-)
+from bench.run import BLOCK, MODEL_OPTIONS, SELECT, Run
 from pdllm_jax.method.cache import ChunkCache
 from pdllm_jax.method.chunking import ChunkedPrompt
 from pdllm_jax.method.prefill import prefill_top_k
 from pdllm_jax.method.scoring import draft_response
 
-DECODE = DecodeConfig(gen_length=BLOCK, block_length=BLOCK)
+DECODE = pdllm.DecodeConfig(gen_length=BLOCK, block_length=BLOCK)
 _choice = functools.partial(dataclasses.replace, SELECT)
 INDEPENDENT = _choice(encoding="independent")
 CHOICES = {
@@ -47,23 +37,12 @@ CHOICES = {
 REQUESTS = 8  # of a batch
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `benchmark.py method`."""
-    add_model_arguments(parser)
-    option = parser.add_argument
-    option("--out", type=Path, default=Path("benchmarks/method.json"))
-    option("--sections", nargs="+", choices=tuple(SECTIONS), default=tuple(SECTIONS))
-    option("--document", type=int, default=32, help="chunks of the document that is asked about")
-    option("--stream", nargs="+", type=int, default=[128, 256, 1024], help="chunks streamed")
-
-
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> None:
     """Runs the sections; "ask" compares with the times of "scoring"."""
     names = list(args.sections)
     if "ask" in names and "scoring" not in names:
         names.insert(names.index("ask"), "scoring")
     Run(args).sections(SECTIONS, names)
-    return 0
 
 
 def stream(run: Run) -> None:
@@ -94,22 +73,22 @@ def _draft(run: Run, prompt: ChunkedPrompt) -> Any:
 
 
 def _encode(run: Run, prompt: ChunkedPrompt) -> ChunkCache:
-    return encode_document(run.model, prompt, encode_batch=SELECT.encode_batch)
+    return pdllm.encode_document(run.model, prompt, encode_batch=SELECT.encode_batch)
 
 
 def _start(run: Run, cache: ChunkCache, prompt: ChunkedPrompt, config: Any) -> Any:
     """Returns the state that denoising starts from, the first four chunks kept."""
-    first = select_top_k(jnp.zeros(prompt.chunk_lengths.shape), SELECT.top_k)
+    first = pdllm.select_top_k(jnp.zeros(prompt.chunk_lengths.shape), SELECT.top_k)
     settings = {"query_length": prompt.query_length, "selecting": config}
     key = jax.random.key(0)
-    return init_denoise(run.model, cache, first, prompt.query, DECODE, key, **settings)
+    return pdllm.init_denoise(run.model, cache, first, prompt.query, DECODE, key, **settings)
 
 
 def scoring(run: Run) -> None:
     """Times the same chunks encoded alone, and with R = 4 masked copies of the question."""
     prompt = run.prompt(run.args.document)
     draft = run.timed("draft", lambda: _draft(run, prompt))
-    score = functools.partial(prefill, run.model, prompt, INDEPENDENT, draft=draft)
+    score = functools.partial(pdllm.prefill, run.model, prompt, INDEPENDENT, draft=draft)
     run.timed("encode the document", lambda: _encode(run, prompt).pool)
     run.timed("encode and score it", lambda: score()[1])
     alone = run.median("encode the document")
@@ -121,7 +100,7 @@ def ask(run: Run) -> None:
     prompt, later = run.prompt(run.args.document), run.prompt(1, seed=1)
     cache, draft = _encode(run, prompt), _draft(run, later)
     question = {"query_length": later.query_length, "draft": draft}
-    score = functools.partial(score_chunks, run.model, cache, later.query, SELECT.scoring())
+    score = functools.partial(pdllm.score_chunks, run.model, cache, later.query, SELECT.scoring())
     run.timed("score another question", lambda: score(**question))
     joint = dataclasses.replace(later, chunk_lengths=prompt.chunk_lengths)
     start = functools.partial(_start, run, cache.without_pool(), joint, SELECT)
@@ -147,14 +126,14 @@ def batch(run: Run) -> None:
         spent = []
         for _ in range(run.args.repeats + 1):
             encode, state = clock(lambda: _start(run, cache, prompt, SELECT))
-            decode = clock(lambda: denoise(run.model, None, state, config=DECODE).tokens)  # noqa: B023
-            spent.append((encode, decode[0]))
+            decode = functools.partial(pdllm.denoise, run.model, None, state, config=DECODE)
+            spent.append((encode, clock(lambda decode=decode: decode().tokens)[0]))
         for part, seconds in zip(("encode", "decode"), zip(*spent[1:], strict=True), strict=True):
             run.keep(f"{name}, {part}", list(seconds))
         return np.median(spent[1:], axis=0)
 
     alone = sum(measure(f"request {b} alone", p) for b, p in enumerate(prompts))
-    together = measure(f"{REQUESTS} together", batch_prompts(prompts))
+    together = measure(f"{REQUESTS} together", pdllm.batch_prompts(prompts))
     run.note("batch throughput, decoding", alone[1] / together[1])
     run.note("batch throughput, joint encoding and decoding", alone.sum() / together.sum())
 
@@ -167,7 +146,7 @@ def choices(run: Run) -> None:
 
     def decode(selecting: Any = None) -> Any:
         settings = {"config": DECODE, "selecting": selecting}
-        return denoise(run.model, cache, start(INDEPENDENT), **settings).tokens
+        return pdllm.denoise(run.model, cache, start(INDEPENDENT), **settings).tokens
 
     for name, config in CHOICES.items():
         run.timed(f"encode: {name}", lambda config=config: start(config).stale)
@@ -179,4 +158,9 @@ def choices(run: Run) -> None:
 
 SECTIONS: dict[str, Callable[[Run], None]] = {
     function.__name__: function for function in (stream, scoring, ask, batch, choices)
+}
+OPTIONS = MODEL_OPTIONS | {
+    "--sections": (tuple(SECTIONS), ""),
+    "--document": (32, "chunks of the document that is asked about"),
+    "--stream": ([128, 256, 1024], "chunks streamed"),
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.record import clock, peak
-from bench.run import BLOCK, SELECT, Run, add_model_arguments
+from bench.run import BLOCK, MODEL_OPTIONS, SELECT, Run
 from pdllm_jax import DecodeConfig, Engine
 from pdllm_jax.engine.offload import encode_offloaded, fetch, host_memory, select_offloaded
 from pdllm_jax.engine.request import start_decoding
@@ -25,16 +24,13 @@ from pdllm_jax.engine.request import start_decoding
 PARTS = ("draft, score, bring over", "encode", "decode")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `benchmark.py offload`."""
-    add_model_arguments(parser)
-    option = parser.add_argument
-    option("--out", type=Path, default=Path("benchmarks/offload.json"))
-    option("--chunks", type=int, default=128, help="of the document")
-    option("--fetched", nargs="+", type=int, default=[4, 8, 16], help="chunks fetched at once")
+OPTIONS = MODEL_OPTIONS | {
+    "--chunks": (128, "of the document"),
+    "--fetched": ([4, 8, 16], "chunks fetched at once"),
+}
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> None:
     """Encodes, fetches chunks, answers; the record is written after each."""
     run = Run(args)
     run.record["host_copy_bandwidth"] = host_copy_bandwidth(0.01 if args.tiny else 1.0)
@@ -78,7 +74,6 @@ def main(args: argparse.Namespace) -> int:
         run.keep(f"{encoding}: answer", answers.sum(axis=1).tolist())
     memory["peak_bytes"] = peak()
     run.say(f"most on the device: {peak() / 1e9:.2f} GB")
-    return 0
 
 
 def host_copy_bandwidth(gigabytes: float) -> float:

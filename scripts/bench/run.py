@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,13 @@ from pdllm_jax.network.sharding import mesh_name
 # The request that benchmarks time: 4 chunks kept, a question of 32 tokens, blocks of 32.
 SELECT = SelectionConfig(top_k=4, masked_copies=4, draft_length=4, draft_steps=2)
 BLOCK, PREFIX, QUERY = 32, 16, 32
+# Options of every benchmark with a `Run`.
+MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
+    "--tiny": (False, "a tiny model, to try the script"),
+    "--chunk-size": (1024, ""),
+    "--repeats": (3, ""),
+    "--limit": (math.inf, "seconds in all"),
+}
 
 
 class Run:
@@ -101,14 +109,6 @@ class Run:
     def on(self) -> str:
         """What a row's name says of the model's mesh."""
         return "".join(f", mesh {name}" for name in self.of_mesh.values())
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of every benchmark with a `Run`."""
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script")
-    parser.add_argument("--chunk-size", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds in all")
 
 
 def model_config(args: argparse.Namespace) -> ModelConfig:

@@ -3,7 +3,7 @@
 Random weights, bfloat16, joint encoding of K = 4 chunks of 1,024, a query of 32 tokens; draft and
 scores are counted. Whole requests are timed as a user calls them, host time included, after a first
 call that compiles; the baselines run in the same process. With several meshes, or several ways to
-make their sums, the sections run on each in turn, and the record holds ratios to the first.
+make their sums, the sections run on each in turn.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import argparse
 import dataclasses
 import functools
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,23 +20,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+import pdllm_jax as pdllm
 from bench.record import clock, copy_bandwidth, peak, spread
-from bench.run import BLOCK, PREFIX, QUERY, SELECT, Run, add_model_arguments
-from bench.tables import times
-from pallas_kernels import AllReduceImplementation
-from pdllm_jax import (
-    ChunkConfig,
-    DecodeConfig,
-    Engine,
-    ModelConfig,
-    denoise,
-    denoise_step,
-    init_denoise,
-    make_mesh,
-    prefill,
-    select_top_k,
-    shard_model,
-)
+from bench.run import BLOCK, MODEL_OPTIONS, PREFIX, QUERY, SELECT, Run
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.method.cache import ChunkCache, ChunkPool
 from pdllm_jax.method.scoring import draft_response
@@ -49,22 +34,7 @@ METHODS = ("prefilling", "dual-cache", "plain")
 PLAIN_EVALUATIONS = 2
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `benchmark.py speed`."""
-    add_model_arguments(parser)
-    option, sums = parser.add_argument, get_args(AllReduceImplementation)
-    option("--out", type=Path, default=Path("benchmarks/speed.json"))
-    option("--sections", nargs="+", choices=tuple(SECTIONS), default=tuple(SECTIONS))
-    option("--cached", nargs="+", type=int, default=[4, 8, 32], help="step: chunks attended to")
-    option("--documents", nargs="+", type=int, default=[8, 16, 32], help="chunks of documents")
-    option("--stream", nargs="+", type=int, default=[128, 1024], help="chunks of streamed ones")
-    option("--tokens", nargs="+", type=int, default=[32, 128], help="of a response")
-    option("--mesh", nargs="+", metavar="DATAxTENSOR", help="meshes, e.g. 1x1 1x2 2x1")
-    adds = "what adds up a few rows over TENSOR (default: the model's choice)"
-    option("--sums", nargs="+", choices=sums, default=[None], help=adds)
-
-
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> None:
     """Runs the sections on every mesh."""
     copied = copy_bandwidth(0.01 if args.tiny else 2.0, 2 if args.tiny else 50)
     run = Run(args)
@@ -73,31 +43,16 @@ def main(args: argparse.Namespace) -> int:
     for mesh, sums in meshes(args):
         if mesh is not None:
             run.model = plain  # frees the weights on the mesh before
-            run.model = shard_model(plain, mesh, sums=sums)
+            run.model = pdllm.shard_model(plain, mesh, sums=sums)
         run.sections(SECTIONS, args.sections)
-    if args.mesh:
-        compare_meshes(run)
-    return 0
 
 
 def meshes(args: argparse.Namespace) -> Iterator[tuple[Mesh | None, Any]]:
     """Yields the meshes to run on with the ways to make their sums, where there are several."""
     for name in args.mesh or [None]:
-        mesh = None if name is None else make_mesh(*parse_mesh(name))
+        mesh = None if name is None else pdllm.make_mesh(*parse_mesh(name))
         alone = mesh is None or mesh.shape[TENSOR] == 1
-        yield from ((mesh, sums) for sums in ((None,) if alone else args.sums))
-
-
-def compare_meshes(run: Run) -> None:
-    """Records every time over the same time on the first mesh."""
-    by_name: dict[str, dict[str, float]] = {}
-    for name, seconds in times(run.record).items():
-        what, mesh = name.split(", mesh ", 1)
-        by_name.setdefault(what, {})[mesh] = seconds
-    for what, on_mesh in by_name.items():
-        first, *others = on_mesh
-        for mesh in others:
-            run.note(f"{what}: {mesh} over {first}", on_mesh[mesh] / on_mesh[first])
+        yield from ((mesh, sums) for sums in ((None,) if alone else args.sums or (None,)))
 
 
 def weight_bytes(run: Run) -> int:
@@ -128,23 +83,24 @@ def random_document(run: Run, chunks: int) -> ChunkCache:
 
 def step(run: Run) -> None:
     """Times one evaluation of 32 rows against K chunks: in the loop on the device, from Python."""
-    decode = DecodeConfig(gen_length=BLOCK, block_length=BLOCK)
+    decode = pdllm.DecodeConfig(gen_length=BLOCK, block_length=BLOCK)
     most, mesh = max(run.args.cached), run.model.mesh
     cache, prompt = random_document(run, most), run.prompt(most)
-    one = functools.partial(denoise_step, run.model, cache, config=decode)
+    one = functools.partial(pdllm.denoise_step, run.model, cache, config=decode)
 
     def start(k: int) -> Any:
         """Returns the state after joint encoding: the KV of the live rows is fresh."""
-        chosen = select_top_k(-jnp.arange(most, dtype=jnp.float32)[None], k)
+        chosen = pdllm.select_top_k(-jnp.arange(most, dtype=jnp.float32)[None], k)
         settings: Any = {"query_length": prompt.query_length, "encoding": "independent"}
-        state = init_denoise(
+        state = pdllm.init_denoise(
             run.model, cache, chosen, prompt.query, decode, jax.random.key(0), **settings
         )
         state = dataclasses.replace(state, stale=jnp.zeros((1,), bool), live_encoded=True)
         return jax.block_until_ready(place(mesh, state))
 
     def loop(state: Any) -> float:
-        return clock(lambda: denoise(run.model, cache, state, config=decode).tokens)[0] / BLOCK
+        run_all = functools.partial(pdllm.denoise, run.model, cache, config=decode)
+        return clock(lambda: run_all(state).tokens)[0] / BLOCK
 
     def from_python(state: Any) -> float:
         state = jax.block_until_ready(one(state))
@@ -175,7 +131,7 @@ def step(run: Run) -> None:
         )
 
 
-def pass_flops(config: ModelConfig, chunks: int, size: int) -> float:
+def pass_flops(config: pdllm.ModelConfig, chunks: int, size: int) -> float:
     """Returns the floating-point operations of encoding and scoring, padding not counted.
 
     Products of every row with the layers' weights, attention of chunk rows over prefix and chunk
@@ -197,7 +153,7 @@ def score_document(run: Run) -> None:
     prompt, name = run.prompt(chunks), f"score {chunks} chunks{run.on}"
     draft = functools.partial(draft_response, run.model, prompt.question, SELECT.scoring())
     drafted = run.timed(f"draft{run.on}", draft)
-    run.timed(name, lambda: prefill(run.model, prompt, SELECT, draft=drafted)[1])
+    run.timed(name, lambda: pdllm.prefill(run.model, prompt, SELECT, draft=drafted)[1])
     work = pass_flops(run.model.config, chunks, run.args.chunk_size)
     run.note(f"TFLOP/s, {name}", work / run.median(name) / 1e12)
 
@@ -218,16 +174,16 @@ class Requests:
         One token a step; for "plain" the fewest steps. select: changes of SELECT.
         """
         steps = max(PLAIN_EVALUATIONS, tokens // BLOCK) if method == "plain" else tokens
-        decode = DecodeConfig(gen_length=tokens, block_length=BLOCK, steps=steps)
+        decode = pdllm.DecodeConfig(gen_length=tokens, block_length=BLOCK, steps=steps)
         settings: dict[str, Any] = {"decoding": decode, "method": method}
         request = [[], np.concatenate([self.prefix, context, self.query])]
         prefix = self.prefix[:0]
         if method == "prefilling":
-            chunking = ChunkConfig(self.run.args.chunk_size)
+            chunking = pdllm.ChunkConfig(self.run.args.chunk_size)
             settings |= {"selection": dataclasses.replace(SELECT, **select), "chunking": chunking}
             request, prefix = [context, self.query], self.prefix
         seconds, result = clock(
-            lambda: Engine(self.run.model, **settings).answer(*request, prefix=prefix)
+            lambda: pdllm.Engine(self.run.model, **settings).answer(*request, prefix=prefix)
         )
         if result.evaluations != steps:
             raise AssertionError(f"{result.evaluations} evaluations instead of {steps}")
@@ -243,7 +199,7 @@ def end_to_end(run: Run) -> None:
             continue
         context = requests.draw(n * run.args.chunk_size - PREFIX - QUERY)
         cases = [(method, context, tokens) for tokens in run.args.tokens for method in METHODS]
-        seconds, _ = clock(lambda: [requests.answer(*case) for case in cases])  # noqa: B023
+        seconds, _ = clock(lambda cases=cases: [requests.answer(*case) for case in cases])
         run.record["compile_seconds"][f"{n} chunks, first calls{run.on}"] = seconds
         run.say(f"first calls about {n} chunks: {seconds:.0f} s")
         ours: dict[int, float] = {}
@@ -277,3 +233,12 @@ def stream(run: Run) -> None:
 
 
 SECTIONS = {"step": step, "prefill": score_document, "end-to-end": end_to_end, "stream": stream}
+OPTIONS = MODEL_OPTIONS | {
+    "--sections": (tuple(SECTIONS), ""),
+    "--cached": ([4, 8, 32], "step: chunks attended to"),
+    "--documents": ([8, 16, 32], "chunks of documents"),
+    "--stream": ([128, 1024], "chunks of streamed ones"),
+    "--tokens": ([32, 128], "of a response"),
+    "--mesh": ([str], "meshes DATAxTENSOR, e.g. 1x1 1x2 2x1"),
+    "--sums": ([str], "what adds up a few rows over TENSOR (default: the model's choice)"),
+}

@@ -9,10 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import benchmark
 import jax
 import numpy as np
 import pytest
-from bench import cold, compiled, disk, kernel, memory, method, record, report, run, speed, tables
+from bench import cold, compare, compiled, disk, kernel, memory, method, record, report, run, speed
 from flax import nnx
 
 from convert import convert
@@ -22,10 +23,8 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TINY = {"rows": 8, "heads": 4, "kv_heads": 2, "dim": 64, "chunk_size": 128}
 
 
-def parsed(module, *argv: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return parser.parse_args([*map(str, argv)])
+def parsed(*words: object) -> argparse.Namespace:
+    return benchmark.parse([*map(str, words)])[1]
 
 
 def test_kernel_records_times_bytes_and_errors(monkeypatch, tmp_path):
@@ -40,7 +39,7 @@ def test_kernel_records_times_bytes_and_errors(monkeypatch, tmp_path):
     monkeypatch.setattr(kernel, "copy_bandwidth", lambda: 1e9)
     monkeypatch.setattr(kernel, "time_loop", lambda *_: (8.0, 7.0, 9.0))
     out = tmp_path / "kernel.json"
-    assert kernel.main(parsed(kernel, "--out", out, "--layers", 2)) == 0
+    kernel.main(parsed("kernel", "--out", out, "--layers", 2))
     kernel.make_pool.cache_clear()
     result = json.loads(out.read_text())
     assert result["left_out"] == 0
@@ -81,8 +80,8 @@ def test_report_makes_the_committed_pages(tmp_path):
     pages = tmp_path / "page.md", tmp_path / "README.md"
     for page in pages:
         page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    args = parsed(report, "--page", pages[0], "--readme", pages[1], "--pictures", tmp_path)
-    assert report.main(args) == 0
+    args = parsed("report", "--page", pages[0], "--readme", pages[1], "--pictures", tmp_path)
+    report.main(args)
     rows = json.loads((args.records / "end_to_end.json").read_text())["end_to_end"]
     for page, committed in zip(pages, (report.PAGE, record.ROOT / "README.md"), strict=True):
         text = page.read_text()
@@ -105,7 +104,7 @@ def test_report_makes_the_committed_pages(tmp_path):
 def test_method_times_phases_and_compares_them(tmp_path):
     out = tmp_path / "method.json"
     words = "--tiny --chunk-size 16 --document 2 --stream 1 2 --repeats 1 --sections stream ask"
-    assert method.main(parsed(method, *words.split(), "--out", out)) == 0
+    method.main(parsed("method", *words.split(), "--out", out))
     result = json.loads(out.read_text())
     assert result["left_out"] == []
     seconds = {name: row["median"] for name, row in result["seconds"].items()}
@@ -122,17 +121,17 @@ def test_method_times_phases_and_compares_them(tmp_path):
 def test_speed_records_the_step_beside_its_floor(tmp_path):
     out = tmp_path / "speed.json"
     words = "--tiny --chunk-size 16 --cached 2 --documents 2 --repeats 1 --sections step prefill"
-    assert speed.main(parsed(speed, *words.split(), "--out", out)) == 0
+    speed.main(parsed("speed", *words.split(), "--out", out))
     result = json.loads(out.read_text())
     (row,) = result["step"]
     assert row["times_floor"] == pytest.approx(row["ms"] / row["ms_floor"])
-    times = tables.times(result)
+    times = compare.times(result)
     assert times["step, 32 cached"] == row["ms"] / 1e3
     assert {"draft", "score 2 chunks", "step, 32 cached, from Python"} < times.keys()
 
 
 def test_memory_plans_and_compiles_a_setting():
-    args = parsed(memory, "--tiny", "--chunk-size", 16)
+    args = parsed("memory", "--tiny", "--chunk-size", 16)
     setting = memory.Setting(
         2, select=memory.SelectionConfig(scorer="first", encoding="independent", top_k=1),
         decode=memory.DecodeConfig(gen_length=4, block_length=4, steps=1),
@@ -169,7 +168,7 @@ def test_a_made_checkpoint_converts_and_loads(tmp_path, monkeypatch):
 
 
 def test_time_to_the_first_token_is_the_sum_of_phases(monkeypatch):
-    args = parsed(cold, "--tiny", "--tokens", 40, "--chunk-size", 16)
+    args = parsed("cold", "--tiny", "--tokens", 40, "--chunk-size", 16)
     args.one = str(time.time())
     monkeypatch.setattr(compilation, "enable_compilation_cache", lambda: None)
     row = cold.one(args)

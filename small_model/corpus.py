@@ -107,20 +107,16 @@ def fingerprint(corpora: Corpora) -> str:
     return digest.hexdigest()[:16]
 
 
-def token_marks(pieces: Iterable[str]) -> np.ndarray:
-    """Returns bool [V, 2] from the tokens' texts: ends a sentence, begins with white space."""
+def vocabulary_marks(tokenizer: Tokenizer) -> np.ndarray:
+    """Returns whether each token ends a sentence, and begins with white space: bool [V, 2]."""
     closing = tuple(mark + quote for mark in ".!?" for quote in ("", '"', "'", ")"))
+    ids = range(tokenizer.get_vocab_size())
+    pieces = (tokenizer.decode([index], skip_special_tokens=False) for index in ids)
     return np.array([(piece.endswith(closing), piece[:1].isspace()) for piece in pieces])
 
 
-def vocabulary_marks(tokenizer: Tokenizer) -> np.ndarray:
-    """Returns `token_marks` of a tokenizer's vocabulary."""
-    ids = range(tokenizer.get_vocab_size())
-    return token_marks(tokenizer.decode([index], skip_special_tokens=False) for index in ids)
-
-
 def make_text(tokens: np.ndarray, marks: np.ndarray) -> Text:
-    """Finds the sentence breaks; marks: bool [V, 2] from `token_marks`."""
+    """Finds the sentence breaks; marks: from `vocabulary_marks`."""
     breaks = np.flatnonzero(marks[tokens[:-1], 0] & marks[tokens[1:], 1]) + 1
     return Text(tokens, breaks.astype(np.int64))
 

@@ -22,10 +22,9 @@ _FINAL_NORM = "model.transformer.ln_f.weight"
 
 def _quantize(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns int8 values and float32 scales [r]; axis: the axis of size r."""
-    other = 1 - axis
-    scale = np.abs(values).max(axis=other, keepdims=True) / 127
+    scale = np.abs(values).max(axis=1 - axis, keepdims=True) / 127
     scale = np.where(scale == 0, 1.0, scale).astype(np.float32)
-    return np.rint(values / scale).astype(np.int8), np.squeeze(scale, other)
+    return np.rint(values / scale).astype(np.int8), scale.ravel()
 
 
 def from_trainable(trainable: Params, gain: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -78,15 +77,14 @@ def apply(
     """
     merged = dict(tensors)
     for name, values in adapter.items():
-        target, _, part = name.partition(".weight")
-        target += ".weight"
+        target, weight, part = name.partition(".weight")
+        target += weight
         if target not in tensors:
             raise ValueError(f"adapter tensor {name}: the base has no tensor {target}")
         if part == "":
             merged[target] = values
         elif part == ".rows":
-            merged[target] = tensors[target].copy()
-            merged[target][: len(values)] = values
+            merged[target] = np.concatenate([values, tensors[target][len(values) :]])
         elif part == ".lora_a":
             a, b = _factors(adapter, target)
             shape = tensors[target].shape

@@ -15,6 +15,7 @@ from small_model.corpus import Corpora, Text
 from small_model.phrases import BLOCK_QUESTIONS, QUESTIONS, Names, named_needle, reworded
 from small_model.tasks import (
     ATTRIBUTES,
+    INSTRUCTION,
     PREFIX,
     QUERY_END,
     RESPONSE_LENGTH,
@@ -30,7 +31,6 @@ from small_model.tasks import (
 )
 
 # Half of the dialogues start with PREFIX, the others with one of these instructions.
-_INSTRUCTION = "Read the document and answer the question about it."
 _OTHER_INSTRUCTIONS = (
     "Answer the question with what the document says.",
     "Some information is hidden in a long text. Find it and remember it.",
@@ -68,7 +68,7 @@ class SequenceMaker:
         weights = [0.3 if name == "bible" else 1.0 for name in corpora.texts]
         sizes = [len(text.tokens) * w for text, w in zip(self._texts, weights, strict=True)]
         self._shares = np.array(sizes) / sum(sizes)
-        instructions = [PREFIX.replace(_INSTRUCTION, other) for other in _OTHER_INSTRUCTIONS]
+        instructions = [PREFIX.replace(INSTRUCTION, other) for other in _OTHER_INSTRUCTIONS]
         self._prefixes = [encode(prefix) for prefix in (PREFIX, *instructions)]
 
     def text(self, rng: np.random.Generator) -> TrainingSequence:
@@ -94,8 +94,7 @@ class SequenceMaker:
             room = self.length - len(prefix) - len(tail)
             if room >= sum(len(needle.tokens) for needle in needles):
                 break
-        document = bury(rng, source, needles, room).tokens
-        tokens = np.concatenate([prefix, document, tail])
+        tokens = np.concatenate([prefix, bury(rng, source, needles, room)[0], tail])
         role = np.zeros(self.length, np.uint8)
         role[self.length - len(tail) :] = tail_role
         kind = "many" if many else "absent" if absent else "single"

@@ -17,10 +17,8 @@ from tokenizers import Tokenizer
 
 from small_model.corpus import Corpora, Text, token_dtype
 
-PREFIX = (
-    "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n"
-    "Read the document and answer the question about it.\n\n"
-)
+INSTRUCTION = "Read the document and answer the question about it."
+PREFIX = f"<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{INSTRUCTION}\n\n"
 # LLaDA's chat template after the document: the question, then the header of the answer.
 QUERY_START = "\n\n"
 QUERY_END = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -97,13 +95,6 @@ class Needle(NamedTuple):
     facts: tuple[Fact, ...]
 
 
-class Document(NamedTuple):
-    """A text with needles. spans: start and end of each needle in `tokens`."""
-
-    tokens: np.ndarray
-    spans: list[tuple[int, int]]
-
-
 def number(rng: np.random.Generator, digits: int) -> str:
     """Draws a number of `digits` digits; the first is not zero."""
     values = rng.integers(0, 10, digits)
@@ -173,11 +164,12 @@ def bury(
     needles: Sequence[Needle],
     length: int,
     fixed: tuple[int, float] | None = None,
-) -> Document:
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """Hides needles at random positions of a random part of `text`: `length` tokens together.
 
     A needle moves to the next end of a sentence if the part has one after its position. fixed:
-    (index of a needle, share of the text before it) sets one position.
+    (index of a needle, share of the text before it) sets one position. Returns the tokens, and
+    start and end of each needle.
     """
     room = length - sum(len(needle.tokens) for needle in needles)
     if room < 0:
@@ -201,7 +193,7 @@ def bury(
         total, done = first + len(needle.tokens), place
         spans[index] = (first, total)
     parts.append(tokens[start + done : start + room])
-    return Document(np.concatenate(parts), spans)
+    return np.concatenate(parts), spans
 
 
 class Example(TypedDict):
@@ -267,11 +259,12 @@ def make_example(
     sizes = np.array([len(text.tokens) for text in texts], float)
     text = corpora.noise if noisy else texts[rng.choice(len(texts), p=sizes / sizes.sum())]
     room = n_tokens - RESPONSE_LENGTH - len(prefix) - len(query)
-    document = bury(rng, text, needles, room, None if depth is None else (asked, depth))
-    start = document.spans[asked][0]
+    fixed = None if depth is None else (asked, depth)
+    context, spans = bury(rng, text, needles, room, fixed)
+    start = spans[asked][0]
     return Example(
         prefix=prefix.tolist(),
-        context=document.tokens.tolist(),
+        context=context.tolist(),
         query=query.tolist(),
         answer=fact.value,
         needle_span=(start + fact.start, start + fact.end),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -53,12 +54,9 @@ def make_tokenizer(model, *, digits: bool):
 def encode() -> tasks.Encoder:
     """Returns byte-level BPE with the pre-tokenizer and the special tokens of the small model."""
     tokenizer = make_tokenizer(tokenizers.models.BPE(), digits=True)
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=list(base.SPECIAL_TOKENS),
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    settings = {"special_tokens": list(base.SPECIAL_TOKENS), "initial_alphabet": alphabet}
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=512, show_progress=False, **settings)
     tokenizer.train_from_iterator([BOOK, tasks.PREFIX, *ADJECTIVES, *NOUNS], trainer)
     return tasks.Encoder(tokenizer)
 
@@ -74,6 +72,11 @@ def make_corpora(encode: tasks.Encoder, held_out: bool) -> corpus.Corpora:
 @pytest.fixture(scope="module")
 def training_side(encode: tasks.Encoder) -> corpus.Corpora:
     return make_corpora(encode, held_out=False)
+
+
+@pytest.fixture(scope="module")
+def make_maker(encode, training_side):
+    return functools.partial(sequences.SequenceMaker, training_side, encode)
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +101,9 @@ def answer_spans(sequence: sequences.TrainingSequence) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("task", tasks.TASKS)
 @pytest.mark.parametrize("seed", range(4))
 def test_example_holds_its_needle(encode, held_out_side, task, seed):
-    make = tasks.make_example
-    example = make(task, 2048, seed, corpora=held_out_side, encode=encode)
-    assert example == make(task, 2048, seed, corpora=held_out_side, encode=encode)
+    settings = {"corpora": held_out_side, "encode": encode}
+    example, repeated = (tasks.make_example(task, 2048, seed, **settings) for _ in range(2))
+    assert example == repeated
     prompt = example["prefix"] + example["context"] + example["query"]
     assert len(prompt) + tasks.RESPONSE_LENGTH == 2048
     assert prompt.count(base.BOS_ID) == 1
@@ -180,9 +183,9 @@ def test_first_number_counts(response, right):
 
 
 @pytest.mark.parametrize("length", [768, 2048])
-def test_training_sequences(encode, training_side, length):
+def test_training_sequences(encode, length, make_maker):
     """Checks length, BOS, masks, held-out words, and that the document states the answers."""
-    maker = sequences.SequenceMaker(training_side, encode, length)
+    maker = make_maker(length)
     held_out = {word for word in (*ADJECTIVES, *NOUNS) if corpus.is_held_out(word)}
     kinds = set()
     for seed in range(60):
@@ -259,9 +262,9 @@ def test_questions_are_reworded_and_evaluated_wording_is_most_common(encode):
         assert 0.6 < counts[usual] / 300 < 0.8
 
 
-def test_noise_hides_several_names(encode, training_side):
+def test_noise_hides_several_names(training_side, make_maker):
     """InfiniteBench's noise also has needles that are not asked for."""
-    maker = sequences.SequenceMaker(training_side, encode, 2048)
+    maker = make_maker(2048)
     told = []
     for seed in range(300):
         needles, asked, source = maker._single(np.random.default_rng(seed))
@@ -272,8 +275,8 @@ def test_noise_hides_several_names(encode, training_side):
     assert np.mean(np.array(told) > 1) > 0.4
 
 
-def test_fine_tuning_form_masks_answers_only(encode, training_side):
-    maker = sequences.SequenceMaker(training_side, encode, 512)
+def test_fine_tuning_form_masks_answers_only(make_maker):
+    maker = make_maker(512)
     rng = np.random.default_rng(3)
     roles = {group: set() for group in range(len(masking.GROUPS))}
     for _ in range(200):
@@ -294,9 +297,9 @@ def test_fine_tuning_form_masks_answers_only(encode, training_side):
     assert named["answer"] == named["full"] == {sequences.ANSWER}
 
 
-def test_hidden_answer_does_not_reveal_its_question(encode, training_side):
+def test_hidden_answer_does_not_reveal_its_question(encode, make_maker):
     """With a masked question, the answer after its opening is masked and not predicted."""
-    maker = sequences.SequenceMaker(training_side, encode, 768)
+    maker = make_maker(768)
     rng, checked, shares = np.random.default_rng(4), 0, []
     for _ in range(400):
         one = maker.dialogue(rng)
@@ -317,9 +320,9 @@ def test_hidden_answer_does_not_reveal_its_question(encode, training_side):
     assert 0.15 < np.mean(shares) < 0.35
 
 
-def test_weighted_loss_is_unbiased_in_t(encode, training_side):
+def test_weighted_loss_is_unbiased_in_t(make_maker):
     """With weight 1/p the expected weight of a text is TEXT_WEIGHT for every t."""
-    maker = sequences.SequenceMaker(training_side, encode, 512)
+    maker = make_maker(512)
     rng = np.random.default_rng(5)
     text = maker.text(rng)
     for t in (0.1, 0.5, 0.9):
@@ -328,12 +331,10 @@ def test_weighted_loss_is_unbiased_in_t(encode, training_side):
 
 
 @pytest.mark.parametrize("rows", [64, 2048])
-def test_batch_rows_are_the_masked_tokens(encode, training_side, rows):
-    maker = sequences.SequenceMaker(training_side, encode, 512)
-    batch = masking.training_batch(maker, 4, rows, (7, 0))
-    jax.tree.map(
-        np.testing.assert_array_equal, batch, masking.training_batch(maker, 4, rows, (7, 0))
-    )
+def test_batch_rows_are_the_masked_tokens(rows, make_maker):
+    maker = make_maker(512)
+    batch, repeated = (masking.training_batch(maker, 4, rows, (7, 0)) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, batch, repeated)
     used = batch.weights > 0
     flat = batch.tokens.reshape(-1)
     assert batch.tokens.shape == (4, 512)
@@ -395,12 +396,10 @@ def random_trainable(params: network.Params, gain: dict[str, np.ndarray], rank: 
     def noise(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(np.float32) * np.float32(0.1)
 
+    shapes = {name: params[name].shape for name in network.LINEAR}
     pairs = {
-        name: {
-            "a": noise(len(params[name]), rank, params[name].shape[2]),
-            "b": noise(len(params[name]), params[name].shape[1], rank),
-        }
-        for name in network.LINEAR
+        name: {"a": noise(layers, rank, inner), "b": noise(layers, outer, rank)}
+        for name, (layers, outer, inner) in shapes.items()
     }
     norms = {n: 1 + noise(*params[n].shape) for n in (*network.NORMS, "final_norm")}
     return {"lora": pairs, "norms": norms, "special": noise(6, params["embedding"].shape[1])}
@@ -446,7 +445,7 @@ def test_adapter_of_another_base_raises(tensors):
         lora.apply(fewer, adapter)
 
 
-def test_initial_adapter_changes_nothing_and_learns(encode, training_side, tensors):
+def test_initial_adapter_changes_nothing_and_learns(tensors, make_maker):
     params = network.stack(tensors, 2)
     gain = network.gains(params, 0.5)
     trainable = training.initial(params, seed=0, rank=4)
@@ -454,22 +453,16 @@ def test_initial_adapter_changes_nothing_and_learns(encode, training_side, tenso
     merged = network.merge(with_gain, trainable, jnp.float32)
     for name, values in params.items():
         np.testing.assert_array_equal(np.asarray(merged[name]), values)
-    maker = sequences.SequenceMaker(training_side, encode, 512)
+    maker = make_maker(512)
     batch = masking.training_batch(maker, 4, 256, (1, 0))
     moments = training.OPTIMIZER.init(trainable)
-    step = jax.jit(
-        training.train_step,
-        static_argnames=("config", "dtype"),
-        # Compiling takes most of this test's time.
-        compiler_options={
-            "xla_backend_optimization_level": 0,
-            "xla_llvm_disable_expensive_passes": True,
-        },
-    )
-    losses = []
+    # Compiling takes most of this test's time.
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    step = functools.partial(training.train_step, config=MODEL, dtype=jnp.float32)
+    step, losses = jax.jit(step, compiler_options=quick), []
     for _ in range(12):
         arguments = (trainable, moments, with_gain, batch, np.float32(3e-2))
-        trainable, moments, metrics = step(*arguments, config=MODEL, dtype=jnp.float32)
+        trainable, moments, metrics = step(*arguments)
         sums = np.asarray(metrics["sums"])
         losses.append(sums[0].sum() / sums[2].sum())
     assert losses[-1] < losses[0] - 0.5, losses

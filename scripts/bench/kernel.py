@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.record import Record, copy_bandwidth, time_loop
+from bench.run import random_layers
 from pallas_kernels import Partial, chunk_attention
 from pallas_kernels.chunk_attention.cudnn import attention_with_lse
 from pallas_kernels.chunk_attention.hopper import chunk_attention_hopper
@@ -95,21 +96,10 @@ def tuning_cases() -> Iterator[Case]:
 
 
 @functools.lru_cache(maxsize=2)
-def make_pool(layers: int, kv_heads: int, chunk_size: int, dim: int) -> tuple[jax.Array, jax.Array]:
-    """Returns K and V [layers, CHUNKS, G, C, D], random bfloat16, filled layer by layer."""
-    shape = (CHUNKS, kv_heads, chunk_size, dim)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def fill(pool: jax.Array, layer: jax.Array, key: jax.Array) -> jax.Array:
-        return pool.at[layer].set(jax.random.normal(key, shape, jnp.bfloat16))
-
-    pools = []
-    for side in range(2):
-        pool = jnp.zeros((layers, *shape), jnp.bfloat16)
-        for layer in range(layers):
-            pool = fill(pool, jnp.int32(layer), jax.random.key(side * layers + layer))
-        pools.append(jax.block_until_ready(pool))
-    return pools[0], pools[1]
+def make_pool(layers: int, kv_heads: int, chunk_size: int, dim: int) -> tuple[jax.Array, ...]:
+    """Returns K and V [layers, CHUNKS, G, C, D], random bfloat16."""
+    shape = (layers, CHUNKS, kv_heads, chunk_size, dim)
+    return tuple(jax.block_until_ready(random_layers(shape, jax.random.key(i))) for i in range(2))
 
 
 def attend(case: Case, q: Any, k: Any, v: Any, ids: Any, lengths: Any, layer: Any) -> Partial:

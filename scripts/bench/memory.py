@@ -16,7 +16,7 @@ import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import jax
@@ -131,10 +131,10 @@ class Measured:
         with device_for(self.target) as sharding:
             plan, row = self.plan()
             settings = (plan.shapes, plan.selection, plan.decode)
-            for program in programs(self.config, *settings, sharding=sharding):
-                sizes = program.lowered.compile().memory_analysis()
+            for program, lowered in programs(self.config, *settings, sharding=sharding):
+                sizes = lowered.compile().memory_analysis()
                 phases[program.phase] = {
-                    "held": program.held,
+                    "held": tree_bytes(dict(program.held)),
                     "made": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
                     "scratch": sizes.temp_size_in_bytes,
                 }
@@ -142,20 +142,17 @@ class Measured:
         return {**row, "compiled": most, "compiled_phases": phases}
 
 
-class Program(NamedTuple):
-    """A function of the plan's `phase`, lowered; held: bytes on the device before it runs."""
+def programs(
+    config: ModelConfig,
+    *settings: Any,
+    dtype: Any = jnp.bfloat16,
+    sharding: Any = None,
+    **path: Any,
+) -> Iterator[tuple[engine.Program, Any]]:
+    """Yields the programs of an answer in the order in which it runs them, and each lowered.
 
-    phase: str
-    name: str
-    lowered: Any
-    held: int
-
-
-def programs(config: Any, *settings: Any, dtype: Any = jnp.bfloat16, sharding: Any = None, **paths):
-    """Yields the `Program`s of an answer in the order in which it runs them; allocates nothing.
-
-    settings, paths: of `pdllm_jax.engine.programs`, for example from a plan. sharding: of all
-    arguments, to compile for a device that this machine does not have.
+    settings, path: of `pdllm_jax.engine.programs`, for example from a plan. sharding: of all
+    arguments, to compile for a device that this machine does not have. Nothing is allocated.
     """
 
     def placed(x: Any) -> Any:
@@ -163,12 +160,9 @@ def programs(config: Any, *settings: Any, dtype: Any = jnp.bfloat16, sharding: A
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) if shaped else x
 
     model = nnx.eval_shape(lambda: MaskPredictor(config, rngs=nnx.Rngs(0), dtype=dtype))
-    for program in engine.programs(model, *settings, **paths):
-        arguments = jax.tree.map(placed, program.args)
-        options = {name: jax.tree.map(placed, value) for name, value in program.settings.items()}
-        lowered = program.function.lower(*arguments, **options)
-        name, held = program.function.__name__, tree_bytes(dict(program.held))
-        yield Program(program.phase, name, lowered, held)
+    for program in engine.programs(model, *settings, **path):
+        arguments, options = jax.tree.map(placed, (program.args, dict(program.settings)))
+        yield program, program.function.lower(*arguments, **options)
 
 
 def tree_bytes(tree: Any) -> int:

@@ -116,6 +116,13 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
     return ModelConfig.tiny() if args.tiny else ModelConfig.llada_8b()
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def random_layers(shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+    """Returns random bfloat16 values, drawn layer by layer: shape[0] layers."""
+    keys = jax.random.split(key, shape[0])
+    return jax.lax.map(lambda k: jax.random.normal(k, shape[1:], jnp.bfloat16), keys)
+
+
 def cheap_model(config: ModelConfig, dtype: DTypeLike = jnp.bfloat16) -> MaskPredictor:
     """Returns a model made without temporaries, so that it does not move the peak of the device.
 

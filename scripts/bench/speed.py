@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 import pdllm_jax as pdllm
 from bench.record import clock, copy_bandwidth, peak, spread
-from bench.run import BLOCK, MODEL_OPTIONS, PREFIX, QUERY, SELECT, Run
+from bench.run import BLOCK, MODEL_OPTIONS, PREFIX, QUERY, SELECT, Run, random_layers
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.method.cache import ChunkCache, ChunkPool
 from pdllm_jax.method.scoring import draft_response
@@ -68,12 +68,8 @@ def random_document(run: Run, chunks: int) -> ChunkCache:
     config, size, prompt = run.model.config, run.args.chunk_size, run.prompt(chunks)
     shape = (config.n_layers, chunks, config.n_kv_heads, size, config.head_dim)
 
-    @jax.jit
-    def fill(key: jax.Array) -> jax.Array:
-        keys = jax.random.split(key, shape[0])
-        return jax.lax.map(lambda k: jax.random.normal(k, shape[1:], jnp.bfloat16), keys)
-
-    pool = ChunkPool(fill(jax.random.key(1)), fill(jax.random.key(2)), jnp.full((chunks,), size))
+    k, v = (random_layers(shape, jax.random.key(side)) for side in (1, 2))
+    pool = ChunkPool(k, v, jnp.full((chunks,), size))
     prefix_shape = (config.n_layers, 1, PREFIX, config.n_kv_heads, config.head_dim)
     prefix = jnp.zeros(prefix_shape, jnp.bfloat16)
     ids = (prompt.chunks[:, :chunks], prompt.chunk_lengths[:, :chunks])

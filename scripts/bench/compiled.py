@@ -49,8 +49,6 @@ PRODUCTS = (
     ("q, k, v", 96, 4096, (4096,) * 3),
     ("gate, up", 128, 4096, (12288,) * 2),
 )
-
-
 OPTIONS = {"--target": (Path, "compile for a device that is not there")}
 
 

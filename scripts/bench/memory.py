@@ -143,11 +143,7 @@ class Measured:
 
 
 def programs(
-    config: ModelConfig,
-    *settings: Any,
-    dtype: Any = jnp.bfloat16,
-    sharding: Any = None,
-    **path: Any,
+    config: Any, *settings: Any, dtype: Any = jnp.bfloat16, sharding: Any = None, **path: Any
 ) -> Iterator[tuple[engine.Program, Any]]:
     """Yields the programs of an answer in the order in which it runs them, and each lowered.
 

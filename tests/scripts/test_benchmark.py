@@ -126,16 +126,15 @@ def test_speed_records_the_step_beside_its_floor(tmp_path):
     (row,) = result["step"]
     assert row["times_floor"] == pytest.approx(row["ms"] / row["ms_floor"])
     times = compare.times(result)
-    assert times["step, 32 cached"] == row["ms"] / 1e3
+    assert times["step, 32 cached"] == pytest.approx(row["ms"] / 1e3)
     assert {"draft", "score 2 chunks", "step, 32 cached, from Python"} < times.keys()
 
 
 def test_memory_plans_and_compiles_a_setting():
     args = parsed("memory", "--tiny", "--chunk-size", 16)
-    setting = memory.Setting(
-        2, select=memory.SelectionConfig(scorer="first", encoding="independent", top_k=1),
-        decode=memory.DecodeConfig(gen_length=4, block_length=4, steps=1),
-    )  # fmt: skip
+    selecting = memory.SelectionConfig(scorer="first", encoding="independent", top_k=1)
+    decode = memory.DecodeConfig(gen_length=4, block_length=4, steps=1)
+    setting = memory.Setting(2, select=selecting, decode=decode)
     row = memory.Measured(args, setting).compile()
     assert set(row["compiled_phases"]) == {"score", "encode", "decode"} < set(row["planned_phases"])
     phases = row["compiled_phases"].values()

@@ -7,7 +7,6 @@ then says nothing about the document. Names here are as varied as keys, and they
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Sequence
@@ -105,25 +104,16 @@ def named_needle(encode: Encoder, rng: np.random.Generator, name: Name, value: s
     The answer always has the form "The door code is 71432.", so that the question determines its
     opening.
     """
-    subject = [f" {word}" for word in name]
+    subject = tuple(f" {word}" for word in name)
     tokens = encode(*fill(_pick(rng, PATTERNS, COMMON_SHARE["pattern"]), subject, value))
     question = fill(_pick(rng, QUESTIONS, COMMON_SHARE["question"]), subject)
     answer = fill("The{X} is {N}.", subject, value)
-    return Needle(tokens, (Fact(question, answer, value, 0, len(tokens)),))
+    return Needle(tokens, (Fact(subject, question, answer, value, 0, len(tokens)),))
 
 
 def reworded(rng: np.random.Generator, needle: Needle, templates: Sequence[str]) -> Needle:
     """Rewords some questions of a needle of tasks.py; templates[0] is their present wording."""
-    before, after = templates[0].split("{X}")
-    facts = []
-    for fact in needle.facts:
-        first, *subject, last = fact.question
-        if not first.startswith(before) or last != after:
-            text = "".join(fact.question)
-            raise ValueError(f"the question must read {before}...{after}, got {text!r}")
-        pieces = [piece for piece in (first.removeprefix(before), *subject) if piece]
-        template = _pick(rng, templates, COMMON_SHARE["question"])
-        if template != templates[0]:
-            fact = dataclasses.replace(fact, question=fill(template, pieces))
-        facts.append(fact)
+    chosen = [_pick(rng, templates, COMMON_SHARE["question"]) for _ in needle.facts]
+    pairs = zip(needle.facts, chosen, strict=True)
+    facts = (fact._replace(question=fill(template, fact.subject)) for fact, template in pairs)
     return Needle(needle.tokens, tuple(facts))

@@ -6,7 +6,6 @@ response is the answer, which repeats the needle's wording, then <|eot_id|>, the
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,13 +73,14 @@ class Encoder:
         return self.tokenizer.decode(ids[: stops[0]] if stops else ids)
 
 
-@dataclasses.dataclass(frozen=True)
-class Fact:
+class Fact(NamedTuple):
     """A fact that a question asks for.
 
-    question, answer: pieces of text for the encoder. start, end: token span within the needle.
+    subject, question, answer: pieces of text for the encoder; the question and its other wordings
+    are about the subject. start, end: token span within the needle.
     """
 
+    subject: tuple[str, ...]
     question: tuple[str, ...]
     answer: tuple[str, ...]
     value: str
@@ -126,19 +126,18 @@ def unkeyed_needle(encode: Encoder, name: str, value: str) -> Needle:
     """Makes InfiniteBench's " The pass key is 71432. Remember it. 71432 is the pass key."."""
     tokens = encode(f" The {name} is ", *value, ". Remember it. ", *value, f" is the {name}.")
     question, answer = (f"What is the {name}?",), (f"The {name} is ", *value, ".")
-    return Needle(tokens, (Fact(question, answer, value, 0, len(tokens)),))
+    return Needle(tokens, (Fact((f" {name}",), question, answer, value, 0, len(tokens)),))
 
 
 def keyed_needle(
     encode: Encoder, attribute: str, key: tuple[str, str], value: str, *, is_word: bool = False
 ) -> Needle:
     """Makes "The magic number for amber-fox is 4839201."; the value may be a word."""
-    middle = (f" {key[0]}", "-", key[1])
+    subject = (f" {attribute}", f" {key[0]}", "-", key[1])
     tail = (" is", f" {value}", ".") if is_word else (" is ", *value, ".")
-    tokens = encode(f" The {attribute}", *middle, *tail)
-    question = (f"What is the {attribute}", *middle, "?")
-    answer = (f"The {attribute}", *middle, *tail)
-    return Needle(tokens, (Fact(question, answer, value, 0, len(tokens)),))
+    tokens = encode(" The", *subject, *tail)
+    question, answer = ("What is the", *subject, "?"), ("The", *subject, *tail)
+    return Needle(tokens, (Fact(subject, question, answer, value, 0, len(tokens)),))
 
 
 def block_needle(encode: Encoder, items: Sequence[tuple[tuple[str, str], str]]) -> Needle:
@@ -152,7 +151,7 @@ def block_needle(encode: Encoder, items: Sequence[tuple[tuple[str, str], str]]) 
         tokens = encode(opening, *key, '":', ' "', *value, closing)
         question = ('What is the value of "', *key, '"?')
         answer = ('"', *key, '":', ' "', *value, '"')
-        facts.append(Fact(question, answer, value, length, length + len(tokens)))
+        facts.append(Fact(key, question, answer, value, length, length + len(tokens)))
         parts.append(tokens)
         length += len(tokens)
     return Needle(np.concatenate(parts), tuple(facts))

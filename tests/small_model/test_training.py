@@ -93,6 +93,12 @@ def tensors() -> dict[str, np.ndarray]:
     return {name: np.float32(x * scales[name] + (x.ndim == 1)) for name, x in drawn.items()}
 
 
+@pytest.fixture(scope="module")
+def stacked(tensors):
+    params = network.stack(tensors, 2)
+    return params, network.gains(params, 0.5)
+
+
 def answer_spans(sequence: sequences.TrainingSequence) -> list[tuple[int, int]]:
     edges = np.diff((sequence.role == sequences.ANSWER).astype(int), prepend=0, append=0)
     return list(zip(np.flatnonzero(edges == 1), np.flatnonzero(edges == -1), strict=True))
@@ -390,7 +396,7 @@ def test_evaluation_counts_answers_and_needles(monkeypatch, encode, held_out_sid
         assert measures["fit"][task] >= np.mean(complete)
 
 
-def random_trainable(params: network.Params, gain: dict[str, np.ndarray], rank: int):
+def random_trainable(params: network.Params, rank: int):
     rng = np.random.default_rng(2)
 
     def noise(*shape: int) -> np.ndarray:
@@ -405,10 +411,9 @@ def random_trainable(params: network.Params, gain: dict[str, np.ndarray], rank: 
     return {"lora": pairs, "norms": norms, "special": noise(6, params["embedding"].shape[1])}
 
 
-def test_adapter_merges_as_w0_plus_b_a(tensors, tmp_path):
-    params = network.stack(tensors, 2)
-    gain = network.gains(params, 0.5)
-    trainable = random_trainable(params, gain, rank=4)
+def test_adapter_merges_as_w0_plus_b_a(tensors, stacked, tmp_path):
+    params, gain = stacked
+    trainable = random_trainable(params, rank=4)
     lora.save(tmp_path / "a.safetensors", lora.from_trainable(trainable, gain), {"rank": "4"})
     adapter = lora.load(tmp_path / "a.safetensors")
     merged = lora.apply(tensors, adapter)
@@ -433,10 +438,9 @@ def test_adapter_merges_as_w0_plus_b_a(tensors, tmp_path):
         np.testing.assert_allclose(np.asarray(inside[name]), values, atol=1e-5)
 
 
-def test_adapter_of_another_base_raises(tensors):
-    params = network.stack(tensors, 2)
-    gain = network.gains(params, 0.5)
-    adapter = lora.from_trainable(random_trainable(params, gain, rank=4), gain)
+def test_adapter_of_another_base_raises(tensors, stacked):
+    params, gain = stacked
+    adapter = lora.from_trainable(random_trainable(params, rank=4), gain)
     name = network.tensor_name(0, "q_proj")
     with pytest.raises(ValueError, match="does not fit"):
         lora.apply({**tensors, name: tensors[name][:, :-1]}, adapter)
@@ -445,16 +449,14 @@ def test_adapter_of_another_base_raises(tensors):
         lora.apply(fewer, adapter)
 
 
-def test_initial_adapter_changes_nothing_and_learns(tensors, make_maker):
-    params = network.stack(tensors, 2)
-    gain = network.gains(params, 0.5)
+def test_initial_adapter_changes_nothing_and_learns(stacked, make_maker):
+    params, gain = stacked
     trainable = training.initial(params, seed=0, rank=4)
     with_gain = {**params, "gain": gain}
     merged = network.merge(with_gain, trainable, jnp.float32)
     for name, values in params.items():
         np.testing.assert_array_equal(np.asarray(merged[name]), values)
-    maker = make_maker(512)
-    batch = masking.training_batch(maker, 4, 256, (1, 0))
+    batch = masking.training_batch(make_maker(512), 4, 256, (1, 0))
     moments = training.OPTIMIZER.init(trainable)
     # Compiling takes most of this test's time.
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

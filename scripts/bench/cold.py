@@ -60,15 +60,12 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(args: argparse.Namespace) -> None:
     """Runs pairs of processes; writes the record."""
-    options = ["--tokens", args.tokens, "--chunk-size", args.chunk_size] + ["--tiny"] * args.tiny
-    options += ["--checkpoint", args.checkpoint] * (args.checkpoint is not None)
     model = "checkpoint" if args.checkpoint else "tiny" if args.tiny else "llada-8b"
     rows = []
     for _ in range(args.repeats):
         with tempfile.TemporaryDirectory(prefix="pdllm-cold-") as cache:
             for kind in ("cold", "warm"):
-                folder = {"JAX_COMPILATION_CACHE_DIR": cache}
-                row = in_process("cold", str(time.time()), *options, **folder)
+                row = in_process(str(time.time()), JAX_COMPILATION_CACHE_DIR=cache)
                 size = sum(path.stat().st_size for path in Path(cache).rglob("*"))
                 rows.append({"cache": kind, "cache_bytes": size, **row})
                 print(rows[-1], flush=True)

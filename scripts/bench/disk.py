@@ -201,10 +201,10 @@ def status_bytes(name: str) -> int:
 
 
 def one(args: argparse.Namespace) -> dict[str, Any]:
-    """Loads args.work in this process; returns the row."""
+    """Loads args.checkpoint in this process; returns the row."""
     jax.block_until_ready(jax.device_put(np.zeros(8)))
     before = status_bytes("VmRSS")
-    seconds, model = clock(lambda: load_model(args.work))
+    seconds, model = clock(lambda: load_model(args.checkpoint))
     nbytes = sum(x.nbytes for x in jax.tree.leaves(model))
     row = {"seconds": seconds, "bytes": nbytes, "gb_per_s": nbytes / seconds / 1e9}
     row |= {"host_peak_bytes": status_bytes("VmHWM") - before, "device_peak_bytes": peak() or None}
@@ -226,7 +226,7 @@ def load(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         seconds, _ = clock(lambda: read(folder))
         prepare(folder)
         row = {"page_cache": cache, "disk_gb_per_s": size(folder) / seconds / 1e9}
-        row |= in_process("load", "load", folder)
+        row |= in_process("load", "--checkpoint", folder)
         rows.append({**row, "of_disk": row["gb_per_s"] / row["disk_gb_per_s"]})
         print(json.dumps(rows[-1]), file=sys.stderr)
     return {"bytes": rows[0]["bytes"], "rows": rows}

@@ -197,12 +197,9 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(args: argparse.Namespace) -> None:
     """Measures every setting; writes the record after each."""
-    options = ["--chunk-size", args.chunk_size]
-    options += ["--tiny"] * args.tiny + ["--layers", args.layers] * (args.layers is not None)
-    options += ["--target", args.target] * (args.target is not None)
     # The plugin asks the driver for its version, unless nothing will run on a GPU.
     environment = {"JAX_PLATFORMS": "cpu"} if args.target is not None else {}
-    record = {"command": command(), **in_process("memory", "where", **environment)}
+    record = {"command": command(), **in_process("where", **environment)}
     record["target"] = None if args.target is None else args.target.stem
     record["model"] = dataclasses.asdict(Measured(args, Setting(1)).config)
     record["rows"] = []
@@ -210,7 +207,7 @@ def main(args: argparse.Namespace) -> None:
     for name in args.settings:
         row: dict[str, Any] = {"setting": name, **dataclasses.asdict(SETTINGS[name])}
         for kind in kinds:
-            row |= in_process("memory", kind, "--settings", name, *options, **environment)
+            row |= in_process(kind, "--settings", name, **environment)
         figures = [f"planned {row['planned'] / 1e9:7.2f} GB ({row['phase']})"]
         for kind in ("measured", "compiled"):
             if row.get(kind):

@@ -60,9 +60,9 @@ def main(args: argparse.Namespace) -> None:
         selecting = dataclasses.replace(SELECT, encoding=encoding)
         select = functools.partial(select_offloaded, run.model, document, query, selecting)
         choose, chosen = clock(select)
-        encode, state = clock(lambda: start_decoding(run.model, chosen, decode))
+        start, state = clock(lambda: start_decoding(run.model, chosen, decode))
         answer = clock(lambda: Engine(run.model, decoding=decode).decode(state))
-        return [choose, encode, answer[0]]
+        return [choose, start, answer[0]]
 
     for encoding in ("independent", "joint"):
         ask(encoding)  # compiles

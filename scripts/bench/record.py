@@ -151,7 +151,10 @@ def run_script(
     return done.stdout
 
 
-def in_process(command: str, kind: str, *options: object, **environment: str) -> dict[str, Any]:
-    """Returns what `one` of the command's module measures in a new process. kind: its args.one."""
-    output = run_script(command, "--one", kind, *options, **environment)
+def in_process(kind: str, *options: object, **environment: str) -> dict[str, Any]:
+    """Returns what `one` of the command's module measures in a new process.
+
+    kind: its args.one. options: after this process' own.
+    """
+    output = run_script(*sys.argv[1:], "--one", kind, *options, **environment)
     return json.loads(output.splitlines()[-1])

@@ -156,7 +156,7 @@ def test_a_made_checkpoint_converts_and_loads(tmp_path, monkeypatch):
     total = disk.make_checkpoint(source, ModelConfig.tiny())
     assert len(list(source.glob("*.safetensors"))) > 3
     convert(source, folder)
-    row, model = disk.one(argparse.Namespace(work=folder)), load_model(folder)
+    row, model = disk.one(argparse.Namespace(checkpoint=folder)), load_model(folder)
     assert row["bytes"] == total == sum(x.nbytes for x in jax.tree.leaves(model))
     assert model.config == ModelConfig.tiny()
     assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["seconds"] / 1e9)

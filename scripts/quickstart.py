@@ -144,7 +144,7 @@ def programs() -> list[Callable[[], Lowered]]:
 
 
 def clock() -> str:
-    """Returns the seconds since the script started, and those of all processors."""
+    """Returns the seconds since the script started, and the seconds of all processors."""
     return f"{time.perf_counter() - START:.0f} s, {time.process_time():.0f} s of processors"
 
 

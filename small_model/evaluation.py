@@ -48,10 +48,10 @@ class Evaluator:
                         if answer.selection is not None:
                             first, last = example["needle_span"][0], example["needle_span"][1] - 1
                             chunk = first // _CHUNKING.stride
-                            whole = chunk == last // _CHUNKING.stride
+                            complete = chunk == last // _CHUNKING.stride
                             chosen, scores = answer.selection["chunks"], answer.selection["scores"]
-                            hits["fit"][task].append(whole and chunk in chosen)
-                            hits["fit_first"][task].append(whole and chunk == np.argmax(scores))
+                            hits["fit"][task].append(complete and chunk in chosen)
+                            hits["fit_first"][task].append(complete and chunk == np.argmax(scores))
         return {
             name: {task: round(float(np.mean(row)), 3) for task, row in by_task.items()}
             for name, by_task in hits.items()

@@ -54,8 +54,8 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
     first, timings = ask()
     total = phases["start"] + phases["load"] + first
     phases |= {"compile": timings["compile"], "first block": first - timings["compile"]}
-    again = ask()[0]
-    return {"seconds": phases, "to first tokens": total, "asked again": again, "phases": timings}
+    second = ask()[0]
+    return {"seconds": phases, "to first tokens": total, "asked again": second, "phases": timings}
 
 
 def main(args: argparse.Namespace) -> None:

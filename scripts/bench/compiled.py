@@ -57,8 +57,8 @@ def one(args: argparse.Namespace) -> None:
     c_library = ctypes.CDLL(None)
 
     def attend(q: Any, k: Any, v: Any, ids: Any, lengths: Any, near: Any) -> Any:
-        own = None if near is None else OwnKV(near, near, lengths[: near.shape[0]])
-        settings: Any = {"own_kv": own, "layer": 1, "implementation": "mosaic_gpu"}
+        nearby = None if near is None else OwnKV(near, near, lengths[: near.shape[0]])
+        settings: Any = {"own_kv": nearby, "layer": 1, "implementation": "mosaic_gpu"}
         return chunk_attention(q, k, v, ids, lengths, **settings)
 
     with device_for(args.target) as sharding:
@@ -77,9 +77,9 @@ def one(args: argparse.Namespace) -> None:
             q, pool = shape(batch, slots + (near > 0), rows, heads, 128), (2, 40, kv_heads, 1024)
             ids, lengths = shape(batch, slots, dtype=jnp.int32), shape(40, dtype=jnp.int32)
             kv = [shape(*pool, 128)] * 2
-            own = shape(batch, near, kv_heads, 128) if near else None
+            nearby = shape(batch, near, kv_heads, 128) if near else None
             name += f", {near} near keys" if near else ""
-            report(name, attend, q, *kv, ids, lengths, own)
+            report(name, attend, q, *kv, ids, lengths, nearby)
         for name, rows, inner, outs in PRODUCTS:
             activation: Any = "swiglu" if name == "gate, up" else "none"
             product = functools.partial(matmul, activation=activation, implementation="mosaic_gpu")

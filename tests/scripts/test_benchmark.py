@@ -111,9 +111,9 @@ def test_method_times_phases_and_compares_them(tmp_path):
     assert result["ratios"]["scoring over encoding"] == pytest.approx(
         seconds["encode and score it"] / seconds["encode the document"]
     )
-    again = seconds["draft"] + seconds["score another question"]
+    second = seconds["draft"] + seconds["score another question"]
     assert result["ratios"]["second over first question, independent"] == pytest.approx(
-        again / (seconds["draft"] + seconds["encode and score it"])
+        second / (seconds["draft"] + seconds["encode and score it"])
     )
     assert [row["tokens"] for row in result["memory"].values()] == [15, 30]
 

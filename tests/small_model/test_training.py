@@ -246,8 +246,8 @@ def test_sentences_encode_like_joined_text(encode, template):
     text = "".join(pieces)
     assert text.count("magic number for rustay-doorbr") == template.count("{X}") > 0
     assert text.count("40417") == template.count("{N}")
-    whole = encode.tokenizer.encode(text, add_special_tokens=False).ids
-    assert encode(*pieces).tolist() == whole
+    joined = encode.tokenizer.encode(text, add_special_tokens=False).ids
+    assert encode(*pieces).tolist() == joined
 
 
 def test_questions_are_reworded_and_evaluated_wording_is_most_common(encode):

@@ -1,4 +1,4 @@
-"""What tests do on several devices, in processes of their own. Importing begins nothing in JAX."""
+"""What tests do on several devices, in new processes. Importing starts nothing in JAX."""
 
 from __future__ import annotations
 
@@ -88,11 +88,11 @@ def ids(count: int, seed: int = 0) -> np.ndarray:
 DOCUMENT, QUERY = ids(70), ids(7, 1)  # 5 chunks: odd for any mesh of more than one
 
 
-def ask(model: MaskPredictor, selecting: dict, decoding: dict, **more: Any) -> Any:
-    settings = {"chunking": CHUNKS, "decode": DecodeConfig(**{**DECODE, **decoding}), "seed": 3}
+def ask(model: MaskPredictor, selecting: dict, decoding: dict, **settings: Any) -> Any:
+    settings |= {"chunking": CHUNKS, "decode": DecodeConfig(**{**DECODE, **decoding}), "seed": 3}
     settings["selection"] = SelectionConfig.from_flat(**{**SELECT, **selecting})
     settings["oracle"] = [1, 4] if selecting.get("scorer") == "oracle" else None
-    return generate_ids(model, PREFIX, DOCUMENT, QUERY, **settings, **more)
+    return generate_ids(model, PREFIX, DOCUMENT, QUERY, **settings)
 
 
 def same(got: Any, want: Any, what: Any) -> None:
@@ -117,7 +117,7 @@ def settings(data: int, tensor: int) -> None:
 
 
 def ways(data: int, tensor: int, folder: Path) -> None:
-    """Baselines, batches, questions, blocks, steps of one's own, host memory, likelihoods."""
+    """Baselines, batches, questions, blocks, single steps, host memory, likelihoods."""
     setup()
     one = model()
     many = shard_model(one, make_mesh(data, tensor))
@@ -212,8 +212,8 @@ def loaded(folder: Path) -> None:
     many = pdllm.load_model(folder, mesh=mesh)
     assert many.mesh == mesh
     assert model_identity(many) == model_identity(one)
-    whole, parts = (nnx.to_pure_dict(nnx.state(m)) for m in (one, many))
-    block, part = whole["blocks"][0], parts["blocks"][0]
+    complete, parts = (nnx.to_pure_dict(nnx.state(m)) for m in (one, many))
+    block, part = complete["blocks"][0], parts["blocks"][0]
 
     def divided(x: jax.Array, y: jax.Array) -> list[int]:
         (shape,) = {shard.data.shape for shard in y.addressable_shards}
@@ -225,7 +225,7 @@ def loaded(folder: Path) -> None:
     for name in ("attn_out", "down_proj"):
         assert divided(block[name]["weight"], part[name]["weight"]) == [1, 4]
     for name in ("embedding", "lm_head"):
-        assert divided(whole[name]["weight"], parts[name]["weight"]) == [4, 1]
+        assert divided(complete[name]["weight"], parts[name]["weight"]) == [4, 1]
     setting = {"scorer": "query", "encoding": "independent", "keep_tokens": 9}, {"temperature": 0.5}
     got = ask(many, *setting)
     same(got, ask(one, *setting), "loaded")
@@ -284,10 +284,10 @@ def exchange() -> None:
         for (i, j), _ in np.ndenumerate(ranks):
             group = mesh.devices[i] if axis == TENSOR else mesh.devices[:, j]
             assert rows[i, j, 1:].tolist() == [where[device] for device in group]
-        found = np.asarray(words).view(np.uint32)
-        assert (found[..., : HEADER // 4] == 0).all()
-        assert (found[..., HEADER // 4 :] == EMPTY).all()
-        assert found.shape[-1] * 4 == HEADER + 2 * mesh.shape[axis] * CAPACITY
+        memory = np.asarray(words).view(np.uint32)
+        assert (memory[..., : HEADER // 4] == 0).all()
+        assert (memory[..., HEADER // 4 :] == EMPTY).all()
+        assert memory.shape[-1] * 4 == HEADER + 2 * mesh.shape[axis] * CAPACITY
         assert peer_memory(mesh, axis)[0] is words
 
 

@@ -23,34 +23,61 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's packages
 
 from pdllm_jax.cli.errors import status
 
-COMMANDS = {
-    "kernel": "kernel", "compiled": "compiled", "speed": "speed", "method": "method",
-    "memory": "memory", "offload": "offload", "convert": "disk", "load": "disk",
-    "snapshot": "disk", "cold": "cold", "compare": "compare", "report": "report",
-}  # fmt: skip
+COMMANDS = ("kernel", "compiled", "speed", "method", "memory", "offload", "convert", "load")
+COMMANDS += ("snapshot", "cold", "compare", "report")
+
+
+def parse(words: list[str]) -> tuple[ModuleType, argparse.Namespace]:
+    """Returns a command's module, the only one that is imported, and its arguments.
+
+    The module's OPTIONS are {flag: (default, help)}. A default may also be the type of an option
+    without one; a list makes an option of several values, a tuple one of these values.
+    """
+    formatter = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("command", choices=COMMANDS)
+    command = parser.parse_args(words[:1]).command
+    module = importlib.import_module(
+        f"bench.{'disk' if command in ('convert', 'load', 'snapshot') else command}"
+    )
+    options = argparse.ArgumentParser(prog=f"benchmark.py {command}", description=module.__doc__)
+    options.set_defaults(command=command)
+    options.add_argument("--one", help=argparse.SUPPRESS)  # what `in_process` measures
+    common = {"--out": (Path("benchmarks", f"{command}.json"), "the record")}
+    for flag, (default, text) in {**common, **module.OPTIONS}.items():
+        settings: dict[str, Any] = {"default": default, "type": type(default)}
+        if isinstance(default, type):
+            settings = {"type": default}
+        elif isinstance(default, bool):
+            settings = {"action": "store_true"}
+        elif isinstance(default, tuple):
+            settings = {"default": default, "choices": default, "nargs": "+"}
+        elif isinstance(default, list):
+            kind = default[0] if isinstance(default[0], type) else type(default[0])
+            values = [] if kind is default[0] else default
+            settings = {"default": values, "type": kind, "nargs": "+"}
+        elif default is argparse.REMAINDER:
+            settings = {"nargs": default}
+        options.add_argument(flag, help=text, **settings)
+    return module, options.parse_args(words[1:])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; only its module is imported."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("command", choices=COMMANDS)
-    words = sys.argv[1:] if argv is None else argv
-    command = parser.parse_args(words[:1]).command
-    module = importlib.import_module(f"bench.{COMMANDS[command]}")
-    options = argparse.ArgumentParser(prog=f"benchmark.py {command}", description=module.__doc__)
-    options.set_defaults(command=command)
-    module.add_arguments(options)
-    args = options.parse_args(words[1:])
-    return status(lambda: module.main(args))
+    """Runs a command."""
+    module, args = parse(sys.argv[1:] if argv is None else argv)
+    if args.one is None:
+        return status(lambda: module.main(args))
+    return status(lambda: print(json.dumps(module.one(args))))
 
 
 if __name__ == "__main__":

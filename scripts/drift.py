@@ -11,11 +11,9 @@ input; 130 when interrupted.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,23 +35,6 @@ from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.method.cache_methods import cache_method
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One evaluation of both models on the same tokens, over the masked slots.
-
-    error: |difference of the logits| / |logits - their mean|, Euclidean norms over all slots.
-    probability: largest difference of the probability of a token that float32 predicts.
-    same: share of the slots with the same likeliest token.
-    order: whether the same slot has the highest probability and is unmasked next.
-    """
-
-    masked: int
-    error: float
-    probability: float
-    same: float
-    order: bool
-
-
 @jax.jit
 def _logits(
     model: MaskPredictor, prompt: Int[Array, "P"], response: Int[Array, "G"]
@@ -64,57 +45,36 @@ def _logits(
 
 def drift(
     model: MaskPredictor, other: MaskPredictor, prompt: Sequence[int], config: DecodeConfig
-) -> list[Step]:
-    """Generates with `model`, and compares both models' logits at every step."""
+) -> Float[np.ndarray, "S 4"]:
+    """Generates with `model`; returns `compare` of both models' logits at every step."""
     config = cache_method("plain").decode_config(config)
     ids = jnp.asarray(prompt, jnp.int32)
-    state = init_denoise(model, None, None, ids, config, jax.random.key(0))
+    state = init_denoise(model, None, None, ids[None], config, jax.random.key(0))
     steps = []
     while int(state.block[0]) < config.n_blocks:
         tokens = jnp.copy(state.tokens[0])
-        open_slots = np.flatnonzero(np.asarray(tokens) == model.config.mask_token_id)
-        wide, narrow = (np.asarray(_logits(m, ids, tokens))[open_slots] for m in (model, other))
-        steps.append(_compare(wide, narrow))
+        masked = np.flatnonzero(np.asarray(tokens) == model.config.mask_token_id)
+        logits = (np.asarray(_logits(m, ids, tokens), np.float64)[masked] for m in (model, other))
+        steps.append(compare(*logits))
         state = denoise_step(model, None, state, config=config)
-    return steps
+    return np.array(steps)
 
 
-def _compare(wide: np.ndarray, narrow: np.ndarray) -> Step:
-    wide, narrow = wide.astype(np.float64), narrow.astype(np.float64)
-    spread = wide - wide.mean(-1, keepdims=True)
+def compare(wide: Float[np.ndarray, "G V"], narrow: Float[np.ndarray, "G V"]) -> list[float]:
+    """Compares logits of the same slots, float64.
+
+    Returns:
+      |difference| / |logits - their mean|, Euclidean norms over all slots; the largest difference
+      of the probability of a token that `wide` predicts; the share of slots with the same likeliest
+      token; 1 where the same slot has the highest probability and is unmasked next, or else 0.
+    """
+    error = np.linalg.norm(wide - narrow) / np.linalg.norm(wide - wide.mean(-1, keepdims=True))
+    p, q = (np.exp(x - np.logaddexp.reduce(x, -1, keepdims=True)) for x in (wide, narrow))
     best = wide.argmax(-1)
     slots = np.arange(len(best))
-
-    def probability(logits: np.ndarray) -> np.ndarray:
-        odds = np.exp(logits - logits.max(-1, keepdims=True))
-        return odds / odds.sum(-1, keepdims=True)
-
-    p, q = probability(wide), probability(narrow)
-    return Step(
-        masked=len(best),
-        error=float(np.linalg.norm(wide - narrow) / np.linalg.norm(spread)),
-        probability=float(np.abs(p[slots, best] - q[slots, best]).max()),
-        same=float((narrow.argmax(-1) == best).mean()),
-        order=bool(p.max(-1).argmax() == q.max(-1).argmax()),
-    )
-
-
-def summary(steps: Sequence[Step], parts: int = 4) -> list[dict[str, Any]]:
-    """Returns the means over the quarters of the generation, and the worst values."""
-    rows = []
-    for part in np.array_split(np.arange(len(steps)), parts):
-        quarter = [steps[i] for i in part]
-        rows.append(
-            {
-                "steps": [int(part[0]), int(part[-1])],
-                "error": float(np.mean([s.error for s in quarter])),
-                "error_most": max(s.error for s in quarter),
-                "probability_most": max(s.probability for s in quarter),
-                "same": float(np.mean([s.same for s in quarter])),
-                "order": float(np.mean([s.order for s in quarter])),
-            }
-        )
-    return rows
+    apart = np.abs(p[slots, best] - q[slots, best]).max()
+    same = (narrow.argmax(-1) == best).mean()
+    return [error, apart, same, p.max(-1).argmax() == q.max(-1).argmax()]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -131,11 +91,12 @@ def run(args: argparse.Namespace) -> None:
     prompt = [*prefix, *text[: args.prompt], *query]
     steps = drift(*models, prompt, config)
     print(f"{len(prompt)} tokens of prompt, {len(steps)} steps, the same tokens to both:")
-    for row in summary(steps):
+    for part in np.array_split(np.arange(len(steps)), 4):
+        (error, _, same, order), most = steps[part].mean(axis=0), steps[part].max(axis=0)
         print(
-            "  steps {steps[0]:3}-{steps[1]:3}: logits {error:.2%} apart (at most "
-            "{error_most:.2%}), probability of the prediction at most {probability_most:.3f}, same "
-            "prediction {same:.1%}, same slot next {order:.1%}".format(**row),
+            f"  steps {part[0]:3}-{part[-1]:3}: logits {error:.2%} apart (at most {most[0]:.2%}), "
+            f"probability of the prediction at most {most[1]:.3f}, same prediction {same:.1%}, "
+            f"same slot next {order:.1%}",
             flush=True,
         )
 

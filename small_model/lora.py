@@ -22,23 +22,20 @@ _FINAL_NORM = "model.transformer.ln_f.weight"
 
 def _quantize(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns int8 values and float32 scales [r]; axis: the axis of size r."""
-    other = 1 - axis
-    scale = np.abs(values).max(axis=other, keepdims=True) / 127
+    scale = np.abs(values).max(axis=1 - axis, keepdims=True) / 127
     scale = np.where(scale == 0, 1.0, scale).astype(np.float32)
-    return np.rint(values / scale).astype(np.int8), np.squeeze(scale, other)
+    return np.rint(values / scale).astype(np.int8), scale.ravel()
 
 
 def from_trainable(trainable: Params, gain: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Quantizes trained parameters (see network.merge) to adapter tensors."""
     adapter: dict[str, np.ndarray] = {}
     for name in LINEAR:
-        pair = trainable["lora"][name]
-        for layer in range(len(pair["a"])):
-            target = tensor_name(layer, name)
-            a = np.asarray(pair["a"][layer], np.float32)
-            b = np.asarray(pair["b"][layer], np.float32) * gain[name][layer]
-            adapter[f"{target}.lora_a"], adapter[f"{target}.lora_a_scale"] = _quantize(a, 0)
-            adapter[f"{target}.lora_b"], adapter[f"{target}.lora_b_scale"] = _quantize(b, 1)
+        a, b = (np.asarray(trainable["lora"][name][side], np.float32) for side in "ab")
+        for layer, values in enumerate(zip(a, b * gain[name][:, None, None], strict=True)):
+            for axis, side in enumerate("ab"):
+                target = f"{tensor_name(layer, name)}.lora_{side}"
+                adapter[target], adapter[f"{target}_scale"] = _quantize(values[axis], axis)
     for name in NORMS:
         for layer, values in enumerate(np.asarray(trainable["norms"][name], np.float32)):
             adapter[tensor_name(layer, name)] = values
@@ -53,12 +50,9 @@ def to_trainable(
     """Dequantizes an adapter to float32 parameters, to continue training."""
     lora = {}
     for name in LINEAR:
-        targets = [tensor_name(layer, name) for layer in range(n_layers)]
-        pairs = [_factors(adapter, target) for target in targets]
-        lora[name] = {
-            "a": np.stack([a for a, _ in pairs]),
-            "b": np.stack([b for _, b in pairs]) / gain[name][:, None, None],
-        }
+        pairs = [_factors(adapter, tensor_name(layer, name)) for layer in range(n_layers)]
+        a, b = map(np.stack, zip(*pairs, strict=True))
+        lora[name] = {"a": a, "b": b / gain[name][:, None, None]}
     norms = {
         name: np.stack([adapter[tensor_name(layer, name)] for layer in range(n_layers)])
         for name in NORMS
@@ -83,19 +77,18 @@ def apply(
     """
     merged = dict(tensors)
     for name, values in adapter.items():
-        target, _, part = name.partition(".weight")
-        target += ".weight"
+        target, weight, part = name.partition(".weight")
+        target += weight
         if target not in tensors:
             raise ValueError(f"adapter tensor {name}: the base has no tensor {target}")
         if part == "":
             merged[target] = values
         elif part == ".rows":
-            merged[target] = tensors[target].copy()
-            merged[target][: len(values)] = values
+            merged[target] = np.concatenate([values, tensors[target][len(values) :]])
         elif part == ".lora_a":
             a, b = _factors(adapter, target)
-            if (len(b), a.shape[1]) != tensors[target].shape:
-                shape = tensors[target].shape
+            shape = tensors[target].shape
+            if (len(b), a.shape[1]) != shape:
                 raise ValueError(f"adapter tensor {name} does not fit the base's shape {shape}")
             merged[target] = tensors[target] + b @ a
     return merged

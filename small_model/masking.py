@@ -5,12 +5,19 @@ Deterministic by seed. The loss has a fixed number of rows, so that one step com
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import multiprocessing
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
+from small_model.corpus import load
 from small_model.sequences import ANSWER, QUESTION, TEXT_SHARE, SequenceMaker, TrainingSequence
+from small_model.tasks import Encoder
 
 # Maskable tokens of a dialogue: answers (fine-tuning form), questions too, or all tokens except BOS
 # (pretraining form). The last two train the likelihood of a question given a document.
@@ -23,6 +30,7 @@ EPSILON = 1e-3  # p = (1 - eps) t + eps
 WEIGHT_CAP = 16.0  # upper bound of 1/p
 TEXT_ROWS = 192  # rows of the loss for a sequence of region "all", a random subset of its masks
 TEXT_WEIGHT = 0.5  # weight of such a sequence; other sequences have weight 1
+_AHEAD = 6  # batches made ahead for each worker
 GROUPS = ("text", "answer", "full", "question")  # groups of the loss's rows in the log
 
 
@@ -121,24 +129,19 @@ def make_batch(
     counts = [min(len(one.places), limit) for one, limit in zip(masked, limits, strict=True)]
     shares = _share_rows(np.array(counts), rows)
     tokens = np.stack([one.tokens for one in sequences]).astype(np.int32)
-    clean = tokens.copy()
-    flat, weights, groups = [], [], []
+    parts = []
     for index, (one, share) in enumerate(zip(masked, shares, strict=True)):
-        places, weight, group = one.places, one.weights, one.group
+        scale = len(one.places) / max(share, 1)
+        chosen = rng.choice(len(one.places), share, replace=False) if scale > 1 else slice(None)
+        places, weights = one.places[chosen], one.weights[chosen] * scale / count
+        group = np.full(share, one.group)
+        parts.append((index * length + places, tokens[index, places], weights, group))
         tokens[index, one.hidden] = mask_id
-        scale = len(places) / max(share, 1)
-        chosen = rng.choice(len(places), share, replace=False) if scale > 1 else slice(None)
-        flat.append(index * length + places[chosen])
-        weights.append(weight[chosen] * scale / count)
-        groups.append(np.full(share, group, np.int32))
-    places = np.concatenate(flat)
-    spare = (0, rows - len(places))
+    spare = (0, rows - shares.sum())
+    columns = (np.pad(np.concatenate(column), spare) for column in zip(*parts, strict=True))
+    kinds = (np.int32, np.int32, np.float32, np.int32)
     return Batch(
-        tokens=tokens,
-        rows=np.pad(places, spare).astype(np.int32),
-        targets=np.pad(clean.reshape(-1)[places], spare),
-        weights=np.pad(np.concatenate(weights), spare).astype(np.float32),
-        groups=np.pad(np.concatenate(groups), spare),
+        tokens, *(column.astype(kind) for column, kind in zip(columns, kinds, strict=True))
     )
 
 
@@ -149,3 +152,41 @@ def training_batch(maker: SequenceMaker, batch_size: int, rows: int, seed: Seque
     sequences = [maker.text(rng) for _ in range(texts)]
     sequences += [maker.dialogue(rng) for _ in range(batch_size - texts)]
     return make_batch(sequences, rng, rows, maker.encode.mask)
+
+
+class Source(NamedTuple):
+    """Settings of the batches. Step i of seed s is the same batch for any number of workers."""
+
+    corpora: str
+    length: int
+    batch_size: int
+    rows: int
+    seed: int
+
+
+@lru_cache(maxsize=1)
+def make_maker(source: Source) -> SequenceMaker:
+    """Reads the texts of a source and returns its sequence maker."""
+    texts = load(source.corpora, held_out=False)
+    return SequenceMaker(texts, Encoder.load(source.corpora), source.length)
+
+
+def _make_batch(source: Source, step: int) -> Batch:
+    seed = (source.seed, source.length, step)
+    return training_batch(make_maker(source), source.batch_size, source.rows, seed)
+
+
+def make_batches(source: Source, first_step: int, workers: int) -> Iterator[Batch]:
+    """Yields the batches from `first_step` on, without end; closing the generator ends the workers.
+
+    Raises concurrent.futures.process.BrokenProcessPool if a worker ends early.
+    """
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    pending: deque[Future[Batch]] = deque()
+    try:
+        for step in itertools.count(first_step):
+            pending.append(pool.submit(_make_batch, source, step))
+            if len(pending) >= _AHEAD * workers:
+                yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -6,34 +6,24 @@ instead of thirty, and jax.checkpoint chooses what the backward pass recomputes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+
+from pallas_kernels.common import rms_norm
+from pdllm_jax import MaskPredictor, ModelConfig
+from pdllm_jax.network.rope import rotate, rotation
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "attn_out", "gate_proj", "up_proj", "down_proj")
 NORMS = ("attn_norm", "ff_norm")
 _CHECKPOINT_NAMES = {"gate_proj": "ff_proj", "down_proj": "ff_out"}
 
 Params = dict[str, Any]
-
-
-class Shape(NamedTuple):
-    """Static sizes of the network and the implementation of attention ("cudnn" or "xla")."""
-
-    n_heads: int
-    n_kv_heads: int
-    rope_theta: float
-    eps: float
-    attention: str = "xla"
-
-
-def shape_of(config: Mapping[str, Any], attention: str = "xla") -> Shape:
-    """Returns the Shape of a config.json's contents."""
-    names = ("n_heads", "n_kv_heads", "rope_theta", "rms_norm_eps")
-    return Shape(*(config[name] for name in names), attention)
 
 
 def stack(tensors: Mapping[str, np.ndarray], n_layers: int) -> Params:
@@ -85,48 +75,29 @@ def gains(params: Mapping[str, np.ndarray], scale: float) -> dict[str, np.ndarra
     return factors
 
 
-def _norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * scale).astype(x.dtype) * weight
-
-
-def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
-
-
 def _linear(x: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.einsum("bti,oi->bto", x, weight)
 
 
-def encode(
-    params: Params, shape: Shape, tokens: jax.Array, lengths: jax.Array | None = None
-) -> jax.Array:
+def encode(params: Params, config: ModelConfig, tokens: jax.Array) -> jax.Array:
     """Returns the hidden states after the final norm, [B, T, M]; attention is bidirectional.
 
-    lengths: int [B], valid tokens of each row; None: all.
     The backward pass recomputes everything except attention and the matrix products.
     """
     x = params["embedding"][tokens]
-    batch, length, width = x.shape
-    dim = width // shape.n_heads
-    frequencies = shape.rope_theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
-    angles = np.arange(length)[:, None] * frequencies
-    cos, sin = (jnp.asarray(f(angles), jnp.float32)[:, None] for f in (np.cos, np.sin))
+    (batch, length, width), eps = x.shape, config.rms_norm_eps
+    places = rotation(config, jnp.arange(length))
+    attention = "cudnn" if jax.default_backend() == "gpu" else "xla"
 
     def before(x: jax.Array, layer: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
-        h = _norm(x, layer["attn_norm"], shape.eps)
-        q, k, v = (
-            _linear(h, layer[name]).reshape(batch, length, -1, dim)
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
-        return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+        h = rms_norm(x, layer["attn_norm"], eps)
+        shape = (batch, length, -1, config.head_dim)
+        q, k, v = (_linear(h, layer[f"{name}_proj"]).reshape(shape) for name in "qkv")
+        return rotate(q, places), rotate(k, places), v
 
     def after(x: jax.Array, out: jax.Array, layer: Params) -> jax.Array:
         x = x + _linear(out.reshape(batch, length, width), layer["attn_out"])
-        h = _norm(x, layer["ff_norm"], shape.eps)
+        h = rms_norm(x, layer["ff_norm"], eps)
         gated = jax.nn.silu(_linear(h, layer["gate_proj"])) * _linear(h, layer["up_proj"])
         return x + _linear(gated, layer["down_proj"])
 
@@ -134,19 +105,28 @@ def encode(
     before, after = jax.checkpoint(before, policy=keep), jax.checkpoint(after, policy=keep)
 
     def block(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
-        q, k, v = before(x, layer)
-        out = jax.nn.dot_product_attention(
-            q, k, v, implementation=shape.attention, key_value_seq_lengths=lengths
-        )
+        out = jax.nn.dot_product_attention(*before(x, layer), implementation=attention)
         return after(x, out, layer), None
 
     layers = {name: params[name] for name in LINEAR + NORMS}
     x, _ = jax.lax.scan(block, x, layers)
-    return _norm(x, params["final_norm"], shape.eps)
+    return rms_norm(x, params["final_norm"], eps)
 
 
 def head(params: Params, hidden: jax.Array) -> jax.Array:
     """Returns float32 logits [..., V] of hidden states [..., M]; the embedding is the LM head."""
-    return jnp.einsum(
-        "...m,vm->...v", hidden, params["embedding"], preferred_element_type=jnp.float32
-    )
+    return jnp.matmul(hidden, params["embedding"].T, preferred_element_type=jnp.float32)
+
+
+def to_model(params: Params, config: ModelConfig) -> MaskPredictor:
+    """Returns the library's model with the weights of `stack` or `merge`, and their dtype."""
+    dtype = params["embedding"].dtype
+    model = MaskPredictor(config, rngs=nnx.Rngs(0), dtype=dtype)
+    graph, state = nnx.split(model)
+    weights = nnx.to_pure_dict(state)
+    for name in ("embedding", "final_norm"):
+        weights[name]["weight"] = params[name]
+    for layer, name in itertools.product(range(config.n_layers), LINEAR + NORMS):
+        weights["blocks"][layer][name]["weight"] = params[name][layer]
+    nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, weights))
+    return nnx.merge(graph, state)

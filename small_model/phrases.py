@@ -7,7 +7,6 @@ then says nothing about the document. Names here are as varied as keys, and they
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Sequence
@@ -29,18 +28,16 @@ PATTERNS, QUESTIONS, BLOCK_QUESTIONS = (
 )
 # Names have no held-out words, except "pass", which belongs to an evaluated name.
 NATURAL: tuple[Name, ...] = tuple(
-    name
-    for name in (tuple(text.split()) for text in _DATA["names"])
-    if not any(is_held_out(word) and word != "pass" for word in name)
+    tuple(name.split())
+    for name in _DATA["names"]
+    if not any(is_held_out(word) and word != "pass" for word in name.split())
 )
 _FIRST = tuple(sorted({name[0] for name in (*NATURAL, *EVALUATED)}))
 _HEADS = tuple(sorted({name[-1] for name in (*NATURAL, *EVALUATED)}))
 
 COMMON_SHARE = {"pattern": 0.5, "question": 0.7}  # share of the first entry of each list
 EVALUATED_SHARE = 0.03  # share of evaluated names; with more of them they are learned by heart
-RELATED_SHARE = (
-    0.22  # share of names that share a word with an evaluated one: "pass ...", "... string"
-)
+RELATED_SHARE = 0.22  # share of names with a word of an evaluated one: "pass ...", "... string"
 LOOKALIKE_SHARE = 0.35  # share of names with a word of an earlier name of the document
 
 
@@ -95,13 +92,10 @@ class Names:
         natural = NATURAL[self.rng.integers(len(NATURAL))]
         if roll < 0.45:
             return natural
-        if roll < 0.65:
-            return one(_FIRST), one(_HEADS)
         if roll < 0.8:
-            return one(self.words.nouns), one(_HEADS)
-        if roll < 0.9:
-            return one(self.words.adjectives), one(self.words.nouns)
-        return one(self.words.adjectives), *natural
+            return one(_FIRST if roll < 0.65 else self.words.nouns), one(_HEADS)
+        adjective = one(self.words.adjectives)
+        return (adjective, one(self.words.nouns)) if roll < 0.9 else (adjective, *natural)
 
 
 def named_needle(encode: Encoder, rng: np.random.Generator, name: Name, value: str) -> Needle:
@@ -110,25 +104,16 @@ def named_needle(encode: Encoder, rng: np.random.Generator, name: Name, value: s
     The answer always has the form "The door code is 71432.", so that the question determines its
     opening.
     """
-    subject = [f" {word}" for word in name]
+    subject = tuple(f" {word}" for word in name)
     tokens = encode(*fill(_pick(rng, PATTERNS, COMMON_SHARE["pattern"]), subject, value))
     question = fill(_pick(rng, QUESTIONS, COMMON_SHARE["question"]), subject)
     answer = fill("The{X} is {N}.", subject, value)
-    return Needle(tokens, (Fact(question, answer, value, 0, len(tokens)),))
+    return Needle(tokens, (Fact(subject, question, answer, value, 0, len(tokens)),))
 
 
 def reworded(rng: np.random.Generator, needle: Needle, templates: Sequence[str]) -> Needle:
     """Rewords some questions of a needle of tasks.py; templates[0] is their present wording."""
-    before, after = templates[0].split("{X}")
-    facts = []
-    for fact in needle.facts:
-        first, *subject, last = fact.question
-        if not first.startswith(before) or last != after:
-            text = "".join(fact.question)
-            raise ValueError(f"the question must read {before}...{after}, got {text!r}")
-        pieces = [piece for piece in (first.removeprefix(before), *subject) if piece]
-        template = _pick(rng, templates, COMMON_SHARE["question"])
-        if template != templates[0]:
-            fact = dataclasses.replace(fact, question=fill(template, pieces))
-        facts.append(fact)
+    chosen = [_pick(rng, templates, COMMON_SHARE["question"]) for _ in needle.facts]
+    pairs = zip(needle.facts, chosen, strict=True)
+    facts = (fact._replace(question=fill(template, fact.subject)) for fact, template in pairs)
     return Needle(needle.tokens, tuple(facts))

@@ -6,8 +6,8 @@ that starts with BOS. Nothing here chunks a document: the method is training-fre
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from small_model.corpus import Corpora, Text
 from small_model.phrases import BLOCK_QUESTIONS, QUESTIONS, Names, named_needle, reworded
 from small_model.tasks import (
     ATTRIBUTES,
+    INSTRUCTION,
     PREFIX,
     QUERY_END,
     RESPONSE_LENGTH,
@@ -30,7 +31,6 @@ from small_model.tasks import (
 )
 
 # Half of the dialogues start with PREFIX, the others with one of these instructions.
-_INSTRUCTION = "Read the document and answer the question about it."
 _OTHER_INSTRUCTIONS = (
     "Answer the question with what the document says.",
     "Some information is hidden in a long text. Find it and remember it.",
@@ -47,8 +47,7 @@ CONTEXT, QUESTION, ANSWER = 0, 1, 2
 _TURN = 48  # estimated tokens of a question, its answer and their headers
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainingSequence:
+class TrainingSequence(NamedTuple):
     """A training sequence. tokens: uint16 [T]. role: uint8 [T], CONTEXT, QUESTION or ANSWER.
 
     kind: "text", "many" or "single" questions, or "absent": one without an answer in the document.
@@ -66,12 +65,10 @@ class SequenceMaker:
         self.corpora, self.encode, self.length = corpora, encode, length
         self._texts = list(corpora.texts.values())
         # The Bible is as long as all novels together and counts less.
-        sizes = [
-            len(text.tokens) * (0.3 if name == "bible" else 1.0)
-            for name, text in corpora.texts.items()
-        ]
+        weights = [0.3 if name == "bible" else 1.0 for name in corpora.texts]
+        sizes = [len(text.tokens) * w for text, w in zip(self._texts, weights, strict=True)]
         self._shares = np.array(sizes) / sum(sizes)
-        instructions = [PREFIX.replace(_INSTRUCTION, other) for other in _OTHER_INSTRUCTIONS]
+        instructions = [PREFIX.replace(INSTRUCTION, other) for other in _OTHER_INSTRUCTIONS]
         self._prefixes = [encode(prefix) for prefix in (PREFIX, *instructions)]
 
     def text(self, rng: np.random.Generator) -> TrainingSequence:
@@ -97,8 +94,7 @@ class SequenceMaker:
             room = self.length - len(prefix) - len(tail)
             if room >= sum(len(needle.tokens) for needle in needles):
                 break
-        document = bury(rng, source, needles, room).tokens
-        tokens = np.concatenate([prefix, document, tail])
+        tokens = np.concatenate([prefix, bury(rng, source, needles, room)[0], tail])
         role = np.zeros(self.length, np.uint8)
         role[self.length - len(tail) :] = tail_role
         kind = "many" if many else "absent" if absent else "single"
@@ -135,12 +131,10 @@ class SequenceMaker:
         return number(rng, usual if rng.random() < 0.5 else int(rng.integers(4, 11)))
 
     def _keyed(self, rng: np.random.Generator, keys: Keys, attribute: str) -> Needle:
-        key = keys.draw(lookalike=0.3)
+        key, nouns = keys.draw(lookalike=0.3), self.corpora.words.nouns
         if rng.random() < 0.1:
-            nouns = self.corpora.words.nouns
             word = nouns[rng.integers(len(nouns))]
-            attribute = "secret word for"
-            needle = keyed_needle(self.encode, attribute, key, word, is_word=True)
+            needle = keyed_needle(self.encode, "secret word for", key, word, is_word=True)
         else:
             needle = keyed_needle(self.encode, attribute, key, self._value(rng, 7))
         return reworded(rng, needle, QUESTIONS)
@@ -182,7 +176,6 @@ class SequenceMaker:
         named = rng.uniform(0.0, 0.7)
         needles: list[Needle] = []
         asked: list[Fact] = []
-
         while budget > 0 or not asked:
             if rng.random() < named:
                 needle = self._named(rng, names)

@@ -6,27 +6,25 @@ response is the answer, which repeats the needle's wording, then <|eot_id|>, the
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Literal, TypedDict
+from pathlib import Path
+from typing import Literal, NamedTuple, TypedDict, get_args
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from small_model.corpus import Corpora, Text, token_dtype
 
-PREFIX = (
-    "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n"
-    "Read the document and answer the question about it.\n\n"
-)
+INSTRUCTION = "Read the document and answer the question about it."
+PREFIX = f"<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{INSTRUCTION}\n\n"
 # LLaDA's chat template after the document: the question, then the header of the answer.
 QUERY_START = "\n\n"
 QUERY_END = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 RESPONSE_LENGTH = 32
 
 Task = Literal["passkey", "number_string", "magic_number", "key_value"]
-TASKS: tuple[Task, ...] = ("passkey", "number_string", "magic_number", "key_value")
+TASKS: tuple[Task, ...] = get_args(Task)
 UNKEYED = {"passkey": ("pass key", 5), "number_string": ("number string", 10)}  # name, digits
 DISTRACTORS = 8  # other magic numbers in a document of that task
 BLOCKS, BLOCK_ITEMS = 4, 8  # key-value blocks of a document, and items in each
@@ -53,6 +51,11 @@ class Encoder:
             tokenizer.token_to_id(text) for text in ("<|endoftext|>", "<|eot_id|>", "<|mdm_mask|>")
         )
 
+    @classmethod
+    def load(cls, folder: str | Path) -> Encoder:
+        """Reads the tokenizer of a folder."""
+        return cls(Tokenizer.from_file(str(Path(folder) / "tokenizer.json")))
+
     def __call__(self, *pieces: str) -> np.ndarray:
         """Returns the ids of the joined pieces, [n] of `token_dtype`."""
         ids: list[int] = []
@@ -70,13 +73,14 @@ class Encoder:
         return self.tokenizer.decode(ids[: stops[0]] if stops else ids)
 
 
-@dataclasses.dataclass(frozen=True)
-class Fact:
+class Fact(NamedTuple):
     """A fact that a question asks for.
 
-    question, answer: pieces of text for the encoder. start, end: token span within the needle.
+    subject, question, answer: pieces of text for the encoder; the question and its other wordings
+    are about the subject. start, end: token span within the needle.
     """
 
+    subject: tuple[str, ...]
     question: tuple[str, ...]
     answer: tuple[str, ...]
     value: str
@@ -84,20 +88,11 @@ class Fact:
     end: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Needle:
+class Needle(NamedTuple):
     """Tokens to hide in a document, and the facts that they state."""
 
     tokens: np.ndarray
     facts: tuple[Fact, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """A text with needles. spans[i]: start and end of needle i in `tokens`."""
-
-    tokens: np.ndarray
-    spans: tuple[tuple[int, int], ...]
 
 
 def number(rng: np.random.Generator, digits: int) -> str:
@@ -117,16 +112,11 @@ class Keys:
     def draw(self, lookalike: float = 0.0) -> tuple[str, str]:
         """Draws a new key; with probability `lookalike` it shares a word with an earlier key."""
         while True:
-            adjective, noun = (
-                side[self.rng.integers(len(side))]
-                for side in (self.words.adjectives, self.words.nouns)
-            )
+            adjective, noun = (side[self.rng.integers(len(side))] for side in self.words)
             if self._drawn and lookalike and self.rng.random() < lookalike:
                 earlier = self._drawn[self.rng.integers(len(self._drawn))]
-                if self.rng.random() < 0.5:
-                    adjective = earlier[0]
-                else:
-                    noun = earlier[1]
+                first = self.rng.random() < 0.5
+                adjective, noun = (earlier[0], noun) if first else (adjective, earlier[1])
             if (adjective, noun) not in self._drawn:
                 self._drawn.append((adjective, noun))
                 return adjective, noun
@@ -134,36 +124,34 @@ class Keys:
 
 def unkeyed_needle(encode: Encoder, name: str, value: str) -> Needle:
     """Makes InfiniteBench's " The pass key is 71432. Remember it. 71432 is the pass key."."""
-    first, digits = (f" The {name} is ",), tuple(value)
-    tokens = encode(*first, *digits, ". Remember it. ", *digits, f" is the {name}.")
-    answer = (f"The {name} is ", *digits, ".")
-    question = (f"What is the {name}?",)
-    return Needle(tokens, (Fact(question, answer, value, 0, len(tokens)),))
+    tokens = encode(f" The {name} is ", *value, ". Remember it. ", *value, f" is the {name}.")
+    question, answer = (f"What is the {name}?",), (f"The {name} is ", *value, ".")
+    return Needle(tokens, (Fact((f" {name}",), question, answer, value, 0, len(tokens)),))
 
 
 def keyed_needle(
     encode: Encoder, attribute: str, key: tuple[str, str], value: str, *, is_word: bool = False
 ) -> Needle:
     """Makes "The magic number for amber-fox is 4839201."; the value may be a word."""
-    middle = (f" {key[0]}", "-", key[1])
+    subject = (f" {attribute}", f" {key[0]}", "-", key[1])
     tail = (" is", f" {value}", ".") if is_word else (" is ", *value, ".")
-    tokens = encode(f" The {attribute}", *middle, *tail)
-    question = (f"What is the {attribute}", *middle, "?")
-    answer = (f"The {attribute}", *middle, *tail)
-    return Needle(tokens, (Fact(question, answer, value, 0, len(tokens)),))
+    tokens = encode(" The", *subject, *tail)
+    question, answer = ("What is the", *subject, "?"), ("The", *subject, *tail)
+    return Needle(tokens, (Fact(subject, question, answer, value, 0, len(tokens)),))
 
 
 def block_needle(encode: Encoder, items: Sequence[tuple[tuple[str, str], str]]) -> Needle:
     """Makes a JSON object: ' {"amber-fox": "4839201", ...}'."""
     parts, facts, length = [], [], 0
-    for place, (key, value) in enumerate(items):
+    for place, ((adjective, noun), value) in enumerate(items):
         # The tokenizer treats a run of punctuation as one word: '",' must stay one piece.
         opening = ' {"' if place == 0 else ' "'
         closing = '"}' if place == len(items) - 1 else '",'
-        tokens = encode(opening, key[0], "-", key[1], '":', ' "', *value, closing)
-        question = ('What is the value of "', key[0], "-", key[1], '"?')
-        answer = ('"', key[0], "-", key[1], '":', ' "', *value, '"')
-        facts.append(Fact(question, answer, value, length, length + len(tokens)))
+        key = (adjective, "-", noun)
+        tokens = encode(opening, *key, '":', ' "', *value, closing)
+        question = ('What is the value of "', *key, '"?')
+        answer = ('"', *key, '":', ' "', *value, '"')
+        facts.append(Fact(key, question, answer, value, length, length + len(tokens)))
         parts.append(tokens)
         length += len(tokens)
     return Needle(np.concatenate(parts), tuple(facts))
@@ -174,22 +162,18 @@ def bury(
     text: Text,
     needles: Sequence[Needle],
     length: int,
-    *,
     fixed: tuple[int, float] | None = None,
-) -> Document:
-    """Hides needles at random positions of a random part of `text`.
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Hides needles at random positions of a random part of `text`: `length` tokens together.
 
-    A needle moves to the next end of a sentence if the part has one after its position.
-
-    Args:
-        length: tokens of the document, needles included.
-        fixed: (index of a needle, share of the text before it) sets one position.
+    A needle moves to the next end of a sentence if the part has one after its position. fixed:
+    (index of a needle, share of the text before it) sets one position. Returns the tokens, and
+    start and end of each needle.
     """
     room = length - sum(len(needle.tokens) for needle in needles)
     if room < 0:
-        raise ValueError(
-            f"length must be at least {length - room} to hold the needles, got {length}"
-        )
+        needed = f"length must be at least {length - room} to hold the needles"
+        raise ValueError(f"{needed}, got {length}")
     tokens = text.tokens
     if len(tokens) < room:
         raise ValueError(f"the text must have at least {room} tokens, got {len(tokens)}")
@@ -200,15 +184,15 @@ def bury(
     after = np.searchsorted(text.breaks, start + places)
     snapped = np.append(text.breaks, start + room)[after] - start
     places = np.minimum(snapped, room)
-    parts, spans, done, total = [], {}, 0, 0
+    parts, spans, done, total = [], [(0, 0)] * len(needles), 0, 0
     for index in np.argsort(places, stable=True).tolist():
         needle, place = needles[index], int(places[index])
         parts += [tokens[start + done : start + place], needle.tokens]
-        total += place - done
-        spans[index] = (total, total + len(needle.tokens))
-        total, done = total + len(needle.tokens), place
+        first = total + place - done
+        total, done = first + len(needle.tokens), place
+        spans[index] = (first, total)
     parts.append(tokens[start + done : start + room])
-    return Document(np.concatenate(parts), tuple(spans[i] for i in range(len(needles))))
+    return np.concatenate(parts), spans
 
 
 class Example(TypedDict):
@@ -254,19 +238,17 @@ def make_example(
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
     rng = np.random.default_rng([TASKS.index(task), n_tokens, seed])
     keys = Keys(corpora, rng)
+
+    def pairs(count: int) -> list[tuple[tuple[str, str], str]]:
+        return [(keys.draw(), number(rng, 7)) for _ in range(count)]
+
     if task in UNKEYED:
         name, digits = UNKEYED[task]
         needles = [unkeyed_needle(encode, name, number(rng, digits))]
     elif task == "magic_number":
-        needles = [
-            keyed_needle(encode, ATTRIBUTES[0], keys.draw(), number(rng, 7))
-            for _ in range(1 + DISTRACTORS)
-        ]
+        needles = [keyed_needle(encode, ATTRIBUTES[0], *pair) for pair in pairs(1 + DISTRACTORS)]
     else:
-        needles = [
-            block_needle(encode, [(keys.draw(), number(rng, 7)) for _ in range(BLOCK_ITEMS)])
-            for _ in range(BLOCKS)
-        ]
+        needles = [block_needle(encode, pairs(BLOCK_ITEMS)) for _ in range(BLOCKS)]
     asked = int(rng.integers(len(needles)))
     fact = needles[asked].facts[int(rng.integers(len(needles[asked].facts)))]
     prefix = encode(PREFIX)
@@ -277,11 +259,11 @@ def make_example(
     text = corpora.noise if noisy else texts[rng.choice(len(texts), p=sizes / sizes.sum())]
     room = n_tokens - RESPONSE_LENGTH - len(prefix) - len(query)
     fixed = None if depth is None else (asked, depth)
-    document = bury(rng, text, needles, room, fixed=fixed)
-    start = document.spans[asked][0]
+    context, spans = bury(rng, text, needles, room, fixed)
+    start = spans[asked][0]
     return Example(
         prefix=prefix.tolist(),
-        context=document.tokens.tolist(),
+        context=context.tolist(),
         query=query.tolist(),
         answer=fact.value,
         needle_span=(start + fact.start, start + fact.end),

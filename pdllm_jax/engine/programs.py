@@ -1,7 +1,7 @@
 """The jitted functions of an answer, traced on shapes: nothing is allocated or compiled.
 
-`memory.plan_memory` adds up their arrays. `scripts/bench/programs.py` lowers them, for the
-compiler's own figures and to fill the compilation cache.
+`memory.plan_memory` adds up their arrays. `scripts/bench/memory.py` lowers them, for the
+compiler's own figures.
 """
 
 from __future__ import annotations

@@ -10,55 +10,60 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from bench.record import ROOT, times, write
-from bench.tables import table
+from bench.record import ROOT, SPREAD, replace, run_script
+from bench.report import Record, table
+
+_CASE = "{implementation}, batch {batch}, K {slots}, rows {rows}, heads {heads}/{kv_heads}"
+# Of a record's rows: their key, a name for each, its time, and the seconds of the time's unit.
+TIMES = (
+    ("step", "step, {cached_tokens} cached", "ms", 1e-3),
+    ("step", "step, {cached_tokens} cached, from Python", "ms_from_python", 1e-3),
+    ("end_to_end", "{method}, {chunks} chunks, {tokens} tokens", "seconds", 1.0),
+    ("stream", "streamed, {document_tokens} tokens", "seconds", 1.0),
+    ("rows", _CASE + ", ragged {ragged}", "us", 1e-6),
+)
+OPTIONS = {
+    "--out": (Path, "where both checkouts' times are written"),
+    "--rounds": (2, "runs of each checkout"),
+    "checkout": (Path, "folder of the other checkout"),
+    "benchmark": (argparse.REMAINDER, "the command and its options"),
+}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `benchmark.py compare`."""
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each checkout")
-    parser.add_argument("--out", type=Path, help="where both checkouts' times are written")
-    parser.add_argument("checkout", type=Path, help="folder of the other checkout")
-    parser.add_argument("benchmark", nargs=argparse.REMAINDER, help="the command and its options")
-
-
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> None:
     """Prints a table of the median times of both checkouts, and this one over the other."""
     seconds: dict[str, dict[str, list[float]]] = {}
-    for _ in range(args.rounds):
-        for side, root in (("other", args.checkout), ("this", ROOT)):
-            for name, value in times(_run(root, args.benchmark)).items():
-                seconds.setdefault(name, {"other": [], "this": []})[side].append(value)
-    rows: list[dict[str, Any]] = []
-    for name, sides in seconds.items():
-        if sides["other"] and sides["this"]:
-            other, this = (1e3 * float(np.median(sides[side])) for side in ("other", "this"))
-            rows.append({"name": name, "other": other, "this": this, "ratio": this / other})
-    columns = {"time": "{name}", "other, ms": "{other:.3f}", "this, ms": "{this:.3f}",
-               "this / other": "{ratio:.3f}"}  # fmt: skip
-    print("\n".join(table(columns, rows)))
-    if args.out is not None:
-        write(args.out, {"command": args.benchmark, "seconds": seconds, "rows": rows})
-    return 0
-
-
-def _run(root: Path, benchmark: list[str]) -> dict[str, Any]:
-    """Returns the record of one run of a checkout's script."""
-    root = root.resolve()
+    sides = {"other": args.checkout.resolve(), "this": ROOT}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "record.json"
-        script = [sys.executable, str(root / "scripts" / "benchmark.py"), *benchmark]
-        subprocess.run(
-            [*script, "--out", str(out)], check=True, stdout=sys.stderr,
-            env={**os.environ, "PYTHONPATH": str(root)},
-        )  # fmt: skip
-        return json.loads(out.read_text(encoding="utf-8"))
+        for side, root in list(sides.items()) * args.rounds:
+            print(run_script(*args.benchmark, "--out", out, root=root), file=sys.stderr)
+            for name, value in times(json.loads(out.read_text(encoding="utf-8"))).items():
+                seconds.setdefault(name, {"other": [], "this": []})[side].append(value)
+    rows = []
+    for name, spent in seconds.items():
+        if all(spent.values()):
+            row = {side: 1e3 * float(np.median(values)) for side, values in spent.items()}
+            rows.append({"name": name, **row, "ratio": row["this"] / row["other"]})
+    heads, cells = "time | other, ms | this, ms | this / other", "{other:.3f} | {this:.3f}"
+    print("\n".join(table(heads, "{name} | " + cells + " | {ratio:.3f}", rows)))
+    if args.out is not None:
+        record = {"command": args.benchmark, "seconds": seconds, "rows": rows}
+        replace(args.out, json.dumps(record, indent=1) + "\n")
+
+
+def times(record: Record) -> dict[str, float]:
+    """Returns every time of a record of `speed`, `method` or `kernel` by name, in seconds."""
+    result = {name: row[SPREAD[0]] for name, row in record.get("seconds", {}).items()}
+    for key, form, field, unit in TIMES:
+        for row in record.get(key, ()):
+            if field in row:
+                on = f", mesh {row['mesh']}" if "mesh" in row else ""
+                result[form.format_map(row) + on] = row[field] * unit
+    return result

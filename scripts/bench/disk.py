@@ -15,111 +15,80 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
-from bench.record import ROOT, conditions, in_process, write
+from bench.record import ROOT, Record, clock, in_process, peak
+from convert.convert import batches
+from convert.mapping import targets
+from convert.sources import SAFETENSORS_INDEX
+from pdllm_jax import ChunkCache, ChunkConfig, load_model
+from pdllm_jax.method.cache import ChunkPool
 from pdllm_jax.network.config import ModelConfig
+from pdllm_jax.storage.fingerprint import ModelIdentity
+from pdllm_jax.storage.snapshot import load_document, save_document
 
-BLOCK = 16 << 20
-SHARD_LAYERS = 10  # of a safetensors file: 4 GB
+SHARD_BYTES = 4 << 30  # of a safetensors file
 C = 1024  # chunk length of the snapshot
+OPTIONS = {
+    "work": (Path, "scratch folder on the disk to measure"),
+    "--repeats": (3, ""),
+    "--chunks": (4, "snapshot: of the document"),
+    "--layers": (32, "convert, load: of the checkpoint that is made"),
+    "--checkpoint": (Path, "load: a converted folder instead of a new one"),
+}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `benchmark.py convert`, `load` and `snapshot`."""
-    command = parser.get_default("command")
-    option = parser.add_argument
-    option("work", type=Path, help="scratch folder on the disk to measure")
-    option("--out", type=Path, default=Path("benchmarks") / f"{command}.json")
-    option("--repeats", type=int, default=3)
-    if command == "snapshot":
-        option("--chunks", type=int, default=4, help="of the document")
-    else:
-        option("--layers", type=int, default=32, help="of the checkpoint that is made")
-    if command == "load":
-        option("--checkpoint", type=Path, help="a converted folder instead of a new one")
-        option("--one", action="store_true", help=argparse.SUPPRESS)
-
-
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> None:
     """Measures in a folder that is removed at the end; writes the record."""
-    if getattr(args, "one", False):
-        print(json.dumps(load_one(args.work)))
-        return 0
     if args.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
-    size = f"chunks {args.chunks}" if args.command == "snapshot" else f"layers {args.layers}"
     work = args.work / "benchmark"
     work.mkdir(parents=True)
     try:
         measure = {"convert": convert, "load": load, "snapshot": snapshot}[args.command]
-        record = {
-            "command": f"scripts/benchmark.py {args.command} WORK --{size} --repeats "
-            f"{args.repeats}",
-            **conditions(),
-            **measure(args, work),
-        }
+        measured = measure(args, work)
+        # Made at the end: a process that looks at a GPU takes its memory.
+        Record(args.out, **measured).say(f"{args.out}")
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    write(args.out, record)
-    return 0
 
 
-def config_json(layers: int) -> dict[str, Any]:
-    """Returns config.json of LLaDA-8B with that many layers."""
-    config = dataclasses.asdict(dataclasses.replace(ModelConfig.llada_8b(), n_layers=layers))
-    names = (
-        "d_model", "n_heads", "n_kv_heads", "n_layers", "mlp_hidden_size", "rope_theta",
-        "rms_norm_eps", "max_sequence_length", "vocab_size", "embedding_size", "mask_token_id",
-        "eos_token_id", "pad_token_id", "bos_token_id",
-    )  # fmt: skip
-    return {"model_type": "llada", **{name: config[name] for name in names}}
-
-
-def make_checkpoint(folder: Path, layers: int) -> int:
+def make_checkpoint(folder: Path, config: ModelConfig) -> int:
     """Writes random finite bfloat16 tensors as sharded safetensors; returns their bytes."""
-    import ml_dtypes
-    from safetensors.numpy import save_file
-
-    raw, rng, total = config_json(layers), np.random.default_rng(0), 0
-    model, hidden, rows = raw["d_model"], raw["mlp_hidden_size"], raw["embedding_size"]
-    narrow = model // raw["n_heads"] * raw["n_kv_heads"]
-    block = {
-        "attn_norm": [model], "attn_out": [model, model], "ff_norm": [model],
-        "ff_out": [model, hidden], "ff_proj": [hidden, model], "k_proj": [narrow, model],
-        "q_proj": [model, model], "up_proj": [hidden, model], "v_proj": [narrow, model],
-    }  # fmt: skip
-    shards = [{"ff_out": [rows, model], "ln_f": [model], "wte": [rows, model]}]
-    for first in range(0, layers, SHARD_LAYERS):
-        members = range(first, min(first + SHARD_LAYERS, layers))
-        shards.append({f"blocks.{i}.{n}": shape for i in members for n, shape in block.items()})
+    rng, rows = np.random.default_rng(0), targets(config)
+    sizes = {name: 2 * math.prod(row.shape) for name, row in rows.items()}
+    raw, weight_map = {"model_type": "llada", **dataclasses.asdict(config)}, {}
     folder.mkdir()
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        names = {f"model.transformer.{name}.weight": shape for name, shape in shard.items()}
-        tensors = {
-            n: random_bits(shape, rng).view(ml_dtypes.bfloat16) for n, shape in names.items()
-        }
+    for number, names in enumerate(batches(sizes, SHARD_BYTES)):
+        file = f"model-{number:05d}.safetensors"
+        bits = {name: random_bits(rows[name].shape, rng) for name in names}
+        tensors = {name: values.view(ml_dtypes.bfloat16) for name, values in bits.items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    return total
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    for name, contents in {"config.json": raw, SAFETENSORS_INDEX: index}.items():
+        (folder / name).write_text(json.dumps(contents), encoding="utf-8")
+    return sum(sizes.values())
+
+
+def llada(args: argparse.Namespace) -> ModelConfig:
+    return dataclasses.replace(ModelConfig.llada_8b(), n_layers=args.layers)
 
 
 def random_bits(shape: Any, rng: np.random.Generator) -> np.ndarray:
@@ -132,40 +101,30 @@ def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def sync(folder: Path) -> None:
-    """Flushes every file and folder to the disk, as the converter does."""
+def sync(folder: Path, *, evict: bool = False) -> None:
+    """Flushes every file and folder to the disk, as the converter does.
+
+    evict: also drops the files from the page cache.
+    """
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
+        if evict and path.is_file():
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
 
 def evict(folder: Path) -> None:
-    """Flushes a folder's files and drops them from the page cache."""
-    sync(folder)
-    for path in files(folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
+    sync(folder, evict=True)
 
 
-def read(folder: Path) -> int:
-    """Reads every file from front to back into one buffer; returns the bytes."""
-    buffer, total = memoryview(np.ones(BLOCK, np.uint8)), 0
-    for path in files(folder):
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                total += count
-    return total
+def read(folder: Path) -> None:
+    """Reads every file from front to back."""
+    subprocess.run(["cat", *files(folder)], check=True, stdout=subprocess.DEVNULL)
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    gc.collect()
-    start = time.perf_counter()
-    result = work()
-    elapsed = time.perf_counter() - start
-    del result
-    return elapsed
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in files(folder))
 
 
 def copy(source: Path, target: Path) -> float:
@@ -175,9 +134,9 @@ def copy(source: Path, target: Path) -> float:
         subprocess.run(["cp", "-r", source, target], check=True)
         sync(target)
 
-    elapsed = seconds(call)
+    seconds, _ = clock(call)
     shutil.rmtree(target)
-    return elapsed
+    return seconds
 
 
 # Runs the command of its arguments from a small process: Linux counts what the parent held at exec.
@@ -194,35 +153,25 @@ print(json.dumps({"seconds": round(seconds, 2), "peak_resident_gb": round(peak, 
 def convert_command(*arguments: str | Path) -> dict[str, float]:
     """Runs the converter's command line: seconds with the start of Python, peak resident memory."""
     script = [sys.executable, str(ROOT / "scripts" / "convert_checkpoint.py"), *map(str, arguments)]
-    result = subprocess.run(
-        [sys.executable, "-c", _MEASURE, *script],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=True,
-        stdout=subprocess.PIPE,
-    )
-    return json.loads(result.stdout)
+    command, variables = [sys.executable, "-c", _MEASURE, *script], {"PYTHONPATH": str(ROOT)}
+    return json.loads(subprocess.check_output(command, env={**os.environ, **variables}))
 
 
-def identical(first: Path, second: Path) -> bool:
-    """Returns whether two safetensors folders hold the same tensors, bit by bit."""
-    from safetensors import safe_open
-
-    def digests(folder: Path) -> dict[str, tuple[Any, ...]]:
-        result = {}
-        for path in folder.glob("*.safetensors"):
-            with safe_open(path, "np") as file:
-                for name in file.keys():  # noqa: SIM118
-                    tensor = file.get_tensor(name)
-                    result[name] = (tensor.dtype, tensor.shape, hashlib.sha256(tensor).digest())
-        return result
-
-    return digests(first) == digests(second)
+def digests(folder: Path) -> dict[str, tuple[Any, ...]]:
+    """Returns dtype, shape and SHA-256 of every tensor of a safetensors folder."""
+    result = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "np") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(name)
+                result[name] = (tensor.dtype, tensor.shape, hashlib.sha256(tensor).digest())
+    return result
 
 
 def convert(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Pairs of a copy and a conversion, then the way back."""
     source, target, back = (work / name for name in ("source", "target", "back"))
-    total = make_checkpoint(source, args.layers)
+    total = make_checkpoint(source, llada(args))
     runs = []
     for _ in range(args.repeats):
         shutil.rmtree(target, ignore_errors=True)
@@ -230,55 +179,36 @@ def convert(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         copied = copy(source, work / "copy")
         evict(source)
         converted = convert_command(source, target)
-        runs.append({
-            "copy_seconds": round(copied, 2),
-            "copy_gb_per_s": round(total / copied / 1e9, 3),
-            "convert_seconds": converted["seconds"],
-            "convert_gb_per_s": round(total / converted["seconds"] / 1e9, 3),
-            "convert_peak_resident_gb": converted["peak_resident_gb"],
-            "speed_relative_to_copy": round(copied / converted["seconds"], 3),
-            "load_average": round(os.getloadavg()[0], 1),
-        })  # fmt: skip
+        seconds = {"copy": copied, "convert": converted["seconds"]}
+        run = {f"{name}_seconds": round(s, 2) for name, s in seconds.items()}
+        run |= {f"{name}_gb_per_s": round(total / s / 1e9, 3) for name, s in seconds.items()}
+        run["convert_peak_resident_gb"] = converted["peak_resident_gb"]
+        run["speed_relative_to_copy"] = round(copied / converted["seconds"], 3)
+        runs.append({**run, "load_average": round(os.getloadavg()[0], 1)})
         print(json.dumps(runs[-1]), file=sys.stderr)
     evict(target)
-    reverse = convert_command("--reverse", target, back)
-    return {
-        "layers": args.layers, "size_gb": round(total / 1e9, 3), "runs": runs, "reverse": reverse,
-        "shards": len(list(source.glob("*.safetensors"))), "dtype": "bfloat16",
-        "round_trip_bit_exact": identical(source, back),
-    }  # fmt: skip
+    result = {"layers": args.layers, "size_gb": round(total / 1e9, 3), "runs": runs}
+    result["reverse"] = convert_command("--reverse", target, back)
+    exact = digests(source) == digests(back)
+    shards = len(list(source.glob("*.safetensors")))
+    return {**result, "shards": shards, "dtype": "bfloat16", "round_trip_bit_exact": exact}
 
 
 def status_bytes(name: str) -> int:
     """Returns VmHWM (the peak) or VmRSS of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return 1024 * int(line.split()[1])
-    raise KeyError(name)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
 
 
-def load_one(folder: Path) -> dict[str, Any]:
-    """Loads in this process; returns the row."""
-    import jax
-
-    from pdllm_jax import load_model
-
+def one(args: argparse.Namespace) -> dict[str, Any]:
+    """Loads args.checkpoint in this process; returns the row."""
     jax.block_until_ready(jax.device_put(np.zeros(8)))
     before = status_bytes("VmRSS")
-    start = time.perf_counter()
-    model = load_model(folder)
-    jax.block_until_ready(jax.tree.leaves(model))
-    elapsed = time.perf_counter() - start
+    seconds, model = clock(lambda: load_model(args.checkpoint))
     nbytes = sum(x.nbytes for x in jax.tree.leaves(model))
-    stats = jax.devices()[0].memory_stats() or {}
-    return {
-        "seconds": elapsed,
-        "bytes": nbytes,
-        "gb_per_s": nbytes / elapsed / 1e9,
-        "host_peak_bytes": status_bytes("VmHWM") - before,
-        "device_peak_bytes": stats.get("peak_bytes_in_use"),
-        "cpu_seconds": time.process_time(),
-    }
+    row = {"seconds": seconds, "bytes": nbytes, "gb_per_s": nbytes / seconds / 1e9}
+    row |= {"host_peak_bytes": status_bytes("VmHWM") - before, "device_peak_bytes": peak() or None}
+    return row
 
 
 def load(args: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -286,18 +216,17 @@ def load(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     folder = args.checkpoint
     if folder is None:
         folder = work / "checkpoint"
-        make_checkpoint(work / "source", args.layers)
+        make_checkpoint(work / "source", llada(args))
         convert_command(work / "source", folder)
         shutil.rmtree(work / "source")
     rows: list[dict[str, Any]] = []
     for cache in ("cold", "warm") * args.repeats:
-        if cache == "cold":
-            evict(folder)
-        start = time.perf_counter()
-        disk = read(folder) / (time.perf_counter() - start) / 1e9
-        if cache == "cold":
-            evict(folder)
-        row = {"page_cache": cache, "disk_gb_per_s": disk, **in_process("load", folder, "--one")}
+        prepare: Callable[[Path], None] = evict if cache == "cold" else sync
+        prepare(folder)
+        seconds, _ = clock(lambda: read(folder))
+        prepare(folder)
+        row = {"page_cache": cache, "disk_gb_per_s": size(folder) / seconds / 1e9}
+        row |= in_process("load", "--checkpoint", folder)
         rows.append({**row, "of_disk": row["gb_per_s"] / row["disk_gb_per_s"]})
         print(json.dumps(rows[-1]), file=sys.stderr)
     return {"bytes": rows[0]["bytes"], "rows": rows}
@@ -305,55 +234,38 @@ def load(args: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 def snapshot(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Rounds of writing, copying and reading. The fingerprint of the model is made before."""
-    import jax
-    import jax.numpy as jnp
-
-    from pdllm_jax import ChunkCache, ChunkConfig
-    from pdllm_jax.method.cache import ChunkPool
-    from pdllm_jax.storage.fingerprint import ModelIdentity
-    from pdllm_jax.storage.snapshot import load_document, save_document
-
     config, rng = ModelConfig.llada_8b(), np.random.default_rng(0)
-    identity = ModelIdentity(config, "bfloat16", "0" * 64)
+    identity, heads = ModelIdentity(config, "bfloat16", "0" * 64), config.n_kv_heads
 
     def kv(*shape: int) -> Any:
         full = (config.n_layers, *shape, config.head_dim)
         return jax.block_until_ready(jax.device_put(random_bits(full, rng).view(jnp.bfloat16)))
 
-    lengths, heads = jnp.full((args.chunks,), C, jnp.int32), config.n_kv_heads
-    cache = ChunkCache(
-        pool=ChunkPool(kv(args.chunks, heads, C), kv(args.chunks, heads, C), lengths),
-        tokens=jnp.zeros((args.chunks, C), jnp.int32), lengths=lengths,
-        prefix_ids=jnp.zeros((32,), jnp.int32), prefix_length=jnp.int32(3),
-        prefix_k=kv(32, heads), prefix_v=kv(32, heads),
-    )  # fmt: skip
+    n, lengths = args.chunks, jnp.full((args.chunks,), C, jnp.int32)
+    pool = ChunkPool(kv(n, heads, C), kv(n, heads, C), lengths)
+    prefix = jnp.zeros((32,), jnp.int32), jnp.int32(3), kv(32, heads), kv(32, heads)
+    cache = ChunkCache(pool, jnp.zeros((n, C), jnp.int32), lengths, *prefix)
     path, rounds = work / "snapshot", []
 
     def load_cache() -> Any:
-        return jax.block_until_ready(load_document(path, identity).cache)
+        return load_document(path, identity).cache
 
     for _ in range(args.repeats):
         shutil.rmtree(path, ignore_errors=True)
         os.sync()
         load_average = round(os.getloadavg()[0], 1)
-        took = {
-            "write": seconds(lambda: save_document(path, identity, cache, chunking=ChunkConfig(C)))
-        }
-        nbytes = sum(file.stat().st_size for file in files(path))
+        write = clock(lambda: save_document(path, identity, cache, chunking=ChunkConfig(C)))
+        took, nbytes = {"write": write[0]}, size(path)
         for state, prepare in (("cold", evict), ("warm", read)):
             prepare(path)
             took[f"copy_{state}"] = copy(path, work / "copy")
             os.sync()
             prepare(path)
-            took[f"read_{state}"] = seconds(load_cache)
-        speeds = {f"{name}_gb_per_s": round(nbytes / s / 1e9, 3) for name, s in took.items()}
-        ratios = {
-            f"{a}_over_{b}": round(took[b] / took[a], 2)
-            for a, b in (
-                ("write", "copy_warm"), ("read_cold", "copy_cold"), ("read_warm", "copy_warm")
-            )
-        }  # fmt: skip
-        rounds.append({"load_average": load_average, **speeds, **ratios})
+            took[f"read_{state}"] = clock(load_cache)[0]
+        row = {f"{name}_gb_per_s": round(nbytes / s / 1e9, 3) for name, s in took.items()}
+        for call, copied in (("write", "warm"), ("read_cold", "cold"), ("read_warm", "warm")):
+            row[f"{call}_over_copy_{copied}"] = round(took[f"copy_{copied}"] / took[call], 2)
+        rounds.append({"load_average": load_average, **row})
         print(json.dumps(rounds[-1]), file=sys.stderr)
     for ours, theirs in zip(*map(jax.tree.leaves, (load_cache(), cache)), strict=True):
         if np.asarray(ours).tobytes() != np.asarray(theirs).tobytes():

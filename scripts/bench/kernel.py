@@ -14,17 +14,18 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.record import command, conditions, copy_bandwidth, time_loop, write
+from bench.record import Record, copy_bandwidth, time_loop
+from bench.run import random_layers
 from pallas_kernels import Partial, chunk_attention
 from pallas_kernels.chunk_attention.cudnn import attention_with_lse
 from pallas_kernels.chunk_attention.hopper import chunk_attention_hopper
@@ -34,6 +35,7 @@ from pallas_kernels.compat import SHARED_MEMORY
 
 READ_OVER_COPY = 3.0 / 2.92  # read bandwidth over copy bandwidth
 AT_ONCE = 16  # cases compiled side by side, then timed one by one
+DENSE = ("gather+cudnn", "contiguous cudnn")
 CHUNKS = 40  # of the pool
 SELECTIONS = 4  # used in turn, round by round
 
@@ -58,7 +60,7 @@ class Case:
 def cases(quick: bool) -> Iterator[Case]:
     """Yields the grid, the cases of docs/performance.md first; `quick` ends after them."""
     several = (4, 8, 16, 32)
-    names = ("mosaic_gpu", "gather+cudnn", "contiguous cudnn")
+    names = ("mosaic_gpu", *DENSE)
     for name, rows, slots in itertools.product(names, (32, 64), several):
         yield Case(name, slots, rows)
         if (name, rows, slots) == ("mosaic_gpu", 64, 32):
@@ -94,44 +96,28 @@ def tuning_cases() -> Iterator[Case]:
 
 
 @functools.lru_cache(maxsize=2)
-def make_pool(layers: int, kv_heads: int, chunk_size: int, dim: int) -> tuple[jax.Array, jax.Array]:
-    """Returns K and V [layers, CHUNKS, G, C, D], random bfloat16, filled layer by layer."""
-    shape = (CHUNKS, kv_heads, chunk_size, dim)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def fill(pool: jax.Array, layer: jax.Array, key: jax.Array) -> jax.Array:
-        return pool.at[layer].set(jax.random.normal(key, shape, jnp.bfloat16))
-
-    pools = []
-    for side in range(2):
-        pool = jnp.zeros((layers, *shape), jnp.bfloat16)
-        for layer in range(layers):
-            pool = fill(pool, jnp.int32(layer), jax.random.key(side * layers + layer))
-        pools.append(jax.block_until_ready(pool))
-    return pools[0], pools[1]
+def make_pool(layers: int, kv_heads: int, chunk_size: int, dim: int) -> tuple[jax.Array, ...]:
+    """Returns K and V [layers, CHUNKS, G, C, D], random bfloat16."""
+    shape = (layers, CHUNKS, kv_heads, chunk_size, dim)
+    return tuple(jax.block_until_ready(random_layers(shape, jax.random.key(i))) for i in range(2))
 
 
-def attend(case: Case) -> Callable[..., Partial]:
-    """Returns (q, k, v, ids, lengths, layer) -> Partial of a case's implementation.
+def attend(case: Case, q: Any, k: Any, v: Any, ids: Any, lengths: Any, layer: Any) -> Partial:
+    """Calls a case's implementation.
 
     The two cuDNN baselines get the layout that suits cuDNN best: the keys as one sequence of full
     chunks, and rows shared by the slots. "contiguous cudnn" gets the gathered keys, one array for
     each layer, and gathers nothing.
     """
     scale, name = case.dim**-0.5, case.implementation
-
-    def call(q: Any, k: Any, v: Any, ids: Any, lengths: Any, layer: Any) -> Partial:
-        if name == "contiguous cudnn":
-            return attention_with_lse(q, k[layer], v[layer], None, scale)
-        if name == "gather+cudnn":
-            k, v = gather(k, ids, layer), gather(v, ids, layer)
-            return attention_with_lse(q, k, v, None, scale)
-        if case.settings is not None:
-            q = q if q.ndim == 5 else q[:, None]
-            return chunk_attention_hopper(q, k, v, layer, ids, lengths, scale, tuning=case.settings)
-        return chunk_attention(q, k, v, ids, lengths, layer=layer, implementation=name)
-
-    return call
+    if name == "contiguous cudnn":
+        return attention_with_lse(q, k[layer], v[layer], None, scale)
+    if name == "gather+cudnn":
+        return attention_with_lse(q, gather(k, ids, layer), gather(v, ids, layer), None, scale)
+    if case.settings is not None:
+        q = q if q.ndim == 5 else q[:, None]
+        return chunk_attention_hopper(q, k, v, layer, ids, lengths, scale, tuning=case.settings)
+    return chunk_attention(q, k, v, ids, lengths, layer=layer, implementation=name)
 
 
 def gather(pool: jax.Array, ids: jax.Array, layer: int | jax.Array) -> jax.Array:
@@ -142,56 +128,44 @@ def gather(pool: jax.Array, ids: jax.Array, layer: int | jax.Array) -> jax.Array
     return chosen.swapaxes(2, 3).reshape(batch, slots * chunk_size, kv_heads, dim)
 
 
-@dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A case with its compiled loop of `rounds` rounds, each through all layers of the pool.
+    """A case with its inputs and its compiled loop of rounds, each through all layers of the pool.
 
-    reference: what the loop's last call should give. moved: bytes of K and V that a call has to
-    read, the mean over the selections.
+    Touches no pool before `measure`. seconds: of the loop. floor_bandwidth: bytes a second.
     """
 
-    case: Case
-    loop: Callable[..., tuple[jax.Array, Partial]]
-    reference: Callable[..., jax.Array]
-    rounds: int
-    layers: int
-    moved: float
-    queries: jax.Array
-    ids: jax.Array
-    lengths: jax.Array
+    def __init__(self, case: Case, layers: int, seconds: float, floor_bandwidth: float):
+        self.case, self.layers, self.floor_bandwidth = case, layers, floor_bandwidth
+        rng, size = np.random.default_rng(0), case.chunk_size
+        lengths = rng.integers(1, size + 1, CHUNKS) if case.ragged else np.full(CHUNKS, size)
+        selections = [
+            np.stack([rng.permutation(CHUNKS)[: case.slots] for _ in range(case.batch)])
+            for _ in range(SELECTIONS)
+        ]
+        keys = float(np.mean([lengths[np.unique(ids)].sum() for ids in selections]))
+        self.moved = 2 * keys * case.kv_heads * case.dim * 2  # bytes of K and V that a call reads
+        self.contiguous = case.implementation == "contiguous cudnn"
+        per_slot = case.q_per_slot and not (
+            self.contiguous or case.implementation == "gather+cudnn"
+        )
+        shape = (case.batch, *(case.slots,) * per_slot, case.rows, case.heads, case.dim)
+        queries = jax.random.normal(jax.random.key(1), (SELECTIONS, *shape), jnp.bfloat16)
+        ids = jnp.asarray(np.stack(selections), jnp.int32)
+        self.inputs = queries, ids, jnp.asarray(lengths, jnp.int32)
+        self.rounds = max(2, int(seconds / (2 * self.moved / floor_bandwidth * layers)))
 
-    def pools(self) -> tuple[Any, Any]:
-        """Returns K and V as the case reads them."""
-        case = self.case
-        k, v = make_pool(self.layers, case.kv_heads, case.chunk_size, case.dim)
-        if case.implementation != "contiguous cudnn":
-            return k, v
-        take = jax.jit(gather)
-        layers = [jnp.int32(i) for i in range(self.layers)]
-        return tuple([take(pool, self.ids[0], i) for i in layers] for pool in (k, v))
+        def arrays(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
+        layer = (CHUNKS, case.kv_heads, size, case.dim)
+        pool: Any = arrays(layers, *layer)
+        if self.contiguous:
+            pool = [arrays(case.batch, case.slots * size, case.kv_heads, case.dim)] * layers
+        self.loop = jax.jit(self._loop).lower(queries, pool, pool, *self.inputs[1:]).compile()
+        inputs = (queries[0], arrays(*layer), arrays(*layer), ids[0], self.inputs[2])
+        self.reference = jax.jit(reference).lower(*inputs).compile()
 
-def prepare(case: Case, layers: int, seconds: float, floor_bandwidth: float) -> Prepared:
-    """Makes the inputs of a case and compiles its loop; touches no pool."""
-    rng = np.random.default_rng(0)
-    lengths = np.full(CHUNKS, case.chunk_size)
-    if case.ragged:
-        lengths = rng.integers(1, case.chunk_size + 1, CHUNKS)
-    selections = [
-        np.stack([rng.permutation(CHUNKS)[: case.slots] for _ in range(case.batch)])
-        for _ in range(SELECTIONS)
-    ]
-    keys = float(np.mean([lengths[np.unique(ids)].sum() for ids in selections]))
-    moved = 2 * keys * case.kv_heads * case.dim * 2
-    dense = case.implementation in ("gather+cudnn", "contiguous cudnn")
-    per_slot = (case.slots,) if case.q_per_slot and not dense else ()
-    shape = (case.batch, *per_slot, case.rows, case.heads, case.dim)
-    queries = jax.random.normal(jax.random.key(1), (SELECTIONS, *shape), jnp.bfloat16)
-    ids = jnp.asarray(np.stack(selections), jnp.int32)
-    rounds = max(2, int(seconds / (2 * moved / floor_bandwidth * layers)))
-    one = attend(case)
-
-    def loop(queries, k, v, ids, lengths):
+    def _loop(self, queries: Any, k: Any, v: Any, ids: Any, lengths: Any):
         """Uses another selection and other rows in every round, so that nothing can be hoisted.
 
         One number of every call is used, so that no call can be removed; to carry more from round
@@ -199,25 +173,44 @@ def prepare(case: Case, layers: int, seconds: float, floor_bandwidth: float) -> 
         """
 
         def call(i, layer) -> Partial:
-            result = one(queries[i % SELECTIONS], k, v, ids[i % SELECTIONS], lengths, layer)
+            chosen, rows = ids[i % SELECTIONS], queries[i % SELECTIONS]
+            result = attend(self.case, rows, k, v, chosen, lengths, layer)
             return jax.lax.optimization_barrier(result)
 
         def round_(i, used):
-            outs = [call(i, layer).out[0, 0, 0, 0] for layer in range(layers)]
+            outs = [call(i, layer).out[0, 0, 0, 0] for layer in range(self.layers)]
             return used + jnp.stack(outs).astype(jnp.float32).sum()
 
-        return jax.lax.fori_loop(0, rounds, round_, jnp.float32(0)), call(rounds, layers - 1)
+        used = jax.lax.fori_loop(0, self.rounds, round_, jnp.float32(0))
+        return used, call(self.rounds, self.layers - 1)
 
-    layer_shape = (CHUNKS, case.kv_heads, case.chunk_size, case.dim)
-    pool: Any = jax.ShapeDtypeStruct((layers, *layer_shape), jnp.bfloat16)
-    if case.implementation == "contiguous cudnn":
-        columns = (case.batch, case.slots * case.chunk_size, case.kv_heads, case.dim)
-        pool = [jax.ShapeDtypeStruct(columns, jnp.bfloat16)] * layers
-    sizes = jnp.asarray(lengths, jnp.int32)
-    compiled = jax.jit(loop).lower(queries, pool, pool, ids, sizes).compile()
-    layer = jax.ShapeDtypeStruct(layer_shape, jnp.bfloat16)
-    wanted = jax.jit(reference).lower(queries[0], layer, layer, ids[0], sizes).compile()
-    return Prepared(case, compiled, wanted, rounds, layers, moved, queries, ids, sizes)
+    def measure(self, repeats: int) -> dict[str, Any]:
+        """Returns the row; the error is of the timed loop's last call against the reference."""
+        (queries, ids, lengths), case = self.inputs, self.case
+        pools = make_pool(self.layers, case.kv_heads, case.chunk_size, case.dim)
+        last, layer = self.rounds % SELECTIONS, self.layers - 1
+        read: Any = pools
+        if self.contiguous:
+            last_ids, take = ids[0], jax.jit(gather)
+            layers = [jnp.int32(i) for i in range(self.layers)]
+            read = tuple([take(pool, last_ids, i) for i in layers] for pool in pools)
+        else:
+            last_ids = ids[last]
+        args = (queries, *read, ids, lengths)
+        timing = time_loop(self.loop, args, self.rounds * self.layers + 1, repeats)
+        got = self.loop(*args)[1].out.astype(jnp.float32)
+        want = self.reference(queries[last], *(pool[layer] for pool in pools), last_ids, lengths)
+        seconds, figures = timing[0] * 1e-6, (round(us, 2) for us in timing)
+        return {
+            **dataclasses.asdict(case),
+            **dict(zip(("us", "us_least", "us_most"), figures, strict=True)),
+            "bytes": round(self.moved),
+            "times_floor": round(seconds / (self.moved / self.floor_bandwidth), 3),
+            "of_copy_bandwidth": round(
+                self.moved / seconds / self.floor_bandwidth * READ_OVER_COPY, 3
+            ),
+            "relative_error": float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)),
+        }
 
 
 def reference(q, k, v, ids, lengths) -> jax.Array:
@@ -227,52 +220,24 @@ def reference(q, k, v, ids, lengths) -> jax.Array:
     return chunk_attention_reference(q, k[None], v[None], 0, ids, lengths, q.shape[-1] ** -0.5).out
 
 
-def run_case(ready: Prepared, repeats: int, copied: float) -> dict[str, Any]:
-    """Times one case; the error is of the timed loop's last call against the reference."""
-    case, floor_bandwidth = ready.case, copied * READ_OVER_COPY
-    args = (ready.queries, *ready.pools(), ready.ids, ready.lengths)
-    timing = time_loop(ready.loop, args, ready.rounds * ready.layers + 1, repeats)
-    got = ready.loop(*args)[1].out.astype(jnp.float32)
-    last, layer = ready.rounds % SELECTIONS, ready.layers - 1
-    ids = ready.ids[0 if case.implementation == "contiguous cudnn" else last]
-    k, v = make_pool(ready.layers, case.kv_heads, case.chunk_size, case.dim)
-    want = ready.reference(ready.queries[last], k[layer], v[layer], ids, ready.lengths)
-    seconds = timing.median * 1e-6
-    return {
-        **dataclasses.asdict(case),
-        "us": round(timing.median, 2),
-        "us_least": round(timing.least, 2),
-        "us_most": round(timing.most, 2),
-        "bytes": round(ready.moved),
-        "times_floor": round(seconds / (ready.moved / floor_bandwidth), 3),
-        "of_copy_bandwidth": round(ready.moved / seconds / copied, 3),
-        "relative_error": float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)),
-    }
+OPTIONS = {
+    "--quick": (False, "the cases of docs/performance.md alone"),
+    "--tune": (False, "settings of the kernel instead; the record is kernel_tuning.json"),
+    "--implementations": ([str], "only these"),
+    "--slots": ([int], "only these K"),
+    "--rows": ([int], "only these numbers of query rows"),
+    "--layers": (32, "of the pool; 0.67 GB each"),
+    "--seconds": (0.08, "of one loop; its launch takes 0.4 ms"),
+    "--repeats": (7, ""),
+    "--limit": (math.inf, "seconds in all"),
+}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `benchmark.py kernel`."""
-    option = parser.add_argument
-    option("--out", type=Path, help="default: benchmarks/kernel.json, kernel_tuning.json if --tune")
-    option("--quick", action="store_true", help="the cases of docs/performance.md alone")
-    option("--tune", action="store_true", help="settings of the kernel instead")
-    option("--implementations", nargs="+", help="only these")
-    option("--slots", nargs="+", type=int, help="only these K")
-    option("--rows", nargs="+", type=int, help="only these numbers of query rows")
-    option("--layers", type=int, default=32, help="of the pool; 0.67 GB each")
-    option("--seconds", type=float, default=0.08, help="of one loop; its launch takes 0.4 ms")
-    option("--repeats", type=int, default=7)
-    option("--limit", type=float, default=float("inf"), help="seconds in all")
-
-
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> None:
     """Runs the grid; writes the record after every case, prints a line for each."""
-    begun = time.monotonic()
-    name = "kernel_tuning.json" if args.tune else "kernel.json"
-    out = args.out or Path("benchmarks") / name
-    copied = copy_bandwidth()
+    start, copied = time.monotonic(), copy_bandwidth()
     floor = copied * READ_OVER_COPY
-    rows: list[dict[str, Any]] = []
+    out = args.out.with_stem(f"{args.out.stem}_tuning") if args.tune else args.out
     grid = [
         case
         for case in (tuning_cases() if args.tune else cases(args.quick))
@@ -280,40 +245,32 @@ def main(args: argparse.Namespace) -> int:
         and case.slots in (args.slots or [case.slots])
         and case.rows in (args.rows or [case.rows])
     ]
-    record = {
-        "command": command(),
-        **conditions(),
-        "copy_bandwidth": copied,
-        "floor_bandwidth": floor,
-        "pool": {"chunks": CHUNKS, "layers": args.layers, "dtype": "bfloat16"},
-        "left_out": len(grid),
-        "rows": rows,
-    }
+    record = Record(out, copy_bandwidth=copied, floor_bandwidth=floor, left_out=len(grid), rows=[])
+    record["pool"] = {"chunks": CHUNKS, "layers": args.layers, "dtype": "bfloat16"}
+    prepare = functools.partial(
+        Prepared, layers=args.layers, seconds=args.seconds, floor_bandwidth=floor
+    )
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(grid), AT_ONCE):
-            if time.monotonic() - begun > args.limit:
+        for first in range(0, len(grid), AT_ONCE):
+            if time.monotonic() - start > args.limit:
                 break
-            batch = grid[start : start + AT_ONCE]
             # Timed only when nothing compiles: compiling runs small programs on the device.
-            compiled = list(pool.map(lambda c: prepare(c, args.layers, args.seconds, floor), batch))
-            for ready in compiled:
-                rows.append(run_case(ready, args.repeats, copied))
-                record["left_out"] = len(grid) - len(rows)
-                write(out, record)
-                print(describe(rows[-1]), flush=True)
-    print(f"{len(rows)} cases in {time.monotonic() - begun:.0f} s, {out}")
-    return 0
+            for ready in list(pool.map(prepare, grid[first : first + AT_ONCE])):
+                record["left_out"] -= 1
+                row = ready.measure(args.repeats)
+                record.add(row, describe(row))
+    print(f"{len(record['rows'])} cases in {time.monotonic() - start:.0f} s, {out}")
 
 
 def describe(row: dict[str, Any]) -> str:
     """Returns one line about a case."""
-    kind = f"{row['heads']}/{row['kv_heads']}" + " ragged" * row["ragged"]
+    kind = "{heads}/{kv_heads}".format(**row) + " ragged" * row["ragged"]
     kind += "" if row["q_per_slot"] else " shared rows"
     if (chosen := row["settings"]) is not None:
         kind += " {block_keys}x{stages} S{splits} G{key_groups}".format(**chosen)
-    return (
-        f"{row['implementation']:17} B={row['batch']} K={row['slots']:2} Lq={row['rows']:3} "
-        f"{kind:18} {row['us']:8.1f} us [{row['us_least']:.1f}, {row['us_most']:.1f}] "
-        f"{row['times_floor']:5.2f}x floor, {100 * row['of_copy_bandwidth']:3.0f}% of copy, "
-        f"error {row['relative_error']:.1e}"
+    line = (
+        "{implementation:17} B={batch} K={slots:2} Lq={rows:3} {kind:18} {us:8.1f} us "
+        "[{us_least:.1f}, {us_most:.1f}] {times_floor:5.2f}x floor, {of_copy_bandwidth:.0%} of "
+        "copy, error {relative_error:.1e}"
     )
+    return line.format(kind=kind, **row)

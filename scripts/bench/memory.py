@@ -19,13 +19,22 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
-from bench.record import conditions, in_process, write
+from bench.record import command, conditions, in_process, replace
+from bench.run import cheap_model, model_config
+from pallas_kernels import compat
+from pallas_kernels.chunk_attention import hopper
+from pdllm_jax import Engine, MaskPredictor, Request, plan_memory
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
+from pdllm_jax.engine import programs as engine
 from pdllm_jax.engine.memory import Plan
 from pdllm_jax.method.cache_methods import Method
-from pdllm_jax.network.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,40 +49,22 @@ class Setting:
     select: SelectionConfig = SelectionConfig()
     decode: DecodeConfig = DecodeConfig(steps=1)
 
-    def document(self, chunk_size: int) -> int:
-        return self.chunks * (chunk_size - 1)
-
-    def request(self, chunk_size: int) -> dict[str, Any]:
-        """Returns the arguments of `plan_memory`."""
-        return {
-            "query": self.query, "batch": self.batch, "questions": self.questions,
-            "method": self.method, "chunking": ChunkConfig(chunk_size), "selection": self.select,
-            "decode": self.decode,
-        }  # fmt: skip
-
-    def plan(self, config: ModelConfig, chunk_size: int, **paths: Any) -> Plan:
-        from pdllm_jax import plan_memory
-
-        return plan_memory(config, self.document(chunk_size), **self.request(chunk_size), **paths)
-
 
 LONG = DecodeConfig(gen_length=128, block_length=32, steps=4)
 _select = SelectionConfig
 _independent = functools.partial(SelectionConfig, encoding="independent")
+_all_masked = _select(masked_copies=None, encode_batch=4, top_k=2)
+_by_attention = _select(encoding="bridge", bridge_tokens="attention", top_k=8)
 SETTINGS = {
     "joint, 32 chunks": Setting(32),
     "joint, K = 16, query of 256": Setting(32, query=256, select=_select(top_k=16)),
-    "joint, leave-one-out": Setting(
-        16, select=_select(masked_copies=None, encode_batch=4, top_k=2), decode=LONG
-    ),
+    "joint, leave-one-out": Setting(16, select=_all_masked, decode=LONG),
     "joint, 32 chunks a group": Setting(64, select=_select(encode_batch=32)),
     "streamed, 128 chunks": Setting(128, select=_independent()),
     "streamed, 128 chunks, 2 a group": Setting(128, select=_independent(encode_batch=2, top_k=8)),
     "half of the tokens kept": Setting(16, select=_independent(keep_tokens=512)),
     "query-conditioned": Setting(16, select=_select(encoding="query-conditioned")),
-    "bridge by attention": Setting(
-        16, select=_select(encoding="bridge", bridge_tokens="attention", top_k=8)
-    ),
+    "bridge by attention": Setting(16, select=_by_attention),
     "whole pool for scorer attention": Setting(16, select=_independent(scorer="attention")),
     "re-selection": Setting(8, select=_independent(reselect="block"), decode=LONG),
     "8 requests, joint": Setting(4, batch=8),
@@ -84,65 +75,95 @@ SETTINGS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `benchmark.py memory`."""
-    option = parser.add_argument
-    option("--out", type=Path, default=Path("benchmarks/memory.json"))
-    option("--settings", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS))
-    option("--tiny", action="store_true", help="a tiny model, to try the script")
-    option("--layers", type=int, help="of the model, instead of LLaDA-8B's 32")
-    option("--chunk-size", type=int, default=1024)
-    option("--compiled", action="store_true", help="what the compiler says as well")
-    option("--target", type=Path, help="compile for a device that is not there")
-    option("--one", choices=("run", "compile", "where"), help=argparse.SUPPRESS)
+OPTIONS = {
+    "--settings": (tuple(SETTINGS), ""),
+    "--tiny": (False, "a tiny model, to try the script"),
+    "--layers": (int, "of the model, instead of LLaDA-8B's 32"),
+    "--chunk-size": (1024, ""),
+    "--compiled": (False, "what the compiler says as well"),
+    "--target": (Path, "compile for a device that is not there"),
+}
 
 
-def model_config(args: argparse.Namespace) -> ModelConfig:
-    """Returns the model's config at the options' size."""
-    config = ModelConfig.tiny() if args.tiny else ModelConfig.llada_8b()
-    return config if args.layers is None else dataclasses.replace(config, n_layers=args.layers)
+class Measured:
+    """A setting at the size of the command line's options."""
+
+    def __init__(self, args: argparse.Namespace, setting: Setting):
+        self.target, self.setting = args.target, setting
+        self.config = model_config(args)
+        if args.layers is not None:
+            self.config = dataclasses.replace(self.config, n_layers=args.layers)
+        self.settings: dict[str, Any] = {"chunking": ChunkConfig(args.chunk_size)}
+        self.settings |= {"selection": setting.select, "method": setting.method}
+        self.document = setting.chunks * (args.chunk_size - 1)
+
+    def plan(self) -> tuple[Plan, dict[str, Any]]:
+        """Returns the plan, and its part of a row."""
+        sizes = {name: getattr(self.setting, name) for name in ("query", "batch", "questions")}
+        settings = {**self.settings, **sizes, "decode": self.setting.decode}
+        plan = plan_memory(self.config, self.document, **settings)
+        phases = {phase.name: phase.nbytes for phase in plan.phases}
+        name = plan.largest.name
+        return plan, {"planned": plan.peak, "planned_phases": phases, "phase": name}
+
+    def run(self) -> dict[str, Any]:
+        """Computes the answer in this process; returns the device's peak."""
+        model, rng = cheap_model(self.config), np.random.default_rng(0)
+        engine = Engine(model, decoding=self.setting.decode, **self.settings)
+
+        def draw(n: int) -> np.ndarray:
+            return rng.integers(3, self.config.vocab_size - 8, n)
+
+        if self.setting.questions is not None:
+            cache = engine.encode(draw(self.document), prefix=draw(16))
+            engine.ask(cache, [draw(self.setting.query) for _ in range(self.setting.questions)])
+        else:
+            lengths = [(self.document, self.setting.query)] * (self.setting.batch or 1)
+            engine.answer_batch([Request(draw(n), draw(m), prefix=draw(16)) for n, m in lengths])
+        stats = jax.devices()[0].memory_stats() or {}
+        names = {"measured": "peak_bytes_in_use", "limit": "bytes_limit"}
+        names["held_at_end"] = "bytes_in_use"
+        return {**self.plan()[1], **{name: stats.get(key) for name, key in names.items()}}
+
+    def compile(self) -> dict[str, Any]:
+        """Returns what the compiler says that every program takes; nothing runs."""
+        phases = {}
+        with device_for(self.target) as sharding:
+            plan, row = self.plan()
+            settings = (plan.shapes, plan.selection, plan.decode)
+            for program, lowered in programs(self.config, *settings, sharding=sharding):
+                sizes = lowered.compile().memory_analysis()
+                phases[program.phase] = {
+                    "held": tree_bytes(dict(program.held)),
+                    "made": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+                    "scratch": sizes.temp_size_in_bytes,
+                }
+        most = max(sum(parts.values()) for parts in phases.values())
+        return {**row, "compiled": most, "compiled_phases": phases}
 
 
-def run(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
-    """Computes the answer in this process; returns the device's peak."""
-    import jax
+def programs(
+    config: Any, *settings: Any, dtype: Any = jnp.bfloat16, sharding: Any = None, **path: Any
+) -> Iterator[tuple[engine.Program, Any]]:
+    """Yields the programs of an answer in the order in which it runs them, and each lowered.
 
-    from bench.run import cheap_model
-    from pdllm_jax import Engine, Request
+    settings, path: of `pdllm_jax.engine.programs`, for example from a plan. sharding: of all
+    arguments, to compile for a device that this machine does not have. Nothing is allocated.
+    """
 
-    config, chunking = model_config(args), ChunkConfig(args.chunk_size)
-    model, rng = cheap_model(config), np.random.default_rng(0)
-    document = setting.document(args.chunk_size)
-    engine = Engine(
-        model, chunking=chunking, selection=setting.select, decoding=setting.decode,
-        method=setting.method,
-    )  # fmt: skip
+    def placed(x: Any) -> Any:
+        shaped = hasattr(x, "dtype")
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) if shaped else x
 
-    def draw(n: int) -> np.ndarray:
-        return rng.integers(3, config.vocab_size - 8, n)
-
-    if setting.questions is not None:
-        cache = engine.encode(draw(document), prefix=draw(16))
-        engine.ask(cache, [draw(setting.query) for _ in range(setting.questions)])
-    else:
-        requests = [
-            Request(draw(document), draw(setting.query), prefix=draw(16))
-            for _ in range(setting.batch or 1)
-        ]
-        engine.answer_batch(requests)
-    stats = jax.devices()[0].memory_stats() or {}
-    return {
-        **planned(setting.plan(config, args.chunk_size)),
-        "measured": stats.get("peak_bytes_in_use"),
-        "limit": stats.get("bytes_limit"),
-        "held_at_end": stats.get("bytes_in_use"),
-    }
+    model = nnx.eval_shape(lambda: MaskPredictor(config, rngs=nnx.Rngs(0), dtype=dtype))
+    for program in engine.programs(model, *settings, **path):
+        arguments, options = jax.tree.map(placed, (program.args, dict(program.settings)))
+        yield program, program.function.lower(*arguments, **options)
 
 
-def planned(plan: Plan) -> dict[str, Any]:
-    """Returns the plan's part of a row."""
-    phases = {phase.name: phase.nbytes for phase in plan.phases}
-    return {"planned": plan.peak, "planned_phases": phases, "phase": plan.largest.name}
+def tree_bytes(tree: Any) -> int:
+    """Returns the bytes of a pytree's arrays, or of the shapes in their place."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 @contextlib.contextmanager
@@ -154,13 +175,6 @@ def device_for(target: Path | None) -> Iterator[Any]:
     if target is None:
         yield None
         return
-    import jax
-    from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
-
-    from pallas_kernels import compat
-    from pallas_kernels.chunk_attention import hopper
-
     described = target.read_text(encoding="utf-8")
     topology = topologies.get_topology_desc("", "cuda", target_config=described, topology="1x1x1")
     with (
@@ -171,54 +185,29 @@ def device_for(target: Path | None) -> Iterator[Any]:
         yield SingleDeviceSharding(topology.devices[0])
 
 
-def compile_only(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
-    """Returns what the compiler says that every program takes; nothing runs."""
-    import jax.numpy as jnp
+def one(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures the first setting, or says where it would be measured.
 
-    from bench.programs import programs
-
-    config = model_config(args)
-    with device_for(args.target) as sharding:
-        plan = setting.plan(config, args.chunk_size)
-        phases = {}
-        for program in programs(
-            config, plan.shapes, plan.selection, plan.decode, dtype=jnp.bfloat16, sharding=sharding
-        ):
-            sizes = program.lower().compile().memory_analysis()
-            phases[program.phase] = {
-                "held": program.held,
-                "made": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
-                "scratch": sizes.temp_size_in_bytes,
-            }
-    most = max(sum(parts.values()) for parts in phases.values())
-    return {**planned(plan), "compiled": most, "compiled_phases": phases}
+    In a new process, for a process that looks at a GPU takes its memory.
+    """
+    measured = Measured(args, SETTINGS[args.settings[0]])
+    kinds = {"run": measured.run, "compile": measured.compile, "where": conditions}
+    return kinds[args.one]()
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> None:
     """Measures every setting; writes the record after each."""
-    if args.one is not None:
-        # In a process of its own: a process that looks at a GPU takes its memory.
-        setting = SETTINGS[args.settings[0]]
-        call = {"run": run, "compile": compile_only, "where": lambda *_: conditions()}[args.one]
-        print(json.dumps(call(args, setting)))
-        return 0
-    options = ["--chunk-size", args.chunk_size]
-    options += ["--tiny"] * args.tiny + ["--layers", args.layers] * (args.layers is not None)
-    options += ["--target", args.target] * (args.target is not None)
     # The plugin asks the driver for its version, unless nothing will run on a GPU.
     environment = {"JAX_PLATFORMS": "cpu"} if args.target is not None else {}
-    record: dict[str, Any] = {
-        "command": "scripts/benchmark.py memory" + " --compiled" * args.compiled,
-        **in_process("memory", "--one", "where", **environment),
-        "target": None if args.target is None else args.target.stem,
-        "model": dataclasses.asdict(model_config(args)),
-        "rows": [],
-    }
+    record = {"command": command(), **in_process("where", **environment)}
+    record["target"] = None if args.target is None else args.target.stem
+    record["model"] = dataclasses.asdict(Measured(args, Setting(1)).config)
+    record["rows"] = []
     kinds = ["compile"] if args.target else ["run"] + ["compile"] * args.compiled
     for name in args.settings:
         row: dict[str, Any] = {"setting": name, **dataclasses.asdict(SETTINGS[name])}
         for kind in kinds:
-            row |= in_process("memory", "--one", kind, "--settings", name, *options, **environment)
+            row |= in_process(kind, "--settings", name, **environment)
         figures = [f"planned {row['planned'] / 1e9:7.2f} GB ({row['phase']})"]
         for kind in ("measured", "compiled"):
             if row.get(kind):
@@ -226,5 +215,4 @@ def main(args: argparse.Namespace) -> int:
                 figures.append(f"{kind} {row[kind] / 1e9:7.2f} ({row[f'planned_over_{kind}']:.3f})")
         print(f"{name:34} {', '.join(figures)}", flush=True)
         record["rows"].append(row)
-        write(args.out, record)
-    return 0
+        replace(args.out, json.dumps(record, indent=1) + "\n")

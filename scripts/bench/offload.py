@@ -9,50 +9,42 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.record import write
-from bench.run import BLOCK, SELECT, add_model_arguments, begin, peak
+from bench.record import clock, peak
+from bench.run import BLOCK, MODEL_OPTIONS, SELECT, Run
 from pdllm_jax import DecodeConfig, Engine
+from pdllm_jax.engine.offload import encode_offloaded, fetch, host_memory, select_offloaded
 from pdllm_jax.engine.request import start_decoding
 
 PARTS = ("draft, score, bring over", "encode", "decode")
+OPTIONS = MODEL_OPTIONS | {
+    "--chunks": (128, "of the document"),
+    "--fetched": ([4, 8, 16], "chunks fetched at once"),
+}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `benchmark.py offload`."""
-    add_model_arguments(parser)
-    option = parser.add_argument
-    option("--out", type=Path, default=Path("benchmarks/offload.json"))
-    option("--chunks", type=int, default=128, help="of the document")
-    option("--fetched", nargs="+", type=int, default=[4, 8, 16], help="chunks fetched at once")
-
-
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> None:
     """Encodes, fetches chunks, answers; the record is written after each."""
-    from pdllm_jax.engine.offload import encode_offloaded, fetch, select_offloaded
-
-    run = begin(args)
+    run = Run(args)
     run.record["host_copy_bandwidth"] = host_copy_bandwidth(0.01 if args.tiny else 1.0)
-    prompt, group = run.prompt(args.chunks), 2 * SELECT.encode_batch
-    encode = functools.partial(encode_offloaded, run.model, encode_batch=SELECT.encode_batch)
-    encode(run.prompt(group))  # compiles
-    begun = time.perf_counter()
-    document = encode(prompt)
-    jax.block_until_ready((document.k, document.v))
-    run.keep("encode to host memory", [time.perf_counter() - begun])
-    run.record["memory"] = {
-        "tokens": args.chunks * (args.chunk_size - 1),
-        "host_bytes": document.nbytes,
-        "weight_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(run.model)),
-        "peak_bytes": peak(),
-    }
+    prompt, group = run.prompt(args.chunks), SELECT.encode_batch
+
+    def encode(prompt: Any) -> tuple[Any, ...]:
+        document = encode_offloaded(run.model, prompt, encode_batch=group)
+        return document, document.k, document.v
+
+    encode(run.prompt(2 * group))  # compiles
+    seconds, (document, *_) = clock(lambda: encode(prompt))
+    run.keep("encode to host memory", [seconds])
+    tokens, weights = args.chunks * (args.chunk_size - 1), jax.tree.leaves(run.model)
+    memory = {"tokens": tokens, "host_bytes": document.nbytes}
+    memory["weight_bytes"] = sum(leaf.nbytes for leaf in weights)
+    run.record["memory"] = memory
     rng = np.random.default_rng(0)
     for k in args.fetched:
         name = f"bring {k} chunks over"
@@ -63,22 +55,14 @@ def main(args: argparse.Namespace) -> int:
     query = np.asarray(prompt.query[0])[: int(prompt.query_length[0])]
     decode = DecodeConfig(gen_length=BLOCK, block_length=BLOCK)
 
-    def ask(encoding: str) -> np.ndarray:
+    def ask(encoding: str) -> list[float]:
         """Returns the seconds of PARTS of one answer."""
         selecting = dataclasses.replace(SELECT, encoding=encoding)
-        times = [time.perf_counter()]
-
-        def done(*arrays: Any) -> None:
-            jax.block_until_ready(arrays)
-            times.append(time.perf_counter())
-
-        chosen = select_offloaded(run.model, document, query, selecting)
-        done(chosen.cache, chosen.selection)
-        state = start_decoding(run.model, chosen, decode)
-        done(state)
-        Engine(run.model, decoding=decode).decode(state)
-        done()
-        return np.diff(times)
+        select = functools.partial(select_offloaded, run.model, document, query, selecting)
+        choose, chosen = clock(select)
+        start, state = clock(lambda: start_decoding(run.model, chosen, decode))
+        answer = clock(lambda: Engine(run.model, decoding=decode).decode(state))
+        return [choose, start, answer[0]]
 
     for encoding in ("independent", "joint"):
         ask(encoding)  # compiles
@@ -86,23 +70,14 @@ def main(args: argparse.Namespace) -> int:
         for part, spent in zip(PARTS, answers.T, strict=True):
             run.keep(f"{encoding}: {part}", spent.tolist())
         run.keep(f"{encoding}: answer", answers.sum(axis=1).tolist())
-    run.record["memory"]["peak_bytes"] = peak()
-    write(args.out, run.record)
-    return 0
+    memory["peak_bytes"] = peak()
+    run.say(f"most on the device: {peak() / 1e9:.2f} GB")
 
 
 def host_copy_bandwidth(gigabytes: float) -> float:
     """Returns bytes per second of one large array from host to device, best of three."""
-    from pdllm_jax.engine.offload import host_memory
-
     device = jax.device_put(0).sharding
     array = jnp.zeros((int(gigabytes * 2**30) // 4,), jnp.float32)
     on_host = jax.block_until_ready(jax.device_put(array, host_memory(device)))
-
-    def seconds() -> float:
-        begun = time.perf_counter()
-        jax.block_until_ready(jax.device_put(on_host, device))
-        return time.perf_counter() - begun
-
-    seconds()
-    return on_host.nbytes / min(seconds() for _ in range(3))
+    spent = [clock(lambda: jax.device_put(on_host, device))[0] for _ in range(4)]
+    return on_host.nbytes / min(spent[1:])

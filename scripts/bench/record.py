@@ -1,4 +1,4 @@
-"""Times calls on the device, and writes a record with the conditions it was measured under."""
+"""Times calls on the device, and keeps the record of a benchmark with its conditions."""
 
 from __future__ import annotations
 
@@ -10,44 +10,79 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.pages import replace
-
 ROOT = Path(__file__).resolve().parents[2]
+SPREAD = ("median", "least", "most")
 
 
-class Timing(NamedTuple):
-    """Microseconds of one call: median, least and most over repeats."""
+class Record(dict[str, Any]):
+    """A record that is written to `path` after each change.
 
-    median: float
-    least: float
-    most: float
-
-
-def time_loop(run: Callable[..., Any], args: tuple[Any, ...], calls: int, repeats: int) -> Timing:
-    """Returns the device time of one call, where `run(*args)` makes `calls` calls on the device.
-
-    The cost of starting a loop on the host is subtracted: (three loops - one loop) / 2.
+    fields: of the record, after the command line, hardware and versions.
     """
 
-    def seconds(times: int) -> float:
-        start = time.perf_counter()
-        for _ in range(times):
-            last = run(*args)
-        jax.block_until_ready(last)
-        return time.perf_counter() - start
+    def __init__(self, path: Path, **fields: Any):
+        super().__init__(command=command(), **conditions(), **fields)
+        self.path = path
 
-    seconds(1)
-    spent = [(seconds(3) - seconds(1)) / 2 / calls * 1e6 for _ in range(repeats)]
-    return Timing(float(np.median(spent)), min(spent), max(spent))
+    def say(self, text: str) -> None:
+        """Prints a line, and writes the record as it is by now."""
+        print(text, flush=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        replace(self.path, json.dumps(self, indent=1) + "\n")
+
+    def add(self, row: dict[str, Any], text: str | None = None) -> None:
+        """Appends to "rows". text: the line to print, by default the row."""
+        self["rows"].append(row)
+        self.say(json.dumps(row) if text is None else text)
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file and replaces the old one in one step."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def relative(path: Path, page: Path) -> str:
+    """Returns the link from a page to a path."""
+    return Path(os.path.relpath(path.resolve(), page.resolve().parent)).as_posix()
+
+
+def spread(values: Sequence[float], names: Sequence[str] = SPREAD) -> dict[str, float]:
+    """Returns median, least and most under three names."""
+    figures = (float(np.median(values)), float(min(values)), float(max(values)))
+    return dict(zip(names, figures, strict=True))
+
+
+def clock(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Returns the seconds of a call until its arrays are computed, and its result."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(call())
+    return time.perf_counter() - start, result
+
+
+def time_loop(run: Callable[..., Any], args: tuple[Any, ...], calls: int, repeats: int):
+    """Returns the microseconds on the device of each of `calls` calls that `run(*args)` makes.
+
+    Median, least and most over the repeats. The cost of starting a loop on the host is subtracted:
+    (three loops - one loop) / 2.
+    """
+
+    def loops(times: int) -> float:
+        return clock(lambda: [run(*args) for _ in range(times)][-1])[0]
+
+    loops(1)
+    spent = [(loops(3) - loops(1)) / 2 / calls * 1e6 for _ in range(repeats)]
+    return tuple(spread(spent).values())
 
 
 def copy_bandwidth(gigabytes: float = 2.0, calls: int = 50) -> float:
@@ -56,43 +91,32 @@ def copy_bandwidth(gigabytes: float = 2.0, calls: int = 50) -> float:
     Ways: x + 1 in bfloat16 and in float32 in a loop on the device, and the driver's copy.
     """
 
-    def in_place(dtype: Any) -> float:
-        def add(x: jax.Array) -> jax.Array:
-            return jax.lax.fori_loop(0, calls, lambda _, x: x + jnp.ones((), x.dtype), x)
+    def add(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, calls, lambda _, x: x + jnp.ones((), x.dtype), x)
 
-        run = jax.jit(add, donate_argnums=0)
+    def speed(dtype: Any, in_place: bool) -> float:
         x = jnp.ones((int(gigabytes * 2**30) // jnp.dtype(dtype).itemsize,), dtype)
+        run = jax.jit(add, donate_argnums=0) if in_place else jax.jit(jnp.copy)
         x = jax.block_until_ready(run(x))
-        start = time.perf_counter()
-        x = jax.block_until_ready(run(x))
-        return 2 * x.nbytes * calls / (time.perf_counter() - start)
+        copies = (lambda: run(x)) if in_place else (lambda: [run(x) for _ in range(calls)][-1])
+        return 2 * x.nbytes * calls / clock(copies)[0]
 
-    def driver() -> float:
-        x = jnp.ones((int(gigabytes * 2**30) // 4,), jnp.float32)
-        run = jax.jit(jnp.copy)
-        jax.block_until_ready(run(x))
-        start = time.perf_counter()
-        for _ in range(calls):
-            y = run(x)
-        jax.block_until_ready(y)
-        return 2 * x.nbytes * calls / (time.perf_counter() - start)
-
-    ways = (lambda: in_place(jnp.bfloat16), lambda: in_place(jnp.float32), driver)
-    return max(way() for way in ways for _ in range(3))
+    ways = ((jnp.bfloat16, True), (jnp.float32, True), (jnp.float32, False))
+    return max(speed(*way) for way in ways for _ in range(3))
 
 
 def command() -> str:
-    """Returns the command line without --out."""
-    words = iter(sys.argv[1:])
+    """Returns the command line without --out, and PATH in the place of files and folders."""
+    words = iter(sys.argv[2:])
     kept = [word for word in words if word != "--out" or not next(words, None)]
-    return shlex.join(["scripts/benchmark.py", *kept])
+    named = ["PATH" if Path(word).exists() else word for word in kept]
+    return shlex.join(["scripts/benchmark.py", *sys.argv[1:2], *named])
 
 
 def conditions() -> dict[str, Any]:
     """Returns hardware and versions."""
-    device = jax.devices()[0]
-    record = {
-        "device": device.device_kind,
+    record: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "processors": os.cpu_count(),
         "python": platform.python_version(),
@@ -107,41 +131,30 @@ def conditions() -> dict[str, Any]:
     return record
 
 
-def write(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes the record as JSON and replaces the file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, json.dumps(record, indent=1) + "\n")
+def peak() -> int:
+    """Returns the most bytes that the device has held so far."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
-def in_process(*arguments: object, root: Path = ROOT, **environment: str) -> dict[str, Any]:
-    """Runs `benchmark.py ARGUMENTS` of a checkout in a new process; its last line is JSON."""
+def run_script(
+    *arguments: object, root: Path = ROOT, stderr: int | None = None, **environment: str
+) -> str:
+    """Runs `benchmark.py ARGUMENTS` of a checkout in a new process; returns what it printed."""
     script = [sys.executable, str(root / "scripts" / "benchmark.py"), *map(str, arguments)]
-    paths = [str(root), os.environ.get("PYTHONPATH", "")]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **environment}
-    done = subprocess.run(script, env=variables, stdout=subprocess.PIPE, text=True, check=False)
+    paths = filter(None, (str(root), os.environ.get("PYTHONPATH")))
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment}
+    done = subprocess.run(
+        script, env=variables, stdout=subprocess.PIPE, stderr=stderr, text=True, check=False
+    )
     if done.returncode:
-        raise SystemExit(f"{shlex.join(script)} ended with status {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+        raise SystemExit(f"{done.stdout[-2000:]}\n{shlex.join(script)}: status {done.returncode}")
+    return done.stdout
 
 
-def times(record: Mapping[str, Any]) -> dict[str, float]:
-    """Returns every time of a record of `speed`, `method` or `kernel` by name, in seconds."""
-    result = {name: row["median"] for name, row in record.get("seconds", {}).items()}
-    for row in record.get("step", ()):
-        name = f"step, {row['cached_tokens']} cached{_on(row)}"
-        result[name] = row["ms"] / 1e3
-        result[f"{name}, from Python"] = row["ms_from_python"] / 1e3
-    for row in record.get("end_to_end", ()):
-        name = f"{row['method']}, {row['chunks']} chunks, {row['tokens']} tokens{_on(row)}"
-        result[name] = row["seconds"]
-    for row in record.get("stream", ()):
-        result[f"streamed, {row['document_tokens']} tokens{_on(row)}"] = row["seconds"]
-    for row in record.get("rows", ()):
-        if "us" in row:
-            keys = ("implementation", "batch", "slots", "rows", "heads", "kv_heads", "ragged")
-            result[", ".join(f"{key} {row[key]}" for key in keys)] = row["us"] / 1e6
-    return result
+def in_process(kind: str, *options: object, **environment: str) -> dict[str, Any]:
+    """Returns what `one` of the command's module measures in a new process.
 
-
-def _on(row: Mapping[str, Any]) -> str:
-    return f", mesh {row['mesh']}" if "mesh" in row else ""
+    kind: its args.one. options: after this process' own.
+    """
+    output = run_script(*sys.argv[1:], "--one", kind, *options, **environment)
+    return json.loads(output.splitlines()[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,53 +16,60 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from bench.record import command, conditions, write
+from bench.record import Record, clock, spread
 from pdllm_jax import ChunkConfig, MaskPredictor, ModelConfig, SelectionConfig, chunk_prompt
 from pdllm_jax.network.sharding import mesh_name
 
 # The request that benchmarks time: 4 chunks kept, a question of 32 tokens, blocks of 32.
 SELECT = SelectionConfig(top_k=4, masked_copies=4, draft_length=4, draft_steps=2)
 BLOCK, PREFIX, QUERY = 32, 16, 32
+# Options of every benchmark with a `Run`.
+MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
+    "--tiny": (False, "a tiny model, to try the script"),
+    "--chunk-size": (1024, ""),
+    "--repeats": (3, ""),
+    "--limit": (math.inf, "seconds in all"),
+}
 
 
-@dataclasses.dataclass
 class Run:
-    """A model, the record of its times, and the options of the command line."""
+    """A model, the record of its times, and the options of the command line.
 
-    args: argparse.Namespace
-    model: MaskPredictor
-    record: dict[str, Any]
-    start: float
+    Weights are random: LLaDA-8B's sizes in bfloat16, or with args.tiny a tiny model's.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.start = args, time.monotonic()
+        config = model_config(args)
+        self.model = cheap_model(config)
+        self.record = Record(args.out, model=dataclasses.asdict(config))
+        self.record |= {name: {} for name in ("seconds", "ratios", "compile_seconds", "memory")}
+        self.record["left_out"] = []
+        self.say("weights are drawn")
 
     def prompt(self, chunks: int, query: int = QUERY, seed: int = 0):
         """Returns a random prompt whose chunks are all full."""
-        rng = np.random.default_rng(seed)
-        vocab, size = self.model.config.vocab_size - 8, self.args.chunk_size
-        context = rng.integers(0, vocab, chunks * (size - 1))
-        return chunk_prompt(
-            rng.integers(0, vocab, PREFIX), context, rng.integers(0, vocab, query),
-            ChunkConfig(size),
-        )  # fmt: skip
+        rng, size = np.random.default_rng(seed), self.args.chunk_size
+        vocab = self.model.config.vocab_size - 8
+        lengths = (PREFIX, chunks * (size - 1), query)
+        prefix, context, asked = (rng.integers(0, vocab, length) for length in lengths)
+        return chunk_prompt(prefix, context, asked, ChunkConfig(size))
 
     def timed(self, name: str, call: Callable[[], Any], repeats: int | None = None) -> Any:
         """Returns the result of the call; times it after a first call that compiles."""
-        seconds, result = [], jax.block_until_ready(call())
-        for _ in range(self.args.repeats if repeats is None else repeats):
+        repeats, seconds, result = repeats or self.args.repeats, [], jax.block_until_ready(call())
+        for _ in range(repeats):
             del result
-            start = time.perf_counter()
-            result = jax.block_until_ready(call())
-            seconds.append(time.perf_counter() - start)
+            spent, result = clock(call)
+            seconds.append(spent)
         self.keep(name, seconds)
         return result
 
     def keep(self, name: str, seconds: list[float]) -> None:
         """Records median, least and most."""
-        row = {"median": float(np.median(seconds)), "least": min(seconds), "most": max(seconds)}
-        self.record["seconds"][name] = row
-        self.say(
-            f"{name:52} {1000 * row['median']:9.1f} ms "
-            f"[{1000 * row['least']:.1f}, {1000 * row['most']:.1f}]"
-        )
+        row = self.record["seconds"][name] = spread(seconds)
+        figures = "{:9.1f} ms [{:.1f}, {:.1f}]".format(*(1e3 * value for value in row.values()))
+        self.say(f"{name:52} {figures}")
 
     def note(self, name: str, value: float) -> None:
         """Records a ratio or a rate."""
@@ -69,66 +77,50 @@ class Run:
         self.say(f"{name:52} {value:9.3f}")
 
     def say(self, text: str) -> None:
-        """Prints a line with the time since the start, and writes the record as it is by now."""
-        print(f"{time.monotonic() - self.start:5.0f} s  {text}", flush=True)
-        write(self.args.out, self.record)
+        """Prints a line with the time since the start, and writes the record."""
+        self.record.say(f"{time.monotonic() - self.start:5.0f} s  {text}")
+
+    def late(self, name: str) -> bool:
+        """Returns whether --limit is over; then names in the record what is left out."""
+        late = time.monotonic() - self.start > self.args.limit
+        if late:
+            self.record["left_out"].append(name + self.on)
+            self.say(f"left out: {name}{self.on}")
+        return late
 
     def median(self, name: str) -> float:
         return self.record["seconds"][name]["median"]
 
     def sections(self, table: dict[str, Callable[[Run], None]], names: list[str]) -> None:
-        """Runs sections in order until --limit; names the others in the record."""
+        """Runs sections in order until --limit."""
         for name in names:
-            if time.monotonic() - self.start > self.args.limit:
-                self.record["left_out"].append(name + on(self.model))
-            else:
+            if not self.late(name):
                 table[name](self)
 
+    @property
+    def of_mesh(self) -> dict[str, str]:
+        """{"mesh": its name, with "mosaic_gpu" where that makes the sums}; {} without one."""
+        if self.model.mesh is None:
+            return {}
+        sums = ", mosaic_gpu" if self.model.links is not None else ""
+        return {"mesh": mesh_name(self.model.mesh) + sums}
 
-def begin(args: argparse.Namespace) -> Run:
-    """Makes random bfloat16 weights of LLaDA-8B, or with args.tiny of a tiny model."""
-    start = time.monotonic()
-    config = ModelConfig.tiny() if args.tiny else ModelConfig.llada_8b()
-    model = MaskPredictor(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-    jax.block_until_ready(jax.tree.leaves(model))
-    record: dict[str, Any] = {
-        "command": command(),
-        **conditions(),
-        "model": dataclasses.asdict(config),
-        "seconds": {},
-        "ratios": {},
-        "compile_seconds": {},
-        "memory": {},
-        "left_out": [],
-    }
-    run = Run(args, model, record, start)
-    run.say("weights are drawn")
-    return run
+    @property
+    def on(self) -> str:
+        """What a row's name says of the model's mesh."""
+        return "".join(f", mesh {name}" for name in self.of_mesh.values())
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of every benchmark that calls `begin`."""
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script")
-    parser.add_argument("--chunk-size", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds in all")
+def model_config(args: argparse.Namespace) -> ModelConfig:
+    """Returns LLaDA-8B's config, or with args.tiny a tiny one."""
+    return ModelConfig.tiny() if args.tiny else ModelConfig.llada_8b()
 
 
-def of_mesh(model: MaskPredictor) -> dict[str, str]:
-    """Returns {"mesh": its name, with "mosaic_gpu" where that makes the sums}; {} without one."""
-    if model.mesh is None:
-        return {}
-    return {"mesh": mesh_name(model.mesh) + (", mosaic_gpu" if model.links is not None else "")}
-
-
-def on(model: MaskPredictor) -> str:
-    """Returns what a row's name says of the model's mesh."""
-    return "".join(f", mesh {name}" for name in of_mesh(model).values())
-
-
-def peak() -> int:
-    """Returns the most bytes that the device has held so far."""
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+@functools.partial(jax.jit, static_argnums=0)
+def random_layers(shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+    """Returns random bfloat16 values, drawn layer by layer: shape[0] layers."""
+    keys = jax.random.split(key, shape[0])
+    return jax.lax.map(lambda k: jax.random.normal(k, shape[1:], jnp.bfloat16), keys)
 
 
 def cheap_model(config: ModelConfig, dtype: DTypeLike = jnp.bfloat16) -> MaskPredictor:

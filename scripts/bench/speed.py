@@ -3,17 +3,16 @@
 Random weights, bfloat16, joint encoding of K = 4 chunks of 1,024, a query of 32 tokens; draft and
 scores are counted. Whole requests are timed as a user calls them, host time included, after a first
 call that compiles; the baselines run in the same process. With several meshes, or several ways to
-make their sums, the sections run on each in turn, and the record holds ratios to the first.
+make their sums, the sections run on each in turn.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
+import functools
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,83 +20,39 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from bench.record import copy_bandwidth, times, write
-from bench.requests import end_to_end, stream
-from bench.run import BLOCK, PREFIX, QUERY, SELECT, Run, add_model_arguments, begin, of_mesh, on
-from pallas_kernels import AllReduceImplementation
-from pdllm_jax import (
-    DecodeConfig,
-    ModelConfig,
-    denoise,
-    denoise_step,
-    init_denoise,
-    make_mesh,
-    prefill,
-    select_top_k,
-    shard_model,
-)
+import pdllm_jax as pdllm
+from bench.record import clock, copy_bandwidth, peak, spread
+from bench.run import BLOCK, MODEL_OPTIONS, PREFIX, QUERY, SELECT, Run, random_layers
+from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.method.cache import ChunkCache, ChunkPool
 from pdllm_jax.method.scoring import draft_response
 from pdllm_jax.network.sharding import TENSOR, parse_mesh, place
 
-SECTIONS = ("step", "prefill", "end-to-end", "stream")
+METHODS = ("prefilling", "dual-cache", "plain")
+# Evaluations of "plain" that are timed, at least one a block. All are the same work: the others
+# count as much as these.
+PLAIN_EVALUATIONS = 2
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `benchmark.py speed`."""
-    add_model_arguments(parser)
-    option = parser.add_argument
-    option("--out", type=Path, default=Path("benchmarks/speed.json"))
-    option("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
-    option("--cached", nargs="+", type=int, default=[4, 8, 32], help="step: chunks attended to")
-    option("--documents", nargs="+", type=int, default=[8, 16, 32], help="chunks of documents")
-    option("--stream", nargs="+", type=int, default=[128, 1024], help="chunks of streamed ones")
-    option("--tokens", nargs="+", type=int, default=[32, 128], help="of a response")
-    option("--mesh", nargs="+", metavar="DATAxTENSOR", help="meshes, e.g. 1x1 1x2 2x1")
-    option(
-        "--sums", nargs="+", choices=get_args(AllReduceImplementation), default=[None],
-        help="what adds up a few rows over TENSOR (default: the model's choice)",
-    )  # fmt: skip
-
-
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> None:
     """Runs the sections on every mesh."""
     copied = copy_bandwidth(0.01 if args.tiny else 2.0, 2 if args.tiny else 50)
-    run = begin(args)
+    run = Run(args)
     run.record |= {"copy_bandwidth": copied, "step": [], "end_to_end": [], "stream": []}
-    table = {"step": step, "prefill": score_document, "end-to-end": end_to_end, "stream": stream}
     plain = run.model
     for mesh, sums in meshes(args):
         if mesh is not None:
             run.model = plain  # frees the weights on the mesh before
-            run.model = shard_model(plain, mesh, sums=sums)
-        run.sections(table, args.sections)
-    if args.mesh:
-        compare_meshes(run)
-    write(args.out, run.record)
-    return 0
+            run.model = pdllm.shard_model(plain, mesh, sums=sums)
+        run.sections(SECTIONS, args.sections)
 
 
-def meshes(
-    args: argparse.Namespace,
-) -> Iterator[tuple[Mesh | None, AllReduceImplementation | None]]:
+def meshes(args: argparse.Namespace) -> Iterator[tuple[Mesh | None, Any]]:
     """Yields the meshes to run on with the ways to make their sums, where there are several."""
     for name in args.mesh or [None]:
-        mesh = None if name is None else make_mesh(*parse_mesh(name))
+        mesh = None if name is None else pdllm.make_mesh(*parse_mesh(name))
         alone = mesh is None or mesh.shape[TENSOR] == 1
-        yield from ((mesh, sums) for sums in ((None,) if alone else args.sums))
-
-
-def compare_meshes(run: Run) -> None:
-    """Records every time over the same time on the first mesh."""
-    by_name: dict[str, dict[str, float]] = {}
-    for name, seconds in times(run.record).items():
-        what, mesh = name.split(", mesh ", 1)
-        by_name.setdefault(what, {})[mesh] = seconds
-    for what, on_mesh in by_name.items():
-        first, *others = on_mesh
-        for mesh in others:
-            run.note(f"{what}: {mesh} over {first}", on_mesh[mesh] / on_mesh[first])
+        yield from ((mesh, sums) for sums in ((None,) if alone else args.sums or (None,)))
 
 
 def weight_bytes(run: Run) -> int:
@@ -110,79 +65,69 @@ def weight_bytes(run: Run) -> int:
 
 def random_document(run: Run, chunks: int) -> ChunkCache:
     """Returns a cache of that many full chunks, its KV random."""
-    config, size = run.model.config, run.args.chunk_size
+    config, size, prompt = run.model.config, run.args.chunk_size, run.prompt(chunks)
     shape = (config.n_layers, chunks, config.n_kv_heads, size, config.head_dim)
 
-    @jax.jit
-    def fill(key: jax.Array) -> jax.Array:
-        keys = jax.random.split(key, shape[0])
-        return jax.lax.map(lambda k: jax.random.normal(k, shape[1:], jnp.bfloat16), keys)
-
-    pool = ChunkPool(fill(jax.random.key(1)), fill(jax.random.key(2)), jnp.full((chunks,), size))
-    prompt = run.prompt(chunks)
-    prefix = jnp.zeros(
-        (config.n_layers, 1, PREFIX, config.n_kv_heads, config.head_dim), jnp.bfloat16
-    )
-    cache = ChunkCache(
-        pool, prompt.chunks[:, :chunks], prompt.chunk_lengths[:, :chunks], prompt.prefix,
-        prompt.prefix_length, prefix, prefix,
-    )  # fmt: skip
-    return place(run.model.mesh, cache)
+    k, v = (random_layers(shape, jax.random.key(side)) for side in (1, 2))
+    pool = ChunkPool(k, v, jnp.full((chunks,), size))
+    prefix_shape = (config.n_layers, 1, PREFIX, config.n_kv_heads, config.head_dim)
+    prefix = jnp.zeros(prefix_shape, jnp.bfloat16)
+    ids = (prompt.chunks[:, :chunks], prompt.chunk_lengths[:, :chunks])
+    ids += (prompt.prefix, prompt.prefix_length)
+    return place(run.model.mesh, ChunkCache(pool, *ids, prefix, prefix))
 
 
 def step(run: Run) -> None:
     """Times one evaluation of 32 rows against K chunks: in the loop on the device, from Python."""
-    decode = DecodeConfig(gen_length=BLOCK, block_length=BLOCK)
+    decode = pdllm.DecodeConfig(gen_length=BLOCK, block_length=BLOCK)
     most, mesh = max(run.args.cached), run.model.mesh
     cache, prompt = random_document(run, most), run.prompt(most)
+    one = functools.partial(pdllm.denoise_step, run.model, cache, config=decode)
 
     def start(k: int) -> Any:
         """Returns the state after joint encoding: the KV of the live rows is fresh."""
-        chosen = select_top_k(-jnp.arange(most, dtype=jnp.float32)[None], k)
-        state = init_denoise(
-            run.model, cache, chosen, prompt.query, decode, jax.random.key(0),
-            query_length=prompt.query_length, encoding="independent",
-        )  # fmt: skip
+        chosen = pdllm.select_top_k(-jnp.arange(most, dtype=jnp.float32)[None], k)
+        settings: Any = {"query_length": prompt.query_length, "encoding": "independent"}
+        state = pdllm.init_denoise(
+            run.model, cache, chosen, prompt.query, decode, jax.random.key(0), **settings
+        )
         state = dataclasses.replace(state, stale=jnp.zeros((1,), bool), live_encoded=True)
         return jax.block_until_ready(place(mesh, state))
 
     def loop(state: Any) -> float:
-        begun = time.perf_counter()
-        jax.block_until_ready(denoise(run.model, cache, state, config=decode).tokens)
-        return (time.perf_counter() - begun) / BLOCK
+        run_all = functools.partial(pdllm.denoise, run.model, cache, config=decode)
+        return clock(lambda: run_all(state).tokens)[0] / BLOCK
 
     def from_python(state: Any) -> float:
-        state = denoise_step(run.model, cache, state, config=decode)
-        jax.block_until_ready(state.tokens)
-        begun = time.perf_counter()
-        for _ in range(BLOCK - 1):
-            state = denoise_step(run.model, cache, state, config=decode)
-        jax.block_until_ready(state.tokens)
-        return (time.perf_counter() - begun) / (BLOCK - 1)
+        state = jax.block_until_ready(one(state))
+
+        def others() -> Any:
+            nonlocal state
+            for _ in range(BLOCK - 1):
+                state = one(state)
+            return state.tokens
+
+        return clock(others)[0] / (BLOCK - 1)
 
     parts = 1 if mesh is None else mesh.shape[TENSOR]
     chunk_bytes = (cache.pool.k.nbytes + cache.pool.v.nbytes) // most
     for k in run.args.cached:
         loop(start(k))  # compiles
-        spent = [loop(start(k)) for _ in range(run.args.repeats + 1)][1:]
-        python = float(np.median([from_python(start(k)) for _ in range(run.args.repeats)]))
-        floor = (weight_bytes(run) + k * chunk_bytes) / parts / run.record["copy_bandwidth"]
-        median = float(np.median(spent))
-        row = {
-            **of_mesh(run.model), "chunks": k, "cached_tokens": k * run.args.chunk_size,
-            "rows": BLOCK, "ms": 1e3 * median, "ms_least": 1e3 * min(spent),
-            "ms_most": 1e3 * max(spent), "ms_floor": 1e3 * floor, "times_floor": median / floor,
-            "ms_from_python": 1e3 * python, "python_over_loop": python / median,
-        }  # fmt: skip
-        run.record["step"].append(row)
+        spent = [1e3 * loop(start(k)) for _ in range(run.args.repeats + 1)][1:]
+        python = float(np.median([1e3 * from_python(start(k)) for _ in range(run.args.repeats)]))
+        floor = (weight_bytes(run) + k * chunk_bytes) / parts / run.record["copy_bandwidth"] * 1e3
+        row = {**run.of_mesh, "chunks": k, "cached_tokens": k * run.args.chunk_size, "rows": BLOCK}
+        row |= spread(spent, ("ms", "ms_least", "ms_most"))
+        row |= {"ms_floor": floor, "times_floor": row["ms"] / floor, "ms_from_python": python}
+        run.record["step"].append({**row, "python_over_loop": python / row["ms"]})
         run.say(
-            f"step, {row['cached_tokens']} cached{on(run.model)}: {row['ms']:.3f} ms "
+            f"step, {row['cached_tokens']} cached{run.on}: {row['ms']:.3f} ms "
             f"[{row['ms_least']:.3f}, {row['ms_most']:.3f}], {row['times_floor']:.3f} times the "
             f"floor; from Python {row['ms_from_python']:.3f}"
         )
 
 
-def pass_flops(config: ModelConfig, chunks: int, size: int) -> float:
+def pass_flops(config: pdllm.ModelConfig, chunks: int, size: int) -> float:
     """Returns the floating-point operations of encoding and scoring, padding not counted.
 
     Products of every row with the layers' weights, attention of chunk rows over prefix and chunk
@@ -201,11 +146,95 @@ def pass_flops(config: ModelConfig, chunks: int, size: int) -> float:
 def score_document(run: Run) -> None:
     """Times the scoring of a document as joint encoding needs it, the draft apart; TFLOP/s."""
     chunks = max(run.args.documents)
-    prompt, passing = run.prompt(chunks), SELECT.scoring()
-    draft = run.timed(
-        f"draft{on(run.model)}", lambda: draft_response(run.model, prompt.question, passing)
-    )
-    name = f"score {chunks} chunks{on(run.model)}"
-    run.timed(name, lambda: prefill(run.model, prompt, SELECT, draft=draft)[1])
+    prompt, name = run.prompt(chunks), f"score {chunks} chunks{run.on}"
+    draft = functools.partial(draft_response, run.model, prompt.question, SELECT.scoring())
+    drafted = run.timed(f"draft{run.on}", draft)
+    run.timed(name, lambda: pdllm.prefill(run.model, prompt, SELECT, draft=drafted)[1])
     work = pass_flops(run.model.config, chunks, run.args.chunk_size)
     run.note(f"TFLOP/s, {name}", work / run.median(name) / 1e12)
+
+
+class Requests:
+    """Random requests. Whole prompts have n times C tokens: baselines compute no padding."""
+
+    def __init__(self, run: Run):
+        self.run, self.rng = run, np.random.default_rng(0)
+        self.prefix, self.query = self.draw(PREFIX), self.draw(QUERY)
+
+    def draw(self, length: int) -> np.ndarray:
+        return self.rng.integers(0, self.run.model.config.vocab_size - 8, length)
+
+    def answer(self, method: str, context: np.ndarray, tokens: int, **select: Any):
+        """Answers once; returns the seconds of all its evaluations, and the result.
+
+        One token a step; for "plain" the fewest steps. select: changes of SELECT.
+        """
+        steps = max(PLAIN_EVALUATIONS, tokens // BLOCK) if method == "plain" else tokens
+        decode = pdllm.DecodeConfig(gen_length=tokens, block_length=BLOCK, steps=steps)
+        settings: dict[str, Any] = {"decoding": decode, "method": method}
+        request = [[], np.concatenate([self.prefix, context, self.query])]
+        prefix = self.prefix[:0]
+        if method == "prefilling":
+            chunking = pdllm.ChunkConfig(self.run.args.chunk_size)
+            settings |= {"selection": dataclasses.replace(SELECT, **select), "chunking": chunking}
+            request, prefix = [context, self.query], self.prefix
+        seconds, result = clock(
+            lambda: pdllm.Engine(self.run.model, **settings).answer(*request, prefix=prefix)
+        )
+        if result.evaluations != steps:
+            raise AssertionError(f"{result.evaluations} evaluations instead of {steps}")
+        return seconds + result.timings["decode"] * (tokens / steps - 1), result
+
+
+def end_to_end(run: Run) -> None:
+    """Times whole requests by each method; records how many times longer each baseline takes."""
+    enable_compilation_cache()
+    requests = Requests(run)
+    for n in run.args.documents:
+        if run.late(f"{n} chunks"):
+            continue
+        context = requests.draw(n * run.args.chunk_size - PREFIX - QUERY)
+        cases = [(method, context, tokens) for tokens in run.args.tokens for method in METHODS]
+        seconds, _ = clock(lambda cases=cases: [requests.answer(*case) for case in cases])
+        run.record["compile_seconds"][f"{n} chunks, first calls{run.on}"] = seconds
+        run.say(f"first calls about {n} chunks: {seconds:.0f} s")
+        ours: dict[int, float] = {}
+        for method, _, tokens in cases:
+            repeats = run.args.repeats if method == "prefilling" else 1  # baselines take longest
+            answers = [requests.answer(method, context, tokens) for _ in range(repeats)]
+            result, length = answers[-1][1], PREFIX + len(context) + QUERY
+            row = {**run.of_mesh, "method": method, "chunks": n, "prompt_tokens": length}
+            row |= spread([spent for spent, _ in answers], ("seconds", "least", "most"))
+            row |= {"tokens": tokens, "phases": result.timings, "paths": result.paths}
+            run.record["end_to_end"].append({**row, "evaluations_timed": result.evaluations})
+            run.say(f"{method:11} {n:3} chunks {tokens:4} tokens {row['seconds']:8.3f} s")
+            ours.setdefault(tokens, row["seconds"])  # "prefilling" is the first method
+            if method != "prefilling":
+                name = f"{method} over prefilling, {n} chunks, {tokens} tokens{run.on}"
+                run.note(name, row["seconds"] / ours[tokens])
+        jax.clear_caches()  # frees device memory
+
+
+def stream(run: Run) -> None:
+    """Times one request about each streamed document, compiling taken off; the device's peak."""
+    requests = Requests(run)
+    for chunks in run.args.stream:
+        context = requests.draw(chunks * (run.args.chunk_size - 1))
+        seconds, result = requests.answer("prefilling", context, BLOCK, encoding="independent")
+        spent = {"seconds": seconds - result.timings["compile"], "phases": result.timings}
+        row = {**run.of_mesh, "chunks": chunks, "document_tokens": len(context), "tokens": BLOCK}
+        run.record["stream"].append({**row, **spent, "peak_bytes": peak()})
+        gigabytes = f"{peak() / 1e9:.2f} GB"
+        run.say(f"streamed {len(context):,} tokens: {spent['seconds']:.1f} s, peak {gigabytes}")
+
+
+SECTIONS = {"step": step, "prefill": score_document, "end-to-end": end_to_end, "stream": stream}
+OPTIONS = MODEL_OPTIONS | {
+    "--sections": (tuple(SECTIONS), ""),
+    "--cached": ([4, 8, 32], "step: chunks attended to"),
+    "--documents": ([8, 16, 32], "chunks of documents"),
+    "--stream": ([128, 1024], "chunks of streamed ones"),
+    "--tokens": ([32, 128], "of a response"),
+    "--mesh": ([str], "meshes DATAxTENSOR, e.g. 1x1 1x2 2x1"),
+    "--sums": ([str], "what adds up a few rows over TENSOR (default: the model's choice)"),
+}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.pages import relative, replace
+from bench.record import relative, replace
 
 from experiments.grids import Cell
 from experiments.plots import draw_all

@@ -5,6 +5,7 @@ Two processes share a mesh of four devices (gloo). Process 0 is the coordinator.
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import socket
@@ -18,30 +19,30 @@ from pdllm_jax.deprecated import finish
 from pdllm_jax.storage.fingerprint import model_identity
 from tests.storage.test_checkpoint import DIVISIBLE, make
 from tests.support import fault_workers
+from tests.support.fault_workers import Death
 from tests.support.workers import PROCESSES
 
 # Seconds after a worker's death, on a machine that is busy with all of these processes.
 BOUND = 5 * fault_workers.HEARTBEAT
+NOBODY = Death()
+
+
+def start(target, *arguments):
+    process = PROCESSES.Process(target=target, args=arguments)
+    process.start()
+    return process
 
 
 class Hosts:
-    """Two processes of one mesh; the process `victim`, if not -1, kills itself in phase `dies`."""
+    """Two processes of one mesh."""
 
-    def __init__(self, folder, out, snapshot=None, *, victim=-1, dies="", at=0):
+    def __init__(self, folder, out, snapshot=None, death=NOBODY):
         out.mkdir()
-        self.out, self.victim = out, victim
+        self.out, self.victim = out, death.victim
         with socket.socket() as free:
             free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        timeouts = {} if victim < 0 else {"heartbeat_timeout_seconds": fault_workers.HEARTBEAT}
-        self.processes = []
-        for rank in range(2):
-            how = (dies, at) if rank == victim else ("", 0)
-            process = PROCESSES.Process(
-                target=fault_workers.host, args=(rank, port, folder, out, snapshot, *how, timeouts)
-            )
-            process.start()
-            self.processes.append(process)
+            common = free.getsockname()[1], folder, out, snapshot, death
+        self.processes = [start(fault_workers.host, rank, *common) for rank in range(2)]
 
     def join(self, timeout: float) -> list[int | None]:
         """Returns the exit statuses; AssertionError if a process does not end."""
@@ -82,14 +83,7 @@ def model(folder):
 @pytest.fixture(scope="module")
 def want(model):
     """The answer of one device."""
-    (result,) = finish(model, fault_workers.prefilled(model))
-    return {"tokens": result.tokens}
-
-
-def write(folder: Path, snapshot: Path, point: str = ""):
-    process = PROCESSES.Process(target=fault_workers.writer, args=(folder, snapshot, point))
-    process.start()
-    return process
+    return {"tokens": finish(model, fault_workers.prefilled(model))[0].tokens}
 
 
 def check_restarted(hosts: Hosts, want: dict) -> None:
@@ -98,15 +92,13 @@ def check_restarted(hosts: Hosts, want: dict) -> None:
 
 
 def test_killed_while_prefilling(folder, tmp_path):
-    Hosts(folder, tmp_path / "out", victim=1, dies="prefill", at=1).check_dead()
+    Hosts(folder, tmp_path / "out", death=Death(1, "prefill", 1)).check_dead()
 
 
 @pytest.mark.slow
 def test_restarted_after_a_kill_while_prefilling(folder, want, tmp_path):
-    dying = [
-        Hosts(folder, tmp_path / str(victim), victim=victim, dies="prefill", at=3)
-        for victim in range(2)
-    ]
+    deaths = [Death(victim, "prefill", 3) for victim in range(2)]
+    dying = [Hosts(folder, tmp_path / str(death.victim), death=death) for death in deaths]
     for hosts in dying:
         hosts.check_dead()
     check_restarted(Hosts(folder, tmp_path / "restarted"), want)
@@ -120,7 +112,8 @@ def test_killed_while_writing_decoding_and_reading(folder, model, want, tmp_path
         "pdllm_jax.storage.snapshot.write_manifest",
         "os.rename#2",
     )
-    writers = {point: write(folder, tmp_path / point, point) for point in points}
+    write = functools.partial(start, fault_workers.writer, folder)
+    writers = {point: write(tmp_path / point, point) for point in points}
     identity = model_identity(model)
     for point, process in writers.items():
         process.join(240)
@@ -134,16 +127,14 @@ def test_killed_while_writing_decoding_and_reading(folder, model, want, tmp_path
                 load_request(partial, identity)
     half = tmp_path / points[0]
     refused = Hosts(folder, tmp_path / "half", half)
-    rewritten = write(folder, half)
+    rewritten = write(half, "")
     assert refused.join(240) == [0, 0]
     for outcome in refused.outcomes():
         assert "not a directory" in outcome["refused"]
     rewritten.join(240)
     assert rewritten.exitcode == 0
-    dying = [
-        Hosts(folder, tmp_path / f"{dies}-{victim}", half, victim=victim, dies=dies, at=at)
-        for victim, dies, at in ((0, "decode", 6), (1, "decode", 6), (1, "load", 3))
-    ]
+    deaths = Death(0, "decode", 6), Death(1, "decode", 6), Death(1, "load", 3)
+    dying = [Hosts(folder, tmp_path / f"{d.phase}-{d.victim}", half, d) for d in deaths]
     for hosts in dying:
         hosts.check_dead()
     check_restarted(Hosts(folder, tmp_path / "restarted", half), want)

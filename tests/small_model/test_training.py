@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from pdllm_jax.network.config import ModelConfig
-from pdllm_jax.network.transformer import MaskPredictor
+from convert.mapping import targets
+from pdllm_jax import ModelConfig
 
 tokenizers = pytest.importorskip("tokenizers")
 optax = pytest.importorskip("optax")
-from small_model import (  # noqa: E402  # noqa: E402
+from small_model import (  # noqa: E402
     base,
     corpus,
     evaluation,
@@ -35,6 +36,7 @@ NOUNS = tuple(f"{a}{b}r" for a in ("door", "lamp", "fox", "tree") for b in "abcd
 BOOK = "It was a fine day, and nobody came. She said that she would go. He did not answer!\n\n"
 CONFIG = dict(base.CONFIG, d_model=32, n_heads=4, n_kv_heads=2, n_layers=2, mlp_hidden_size=48)
 CONFIG |= {"vocab_size": 512, "embedding_size": 512, "mlp_ratio": 1.5}
+MODEL = ModelConfig.from_dict(CONFIG)
 
 
 def make_tokenizer(model, *, digits: bool):
@@ -52,12 +54,9 @@ def make_tokenizer(model, *, digits: bool):
 def encode() -> tasks.Encoder:
     """Returns byte-level BPE with the pre-tokenizer and the special tokens of the small model."""
     tokenizer = make_tokenizer(tokenizers.models.BPE(), digits=True)
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=list(base.SPECIAL_TOKENS),
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    settings = {"special_tokens": list(base.SPECIAL_TOKENS), "initial_alphabet": alphabet}
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=512, show_progress=False, **settings)
     tokenizer.train_from_iterator([BOOK, tasks.PREFIX, *ADJECTIVES, *NOUNS], trainer)
     return tasks.Encoder(tokenizer)
 
@@ -76,13 +75,28 @@ def training_side(encode: tasks.Encoder) -> corpus.Corpora:
 
 
 @pytest.fixture(scope="module")
+def make_maker(encode, training_side):
+    return functools.partial(sequences.SequenceMaker, training_side, encode)
+
+
+@pytest.fixture(scope="module")
 def held_out_side(encode: tasks.Encoder) -> corpus.Corpora:
     return make_corpora(encode, held_out=True)
 
 
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, np.ndarray]:
-    return base.random_tensors(0, CONFIG)
+    rng = np.random.default_rng(0)
+    shapes = {name: row.shape for name, row in targets(MODEL).items()}
+    scales = {name: shape[-1] ** -0.5 if shape[1:] else 0 for name, shape in shapes.items()}
+    drawn = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    return {name: np.float32(x * scales[name] + (x.ndim == 1)) for name, x in drawn.items()}
+
+
+@pytest.fixture(scope="module")
+def stacked(tensors):
+    params = network.stack(tensors, 2)
+    return params, network.gains(params, 0.5)
 
 
 def answer_spans(sequence: sequences.TrainingSequence) -> list[tuple[int, int]]:
@@ -93,9 +107,9 @@ def answer_spans(sequence: sequences.TrainingSequence) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("task", tasks.TASKS)
 @pytest.mark.parametrize("seed", range(4))
 def test_example_holds_its_needle(encode, held_out_side, task, seed):
-    make = tasks.make_example
-    example = make(task, 2048, seed, corpora=held_out_side, encode=encode)
-    assert example == make(task, 2048, seed, corpora=held_out_side, encode=encode)
+    settings = {"corpora": held_out_side, "encode": encode}
+    example, repeated = (tasks.make_example(task, 2048, seed, **settings) for _ in range(2))
+    assert example == repeated
     prompt = example["prefix"] + example["context"] + example["query"]
     assert len(prompt) + tasks.RESPONSE_LENGTH == 2048
     assert prompt.count(base.BOS_ID) == 1
@@ -175,9 +189,9 @@ def test_first_number_counts(response, right):
 
 
 @pytest.mark.parametrize("length", [768, 2048])
-def test_training_sequences(encode, training_side, length):
+def test_training_sequences(encode, length, make_maker):
     """Checks length, BOS, masks, held-out words, and that the document states the answers."""
-    maker = sequences.SequenceMaker(training_side, encode, length)
+    maker = make_maker(length)
     held_out = {word for word in (*ADJECTIVES, *NOUNS) if corpus.is_held_out(word)}
     kinds = set()
     for seed in range(60):
@@ -232,8 +246,8 @@ def test_sentences_encode_like_joined_text(encode, template):
     text = "".join(pieces)
     assert text.count("magic number for rustay-doorbr") == template.count("{X}") > 0
     assert text.count("40417") == template.count("{N}")
-    whole = encode.tokenizer.encode(text, add_special_tokens=False).ids
-    assert encode(*pieces).tolist() == whole
+    joined = encode.tokenizer.encode(text, add_special_tokens=False).ids
+    assert encode(*pieces).tolist() == joined
 
 
 def test_questions_are_reworded_and_evaluated_wording_is_most_common(encode):
@@ -254,9 +268,9 @@ def test_questions_are_reworded_and_evaluated_wording_is_most_common(encode):
         assert 0.6 < counts[usual] / 300 < 0.8
 
 
-def test_noise_hides_several_names(encode, training_side):
+def test_noise_hides_several_names(training_side, make_maker):
     """InfiniteBench's noise also has needles that are not asked for."""
-    maker = sequences.SequenceMaker(training_side, encode, 2048)
+    maker = make_maker(2048)
     told = []
     for seed in range(300):
         needles, asked, source = maker._single(np.random.default_rng(seed))
@@ -267,8 +281,8 @@ def test_noise_hides_several_names(encode, training_side):
     assert np.mean(np.array(told) > 1) > 0.4
 
 
-def test_fine_tuning_form_masks_answers_only(encode, training_side):
-    maker = sequences.SequenceMaker(training_side, encode, 512)
+def test_fine_tuning_form_masks_answers_only(make_maker):
+    maker = make_maker(512)
     rng = np.random.default_rng(3)
     roles = {group: set() for group in range(len(masking.GROUPS))}
     for _ in range(200):
@@ -289,9 +303,9 @@ def test_fine_tuning_form_masks_answers_only(encode, training_side):
     assert named["answer"] == named["full"] == {sequences.ANSWER}
 
 
-def test_hidden_answer_does_not_reveal_its_question(encode, training_side):
+def test_hidden_answer_does_not_reveal_its_question(encode, make_maker):
     """With a masked question, the answer after its opening is masked and not predicted."""
-    maker = sequences.SequenceMaker(training_side, encode, 768)
+    maker = make_maker(768)
     rng, checked, shares = np.random.default_rng(4), 0, []
     for _ in range(400):
         one = maker.dialogue(rng)
@@ -312,9 +326,9 @@ def test_hidden_answer_does_not_reveal_its_question(encode, training_side):
     assert 0.15 < np.mean(shares) < 0.35
 
 
-def test_weighted_loss_is_unbiased_in_t(encode, training_side):
+def test_weighted_loss_is_unbiased_in_t(make_maker):
     """With weight 1/p the expected weight of a text is TEXT_WEIGHT for every t."""
-    maker = sequences.SequenceMaker(training_side, encode, 512)
+    maker = make_maker(512)
     rng = np.random.default_rng(5)
     text = maker.text(rng)
     for t in (0.1, 0.5, 0.9):
@@ -323,12 +337,10 @@ def test_weighted_loss_is_unbiased_in_t(encode, training_side):
 
 
 @pytest.mark.parametrize("rows", [64, 2048])
-def test_batch_rows_are_the_masked_tokens(encode, training_side, rows):
-    maker = sequences.SequenceMaker(training_side, encode, 512)
-    batch = masking.training_batch(maker, 4, rows, (7, 0))
-    jax.tree.map(
-        np.testing.assert_array_equal, batch, masking.training_batch(maker, 4, rows, (7, 0))
-    )
+def test_batch_rows_are_the_masked_tokens(rows, make_maker):
+    maker = make_maker(512)
+    batch, repeated = (masking.training_batch(maker, 4, rows, (7, 0)) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, batch, repeated)
     used = batch.weights > 0
     flat = batch.tokens.reshape(-1)
     assert batch.tokens.shape == (4, 512)
@@ -341,102 +353,67 @@ def test_batch_rows_are_the_masked_tokens(encode, training_side, rows):
 
 def test_forward_equals_mask_predictor(tensors):
     """The scanned network gives MaskPredictor's logits."""
-    config = ModelConfig.from_dict(CONFIG)
-    params = network.stack(tensors, config.n_layers)
+    params = network.stack(tensors, MODEL.n_layers)
     tokens = np.random.default_rng(1).integers(0, 512, (2, 24)).astype(np.int32)
-    hidden = network.encode(params, network.shape_of(CONFIG), jnp.asarray(tokens))
-    model = MaskPredictor(config, rngs=nnx.Rngs(0))
-    state = nnx.to_pure_dict(nnx.state(model))
-    state["embedding"]["weight"] = params["embedding"]
-    state["final_norm"]["weight"] = params["final_norm"]
-    for layer in range(config.n_layers):
-        for name in network.LINEAR + network.NORMS:
-            state["blocks"][layer][name]["weight"] = params[name][layer]
-    graph = nnx.state(model)
-    nnx.replace_by_pure_dict(graph, jax.tree.map(jnp.asarray, state))
-    nnx.update(model, graph)
+    hidden = network.encode(params, MODEL, jnp.asarray(tokens))
+    model = network.to_model(params, MODEL)
     want = np.asarray(model(jnp.asarray(tokens)))
     got = np.asarray(network.head(params, hidden))
     assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
 
 
-def test_question_fit_rows(encode, held_out_side):
-    """Masks every guessed token of question and opening once; each row has one piece."""
-    example = tasks.make_example("magic_number", 2048, 3, corpora=held_out_side, encode=encode)
-    prefix, context, query = (example[key] for key in ("prefix", "context", "query"))
-    opening = [70, base.MASK_ID, 80, base.MASK_ID]
-    length = len(prefix) + 1 + 300 + len(query) + 4
-    rows = evaluation.fit_rows(example, np.array(opening), length, base.BOS_ID, base.MASK_ID)
-    pieces = -(-len(context) // 300)
-    assert rows.tokens.shape == (4 * pieces, length)
-    start, end = example["needle_span"]
-    for index in range(pieces):
-        at = min(300 * index, len(context) - 300)
-        masked = []
-        for copy in range(4):
-            row = rows.tokens[4 * index + copy]
-            slots, targets = (x[4 * index + copy] for x in (rows.slots, rows.targets))
-            slots, targets = slots[targets >= 0], targets[targets >= 0]
-            assert (row[slots] == base.MASK_ID).all()
-            whole = row.copy()
-            whole[slots] = targets
-            want = [*prefix, base.BOS_ID, *context[at : at + 300], *query, *opening]
-            assert whole.tolist() == want
-            masked += (slots - len(prefix) - 301).tolist()
-        assert sorted(masked) == [*range(len(query)), len(query), len(query) + 2]
-        if at <= start and end <= at + 300:
-            assert index in rows.needle
-
-
-def test_question_fit_scores_are_pseudo_log_likelihoods(encode, held_out_side, tensors):
-    """Compares with a plain sum over copies; questions have unequal lengths."""
-    params = jax.tree.map(jnp.asarray, network.stack(tensors, 2))
-    shape = network.shape_of(CONFIG)
+@pytest.mark.parametrize("right", [False, True])
+def test_evaluation_counts_answers_and_needles(monkeypatch, encode, held_out_side, right):
+    """The engine keeps the needle's chunk of 511 tokens and answers right, or neither."""
+    settings = {"corpora": held_out_side, "encode": encode}
     examples = [
-        tasks.make_example(task, 1024, 0, corpora=held_out_side, encode=encode)
-        for task in ("passkey", "magic_number")
+        tasks.make_example(t, 2048, seed, **settings) for t in tasks.TASKS for seed in (0, 1)
     ]
-    logits_of = jax.jit(lambda ids: network.head(params, network.encode(params, shape, ids)))
-    guesses = evaluation.openings(params, shape, examples, base.MASK_ID)
-    assert ((guesses != base.MASK_ID).sum(axis=1) == 2).all()
-    for example, guess in zip(examples, guesses, strict=True):  # without padding
-        prompt = [*example["prefix"], *example["query"], *[base.MASK_ID] * 4]
-        assert guess[0] == logits_of(np.array([prompt]))[0, -4].argmax()
-    rows = [
-        evaluation.fit_rows(one, guess, 448, base.BOS_ID, base.MASK_ID)
-        for one, guess in zip(examples, guesses, strict=True)
-    ]
-    for one, scores in zip(rows, evaluation.fit_scores(params, shape, rows), strict=True):
-        logits = np.asarray(logits_of(one.tokens), np.float64)
-        logs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-        want = np.zeros(len(one.tokens) // 4)
-        for row, (slots, targets) in enumerate(zip(one.slots, one.targets, strict=True)):
-            for slot, target in zip(slots, targets, strict=True):
-                want[row // 4] += logs[row, slot, target] if target >= 0 else 0
-        np.testing.assert_allclose(scores, want, rtol=1e-4)
+    spans = {tuple(e["context"]): (e["needle_span"], e["answer"]) for e in examples}
+
+    class Engine:
+        def __init__(self, model, method="prefilling", **_):
+            self.selects = method == "prefilling"
+
+        def answer_batch(self, requests):
+            for request in requests:
+                (start, _), answer = spans[tuple(request.context)]
+                chunk = start // 511 if right else 9
+                chosen = {"chunks": [0, chunk], "scores": [float(i == chunk) for i in range(10)]}
+                tokens = encode(answer if right else "no 1")
+                yield SimpleNamespace(tokens=tokens, selection=chosen if self.selects else None)
+
+    monkeypatch.setattr(evaluation, "Engine", Engine)
+    monkeypatch.setattr(evaluation, "load", lambda *_, **__: held_out_side)
+    monkeypatch.setattr(evaluation.tasks.Encoder, "load", lambda folder: encode)
+    measures = evaluation.Evaluator("folder")(None, 2048, 2)
+    shares = dict.fromkeys(tasks.TASKS, float(right))
+    assert measures["exact"] == measures["prefilling"] == shares
+    for place, task in enumerate(tasks.TASKS):
+        pair = [e["needle_span"] for e in examples[2 * place : 2 * place + 2]]
+        complete = [right and start // 511 == (end - 1) // 511 for start, end in pair]
+        assert measures["fit_first"][task] == np.mean(complete)
+        assert measures["fit"][task] >= np.mean(complete)
 
 
-def random_trainable(params: network.Params, gain: dict[str, np.ndarray], rank: int):
+def random_trainable(params: network.Params, rank: int):
     rng = np.random.default_rng(2)
 
     def noise(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(np.float32) * np.float32(0.1)
 
+    shapes = {name: params[name].shape for name in network.LINEAR}
     pairs = {
-        name: {
-            "a": noise(len(params[name]), rank, params[name].shape[2]),
-            "b": noise(len(params[name]), params[name].shape[1], rank),
-        }
-        for name in network.LINEAR
+        name: {"a": noise(layers, rank, inner), "b": noise(layers, outer, rank)}
+        for name, (layers, outer, inner) in shapes.items()
     }
     norms = {n: 1 + noise(*params[n].shape) for n in (*network.NORMS, "final_norm")}
     return {"lora": pairs, "norms": norms, "special": noise(6, params["embedding"].shape[1])}
 
 
-def test_adapter_merges_as_w0_plus_b_a(tensors, tmp_path):
-    params = network.stack(tensors, 2)
-    gain = network.gains(params, 0.5)
-    trainable = random_trainable(params, gain, rank=4)
+def test_adapter_merges_as_w0_plus_b_a(tensors, stacked, tmp_path):
+    params, gain = stacked
+    trainable = random_trainable(params, rank=4)
     lora.save(tmp_path / "a.safetensors", lora.from_trainable(trainable, gain), {"rank": "4"})
     adapter = lora.load(tmp_path / "a.safetensors")
     merged = lora.apply(tensors, adapter)
@@ -461,10 +438,9 @@ def test_adapter_merges_as_w0_plus_b_a(tensors, tmp_path):
         np.testing.assert_allclose(np.asarray(inside[name]), values, atol=1e-5)
 
 
-def test_adapter_of_another_base_raises(tensors):
-    params = network.stack(tensors, 2)
-    gain = network.gains(params, 0.5)
-    adapter = lora.from_trainable(random_trainable(params, gain, rank=4), gain)
+def test_adapter_of_another_base_raises(tensors, stacked):
+    params, gain = stacked
+    adapter = lora.from_trainable(random_trainable(params, rank=4), gain)
     name = network.tensor_name(0, "q_proj")
     with pytest.raises(ValueError, match="does not fit"):
         lora.apply({**tensors, name: tensors[name][:, :-1]}, adapter)
@@ -473,30 +449,22 @@ def test_adapter_of_another_base_raises(tensors):
         lora.apply(fewer, adapter)
 
 
-def test_initial_adapter_changes_nothing_and_learns(encode, training_side, tensors):
-    params = network.stack(tensors, 2)
-    gain = network.gains(params, 0.5)
-    trainable = training.initial(params, 4, seed=0)
+def test_initial_adapter_changes_nothing_and_learns(stacked, make_maker):
+    params, gain = stacked
+    trainable = training.initial(params, seed=0, rank=4)
     with_gain = {**params, "gain": gain}
     merged = network.merge(with_gain, trainable, jnp.float32)
     for name, values in params.items():
         np.testing.assert_array_equal(np.asarray(merged[name]), values)
-    maker = sequences.SequenceMaker(training_side, encode, 512)
-    batch = masking.training_batch(maker, 4, 256, (1, 0))
+    batch = masking.training_batch(make_maker(512), 4, 256, (1, 0))
     moments = training.OPTIMIZER.init(trainable)
-    step = jax.jit(
-        training.train_step,
-        static_argnames=("shape", "dtype"),
-        # Compiling takes most of this test's time.
-        compiler_options={
-            "xla_backend_optimization_level": 0,
-            "xla_llvm_disable_expensive_passes": True,
-        },
-    )
-    losses, shape = [], network.shape_of(CONFIG)
+    # Compiling takes most of this test's time.
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    step = functools.partial(training.train_step, config=MODEL, dtype=jnp.float32)
+    step, losses = jax.jit(step, compiler_options=quick), []
     for _ in range(12):
         arguments = (trainable, moments, with_gain, batch, np.float32(3e-2))
-        trainable, moments, metrics = step(*arguments, shape=shape, dtype=jnp.float32)
+        trainable, moments, metrics = step(*arguments)
         sums = np.asarray(metrics["sums"])
         losses.append(sums[0].sum() / sums[2].sum())
     assert losses[-1] < losses[0] - 0.5, losses
@@ -511,7 +479,6 @@ def test_unpermute_turns_pairs_into_halves():
 
 
 def test_stages_are_parsed():
-    stages = ((512, 10.0, True), (1024, 20.0, True))
-    assert training.parse_stages("512:10s,1024:20s") == stages
-    with pytest.raises(ValueError, match="all seconds or all steps"):
+    assert training.parse_stages("512:10s,1024:20s") == ((512, 10.0), (1024, 20.0))
+    with pytest.raises(ValueError, match="must be LENGTH:SECONDSs"):
         training.parse_stages("512:10s,1024:20")

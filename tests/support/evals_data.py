@@ -135,7 +135,7 @@ def corpora(folder: Path, tokenizer_file: Path) -> Path:
     import numpy as np
     import tokenizers
 
-    from small_model.corpus import NOISE, token_marks
+    from small_model.corpus import NOISE, vocabulary_marks
 
     folder.mkdir()
     (folder / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
@@ -146,9 +146,7 @@ def corpora(folder: Path, tokenizer_file: Path) -> Path:
 
     for name, text in (("persuasion", TEXT * 40), ("pydoc", TEXT * 40), ("noise", NOISE * 40)):
         np.save(folder / f"{name}.npy", ids(text))
-    size = tokenizer.get_vocab_size()
-    pieces = [tokenizer.decode([i], skip_special_tokens=False) for i in range(size)]
-    np.save(folder / "marks.npy", token_marks(pieces))
+    np.save(folder / "marks.npy", vocabulary_marks(tokenizer))
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = {kind: [kind + a + b for a in letters for b in letters] for kind in ("adj", "noun")}
     (folder / "words.json").write_text(

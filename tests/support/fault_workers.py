@@ -7,7 +7,7 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -30,39 +30,38 @@ from tests.support.workers import strike
 HEARTBEAT = 6  # seconds without a sign of life after which a process counts as dead
 
 
+class Death(NamedTuple):
+    """Where the process `victim` (-1: none) kills itself.
+
+    phase: at the at-th attention that runs inside a compiled program ("prefill", "decode"), or at
+    the checksum of the at-th file ("load").
+    """
+
+    victim: int = -1
+    phase: str = ""
+    at: int = 0
+
+
 def prefilled(model: Any) -> Any:
-    selecting = SelectionConfig(**SELECT, scorer="query", encoding="independent")
-    return prefill_request(
-        model, PREFIX, DOCUMENT, QUERY,
-        chunking=CHUNKS, selection=selecting, decode=DecodeConfig(**DECODE), seed=3,
-    )  # fmt: skip
+    settings: Any = {"chunking": CHUNKS, "decode": DecodeConfig(**DECODE), "seed": 3}
+    settings["selection"] = SelectionConfig(**SELECT, scorer="query", encoding="independent")
+    return prefill_request(model, PREFIX, DOCUMENT, QUERY, **settings)
 
 
 def host(
-    rank: int,
-    port: int,
-    folder: Path,
-    out: Path,
-    snapshot: Path | None,
-    dies: str,
-    at: int,
-    timeouts: dict[str, int],
+    rank: int, port: int, folder: Path, out: Path, snapshot: Path | None, death: Death
 ) -> None:
     """Answers together with another process, with two devices each; writes the result to `out`.
 
-    Both have some of the heads, so that neither can finish a layer without the other.
-
-    Args:
-      snapshot: request to decode; None prefills one.
-      dies: phase in which this process kills itself, or "": at the at-th attention that runs inside
-        a compiled program ("prefill", "decode"), or at the checksum of the at-th file ("load").
-      timeouts: of `jax.distributed.initialize`.
+    Both have some of the heads, so that neither can finish a layer without the other. snapshot:
+    request to decode; None prefills one.
     """
-    join(rank, port, **timeouts)
+    join(rank, port, **({} if death.victim < 0 else {"heartbeat_timeout_seconds": HEARTBEAT}))
+    dies = death.phase if death.victim == rank else ""
     phase, runs, real = "", itertools.count(1), sharded.local
 
     def ran() -> None:
-        if phase == dies and next(runs) == at:
+        if phase == dies and next(runs) == death.at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def local(mesh: Any, f: Any, inputs: Any, outputs: Any) -> Any:
@@ -80,7 +79,7 @@ def host(
             begun = jax.block_until_ready(prefilled(model))
         else:
             if dies == "load":
-                strike(f"pdllm_jax.storage.manifest._record#{at}")
+                strike(f"pdllm_jax.storage.manifest._record#{death.at}")
             begun = load_request(snapshot, model)
         phase = "decode"
         (result,) = finish(model, begun)

@@ -30,9 +30,8 @@ def model_from_tensors(
     tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], dtype: Any = jnp.float32
 ) -> MaskPredictor:
     """The library's model with PyTorch tensors under LLaDA's names, without the converter."""
-    parsed = ModelConfig.from_dict(config)
-    model = MaskPredictor(parsed, rngs=nnx.Rngs(0), dtype=dtype)
-    state = nnx.to_pure_dict(nnx.state(model))
+    model = MaskPredictor(ModelConfig.from_dict(config), rngs=nnx.Rngs(0), dtype=dtype)
+    graph, state = nnx.split(model)
     given = {}
     for name, tensor in tensors.items():
         path = name.removeprefix("model.transformer.").removesuffix(".weight")
@@ -47,12 +46,10 @@ def model_from_tensors(
         assert value.shape == leaf.shape, path
         return value
 
-    state = jax.tree_util.tree_map_with_path(take, state)
+    values = jax.tree_util.tree_map_with_path(take, nnx.to_pure_dict(state))
     assert not given, f"the model has no place for {list(given)}"
-    merged = nnx.state(model)
-    nnx.replace_by_pure_dict(merged, state)
-    nnx.update(model, merged)
-    return model
+    nnx.replace_by_pure_dict(state, values)
+    return nnx.merge(graph, state)
 
 
 def relative_error(got: Any, want: Any) -> float:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from pdllm_jax import MaskPredictor
@@ -54,17 +57,14 @@ def document(
         shape = (config.n_layers, *middle, config.head_dim)
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
-    return ChunkCache(
-        pool=ChunkPool(
-            kv(chunks + 1, config.n_kv_heads, 16), kv(chunks + 1, config.n_kv_heads, 16),
-            jnp.asarray([16] * (chunks - 1) + [9, 0], jnp.int32),
-        ),
-        tokens=jnp.asarray(rng.integers(0, 250, (1, chunks, 16)), jnp.int32),
-        lengths=jnp.asarray([[16] * (chunks - 1) + [9]], jnp.int32),
-        prefix_ids=jnp.asarray(rng.integers(0, 250, (1, 32)), jnp.int32),
-        prefix_length=jnp.asarray([3], jnp.int32),
-        prefix_k=kv(1, 32, config.n_kv_heads), prefix_v=kv(1, 32, config.n_kv_heads),
-    )  # fmt: skip
+    def ints(values: Any) -> jax.Array:
+        return jnp.asarray(values, jnp.int32)
+
+    heads, lengths = config.n_kv_heads, [16] * (chunks - 1) + [9]
+    pool = ChunkPool(kv(chunks + 1, heads, 16), kv(chunks + 1, heads, 16), ints([*lengths, 0]))
+    tokens, prefix = ints(rng.integers(0, 250, (1, chunks, 16))), rng.integers(0, 250, (1, 32))
+    ids = (tokens, ints([lengths]), ints(prefix), ints([3]))
+    return ChunkCache(pool, *ids, kv(1, 32, heads), kv(1, 32, heads))
 
 
 def same(a: Any, b: Any) -> bool:
@@ -93,13 +93,11 @@ def strike(point: str) -> None:
     """Makes this process kill itself (SIGKILL) at "module.name#n", the n-th call of a function."""
     module, _, name = point.rpartition(".")
     name, _, number = name.partition("#")
-    place = importlib.import_module(module)
-    real, calls = getattr(place, name), 0
+    place, calls = importlib.import_module(module), itertools.count(1)
+    real = getattr(place, name)
 
     def struck(*arguments: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == int(number or 1):
+        if next(calls) == int(number or 1):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments, **options)
 
@@ -109,20 +107,14 @@ def strike(point: str) -> None:
 def encode(folder: Path, out: Any, point: str = "", barrier: Any = None) -> None:
     """Encodes one document through a store; sends how often it encoded, and a checksum."""
     _fast_compilation()
-    real, encodings = store.encode_document, []
-
-    def encoding(*arguments: Any, **options: Any) -> Any:
-        encodings.append(1)
-        return real(*arguments, **options)
-
-    store.encode_document = encoding
+    store.encode_document = counted = mock.Mock(wraps=store.encode_document)
     if point:
         strike(point)
     documents = store.DocumentStore(folder, tiny())
     if barrier is not None:
         barrier.wait(200)
     cache = documents.encode_ids(PREFIX, text(), chunking=CHUNKS)
-    out.send((len(encodings), float(np.abs(np.asarray(cache.pool.k)).sum())))
+    out.send((counted.call_count, float(np.abs(np.asarray(cache.pool.k)).sum())))
 
 
 def decode(folder: Path, out: Any) -> None:
@@ -148,17 +140,13 @@ def on_meshes(folder: Path, out: Path) -> None:
 
     def placement(data: int, heads: int) -> Any:
         mesh = Mesh(np.array(jax.devices()[: data * heads]).reshape(data, heads), ("d", "h"))
-        pool = NamedSharding(mesh, PartitionSpec(None, "d", "h"))
-        rest = NamedSharding(mesh, PartitionSpec())
-        return lambda name: pool if name in pools else rest
+        pool, rest = PartitionSpec(None, "d", "h"), PartitionSpec()
+        return lambda name: NamedSharding(mesh, pool if name in pools else rest)
 
     shapes = []
     for wrote in ((4, 2), (1, 1)):
         place = placement(*wrote)
-        k, v = (
-            jax.device_put(x, place(name))
-            for x, name in zip((want.pool.k, want.pool.v), pools, strict=True)
-        )
+        k, v = (jax.device_put(x, place(pools[0])) for x in (want.pool.k, want.pool.v))
         spread = dataclasses.replace(want, pool=dataclasses.replace(want.pool, k=k, v=v))
         path = folder / str(wrote)
         save_document(path, identity, spread, chunking=CHUNKS)
@@ -194,34 +182,23 @@ def offline(source: Path, folder: Path, out: Path) -> None:
     small = ["--chunk-size", "32", "--top-k", "1", "--gen-length", "4", "--encode-batch", "2"]
     model, text = str(folder / "model"), str(folder / "text.txt")
     asking = [model, "--context-file", text, "--question", "Who?", *small]
-    evaluating = [
-        model, "needle", text, "--out", str(folder / "out"), "--lengths", "160", "--depths", "2",
-        "--needle", "The key is 7.", "--question", "Key?", "--expect", "7", "--no-chat",
-        "--methods", "prefilling", *small,
-    ]  # fmt: skip
-    statuses = [
-        generate.main(asking), generate.main([*asking, "--method", "plain"]),
-        evaluate.main(evaluating),
-    ]  # fmt: skip
+    needle = "--no-chat --methods prefilling --lengths 160 --depths 2 --question Key? --expect 7"
+    evaluating = [model, "needle", text, "--out", str(folder / "out"), *needle.split(), *small]
+    statuses = [generate.main(asking), generate.main([*asking, "--method", "plain"])]
+    statuses.append(evaluate.main([*evaluating, "--needle", "The key is 7."]))
     # Sockets that native code opened: the inodes of this process's descriptors.
     links = []
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # the descriptor of the listing
             links.append(os.readlink(f"/proc/self/fd/{number}"))
     inodes = {link[8:-1] for link in links if link.startswith("socket:[")}
-    lines = [
-        line.split()
-        for name in ("tcp", "tcp6", "udp", "udp6")
-        if (table := Path("/proc/self/net", name)).exists()
-        for line in table.read_text().splitlines()[1:]
-    ]
-    caught = False
-    try:
+    tables = (Path("/proc/self/net", name) for name in ("tcp", "tcp6", "udp", "udp6"))
+    texts = [table.read_text() for table in tables if table.exists()]
+    lines = [line.split() for text in texts for line in text.splitlines()[1:]]
+    with pytest.raises(RuntimeError, match="socket"):  # the audit sees a connection
         socket.create_connection(("127.0.0.1", 9))
-    except RuntimeError:
-        caught = True
     internet = [fields[1] for fields in lines if fields[9] in inodes]
-    out.write_text(json.dumps({"statuses": statuses, "caught": caught, "internet": internet}))
+    out.write_text(json.dumps({"statuses": statuses, "internet": internet}))
 
 
 def _fast_compilation() -> None:

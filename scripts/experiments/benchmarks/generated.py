@@ -97,10 +97,10 @@ def _multi_needle(length: int, seed: int, corpora: Corpora, encode: Encoder) -> 
     sizes = np.array([len(text.tokens) for text in texts], float)
     text = texts[rng.choice(len(texts), p=sizes / sizes.sum())]
     room = length - _MULTI_LENGTH - len(prefix) - len(query)
-    document = tasks.bury(rng, text, needles, room)
+    document, spans = tasks.bury(rng, text, needles, room)
     return Example(
         id=str(seed),
         answers=tuple(named[i][1] for i in asked),
-        ids=(prefix.tolist(), document.tokens.tolist(), query.tolist()),
-        details={"length": length, "needles": [list(document.spans[i]) for i in asked]},
+        ids=(prefix.tolist(), document.tolist(), query.tolist()),
+        details={"length": length, "needles": [list(spans[i]) for i in asked]},
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
 OLDEST = (0, 11)
@@ -66,6 +67,11 @@ def sm_count() -> int:
     return getattr(default_device(), "core_count", None) or 132
 
 
+def padded_rows(rows: int) -> int:
+    """Returns rows as the kernels' tiles can hold them: 32, or a multiple of 64."""
+    return 32 if rows <= 32 else -(-rows // ROWS) * ROWS
+
+
 def interpreter(*, detect_races: bool = False) -> Any:
     """Returns the `interpret=` setting that runs a Mosaic GPU kernel on the CPU.
 
@@ -74,6 +80,22 @@ def interpreter(*, detect_races: bool = False) -> Any:
     fewer than six cores, set PJRT_NPROC=6 in the environment before JAX starts.
     """
     return _mosaic_gpu().InterpretGPUParams(detect_races=detect_races)
+
+
+def zeros(shape: tuple[int, ...], layout: Any) -> jax.Array:
+    """Returns float32 zeros in registers."""
+    return _mosaic_gpu().layout_cast(jnp.zeros(shape, jnp.float32), layout)
+
+
+def product(a: Any, b: Any, columns: int) -> jax.Array:
+    """Returns the float32 product of a tile of rows and a matrix, both in shared memory."""
+    plgpu = _mosaic_gpu()
+
+    def multiply(ref: Any) -> jax.Array:
+        plgpu.wgmma(ref, a, b)
+        return ref[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((ROWS, columns), jnp.float32))
 
 
 def load(ref: Any, layout: Any) -> jax.Array:

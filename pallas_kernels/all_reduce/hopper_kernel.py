@@ -22,37 +22,27 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, math, vector
 
 from pallas_kernels.all_reduce import ptx
-from pallas_kernels.all_reduce.peer_memory import EMPTY, HEADER
-from pallas_kernels.all_reduce.ptx import PIECE, WORDS, Value, equal, i32, offset
+from pallas_kernels.all_reduce.peer_memory import CAPACITY, EMPTY, HEADER
+from pallas_kernels.all_reduce.ptx import PIECE, WORDS, Value, asm, equal, i32, offset, word_type
 
 WARP, WARPGROUP = 32, 128
 PATIENCE = 1 << 26  # polls until the kernel ends with an error, after most of a minute
 SHARED = ".relaxed.sys"
+LOAD_SCRATCH = "ld.shared.b32 $0, [$1];"
+LOAD_WORD = "ld.relaxed.gpu.global.b32 $0, [$1];"
 _EMPTY = EMPTY - (1 << 32)  # as a signed word
 
 
 def build_all_reduce(
-    rows: int,
-    columns: int,
-    dtype: jnp.dtype,
-    *,
-    devices: int,
-    capacity: int,
-    residual: bool = False,
-    eps: float | None = None,
+    shape: tuple[int, int], dtype: jnp.dtype, *, devices: int, residual: bool, eps: float | None
 ) -> Any:
     """Makes the callable: parts, [residual], [weight], table -> [sum] or [sum, its RMSNorm].
 
-    Parts, residual and results are [rows, columns], the weight is [columns]. The sum is made in
-    float32 in the order of the devices and rounded, then the residual is added.
-
-    Args:
-      rows, columns, dtype: of a device's part.
-      devices: size of the group.
-      capacity: bytes that a device may send.
-      residual: whether there is a residual.
-      eps: of the norm; None without a norm. With it each CTA makes one row.
+    Parts, residual and results are [rows, columns], the weight is [columns]. The sum over the group
+    of `devices` is made in float32 in their order and rounded, then the residual is added. eps is
+    the norm's, None without a norm. With a norm each CTA makes one row.
     """
+    rows, columns = shape
     in_row = columns * jnp.dtype(dtype).itemsize // PIECE
     groups = 1 if eps is None else in_row // WARPGROUP
     threads = groups * WARPGROUP
@@ -75,33 +65,40 @@ def build_all_reduce(
 
         # Issue all independent loads first.
         loaded = load_row(parts)
-        rank = ptx.load_word(table)
-        homes = [ptx.load_address(offset(table, i32(1 + d), 8)) for d in range(devices)]
+        rank = asm(LOAD_WORD, table, result=word_type())
+        wide = ir.IntegerType.get_signless(64)
+        homes = [
+            asm("ld.global.b64 $0, [$1];", offset(table, i32(1 + d), 8), result=wide)
+            for d in range(devices)
+        ]
         own = homes[0]
         for device in range(1, devices):
             own = arith.select(equal(rank, device), homes[device], own)
-        epoch = ptx.load_word(own)
+        epoch = asm(LOAD_WORD, own, result=word_type())
         stream = load_row(optional[0]) if residual else None
         weight = None if eps is None else ptx.load(offset(optional[-1], thread, PIECE))
 
         sent = [arith.select(equal(word, _EMPTY), i32(0), word) for word in loaded]
-        skipped = arith.muli(arith.andi(epoch, i32(1)), i32(devices * capacity))
+        skipped = arith.muli(arith.andi(epoch, i32(1)), i32(devices * CAPACITY))
         first = arith.addi(skipped, i32(HEADER))
 
         def place(home: Value, sender: Value) -> Value:
             """Returns the address of the thread's words from `sender` in the memory of `home`."""
-            start = arith.addi(first, arith.muli(sender, i32(capacity)))
+            start = arith.addi(first, arith.muli(sender, i32(CAPACITY)))
             return offset(offset(home, start, 1), piece, PIECE)
-
-        def send_to(home: Value) -> Callable[[], None]:
-            target = place(home, rank)
-            return lambda: ptx.store(target, sent, SHARED)
 
         for device, home in enumerate(homes):
             other = arith.andi(exists, ptx.negate(equal(rank, device)))
-            ptx.when(other, send_to(home))
+            target = place(home, rank)
+            with ptx.utils.when(other):
+                ptx.store(target, sent, SHARED)
         gpu.barrier()  # all threads of the CTA have read the epoch
-        ptx.when(equal(thread, 0), lambda: _count_cta(own, epoch, ctas))
+        with ptx.utils.when(equal(thread, 0)):  # the last CTA starts the next epoch
+            inc = "atom.relaxed.gpu.global.inc.u32 $0, [$1], $2;"
+            before = asm(inc, offset(own, i32(1), 4), i32(ctas - 1), result=word_type())
+            following = arith.addi(epoch, i32(1))
+            is_last = equal(before, ctas - 1)
+            asm("st.relaxed.gpu.global.b32 [$0], $1;", own, following, predicate=is_last)
 
         arrived = []
         for device in range(devices):
@@ -116,7 +113,8 @@ def build_all_reduce(
             rounded = ptx.unpack(ptx.pack(total, element), element)
             total = arith.addf(rounded, ptx.unpack(stream, element))
         summed = ptx.pack(total, element)
-        ptx.when(exists, lambda: ptx.store(offset(outs[0], piece, PIECE), summed))
+        with ptx.utils.when(exists):
+            ptx.store(offset(outs[0], piece, PIECE), summed)
         if eps is not None and weight is not None:
             values = ptx.unpack(summed, element)
             scale = _norm_scale(values, columns, eps, ptx.address(refs[-1]), groups)
@@ -143,16 +141,16 @@ def _receive(at: Value) -> Callable[[], list[Value]]:
     """Polls a place until all words have arrived, then resets it."""
 
     def wait() -> list[Value]:
-        kinds = [ptx.word_type()] * (1 + WORDS)
+        kinds = [word_type()] * (1 + WORDS)
         loop = ptx.scf.WhileOp(kinds, [i32(0)])
-        block = loop.before.blocks.append(ptx.word_type())
+        block = loop.before.blocks.append(word_type())
         with ir.InsertionPoint(block):
             polls = block.arguments[0]
             words = ptx.load(at, SHARED)
             missing = equal(words[0], _EMPTY)
             for word in words[1:]:
                 missing = arith.ori(missing, equal(word, _EMPTY))
-            ptx.trap(equal(polls, PATIENCE))
+            asm("trap;", predicate=equal(polls, PATIENCE))
             ptx.scf.condition(missing, [arith.addi(polls, i32(1)), *words])
         block = loop.after.blocks.append(*kinds)
         with ir.InsertionPoint(block):
@@ -161,12 +159,6 @@ def _receive(at: Value) -> Callable[[], list[Value]]:
         return list(loop.results)[1:]
 
     return wait
-
-
-def _count_cta(own: Value, epoch: Value, ctas: int) -> None:
-    """Counts this CTA, from one of its threads; the last CTA starts the next epoch."""
-    before = ptx.atomic_inc(offset(own, i32(1), 4), ctas - 1)
-    ptx.store_word(own, arith.addi(epoch, i32(1)), equal(before, ctas - 1))
 
 
 def _norm_scale(values: Value, columns: int, eps: float, scratch: Value, groups: int) -> Value:
@@ -180,10 +172,12 @@ def _norm_scale(values: Value, columns: int, eps: float, scratch: Value, groups:
     thread = ptx.index_x(gpu.thread_id)
     warp = arith.divui(thread, i32(WARP))
     first = equal(arith.remui(thread, i32(WARP)), 0)
-    ptx.store_scratch(offset(scratch, warp, 4), total, first)
+    asm("st.shared.b32 [$0], $1;", offset(scratch, warp, 4), total, predicate=first)
     gpu.barrier()
-    total = ptx.load_scratch(scratch)
+    single = ir.F32Type.get()
+    total = asm(LOAD_SCRATCH, scratch, result=single)
     for i in range(1, groups * WARPGROUP // WARP):
-        total = arith.addf(total, ptx.load_scratch(offset(scratch, i32(i), 4)))
-    mean = arith.mulf(total, ptx.f32(1 / columns))
-    return vector.broadcast(values.type, math.rsqrt(arith.addf(mean, ptx.f32(eps))))
+        part = asm(LOAD_SCRATCH, offset(scratch, i32(i), 4), result=single)
+        total = arith.addf(total, part)
+    mean = arith.mulf(total, ptx.utils.c(1 / columns, single))
+    return vector.broadcast(values.type, math.rsqrt(arith.addf(mean, ptx.utils.c(eps, single))))

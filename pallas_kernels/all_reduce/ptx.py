@@ -31,10 +31,6 @@ def i32(value: int) -> Value:
     return utils.c(value, word_type())
 
 
-def f32(value: float) -> Value:
-    return utils.c(value, ir.F32Type.get())
-
-
 def index_x(read: Callable[[Any], Value]) -> Value:
     """Returns `gpu.thread_id` or `gpu.block_id` along x."""
     return arith.index_cast(word_type(), read(gpu.Dimension.x))
@@ -59,14 +55,6 @@ def offset(start: Value, index: Value, size: int) -> Value:
     return arith.addi(start, arith.muli(wide, utils.c(size, start.type)))
 
 
-def when(condition: Value, then: Callable[[], Any]) -> None:
-    """Runs `then` if the condition holds."""
-    branch = scf.IfOp(condition)
-    with ir.InsertionPoint(branch.then_block):
-        then()
-        scf.yield_([])
-
-
 def choose(
     condition: Value, then: Callable[[], Sequence[Value]], other: Callable[[], Sequence[Value]]
 ) -> list[Value]:
@@ -78,53 +66,23 @@ def choose(
     return list(branch.results)
 
 
-def _ptx(text: str, *arguments: Value, result: Any = None, **settings: Any) -> Any:
-    if result is not None:
-        settings["has_side_effects"] = True  # keeps its order among the others
-    return utils.inline_ptx(text, *arguments, result_types=result, **settings)
+def asm(text: str, *arguments: Value, result: Any = None, predicate: Value | None = None) -> Any:
+    """Runs PTX and returns its results; with a predicate only where it holds."""
+    if result is None:
+        return utils.inline_ptx(text, *arguments, predicate=predicate)
+    # Side effects keep its order among the others.
+    return utils.inline_ptx(text, *arguments, result_types=result, has_side_effects=True)
 
 
 def load(at: Value, kind: str = "") -> Sequence[Value]:
     """Loads a piece. kind: ".relaxed.sys" for memory that another device writes to."""
     text = f"ld{kind}.global.v4.b32 {{$0, $1, $2, $3}}, [$4];"
-    return _ptx(text, at, result=[word_type()] * WORDS)
+    return asm(text, at, result=[word_type()] * WORDS)
 
 
 def store(at: Value, words: Sequence[Value], kind: str = "") -> None:
     """Stores a piece. kind: ".relaxed.sys" for memory that another device reads or writes."""
-    _ptx(f"st{kind}.global.v4.b32 [$0], {{$1, $2, $3, $4}};", at, *words)
-
-
-def load_word(at: Value) -> Value:
-    return _ptx("ld.relaxed.gpu.global.b32 $0, [$1];", at, result=word_type())
-
-
-def store_word(at: Value, word: Value, predicate: Value) -> None:
-    _ptx("st.relaxed.gpu.global.b32 [$0], $1;", at, word, predicate=predicate)
-
-
-def load_address(at: Value) -> Value:
-    return _ptx("ld.global.b64 $0, [$1];", at, result=ir.IntegerType.get_signless(64))
-
-
-def load_scratch(at: Value) -> Value:
-    """Loads a float32 of shared memory."""
-    return _ptx("ld.shared.b32 $0, [$1];", at, result=ir.F32Type.get())
-
-
-def store_scratch(at: Value, value: Value, predicate: Value) -> None:
-    _ptx("st.shared.b32 [$0], $1;", at, value, predicate=predicate)
-
-
-def atomic_inc(at: Value, last: int) -> Value:
-    """Adds one to a word, or sets it to 0 if it is `last`; returns its old value."""
-    text = "atom.relaxed.gpu.global.inc.u32 $0, [$1], $2;"
-    return _ptx(text, at, i32(last), result=word_type())
-
-
-def trap(predicate: Value) -> None:
-    """Ends the kernel with an error."""
-    _ptx("trap;", predicate=predicate)
+    asm(f"st{kind}.global.v4.b32 [$0], {{$1, $2, $3, $4}};", at, *words)
 
 
 def unpack(words: Sequence[Value], element: Any) -> Value:

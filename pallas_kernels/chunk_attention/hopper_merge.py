@@ -22,10 +22,7 @@ _BUFFERS, _COLUMNS = 8, 32
 def build_merge(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
     """Makes the callable: out [splits, R, D], lse [splits, R] of the attention kernel -> out, lse.
 
-    Rows are (b, h, t), R of them, in tiles of 64.
-
-    Returns:
-      out [B, T, H, D] in `dtype`, and lse [R] float32.
+    Rows are (b, h, t), R of them, in tiles of 64. Results are [B, T, H, D] in `dtype`, and [R].
     """
     splits, width = geo.tuning.splits, _COLUMNS
     buffers = min(splits, _BUFFERS)
@@ -67,8 +64,8 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
         top = scores[0]
         for score in scores[1:]:
             top = jnp.maximum(top, score)
-        total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row)
-        acc = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
+        total = compat.zeros((ROWS,), by_row)
+        acc = compat.zeros((ROWS, width), plgpu.Layout.WGMMA)
         for split, score in enumerate(scores):
             weight = jnp.exp(score - top)
             total += weight

@@ -98,7 +98,7 @@ def attend_all(
         chunk_ids,
         pool.lengths,
         layer=layer,
-        near=OwnKV(live_k, live_v, total),
+        own_kv=OwnKV(live_k, live_v, total),
         implementation=implementation,
     )
 

@@ -19,24 +19,12 @@ from pallas_kernels import (
 )
 from pallas_kernels.chunk_attention import api, cudnn
 from pallas_kernels.chunk_attention.dense import attention, attention_xla
+from tests.support.kernels import OLD_JAX, implementations
 from tests.support.models import relative_error
 
 HALF = {jnp.bfloat16: 8e-3, jnp.float16: 1e-3}
 TOLERANCE = {jnp.float32: 1e-6, **HALF}
-OLD_JAX = pytest.mark.skipif(
-    compat.mosaic_gpu_problem() is not None, reason=str(compat.mosaic_gpu_problem())
-)
-# All run the same cases, the last two on a GPU; "interpret" is the "mosaic_gpu" kernel on the CPU.
-IMPLEMENTATIONS = pytest.mark.parametrize(
-    "implementation",
-    [
-        "xla",
-        "reference",
-        pytest.param("interpret", marks=OLD_JAX),
-        pytest.param("mosaic_gpu", marks=pytest.mark.gpu),
-        pytest.param("cudnn", marks=pytest.mark.gpu),
-    ],
-)
+IMPLEMENTATIONS = implementations("xla", "reference", gpu=("mosaic_gpu", "cudnn"))
 # One program for a case, as the method has it, rather than one for each of its operations.
 attend = jax.jit(chunk_attention, static_argnames=("implementation", "scale"))
 attend_mass = jax.jit(chunk_attention_mass, static_argnames=("implementation",))

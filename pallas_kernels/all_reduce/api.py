@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.all_reduce.peer_memory import CAPACITY
-from pallas_kernels.common import require_known, rms_norm
+from pallas_kernels.common import resolve, rms_norm
 
 AllReduceImplementation = Literal["mosaic_gpu", "xla"]
 
@@ -36,13 +36,7 @@ def resolve_all_reduce(
     Raises:
       ValueError: the name is not known, or the kernel does not take x.
     """
-    problem = _problem(x, table)
-    if implementation is None:
-        return "xla" if problem else "mosaic_gpu"
-    require_known(implementation, get_args(AllReduceImplementation))
-    if implementation == "mosaic_gpu" and problem is not None:
-        raise ValueError(f"implementation 'mosaic_gpu': {problem}")
-    return implementation
+    return resolve(implementation, get_args(AllReduceImplementation), _problem(x, table))
 
 
 def _problem(x: jax.ShapeDtypeStruct | Array, table: Array | None) -> str | None:

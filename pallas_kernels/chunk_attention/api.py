@@ -19,7 +19,7 @@ from pallas_kernels.chunk_attention import cudnn, hopper
 from pallas_kernels.chunk_attention.dense import attention
 from pallas_kernels.chunk_attention.reference import chunk_attention_reference
 from pallas_kernels.chunk_attention.xla import chunk_attention_xla
-from pallas_kernels.common import EMPTY_LSE, OwnKV, Partial, merge, require_known
+from pallas_kernels.common import EMPTY_LSE, OwnKV, Partial, merge, resolve
 
 Layer = int | Int[Array, ""]
 Rows = Float[Array, "B T H D"] | Float[Array, "B K T H D"]
@@ -125,17 +125,11 @@ def resolve_implementation(
     """
     if callable(implementation):
         return implementation
-    if implementation is not None:
-        require_known(implementation, IMPLEMENTATIONS)
-    entry = IMPLEMENTATIONS[implementation or "mosaic_gpu"]
+    entry = IMPLEMENTATIONS.get(implementation or "mosaic_gpu", _Entry(chunk_attention_xla))
     problem = entry.input_problem(dtype, head_size, chunk_size)
     if problem is None and (implementation is None or compat.compute_capability() is not None):
         problem = entry.device_problem()
-    if implementation is None:
-        return "xla" if problem else "mosaic_gpu"
-    if problem:
-        raise ValueError(f"implementation {implementation!r}: {problem}")
-    return implementation
+    return resolve(implementation, IMPLEMENTATIONS, problem)
 
 
 def require_device(implementation: Implementation) -> None:

@@ -228,7 +228,7 @@ class ModelConfig:
         sizes: dict[str, Any] = {"d_model": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
         sizes |= {"mlp_hidden_size": 96, "vocab_size": 256, "embedding_size": 256}
         sizes |= {"rope_theta": 10_000.0, "max_sequence_length": 512}
-        return cls(**sizes, **dict(zip(_IDS, (255, 254, 254, 253), strict=True)))
+        return cls(**sizes | dict(zip(_IDS, (255, 254, 254, 253), strict=True)))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:

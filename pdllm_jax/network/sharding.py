@@ -136,8 +136,8 @@ def shardings(mesh: Mesh, tree: Tree, name: str = "") -> Tree:
     """
 
     def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        keys = [str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path]
-        return sharding_of(mesh, ".".join([name, *keys]), leaf.shape)
+        inside = jax.tree_util.keystr(path, simple=True, separator=".")
+        return sharding_of(mesh, f"{name}.{inside}", leaf.shape)
 
     return jax.tree_util.tree_map_with_path(of_leaf, tree)
 

@@ -43,13 +43,6 @@ Attend = Callable[[int, Array, Array, Array, Any], tuple[Array, Any]]
 StreamHook = Callable[[int, Array], None]
 
 
-class Devices(NamedTuple):
-    """Where a layer runs: the mesh and the peer table of its sums, see `MaskPredictor`."""
-
-    mesh: Mesh | None
-    links: Array | None
-
-
 class RMSNorm(nnx.Module):
     """Root-mean-square norm: float32 inside, cast back, then scaled by the weight [M]."""
 
@@ -70,22 +63,26 @@ class Matrix(nnx.Module):
 
 
 class Residual(NamedTuple):
-    """The residual stream [B, T, M], and an input and its projection that is not yet added to it.
+    """The residual stream, and an input and its projection that is not yet added to it.
 
     The sum waits for the norm that reads it: on several GPUs one kernel adds up the devices' parts
     and the stream, and makes the norm.
+
+    stream: [B, T, M]. mesh, links: see `MaskPredictor`.
     """
 
     stream: Array
+    mesh: Mesh | None
+    links: Array | None
     pending: tuple[Array, Matrix] | None = None
 
-    def add(self, devices: Devices, norm: RMSNorm | None = None) -> tuple[Array, ...]:
+    def add(self, norm: RMSNorm | None = None) -> tuple[Array, ...]:
         """Returns the stream with the projection added and, if there is a norm, the norm of it."""
         if self.pending is None:
             return (self.stream,) if norm is None else (self.stream, norm(self.stream))
         x, matrix = self.pending
         by = None if norm is None else Norm(norm.weight[...], norm.eps)
-        return add_projected(devices.mesh, self.stream, x, matrix.weight[...], by, devices.links)
+        return add_projected(self.mesh, self.stream, x, matrix.weight[...], by, self.links)
 
 
 class Block(nnx.Module):
@@ -105,23 +102,23 @@ class Block(nnx.Module):
         self.head_dim = config.head_dim
 
     def __call__(
-        self, layer: int, residual: Residual, attend: Attend, carry: Carry, devices: Devices
+        self, layer: int, residual: Residual, attend: Attend, carry: Carry
     ) -> tuple[Residual, Carry]:
         """Returns the residual stream behind the layer, and the carry of its attention."""
 
         def project(x: Array, *matrices: Matrix, **settings: Any) -> tuple[Array, ...]:
             weights = [matrix.weight[...] for matrix in matrices]
-            return project_columns(devices.mesh, x, *weights, **settings)
+            return project_columns(residual.mesh, x, *weights, **settings)
 
-        x, normed = residual.add(devices, self.attn_norm)
+        x, normed = residual.add(self.attn_norm)
         q, k, v = project(normed, self.q_proj, self.k_proj, self.v_proj)
         heads = (*x.shape[:-1], -1, self.head_dim)
         out, carry = attend(layer, q.reshape(heads), k.reshape(heads), v.reshape(heads), carry)
 
-        residual = Residual(x, (out.reshape(x.shape), self.attn_out))
-        x, normed = residual.add(devices, self.ff_norm)
+        residual = residual._replace(stream=x, pending=(out.reshape(x.shape), self.attn_out))
+        x, normed = residual.add(self.ff_norm)
         (hidden,) = project(normed, self.gate_proj, self.up_proj, activation="swiglu")
-        return Residual(x, (hidden, self.down_proj)), carry
+        return residual._replace(stream=x, pending=(hidden, self.down_proj)), carry
 
 
 class Links(nnx.Variable):
@@ -170,15 +167,16 @@ class MaskPredictor(nnx.Module):
 
         `attend` gets the carry and returns it, layer by layer; `hook` gets the residual stream.
         """
-        devices = Devices(self.mesh, None if self.links is None else self.links[...])
+        links = None if self.links is None else self.links[...]
         ids = divide_rows(self.mesh, token_ids)
-        residual = Residual(look_up(self.mesh, self.embedding.weight[...], ids))
+        stream = look_up(self.mesh, self.embedding.weight[...], ids)
+        residual = Residual(stream, self.mesh, links)
         for layer, block in enumerate(self.blocks):
-            residual, carry = block(layer, residual, attend, carry, devices)
+            residual, carry = block(layer, residual, attend, carry)
             if hook is not None:
-                residual = Residual(*residual.add(devices))
+                residual = residual._replace(stream=residual.add()[0], pending=None)
                 hook(layer, residual.stream)
-        return residual.add(devices)[0], carry
+        return residual.add()[0], carry
 
     def logits(self, hidden: Float[Array, "*rows M"]) -> Float[Array, "*rows V"]:
         """Returns the LM head's float32 logits of rows that went through the final norm."""
@@ -213,8 +211,7 @@ def put_on(model: MaskPredictor, mesh: Mesh, sums: AllReduceImplementation | Non
     """Sets the mesh that the model's weights are on, and `links`; see `shard_model`."""
     if sums is None:
         sums = "xla" if peer_problem(mesh, TENSOR) else "mosaic_gpu"
-    names = get_args(AllReduceImplementation)
-    if sums not in names:
+    if sums not in (names := get_args(AllReduceImplementation)):
         raise ValueError(f"sums {sums!r} is not known ({', '.join(names)})")
     nnx.pop(model, Links)
     model.mesh = mesh

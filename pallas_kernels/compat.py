@@ -1,4 +1,4 @@
-"""What the Hopper kernels need of the device and of jax, and where versions of jax differ.
+"""What the Hopper kernels need of the device and of jax.
 
 The kernels are written for Pallas' Mosaic GPU backend as of jax 0.11. With an older jax the rest of
 this package works, and a kernel that is asked for by name raises an error with the reason.
@@ -51,9 +51,7 @@ def default_device() -> Any:
     """Returns `jax.default_device` if it is set, else the backend's first device."""
     config: Any = jax.config
     chosen = config.jax_default_device
-    if chosen is None:
-        return jax.devices()[0]
-    return jax.devices(chosen)[0] if isinstance(chosen, str) else chosen
+    return jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
 
 
 def compute_capability() -> str | None:
@@ -75,9 +73,9 @@ def padded_rows(rows: int) -> int:
 def interpreter(*, detect_races: bool = False) -> Any:
     """Returns the `interpret=` setting that runs a Mosaic GPU kernel on the CPU.
 
-    The kernel's barriers block threads of XLA's pool, up to five with these kernels, and the
-    interpreter hangs if none is left. The pool has as many threads as the host has cores. With
-    fewer than six cores, set PJRT_NPROC=6 in the environment before JAX starts.
+    The kernel's barriers block up to five threads of XLA's pool, which has one for each core, and
+    the interpreter hangs if none is left. With fewer than six cores, set PJRT_NPROC=6 in the
+    environment before JAX starts.
     """
     return _mosaic_gpu().InterpretGPUParams(detect_races=detect_races)
 

@@ -163,14 +163,12 @@ def chunk_attention(
         the rows that attend to own keys.
       k, v: the pool, N chunks of C keys for G KV heads (H a multiple of G), with a leading layer
         axis if `layer` is given. Read in place: the chosen chunks are not copied.
-      chunk_ids: chunks of each request, in any order, repeats allowed. An id outside [0, N) marks
-        an empty slot: it contributes nothing, and nothing outside the pool is read.
-      chunk_lengths: valid keys of each chunk, clipped to [0, C]. Keys behind it are never used;
-        they may hold NaN.
+      chunk_ids: in any order, repeats allowed. An id outside [0, N) marks an empty slot: it
+        contributes nothing, and nothing outside the pool is read.
+      chunk_lengths: valid keys of each chunk, clipped to [0, C]. The keys behind may hold NaN.
       layer: index into the leading axis of a stacked pool; may be traced.
       scale: factor of the scores, positive, 1/sqrt(D) by default.
-      own_kv: keys and values of each request alone (live KV). For the kernel, S should be a
-        multiple of 128; else they are copied.
+      own_kv: live KV. For the kernel, S should be a multiple of 128; else they are copied.
       implementation: the code to run. A named one runs or the call fails.
         "mosaic_gpu"  the Hopper kernel: bfloat16 or float16, head size 64 or 128, C a multiple of
                       64, compute capability 9.0, jax 0.11 or newer; float32 accumulation.
@@ -182,8 +180,7 @@ def chunk_attention(
         None          see `resolve_implementation`.
 
     Returns:
-      Partial(out [B, T, H, D] in q's dtype, lse [B, H, T] float32), for `merge` with attention over
-      other keys. Rows without any key give zeros and EMPTY_LSE.
+      `Partial` in q's dtype, for `merge` with attention over other keys.
 
     Raises:
       ValueError: ranks, sizes, dtypes, head counts or a scale that do not fit; K = 0.
@@ -194,8 +191,7 @@ def chunk_attention(
     )
     if layer is None:
         k, v, layer = k[None], v[None], 0
-    if q.ndim == 4:
-        q = q[:, None]
+    q = q[:, None] if q.ndim == 4 else q
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if isinstance(implementation, str):
         run = IMPLEMENTATIONS[implementation].run
@@ -238,14 +234,14 @@ def _check(q, k, v, chunk_ids, chunk_lengths, layer, scale, own_kv=None) -> None
 
     def match(name, array, layout):
         """Compares the shape with the sizes of the axis letters so far, and adds its own."""
-        axes = layout.split(", ")
-        if array.ndim != len(axes) or any(
-            sizes.get(axis, n) != n for axis, n in zip(axes, array.shape, strict=True)
-        ):
-            bound = ", ".join(f"{axis} = {sizes[axis]}" for axis in axes if axis in sizes)
-            layout = f"[{layout}]" + f" with {bound}" * bool(bound)
-            raise ValueError(f"{name} must be {layout}, got shape {array.shape}")
-        sizes.update(zip(axes, array.shape, strict=True))
+        axes, shape = layout.split(", "), array.shape
+        bound = {axis: sizes[axis] for axis in axes if axis in sizes}
+        new = dict(zip(axes, shape, strict=False))
+        if len(axes) != len(shape) or bound != {axis: new[axis] for axis in bound}:
+            wanted = ", ".join(f"{axis} = {size}" for axis, size in bound.items())
+            layout = f"[{layout}]" + f" with {wanted}" * bool(wanted)
+            raise ValueError(f"{name} must be {layout}, got shape {shape}")
+        sizes.update(new)
 
     pool = "N, G, C, D" if layer is None else "L, N, G, C, D"
     match("k without layer" if layer is None else "k with layer", k, pool)

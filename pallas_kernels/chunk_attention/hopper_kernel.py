@@ -321,8 +321,9 @@ class _Consumer:
             else:
                 place = pl.ds(row, geo.rows_per_head)
                 targets = out.at[item.request, place, query_head], lse.at[flat]
+            pairs = (self.out_tile.at[rows], targets[0]), (self.lse_tile.at[rows], targets[1])
 
             @pl.when(exists)
-            def _(rows: Any = rows, targets: Any = targets) -> None:
-                plgpu.copy_smem_to_gmem(self.out_tile.at[rows], targets[0])
-                plgpu.copy_smem_to_gmem(self.lse_tile.at[rows], targets[1])
+            def _(pairs: Any = pairs) -> None:
+                for source, target in pairs:
+                    plgpu.copy_smem_to_gmem(source, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -48,11 +49,8 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
         columns = pl.ds(share * width, width)
 
         def load(split):
-            plgpu.copy_gmem_to_smem(
-                out_gmem.at[split, pl.ds(first, ROWS), columns],
-                parts_smem.at[split % buffers],
-                part_full.at[split % buffers],
-            )
+            source, i = out_gmem.at[split, pl.ds(first, ROWS), columns], split % buffers
+            plgpu.copy_gmem_to_smem(source, parts_smem.at[i], part_full.at[i])
 
         for split in range(splits):
             source = lse_gmem.at[split, pl.ds(first, ROWS)]
@@ -61,9 +59,7 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
             load(split)
         plgpu.barrier_wait(lse_full)
         scores = [compat.load(lse_smem.at[split], by_row) for split in range(splits)]
-        top = scores[0]
-        for score in scores[1:]:
-            top = jnp.maximum(top, score)
+        top = functools.reduce(jnp.maximum, scores)
         total = compat.zeros((ROWS,), by_row)
         acc = compat.zeros((ROWS, width), plgpu.Layout.WGMMA)
         for split, score in enumerate(scores):
@@ -83,12 +79,8 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
         plgpu.commit_smem()
         for i in range(ROWS // geo.rows_per_head):
             rows, request, target, head, exists = segment(first, i)
-
-            @pl.when(exists)
-            def _(rows=rows, request=request, target=target, head=head):
-                plgpu.copy_smem_to_gmem(
-                    merged.at[rows], merged_gmem.at[request, target, head, columns]
-                )
+            target = merged_gmem.at[request, target, head, columns]
+            pl.when(exists)(functools.partial(plgpu.copy_smem_to_gmem, merged.at[rows], target))
 
         @pl.when(share == 0)
         def _():

@@ -129,10 +129,9 @@ class Geometry(Shape):
 
 
 def shared_memory(block_keys: int, stages: int, warpgroups: int, dim: int) -> int:
-    """Returns the bytes of shared memory that a CTA needs, for half-precision operands.
+    """Returns the bytes of a CTA, for half-precision operands.
 
-    K and V, and for each warpgroup tiles of 64 rows: queries, weights, and the result if its shape
-    differs from the weights'.
+    K and V, and for each warpgroup queries, weights, and the result if its shape is another.
     """
     result = dim if block_keys != dim else 0
     return 2 * (2 * stages * block_keys * dim + warpgroups * ROWS * (dim + block_keys + result))

@@ -159,14 +159,12 @@ def device_for(target: Path | None) -> Iterator[Any]:
     from jax.sharding import SingleDeviceSharding
 
     from pallas_kernels import compat
-    from pallas_kernels.chunk_attention import hopper
 
     described = target.read_text(encoding="utf-8")
     topology = topologies.get_topology_desc("", "cuda", target_config=described, topology="1x1x1")
     with (
         mock.patch.object(jax, "default_backend", return_value="gpu"),
         mock.patch.object(compat, "compute_capability", return_value="9.0"),
-        mock.patch.object(hopper, "device_problem", return_value=None),
     ):
         yield SingleDeviceSharding(topology.devices[0])
 

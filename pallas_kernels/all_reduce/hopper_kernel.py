@@ -76,10 +76,10 @@ def build_all_reduce(
         loaded = load_row(parts)
         rank = asm(LOAD_WORD, table, result=word_type())
         homes = [load_address(offset(table, i32(1 + d), 8)) for d in range(devices)]
-        own = homes[0]
+        own_home = homes[0]
         for device in range(1, devices):
-            own = arith.select(equal(rank, device), homes[device], own)
-        epoch = asm(LOAD_WORD, own, result=word_type())
+            own_home = arith.select(equal(rank, device), homes[device], own_home)
+        epoch = asm(LOAD_WORD, own_home, result=word_type())
         stream = load_row(optional[0]) if residual else None
         weight = None if eps is None else load(offset(optional[-1], thread, PIECE))
 
@@ -100,16 +100,16 @@ def build_all_reduce(
         gpu.barrier()  # all threads of the CTA have read the epoch
         with utils.when(equal(thread, 0)):  # the last CTA starts the next epoch
             inc = "atom.relaxed.gpu.global.inc.u32 $0, [$1], $2;"
-            before = asm(inc, offset(own, i32(1), 4), i32(ctas - 1), result=word_type())
+            before = asm(inc, offset(own_home, i32(1), 4), i32(ctas - 1), result=word_type())
             following = add(epoch, i32(1))
             is_last = equal(before, ctas - 1)
-            asm("st.relaxed.gpu.global.b32 [$0], $1;", own, following, predicate=is_last)
+            asm("st.relaxed.gpu.global.b32 [$0], $1;", own_home, following, predicate=is_last)
 
         arrived = []
         for device in range(devices):
             # A thread without a piece has nothing to wait for.
             ready = arith.ori(equal(rank, device), negate(exists))
-            source = place(own, i32(device))
+            source = place(own_home, i32(device))
             words = choose(ready, lambda: sent, partial(receive, source))
             arrived.append(unpack(words, element))
         total = reduce(arith.addf, arrived)

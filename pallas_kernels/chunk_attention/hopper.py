@@ -8,12 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat
 from pallas_kernels.chunk_attention.hopper_schedule import block_table
-from pallas_kernels.chunk_attention.hopper_tiling import Geometry, Shape, Tuning, choose
-from pallas_kernels.common import OwnKV, Partial, valid_chunks
+from pallas_kernels.chunk_attention.hopper_tiling import Geometry, Shape, choose
+from pallas_kernels.common import Partial, valid_chunks
 
 HEAD_SIZES = (64, 128)
 CHUNK_MULTIPLE = 64
@@ -31,25 +30,15 @@ def input_problem(dtype: jnp.dtype, head_size: int, chunk_size: int) -> str | No
 
 
 def chunk_attention_hopper(
-    q: Float[Array, "B Q T H D"],
-    k: Float[Array, "L N G C D"],
-    v: Float[Array, "L N G C D"],
-    layer: int | Int[Array, ""],
-    chunk_ids: Int[Array, "B K"],
-    chunk_lengths: Int[Array, "N"],
-    scale: float,
-    own_kv: OwnKV | None = None,
-    *,
-    tuning: Tuning | None = None,
-    interpret: Any = None,
+    q, k, v, layer, chunk_ids, chunk_lengths, scale, own_kv=None, *, tuning=None, interpret=None
 ) -> Partial:
     """Attends to the chosen chunks, and to own keys in the same launch; see `chunk_attention`.
 
     Args:
-      q: rows for each of the K slots, or one set for all of them (Q = 1). With own keys Q = K + 1,
-        the last place for those.
+      q: [B, Q, T, H, D], rows for each of the K slots, or one set for all of them (Q = 1). With own
+        keys Q = K + 1, the last place for those.
       own_kv: padded by a copy if S is not a multiple of the key blocks.
-      tuning: `hopper_tiling.choose` by default.
+      tuning: a `Tuning`; by default what `hopper_tiling.choose` returns.
       interpret: `compat.interpreter()` to run on the CPU.
     """
     # NumPy for a static layer: a constant, and no kernel that makes it.
@@ -82,10 +71,10 @@ def _launch(geo: Geometry, interpret: Any, q, k, v, layer, chunk_ids, chunk_leng
     ids, lengths = valid_chunks(chunk_ids, chunk_lengths, geo.chunk_size)
     own_lengths = None if own_kv is None else jnp.clip(own_kv.lengths, 0, geo.own_keys)
     table = block_table(geo, ids, lengths, own_lengths)
-    own = [] if own_kv is None else own_kv[:2]
+    live = [] if own_kv is None else own_kv[:2]
     if padding := geo.own_blocks * geo.tuning.block_keys - geo.own_keys:
-        own = [jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in own]
-    out, lse = build(geo, q.dtype, interpret=interpret)(q, k, v, *own, *table, layer)
+        live = [jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in live]
+    out, lse = build(geo, q.dtype, interpret=interpret)(q, k, v, *live, *table, layer)
     if geo.tuning.splits > 1:
         out, lse = build_merge(geo, q.dtype, interpret=interpret)(out, lse)
     used = geo.batch * geo.heads * geo.rows

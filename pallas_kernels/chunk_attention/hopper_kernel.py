@@ -40,9 +40,9 @@ def build(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
     in `dtype` and lse [R] float32 (natural log), with more out [splits, R, D] and lse [splits, R].
     """
     scratch = _scratch(geo, dtype)
-    own = ("own_k_gmem", "own_v_gmem") if geo.own_blocks else ()
+    live = ("own_k_gmem", "own_v_gmem") if geo.own_blocks else ()
     tables = ("blocks_gmem", "facts_gmem", "units_gmem", "layer_gmem")
-    names = ("q_gmem", "k_gmem", "v_gmem", *own, *tables, "out_gmem", "lse_gmem", *scratch)
+    names = ("q_gmem", "k_gmem", "v_gmem", *live, *tables, "out_gmem", "lse_gmem", *scratch)
 
     def chunk_attention(*refs: Any) -> None:
         cta = Cta(geo, dtype, SimpleNamespace(**dict(zip(names, refs, strict=True))))

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
+from pallas_kernels.chunk_attention.hopper_producer import div, mod
 from pallas_kernels.chunk_attention.hopper_tiling import Geometry
 from pallas_kernels.compat import ROWS
 
@@ -29,19 +30,6 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
     buffers = min(splits, _BUFFERS)
     heads = geo.batch * geo.heads
     by_row = plgpu.Layout.WGMMA.reduce(1)
-
-    def segment(first, i):
-        """(rows of the tile, request, rows of T, head, whether it exists) of a tile's i-th head."""
-        start = first + i * geo.rows_per_head
-        place = lax.div(start, jnp.int32(geo.rows))
-        head = jnp.minimum(place, heads - 1)
-        return (
-            pl.ds(i * geo.rows_per_head, geo.rows_per_head),
-            lax.div(head, jnp.int32(geo.heads)),
-            pl.ds(lax.rem(start, jnp.int32(geo.rows)), geo.rows_per_head),
-            lax.rem(head, jnp.int32(geo.heads)),
-            place < heads,
-        )
 
     def merge_partials(out_gmem, lse_gmem, merged_gmem, merged_lse_gmem, *scratch):
         parts_smem, lse_smem, merged_lse_smem, part_full, lse_full = scratch
@@ -77,10 +65,15 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
         merged[...] = acc.astype(dtype)
         merged_lse_smem[...] = top + jnp.log(total)
         plgpu.commit_smem()
-        for i in range(ROWS // geo.rows_per_head):
-            rows, request, target, head, exists = segment(first, i)
-            target = merged_gmem.at[request, target, head, columns]
-            pl.when(exists)(functools.partial(plgpu.copy_smem_to_gmem, merged.at[rows], target))
+        each = geo.rows_per_head
+        for i in range(ROWS // each):
+            start = first + i * each
+            place = div(start, geo.rows)
+            head = jnp.minimum(place, heads - 1)
+            request, rows = div(head, geo.heads), pl.ds(mod(start, geo.rows), each)
+            target = merged_gmem.at[request, rows, mod(head, geo.heads), columns]
+            source = merged.at[pl.ds(i * each, each)]
+            pl.when(place < heads)(functools.partial(plgpu.copy_smem_to_gmem, source, target))
 
         @pl.when(share == 0)
         def _():

@@ -64,12 +64,12 @@ def block_table(
     def of_slot(values: Array) -> Array:
         return jnp.take_along_axis(values, slot, axis=1)
 
-    own = slot == chosen
-    most_of_slot = jnp.where(own, geo.own_blocks, geo.per_chunk)
+    is_own = slot == chosen
+    most_of_slot = jnp.where(is_own, geo.own_blocks, geo.per_chunk)
     block = jnp.clip(place - of_slot(starts), 0, most_of_slot - 1)
     valid = jnp.clip(of_slot(lengths) - block * block_keys, 0, block_keys)
     valid = jnp.where(place < jnp.repeat(end, most, axis=1), valid, 0)
-    blocks = jnp.where(own, -1 - block, of_slot(chunk_ids) * geo.per_chunk + block)
+    blocks = jnp.where(is_own, -1 - block, of_slot(chunk_ids) * geo.per_chunk + block)
     facts = valid | (slot << SLOT_SHIFT)
 
     request = jnp.broadcast_to(jnp.arange(batch)[:, None], first.shape)

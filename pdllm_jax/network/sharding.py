@@ -196,8 +196,8 @@ def _over_chunks(mesh: Mesh | None, run: Callable[..., Any], outputs: Any, q: Ar
     heads, rows = heads_spec(mesh, len(q), 2), PartitionSpec(rows_axis(mesh, len(q)))
     pool = PartitionSpec(None, None, TENSOR)
     inputs = (heads_spec(mesh, len(q), q.ndim - 2), pool, pool, rows, PartitionSpec())
-    own = [OwnKV._make([heads, heads, rows])] * (len(rest) - 4)
-    return local(mesh, run, (*inputs, *own), outputs)(q, *rest)
+    own_kv = [OwnKV._make([heads, heads, rows])] * (len(rest) - 4)
+    return local(mesh, run, (*inputs, *own_kv), outputs)(q, *rest)
 
 
 def chunk_attention(
@@ -213,12 +213,13 @@ def chunk_attention(
       settings: `layer` and `implementation`.
     """
 
-    def run(q: Array, k: Array, v: Array, ids: Array, lengths: Array, *own: OwnKV) -> Partial:
-        own_kv = own[0] if own else None
+    def run(
+        q: Array, k: Array, v: Array, ids: Array, lengths: Array, own_kv: Any = None
+    ) -> Partial:
         return pallas_kernels.chunk_attention(q, k, v, ids, lengths, own_kv=own_kv, **settings)
 
-    own = [] if own_kv is None else [own_kv]
-    return _over_chunks(mesh, run, _partial_specs(mesh, len(q)), q, *pool, *own)
+    given = pool if own_kv is None else (*pool, own_kv)
+    return _over_chunks(mesh, run, _partial_specs(mesh, len(q)), q, *given)
 
 
 def chunk_attention_mass(mesh: Mesh | None, q: Array, *pool: Array, **settings: Any) -> ChunkMass:

@@ -127,8 +127,8 @@ def test_few_rows_go_through_the_kernel_and_many_through_xla(dtype):
             text = projection(rows, 4096, links=links, norm=norm, dtype=dtype)
             lines = launches(text)
             assert (len(lines), text.count("stablehlo.all_reduce")) == (kernel, 1 - kernel)
-            made = f"tensor<{rows}x4096x"
-            assert all(line.rpartition("->")[2].count(made) == 1 + norm for line in lines)
+            result = f"tensor<{rows}x4096x"
+            assert all(line.rpartition("->")[2].count(result) == 1 + norm for line in lines)
             assert text.count("stablehlo.rsqrt") == (norm and not kernel)
 
 

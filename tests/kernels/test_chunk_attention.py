@@ -179,8 +179,8 @@ def test_own_keys(implementation, rows, size):
     own_k, own_v, own_q = normal(1, q.dtype, live, live, (2, 1, *q.shape[2:]))
     behind = (jnp.arange(size) >= jnp.array(counts)[:, None])[..., None, None]
     own_k, own_v = (jnp.where(behind, jnp.nan, x) for x in (own_k, own_v))
-    own, q = OwnKV(own_k, own_v, jnp.array(counts)), jnp.concatenate([q, own_q], axis=1)
-    got = run(implementation, q, k, v, NO_KEYS, layer=1, own_kv=own)
+    own_kv, q = OwnKV(own_k, own_v, jnp.array(counts)), jnp.concatenate([q, own_q], axis=1)
+    got = run(implementation, q, k, v, NO_KEYS, layer=1, own_kv=own_kv)
 
     def as_chunks(pool, rows):
         rows = jnp.pad(rows.swapaxes(1, 2), ((0, 0), (0, 0), (0, 128 - size), (0, 0)))
@@ -203,17 +203,17 @@ def test_what_dense_attention_is_given_of_own_keys(monkeypatch):
     q, k, v = case("xla")
     behind = (jnp.arange(70) >= jnp.array([67, 3])[:, None])[..., None, None]
     live = jnp.where(behind, jnp.nan, jnp.ones((2, 70, 2, 64)))
-    own, places = OwnKV(live, live, jnp.array([67, 3])), jnp.concatenate([q, q[:, :1]], axis=1)
+    own_kv, places = OwnKV(live, live, jnp.array([67, 3])), jnp.concatenate([q, q[:, :1]], axis=1)
     args = places, k, v, jnp.array(IDS), jnp.array(LENGTHS)
-    assert np.isfinite(chunk_attention(*args, own_kv=own, implementation="xla").out).all()
+    assert np.isfinite(chunk_attention(*args, own_kv=own_kv, implementation="xla").out).all()
 
 
 @IMPLEMENTATIONS
 def test_own_keys_without_any(implementation):
     q, k, v = case(implementation)
     live = jnp.full((2, 128, 2, 64), jnp.nan, q.dtype)
-    own, places = OwnKV(live, live, jnp.array([0, -5])), jnp.concatenate([q, q[:, :1]], axis=1)
-    got = run(implementation, places, k, v, NO_KEYS, own_kv=own)
+    own_kv, places = OwnKV(live, live, jnp.array([0, -5])), jnp.concatenate([q, q[:, :1]], axis=1)
+    got = run(implementation, places, k, v, NO_KEYS, own_kv=own_kv)
     assert_only_first(got, q, k, v, NO_KEYS, LENGTHS)
 
 
@@ -235,14 +235,14 @@ def test_own_keys_without_any(implementation):
 def test_own_keys_that_do_not_fit_are_named(change, message):
     q, k, v = case("xla")
     places = jnp.concatenate([q, q[:, :1]], axis=1)
-    own = OwnKV(jnp.zeros((2, 8, 2, 64)), jnp.zeros((2, 8, 2, 64)), jnp.array([1, 8]))
+    own_kv = OwnKV(jnp.zeros((2, 8, 2, 64)), jnp.zeros((2, 8, 2, 64)), jnp.array([1, 8]))
     args = k, v, jnp.zeros((2, 3), jnp.int32), jnp.full((6,), 128)
-    attend(places, *args, own_kv=own)
+    attend(places, *args, own_kv=own_kv)
     with pytest.raises(ValueError, match=message):
-        attend(places, *args, own_kv=own._replace(**change))
+        attend(places, *args, own_kv=own_kv._replace(**change))
     for rows in (q, q[:, 0]):
         with pytest.raises(ValueError, match=r"q with own_kv must be \[B, K \+ 1, T, H, D\]"):
-            attend(rows, *args, own_kv=own)
+            attend(rows, *args, own_kv=own_kv)
 
 
 @IMPLEMENTATIONS

@@ -48,27 +48,27 @@ def test_block_table_holds_every_block_with_keys_once_in_order(seed):
     batch, slots, splits, own_blocks = rng.integers(low, high).tolist()
     ids = rng.integers(0, 9, (batch, slots))
     lengths = rng.choice([0, 1, 63, 64, 65, 200, 256], (batch, slots))
-    own = rng.integers(0, 64 * own_blocks + 1, batch)
-    geo = Geometry(
-        *(batch, slots, 64, 1, 1, 64, 256, 132), tuning=Tuning(64, 2, splits),
-        query_slots=True, own_keys=64 * own_blocks, scale=1.0,
-    )  # fmt: skip
+    own_lengths = rng.integers(0, 64 * own_blocks + 1, batch)
+    sizes = Shape(batch, slots, 64, 1, 1, 64, 256, 132)
+    settings = {"query_slots": True, "own_keys": 64 * own_blocks, "scale": 1.0}
+    geo = Geometry(**vars(sizes), tuning=Tuning(64, 2, splits), **settings)
+    counts = jnp.array(own_lengths) if own_blocks else None
     make = jax.jit(block_table, static_argnums=0)
-    table = make(geo, jnp.array(ids), jnp.array(lengths), jnp.array(own) if own_blocks else None)
+    table = make(geo, jnp.array(ids), jnp.array(lengths), counts)
     units = np.asarray(table.units).reshape(-1, 3)
     blocks, facts = (np.asarray(x).reshape(len(units), -1) for x in (table.blocks, table.facts))
     assert blocks.shape[1] == -(-(slots * 4 + own_blocks) // splits)
-    found = {
+    units_of = {
         (b, s): list(zip(blocks[i, :n].tolist(), facts[i, :n].tolist(), strict=True))
         for i, (b, s, n) in enumerate(units.tolist())
     }
-    assert sorted(found) == [(b, s) for b in range(batch) for s in range(splits)]
+    assert sorted(units_of) == [(b, s) for b in range(batch) for s in range(splits)]
     for b in range(batch):
         want = []
         for slot in range(slots):
             want += blocks_of(int(lengths[b, slot]), 4 * int(ids[b, slot]), slot)
-        want += blocks_of(int(own[b]), -1, slots, step=-1)
-        got = [found[b, s] for s in range(splits)]
+        want += blocks_of(int(own_lengths[b]), -1, slots, step=-1)
+        got = [units_of[b, s] for s in range(splits)]
         assert list(itertools.chain(*got)) == want
         sizes = [len(unit) for unit in got]
         assert max(sizes) - min(sizes) <= 1
@@ -105,18 +105,18 @@ def test_the_interpreter_finds_no_race(heads, rows, shared, tuning, sms, monkeyp
     """Several work items for each CTA, units that begin inside a chunk, partial blocks."""
     monkeypatch.setattr(compat, "sm_count", lambda: sms)
     q, k, v = case("interpret", heads=heads, groups=2, rows=rows, layers=2)
-    ids, lengths, own = np.array(IDS), LENGTHS, None
+    ids, lengths, own_kv = np.array(IDS), LENGTHS, None
     all_k, all_v = k[1], v[1]
     if shared:
         queries = jnp.broadcast_to(q[:, :1], q.shape)
     else:
         # Own keys: for the oracle two chunks more, of one request each.
         queries = jnp.concatenate([q, q[:, :1] * 0.5], axis=1)
-        own = OwnKV(k[1, 4:].swapaxes(1, 2), v[1, 4:].swapaxes(1, 2), jnp.array([100, 40]))
+        own_kv = OwnKV(k[1, 4:].swapaxes(1, 2), v[1, 4:].swapaxes(1, 2), jnp.array([100, 40]))
         ids, lengths = np.concatenate([ids, [[6], [7]]], axis=1), [*LENGTHS, 100, 40]
         all_k, all_v = (jnp.concatenate([x, x[4:]]) for x in (all_k, all_v))
     given = queries[:, :1] if shared else queries
-    args = given, k, v, 1, jnp.array(IDS), jnp.array(LENGTHS), 64**-0.5, own
+    args = given, k, v, 1, jnp.array(IDS), jnp.array(LENGTHS), 64**-0.5, own_kv
     interpret = compat.interpreter(detect_races=True)
     got = chunk_attention_hopper(*args, tuning=tuning, interpret=interpret)
     out, lse = by_hand(queries, all_k, all_v, ids, lengths)
@@ -150,16 +150,28 @@ def test_a_denoising_step_through_the_kernel(encoding):
     assert (after["xla"].tokens != config.mask_token_id).sum() == 4
 
 
+# Rows and own keys at LLaDA's shape; without own keys all slots share the rows.
+LLADA = [(5, 200), (32, 0), (32, 128), (32, 200), (64, 128), (100, 0), (100, 200), (128, 128)]
+
+
 @OLD_JAX
 @pytest.mark.parametrize(
-    ("batch", "slots", "rows", "heads", "kv_heads", "dim", "dtype", "own"),
+    ("batch", "slots", "rows", "heads", "kv_heads", "dim", "dtype", "own_keys"),
     [
         *[
-            (1, 4, rows, 32, 32, 128, jnp.bfloat16, own)  # as LLaDA's; own = 0: slots share rows
-            for rows, own in [(5, 200), (32, 0), (32, 128), (32, 200), (64, 128)]
+            (
+                1,
+                4,
+                rows,
+                32,
+                32,
+                128,
+                jnp.bfloat16,
+                own_keys,
+            )  # as LLaDA's; without own keys slots share rows
+            for rows, own_keys in [(5, 200), (32, 0), (32, 128), (32, 200), (64, 128)]
         ],
-        *[(1, 4, rows, 32, 32, 128, jnp.bfloat16, own) for rows, own in [(100, 0), (100, 200)]],
-        (1, 4, 128, 32, 32, 128, jnp.bfloat16, 128),
+        *((1, 4, rows, 32, 32, 128, jnp.bfloat16, keys) for rows, keys in LLADA),
         (8, 4, 32, 32, 32, 128, jnp.bfloat16, 128),
         (1, 4, 32, 28, 4, 128, jnp.float16, 128),
         (1, 32, 32, 32, 32, 128, jnp.bfloat16, 128),
@@ -167,23 +179,18 @@ def test_a_denoising_step_through_the_kernel(encoding):
         (2, 8, 32, 9, 3, 64, jnp.float16, 128),
     ],
 )
-def test_lowers_for_hopper(batch, slots, rows, heads, kv_heads, dim, dtype, own):
+def test_lowers_for_hopper(batch, slots, rows, heads, kv_heads, dim, dtype, own_keys):
     """One kernel for all layers."""
     pool = spec(4, 64, kv_heads, 1024, dim, dtype=dtype)
-    live = spec(batch, own, kv_heads, dim, dtype=dtype)
-    args = (
-        spec(batch, slots + 1 if own else 1, rows, heads, dim, dtype=dtype), pool, pool,
-        integers(batch, slots), integers(64), OwnKV(live, live, integers(batch)) if own else None,
-    )  # fmt: skip
+    live = spec(batch, own_keys, kv_heads, dim, dtype=dtype)
+    own_kv = OwnKV(live, live, integers(batch)) if own_keys else None
+    q = spec(batch, slots + 1 if own_keys else 1, rows, heads, dim, dtype=dtype)
 
-    def run(q, k, v, *rest):
-        ids, lengths, own_kv = rest
-        return [
-            chunk_attention_hopper(q, k, v, layer, ids, lengths, dim**-0.5, own_kv)
-            for layer in range(4)
-        ]
+    def run(q, k, v, ids, lengths, own_kv):
+        args = ids, lengths, dim**-0.5, own_kv
+        return [chunk_attention_hopper(q, k, v, layer, *args) for layer in range(4)]
 
-    text = lowered(run, *args)
+    text = lowered(run, q, pool, pool, integers(batch, slots), integers(64), own_kv)
     assert text.count("func.func private @_launch") == 1
     assert launches(text)
 
@@ -193,8 +200,9 @@ def test_lowers_on_a_mesh_with_a_devices_own_heads_and_columns(monkeypatch):
     """As on Hopper GPUs, a batch of 4 on a mesh of 2 x 4: under shard_map the kernels see parts."""
     monkeypatch.setattr(compat, "compute_capability", lambda: "9.0")
 
-    def layer(q, pool, ids, lengths, own, x, gate, down):
-        seen = sharded.chunk_attention(MESH, q, pool, pool, ids, lengths, layer=0, own_kv=own)
+    def layer(q, pool, ids, lengths, own_kv, x, gate, down):
+        args = q, pool, pool, ids, lengths
+        seen = sharded.chunk_attention(MESH, *args, layer=0, own_kv=own_kv)
         (h,) = sharded.project_columns(MESH, x, gate, gate, activation="swiglu")
         return seen.out, sharded.add_projected(MESH, x, h, down, None)
 

@@ -89,13 +89,13 @@ def test_the_interpreter_finds_no_race(rows, activation):
     geo = Geometry(padded, 512, (64, 64), (32, 32), splits, 64, 2, activation)
     assert geo.steps > geo.stages  # stages are used again
     run = build_matmul(geo, x.dtype, interpret=compat.interpreter(detect_races=True))
-    made = run(jnp.pad(x, ((0, geo.rows - rows), (0, 0))), *weights)
+    results = run(jnp.pad(x, ((0, geo.rows - rows), (0, 0))), *weights)
     want = by_hand(x, weights)
     if activation == "swiglu":
         want = [want[0] / (1 + np.exp(-want[0])) * want[1]]
-    for one, other in zip(made, want, strict=True):
-        whole = one.sum(axis=0) if geo.splits > 1 else one
-        assert relative_error(whole[:rows], other) < 8e-3
+    for one, other in zip(results, want, strict=True):
+        total = one.sum(axis=0) if geo.splits > 1 else one
+        assert relative_error(total[:rows], other) < 8e-3
     assert not compat.races_found()
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
 OLDEST = (0, 11)
@@ -87,6 +86,8 @@ def zeros(shape: tuple[int, ...], layout: Any) -> jax.Array:
 
 def product(a: Any, b: Any, columns: int) -> jax.Array:
     """Returns the float32 product of a tile of rows and a matrix, both in shared memory."""
+    from jax.experimental import pallas as pl
+
     plgpu = _mosaic_gpu()
 
     def multiply(ref: Any) -> jax.Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,10 +72,19 @@ def valid_chunks(
     return ids, jnp.where(inside, jnp.clip(chunk_lengths[ids], 0, chunk_size), 0)
 
 
-def require_known(implementation: str, names: Iterable[str]) -> None:
-    """Raises ValueError if the name of an implementation is not among `names`."""
+def resolve(implementation: str | None, names: Iterable[str], problem: str | None) -> Any:
+    """Returns the implementation to run, which `problem` keeps from being the kernel.
+
+    Raises:
+      ValueError: the name is not among `names`; `problem` of another one than "xla".
+    """
+    if implementation is None:
+        return "xla" if problem else "mosaic_gpu"
     if implementation not in names:
         raise ValueError(f"implementation {implementation!r} is not known ({', '.join(names)})")
+    if problem is not None and implementation != "xla":
+        raise ValueError(f"implementation {implementation!r}: {problem}")
+    return implementation
 
 
 def _sum_by_halves(x: Float[Array, "*rows M"]) -> Float[Array, "*rows"]:

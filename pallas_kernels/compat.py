@@ -1,4 +1,4 @@
-"""What the Hopper kernels need of the device and of jax, and where versions of jax differ.
+"""What the Hopper kernels need of the device and of jax.
 
 The kernels are written for Pallas' Mosaic GPU backend as of jax 0.11. With an older jax the rest of
 this package works, and a kernel that is asked for by name raises an error with the reason.
@@ -50,9 +50,7 @@ def default_device() -> Any:
     """Returns `jax.default_device` if it is set, else the backend's first device."""
     config: Any = jax.config
     chosen = config.jax_default_device
-    if chosen is None:
-        return jax.devices()[0]
-    return jax.devices(chosen)[0] if isinstance(chosen, str) else chosen
+    return jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
 
 
 def compute_capability() -> str | None:
@@ -66,14 +64,37 @@ def sm_count() -> int:
     return getattr(default_device(), "core_count", None) or 132
 
 
+def padded_rows(rows: int) -> int:
+    """Returns rows as the kernels' tiles can hold them: 32, or a multiple of 64."""
+    return 32 if rows <= 32 else -(-rows // ROWS) * ROWS
+
+
 def interpreter(*, detect_races: bool = False) -> Any:
     """Returns the `interpret=` setting that runs a Mosaic GPU kernel on the CPU.
 
-    The kernel's barriers block threads of XLA's pool, up to five with these kernels, and the
-    interpreter hangs if none is left. The pool has as many threads as the host has cores. With
-    fewer than six cores, set PJRT_NPROC=6 in the environment before JAX starts.
+    The kernel's barriers block up to five threads of XLA's pool, which has one for each core, and
+    the interpreter hangs if none is left. With fewer than six cores, set PJRT_NPROC=6 in the
+    environment before JAX starts.
     """
     return _mosaic_gpu().InterpretGPUParams(detect_races=detect_races)
+
+
+def zeros(shape: tuple[int, ...], layout: Any) -> jax.Array:
+    """Returns float32 zeros in registers."""
+    return _mosaic_gpu().layout_cast(jnp.zeros(shape, jnp.float32), layout)
+
+
+def product(a: Any, b: Any, columns: int) -> jax.Array:
+    """Returns the float32 product of a tile of rows and a matrix, both in shared memory."""
+    from jax.experimental import pallas as pl
+
+    plgpu = _mosaic_gpu()
+
+    def multiply(ref: Any) -> jax.Array:
+        plgpu.wgmma(ref, a, b)
+        return ref[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((ROWS, columns), jnp.float32))
 
 
 def load(ref: Any, layout: Any) -> jax.Array:

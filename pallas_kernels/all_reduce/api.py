@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.all_reduce.peer_memory import CAPACITY
-from pallas_kernels.common import require_known, rms_norm
+from pallas_kernels.common import resolve, rms_norm
 
 AllReduceImplementation = Literal["mosaic_gpu", "xla"]
 
@@ -36,13 +36,7 @@ def resolve_all_reduce(
     Raises:
       ValueError: the name is not known, or the kernel does not take x.
     """
-    problem = _problem(x, table)
-    if implementation is None:
-        return "xla" if problem else "mosaic_gpu"
-    require_known(implementation, get_args(AllReduceImplementation))
-    if implementation == "mosaic_gpu" and problem is not None:
-        raise ValueError(f"implementation 'mosaic_gpu': {problem}")
-    return implementation
+    return resolve(implementation, get_args(AllReduceImplementation), _problem(x, table))
 
 
 def _problem(x: jax.ShapeDtypeStruct | Array, table: Array | None) -> str | None:
@@ -94,20 +88,13 @@ def all_reduce(
       ValueError: see `resolve_all_reduce`.
     """
     if resolve_all_reduce(implementation, x, table) == "mosaic_gpu":
-        return _launch(x, table, residual, norm, devices=lax.axis_size(axis))
+        weight, eps = (None, None) if norm is None else (norm.weight, float(norm.eps))
+        devices = lax.axis_size(axis)
+        return _launch(x, table, residual, weight, devices=devices, eps=eps)
     total = lax.psum(x, axis)
     if residual is not None:
         total = residual + total
     return (total,) if norm is None else (total, rms_norm(total, *norm))
-
-
-def _launch(
-    x: Array, table: Any, residual: Array | None, norm: Norm | None, *, devices: int
-) -> tuple[Array, ...]:
-    if norm is None or not _row_fits(x):
-        sums = _kernel(x, table, residual, None, devices=devices, eps=None)
-        return sums if norm is None else (*sums, rms_norm(sums[0], *norm))
-    return _kernel(x, table, residual, norm.weight, devices=devices, eps=float(norm.eps))
 
 
 def _row_fits(x: Array) -> bool:
@@ -118,26 +105,14 @@ def _row_fits(x: Array) -> bool:
 
 # Under jit by itself: lowered once for all layers of a model.
 @functools.partial(jax.jit, static_argnames=("devices", "eps"))
-def _kernel(
-    x: Array,
-    table: Array,
-    residual: Array | None,
-    weight: Array | None,
-    *,
-    devices: int,
-    eps: float | None,
-) -> tuple[Array, ...]:
+def _launch(x, table, residual, weight, *, devices: int, eps: float | None) -> tuple[Array, ...]:
     from pallas_kernels.all_reduce.hopper_kernel import build_all_reduce
 
     rows = [y.reshape(-1, x.shape[-1]) for y in (x, residual) if y is not None]
+    fused = eps is not None and _row_fits(x)
     run = build_all_reduce(
-        len(rows[0]),
-        x.shape[-1],
-        x.dtype,
-        devices=devices,
-        capacity=CAPACITY,
-        residual=residual is not None,
-        eps=eps,
+        rows[0].shape, x.dtype, devices=devices, residual=len(rows) > 1, eps=eps if fused else None
     )
-    weights = [] if weight is None else [weight]
-    return tuple(y.reshape(x.shape) for y in run(*rows, *weights, table.reshape(-1)))
+    results = run(*rows, *([weight] if fused else []), table.reshape(-1))
+    results = tuple(y.reshape(x.shape) for y in results)
+    return results if fused or eps is None else (*results, rms_norm(results[0], weight, eps))

@@ -8,128 +8,130 @@ set that it writes to has been read and reset.
 
 So calls must run one after the other on a device's stream, the same calls in the same order on
 every device of the group.
+
+The kernel is written in MLIR with PTX: Pallas' references belong to the kernel's own device, and
+the memory of other devices is known by its address alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils as _utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, math, vector
+from jaxlib.mlir.dialects import arith, gpu, llvm, math, vector
+from jaxlib.mlir.dialects import scf as _scf
 
-from pallas_kernels.all_reduce import ptx
-from pallas_kernels.all_reduce.peer_memory import EMPTY, HEADER
-from pallas_kernels.all_reduce.ptx import PIECE, WORDS, Value, equal, i32, offset
+from pallas_kernels.all_reduce.peer_memory import CAPACITY, EMPTY, HEADER
+
+# Their types differ between the versions of jax that mypy checks.
+utils: Any = _utils
+scf: Any = _scf
+Value = Any
+add, mul = arith.addi, arith.muli
 
 WARP, WARPGROUP = 32, 128
+WORDS, PIECE = 4, 16  # a piece, what a thread handles, is four words of 4 bytes
 PATIENCE = 1 << 26  # polls until the kernel ends with an error, after most of a minute
-SHARED = ".relaxed.sys"
 _EMPTY = EMPTY - (1 << 32)  # as a signed word
+SHARED = ".relaxed.sys"  # memory that several devices read and write
+LOAD_WORD = "ld.relaxed.gpu.global.b32 $0, [$1];"
 
 
 def build_all_reduce(
-    rows: int,
-    columns: int,
-    dtype: jnp.dtype,
-    *,
-    devices: int,
-    capacity: int,
-    residual: bool = False,
-    eps: float | None = None,
+    shape: tuple[int, int], dtype: jnp.dtype, *, devices: int, residual: bool, eps: float | None
 ) -> Any:
     """Makes the callable: parts, [residual], [weight], table -> [sum] or [sum, its RMSNorm].
 
-    Parts, residual and results are [rows, columns], the weight is [columns]. The sum is made in
-    float32 in the order of the devices and rounded, then the residual is added.
-
-    Args:
-      rows, columns, dtype: of a device's part.
-      devices: size of the group.
-      capacity: bytes that a device may send.
-      residual: whether there is a residual.
-      eps: of the norm; None without a norm. With it each CTA makes one row.
+    Parts, residual and results are [rows, columns], the weight is [columns]. The sum over the group
+    of `devices` is made in float32 in their order and rounded, then the residual is added. eps is
+    the norm's, None without a norm. With a norm each CTA makes one row.
     """
+    rows, columns = shape
     in_row = columns * jnp.dtype(dtype).itemsize // PIECE
     groups = 1 if eps is None else in_row // WARPGROUP
     threads = groups * WARPGROUP
-    count = rows * in_row
-    ctas = -(-count // threads)
+    ctas = -(-rows * in_row // threads)
     inputs, results = 2 + residual + (eps is not None), 1 + (eps is not None)
 
     def exchange(_: Any, *refs: Value) -> None:
-        parts, *optional, table = map(ptx.address, refs[:inputs])
-        outs = list(map(ptx.address, refs[inputs : inputs + results]))
-        element = ptx.utils.dtype_to_ir_type(jnp.dtype(dtype))
-        thread = ptx.index_x(gpu.thread_id)
-        piece = arith.addi(arith.muli(ptx.index_x(gpu.block_id), i32(threads)), thread)
-        exists = arith.cmpi(arith.CmpIPredicate.slt, piece, i32(count))
+        parts, *optional, table = map(address, refs[:inputs])
+        outs = list(map(address, refs[inputs : inputs + results]))
+        element = utils.dtype_to_ir_type(jnp.dtype(dtype))
+        thread = index_x(gpu.thread_id)
+        piece = add(mul(index_x(gpu.block_id), i32(threads)), thread)
+        exists = arith.cmpi(arith.CmpIPredicate.slt, piece, i32(rows * in_row))
 
         def load_row(start: Value) -> list[Value]:
-            return ptx.choose(
-                exists, lambda: ptx.load(offset(start, piece, PIECE)), lambda: [i32(0)] * WORDS
+            return choose(
+                exists, lambda: load(offset(start, piece, PIECE)), lambda: [i32(0)] * WORDS
             )
 
         # Issue all independent loads first.
         loaded = load_row(parts)
-        rank = ptx.load_word(table)
-        homes = [ptx.load_address(offset(table, i32(1 + d), 8)) for d in range(devices)]
-        own = homes[0]
+        rank = asm(LOAD_WORD, table, result=word_type())
+        homes = [load_address(offset(table, i32(1 + d), 8)) for d in range(devices)]
+        own_home = homes[0]
         for device in range(1, devices):
-            own = arith.select(equal(rank, device), homes[device], own)
-        epoch = ptx.load_word(own)
+            own_home = arith.select(equal(rank, device), homes[device], own_home)
+        epoch = asm(LOAD_WORD, own_home, result=word_type())
         stream = load_row(optional[0]) if residual else None
-        weight = None if eps is None else ptx.load(offset(optional[-1], thread, PIECE))
+        weight = None if eps is None else load(offset(optional[-1], thread, PIECE))
 
         sent = [arith.select(equal(word, _EMPTY), i32(0), word) for word in loaded]
-        skipped = arith.muli(arith.andi(epoch, i32(1)), i32(devices * capacity))
-        first = arith.addi(skipped, i32(HEADER))
+        skipped = mul(arith.andi(epoch, i32(1)), i32(devices * CAPACITY))
+        first = add(skipped, i32(HEADER))
 
         def place(home: Value, sender: Value) -> Value:
             """Returns the address of the thread's words from `sender` in the memory of `home`."""
-            start = arith.addi(first, arith.muli(sender, i32(capacity)))
+            start = add(first, mul(sender, i32(CAPACITY)))
             return offset(offset(home, start, 1), piece, PIECE)
 
-        def send_to(home: Value) -> Callable[[], None]:
-            target = place(home, rank)
-            return lambda: ptx.store(target, sent, SHARED)
-
         for device, home in enumerate(homes):
-            other = arith.andi(exists, ptx.negate(equal(rank, device)))
-            ptx.when(other, send_to(home))
+            other = arith.andi(exists, negate(equal(rank, device)))
+            target = place(home, rank)
+            with utils.when(other):
+                store(target, sent, SHARED)
         gpu.barrier()  # all threads of the CTA have read the epoch
-        ptx.when(equal(thread, 0), lambda: _count_cta(own, epoch, ctas))
+        with utils.when(equal(thread, 0)):  # the last CTA starts the next epoch
+            inc = "atom.relaxed.gpu.global.inc.u32 $0, [$1], $2;"
+            before = asm(inc, offset(own_home, i32(1), 4), i32(ctas - 1), result=word_type())
+            following = add(epoch, i32(1))
+            is_last = equal(before, ctas - 1)
+            asm("st.relaxed.gpu.global.b32 [$0], $1;", own_home, following, predicate=is_last)
 
         arrived = []
         for device in range(devices):
             # A thread without a piece has nothing to wait for.
-            ready = arith.ori(equal(rank, device), ptx.negate(exists))
-            words = ptx.choose(ready, lambda: sent, _receive(place(own, i32(device))))
-            arrived.append(ptx.unpack(words, element))
-        total = arrived[0]
-        for part in arrived[1:]:
-            total = arith.addf(total, part)
+            ready = arith.ori(equal(rank, device), negate(exists))
+            source = place(own_home, i32(device))
+            words = choose(ready, lambda: sent, partial(receive, source))
+            arrived.append(unpack(words, element))
+        total = reduce(arith.addf, arrived)
         if stream is not None:
-            rounded = ptx.unpack(ptx.pack(total, element), element)
-            total = arith.addf(rounded, ptx.unpack(stream, element))
-        summed = ptx.pack(total, element)
-        ptx.when(exists, lambda: ptx.store(offset(outs[0], piece, PIECE), summed))
+            rounded = unpack(pack(total, element), element)
+            total = arith.addf(rounded, unpack(stream, element))
+        summed = pack(total, element)
+        with utils.when(exists):
+            store(offset(outs[0], piece, PIECE), summed)
         if eps is not None and weight is not None:
-            values = ptx.unpack(summed, element)
-            scale = _norm_scale(values, columns, eps, ptx.address(refs[-1]), groups)
-            scaled = ptx.unpack(ptx.pack(arith.mulf(values, scale), element), element)
-            normed = ptx.pack(arith.mulf(scaled, ptx.unpack(weight, element)), element)
-            ptx.store(offset(outs[1], piece, PIECE), normed)
+            values = unpack(summed, element)
+            scale = norm_scale(values, columns, eps, address(refs[-1]), threads // WARP)
+            scaled = unpack(pack(arith.mulf(values, scale), element), element)
+            normed = pack(arith.mulf(scaled, unpack(weight, element)), element)
+            store(offset(outs[1], piece, PIECE), normed)
 
     def sum_over_devices(*refs: Any) -> None:
         plgpu.inline_mgpu(arg_types=tuple(plgpu.RefType() for _ in refs))(exchange)(*refs)
 
     return plgpu.kernel(
         sum_over_devices,
-        out_type=[jax.ShapeDtypeStruct((rows, columns), dtype)] * results,
+        out_type=[jax.ShapeDtypeStruct(shape, dtype)] * results,
         scratch_types=[] if eps is None else [plgpu.SMEM((threads // WARP,), jnp.float32)],
         grid=(ctas,),
         grid_names=("block",),
@@ -139,51 +141,120 @@ def build_all_reduce(
     )
 
 
-def _receive(at: Value) -> Callable[[], list[Value]]:
+def receive(at: Value) -> list[Value]:
     """Polls a place until all words have arrived, then resets it."""
-
-    def wait() -> list[Value]:
-        kinds = [ptx.word_type()] * (1 + WORDS)
-        loop = ptx.scf.WhileOp(kinds, [i32(0)])
-        block = loop.before.blocks.append(ptx.word_type())
-        with ir.InsertionPoint(block):
-            polls = block.arguments[0]
-            words = ptx.load(at, SHARED)
-            missing = equal(words[0], _EMPTY)
-            for word in words[1:]:
-                missing = arith.ori(missing, equal(word, _EMPTY))
-            ptx.trap(equal(polls, PATIENCE))
-            ptx.scf.condition(missing, [arith.addi(polls, i32(1)), *words])
-        block = loop.after.blocks.append(*kinds)
-        with ir.InsertionPoint(block):
-            ptx.scf.yield_([block.arguments[0]])
-        ptx.store(at, [i32(_EMPTY)] * WORDS, SHARED)
-        return list(loop.results)[1:]
-
-    return wait
+    kinds = [word_type()] * (1 + WORDS)
+    loop = scf.WhileOp(kinds, [i32(0)])
+    block = loop.before.blocks.append(word_type())
+    with ir.InsertionPoint(block):
+        polls = block.arguments[0]
+        words = load(at, SHARED)
+        missing = reduce(arith.ori, (equal(word, _EMPTY) for word in words))
+        asm("trap;", predicate=equal(polls, PATIENCE))
+        scf.condition(missing, [add(polls, i32(1)), *words])
+    block = loop.after.blocks.append(*kinds)
+    with ir.InsertionPoint(block):
+        scf.yield_([block.arguments[0]])
+    store(at, [i32(_EMPTY)] * WORDS, SHARED)
+    return list(loop.results)[1:]
 
 
-def _count_cta(own: Value, epoch: Value, ctas: int) -> None:
-    """Counts this CTA, from one of its threads; the last CTA starts the next epoch."""
-    before = ptx.atomic_inc(offset(own, i32(1), 4), ctas - 1)
-    ptx.store_word(own, arith.addi(epoch, i32(1)), equal(before, ctas - 1))
-
-
-def _norm_scale(values: Value, columns: int, eps: float, scratch: Value, groups: int) -> Value:
+def norm_scale(values: Value, columns: int, eps: float, scratch: Value, warps: int) -> Value:
     """Returns 1 / sqrt(mean of squares + eps) of the CTA's row, for each of the thread's values."""
-    squares = arith.mulf(values, values)
-    total = vector.extract(squares, [], [0])
-    for i in range(1, ir.VectorType(values.type).shape[0]):
-        total = arith.addf(total, vector.extract(squares, [], [i]))
+    squares, count = arith.mulf(values, values), ir.VectorType(values.type).shape[0]
+    total = reduce(arith.addf, (vector.extract(squares, [], [i]) for i in range(count)))
     for distance in (16, 8, 4, 2, 1):
-        total = arith.addf(total, ptx.utils.shfl_bfly(total, distance))
-    thread = ptx.index_x(gpu.thread_id)
+        total = arith.addf(total, utils.shfl_bfly(total, distance))
+    thread = index_x(gpu.thread_id)
     warp = arith.divui(thread, i32(WARP))
     first = equal(arith.remui(thread, i32(WARP)), 0)
-    ptx.store_scratch(offset(scratch, warp, 4), total, first)
+    asm("st.shared.b32 [$0], $1;", offset(scratch, warp, 4), total, predicate=first)
     gpu.barrier()
-    total = ptx.load_scratch(scratch)
-    for i in range(1, groups * WARPGROUP // WARP):
-        total = arith.addf(total, ptx.load_scratch(offset(scratch, i32(i), 4)))
-    mean = arith.mulf(total, ptx.f32(1 / columns))
-    return vector.broadcast(values.type, math.rsqrt(arith.addf(mean, ptx.f32(eps))))
+    single = ir.F32Type.get()
+    places = (offset(scratch, i32(i), 4) if i else scratch for i in range(warps))
+    total = reduce(arith.addf, (asm("ld.shared.b32 $0, [$1];", x, result=single) for x in places))
+    mean = arith.mulf(total, utils.c(1 / columns, single))
+    return vector.broadcast(values.type, math.rsqrt(arith.addf(mean, utils.c(eps, single))))
+
+
+def word_type() -> Any:
+    return ir.IntegerType.get_signless(32)
+
+
+def i32(value: int) -> Value:
+    return utils.c(value, word_type())
+
+
+def index_x(read: Callable[[Any], Value]) -> Value:
+    """Returns `gpu.thread_id` or `gpu.block_id` along x."""
+    return arith.index_cast(word_type(), read(gpu.Dimension.x))
+
+
+def equal(value: Value, constant: int) -> Value:
+    return arith.cmpi(arith.CmpIPredicate.eq, value, i32(constant))
+
+
+def negate(condition: Value) -> Value:
+    return arith.xori(condition, utils.c(1, ir.IntegerType.get_signless(1)))
+
+
+def address(ref: Value) -> Value:
+    """Returns the address of a reference's first element."""
+    return llvm.ptrtoint(ir.IntegerType.get_signless(64), utils.memref_ptr(ref))
+
+
+def offset(start: Value, index: Value, size: int) -> Value:
+    """Returns start + index * size, in bytes."""
+    wide = arith.extui(start.type, index)
+    return add(start, mul(wide, utils.c(size, start.type)))
+
+
+def choose(
+    condition: Value, then: Callable[[], Sequence[Value]], other: Callable[[], Sequence[Value]]
+) -> list[Value]:
+    """Returns the words of one branch; the other does not run."""
+    branch = scf.IfOp(condition, [word_type()] * WORDS, has_else=True)
+    for block, make in ((branch.then_block, then), (branch.else_block, other)):
+        with ir.InsertionPoint(block):
+            scf.yield_(list(make()))
+    return list(branch.results)
+
+
+def asm(text: str, *arguments: Value, result: Any = None, predicate: Value | None = None) -> Any:
+    """Runs PTX and returns its results; with a predicate only where it holds."""
+    if result is None:
+        return utils.inline_ptx(text, *arguments, predicate=predicate)
+    # Side effects keep its order among the others.
+    return utils.inline_ptx(text, *arguments, result_types=result, has_side_effects=True)
+
+
+def load(at: Value, kind: str = "") -> Sequence[Value]:
+    text = f"ld{kind}.global.v4.b32 {{$0, $1, $2, $3}}, [$4];"
+    return asm(text, at, result=[word_type()] * WORDS)
+
+
+def load_address(at: Value) -> Value:
+    return asm("ld.global.b64 $0, [$1];", at, result=ir.IntegerType.get_signless(64))
+
+
+def store(at: Value, words: Sequence[Value], kind: str = "") -> None:
+    asm(f"st{kind}.global.v4.b32 [$0], {{$1, $2, $3, $4}};", at, *words)
+
+
+def unpack(words: Sequence[Value], element: Any) -> Value:
+    """Returns the elements in the words as a vector of float32."""
+    packed = vector.from_elements(ir.VectorType.get((len(words),), word_type()), list(words))
+    count = 32 * len(words) // utils.bitwidth(element)
+    values = vector.bitcast(ir.VectorType.get((count,), element), packed)
+    single = ir.F32Type.get()
+    return values if element == single else arith.extf(ir.VectorType.get((count,), single), values)
+
+
+def pack(values: Value, element: Any) -> list[Value]:
+    """Rounds a vector of float32 to the element type, and returns it as words."""
+    count = ir.VectorType(values.type).shape[0]
+    if element != ir.F32Type.get():
+        values = arith.truncf(ir.VectorType.get((count,), element), values)
+    words = count * utils.bitwidth(element) // 32
+    packed = vector.bitcast(ir.VectorType.get((words,), word_type()), values)
+    return [vector.extract(packed, [], [i]) for i in range(words)]

@@ -6,9 +6,10 @@ A new implementation is a file with a function as `ChunkAttention` describes, an
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -18,7 +19,11 @@ from pallas_kernels.chunk_attention import cudnn, hopper
 from pallas_kernels.chunk_attention.dense import attention
 from pallas_kernels.chunk_attention.reference import chunk_attention_reference
 from pallas_kernels.chunk_attention.xla import chunk_attention_xla
-from pallas_kernels.common import EMPTY_LSE, OwnKV, Partial, merge, require_known
+from pallas_kernels.common import EMPTY_LSE, OwnKV, Partial, merge, resolve
+
+Layer = int | Int[Array, ""]
+Rows = Float[Array, "B T H D"] | Float[Array, "B K T H D"]
+Pool = Float[Array, "N G C D"] | Float[Array, "L N G C D"]
 
 
 class ChunkAttention(Protocol):
@@ -27,28 +32,12 @@ class ChunkAttention(Protocol):
     It is traced under jit as a static argument, so it must be hashable. Use a function at module
     level; one that is made for each call compiles anew for each call.
 
-    Args:
-      q: [B, K, T, H, D], query rows for each slot.
-      k, v: [L, N, G, C, D], the pool.
-      layer: index into L.
-      chunk_ids: [B, K]; outside [0, N) for an empty slot.
-      chunk_lengths: [N], valid keys; may be outside [0, C].
-      scale: factor of the scores.
-
-    Returns:
-      The same as `chunk_attention`. Own keys are attended to elsewhere.
+    Arguments and result are as in `chunk_attention`, always with all axes: q [B, K, T, H, D], k and
+    v [L, N, G, C, D], layer, ids [B, K], lengths [N], scale. Own keys are attended to elsewhere.
     """
 
     def __call__(
-        self,
-        q: Float[Array, "B K T H D"],
-        k: Float[Array, "L N G C D"],
-        v: Float[Array, "L N G C D"],
-        layer: int | Int[Array, ""],
-        chunk_ids: Int[Array, "B K"],
-        chunk_lengths: Int[Array, "N"],
-        scale: float,
-        /,
+        self, q: Array, k: Array, v: Array, layer: Layer, ids: Array, lengths: Array, scale: Any, /
     ) -> Partial:
         """Returns attention of q over the chosen chunks."""
 
@@ -73,17 +62,16 @@ def _beside_own_kv(run: ChunkAttention) -> Callable[..., Partial]:
     """Adds own keys to an implementation: dense attention, merged with the implementation's."""
 
     def attend(q, k, v, layer, chunk_ids, chunk_lengths, scale, own_kv):
-        slots, own = chunk_ids.shape[1], None
+        slots, parts = chunk_ids.shape[1], []
         if own_kv is not None:
             lengths = jnp.clip(own_kv.lengths, 0, own_kv.k.shape[1])
             # Zero the padding: cuDNN multiplies it, and 0 * NaN is NaN.
             valid = (jnp.arange(own_kv.k.shape[1]) < lengths[:, None])[..., None, None]
             own_k, own_v = (jnp.where(valid, x, 0) for x in own_kv[:2])
-            own = attention(q[:, slots], own_k, own_v, lengths, need_lse=True, scale=scale)
+            parts = [attention(q[:, slots], own_k, own_v, lengths, need_lse=True, scale=scale)]
             q = q[:, :slots]
         q = jnp.broadcast_to(q, (q.shape[0], slots, *q.shape[2:]))
-        chunks = run(q, k, v, layer, chunk_ids, chunk_lengths, scale)
-        return chunks if own is None else merge(own, chunks)
+        return merge(*parts, run(q, k, v, layer, chunk_ids, chunk_lengths, scale))
 
     return attend
 
@@ -108,7 +96,10 @@ IMPLEMENTATIONS = {
         _beside_own_kv(cudnn.chunk_attention_cudnn), cudnn.input_problem, cudnn.device_problem
     ),
     "xla": _Entry(_beside_own_kv(chunk_attention_xla)),
-    "interpret": _Entry(hopper.chunk_attention_interpreted, hopper.input_problem),
+    "interpret": _Entry(
+        lambda *args: hopper.chunk_attention_hopper(*args, interpret=compat.interpreter()),
+        hopper.input_problem,
+    ),
     "reference": _Entry(_beside_own_kv(chunk_attention_reference)),
 }
 
@@ -134,17 +125,11 @@ def resolve_implementation(
     """
     if callable(implementation):
         return implementation
-    if implementation is not None:
-        require_known(implementation, IMPLEMENTATIONS)
-    entry = IMPLEMENTATIONS[implementation or "mosaic_gpu"]
+    entry = IMPLEMENTATIONS.get(implementation or "mosaic_gpu", _Entry(chunk_attention_xla))
     problem = entry.input_problem(dtype, head_size, chunk_size)
     if problem is None and (implementation is None or compat.compute_capability() is not None):
         problem = entry.device_problem()
-    if implementation is None:
-        return "xla" if problem else "mosaic_gpu"
-    if problem:
-        raise ValueError(f"implementation {implementation!r}: {problem}")
-    return implementation
+    return resolve(implementation, IMPLEMENTATIONS, problem)
 
 
 def require_device(implementation: Implementation) -> None:
@@ -155,13 +140,13 @@ def require_device(implementation: Implementation) -> None:
 
 
 def chunk_attention(
-    q: Float[Array, "B T H D"] | Float[Array, "B K T H D"],
-    k: Float[Array, "N G C D"] | Float[Array, "L N G C D"],
-    v: Float[Array, "N G C D"] | Float[Array, "L N G C D"],
+    q: Rows,
+    k: Pool,
+    v: Pool,
     chunk_ids: Int[Array, "B K"],
     chunk_lengths: Int[Array, "N"],
     *,
-    layer: int | Int[Array, ""] | None = None,
+    layer: Layer | None = None,
     scale: float | None = None,
     own_kv: OwnKV | None = None,
     implementation: Implementation | None = None,
@@ -178,14 +163,12 @@ def chunk_attention(
         the rows that attend to own keys.
       k, v: the pool, N chunks of C keys for G KV heads (H a multiple of G), with a leading layer
         axis if `layer` is given. Read in place: the chosen chunks are not copied.
-      chunk_ids: chunks of each request, in any order, repeats allowed. An id outside [0, N) marks
-        an empty slot: it contributes nothing, and nothing outside the pool is read.
-      chunk_lengths: valid keys of each chunk, clipped to [0, C]. Keys behind it are never used;
-        they may hold NaN.
+      chunk_ids: in any order, repeats allowed. An id outside [0, N) marks an empty slot: it
+        contributes nothing, and nothing outside the pool is read.
+      chunk_lengths: valid keys of each chunk, clipped to [0, C]. The keys behind may hold NaN.
       layer: index into the leading axis of a stacked pool; may be traced.
       scale: factor of the scores, positive, 1/sqrt(D) by default.
-      own_kv: keys and values of each request alone (live KV). For the kernel, S should be a
-        multiple of 128; else they are copied.
+      own_kv: live KV. For the kernel, S should be a multiple of 128; else they are copied.
       implementation: the code to run. A named one runs or the call fails.
         "mosaic_gpu"  the Hopper kernel: bfloat16 or float16, head size 64 or 128, C a multiple of
                       64, compute capability 9.0, jax 0.11 or newer; float32 accumulation.
@@ -197,8 +180,7 @@ def chunk_attention(
         None          see `resolve_implementation`.
 
     Returns:
-      Partial(out [B, T, H, D] in q's dtype, lse [B, H, T] float32), for `merge` with attention over
-      other keys. Rows without any key give zeros and EMPTY_LSE.
+      `Partial` in q's dtype, for `merge` with attention over other keys.
 
     Raises:
       ValueError: ranks, sizes, dtypes, head counts or a scale that do not fit; K = 0.
@@ -209,8 +191,7 @@ def chunk_attention(
     )
     if layer is None:
         k, v, layer = k[None], v[None], 0
-    if q.ndim == 4:
-        q = q[:, None]
+    q = q[:, None] if q.ndim == 4 else q
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if isinstance(implementation, str):
         run = IMPLEMENTATIONS[implementation].run
@@ -220,13 +201,13 @@ def chunk_attention(
 
 
 def chunk_attention_mass(
-    q: Float[Array, "B T H D"] | Float[Array, "B K T H D"],
-    k: Float[Array, "N G C D"] | Float[Array, "L N G C D"],
-    v: Float[Array, "N G C D"] | Float[Array, "L N G C D"],
+    q: Rows,
+    k: Pool,
+    v: Pool,
     chunk_ids: Int[Array, "B K"],
     chunk_lengths: Int[Array, "N"],
     *,
-    layer: int | Int[Array, ""] | None = None,
+    layer: Layer | None = None,
     scale: float | None = None,
     implementation: Implementation | None = None,
 ) -> ChunkMass:
@@ -238,16 +219,9 @@ def chunk_attention_mass(
     batch, slots = chunk_ids.shape
     if q.ndim == 4:
         q = jnp.broadcast_to(q[:, None], (batch, slots, *q.shape[1:]))
-    parts = chunk_attention(
-        q.reshape(batch * slots, *q.shape[2:]),
-        k,
-        v,
-        chunk_ids.reshape(-1, 1),
-        chunk_lengths,
-        layer=layer,
-        scale=scale,
-        implementation=implementation,
-    )
+    rows, ids = q.reshape(batch * slots, *q.shape[2:]), chunk_ids.reshape(-1, 1)
+    attend = functools.partial(chunk_attention, layer=layer, scale=scale)
+    parts = attend(rows, k, v, ids, chunk_lengths, implementation=implementation)
     out, lse = (x.reshape(batch, slots, *x.shape[1:]) for x in parts)
     union = merge(*(Partial(out[:, i], lse[:, i]) for i in range(slots)))
     mass = jnp.where(lse > EMPTY_LSE / 2, jnp.exp(lse - union.lse[:, None]), 0.0)
@@ -260,42 +234,41 @@ def _check(q, k, v, chunk_ids, chunk_lengths, layer, scale, own_kv=None) -> None
 
     def match(name, array, layout):
         """Compares the shape with the sizes of the axis letters so far, and adds its own."""
-        axes = layout.split(", ")
-        if array.ndim != len(axes) or any(
-            sizes.get(axis, n) != n for axis, n in zip(axes, array.shape, strict=True)
-        ):
-            bound = ", ".join(f"{axis} = {sizes[axis]}" for axis in axes if axis in sizes)
-            layout = f"[{layout}]" + f" with {bound}" * bool(bound)
-            raise ValueError(f"{name} must be {layout}, got shape {array.shape}")
-        sizes.update(zip(axes, array.shape, strict=True))
+        axes, shape = layout.split(", "), array.shape
+        bound = {axis: sizes[axis] for axis in axes if axis in sizes}
+        new = dict(zip(axes, shape, strict=False))
+        if len(axes) != len(shape) or bound != {axis: new[axis] for axis in bound}:
+            wanted = ", ".join(f"{axis} = {size}" for axis, size in bound.items())
+            layout = f"[{layout}]" + f" with {wanted}" * bool(wanted)
+            raise ValueError(f"{name} must be {layout}, got shape {shape}")
+        sizes.update(new)
 
     pool = "N, G, C, D" if layer is None else "L, N, G, C, D"
     match("k without layer" if layer is None else "k with layer", k, pool)
     match("v", v, pool)
     match("chunk_ids", chunk_ids, "B, K")
+    match("chunk_lengths", chunk_lengths, "N")
     if not sizes["K"]:
         raise ValueError("chunk_ids must hold at least one chunk, got K = 0")
-    match("chunk_lengths", chunk_lengths, "N")
     operands, integers = [q, k, v], {"chunk_ids": chunk_ids, "chunk_lengths": chunk_lengths}
-    if own_kv is not None:
+    if own_kv is None:
+        match("q", q, "B, T, H, D" if q.ndim == 4 else "B, K, T, H, D")
+    else:
         sizes["K + 1"] = sizes["K"] + 1
         match("q with own_kv", q, "B, K + 1, T, H, D")
-        match("own_kv.k", own_kv.k, "B, S, G, D")
-        match("own_kv.v", own_kv.v, "B, S, G, D")
-        match("own_kv.lengths", own_kv.lengths, "B")
+        for name, layout in {"k": "B, S, G, D", "v": "B, S, G, D", "lengths": "B"}.items():
+            match(f"own_kv.{name}", getattr(own_kv, name), layout)
         if not sizes["S"]:
             raise ValueError("own_kv must have room for at least one key, got S = 0")
         operands += own_kv[:2]
         integers["own_kv.lengths"] = own_kv.lengths
-    else:
-        match("q", q, "B, T, H, D" if q.ndim == 4 else "B, K, T, H, D")
     if sizes["H"] % sizes["G"]:
         raise ValueError(
             f"q must have a multiple of the pool's {sizes['G']} KV heads, got H = {sizes['H']}"
         )
     dtypes = [str(x.dtype) for x in operands]
     if len(set(dtypes)) > 1 or not jnp.issubdtype(q.dtype, jnp.floating):
-        names = "q, k, v and own_kv" if own_kv is not None else "q, k and v"
+        names = "q, k and v" if own_kv is None else "q, k, v and own_kv"
         raise ValueError(f"{names} must share a floating dtype, got {', '.join(dtypes)}")
     for name, array in integers.items():
         if not jnp.issubdtype(array.dtype, jnp.integer):

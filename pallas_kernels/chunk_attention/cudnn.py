@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from pallas_kernels import compat
 from pallas_kernels.common import EMPTY_LSE, Partial, merge, valid_chunks
@@ -26,14 +26,9 @@ def device_problem() -> str | None:
 
 
 def attention_with_lse(
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B S G D"],
-    v: Float[Array, "B S G D"],
-    lengths: Int[Array, "B"] | None,
-    scale: float,
-    layout: Layout = "BTNH",
+    q: Array, k: Array, v: Array, lengths: Array | None, scale: float, layout: Layout = "BTNH"
 ) -> Partial:
-    """Attends to the first lengths[b] keys; to all of them if lengths is None.
+    """Returns `dense.attention` with its log-sum-exp.
 
     With layout "BNTH" the inputs' heads come before their rows; the result is [B, T, H, D] in
     either layout. jax.nn.dot_product_attention(return_residual=True) rounds the residual to q's
@@ -42,8 +37,7 @@ def attention_with_lse(
     """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    batch = q.shape[0]
-    rows, heads = (q.shape[1], q.shape[2]) if layout == "BTNH" else (q.shape[2], q.shape[1])
+    batch, (rows, heads) = len(q), q.shape[1:3] if layout == "BTNH" else q.shape[2:0:-1]
     q_lengths = kv_lengths = None
     if lengths is not None:
         # A part without keys gives NaN in cuDNN: read one key, and drop the result below.
@@ -68,15 +62,7 @@ def attention_with_lse(
     return Partial(out, lse)
 
 
-def chunk_attention_cudnn(
-    q: Float[Array, "B K T H D"],
-    k: Float[Array, "L N G C D"],
-    v: Float[Array, "L N G C D"],
-    layer: int | Int[Array, ""],
-    chunk_ids: Int[Array, "B K"],
-    chunk_lengths: Int[Array, "N"],
-    scale: float,
-) -> Partial:
+def chunk_attention_cudnn(q, k, v, layer, chunk_ids, chunk_lengths, scale) -> Partial:
     """Gathers the chosen chunks into a copy; every slot is a row of cuDNN's batch."""
     c = k.shape[3]
     b, slots = chunk_ids.shape
@@ -91,6 +77,5 @@ def chunk_attention_cudnn(
     part = attention_with_lse(rows, gather(k), gather(v), lengths, scale, "BNTH")
     out = part.out.reshape(b, slots, *part.out.shape[1:])
     lse = part.lse.reshape(b, slots, *part.lse.shape[1:])
-    empty = (lse == EMPTY_LSE).swapaxes(2, 3)[..., None]
-    out = jnp.where(empty, 0, out)
+    out = jnp.where((lse == EMPTY_LSE).swapaxes(2, 3)[..., None], 0, out)
     return merge(*(Partial(out[:, i], lse[:, i]) for i in range(slots)))

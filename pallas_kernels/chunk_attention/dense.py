@@ -100,12 +100,11 @@ def attention_xla(
         out, lse = block(q)
     else:
         n = -(-rows // size)
-        size = -(-rows // n)
-        padded = jnp.pad(q, ((0, 0), (0, n * size - rows), (0, 0), (0, 0)))
-        blocks = padded.reshape(batch, n, size, heads, dim).swapaxes(0, 1)
+        padded = jnp.pad(q, ((0, 0), (0, -rows % n), (0, 0), (0, 0)))
+        blocks = padded.reshape(batch, n, -1, heads, dim).swapaxes(0, 1)
         out, lse = lax.map(block, blocks)  # [n, B, t, H, D] and [n, B, H, t]
-        out = out.swapaxes(0, 1).reshape(batch, n * size, heads, dim)[:, :rows]
-        lse = jnp.moveaxis(lse, 0, 2).reshape(batch, heads, n * size)[..., :rows]
+        out = out.swapaxes(0, 1).reshape(padded.shape)[:, :rows]
+        lse = jnp.moveaxis(lse, 0, 2).reshape(batch, heads, -1)[..., :rows]
     if lengths is not None:
         has_keys = lengths[:, None, None] > 0
         out = jnp.where(has_keys[..., None], out, 0)

@@ -34,18 +34,15 @@ _LOG2E = math.log2(math.e)
 def build(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
     """Makes the callable: q, k, v, own_k, own_v, blocks, facts, units, layer -> out, lse.
 
-    Its arguments are q [B, K, T, H, D], K + 1 with own keys, 1 for rows shared by the slots; k, v
-    [L, N, G, C, D]; own_k, own_v [B, S, G, D] with S whole blocks, left out if geo.own_blocks is 0;
-    the arrays of the `BlockTable`; layer int32 [1]. Its rows are (b, h, t), R of them with padding.
-
-    Returns:
-      With one split out [B, T, H, D] in `dtype` and lse [R] float32 (natural log). With more, out
-      [splits, R, D] and lse [splits, R].
+    Its arguments are those of `chunk_attention_hopper` with geo.rows rows; own_k, own_v [B, S, G,
+    D] with S whole blocks, left out without own keys; the arrays of the `BlockTable`; layer int32
+    [1]. Its rows are (b, h, t), R of them with padding. It returns with one split out [B, T, H, D]
+    in `dtype` and lse [R] float32 (natural log), with more out [splits, R, D] and lse [splits, R].
     """
     scratch = _scratch(geo, dtype)
-    own = ("own_k_gmem", "own_v_gmem") if geo.own_blocks else ()
+    live = ("own_k_gmem", "own_v_gmem") if geo.own_blocks else ()
     tables = ("blocks_gmem", "facts_gmem", "units_gmem", "layer_gmem")
-    names = ("q_gmem", "k_gmem", "v_gmem", *own, *tables, "out_gmem", "lse_gmem", *scratch)
+    names = ("q_gmem", "k_gmem", "v_gmem", *live, *tables, "out_gmem", "lse_gmem", *scratch)
 
     def chunk_attention(*refs: Any) -> None:
         cta = Cta(geo, dtype, SimpleNamespace(**dict(zip(names, refs, strict=True))))
@@ -60,16 +57,12 @@ def build(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
             plgpu.set_max_registers(232, action="increase")
             _Consumer(cta).run()
 
-    out_shape: tuple[int, ...] = (geo.batch, geo.rows, geo.heads, geo.dim)
-    lse_shape: tuple[int, ...] = (geo.flat_rows,)
-    if (splits := geo.tuning.splits) > 1:
-        out_shape, lse_shape = (splits, geo.flat_rows, geo.dim), (splits, geo.flat_rows)
+    splits = geo.tuning.splits
+    lead, tail = (splits, geo.flat_rows), (geo.batch, geo.rows, geo.heads, geo.dim)
+    out, lse = (tail, lead[1:]) if splits == 1 else ((*lead, geo.dim), lead)
     return plgpu.kernel(
         chunk_attention,
-        out_type=[
-            jax.ShapeDtypeStruct(out_shape, dtype),
-            jax.ShapeDtypeStruct(lse_shape, jnp.float32),
-        ],
+        out_type=[jax.ShapeDtypeStruct(out, dtype), jax.ShapeDtypeStruct(lse, jnp.float32)],
         # In this order, as a dict would be sorted by name.
         scratch_types=list(scratch.values()),
         grid=(min(geo.items, geo.sms),),
@@ -108,6 +101,11 @@ def _scratch(geo: Geometry, dtype: jnp.dtype) -> dict[str, Any]:
     }
 
 
+def _wait_sent() -> None:
+    """Waits until results have left shared memory."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
 class _Item(NamedTuple):
     """What a consumer knows of a work item."""
 
@@ -140,7 +138,7 @@ class _Consumer:
         first = self.read_item(0, 0)
         self.prefetch_queries(first, True)
         lax.fori_loop(0, self.cta.count, self.attend_item, (jnp.int32(0), first))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        _wait_sent()
 
     def read_item(self, i: Any, n: Any) -> _Item:
         """Reads the CTA's i-th item, which n blocks of other items come before."""
@@ -180,21 +178,18 @@ class _Consumer:
 
     def prefetch_queries(self, item: _Item, wanted: Any) -> None:
         """Starts to load the query rows that the item begins with."""
-
-        @pl.when(wanted & (item.begin < item.length))
-        def _() -> None:
-            self.load_queries(item, self.slot_of(item.fact))
+        wanted &= item.begin < item.length
+        pl.when(wanted)(lambda: self.load_queries(item, self.slot_of(item.fact)))
 
     def attend_item(self, i: jax.Array, carry: tuple[jax.Array, _Item]) -> Any:
         """Attends to the blocks of the i-th item. carry: blocks of the items before, the item."""
         n, item = carry
         has_next = i + 1 < self.cta.count
         next_item = self.read_item(jnp.minimum(i + 1, self.cta.count - 1), n + item.length)
-        dim = self.geo.dim
         start = (
             plgpu.layout_cast(jnp.full((ROWS,), EMPTY_LSE, jnp.float32), self.by_row),
-            plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), self.by_row),
-            plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA),
+            compat.zeros((ROWS,), self.by_row),
+            compat.zeros((ROWS, self.geo.dim), plgpu.Layout.WGMMA),
             jnp.int32(0),
             item.fact,
         )
@@ -221,7 +216,7 @@ class _Consumer:
         carry: maximum and sum of a row's scores (base 2), weighted values, the slot whose query
         rows are loaded, the block's fact.
         """
-        refs, keys, dim = self.refs, self.keys, self.geo.dim
+        refs, keys = self.refs, self.keys
         peak, total, acc, loaded_slot, fact = carry
         j = item.begin + step * self.turns
         stage = mod(n + j, self.geo.tuning.stages)
@@ -231,20 +226,13 @@ class _Consumer:
         fact = refs.facts_gmem[item.base + jnp.minimum(j + self.turns, self.geo.blocks_of_unit - 1)]
         pl.when((step == 0) | (slot != loaded_slot))(lambda: plgpu.barrier_wait(self.q_ready))
         plgpu.barrier_wait(refs.k_full.at[stage])
-
-        def scores_of(ref: Any) -> jax.Array:
-            plgpu.wgmma(ref, self.q_tile, refs.k_smem.at[stage].transpose((1, 0)))
-            return ref[...]
-
-        scores = pl.run_scoped(scores_of, plgpu.ACC((ROWS, keys), jnp.float32))
+        scores = compat.product(self.q_tile, refs.k_smem.at[stage].transpose((1, 0)), keys)
         plgpu.barrier_arrive(refs.k_empty.at[stage])
         # Load the next query rows while this block is finished.
         if self.geo.query_slots:
             next_slot = self.slot_of(fact)
-
-            @pl.when(jnp.logical_not(last) & (next_slot != slot))
-            def _() -> None:
-                self.load_queries(item, next_slot)
+            wanted = jnp.logical_not(last) & (next_slot != slot)
+            pl.when(wanted)(lambda: self.load_queries(item, next_slot))
 
         self.prefetch_queries(next_item, has_next & last)
 
@@ -260,21 +248,12 @@ class _Consumer:
         total = total * fade + weights.sum(axis=1)
         acc = acc * lax.broadcast_in_dim(fade, acc.shape, [0])
         if self.shares_smem:
-
-            @pl.when((step == 0) & (i > 0))
-            def _() -> None:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
+            pl.when((step == 0) & (i > 0))(_wait_sent)
         self.p_tile[...] = weights.astype(self.cta.dtype)
         plgpu.commit_smem()
         plgpu.barrier_wait(refs.v_full.at[stage])
         pl.when(valid < keys)(lambda: self.zero_padding(stage, valid))
-
-        def weighted_values(ref: Any) -> jax.Array:
-            plgpu.wgmma(ref, self.p_tile, refs.v_smem.at[stage])
-            return ref[...]
-
-        acc += pl.run_scoped(weighted_values, plgpu.ACC((ROWS, dim), jnp.float32))
+        acc += compat.product(self.p_tile, refs.v_smem.at[stage], self.geo.dim)
         plgpu.barrier_arrive(refs.v_empty.at[stage])
         return new_peak, total, acc, slot, fact
 
@@ -299,7 +278,7 @@ class _Consumer:
 
     def store(self, i: Any, acc: jax.Array, lse: jax.Array) -> None:
         """Puts a result into shared memory when the previous one has left it."""
-        pl.when(i > 0)(lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True))
+        pl.when(i > 0)(_wait_sent)
         self.out_tile[...] = acc.astype(self.cta.dtype)
         self.lse_tile[...] = lse
         plgpu.commit_smem()
@@ -342,8 +321,9 @@ class _Consumer:
             else:
                 place = pl.ds(row, geo.rows_per_head)
                 targets = out.at[item.request, place, query_head], lse.at[flat]
+            pairs = (self.out_tile.at[rows], targets[0]), (self.lse_tile.at[rows], targets[1])
 
             @pl.when(exists)
-            def _(rows: Any = rows, targets: Any = targets) -> None:
-                plgpu.copy_smem_to_gmem(self.out_tile.at[rows], targets[0])
-                plgpu.copy_smem_to_gmem(self.lse_tile.at[rows], targets[1])
+            def _(pairs: Any = pairs) -> None:
+                for source, target in pairs:
+                    plgpu.copy_smem_to_gmem(source, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
+from pallas_kernels.chunk_attention.hopper_producer import div, mod
 from pallas_kernels.chunk_attention.hopper_tiling import Geometry
 from pallas_kernels.compat import ROWS
 
@@ -22,28 +24,12 @@ _BUFFERS, _COLUMNS = 8, 32
 def build_merge(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
     """Makes the callable: out [splits, R, D], lse [splits, R] of the attention kernel -> out, lse.
 
-    Rows are (b, h, t), R of them, in tiles of 64.
-
-    Returns:
-      out [B, T, H, D] in `dtype`, and lse [R] float32.
+    Rows are (b, h, t), R of them, in tiles of 64. Results are [B, T, H, D] in `dtype`, and [R].
     """
     splits, width = geo.tuning.splits, _COLUMNS
     buffers = min(splits, _BUFFERS)
     heads = geo.batch * geo.heads
     by_row = plgpu.Layout.WGMMA.reduce(1)
-
-    def segment(first, i):
-        """(rows of the tile, request, rows of T, head, whether it exists) of a tile's i-th head."""
-        start = first + i * geo.rows_per_head
-        place = lax.div(start, jnp.int32(geo.rows))
-        head = jnp.minimum(place, heads - 1)
-        return (
-            pl.ds(i * geo.rows_per_head, geo.rows_per_head),
-            lax.div(head, jnp.int32(geo.heads)),
-            pl.ds(lax.rem(start, jnp.int32(geo.rows)), geo.rows_per_head),
-            lax.rem(head, jnp.int32(geo.heads)),
-            place < heads,
-        )
 
     def merge_partials(out_gmem, lse_gmem, merged_gmem, merged_lse_gmem, *scratch):
         parts_smem, lse_smem, merged_lse_smem, part_full, lse_full = scratch
@@ -51,11 +37,8 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
         columns = pl.ds(share * width, width)
 
         def load(split):
-            plgpu.copy_gmem_to_smem(
-                out_gmem.at[split, pl.ds(first, ROWS), columns],
-                parts_smem.at[split % buffers],
-                part_full.at[split % buffers],
-            )
+            source, i = out_gmem.at[split, pl.ds(first, ROWS), columns], split % buffers
+            plgpu.copy_gmem_to_smem(source, parts_smem.at[i], part_full.at[i])
 
         for split in range(splits):
             source = lse_gmem.at[split, pl.ds(first, ROWS)]
@@ -64,11 +47,9 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
             load(split)
         plgpu.barrier_wait(lse_full)
         scores = [compat.load(lse_smem.at[split], by_row) for split in range(splits)]
-        top = scores[0]
-        for score in scores[1:]:
-            top = jnp.maximum(top, score)
-        total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row)
-        acc = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
+        top = functools.reduce(jnp.maximum, scores)
+        total = compat.zeros((ROWS,), by_row)
+        acc = compat.zeros((ROWS, width), plgpu.Layout.WGMMA)
         for split, score in enumerate(scores):
             weight = jnp.exp(score - top)
             total += weight
@@ -84,14 +65,15 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
         merged[...] = acc.astype(dtype)
         merged_lse_smem[...] = top + jnp.log(total)
         plgpu.commit_smem()
-        for i in range(ROWS // geo.rows_per_head):
-            rows, request, target, head, exists = segment(first, i)
-
-            @pl.when(exists)
-            def _(rows=rows, request=request, target=target, head=head):
-                plgpu.copy_smem_to_gmem(
-                    merged.at[rows], merged_gmem.at[request, target, head, columns]
-                )
+        each = geo.rows_per_head
+        for i in range(ROWS // each):
+            start = first + i * each
+            place = div(start, geo.rows)
+            head = jnp.minimum(place, heads - 1)
+            request, rows = div(head, geo.heads), pl.ds(mod(start, geo.rows), each)
+            target = merged_gmem.at[request, rows, mod(head, geo.heads), columns]
+            source = merged.at[pl.ds(i * each, each)]
+            pl.when(place < heads)(functools.partial(plgpu.copy_smem_to_gmem, source, target))
 
         @pl.when(share == 0)
         def _():

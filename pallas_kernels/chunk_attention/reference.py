@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common import EMPTY_LSE, Partial
 
 
-def chunk_attention_reference(
-    q: Float[Array, "B K T H D"],
-    k: Float[Array, "L N G C D"],
-    v: Float[Array, "L N G C D"],
-    layer: int | Int[Array, ""],
-    chunk_ids: Int[Array, "B K"],
-    chunk_lengths: Int[Array, "N"],
-    scale: float,
-) -> Partial:
+def chunk_attention_reference(q, k, v, layer, chunk_ids, chunk_lengths, scale) -> Partial:
     """Gathers the chunks, masks the padding, and takes one softmax. Slow; for comparisons."""
     k, v = k[layer], v[layer]
     n, g, c, d = k.shape

@@ -7,20 +7,12 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from pallas_kernels.common import EMPTY_LSE, Partial, valid_chunks
 
 
-def chunk_attention_xla(
-    q: Float[Array, "B K T H D"],
-    k: Float[Array, "L N G C D"],
-    v: Float[Array, "L N G C D"],
-    layer: int | Int[Array, ""],
-    chunk_ids: Int[Array, "B K"],
-    chunk_lengths: Int[Array, "N"],
-    scale: float,
-) -> Partial:
+def chunk_attention_xla(q, k, v, layer, chunk_ids, chunk_lengths, scale) -> Partial:
     """Scans over the K slots; a step reads one chunk of each request in place."""
     _, _, g, c, d = k.shape
     b, _, t, h, _ = q.shape

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat
-from pallas_kernels.common import require_known
+from pallas_kernels.common import resolve
 from pallas_kernels.matmul.hopper_tiling import Activation, choose
 
 MatmulImplementation = Literal["mosaic_gpu", "xla", "interpret"]
@@ -37,21 +37,17 @@ def resolve_matmul(
     problem = _problem(rows, weights, activation)
     if implementation is None:
         size = sum(w.size for w in weights) * jnp.dtype(weights[0].dtype).itemsize
-        fits = problem is None and compat.compute_capability() == "9.0" and size >= LEAST_BYTES
-        return "mosaic_gpu" if fits else "xla"
-    require_known(implementation, get_args(MatmulImplementation))
-    if implementation != "xla" and problem is not None:
-        raise ValueError(f"implementation {implementation!r}: {problem}")
-    return implementation
+        if compat.compute_capability() != "9.0" or size < LEAST_BYTES:
+            problem = "the kernel does not pay"
+    return resolve(implementation, get_args(MatmulImplementation), problem)
 
 
 def _problem(rows: int, weights: tuple[Any, ...], activation: Activation) -> str | None:
-    if (problem := compat.dtype_problem(weights[0].dtype)) is not None:
-        return problem
     outs, inner = tuple(w.shape[0] for w in weights), weights[0].shape[1]
-    if choose(rows, inner, outs, activation, compat.sm_count()) is None:
+    problem = compat.dtype_problem(weights[0].dtype)
+    if problem is None and choose(rows, inner, outs, activation, compat.sm_count()) is None:
         return f"the kernel does not take {rows} rows of {inner} for results of {outs} columns"
-    return None
+    return problem
 
 
 def matmul(
@@ -86,18 +82,15 @@ def matmul(
     """
     if not weights:
         raise ValueError("matmul needs at least one weight")
-    for weight in weights:
-        if weight.ndim != 2 or weight.shape[1] != x.shape[-1] or weight.dtype != x.dtype:
-            raise ValueError(
-                f"weights must be [O, {x.shape[-1]}] {x.dtype} as x, "
-                f"got {weight.shape} {weight.dtype}"
-            )
-    if activation == "swiglu":
-        if len(weights) != 2 or weights[0].shape != weights[1].shape:
-            shapes = [weight.shape for weight in weights]
-            raise ValueError(f"swiglu needs two weights of one shape, got {shapes}")
-    elif activation != "none":
+    wanted = f"[O, {x.shape[-1]}] {x.dtype} as x"
+    for w in weights:
+        if w.ndim != 2 or w.shape[1] != x.shape[-1] or w.dtype != x.dtype:
+            raise ValueError(f"weights must be {wanted}, got {w.shape} {w.dtype}")
+    shapes = [w.shape for w in weights]
+    if activation not in get_args(Activation):
         raise ValueError(f"activation must be 'none' or 'swiglu', got {activation!r}")
+    if activation == "swiglu" and (len(shapes) != 2 or shapes[0] != shapes[1]):
+        raise ValueError(f"swiglu needs two weights of one shape, got {shapes}")
     rows = x.size // x.shape[-1]
     implementation = resolve_matmul(implementation, rows, weights, activation)
     if implementation == "xla":
@@ -118,27 +111,19 @@ def matmul_xla(
       x, weights, activation: as of `matmul`.
       dtype: of the results, x's by default.
     """
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    products = [
-        lax.dot_general(
-            x,
-            weight,
-            (((x.ndim - 1,), (1,)), ((), ())),
-            precision=precision,
-            preferred_element_type=x.dtype if dtype is None else dtype,
-        )
-        for weight in weights
-    ]
-    if activation == "swiglu":
-        return (jax.nn.silu(products[0]) * products[1],)
-    return tuple(products)
+    product = functools.partial(
+        lax.dot_general,
+        dimension_numbers=(((x.ndim - 1,), (1,)), ((), ())),
+        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=x.dtype if dtype is None else dtype,
+    )
+    products = tuple(product(x, weight) for weight in weights)
+    return (jax.nn.silu(products[0]) * products[1],) if activation == "swiglu" else products
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _matmul_kernel(
-    activation: Activation, interpret: Any, x: Array, *weights: Array
-) -> tuple[Array, ...]:
-    return _launch(x, weights, activation=activation, interpret=interpret)
+def _matmul_kernel(activation: Activation, interpret: Any, x, *weights) -> tuple[Array, ...]:
+    return _launch(activation, interpret, x, weights)
 
 
 @_matmul_kernel.defjvp
@@ -150,19 +135,16 @@ def _matmul_jvp(activation, interpret, primals, tangents):
 
 
 # Under jit by itself: lowered once for all layers of a model.
-@functools.partial(jax.jit, static_argnames=("activation", "interpret"))
-def _launch(
-    x: Array, weights: tuple[Array, ...], *, activation: Activation, interpret: Any
-) -> tuple[Array, ...]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _launch(activation: Activation, interpret: Any, x, weights) -> tuple[Array, ...]:
     from pallas_kernels.matmul.hopper_kernel import build_matmul
 
-    lead, inner = x.shape[:-1], x.shape[-1]
-    flat = x.reshape(-1, inner)
-    outs = tuple(w.shape[0] for w in weights)
-    geo = choose(flat.shape[0], inner, outs, activation, compat.sm_count())
+    flat, outs = x.reshape(-1, x.shape[-1]), tuple(w.shape[0] for w in weights)
+    rows, inner = flat.shape
+    geo = choose(rows, inner, outs, activation, compat.sm_count())
     assert geo is not None
-    padded = jnp.pad(flat, ((0, geo.rows - flat.shape[0]), (0, 0)))
+    padded = jnp.pad(flat, ((0, geo.rows - rows), (0, 0)))
     products = build_matmul(geo, x.dtype, interpret=interpret)(padded, *weights)
     if geo.splits > 1:
         products = [part.sum(axis=0).astype(x.dtype) for part in products]
-    return tuple(part[: flat.shape[0]].reshape(*lead, -1) for part in products)
+    return tuple(part[:rows].reshape(*x.shape[:-1], -1) for part in products)

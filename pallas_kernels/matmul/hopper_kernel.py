@@ -73,24 +73,16 @@ def build_matmul(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
             stage = stage_of(step)
             plgpu.barrier_wait(full.at[stage])
             new_sums = []
-            for i in range(count):
-
-                def product(ref, i=i):
-                    weights = w_smem[i].at[stage].transpose((1, 0))
-                    plgpu.wgmma(ref, x_smem.at[stage, wg], weights)
-                    return ref[...]
-
-                shape = plgpu.ACC((ROWS, geo.columns[i]), jnp.float32)
-                new_sums.append(sums[i] + pl.run_scoped(product, shape))
+            for w, n, total in zip(w_smem, geo.columns, sums, strict=True):
+                weights = w.at[stage].transpose((1, 0))
+                new_sums.append(total + compat.product(x_smem.at[stage, wg], weights, n))
             plgpu.barrier_arrive(empty.at[stage])
             return tuple(new_sums)
 
-        def zeros(columns):
-            return plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
-
         @pl.when(wg < tiles)
         def _consumer():
-            sums = lax.fori_loop(0, steps, multiply, tuple(zeros(n) for n in geo.columns))
+            start = tuple(compat.zeros((ROWS, n), plgpu.Layout.WGMMA) for n in geo.columns)
+            sums = lax.fori_loop(0, steps, multiply, start)
             if geo.activation == "swiglu":
                 # Rounded as the two products would be if they were results.
                 gate, up = (s.astype(dtype).astype(jnp.float32) for s in sums)

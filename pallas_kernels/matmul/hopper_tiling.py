@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from pallas_kernels.compat import ROWS, SHARED_MEMORY
+from pallas_kernels.compat import ROWS, SHARED_MEMORY, padded_rows
 
 Activation = Literal["none", "swiglu"]
 
@@ -16,27 +16,16 @@ _MOST_ROWS = 128
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """Static shape of a launch.
+    """Static shape of a launch."""
 
-    Attributes:
-      rows: 32, or a multiple of 64.
-      inner: I, the inner dimension.
-      outs: columns of each weight's product.
-      columns: columns of each product that one CTA makes.
-      splits: parts that the inner dimension is cut into.
-      block: inner elements of a stage.
-      stages: blocks in flight.
-      activation: "swiglu" makes one result of two products, silu(first) * second.
-    """
-
-    rows: int
-    inner: int
-    outs: tuple[int, ...]
-    columns: tuple[int, ...]
-    splits: int
-    block: int
-    stages: int
-    activation: Activation = "none"
+    rows: int  # 32, or a multiple of 64
+    inner: int  # I, the inner dimension
+    outs: tuple[int, ...]  # columns of each weight's product
+    columns: tuple[int, ...]  # columns of each product that one CTA makes
+    splits: int  # parts that the inner dimension is cut into
+    block: int  # inner elements of a stage
+    stages: int  # blocks in flight
+    activation: Activation = "none"  # "swiglu": silu(first) * second is the one result
 
     @property
     def tiles(self) -> int:
@@ -58,6 +47,11 @@ class Geometry:
         return 1 if self.activation == "swiglu" else len(self.outs)
 
     @property
+    def fits(self) -> bool:
+        """Whether blocks divide the inner dimension, and a CTA's shared memory is enough."""
+        return self.inner % (self.splits * self.block) == 0 and self.shared_memory <= SHARED_MEMORY
+
+    @property
     def shared_memory(self) -> int:
         """Bytes of a CTA. Operands are in half precision; with splits results are float32."""
         stage = 2 * self.block * (self.tiles * ROWS + sum(self.columns))
@@ -76,39 +70,22 @@ def choose(
     """
     if not 0 < rows <= _MOST_ROWS:
         return None
-    rows = 32 if rows <= 32 else -(-rows // ROWS) * ROWS
-    candidates: list[Geometry] = []
+    candidates = []
     for units in range(1, sms + 1):
-        if any(n % (units * _COLUMNS) for n in outs):
-            continue
         columns = tuple(n // units for n in outs)
-        if max(columns) > _MOST_COLUMNS:
+        if any(n % (units * _COLUMNS) for n in outs) or max(columns) > _MOST_COLUMNS:
             continue
         for splits in (1,) if activation == "swiglu" else (1, 2, 4, 8):
-            if units * splits <= sms:
-                geo = _with_stages(rows, inner, outs, columns, splits, activation)
-                candidates += [] if geo is None else [geo]
-    if not candidates:
-        return None
-    most = max(geo.units * geo.splits for geo in candidates)
+            cut = (padded_rows(rows), inner, outs, columns, splits)
+            # The longest block and the most stages that fit, at most six.
+            fitting = (
+                geo
+                for block, least in ((256, 2), (128, 3), (64, 3))
+                for stages in range(6, least - 1, -1)
+                if (geo := Geometry(*cut, block, stages, activation)).fits
+            )
+            if units * splits <= sms and (first := next(fitting, None)) is not None:
+                candidates.append(first)
+    most = max((geo.units * geo.splits for geo in candidates), default=0)
     busy = [geo for geo in candidates if geo.units * geo.splits >= 0.95 * most]
-    return max(busy, key=lambda geo: (geo.block, -geo.splits))
-
-
-def _with_stages(
-    rows: int,
-    inner: int,
-    outs: tuple[int, ...],
-    columns: tuple[int, ...],
-    splits: int,
-    activation: Activation,
-) -> Geometry | None:
-    """Returns the geometry with the longest block and most stages that fit, at most six."""
-    for block, least in ((256, 2), (128, 3), (64, 3)):
-        if inner % (splits * block):
-            continue
-        for stages in range(6, least - 1, -1):
-            geo = Geometry(rows, inner, outs, columns, splits, block, stages, activation)
-            if geo.shared_memory <= SHARED_MEMORY:
-                return geo
-    return None
+    return max(busy, key=lambda geo: (geo.block, -geo.splits), default=None)

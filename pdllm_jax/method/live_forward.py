@@ -103,7 +103,7 @@ class Context(NamedTuple):
             rotate(q[:, None], by.per_chunk),
             *(pool.k, pool.v, chunk_ids, pool.lengths),
             layer=layer,
-            near=OwnKV(k, v, total),
+            own_kv=OwnKV(k, v, total),
             implementation=self.implementation,
         )
         return seen, live

@@ -127,8 +127,11 @@ class RopeScaling:
 
 
 # The values of config.json that are implemented; a key may be absent or null. Others are refused.
-_BIASES = ("include_bias", "include_qkv_bias", "bias_for_layer_norm")
-_NORMS = ("attention_layer_norm", "input_emb_norm")
+_ON = ("layer_norm_with_affine", "rope", "rope_full_precision")
+_OFF = (
+    *("include_bias", "include_qkv_bias", "bias_for_layer_norm", "attention_layer_norm"),
+    *("input_emb_norm", "alibi", "scale_logits", "multi_query_attention"),
+)
 _FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("llada",),
     "architectures": (["LLaDAModelLM"],),
@@ -136,13 +139,13 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "block_group_size": (1,),
     "activation_type": ("silu",),
     "layer_norm_type": ("rms",),
-    **dict.fromkeys(("layer_norm_with_affine", "rope", "rope_full_precision"), (True,)),
-    **dict.fromkeys((*_BIASES, *_NORMS, "alibi", "scale_logits"), (False,)),
-    "multi_query_attention": (False,),
+    **dict.fromkeys(_ON, (True,)),
+    **dict.fromkeys(_OFF, (False,)),
     "clip_qkv": (),
     "rope_parameters": (),  # transformers' newer spelling of rope_theta and rope_scaling in one
 }
 _SIZES = ["d_model", "n_layers", "n_heads", "mlp_hidden_size", "vocab_size", "max_sequence_length"]
+_IDS = ["mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id"]
 # Keys that config.json must have, and those whose default is the value of another key.
 _REQUIRED = [*_SIZES, "rope_theta", "mask_token_id", "eos_token_id"]
 _DEFAULTS = {
@@ -187,17 +190,11 @@ class ModelConfig:
             a, b = getattr(self, name), getattr(self, divisor)
             require(a % b == 0, f"{name} {a} is not a multiple of {divisor} {b}")
         require(self.head_dim % 2 == 0, f"head size {self.head_dim} must be even for RoPE")
-        rows = self.embedding_size
-        require(
-            rows >= self.vocab_size,
-            f"embedding_size {rows} is smaller than vocab_size {self.vocab_size}",
-        )
-        tying = self.weight_tying
+        rows, words, tying = self.embedding_size, self.vocab_size, self.weight_tying
+        require(rows >= words, f"embedding_size {rows} is smaller than vocab_size {words}")
         require(isinstance(tying, bool), f"weight_tying must be true or false, got {tying!r}")
         message = f"{{}} {{!r}} is outside the embedding of {rows} rows"
-        token_id = Rule(message, lambda x: is_index(x, rows))
-        names = ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id")
-        validate(self, dict.fromkeys(names, token_id))
+        validate(self, dict.fromkeys(_IDS, Rule(message, lambda x: is_index(x, rows))))
 
     @property
     def head_dim(self) -> int:
@@ -207,16 +204,9 @@ class ModelConfig:
     @classmethod
     def llada_8b(cls) -> ModelConfig:
         """Returns the config of LLaDA-8B-Base, LLaDA-8B-Instruct and LLaDA-1.5."""
-        return cls(
-            d_model=4096,
-            n_layers=32,
-            n_heads=32,
-            n_kv_heads=32,
-            mlp_hidden_size=12288,
-            vocab_size=126464,
-            embedding_size=126464,
-            bos_token_id=126080,
-        )
+        sizes: dict[str, Any] = {"d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32}
+        sizes |= {"mlp_hidden_size": 12288, "vocab_size": 126464, "embedding_size": 126464}
+        return cls(**sizes, bos_token_id=126080)
 
     @classmethod
     def ultrallada_8b(cls) -> ModelConfig:
@@ -227,30 +217,18 @@ class ModelConfig:
         (arXiv 2510.10481). The config.json of a checkpoint takes precedence.
         """
         base = cls.llada_8b()
-        trained, target = 2 * base.max_sequence_length, 2 * 131_072
-        half = base.head_dim / 2
-        critical = 2 * math.ceil(half * math.log(trained / (2 * math.pi), base.rope_theta))
-        theta = (target / (2 * math.pi)) ** (base.head_dim / critical)
+        trained, target = (2 * length / (2 * math.pi) for length in (4096, 131_072))
+        critical = 2 * math.ceil(base.head_dim / 2 * math.log(trained, base.rope_theta))
+        theta = target ** (base.head_dim / critical)
         return dataclasses.replace(base, rope_theta=theta, max_sequence_length=131_072)
 
     @classmethod
     def tiny(cls) -> ModelConfig:
         """Returns two layers with grouped KV heads, for tests and examples."""
-        return cls(
-            d_model=64,
-            n_layers=2,
-            n_heads=4,
-            n_kv_heads=2,
-            mlp_hidden_size=96,
-            vocab_size=256,
-            embedding_size=256,
-            rope_theta=10_000.0,
-            max_sequence_length=512,
-            mask_token_id=255,
-            eos_token_id=254,
-            pad_token_id=254,
-            bos_token_id=253,
-        )
+        sizes: dict[str, Any] = {"d_model": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
+        sizes |= {"mlp_hidden_size": 96, "vocab_size": 256, "embedding_size": 256}
+        sizes |= {"rope_theta": 10_000.0, "max_sequence_length": 512}
+        return cls(**sizes | dict(zip(_IDS, (255, 254, 254, 253), strict=True)))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
@@ -265,14 +243,13 @@ class ModelConfig:
             if raw.get(key) is not None and raw[key] not in allowed
         ]
         require(not refused, f"config.json asks for what is not implemented: {', '.join(refused)}")
-        values = {
-            field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw
-        }
+        names = [field.name for field in dataclasses.fields(cls)]
+        values = {name: raw[name] for name in names if name in raw}
         for key, source in _DEFAULTS.items():
             if values.get(key) is None:
                 values[key] = raw.get(source)
-        if values.get("mlp_hidden_size") is None and raw.get("mlp_ratio") is not None:
-            ratio = raw["mlp_ratio"]
+        ratio = raw.get("mlp_ratio")
+        if values.get("mlp_hidden_size") is None and ratio is not None:
             require(is_number(ratio), f"mlp_ratio must be a number, got {ratio!r}")
             size("d_model", raw.get("d_model"))
             values["mlp_hidden_size"] = int(ratio * raw["d_model"])
@@ -284,11 +261,9 @@ class ModelConfig:
             length = values["max_sequence_length"]
             size("max_sequence_length", length)
             values["rope_scaling"] = RopeScaling.from_dict(scaling, length)
-            theta = scaling.get("rope_theta")
-            require(
-                theta in (None, values["rope_theta"]),
-                f"rope_scaling's rope_theta {theta!r} is not the model's {values['rope_theta']!r}",
-            )
+            theta, wanted = scaling.get("rope_theta"), values["rope_theta"]
+            message = f"rope_scaling's rope_theta {theta!r} is not the model's {wanted!r}"
+            require(theta in (None, wanted), message)
         return cls(**values)
 
     @classmethod

@@ -8,11 +8,9 @@ by their columns, projections out of it by their rows, and KV by heads. "data" d
 axis of the network's inputs (chunks of a document, or requests) if it divides evenly. Weights and
 chunk pools are replicated on it.
 
-A model knows its mesh, so the same functions run on it under the same jit. XLA partitions what is
-elementwise or a small gather. Kernels, cuDNN, products, embedding and LM head run here, under
-`jax.shard_map`; without a mesh each function is the plain one. All collectives are in this module:
-a sum behind attention and MLP of every layer and behind the embedding, and a gather of logits.
-docs/parallel.md says what is communicated, and when.
+XLA partitions what is elementwise or a small gather. Kernels, cuDNN, products, embedding and LM
+head run here, under `jax.shard_map`; without a mesh each function is the plain one. All collectives
+are in this module. docs/parallel.md says what is communicated, and when.
 """
 
 from __future__ import annotations
@@ -29,9 +27,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
-from pallas_kernels import ChunkMass, Implementation, Norm, OwnKV, Partial
+from pallas_kernels import ChunkMass, Norm, OwnKV, Partial
 from pallas_kernels.common import rms_norm
-from pallas_kernels.matmul.api import Activation, matmul_xla
+from pallas_kernels.matmul.api import matmul_xla
 from pdllm_jax.network.config import ConfigError, ModelConfig
 
 DATA, TENSOR = "data", "tensor"
@@ -41,16 +39,11 @@ Tree = TypeVar("Tree")
 # checkpoint, KV as in a snapshot. All other arrays are replicated.
 _TENSOR_AXIS = {
     **{f"{name}_proj.weight": -2 for name in ("q", "k", "v", "gate", "up")},  # [O, I]
-    "attn_out.weight": -1,
-    "down_proj.weight": -1,  # [O, I]
-    "embedding.weight": -2,
-    "lm_head.weight": -2,  # [V, M]
-    "pool.k": -3,
-    "pool.v": -3,  # [L, N, G, C, D]
-    "prefix_k": -2,
-    "prefix_v": -2,  # [L, B, P, G, D]
-    "live.k": -2,
-    "live.v": -2,  # [B, S, G, D] of a layer, or all layers stacked
+    **dict.fromkeys(("attn_out.weight", "down_proj.weight"), -1),  # [O, I]
+    **dict.fromkeys(("embedding.weight", "lm_head.weight"), -2),  # [V, M]
+    **dict.fromkeys(("pool.k", "pool.v"), -3),  # [L, N, G, C, D]
+    **dict.fromkeys(("prefix_k", "prefix_v"), -2),  # [L, B, P, G, D]
+    **dict.fromkeys(("live.k", "live.v"), -2),  # [B, S, G, D], or all layers stacked
 }
 
 
@@ -67,14 +60,12 @@ def make_mesh(
     available = jax.devices() if devices is None else list(devices)
     if data < 1 or tensor < 1:
         raise ValueError(f"a mesh has sizes from 1 on, got {data} x {tensor}")
-    size = f"a mesh of {data} x {tensor}"
-    if data * tensor > len(available):
-        raise ValueError(f"{size} needs {data * tensor} devices, there are {len(available)}")
-    if jax.process_count() > 1 and data * tensor != len(available):
-        processes = f"{len(available)} devices of {jax.process_count()} processes"
-        raise ValueError(f"{size} leaves out some of the {processes}")
-    types = (AxisType.Auto, AxisType.Auto)
-    used = available[: data * tensor]
+    size, count, processes = f"a mesh of {data} x {tensor}", len(available), jax.process_count()
+    if data * tensor > count:
+        raise ValueError(f"{size} needs {data * tensor} devices, there are {count}")
+    if processes > 1 and data * tensor != count:
+        raise ValueError(f"{size} leaves out some of the {count} devices of {processes} processes")
+    types, used = (AxisType.Auto, AxisType.Auto), available[: data * tensor]
     return jax.make_mesh((data, tensor), (DATA, TENSOR), axis_types=types, devices=used)
 
 
@@ -102,8 +93,8 @@ def mesh_sizes(config: ModelConfig, sizes: Mapping[str, int] | Mesh | None) -> t
     if axes.keys() - {DATA, TENSOR} or data < 1 or tensor < 1:
         raise ConfigError(f"mesh {axes}: axes are {TENSOR} and {DATA}, sizes from 1 on")
     names = ("n_heads", "n_kv_heads", "mlp_hidden_size", "embedding_size")
-    sizes = {name: getattr(config, name) for name in names}
-    undivided = ", ".join(f"{name} {size}" for name, size in sizes.items() if size % tensor)
+    counts = {name: getattr(config, name) for name in names}
+    undivided = ", ".join(f"{name} {n}" for name, n in counts.items() if n % tensor)
     if undivided:
         raise ConfigError(f"mesh axis tensor {tensor} does not divide {undivided}")
     return data, tensor
@@ -145,8 +136,8 @@ def shardings(mesh: Mesh, tree: Tree, name: str = "") -> Tree:
     """
 
     def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        keys = [str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path]
-        return sharding_of(mesh, ".".join([name, *keys]), leaf.shape)
+        inside = jax.tree_util.keystr(path, simple=True, separator=".")
+        return sharding_of(mesh, f"{name}.{inside}", leaf.shape)
 
     return jax.tree_util.tree_map_with_path(of_leaf, tree)
 
@@ -186,83 +177,60 @@ def heads_spec(mesh: Mesh | None, rows: int, axis: int) -> PartitionSpec:
     return PartitionSpec(rows_axis(mesh, rows), *[None] * (axis - 1), TENSOR)
 
 
-def _partial_specs(mesh: Mesh | None, rows: int) -> Partial:
+def _partial_specs(mesh: Mesh | None, rows: int) -> Any:
     return Partial._make([heads_spec(mesh, rows, 2), heads_spec(mesh, rows, 1)])
 
 
 def attention(
-    mesh: Mesh | None,
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B S G D"],
-    v: Float[Array, "B S G D"],
-    lengths: Int[Array, "B"] | None = None,
-    *,
-    need_lse: bool = False,
+    mesh: Mesh | None, q: Array, k: Array, v: Array, lengths: Array | None = None, **settings: Any
 ) -> Partial:
-    """Runs `pallas_kernels.attention`, each device on its own heads."""
-    run = functools.partial(pallas_kernels.attention, need_lse=need_lse)
-    heads = heads_spec(mesh, len(q), 2)
-    inputs = (heads, heads, heads, PartitionSpec(heads[0]))
-    return local(mesh, run, inputs, _partial_specs(mesh, len(q)))(q, k, v, lengths)
+    """Returns `pallas_kernels.attention`, made by each device for its own heads."""
+    run = functools.partial(pallas_kernels.attention, **settings)
+    heads, rows = heads_spec(mesh, len(q), 2), PartitionSpec(rows_axis(mesh, len(q)))
+    sharded = local(mesh, run, (heads, heads, heads, rows), _partial_specs(mesh, len(q)))
+    return sharded(q, k, v, lengths)
 
 
-def _pool_specs(mesh: Mesh | None, q: Array) -> tuple[PartitionSpec, ...]:
-    """Specs of query rows, the k and v of a stacked pool, chunk ids and chunk lengths."""
+def _over_chunks(mesh: Mesh | None, run: Callable[..., Any], outputs: Any, q: Array, *rest: Any):
+    """Runs on rows [B, K, T, H, D] or [B, T, H, D], a stacked pool, ids and lengths, own keys."""
+    heads, rows = heads_spec(mesh, len(q), 2), PartitionSpec(rows_axis(mesh, len(q)))
     pool = PartitionSpec(None, None, TENSOR)
-    ids = PartitionSpec(rows_axis(mesh, len(q)))
-    return heads_spec(mesh, len(q), q.ndim - 2), pool, pool, ids, PartitionSpec()
+    inputs = (heads_spec(mesh, len(q), q.ndim - 2), pool, pool, rows, PartitionSpec())
+    own_kv = [OwnKV._make([heads, heads, rows])] * (len(rest) - 4)
+    return local(mesh, run, (*inputs, *own_kv), outputs)(q, *rest)
 
 
 def chunk_attention(
-    mesh: Mesh | None,
-    q: Array,
-    k: Float[Array, "L N G C D"],
-    v: Float[Array, "L N G C D"],
-    chunk_ids: Int[Array, "B K"],
-    chunk_lengths: Int[Array, "N"],
-    *,
-    layer: int,
-    near: OwnKV | None = None,
-    implementation: Implementation | None = None,
+    mesh: Mesh | None, q: Array, *pool: Array, own_kv: OwnKV | None = None, **settings: Any
 ) -> Partial:
-    """Runs `pallas_kernels.chunk_attention` on a stacked pool, each device on its own heads."""
+    """Returns `pallas_kernels.chunk_attention`, made by each device for its own heads.
 
-    def run(q: Array, k: Array, v: Array, ids: Array, lengths: Array, near: OwnKV | None):
-        pool = (k, v, ids, lengths)
-        return pallas_kernels.chunk_attention(
-            q, *pool, own_kv=near, layer=layer, implementation=implementation
-        )
+    Args:
+      mesh: of q and the pool.
+      q: [B, T, H, D] or [B, K, T, H, D].
+      pool: k, v, chunk_ids and chunk_lengths; k and v [L, N, G, C, D].
+      own_kv: for which q has K + 1 places.
+      settings: `layer` and `implementation`.
+    """
 
-    heads = heads_spec(mesh, len(q), 2)
-    near_specs = None if near is None else OwnKV._make([heads, heads, PartitionSpec(heads[0])])
-    sharded = local(mesh, run, (*_pool_specs(mesh, q), near_specs), _partial_specs(mesh, len(q)))
-    return sharded(q, k, v, chunk_ids, chunk_lengths, near)
+    def run(
+        q: Array, k: Array, v: Array, ids: Array, lengths: Array, own_kv: Any = None
+    ) -> Partial:
+        return pallas_kernels.chunk_attention(q, k, v, ids, lengths, own_kv=own_kv, **settings)
+
+    given = pool if own_kv is None else (*pool, own_kv)
+    return _over_chunks(mesh, run, _partial_specs(mesh, len(q)), q, *given)
 
 
-def chunk_attention_mass(
-    mesh: Mesh | None,
-    q: Array,
-    k: Float[Array, "L N G C D"],
-    v: Float[Array, "L N G C D"],
-    chunk_ids: Int[Array, "B K"],
-    chunk_lengths: Int[Array, "N"],
-    *,
-    layer: int,
-    implementation: Implementation | None = None,
-) -> ChunkMass:
-    """Runs `pallas_kernels.chunk_attention_mass` on a stacked pool, as `chunk_attention` does."""
-    run = functools.partial(
-        pallas_kernels.chunk_attention_mass, layer=layer, implementation=implementation
-    )
+def chunk_attention_mass(mesh: Mesh | None, q: Array, *pool: Array, **settings: Any) -> ChunkMass:
+    """Returns `pallas_kernels.chunk_attention_mass`; arguments as of `chunk_attention`."""
+    run = functools.partial(pallas_kernels.chunk_attention_mass, **settings)
     outputs = ChunkMass._make([_partial_specs(mesh, len(q)), heads_spec(mesh, len(q), 1)])
-    return local(mesh, run, _pool_specs(mesh, q), outputs)(q, k, v, chunk_ids, chunk_lengths)
+    return _over_chunks(mesh, run, outputs, q, *pool)
 
 
 def project_columns(
-    mesh: Mesh | None,
-    x: Float[Array, "B *rows I"],
-    *weights: Float[Array, "O I"],
-    activation: Activation = "none",
+    mesh: Mesh | None, x: Float[Array, "B *rows I"], *weights: Array, activation: Any = "none"
 ) -> tuple[Float[Array, "B *rows O"], ...]:
     """Runs `pallas_kernels.matmul` into a layer: each device makes its columns, nothing is sent."""
     run = functools.partial(pallas_kernels.matmul, activation=activation)
@@ -289,13 +257,9 @@ def add_projected(
         return (total,) if norm is None else (total, rms_norm(total, *norm))
 
     def run(stream: Array, x: Array, weight: Array, scale: Array | None, table: Array | None):
-        return pallas_kernels.all_reduce(
-            pallas_kernels.matmul(x, weight)[0],
-            TENSOR,
-            table=table,
-            residual=stream,
-            norm=None if norm is None else Norm._make([scale, norm.eps]),
-        )
+        (part,) = pallas_kernels.matmul(x, weight)
+        by = None if norm is None else Norm._make([scale, norm.eps])
+        return pallas_kernels.all_reduce(part, TENSOR, table=table, residual=stream, norm=by)
 
     rows, columns = PartitionSpec(rows_axis(mesh, len(x))), heads_spec(mesh, len(x), x.ndim - 1)
     weights, table = PartitionSpec(None, TENSOR), PartitionSpec(DATA, TENSOR)
@@ -330,12 +294,11 @@ def project_logits(
 
     Sampling and scores then read the same rows as on one device.
     """
-    if mesh is None:
-        return matmul_xla(x, weight, dtype=jnp.float32)[0]
 
     def run(x: Array, weight: Array) -> Array:
-        part = matmul_xla(x, weight, dtype=jnp.float32)[0]
-        return lax.all_gather(part, TENSOR, axis=x.ndim - 1, tiled=True)
+        (part,) = matmul_xla(x, weight, dtype=jnp.float32)
+        gather = functools.partial(lax.all_gather, axis=x.ndim - 1, tiled=True)
+        return part if mesh is None else gather(part, TENSOR)
 
     rows = PartitionSpec(rows_axis(mesh, len(x)))
     return local(mesh, run, (rows, PartitionSpec(TENSOR)), rows)(x, weight)

@@ -8,6 +8,7 @@ layer.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, get_args
 
@@ -42,18 +43,6 @@ Attend = Callable[[int, Array, Array, Array, Any], tuple[Array, Any]]
 StreamHook = Callable[[int, Array], None]
 
 
-class Devices(NamedTuple):
-    """Where a layer runs: the mesh and the peer table of its sums, see `MaskPredictor`."""
-
-    mesh: Mesh | None
-    links: Array | None
-
-
-def _random(rows: int, columns: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param:
-    values = jax.random.normal(rngs.params(), (rows, columns), jnp.float32) * columns**-0.5
-    return nnx.Param(values.astype(dtype))
-
-
 class RMSNorm(nnx.Module):
     """Root-mean-square norm: float32 inside, cast back, then scaled by the weight [M]."""
 
@@ -65,64 +54,35 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.weight[...], self.eps)
 
 
-class Linear(nnx.Module):
-    """x W^T without bias; W is [O, I] as in checkpoints."""
+class Matrix(nnx.Module):
+    """A weight [rows, columns]: of x W^T, or a row for every token id."""
 
-    def __init__(self, size_in: int, size_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.weight = _random(size_out, size_in, dtype, rngs)
-
-    def add_to(
-        self,
-        stream: Float[Array, "B T O"],
-        x: Float[Array, "B T I"],
-        norm: RMSNorm | None,
-        devices: Devices,
-    ) -> tuple[Float[Array, "B T O"], ...]:
-        """Returns stream + x W^T and, if there is a norm, the norm of it."""
-        scale = None if norm is None else Norm(norm.weight[...], norm.eps)
-        return add_projected(devices.mesh, stream, x, self.weight[...], scale, devices.links)
-
-
-def project(x: Array, *linears: Linear, mesh: Mesh | None) -> tuple[Array, ...]:
-    """Returns x through each of the linear maps; few rows take one launch."""
-    return project_columns(mesh, x, *(linear.weight[...] for linear in linears))
-
-
-def swiglu(x: Array, gate: Linear, up: Linear, mesh: Mesh | None) -> Array:
-    """Returns silu(gate(x)) * up(x)."""
-    return project_columns(mesh, x, gate.weight[...], up.weight[...], activation="swiglu")[0]
-
-
-class Embedding(nnx.Module):
-    """A table [V, M] with a row for every token id: the embedding, or the LM head."""
-
-    def __init__(self, rows: int, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.weight = _random(rows, size, dtype, rngs)
-
-    def __call__(self, token_ids: Int[Array, "B T"], mesh: Mesh | None) -> Float[Array, "B T M"]:
-        return look_up(mesh, self.weight[...], token_ids)
-
-    def logits(self, x: Float[Array, "*rows M"], mesh: Mesh | None) -> Float[Array, "*rows V"]:
-        """Returns the float32 products of each row with all rows of the table."""
-        return project_logits(mesh, x, self.weight[...])
+    def __init__(self, rows: int, columns: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        values = jax.random.normal(rngs.params(), (rows, columns), jnp.float32) * columns**-0.5
+        self.weight = nnx.Param(values.astype(dtype))
 
 
 class Residual(NamedTuple):
-    """The residual stream [B, T, M], and an input and its projection that is not yet added to it.
+    """The residual stream, and an input and its projection that is not yet added to it.
 
     The sum waits for the norm that reads it: on several GPUs one kernel adds up the devices' parts
     and the stream, and makes the norm.
+
+    stream: [B, T, M]. mesh, links: see `MaskPredictor`.
     """
 
     stream: Array
-    pending: tuple[Array, Linear] | None = None
+    mesh: Mesh | None
+    links: Array | None
+    pending: tuple[Array, Matrix] | None = None
 
-    def add(self, devices: Devices, norm: RMSNorm | None = None) -> tuple[Array, ...]:
+    def add(self, norm: RMSNorm | None = None) -> tuple[Array, ...]:
         """Returns the stream with the projection added and, if there is a norm, the norm of it."""
         if self.pending is None:
             return (self.stream,) if norm is None else (self.stream, norm(self.stream))
-        x, linear = self.pending
-        return linear.add_to(self.stream, x, norm, devices)
+        x, matrix = self.pending
+        by = None if norm is None else Norm(norm.weight[...], norm.eps)
+        return add_projected(self.mesh, self.stream, x, matrix.weight[...], by, self.links)
 
 
 class Block(nnx.Module):
@@ -131,34 +91,34 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         model, hidden = config.d_model, config.mlp_hidden_size
         kv = config.n_kv_heads * config.head_dim
-
-        def linear(size_in: int, size_out: int) -> Linear:
-            return Linear(size_in, size_out, dtype=dtype, rngs=rngs)
-
-        self.attn_norm = RMSNorm(model, config.rms_norm_eps, dtype=dtype)
-        self.q_proj = linear(model, model)
-        self.k_proj = linear(model, kv)
-        self.v_proj = linear(model, kv)
-        self.attn_out = linear(model, model)
-        self.ff_norm = RMSNorm(model, config.rms_norm_eps, dtype=dtype)
-        self.gate_proj = linear(model, hidden)
-        self.up_proj = linear(model, hidden)
-        self.down_proj = linear(hidden, model)
+        matrix = functools.partial(Matrix, dtype=dtype, rngs=rngs)
+        norm = functools.partial(RMSNorm, model, config.rms_norm_eps, dtype=dtype)
+        self.attn_norm = norm()
+        self.q_proj, self.k_proj, self.v_proj = (matrix(size, model) for size in (model, kv, kv))
+        self.attn_out = matrix(model, model)
+        self.ff_norm = norm()
+        self.gate_proj, self.up_proj = matrix(hidden, model), matrix(hidden, model)
+        self.down_proj = matrix(model, hidden)
         self.head_dim = config.head_dim
 
     def __call__(
-        self, layer: int, residual: Residual, attend: Attend, carry: Carry, devices: Devices
+        self, layer: int, residual: Residual, attend: Attend, carry: Carry
     ) -> tuple[Residual, Carry]:
         """Returns the residual stream behind the layer, and the carry of its attention."""
-        x, normed = residual.add(devices, self.attn_norm)
-        q, k, v = project(normed, self.q_proj, self.k_proj, self.v_proj, mesh=devices.mesh)
+
+        def project(x: Array, *matrices: Matrix, **settings: Any) -> tuple[Array, ...]:
+            weights = [matrix.weight[...] for matrix in matrices]
+            return project_columns(residual.mesh, x, *weights, **settings)
+
+        x, normed = residual.add(self.attn_norm)
+        q, k, v = project(normed, self.q_proj, self.k_proj, self.v_proj)
         heads = (*x.shape[:-1], -1, self.head_dim)
         out, carry = attend(layer, q.reshape(heads), k.reshape(heads), v.reshape(heads), carry)
 
-        residual = Residual(x, (out.reshape(x.shape), self.attn_out))
-        x, normed = residual.add(devices, self.ff_norm)
-        hidden = swiglu(normed, self.gate_proj, self.up_proj, mesh=devices.mesh)
-        return Residual(x, (hidden, self.down_proj)), carry
+        residual = residual._replace(stream=x, pending=(out.reshape(x.shape), self.attn_out))
+        x, normed = residual.add(self.ff_norm)
+        (hidden,) = project(normed, self.gate_proj, self.up_proj, activation="swiglu")
+        return residual._replace(stream=x, pending=(hidden, self.down_proj)), carry
 
 
 class Links(nnx.Variable):
@@ -183,12 +143,12 @@ class MaskPredictor(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
         rows, model = config.embedding_size, config.d_model
-        layers = range(config.n_layers)
-        self.embedding = Embedding(rows, model, dtype=dtype, rngs=rngs)
-        self.blocks = nnx.List([Block(config, dtype=dtype, rngs=rngs) for _ in layers])
+        self.embedding = Matrix(rows, model, dtype=dtype, rngs=rngs)
+        blocks = [Block(config, dtype=dtype, rngs=rngs) for _ in range(config.n_layers)]
+        self.blocks = nnx.List(blocks)
         self.final_norm = RMSNorm(model, config.rms_norm_eps, dtype=dtype)
         if not config.weight_tying:
-            self.lm_head = Embedding(rows, model, dtype=dtype, rngs=rngs)
+            self.lm_head = Matrix(rows, model, dtype=dtype, rngs=rngs)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -207,19 +167,21 @@ class MaskPredictor(nnx.Module):
 
         `attend` gets the carry and returns it, layer by layer; `hook` gets the residual stream.
         """
-        devices = Devices(self.mesh, None if self.links is None else self.links[...])
-        residual = Residual(self.embedding(divide_rows(self.mesh, token_ids), self.mesh))
+        links = None if self.links is None else self.links[...]
+        ids = divide_rows(self.mesh, token_ids)
+        stream = look_up(self.mesh, self.embedding.weight[...], ids)
+        residual = Residual(stream, self.mesh, links)
         for layer, block in enumerate(self.blocks):
-            residual, carry = block(layer, residual, attend, carry, devices)
+            residual, carry = block(layer, residual, attend, carry)
             if hook is not None:
-                residual = Residual(*residual.add(devices))
+                residual = residual._replace(stream=residual.add()[0], pending=None)
                 hook(layer, residual.stream)
-        return residual.add(devices)[0], carry
+        return residual.add()[0], carry
 
     def logits(self, hidden: Float[Array, "*rows M"]) -> Float[Array, "*rows V"]:
         """Returns the LM head's float32 logits of rows that went through the final norm."""
         head = self.embedding if self.config.weight_tying else self.lm_head
-        return head.logits(hidden, self.mesh)
+        return project_logits(self.mesh, hidden, head.weight[...])
 
     def encode(
         self,
@@ -249,8 +211,7 @@ def put_on(model: MaskPredictor, mesh: Mesh, sums: AllReduceImplementation | Non
     """Sets the mesh that the model's weights are on, and `links`; see `shard_model`."""
     if sums is None:
         sums = "xla" if peer_problem(mesh, TENSOR) else "mosaic_gpu"
-    names = get_args(AllReduceImplementation)
-    if sums not in names:
+    if sums not in (names := get_args(AllReduceImplementation)):
         raise ValueError(f"sums {sums!r} is not known ({', '.join(names)})")
     nnx.pop(model, Links)
     model.mesh = mesh

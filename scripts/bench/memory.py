@@ -29,7 +29,6 @@ from jax.sharding import SingleDeviceSharding
 from bench.record import command, conditions, in_process, replace
 from bench.run import cheap_model, model_config
 from pallas_kernels import compat
-from pallas_kernels.chunk_attention import hopper
 from pdllm_jax import Engine, MaskPredictor, Request, plan_memory
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine import programs as engine
@@ -180,7 +179,6 @@ def device_for(target: Path | None) -> Iterator[Any]:
     with (
         mock.patch.object(jax, "default_backend", return_value="gpu"),
         mock.patch.object(compat, "compute_capability", return_value="9.0"),
-        mock.patch.object(hopper, "device_problem", return_value=None),
     ):
         yield SingleDeviceSharding(topology.devices[0])
 

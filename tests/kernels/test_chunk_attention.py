@@ -19,29 +19,23 @@ from pallas_kernels import (
 )
 from pallas_kernels.chunk_attention import api, cudnn
 from pallas_kernels.chunk_attention.dense import attention, attention_xla
+from tests.support.kernels import OLD_JAX, implementations
 from tests.support.models import relative_error
 
 HALF = {jnp.bfloat16: 8e-3, jnp.float16: 1e-3}
 TOLERANCE = {jnp.float32: 1e-6, **HALF}
-OLD_JAX = pytest.mark.skipif(
-    compat.mosaic_gpu_problem() is not None, reason=str(compat.mosaic_gpu_problem())
-)
-# All run the same cases, the last two on a GPU; "interpret" is the "mosaic_gpu" kernel on the CPU.
-IMPLEMENTATIONS = pytest.mark.parametrize(
-    "implementation",
-    [
-        "xla",
-        "reference",
-        pytest.param("interpret", marks=OLD_JAX),
-        pytest.param("mosaic_gpu", marks=pytest.mark.gpu),
-        pytest.param("cudnn", marks=pytest.mark.gpu),
-    ],
-)
+IMPLEMENTATIONS = implementations("xla", "reference", gpu=("mosaic_gpu", "cudnn"))
 # One program for a case, as the method has it, rather than one for each of its operations.
 attend = jax.jit(chunk_attention, static_argnames=("implementation", "scale"))
 attend_mass = jax.jit(chunk_attention_mass, static_argnames=("implementation",))
 # Ragged and full chunks, empty ones, ids unsorted and repeated, two requests over one pool.
 IDS, LENGTHS = [[4, 0, 2], [1, 5, 1]], [128, 128, 70, 0, 1, 128]
+NO_KEYS = [[4, 0, 2], [3, -1, 3]]  # the chunks of the second request are empty
+
+
+def run(implementation, q, k, v, ids=IDS, lengths=LENGTHS, **more):
+    ids, lengths = jnp.array(ids), jnp.array(lengths)
+    return attend(q, k, v, ids, lengths, implementation=implementation, **more)
 
 
 def normal(seed, dtype, *shapes):
@@ -106,17 +100,11 @@ def test_against_one_softmax_by_hand(implementation, heads, groups, rows, dtype)
     if implementation == "interpret" and (dtype == jnp.float16) != (rows in (8, 100)):
         pytest.skip("interpreted in the other half precision")
     q, k, v = case(implementation, heads, groups, rows=rows, dtype=dtype)
-    got = attend(q, k, v, jnp.array(IDS), jnp.array(LENGTHS), implementation=implementation)
-    assert_close(got, by_hand(q, k, v, IDS, LENGTHS), dtype)
+    assert_close(run(implementation, q, k, v), by_hand(q, k, v, IDS, LENGTHS), dtype)
 
 
-@IMPLEMENTATIONS
-def test_ids_and_lengths_outside_are_clipped_and_read_nothing(implementation):
-    """Ids outside the pool are empty slots; lengths are clipped to the chunk."""
-    q, k, v = case(implementation)
-    k, v = k.at[0].set(jnp.nan).at[5].set(jnp.nan), v.at[0].set(jnp.nan).at[5].set(jnp.nan)
-    ids, lengths = [[-1, 6, 2], [1, 999, -7]], [128, -3, 999, 128, 128, 128]
-    got = attend(q, k, v, jnp.array(ids), jnp.array(lengths), implementation=implementation)
+def assert_only_first(got, q, k, v, ids, lengths):
+    """The first request's result; the second has no keys."""
     out, lse = by_hand(q, k, v, ids, lengths)
     assert_close(Partial(got.out[:1], got.lse[:1]), (out[:1], lse[:1]), q.dtype.type)
     assert (got.lse[1] == EMPTY_LSE).all()
@@ -124,15 +112,27 @@ def test_ids_and_lengths_outside_are_clipped_and_read_nothing(implementation):
 
 
 @IMPLEMENTATIONS
+def test_ids_and_lengths_outside_are_clipped_and_read_nothing(implementation):
+    """Ids outside the pool are empty slots; lengths are clipped to the chunk."""
+    q, k, v = case(implementation)
+    k, v = (x.at[jnp.array([0, 5])].set(jnp.nan) for x in (k, v))
+    ids, lengths = [[-1, 6, 2], [1, 999, -7]], [128, -3, 999, 128, 128, 128]
+    assert_only_first(run(implementation, q, k, v, ids, lengths), q, k, v, ids, lengths)
+
+
+def nan_behind(counts, dtype):
+    """[N, 1, C, 1], zero for the first counts[n] keys of a chunk and NaN behind them."""
+    valid = jnp.arange(128) < jnp.array(counts)[:, None]
+    return jnp.where(valid[:, None, :, None], 0.0, jnp.nan).astype(dtype)
+
+
+@IMPLEMENTATIONS
 def test_nan_in_padding_and_in_other_chunks_changes_nothing(implementation):
     q, k, v = case(implementation)
-    lengths = jnp.array([128, 128, 37, 0, 65, 128])
-    ids = jnp.array([[4, 2, 3], [2, 4, 2]])
-    clean = attend(q, k, v, ids, lengths, implementation=implementation)
-    used = jnp.array([False, False, True, True, True, False])
-    counts = used[:, None] & (jnp.arange(128) < lengths[:, None])
-    poison = jnp.where(counts[:, None, :, None], 0.0, jnp.nan).astype(q.dtype)
-    dirty = attend(q, k + poison, v + poison, ids, lengths, implementation=implementation)
+    ids, lengths = [[4, 2, 3], [2, 4, 2]], [128, 128, 37, 0, 65, 128]
+    clean = run(implementation, q, k, v, ids, lengths)
+    poison = nan_behind([0, 0, 37, 0, 65, 0], q.dtype)
+    dirty = run(implementation, q, k + poison, v + poison, ids, lengths)
     assert np.isfinite(clean.out.astype(jnp.float32)).all()
     np.testing.assert_array_equal(dirty.out, clean.out)
     np.testing.assert_array_equal(dirty.lse, clean.lse)
@@ -141,15 +141,8 @@ def test_nan_in_padding_and_in_other_chunks_changes_nothing(implementation):
 @IMPLEMENTATIONS
 def test_a_layer_of_a_stacked_pool_and_shared_query_rows(implementation):
     q, k, v = case(implementation, layers=3)
-    ids, lengths = jnp.array(IDS), jnp.array(LENGTHS)
     shared = q[:, 0]
-
-    def run(layer):
-        return chunk_attention(
-            shared, k, v, ids, lengths, layer=layer, implementation=implementation
-        )
-
-    got = jax.jit(run)(jnp.int32(1))
+    got = run(implementation, shared, k, v, layer=jnp.int32(1))
     repeated = jnp.broadcast_to(shared[:, None], q.shape)
     assert_close(got, by_hand(repeated, k[1], v[1], IDS, LENGTHS), q.dtype.type)
 
@@ -167,49 +160,38 @@ def test_what_is_gathered_for_cudnn(monkeypatch):
 
     monkeypatch.setattr(cudnn, "attention_with_lse", stand_in)
     q, k, v = case("cudnn", layers=2)
-    used = jnp.array([True, True, True, False, True, True])[:, None] & (
-        jnp.arange(128) < jnp.array(LENGTHS)[:, None]
-    )
-    poison = jnp.where(used[:, None, :, None], 0.0, jnp.nan).astype(q.dtype)
+    poison = nan_behind(LENGTHS, q.dtype)
     ids = [[4, 0, 2], [1, -1, 1]]
-    got = cudnn.chunk_attention_cudnn(
-        q, k + poison, v + poison, 1, jnp.array(ids), jnp.array(LENGTHS), 64**-0.5
-    )
+    pool = k + poison, v + poison, 1, jnp.array(ids), jnp.array(LENGTHS)
+    got = cudnn.chunk_attention_cudnn(q, *pool, 64**-0.5)
     assert_close(got, by_hand(q, k[1], v[1], ids, LENGTHS), q.dtype.type)
 
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("rows", [8, 40])
 @pytest.mark.parametrize("size", [128, 70], ids=["whole blocks", "padded"])
-def test_near_keys(implementation, rows, size):
+def test_own_keys(implementation, rows, size):
     """As one chunk more, of which every request has its own; NaN behind their lengths."""
     if implementation == "interpret" and (rows == 8) == (size == 128):
         pytest.skip("interpreted with the other number of rows")
     q, k, v = case(implementation, heads=6, rows=rows, layers=2)
-    ids, lengths = jnp.array([[4, 0, 2], [3, -1, 3]]), jnp.array(LENGTHS)
-    live = (2, size, 2, 64)
-    near_k, near_v, own = normal(1, q.dtype, live, live, (2, 1, *q.shape[2:]))
-    valid = [67, 3]
-    behind = (jnp.arange(size) >= jnp.array(valid)[:, None])[..., None, None]
-    near_k, near_v = (jnp.where(behind, jnp.nan, x) for x in (near_k, near_v))
-    near = OwnKV(near_k, near_v, jnp.array(valid))
-    got = attend(
-        jnp.concatenate([q, own], axis=1), k, v, ids, lengths,
-        layer=1, own_kv=near, implementation=implementation,
-    )  # fmt: skip
+    live, counts = (2, size, 2, 64), [67, 3]
+    own_k, own_v, own_q = normal(1, q.dtype, live, live, (2, 1, *q.shape[2:]))
+    behind = (jnp.arange(size) >= jnp.array(counts)[:, None])[..., None, None]
+    own_k, own_v = (jnp.where(behind, jnp.nan, x) for x in (own_k, own_v))
+    own_kv, q = OwnKV(own_k, own_v, jnp.array(counts)), jnp.concatenate([q, own_q], axis=1)
+    got = run(implementation, q, k, v, NO_KEYS, layer=1, own_kv=own_kv)
 
     def as_chunks(pool, rows):
         rows = jnp.pad(rows.swapaxes(1, 2), ((0, 0), (0, 0), (0, 128 - size), (0, 0)))
         return jnp.concatenate([pool[1], rows])
 
-    want = by_hand(
-        jnp.concatenate([q, own], axis=1), as_chunks(k, near_k), as_chunks(v, near_v),
-        [[4, 0, 2, 6], [3, -1, 3, 7]], [*LENGTHS, *valid],
-    )  # fmt: skip
+    ids = np.concatenate([NO_KEYS, [[6], [7]]], axis=1)
+    want = by_hand(q, as_chunks(k, own_k), as_chunks(v, own_v), ids, [*LENGTHS, *counts])
     assert_close(got, want, q.dtype.type)
 
 
-def test_what_dense_attention_is_given_of_near_keys(monkeypatch):
+def test_what_dense_attention_is_given_of_own_keys(monkeypatch):
     """Nothing but zeros behind their lengths: cuDNN, which may run there, multiplies it."""
 
     def finite(q, k, v, lengths, **settings):
@@ -220,28 +202,19 @@ def test_what_dense_attention_is_given_of_near_keys(monkeypatch):
     monkeypatch.setattr(api, "attention", finite)
     q, k, v = case("xla")
     behind = (jnp.arange(70) >= jnp.array([67, 3])[:, None])[..., None, None]
-    near = jnp.where(behind, jnp.nan, jnp.ones((2, 70, 2, 64)))
-    got = chunk_attention(
-        jnp.concatenate([q, q[:, :1]], axis=1), k, v, jnp.array(IDS), jnp.array(LENGTHS),
-        own_kv=OwnKV(near, near, jnp.array([67, 3])), implementation="xla",
-    )  # fmt: skip
-    assert np.isfinite(got.out).all()
+    live = jnp.where(behind, jnp.nan, jnp.ones((2, 70, 2, 64)))
+    own_kv, places = OwnKV(live, live, jnp.array([67, 3])), jnp.concatenate([q, q[:, :1]], axis=1)
+    args = places, k, v, jnp.array(IDS), jnp.array(LENGTHS)
+    assert np.isfinite(chunk_attention(*args, own_kv=own_kv, implementation="xla").out).all()
 
 
 @IMPLEMENTATIONS
-def test_near_keys_that_are_none(implementation):
+def test_own_keys_without_any(implementation):
     q, k, v = case(implementation)
-    q = jnp.concatenate([q, q[:, :1]], axis=1)
-    none = jnp.full((2, 128, 2, 64), jnp.nan, q.dtype)
-    ids, lengths = jnp.array([[4, 0, 2], [3, -1, 3]]), jnp.array(LENGTHS)
-    got = attend(
-        q, k, v, ids, lengths, own_kv=OwnKV(none, none, jnp.array([0, -5])),
-        implementation=implementation,
-    )  # fmt: skip
-    out, lse = by_hand(q[:, :3], k, v, np.array(ids), LENGTHS)
-    assert_close(Partial(got.out[:1], got.lse[:1]), (out[:1], lse[:1]), q.dtype.type)
-    assert (got.lse[1] == EMPTY_LSE).all()
-    assert (got.out[1] == 0).all()
+    live = jnp.full((2, 128, 2, 64), jnp.nan, q.dtype)
+    own_kv, places = OwnKV(live, live, jnp.array([0, -5])), jnp.concatenate([q, q[:, :1]], axis=1)
+    got = run(implementation, places, k, v, NO_KEYS, own_kv=own_kv)
+    assert_only_first(got, q, k, v, NO_KEYS, LENGTHS)
 
 
 @pytest.mark.parametrize(
@@ -259,26 +232,26 @@ def test_near_keys_that_are_none(implementation):
         ),
     ],
 )
-def test_near_keys_that_do_not_fit_are_named(change, message):
+def test_own_keys_that_do_not_fit_are_named(change, message):
     q, k, v = case("xla")
     places = jnp.concatenate([q, q[:, :1]], axis=1)
-    near = OwnKV(jnp.zeros((2, 8, 2, 64)), jnp.zeros((2, 8, 2, 64)), jnp.array([1, 8]))
+    own_kv = OwnKV(jnp.zeros((2, 8, 2, 64)), jnp.zeros((2, 8, 2, 64)), jnp.array([1, 8]))
     args = k, v, jnp.zeros((2, 3), jnp.int32), jnp.full((6,), 128)
-    attend(places, *args, own_kv=near)
+    attend(places, *args, own_kv=own_kv)
     with pytest.raises(ValueError, match=message):
-        attend(places, *args, own_kv=near._replace(**change))
+        attend(places, *args, own_kv=own_kv._replace(**change))
     for rows in (q, q[:, 0]):
         with pytest.raises(ValueError, match=r"q with own_kv must be \[B, K \+ 1, T, H, D\]"):
-            attend(rows, *args, own_kv=near)
+            attend(rows, *args, own_kv=own_kv)
 
 
 @IMPLEMENTATIONS
 def test_the_share_of_every_chunk(implementation):
     q, k, v = case(implementation)
-    ids, lengths = jnp.array([[4, 0, 2], [3, -1, 3]]), jnp.array(LENGTHS)
-    got = attend_mass(q, k, v, ids, lengths, implementation=implementation)
-    whole = attend(q, k, v, ids, lengths, implementation=implementation)
-    np.testing.assert_allclose(got.attention.lse, whole.lse, atol=1e-5)
+    arrays = q, k, v, jnp.array(NO_KEYS), jnp.array(LENGTHS)
+    got = attend_mass(*arrays, implementation=implementation)
+    union = run(implementation, q, k, v, NO_KEYS)
+    np.testing.assert_allclose(got.attention.lse, union.lse, atol=1e-5)
     lse = by_hand(q, k, v, IDS, LENGTHS)[1]
     for slot in range(3):
         alone = by_hand(q[:, slot : slot + 1], k, v, [[IDS[0][slot]], [0]], LENGTHS)[1]
@@ -291,23 +264,20 @@ def test_the_share_of_every_chunk(implementation):
 @IMPLEMENTATIONS
 def test_scores_that_overflow_an_exponential(implementation):
     q, k, v = case(implementation)
-    lengths = [128] * 6
-    got = attend(
-        q * 100, k * 10, v, jnp.array(IDS), jnp.array(lengths), implementation=implementation
-    )
-    out, _ = by_hand(q * 100, k * 10, v, IDS, lengths)
+    got = run(implementation, q * 100, k * 10, v, lengths=[128] * 6)
+    out, _ = by_hand(q * 100, k * 10, v, IDS, [128] * 6)
     np.testing.assert_allclose(got.out.astype(jnp.float32), out, atol=2e-2)
 
 
 def test_merge_is_attention_over_the_union():
     q, k, v = case("xla")
     ids, lengths = jnp.array([[4, 0, 2], [1, 5, 3]]), jnp.array([128, 3, 70, 128, 1, 128])
-    whole = attend(q, k, v, ids, lengths)
+    union = attend(q, k, v, ids, lengths)
     parts = [attend(q[:, j : j + 1], k, v, ids[:, j : j + 1], lengths) for j in range(3)]
     nothing = attend(q[:, :1], k, v, jnp.full((2, 1), -1), lengths)
     got = merge(nothing, *parts)
-    np.testing.assert_allclose(got.out, whole.out, atol=1e-6)
-    np.testing.assert_allclose(got.lse, whole.lse, atol=1e-6)
+    np.testing.assert_allclose(got.out, union.out, atol=1e-6)
+    np.testing.assert_allclose(got.lse, union.lse, atol=1e-6)
     empty = merge(nothing, nothing)
     assert isinstance(empty, Partial)
     assert np.isfinite(empty.out).all()
@@ -318,9 +288,8 @@ def test_the_chosen_chunks_are_not_gathered():
     q, k, v = case("xla", size=512, n=64)
     ids = jnp.tile(jnp.arange(32), (2, 1))
     q = jnp.tile(q[:, :1], (1, 32, 1, 1, 1))
-    run = jax.jit(lambda *x: chunk_attention(*x, implementation="xla"))
-    compiled = run.lower(q, k, v, ids, jnp.full((64,), 512)).compile()
-    temporary = compiled.memory_analysis().temp_size_in_bytes
+    program = attend.lower(q, k, v, ids, jnp.full((64,), 512), implementation="xla")
+    temporary = program.compile().memory_analysis().temp_size_in_bytes
     chosen = 2 * 32 * 2 * 2 * 512 * 64 * 4
     assert temporary < chosen / 4, (temporary, chosen)
 
@@ -335,10 +304,7 @@ INTEGERS = {"q": (2, 3, 8, 4, 64), "k": (6, 2, 128, 64), "v": (6, 2, 128, 64)}
         ({"q": jnp.zeros((2, 3, 8, 4, 16))}, r"q must be .* D = 64, got shape \(2, 3, 8, 4, 16"),
         ({"q": jnp.zeros((2, 3, 8, 3, 64))}, "multiple of the pool's 2 KV heads, got H = 3"),
         ({"q": jnp.zeros((2, 4, 8, 4, 64))}, r"q must be \[B, K, T, H, D\] with B = 2, K = 3"),
-        (
-            {"q": jnp.zeros((2, 3, 8, 4, 64), jnp.bfloat16)},
-            "dtype, got bfloat16, float32",
-        ),
+        ({"q": jnp.zeros((2, 3, 8, 4, 64), jnp.bfloat16)}, "dtype, got bfloat16, float32"),
         ({x: jnp.zeros(s, jnp.int32) for x, s in INTEGERS.items()}, "share a floating dtype"),
         ({"v": jnp.zeros((6, 2, 15, 64))}, r"v must be \[N, G, C, D\] with N = 6.* C = 128"),
         ({"k": jnp.zeros((1, 6, 2, 128, 64))}, r"k without layer must be \[N, G, C, D\]"),
@@ -354,23 +320,23 @@ INTEGERS = {"q": (2, 3, 8, 4, 64), "k": (6, 2, 128, 64), "v": (6, 2, 128, 64)}
 )
 def test_what_does_not_fit_is_named(change, message):
     q, k, v = case("xla")
-    fine = {
-        "q": q, "k": k, "v": v,
-        "chunk_ids": jnp.zeros((2, 3), jnp.int32), "chunk_lengths": jnp.full((6,), 128),
-    }  # fmt: skip
+    fine = {"q": q, "k": k, "v": v, "chunk_ids": jnp.zeros((2, 3), jnp.int32)}
+    fine["chunk_lengths"] = jnp.full((6,), 128)
     attend(**fine)
     for function in (chunk_attention, chunk_attention_mass):
         with pytest.raises(ValueError, match=message):
             function(**{**fine, **change})
 
 
+TAKES = {"dtype": jnp.bfloat16, "head_size": 128, "chunk_size": 1024}
+
+
 def test_the_path_used_can_be_asked_for():
-    takes = {"dtype": jnp.bfloat16, "head_size": 128, "chunk_size": 1024}
     for cpu in (jax.devices("cpu")[0], "cpu"):
         with jax.default_device(cpu):
             assert compat.default_device() == jax.devices("cpu")[0]
-            assert resolve_implementation(None, **takes) == "xla"
-    assert resolve_implementation("reference", **takes) == "reference"
+            assert resolve_implementation(None, **TAKES) == "xla"
+    assert resolve_implementation("reference", **TAKES) == "reference"
 
 
 @OLD_JAX
@@ -388,8 +354,7 @@ def test_the_path_used_can_be_asked_for():
 )
 def test_the_kernel_is_chosen_where_it_runs(capability, change, path, monkeypatch):
     monkeypatch.setattr(compat, "compute_capability", lambda: capability)
-    takes = {"dtype": jnp.bfloat16, "head_size": 128, "chunk_size": 1024, **change}
-    assert resolve_implementation(None, **takes) == path
+    assert resolve_implementation(None, **{**TAKES, **change}) == path
 
 
 @OLD_JAX
@@ -402,6 +367,5 @@ def test_the_kernel_is_chosen_where_it_runs(capability, change, path, monkeypatc
     ],
 )
 def test_a_named_kernel_is_not_replaced(change, message):
-    takes = {"dtype": jnp.bfloat16, "head_size": 128, "chunk_size": 1024, **change}
     with pytest.raises(ValueError, match=f"'mosaic_gpu'.*{message}"):
-        resolve_implementation("mosaic_gpu", **takes)
+        resolve_implementation("mosaic_gpu", **{**TAKES, **change})

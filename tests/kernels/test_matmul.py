@@ -13,17 +13,10 @@ from pallas_kernels import compat, matmul, resolve_matmul
 from pallas_kernels.compat import SHARED_MEMORY
 from pallas_kernels.matmul.hopper_kernel import build_matmul
 from pallas_kernels.matmul.hopper_tiling import Geometry, choose
-from tests.kernels.test_chunk_attention import OLD_JAX
+from tests.support.kernels import OLD_JAX, implementations, launches, lowered, spec
 from tests.support.models import relative_error
 
-IMPLEMENTATIONS = pytest.mark.parametrize(
-    "implementation",
-    [
-        "xla",
-        pytest.param("interpret", marks=OLD_JAX),
-        pytest.param("mosaic_gpu", marks=pytest.mark.gpu),
-    ],
-)
+IMPLEMENTATIONS = implementations("xla")
 
 
 def operands(rows, inner, outs, dtype=jnp.bfloat16):
@@ -96,13 +89,13 @@ def test_the_interpreter_finds_no_race(rows, activation):
     geo = Geometry(padded, 512, (64, 64), (32, 32), splits, 64, 2, activation)
     assert geo.steps > geo.stages  # stages are used again
     run = build_matmul(geo, x.dtype, interpret=compat.interpreter(detect_races=True))
-    made = run(jnp.pad(x, ((0, geo.rows - rows), (0, 0))), *weights)
+    results = run(jnp.pad(x, ((0, geo.rows - rows), (0, 0))), *weights)
     want = by_hand(x, weights)
     if activation == "swiglu":
         want = [want[0] / (1 + np.exp(-want[0])) * want[1]]
-    for one, other in zip(made, want, strict=True):
-        whole = one.sum(axis=0) if geo.splits > 1 else one
-        assert relative_error(whole[:rows], other) < 8e-3
+    for one, other in zip(results, want, strict=True):
+        total = one.sum(axis=0) if geo.splits > 1 else one
+        assert relative_error(total[:rows], other) < 8e-3
     assert not compat.races_found()
 
 
@@ -122,8 +115,6 @@ def test_the_interpreter_finds_no_race(rows, activation):
 def test_lowers_for_hopper(rows, inner, outs, activation):
     geo = choose(rows, inner, outs, activation, sms=132)
     assert geo.shared_memory <= SHARED_MEMORY
-    x = jax.ShapeDtypeStruct((rows, inner), jnp.bfloat16)
-    weights = [jax.ShapeDtypeStruct((n, inner), jnp.bfloat16) for n in outs]
 
     def layers(x, *weights):
         return [
@@ -131,9 +122,9 @@ def test_lowers_for_hopper(rows, inner, outs, activation):
             for i in range(3)
         ]
 
-    text = jax.jit(layers).trace(x, *weights).lower(lowering_platforms=("cuda",)).as_text()
+    text = lowered(layers, spec(rows, inner), *(spec(n, inner) for n in outs))
     assert text.count("func.func private @_launch") == 1
-    assert "mosaic_gpu" in text
+    assert launches(text)
 
 
 @pytest.mark.parametrize("inner", [64, 576, 4096])
@@ -153,8 +144,7 @@ def test_geometry_covers_every_column_once(inner, outs, rows):
 
 @OLD_JAX
 def test_which_path_is_taken(monkeypatch):
-    big, small = (jax.ShapeDtypeStruct((n, 4096), jnp.bfloat16) for n in (4096, 64))
-    wide = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
+    big, small, wide = spec(4096, 4096), spec(64, 4096), spec(4096, 4096, dtype=jnp.float32)
     for capability, path in (("9.0", "mosaic_gpu"), ("8.0", "xla"), (None, "xla")):
         monkeypatch.setattr(compat, "compute_capability", lambda c=capability: c)
         assert resolve_matmul(None, 32, (big,)) == path

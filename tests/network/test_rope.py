@@ -32,10 +32,9 @@ def test_rotating_queries_back_equals_rotating_keys_on(kind, offset):
     q, k = (jax.random.normal(jax.random.key(i), (7, 3, config.head_dim)) for i in (0, 1))
     at, local = jnp.arange(7) + 1100, jnp.arange(7)
 
-    def scores(q_positions, k_positions):
-        turned_q = rotate(q, rotation(config, q_positions))
-        turned_k = rotate(k, rotation(config, k_positions))
-        return jnp.einsum("qhd,khd->hqk", turned_q, turned_k)
+    def scores(*positions):
+        by = (rotation(config, x) for x in positions)
+        return jnp.einsum("qhd,khd->hqk", *map(rotate, (q, k), by))
 
     want = scores(at, local + offset)
     np.testing.assert_allclose(scores(at - offset, local), want, atol=2e-3)
@@ -52,15 +51,12 @@ def test_positions_may_be_negative():
 
 
 def test_frequencies_of_the_scalings():
-    plain, _ = inverse_frequencies(configured("plain"))
-    linear, _ = inverse_frequencies(configured("linear"))
-    ntk, _ = inverse_frequencies(configured("ntk"))
-    yarn, factor = inverse_frequencies(configured("yarn"))
-    np.testing.assert_allclose(linear, plain / 4)
-    # NTK leaves the fastest plane alone and slows the slowest one by the full factor.
-    np.testing.assert_allclose([ntk[0] / plain[0], ntk[-1] / plain[-1]], [1, 1 / 4])
-    np.testing.assert_allclose([yarn[0] / plain[0], yarn[-1] / plain[-1]], [1, 1 / 4])
-    assert factor == pytest.approx(0.1 * np.log(4) + 1)
+    frequencies = {kind: inverse_frequencies(configured(kind)) for kind in SCALINGS}
+    plain = frequencies["plain"][0]
+    np.testing.assert_allclose(frequencies["linear"][0], plain / 4)
+    for kind in ("ntk", "yarn"):  # leave the fastest plane alone, slow the slowest by the factor
+        np.testing.assert_allclose((frequencies[kind][0] / plain)[[0, -1]], [1, 1 / 4])
+    assert frequencies["yarn"][1] == pytest.approx(0.1 * np.log(4) + 1)
 
 
 def test_half_split_layout():

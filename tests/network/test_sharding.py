@@ -65,14 +65,14 @@ def test_a_mesh_of_one_device_and_sizes_that_do_not_fit():
     mesh = make_mesh()
     assert (dict(mesh.shape), mesh.size) == ({"data": 1, "tensor": 1}, 1)
     config = ModelConfig.tiny()
-    for wrong, message in [
-        ({"tensor": 8}, r"tensor 8 does not divide n_heads 4, n_kv_heads 2$"),
-        ({"tensor": 3}, r"3 does not divide n_heads 4, n_kv_heads 2, embedding_size 256$"),
-        ({"data": 0}, "sizes from 1 on"),
-        ({"model": 2}, "axes are tensor and data"),
-    ]:
+    for wrong, message in {
+        ("tensor", 8): "tensor 8 does not divide n_heads 4, n_kv_heads 2$",
+        ("tensor", 3): "3 does not divide n_heads 4, n_kv_heads 2, embedding_size 256$",
+        ("data", 0): "sizes from 1 on",
+        ("model", 2): "axes are tensor and data",
+    }.items():
         with pytest.raises(ConfigError, match=message):
-            mesh_sizes(config, wrong)
+            mesh_sizes(config, dict([wrong]))
     assert mesh_sizes(config, {"data": 3, "tensor": 2}) == (3, 2)
     count = len(jax.devices())
     with pytest.raises(ValueError, match=f"2 x {count} needs {2 * count} devices, there are"):

@@ -12,17 +12,15 @@ from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.transformer import MaskPredictor
 from tests.support.models import model_from_tensors, relative_error
 
+ODD = {"d_model": 36, "n_heads": 6, "n_kv_heads": 3}
 ARCHITECTURES = {
     "MHA": {},
     "MHA tied": {"weight_tying": True},
     "GQA": {"n_kv_heads": 2},
     "GQA tied": {"n_kv_heads": 2, "weight_tying": True},
     "MQA": {"n_kv_heads": 1},
-    "odd sizes": {
-        "d_model": 36, "n_heads": 6, "n_kv_heads": 3, "mlp_hidden_size": 50, "n_layers": 3,
-        "embedding_size": 280,
-    },
-}  # fmt: skip
+    "odd sizes": ODD | {"mlp_hidden_size": 50, "n_layers": 3, "embedding_size": 280},
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 SCALINGS = {
     "plain": None,
@@ -42,18 +40,13 @@ SCALINGS = {
 
 
 def compare(checkpoint, dtype: str, length: int = 40) -> float:
-    """Relative error of the logits in `dtype` against the oracle.
-
-    Both read the same weights, rounded to `dtype`; the oracle computes in float32.
-    """
+    """Relative error against the oracle, which reads the same rounded weights, in float32."""
     torch = pytest.importorskip("torch")
     from tests.oracles.llada import LlamaOracle
 
     config = checkpoint.config
-    tensors = {
-        name: tensor.to(getattr(torch, dtype)).float()
-        for name, tensor in checkpoint.tensors.items()
-    }
+    rounded = getattr(torch, dtype)
+    tensors = {name: x.to(rounded).float() for name, x in checkpoint.tensors.items()}
     ids = np.random.default_rng(5).integers(0, config["vocab_size"], (2, length))
     want = LlamaOracle(tensors, config)(torch.from_numpy(ids)).numpy()
     model = model_from_tensors(tensors, config, jnp.dtype(dtype))

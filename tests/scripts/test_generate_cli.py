@@ -233,7 +233,7 @@ BAD = {
     "kept tokens": (["--keep-tokens", "0"], {}, "keep_tokens must be a positive"),
     "max-k": (["--max-k", "2"], {}, "max_k 2 is less than top_k 4"),
     "margin": (["--max-k", "5", "--margin", "-1"], {}, "margin must be a number of at least 0"),
-    "margin alone": (["--margin", "1"], {}, "--margin needs --max-k"),
+    "margin alone": (["--margin", "1"], {}, "margin needs max_k"),
     "reselect a control": (
         ["--reselect", "step", "--score", "first"],
         {},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -10,14 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from tests.oracles import checkpoints  # noqa: E402
-from tests.oracles.generation import (  # noqa: E402
-    Generated,
-    Network,
-    Rule,
-    dual_cache,
-    plain,
-    prefix_cache,
-)
+from tests.oracles.generation import Network, Rule, dual_cache, plain, prefix_cache  # noqa: E402
 from tests.oracles.llada import LlamaOracle  # noqa: E402
 
 ARCHITECTURES = {
@@ -60,16 +54,14 @@ def test_mask_and_positions_reach_the_network():
 
     # Two halves that do not see each other, each at its own positions, are two sequences.
     mask = torch.full((2, 1, 8, 8), -math.inf)
-    mask[:, :, :4, :4] = 0
-    mask[:, :, 4:, 4:] = 0
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]).expand(2, -1)
-    halves = oracle(ids, position_ids=positions, mask=mask)
-    assert relative_error(halves[:, :4], oracle(ids[:, :4])) < 1e-6
-    assert relative_error(halves[:, 4:], oracle(ids[:, 4:])) < 1e-6
+    mask[:, :, :4, :4] = mask[:, :, 4:, 4:] = 0
+    halves = oracle(ids, position_ids=torch.arange(8).expand(2, -1) % 4, mask=mask)
+    for half in (slice(4), slice(4, 8)):
+        assert relative_error(halves[:, half], oracle(ids[:, half])) < 1e-6
     assert relative_error(halves, full) > 0.01
 
     # RoPE is relative: a common shift changes nothing, a gap does.
-    shifted = torch.arange(8)[None].expand(2, -1) + 5
+    shifted = torch.arange(8).expand(2, -1) + 5
     assert relative_error(oracle(ids, position_ids=shifted), full) < 1e-5
     gapped = shifted + 9 * (shifted >= 9)
     assert relative_error(oracle(ids, position_ids=gapped), full) > 0.01
@@ -84,19 +76,14 @@ def test_own_layers_agree_with_llama_model(changes):
     assert relative_error(Network(tensors, config, torch.float64)(ids), want) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "scaling",
-    [
-        {"rope_type": "linear", "factor": 4.0},
-        {"rope_type": "ntk", "factor": 4.0},
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
-    ],
-    ids=lambda scaling: scaling["rope_type"],
-)
-def test_rope_scaling_changes_the_network(scaling):
+@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn"])
+def test_rope_scaling_changes_the_network(kind):
     config, tensors = build()
     ids = random_ids(1, 48)
     want = LlamaOracle(tensors, config)(ids)
+    scaling = {"rope_type": kind, "factor": 4.0}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = 64
     got = LlamaOracle(tensors, {**config, "rope_scaling": scaling})(ids)
     assert relative_error(got, want) > 0.01
 
@@ -149,7 +136,7 @@ def test_kept_rows_reproduce_the_full_forward():
 SETTINGS = {"gen_length": 12, "mask_id": checkpoints.tiny_config()["mask_token_id"]}
 
 
-def agree(first: Generated, second: Generated) -> bool:
+def agree(first, second) -> bool:
     return torch.equal(first.tokens, second.tokens)
 
 
@@ -198,8 +185,8 @@ def test_fixed_schedule_fills_blocks_from_left_to_right(network, generate):
             seen.append((ids.clone(), start))
             return super().rows(ids, start, cache)
 
-    recording = Recording.__new__(Recording)
-    recording.__dict__ = network.__dict__
+    recording = copy.copy(network)
+    recording.__class__ = Recording
     result = generate(recording, random_ids(1, 5), block_length=6, steps=8, **SETTINGS)
     assert result.evaluations == 8
     masks = []
@@ -214,26 +201,29 @@ def test_fixed_schedule_fills_blocks_from_left_to_right(network, generate):
     assert (result.tokens != SETTINGS["mask_id"]).all()
 
 
-def test_schedule_gives_the_remainder_to_the_first_evaluations():
-    assert [Rule(4).schedule(10, step) for step in range(4)] == [3, 3, 2, 2]
-    assert [Rule(3).schedule(2, step) for step in range(3)] == [1, 1, 0]
+@pytest.mark.parametrize(("steps", "masked", "due"), [(4, 10, [3, 3, 2, 2]), (3, 2, [1, 1, 0])])
+def test_schedule_gives_the_remainder_to_the_first_evaluations(steps, masked, due):
+    assert [Rule(steps).schedule(masked, step) for step in range(steps)] == due
 
 
-def test_threshold_keeps_the_best_and_all_that_reach_it():
-    rule = Rule(1, threshold=0.9)
-    assert rule.count([0.95, 0.9, 0.89], due=1) == 2
-    assert rule.count([0.5, 0.4], due=2) == 1
-    assert rule.count([], due=0) == 0
-
-
-def test_factor_rule_by_hand():
-    rule = Rule(1, factor=1.0)  # thresholds: none, 2/3, 3/4, 4/5
-    assert rule.count([0.9, 0.8, 0.7, 0.1], due=0) == 2
-    assert rule.count([0.9, 0.5, 0.4, 0.1], due=0) == 1
-    assert rule.count([0.2], due=0) == 1
-    # The published loop's ends: reaching the last candidate takes it, whatever its confidence.
-    assert rule.count([0.9, 0.8, 0.8, 0.1], due=0) == 4
-    assert rule.count([0.9, 0.1], due=0) == 2
+@pytest.mark.parametrize(
+    ("rule", "confidences", "due", "count"),
+    [
+        # The best one and all that reach the threshold.
+        ({"threshold": 0.9}, [0.95, 0.9, 0.89], 1, 2),
+        ({"threshold": 0.9}, [0.5, 0.4], 2, 1),
+        ({"threshold": 0.9}, [], 0, 0),
+        # The factor's thresholds: none, 2/3, 3/4, 4/5.
+        ({"factor": 1.0}, [0.9, 0.8, 0.7, 0.1], 0, 2),
+        ({"factor": 1.0}, [0.9, 0.5, 0.4, 0.1], 0, 1),
+        ({"factor": 1.0}, [0.2], 0, 1),
+        # The published loop's ends: reaching the last candidate takes it, at any confidence.
+        ({"factor": 1.0}, [0.9, 0.8, 0.8, 0.1], 0, 4),
+        ({"factor": 1.0}, [0.9, 0.1], 0, 2),
+    ],
+)
+def test_rules_of_parallel_decoding_by_hand(rule, confidences, due, count):
+    assert Rule(1, **rule).count(confidences, due) == count
 
 
 def test_guidance_of_zero_is_none_and_more_changes_the_text(network):
@@ -246,22 +236,15 @@ def test_guidance_of_zero_is_none_and_more_changes_the_text(network):
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
-def test_written_checkpoint_reads_back(tmp_path, shards, format):
-    config, tensors = build(n_kv_heads=2)
-    folder = checkpoints.write_checkpoint(
-        tmp_path / "c", tensors, config, shards=shards, format=format, tokenizer=True
-    )
-    assert json.loads((folder / "config.json").read_text()) == config
+def test_written_checkpoint_reads_back(make_checkpoint, shards, format):
+    safetensors = pytest.importorskip("safetensors.torch")
+    written = make_checkpoint(n_kv_heads=2, shards=shards, format=format, tokenizer=True)
+    assert json.loads((written.folder / "config.json").read_text()) == written.config
     read = {}
-    for file in folder.glob(f"*.{format}"):
-        if format == "safetensors":
-            from safetensors.torch import load_file
-
-            read |= load_file(file)
-        else:
-            read |= torch.load(file, weights_only=True)
-    assert read.keys() == tensors.keys()
-    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    for file in written.folder.glob(f"*.{format}"):
+        read |= safetensors.load_file(file) if format == "safetensors" else torch.load(file)
+    assert read.keys() == written.tensors.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in written.tensors.items())
 
 
 def test_tokenizer_is_byte_level_with_lladas_special_tokens(tmp_path):

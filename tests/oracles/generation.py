@@ -230,14 +230,14 @@ def plain(
 def _cached(
     network: Network,
     prompt: torch.Tensor,
-    *,
     suffix: bool,
+    *,
     steps: int,
     gen_length: int,
     block_length: int,
     mask_id: int,
-    threshold: float | None,
-    factor: float | None,
+    threshold: float | None = None,
+    factor: float | None = None,
 ) -> Generated:
     x, per_block = _start(prompt, steps, gen_length, block_length, mask_id)
     rule = Rule(per_block, threshold, factor)
@@ -265,44 +265,18 @@ def _cached(
     return Generated(x, evaluations)
 
 
-def prefix_cache(
-    network: Network,
-    prompt: torch.Tensor,
-    *,
-    steps: int,
-    gen_length: int,
-    block_length: int,
-    mask_id: int,
-    threshold: float | None = None,
-    factor: float | None = None,
-) -> Generated:
-    """Fast-dLLM's prefix cache.
+def prefix_cache(network: Network, prompt: torch.Tensor, **settings: Any) -> Generated:
+    """Fast-dLLM's prefix cache; settings: of `plain`, without cfg_scale.
 
     A block's first evaluation runs the whole sequence and keeps the keys and values before the
     block; the others recompute everything from the block's start to the end.
     """
-    return _cached(
-        network, prompt, suffix=True, steps=steps, gen_length=gen_length,
-        block_length=block_length, mask_id=mask_id, threshold=threshold, factor=factor,
-    )  # fmt: skip
+    return _cached(network, prompt, True, **settings)
 
 
-def dual_cache(
-    network: Network,
-    prompt: torch.Tensor,
-    *,
-    steps: int,
-    gen_length: int,
-    block_length: int,
-    mask_id: int,
-    threshold: float | None = None,
-    factor: float | None = None,
-) -> Generated:
+def dual_cache(network: Network, prompt: torch.Tensor, **settings: Any) -> Generated:
     """Fast-dLLM's dual cache: as the prefix cache, but only the block itself is recomputed.
 
     The masks after the block keep the keys and values of the block's first evaluation.
     """
-    return _cached(
-        network, prompt, suffix=False, steps=steps, gen_length=gen_length,
-        block_length=block_length, mask_id=mask_id, threshold=threshold, factor=factor,
-    )  # fmt: skip
+    return _cached(network, prompt, False, **settings)

@@ -23,17 +23,6 @@ from pdllm_jax.cli.commands import Stream
 
 PROMPT = {"prefix": [256, 5, 6], "context": list(range(60)), "query": [9, 8, 7]}
 SMALL = ["--gen-length=8", "--chunk-size=16", "--top-k=2", "--draft-length=2", "--encode-batch=2"]
-    "--gen-length",
-    "8",
-    "--chunk-size",
-    "16",
-    "--top-k",
-    "2",
-    "--draft-length",
-    "2",
-    "--encode-batch",
-    "2",
-]
 
 
 @pytest.fixture

@@ -11,12 +11,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 # Flags that lower the memory.
-_LOWER = {
-    "encode_batch": "--encode-batch (chunks at a time)",
-    "top_k": "--top-k (K, chunks kept)",
-    "chunk_size": "--chunk-size",
-    "gen_length": "--gen-length",
-}
+_LOWER = ("encode_batch", "top_k", "chunk_size", "gen_length")
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,7 +68,7 @@ def leave(code: int) -> NoReturn:
 
 def _out_of_memory(error: RuntimeError, flags: dict[str, object]) -> str:
     says = " ".join(str(error).partition("RESOURCE_EXHAUSTED:")[2].split())[:120]
-    lower = ", ".join(words for name, words in _LOWER.items() if name in flags)
+    lower = ", ".join(f"--{name.replace('_', '-')}" for name in _LOWER if name in flags)
     advice = "take less of it, e.g. a lower K, or free other arrays on the device"
     if lower:
         advice = f"lower {lower} or the document's length"

@@ -125,7 +125,7 @@ def test_scores_and_answers_are_the_native_harness_s(folder, tasks, tmp_path, me
     got = {str(s["doc_id"] + 1): s for s in samples}
     # The task's stop text is lm-eval's alone.
     assert {i: s["resps"][0][0] for i, s in got.items()} == {
-        i: record["prediction"].split("\n\n")[0] for i, record in want.items()
+        i: record["response"].split("\n\n")[0] for i, record in want.items()
     }
     assert {i: s["f1"] for i, s in got.items()} == {i: r["score"] for i, r in want.items()}
     mean = np.mean([record["score"] for record in want.values()])

@@ -63,6 +63,7 @@ class Stream:
 def parser_of(command: str, description: str | None) -> argparse.ArgumentParser:
     """The parser of a subcommand."""
     p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.set_defaults(method="prefilling", early_stop=False, stream=False)  # of commands without them
     p.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
     if command == "decode":
         p.add_argument("snapshot", metavar="SNAPSHOT", type=Path)
@@ -91,7 +92,7 @@ class Command:
 
     def __init__(self, args: argparse.Namespace, resolve: Resolve) -> None:
         self.args, self.resolve = args, resolve
-        self.stream = Stream() if getattr(args, "stream", False) else None
+        self.stream = Stream() if args.stream else None
 
     def engine(self, *, text: bool, **settings: Any) -> Engine:
         """Loads tokenizer and model. text: the request is text, so that a tokenizer is needed."""
@@ -103,7 +104,7 @@ class Command:
             self.stream.tokenizer = tokenizer
         model = load(self.args, folder)
         bos = model.config.bos_token_id if tokenizer is None else tokenizer.bos_id
-        if getattr(self.args, "early_stop", False):
+        if self.args.early_stop:
             stops = tokenizer.stop_ids if tokenizer else (model.config.eos_token_id,)
             settings["decoding"] = dataclasses.replace(settings["decoding"], stop_ids=stops)
         path = self.args.implementation
@@ -116,8 +117,7 @@ class Command:
             for name in ("question", "instruction"):
                 given = getattr(args, name) is not None
                 require(not given, f"--{name} is part of the ids that --prompt-ids names")
-            method = getattr(args, "method", "prefilling")
-            prefix, context, query = flags.read_prompt_ids(args.prompt_ids, method)
+            prefix, context, query = flags.read_prompt_ids(args.prompt_ids, args.method)
             return Request(context, query, prefix=prefix, **chosen)
         require(not question or args.question is not None, "--context-file needs --question")
         try:

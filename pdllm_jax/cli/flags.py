@@ -160,7 +160,7 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         selection |= {"scorer": "draft", "masked_copies": None}
     fits = limit is None or 0 < limit < 1e6
     require(fits, f"--memory-limit must be a number of GB, got {limit}")
-    method = cache_method(getattr(args, "method", "prefilling"))
+    method = cache_method(args.method)
     decoding = from_args(
         DecodeConfig,
         args,

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pdllm_jax import Tokenizer, load_config, load_model
+from pdllm_jax import load_model
 from pdllm_jax.engine.engine import Engine
 from pdllm_jax.evaluation.prompts import dense_prompt
 from pdllm_jax.method.cache_methods import cache_method
@@ -42,6 +42,15 @@ ROWS = [
 ]
 
 
+METRIC = f"""import sys
+sys.path.insert(0, {str(ROOT / "scripts")!r})
+from experiments.benchmarks.text import english_f1
+
+def results(doc, responses):
+    return {{"f1": max(english_f1(responses[0], answer) for answer in doc["answers"])}}
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Of a converted tiny checkpoint: 512 positions, a vocabulary of bytes."""
@@ -65,12 +74,7 @@ def tasks(tmp_path_factory) -> Path:
     evals_data.write_lines(place / "qa.jsonl", ROWS)
     choices = [{**row, "choices": ["Anne", "Hall"], "gold": 1} for row in ROWS[:2]]
     evals_data.write_lines(place / "choice.jsonl", choices)
-    (place / "metric.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT / 'scripts')!r})\n"
-        "from experiments.benchmarks.text import english_f1\n\n\n"
-        "def results(doc, found):\n"
-        "    return {'f1': max(english_f1(found[0], answer) for answer in doc['answers'])}\n"
-    )
+    (place / "metric.py").write_text(METRIC)
     metric = {"aggregation": "mean", "higher_is_better": True}
     for name, fields in {
         "qa": {
@@ -88,7 +92,7 @@ def tasks(tmp_path_factory) -> Path:
     }.items():
         files = {"data_files": {"test": str(place / f"{name}.jsonl")}}
         fields |= {"task": f"local_{name}", "dataset_path": "json", "test_split": "test"}
-        fields["dataset_kwargs"] = {**files, "cache_dir": str(place / "cache")}
+        fields["dataset_kwargs"] = files | {"cache_dir": str(place / "cache")}
         fields["doc_to_text"] = TEMPLATE.replace("{", "{{").replace("}", "}}")
         lines = [f"{field}: {json.dumps(value)}" for field, value in fields.items()]
         if name == "qa":
@@ -109,10 +113,10 @@ def native(folder: Path, data: Path, out: Path, method: str, *flags: str) -> dic
 
 
 def harness(model: PrefillingLM, tasks: Path, name: str, **kwargs):
+    settings = {"task_manager": TaskManager(include_path=str(tasks)), "bootstrap_iters": 0}
     return lm_eval.simple_evaluate(
-        model=model, tasks=[name], task_manager=TaskManager(include_path=str(tasks)),
-        log_samples=True, bootstrap_iters=0, **kwargs,
-    )  # fmt: skip
+        model=model, tasks=[name], log_samples=True, **settings, **kwargs
+    )
 
 
 @pytest.mark.parametrize(("method", "chat"), [("prefilling", True), ("dual-cache", False)])
@@ -140,11 +144,10 @@ def test_choices_by_monte_carlo_log_likelihood(folder, tasks):
     """The whole prompt's likelihood is the library's function of it."""
     model = PrefillingLM(str(folder), method="plain", mc_num=6, mc_batch=3, seed=5)
     samples = harness(model, tasks, "local_choice")["samples"]["local_choice"]
-    tokenizer = Tokenizer.load(folder, load_config(folder))
-    network = load_model(folder)
+    tokenizer, network = model.tokenizer, load_model(folder)
     for sample in samples:
         doc = sample["doc"]
-        prompt = TEMPLATE.format(context=doc["context"], input=doc["input"])
+        prompt = TEMPLATE.format(**doc)
         ids, _ = dense_prompt(tokenizer, prompt, 500, chat=False)
         for choice, response in zip(doc["choices"], sample["resps"], strict=True):
             answer = tokenizer.encode(f" {choice}")
@@ -225,12 +228,10 @@ def test_short_prompts_and_what_tasks_may_ask_for(model, monkeypatch):
     assert ask("short", until="STOP", temperature=1, do_sample=False) == "one\n\ntwo "
     assert ask("short", do_sample=True, temperature=0.5) == "one\n\ntwo STOP three"
     assert seen[-1][2].temperature == 0.5
-    for settings, message in (
-        ({"do_sample": True, "top_p": 0.9}, "sampling with top_p is not implemented"),
-        ({"num_return_sequences": 2}, "num_return_sequences are not known"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ask("short", **settings)
+    with pytest.raises(ValueError, match="sampling with top_p is not implemented"):
+        ask("short", do_sample=True, top_p=0.9)
+    with pytest.raises(ValueError, match="num_return_sequences are not known"):
+        ask("short", num_return_sequences=2)
     long = TEMPLATE.format(context=ROWS[0]["context"] + "<|eot_id|>", input="?")
     doc = {**ROWS[0], "context": ROWS[0]["context"] + "<|eot_id|>"}
     templated = model.apply_chat_template([{"role": "user", "content": long}])
@@ -248,10 +249,9 @@ def test_chat_template_is_llada_s(model):
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(model.folder / "tokenizer.json"), bos_token="<|startoftext|>"
     )
-    turns = [
-        {"role": "system", "content": "Be brief."}, {"role": "user", "content": " Who? \n"},
-        {"role": "assistant", "content": "Anne"}, {"role": "user", "content": "Why?"},
-    ]  # fmt: skip
+    roles = ("system", "user", "assistant", "user")
+    texts = ("Be brief.", " Who? \n", "Anne", "Why?")
+    turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
     want = theirs.apply_chat_template(
         turns, chat_template=CHAT_TEMPLATE, tokenize=False, add_generation_prompt=True
     )
@@ -270,16 +270,12 @@ def test_settings_are_checked_before_anything_is_loaded(tmp_path):
 
 def test_the_command_finds_the_model(folder, tasks, tmp_path):
     """lm-eval's own command line, through the module that registers the model."""
-    settings = {"pretrained": folder, "method": "plain", "gen_length": 2}  # little to compile
-    arguments = ",".join(f"{name}={value}" for name, value in settings.items())
-    done = subprocess.run(
-        [sys.executable, "-m", "pdllm_jax.evaluation.lm_eval", "--model", "pdllm",
-         "--model_args", arguments,
-         "--tasks", "local_qa", "--include_path", str(tasks), "--limit", "1",
-         "--output_path", str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "pdllm_jax.evaluation.lm_eval", "--model", "pdllm"]
+    command += ["--model_args", f"pretrained={folder},method=plain,gen_length=2"]
+    command += ["--tasks", "local_qa", "--include_path", str(tasks), "--limit", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command += ["--output_path", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "local_qa" in done.stdout
     (path,) = tmp_path.rglob("results_*.json")

@@ -64,9 +64,9 @@ def ask(run, tmp_path):
 
 VALUES = """
 gen_length=64 block_length=16 steps=8 temperature=0.5 threshold=0.5 remasking=margin
-recompute=suffix chunk_size=100 overlap=3 top_k=5 max_k=6 margin=0.5 reselect=step masked_copies=2 draft_length=1
-encode_batch=3 encoding=bridge bridge_share=0.5 bridge_tokens=attention positions=reuse
-keep_tokens=9
+recompute=suffix chunk_size=100 overlap=3 top_k=5 max_k=6 margin=0.5 reselect=step
+masked_copies=2 draft_length=1 encode_batch=3 encoding=bridge bridge_share=0.5
+bridge_tokens=attention positions=reuse keep_tokens=9
 """
 
 

@@ -24,7 +24,8 @@ from pdllm_jax.network.transformer import MaskPredictor, shard_model
 from tests.support.models import relative_error
 
 pytestmark = pytest.mark.gpu
-PARTS = [np.random.default_rng(0).integers(0, 250, n) for n in (9, 700, 21)]
+RNG = np.random.default_rng(0)
+PARTS = [RNG.integers(0, 250, n) for n in (9, 700, 21)]
 WIDE = {"d_model": 256, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 384}
 WIDER = {"d_model": 1024, "n_heads": 16, "n_kv_heads": 4, "mlp_hidden_size": 768}
 
@@ -126,8 +127,9 @@ def test_the_kernel_gives_the_tokens_of_the_portable_path(encoding, recompute):
 @pytest.mark.parametrize("encoding", ["joint", "independent"])
 def test_several_gpus_give_the_tokens_of_one(mesh, encoding):
     """Through the kernels under shard_map; float16 sums in parts decide some near ties."""
-    model, tensor = random_model(jnp.float16, WIDER), mesh[1]
-    spread = shard_model(model, mesh_of(*mesh), sums="mosaic_gpu")
+    devices, tensor = mesh_of(*mesh), mesh[1]
+    model = random_model(jnp.float16, WIDER)
+    spread = shard_model(model, devices, sums="mosaic_gpu")
     one, several = (answer(each, encoding, block_length=32, steps=1) for each in (model, spread))
     assert several.paths["chunk_attention"] == one.paths["chunk_attention"] == "mosaic_gpu"
     assert several.paths["sums"] == ("mosaic_gpu" if tensor > 1 else "xla")

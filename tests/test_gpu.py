@@ -74,7 +74,7 @@ def test_cudnn_attention_with_log_sum_exp(dim, rows, lengths):
     assert got.lse.dtype == jnp.float32
     if lengths is not None:
         assert (got.lse[1] == EMPTY_LSE).all()
-        # What has no keys has no weight, whatever its output holds.
+        # Rows without keys have no weight, with any output.
         other = jax.jit(lambda *x: attention(*x, need_lse=True))(q, k, v, None)
         both = merge(got, other)
         assert relative_error(both.out[1], other.out[1]) < 1e-6

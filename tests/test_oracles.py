@@ -128,8 +128,8 @@ def test_kept_rows_reproduce_the_full_forward():
     ids = random_ids(2, 12)
     logits, cache = network.rows(ids, 0, None)
     for start, stop in [(0, 12), (5, 12), (4, 8), (0, 3)]:
-        again, updated = network.rows(ids[:, start:stop], start, cache)
-        assert relative_error(again, logits[:, start:stop]) < 1e-6
+        repeat, updated = network.rows(ids[:, start:stop], start, cache)
+        assert relative_error(repeat, logits[:, start:stop]) < 1e-6
         assert [k.shape for k, _ in updated] == [k.shape for k, _ in cache]
 
 

@@ -161,7 +161,7 @@ class PrefillingLM(LM):
         return [*([self.tokenizer.bos_id] if self.bos else []), *self.tokenizer.encode(text)]
 
     def _split(self, prompt: str, instance: Instance) -> tuple[SplitPrompt | None, str]:
-        """Where the document lies: by the task's own fields, by RULER's templates, or by rule."""
+        """Where the document lies: by the task's fields, by RULER's templates, or by rule."""
         for context in _documents(instance.doc, prompt):
             split = prompts.split_at_context(prompt, context)
             if split is not None and split.after.strip():

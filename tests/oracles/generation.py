@@ -192,8 +192,8 @@ def plain(
 ) -> Generated:
     """LLaDA's generation with low-confidence remasking: every evaluation runs the whole sequence.
 
-    With the fixed schedule a block gets its evaluations whatever they predict: where that is the
-    mask token, a slot stays masked and a later evaluation, of a later block too, may fill it. Left
+    With the fixed schedule a block gets all its evaluations. Where the prediction is the mask
+    token, a slot stays masked and a later evaluation, of a later block too, may fill it. Left
     out are those in which nothing is due. Threshold and factor are Fast-dLLM's, without its caches,
     and go on until the block is full. settings: of `Generated`.
     """

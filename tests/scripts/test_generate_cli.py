@@ -275,8 +275,7 @@ def test_bad_folders_and_context_files_are_one_line_and_status_2(ask, run, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("missing", "message"),
-    [("<|startoftext|>", "no BOS token"), ("<|mdm_mask|>", "no mask token")],
+    ("missing", "message"), [("<|startoftext|>", "no BOS token"), ("<|mdm_mask|>", "no mask token")]
 )
 def test_a_tokenizer_without_bos_or_mask(checkpoint, missing, message):
     from tests.oracles import checkpoints

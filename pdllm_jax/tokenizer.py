@@ -31,18 +31,44 @@ LLADA_TEMPLATE = (
     "{% endif %}"
 )
 _PLACE = "PLACE-OF-THE-MESSAGE"  # stands for the user's text while the template is rendered
+Ids = list[int]
 
 
 class TokenizerError(ValueError):
     """A tokenizer that is missing, unreadable, or lacks a token that the method needs."""
 
 
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise TokenizerError(message)
+
+
+@contextlib.contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Turns every error of the library into a TokenizerError of one line."""
+    try:
+        yield
+    except TokenizerError:
+        raise
+    except BaseException as error:
+        # A panic of its Rust code is a PanicException, which is not an Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            reason = "it needs Python code from the checkpoint, which is never executed"
+        raise TokenizerError(f"{what}: {reason}") from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
     """A checkpoint's tokenizer and chat template.
 
+    All methods raise TokenizerError where the library cannot do what they ask.
+
     template: text of the chat template (before, after) a user's message; None for a base model.
-    digest: SHA-256 of tokenizer.json, hexadecimal. renderer: the transformers tokenizer.
+    digest: SHA-256 of tokenizer.json, hexadecimal.
+    renderer: the transformers tokenizer; backend: the tokenizers library's.
     """
 
     backend: tokenizers.Tokenizer
@@ -62,8 +88,7 @@ class Tokenizer:
             or mask token; ids that disagree with the model's config.
         """
         path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
-            raise TokenizerError(f"{path.name} is missing from the checkpoint: text needs it")
+        _require(path.is_file(), f"{path.name} is missing from the checkpoint: text needs it")
         with _refusing("the tokenizer cannot be read"):
             import transformers  # takes seconds
 
@@ -75,37 +100,29 @@ class Tokenizer:
                 trust_remote_code=False,
             )
             backend: tokenizers.Tokenizer = loaded.backend_tokenizer
-            _check_ids(backend, json.loads(content))
-            bos = backend.token_to_id(loaded.bos_token or BOS)
-            mask = backend.token_to_id(loaded.mask_token or MASK)
+            for row in json.loads(content)["added_tokens"]:
+                token, index = row["content"], backend.token_to_id(row["content"])
+                # The library numbers added tokens anew where their ids have gaps.
+                wrong = f"token {token!r} has the id {row['id']} in tokenizer.json but is read as "
+                _require(index == row["id"], f"{wrong}{index}: ids have gaps or are out of order")
+            names = loaded.bos_token or BOS, loaded.mask_token or MASK
+            bos, mask = map(backend.token_to_id, names)
+            wanted, size = config.mask_token_id, backend.get_vocab_size()
+            if mask is None and "mask" in (backend.id_to_token(wanted) or "").lower():
+                mask = wanted
         if bos is None:
-            raise TokenizerError(f"the tokenizer has no BOS token ({loaded.bos_token or BOS})")
-        if mask is None and "mask" in (backend.id_to_token(config.mask_token_id) or "").lower():
-            mask = config.mask_token_id
-        if mask is None:
-            raise TokenizerError(f"the tokenizer has no mask token ({loaded.mask_token or MASK})")
-        if mask != config.mask_token_id:
-            raise TokenizerError(
-                f"mask token: {mask} in the tokenizer, {config.mask_token_id} in config.json"
-            )
-        if backend.get_vocab_size() > config.embedding_size:
-            raise TokenizerError(
-                f"the tokenizer has {backend.get_vocab_size()} tokens, the model's embedding "
-                f"{config.embedding_size}"
-            )
+            raise TokenizerError(f"the tokenizer has no BOS token ({names[0]})")
+        _require(mask is not None, f"the tokenizer has no mask token ({names[1]})")
+        _require(mask == wanted, f"mask token: {mask} in the tokenizer, {wanted} in config.json")
+        rows = config.embedding_size
+        _require(size <= rows, f"the tokenizer has {size} tokens, the model's embedding {rows}")
         # Special tokens that are spelt out in a document stay text. All of a document is read.
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
-        return cls(
-            backend=backend,
-            bos_id=bos,
-            mask_id=mask,
-            eos_id=config.eos_token_id if loaded.eos_token is None else loaded.eos_token_id,
-            template=_template(loaded, backend),
-            digest=hashlib.sha256(content).hexdigest(),
-            renderer=loaded,
-        )
+        eos = config.eos_token_id if loaded.eos_token is None else loaded.eos_token_id
+        digest = hashlib.sha256(content).hexdigest()
+        return cls(backend, bos, wanted, eos, _template(loaded, backend), digest, loaded)
 
     @functools.cached_property
     def _special(self) -> re.Pattern[str]:
@@ -120,64 +137,45 @@ class Tokenizer:
         end = None if self.template is None else self._special.search(self.template[1])
         return (self.eos_id, *([] if end is None else self.encode_marked(end.group())))
 
-    def encode(self, text: str) -> list[int]:
-        """Returns ids of plain text, nothing added. Raises TokenizerError if that fails."""
-        with _refusing("the tokenizer cannot encode the text"):
-            return self.backend.encode(text, add_special_tokens=False).ids
+    @_refusing("the tokenizer cannot encode the text")
+    def encode(self, text: str) -> Ids:
+        """Returns the ids of plain text, nothing added."""
+        return self.backend.encode(text, add_special_tokens=False).ids
 
-    def encode_marked(self, text: str) -> list[int]:
-        """Returns ids of a filled-in template, in which special tokens count as such."""
+    def encode_marked(self, text: str) -> Ids:
+        """Returns the ids of a filled-in template, in which special tokens count as such."""
         vocabulary: Any = self.backend
         ids, end = list[int](), 0
         for token in self._special.finditer(text):
-            ids += self.encode(text[end : token.start()])
-            ids.append(vocabulary.token_to_id(token.group()))
+            ids += [*self.encode(text[end : token.start()]), vocabulary.token_to_id(token.group())]
             end = token.end()
         return ids + self.encode(text[end:])
 
-    def decode(self, ids: list[int]) -> str:
+    @_refusing("the tokenizer cannot decode the tokens")
+    def decode(self, ids: Ids) -> str:
         """Returns the text up to the first of `stop_ids`, special tokens left out."""
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
-        with _refusing("the tokenizer cannot decode the tokens"):
-            return self.backend.decode([int(i) for i in ids[:end]], skip_special_tokens=True)
+        return self.backend.decode([int(i) for i in ids[:end]], skip_special_tokens=True)
 
-    def prefix(self, instruction: str = INSTRUCTION) -> list[int]:
+    def prefix(self, instruction: str = INSTRUCTION) -> Ids:
         """Returns the ids before a document: the template's beginning and an instruction."""
         return self.around(f"{instruction}\n\n", "")[0]
 
-    def query(self, question: str) -> list[int]:
+    def query(self, question: str) -> Ids:
         """Returns the ids after a document: a question and the template's end."""
         return self.around("", f"\n\n{question}" if self.template else f"\n\n{question}\n")[1]
 
-    def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
-        """Returns a conversation in the chat template; the last turn open without a prompt for it.
-
-        Raises:
-          TokenizerError: the checkpoint has no chat template.
-        """
-        if self.template is None:
-            raise TokenizerError("the checkpoint's tokenizer has no tokens for a chat template")
-        with _refusing("the chat template cannot be used"):
-            return self.renderer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-
-    def around_document(
-        self, question: str, instruction: str = INSTRUCTION
-    ) -> tuple[list[int], list[int]]:
-        """Returns (prefix ids, query ids), what comes before and after a document."""
+    def around_document(self, question: str, instruction: str = INSTRUCTION) -> tuple[Ids, Ids]:
+        """Returns `prefix` and `query`."""
         return self.prefix(instruction), self.query(question)
 
     def around(
         self, before: str, after: str, *, chat: bool = True, response: str = ""
-    ) -> tuple[list[int], list[int]]:
+    ) -> tuple[Ids, Ids]:
         """Returns (prefix ids, query ids) of any text before and after a document.
 
         Args:
-          chat: the whole is a user's turn in the chat template; without a template, or with False,
+          chat: all three are a user's turn in the chat template; without a template, or with False,
             BOS comes first and nothing else is added.
           response: how the response begins.
         """
@@ -193,49 +191,16 @@ class Tokenizer:
         return prefix, query + self.encode(tail[last:] + response)
 
 
+@_refusing("the chat template cannot be used")
 def _template(loaded: Any, backend: tokenizers.Tokenizer) -> tuple[str, str] | None:
     """The chat template's text around a user's message; LLaDA's where its tokens exist."""
     if loaded.chat_template is None:
-        names = re.findall(r"<\|\w+\|>", LLADA_TEMPLATE)
-        if None in map(backend.token_to_id, names):
+        if None in map(backend.token_to_id, re.findall(r"<\|\w+\|>", LLADA_TEMPLATE)):
             return None
         loaded.chat_template = LLADA_TEMPLATE
-    with _refusing("the chat template cannot be used"):
-        message = [{"role": "user", "content": _PLACE}]
-        text = loaded.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        parts = text.split(_PLACE)
-        if len(parts) != 2:
-            raise TokenizerError(
-                f"the chat template has the user's message {len(parts) - 1} times, not once"
-            )
-        return parts[0], parts[1]
-
-
-@contextlib.contextmanager
-def _refusing(what: str) -> Iterator[None]:
-    """Turns every error of the library into a TokenizerError of one line.
-
-    A panic of its Rust code is a PanicException, which is not an Exception.
-    """
-    try:
-        yield
-    except TokenizerError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = " ".join(str(error).split())
-        if "trust_remote_code" in reason:
-            reason = "it needs Python code from the checkpoint, which is never executed"
-        raise TokenizerError(f"{what}: {reason}") from None
-
-
-def _check_ids(backend: tokenizers.Tokenizer, raw: Any) -> None:
-    """Refuses gaps between the ids of added tokens: the library would number them anew."""
-    for row in raw["added_tokens"]:
-        index = backend.token_to_id(row["content"])
-        if index != row["id"]:
-            raise TokenizerError(
-                f"token {row['content']!r} has the id {row['id']} in tokenizer.json but is read as "
-                f"{index}: ids have gaps or are out of order"
-            )
+    message = [{"role": "user", "content": _PLACE}]
+    text = loaded.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    before, *after = text.split(_PLACE)
+    once = f"the chat template has the user's message {len(after)} times, not once"
+    _require(len(after) == 1, once)
+    return before, after[0]

@@ -3,7 +3,7 @@
 
   scripts/decode.py CHECKPOINT SNAPSHOT [--stream | --json]
 
-All settings, the seed among them, are those of the snapshot, so that the tokens are those of
+All settings, also the seed, come from the snapshot: the tokens are the same as from
 scripts/generate.py in one process. Exit status 2 and one line on bad input: a snapshot that is
 damaged, or of another model, dtype, RoPE setting, tokenizer or version.
 """

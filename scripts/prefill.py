@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prefills a request, or encodes a document, into a snapshot that another process goes on from.
+"""Prefills a request, or encodes a document, into a snapshot for another process.
 
   scripts/prefill.py CHECKPOINT --context-file book.txt --question 'Who?' --out request
   scripts/decode.py CHECKPOINT request
@@ -7,8 +7,8 @@
   scripts/prefill.py CHECKPOINT --context-file book.txt --holds document --out book
   scripts/generate.py CHECKPOINT --snapshot book --question 'Who?'
 
-Takes scripts/generate.py's settings of the method; a document alone has no question, and its
-selection and decoding flags are not used. Exit status 2 and one line on bad input.
+Takes scripts/generate.py's settings of the method. A document alone has no question, and uses no
+flags of selection and decoding. Exit status 2 and one line on bad input.
 """
 
 import signal

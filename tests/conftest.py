@@ -12,49 +12,44 @@ import importlib.metadata
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # In the environment rather than in jax.config, so that the command lines under test see it too.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# The oracles' products are tiny: more threads would only wait for each other.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-# The Pallas interpreter runs a GPU kernel's barriers as callbacks that block, and XLA may run these
-# in a pool of as many threads as there are processors. Once all threads wait, whatever would wake
-# them waits for a thread: a deadlock. Our kernels block five at most (two warpgroups, the copying
-# warp, and the callbacks that wait for the warps and for the block of threads).
-os.environ.setdefault("PJRT_NPROC", str(max(16, os.cpu_count() or 1)))
-# Most of the tests' time is XLA's, compiling for the CPU, quickest in one piece. Its older emitters
-# take a third of the newer ones' time; XLA of jax 0.11 no longer has them, and ends the process at
-# a flag it lacks.
-flags = [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_parallel_codegen_split_count=1"]
-# On some processors XLA hands products to YNNPACK, which chooses a kernel, and with it the order of
-# additions, by the shape of the whole: a row's last bits would depend on its padding.
-flags.append("--xla_cpu_experimental_ynn_fusion_type=")
+for name, value in {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    "OMP_NUM_THREADS": "1",  # the oracles' products are tiny: threads would wait for each other
+    # The Pallas interpreter runs a GPU kernel's barriers as callbacks that block, in a pool of as
+    # many threads as there are processors: with few of them, all wait for each other. Our kernels
+    # block five at most (two warpgroups, the copying warp, and the callbacks that wait for the
+    # warps and for the CTA).
+    "PJRT_NPROC": str(max(16, os.cpu_count() or 1)),
+    "HF_HUB_OFFLINE": "1",  # nothing in a test may reach a model hub
+    "TOKENIZERS_PARALLELISM": "false",
+}.items():
+    os.environ.setdefault(name, value)
+# Most of the tests' time is XLA's, compiling for the CPU, quickest in one piece. On some processors
+# XLA hands products to YNNPACK, whose order of additions depends on the shape: a row's last bits
+# would depend on its padding. XLA's older emitters take a third of the time of the newer ones; XLA
+# of jax 0.11 no longer has them, and ends the process at a flag it lacks.
+flags = ["--xla_cpu_parallel_codegen_split_count=1", "--xla_cpu_experimental_ynn_fusion_type="]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     flags.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join(flags).strip()
-# Nothing in a test may reach a model hub.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-if TYPE_CHECKING:
-    import torch
-
 if os.environ["JAX_PLATFORMS"] == "cpu":
     jax.config.update("jax_default_matmul_precision", "highest")
     # Tests compile much and run little. Command lines under test keep the optimizations.
     jax.config.update("jax_disable_most_optimizations", True)
-
 
 hypothesis.settings.register_profile("fuzz", max_examples=1000)  # make fuzz
 
@@ -63,10 +58,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips, with a reason, tests marked gpu that were asked for where there is no GPU."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and jax.default_backend() != "gpu":
+        reason = "no GPU (JAX_PLATFORMS=cuda,cpu makes JAX use it)"
         for item in marked:
-            item.add_marker(
-                pytest.mark.skip(reason="no GPU (JAX_PLATFORMS=cuda,cpu makes JAX use it)")
-            )
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_collection_finish() -> None:
@@ -76,7 +70,7 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
-_programs = 0  # made since memory mappings were last counted
+_programs = 0  # compiled since memory mappings were last counted
 
 
 def _count_program(event: str, duration: float, **_: object) -> None:
@@ -89,20 +83,19 @@ jax.monitoring.register_event_duration_secs_listener(_count_program)
 
 @pytest.fixture(autouse=True)
 def _few_memory_mappings() -> Iterator[None]:
-    """Lets compiled programs go before there are too many.
+    """Frees compiled programs before they hold too many memory mappings.
 
-    Each holds some hundred memory mappings, of which Linux gives a process 65,530; what fails then
-    is a segmentation fault somewhere in the compiler.
+    Each holds some hundred of the 65,530 that Linux gives a process. Without a free one the
+    compiler ends in a segmentation fault.
     """
     yield
     global _programs
     maps = Path("/proc/self/maps")
-    if _programs < 50 or not maps.exists():
-        return
-    _programs = 0
-    if maps.read_bytes().count(b"\n") > 20_000:
-        jax.clear_caches()
-        gc.collect()
+    if _programs >= 50 and maps.exists():
+        _programs = 0
+        if maps.read_bytes().count(b"\n") > 20_000:
+            jax.clear_caches()
+            gc.collect()
 
 
 @pytest.fixture
@@ -110,13 +103,12 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-class TinyCheckpoint:
+class TinyCheckpoint(NamedTuple):
     """A random LLaDA checkpoint: `folder` on disk, `config` (config.json), `tensors` (PyTorch)."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]):
-        self.folder = folder
-        self.config = config
-        self.tensors = tensors
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Any]
 
     def numpy(self) -> dict[str, np.ndarray]:
         """The tensors in float32."""
@@ -125,37 +117,23 @@ class TinyCheckpoint:
 
 @pytest.fixture
 def make_checkpoint(tmp_path: Path) -> Callable[..., TinyCheckpoint]:
-    """Writes random checkpoints: call it with what `make` below takes.
+    """Writes random checkpoints.
 
-    Further keywords go to tests.oracles.checkpoints.tiny_config, e.g. n_kv_heads=2.
+    Keywords of a call: seed, dtype and gain of the weights; shards, format and tokenizer of
+    `write_checkpoint`; all others go to `tiny_config`, e.g. n_kv_heads=2.
     """
     torch = pytest.importorskip("torch")
     from tests.oracles import checkpoints
 
-    made = 0
+    written: list[Path] = []
 
-    def make(
-        *,
-        seed: int = 0,
-        dtype: str = "float32",
-        gain: float = 1.5,
-        shards: int = 1,
-        format: str = "safetensors",
-        tokenizer: bool = False,
-        **changes: Any,
-    ) -> TinyCheckpoint:
-        nonlocal made
+    def make(seed: int = 0, dtype: str = "float32", gain: float = 1.5, **changes) -> TinyCheckpoint:
+        names = [name for name in ("shards", "format", "tokenizer") if name in changes]
+        files = {name: changes.pop(name) for name in names}
         config = checkpoints.tiny_config(**changes)
         tensors = checkpoints.random_tensors(config, seed, getattr(torch, dtype), gain)
-        folder = checkpoints.write_checkpoint(
-            tmp_path / f"checkpoint{made}",
-            tensors,
-            config,
-            shards=shards,
-            format=format,
-            tokenizer=tokenizer,
-        )
-        made += 1
-        return TinyCheckpoint(folder, config, tensors)
+        written.append(tmp_path / f"checkpoint{len(written)}")
+        checkpoints.write_checkpoint(written[-1], tensors, config, **files)
+        return TinyCheckpoint(written[-1], config, tensors)
 
     return make

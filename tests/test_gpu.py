@@ -11,26 +11,49 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
-from pallas_kernels import (
-    Norm,
-    all_reduce,
-    chunk_attention,
-    merge,
-    peer_problem,
-    peer_table,
-)
+from pallas_kernels import Norm, all_reduce, chunk_attention, merge, peer_problem, peer_table
 from pallas_kernels.chunk_attention.dense import attention, attention_xla, dense_implementation
 from pallas_kernels.common import EMPTY_LSE, rms_norm
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
-from pdllm_jax.deprecated import generate_ids
+from pdllm_jax.engine.engine import Engine
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.sharding import DATA, TENSOR, make_mesh
 from pdllm_jax.network.transformer import MaskPredictor, shard_model
 from tests.support.models import relative_error
 
 pytestmark = pytest.mark.gpu
+RNG = np.random.default_rng(0)
+PARTS = [RNG.integers(0, 250, n) for n in (9, 700, 21)]
+WIDE = {"d_model": 256, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 384}
+WIDER = {"d_model": 1024, "n_heads": 16, "n_kv_heads": 4, "mlp_hidden_size": 768}
+
+
+def random_model(dtype, sizes=WIDE) -> MaskPredictor:
+    """A model of kernel sizes."""
+    config = dataclasses.replace(ModelConfig.tiny(), **sizes)
+    return MaskPredictor(config, rngs=nnx.Rngs(0), dtype=dtype)
+
+
+def answer(model, encoding="joint", implementation=None, *, parts=PARTS, size=128, k=3, **decode):
+    """An answer of 32 tokens from `parts`: prefix, document, question."""
+    prefix, context, question = parts
+    engine = Engine(
+        model,
+        chunking=ChunkConfig(size),
+        selection=SelectionConfig(top_k=k, encoding=encoding),
+        decoding=DecodeConfig(gen_length=32, **decode),
+        implementation=implementation,
+    )
+    return engine.answer(context, question, prefix=prefix)
+
+
+def mesh_of(data: int, tensor: int) -> Mesh:
+    """A mesh of GPUs; skips the test where there are fewer."""
+    if len(jax.devices("gpu")) < data * tensor:
+        pytest.skip("there are fewer GPUs")
+    return make_mesh(data, tensor)
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -51,7 +74,7 @@ def test_cudnn_attention_with_log_sum_exp(dim, rows, lengths):
     assert got.lse.dtype == jnp.float32
     if lengths is not None:
         assert (got.lse[1] == EMPTY_LSE).all()
-        # What has no keys has no weight, whatever its output holds.
+        # Rows without keys have no weight, with any output.
         other = jax.jit(lambda *x: attention(*x, need_lse=True))(q, k, v, None)
         both = merge(got, other)
         assert relative_error(both.out[1], other.out[1]) < 1e-6
@@ -71,20 +94,8 @@ def test_cudnn_attention_has_gradients():
 @pytest.mark.parametrize("encoding", ["joint", "independent"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_generation_runs_and_repeats(encoding, dtype):
-    config = dataclasses.replace(
-        ModelConfig.tiny(), d_model=256, n_heads=4, n_kv_heads=2, mlp_hidden_size=384
-    )
-    model = MaskPredictor(config, rngs=nnx.Rngs(0), dtype=dtype)
-    rng = np.random.default_rng(0)
-    prefix, context, query = (rng.integers(0, 250, n) for n in (9, 700, 21))
-    runs = [
-        generate_ids(
-            model, prefix, context, query,
-            chunking=ChunkConfig(128), selection=SelectionConfig(top_k=3, encoding=encoding),
-            decode=DecodeConfig(gen_length=32, block_length=16),
-        )
-        for _ in range(2)
-    ]  # fmt: skip
+    model = random_model(dtype)
+    runs = [answer(model, encoding, block_length=16) for _ in range(2)]
     assert runs[0].tokens == runs[1].tokens
     assert runs[0].selection == runs[1].selection
     assert np.isfinite(runs[0].selection["scores"]).all()
@@ -100,21 +111,10 @@ def test_the_kernel_gives_the_tokens_of_the_portable_path(encoding, recompute):
     """Each of two blocks in one step. Random weights decide between near ties, so in float16 most
     tokens and not all must agree; the second block depends on the first.
     """
-    config = dataclasses.replace(
-        ModelConfig.tiny(), d_model=256, n_heads=4, n_kv_heads=2, mlp_hidden_size=384
-    )
-    model = MaskPredictor(config, rngs=nnx.Rngs(0), dtype=jnp.float16)
-    rng = np.random.default_rng(0)
-    prefix, context, query = (rng.integers(0, 250, n) for n in (9, 700, 21))
-    runs = {
-        name: generate_ids(
-            model, prefix, context, query,
-            chunking=ChunkConfig(128), selection=SelectionConfig(top_k=3, encoding=encoding),
-            decode=DecodeConfig(gen_length=32, block_length=16, steps=2, recompute=recompute),
-            implementation=name,
-        )
-        for name in ("mosaic_gpu", "xla", "cudnn")
-    }  # fmt: skip
+    model = random_model(jnp.float16)
+    decode = {"block_length": 16, "steps": 2, "recompute": recompute}
+    names = ("mosaic_gpu", "xla", "cudnn")
+    runs = {name: answer(model, encoding, name, **decode) for name in names}
     assert all(run.paths["chunk_attention"] == name for name, run in runs.items())
     blocks = {name: np.array(run.tokens).reshape(2, 16) for name, run in runs.items()}
     for name in ("mosaic_gpu", "cudnn"):
@@ -127,24 +127,12 @@ def test_the_kernel_gives_the_tokens_of_the_portable_path(encoding, recompute):
 @pytest.mark.parametrize("encoding", ["joint", "independent"])
 def test_several_gpus_give_the_tokens_of_one(mesh, encoding):
     """Through the kernels under shard_map; float16 sums in parts decide some near ties."""
-    if len(jax.devices("gpu")) < mesh[0] * mesh[1]:
-        pytest.skip("there are fewer GPUs")
-    config = dataclasses.replace(
-        ModelConfig.tiny(), d_model=1024, n_heads=16, n_kv_heads=4, mlp_hidden_size=768
-    )
-    model = MaskPredictor(config, rngs=nnx.Rngs(0), dtype=jnp.float16)
-    rng = np.random.default_rng(0)
-    prefix, context, query = (rng.integers(0, 250, n) for n in (9, 700, 21))
-    one, several = (
-        generate_ids(
-            each, prefix, context, query,
-            chunking=ChunkConfig(128), selection=SelectionConfig(top_k=3, encoding=encoding),
-            decode=DecodeConfig(gen_length=32, block_length=32, steps=1),
-        )
-        for each in (model, shard_model(model, make_mesh(*mesh), sums="mosaic_gpu"))
-    )  # fmt: skip
+    devices, tensor = mesh_of(*mesh), mesh[1]
+    model = random_model(jnp.float16, WIDER)
+    spread = shard_model(model, devices, sums="mosaic_gpu")
+    one, several = (answer(each, encoding, block_length=32, steps=1) for each in (model, spread))
     assert several.paths["chunk_attention"] == one.paths["chunk_attention"] == "mosaic_gpu"
-    assert several.paths["sums"] == ("mosaic_gpu" if mesh[1] > 1 else "xla")
+    assert several.paths["sums"] == ("mosaic_gpu" if tensor > 1 else "xla")
     assert several.selection["chunks"] == one.selection["chunks"]
     np.testing.assert_allclose(several.selection["scores"], one.selection["scores"], atol=2e-2)
     assert np.mean(np.array(several.tokens) == np.array(one.tokens)) >= 0.9
@@ -152,11 +140,9 @@ def test_several_gpus_give_the_tokens_of_one(mesh, encoding):
 
 @pytest.mark.parametrize("mesh", [(1, 2), (1, 4), (2, 2)], ids=str)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=str)
-def test_sums_over_several_gpus_are_right_whatever_follows_what(mesh, dtype):
+def test_sums_over_several_gpus_are_right_in_any_order_of_calls(mesh, dtype):
     """Calls of four sizes, one behind the other, the devices not at the same pace."""
-    if len(jax.devices("gpu")) < mesh[0] * mesh[1]:
-        pytest.skip("there are fewer GPUs")
-    if (problem := peer_problem(mesh := make_mesh(*mesh), TENSOR)) is not None:
+    if (problem := peer_problem(mesh := mesh_of(*mesh), TENSOR)) is not None:
         pytest.skip(problem)
     weight, kind = jax.random.normal(jax.random.key(1), (1024,), dtype), jnp.finfo(dtype)
 
@@ -181,13 +167,13 @@ def test_sums_over_several_gpus_are_right_whatever_follows_what(mesh, dtype):
             late = jnp.where(lax.rem(turn, mesh.shape[TENSOR]) == rank, 40, 0)
             key = lax.fori_loop(0, late, lambda _, key: jax.random.split(key)[0], key)
             given = [jax.random.normal(key, (rows, 1024), dtype) for rows in (32, 1, 128, 33)]
-            last, made = jnp.zeros((), dtype), []  # so that each sum waits for the one before
+            last, results = jnp.zeros((), dtype), []  # so that each sum waits for the one before
             for x in given:
                 (got,) = all_reduce(x + 0 * last, TENSOR, table=table, implementation="mosaic_gpu")
                 both = all_reduce(x, TENSOR, table=table, residual=got, norm=Norm(weight, 1e-5))
                 last = both[1][0, 0]
-                made.append((got, *both))
-            for x, (got, total, normed) in zip(given, made, strict=True):
+                results.append((got, *both))
+            for x, (got, total, normed) in zip(given, results, strict=True):
                 want = in_order(x + 0 * last)
                 added = rounded(got + got)
                 scaled = rms_norm(total, weight, 1e-5)
@@ -207,13 +193,9 @@ def test_sums_over_several_gpus_are_right_whatever_follows_what(mesh, dtype):
 @pytest.mark.parametrize("sums", ["mosaic_gpu", "xla"])
 def test_programs_of_several_threads_do_not_mix_up_on_a_mesh(sums):
     """Of programs without logits, whose one collective of XLA is the embedding's."""
-    if len(jax.devices("gpu")) < 2 or peer_problem(mesh := make_mesh(1, 2), TENSOR):
-        pytest.skip("needs two GPUs that access each other's memory")
-    config = dataclasses.replace(
-        ModelConfig.tiny(), d_model=1024, n_heads=16, n_kv_heads=4, mlp_hidden_size=768
-    )
-    model = MaskPredictor(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-    model = shard_model(model, mesh, sums=sums)
+    if (problem := peer_problem(mesh := mesh_of(1, 2), TENSOR)) is not None:
+        pytest.skip(problem)
+    model = shard_model(random_model(jnp.bfloat16, WIDER), mesh, sums=sums)
     run = jax.jit(lambda model, ids: model.encode(ids))
     rng = np.random.default_rng(0)
     asked = [jnp.array(rng.integers(0, 250, (1, 24 + i % 2))) for i in range(4)]
@@ -223,8 +205,8 @@ def test_programs_of_several_threads_do_not_mix_up_on_a_mesh(sums):
         return [run(model, asked[i]) for _ in range(400)]
 
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(calls, range(4)))
-    for results, want in zip(found, alone, strict=True):
+        threads = list(pool.map(calls, range(4)))
+    for results, want in zip(threads, alone, strict=True):
         for got in results:
             np.testing.assert_array_equal(np.asarray(got), want)
 
@@ -244,8 +226,8 @@ def test_the_kernel_repeats_itself_bit_for_bit(rows):
     first = run(q, k, v, ids, lengths)
     differs = jnp.zeros((), bool)
     for _ in range(1000):
-        again = run(q, k, v, ids, lengths)
-        differs |= (again.out != first.out).any() | (again.lse != first.lse).any()
+        repeat = run(q, k, v, ids, lengths)
+        differs |= (repeat.out != first.out).any() | (repeat.lse != first.lse).any()
     assert not differs
 
 
@@ -265,17 +247,11 @@ def test_at_llada_8b_shapes_the_kernel_gives_the_tokens_of_the_portable_path():
     """Random weights decide between near ties, so most tokens and not all must agree."""
     model = MaskPredictor(ModelConfig.llada_8b(), rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     rng = np.random.default_rng(0)
-    prefix, context, query = (rng.integers(0, 126_000, n) for n in (16, 8000, 32))
-    runs = {
-        name: generate_ids(
-            model, prefix, context, query,
-            chunking=ChunkConfig(1024), selection=SelectionConfig(top_k=4),
-            decode=DecodeConfig(gen_length=32, block_length=32, steps=1), implementation=name,
-        )
-        for name in ("mosaic_gpu", "xla")
-    }  # fmt: skip
-    assert runs["mosaic_gpu"].selection == runs["xla"].selection
-    same = np.mean(np.array(runs["mosaic_gpu"].tokens) == np.array(runs["xla"].tokens))
+    settings = {"parts": [rng.integers(0, 126_000, n) for n in (16, 8000, 32)], "size": 1024}
+    settings |= {"k": 4, "block_length": 32, "steps": 1}
+    kernel, xla = (answer(model, implementation=x, **settings) for x in ("mosaic_gpu", "xla"))
+    assert kernel.selection == xla.selection
+    same = np.mean(np.array(kernel.tokens) == np.array(xla.tokens))
     assert same >= 0.9, same
 
 
@@ -283,14 +259,11 @@ def test_at_llada_8b_shapes_the_kernel_gives_the_tokens_of_the_portable_path():
 def test_float32_gives_the_tokens_of_the_cpu(method):
     model = MaskPredictor(ModelConfig.tiny(), rngs=nnx.Rngs(0))
     prompt = np.random.default_rng(0).integers(0, 250, 50)
-    decode = DecodeConfig(gen_length=32, block_length=16)
-    on_gpu = generate_ids(model, [], [], prompt, method=method, decode=decode)
-    cpu = jax.devices("cpu")[0]
-    with jax.default_device(cpu):
-        there = generate_ids(
-            jax.device_put(model, cpu), [], [], prompt, method=method, decode=decode
-        )
-    assert on_gpu.tokens == there.tokens
+    engine = Engine(model, method=method, decoding=DecodeConfig(gen_length=32, block_length=16))
+    on_gpu = engine.answer([], prompt)
+    with jax.default_device(cpu := jax.devices("cpu")[0]):
+        moved = dataclasses.replace(engine, model=jax.device_put(model, cpu))
+        assert on_gpu.tokens == moved.answer([], prompt).tokens
 
 
 def test_the_compiler_spills_and_warns_of_nothing():

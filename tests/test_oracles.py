@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -10,15 +11,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from tests.oracles import checkpoints  # noqa: E402
-from tests.oracles.generation import (  # noqa: E402
-    Generated,
-    Network,
-    Rule,
-    dual_cache,
-    plain,
-    prefix_cache,
-)
+from tests.oracles.generation import Network, Rule, dual_cache, plain, prefix_cache  # noqa: E402
 from tests.oracles.llada import LlamaOracle  # noqa: E402
+from tests.support.models import relative_error  # noqa: E402
 
 ARCHITECTURES = {
     "MHA": {},
@@ -38,8 +33,10 @@ def random_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, checkpoints.N_BYTES, (batch, length), generator=generator)
 
 
-def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+@pytest.fixture(scope="module")
+def network() -> Network:
+    config, tensors = build(n_kv_heads=2)
+    return Network(tensors, config)
 
 
 def test_attention_is_bidirectional():
@@ -60,16 +57,14 @@ def test_mask_and_positions_reach_the_network():
 
     # Two halves that do not see each other, each at its own positions, are two sequences.
     mask = torch.full((2, 1, 8, 8), -math.inf)
-    mask[:, :, :4, :4] = 0
-    mask[:, :, 4:, 4:] = 0
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]).expand(2, -1)
-    halves = oracle(ids, position_ids=positions, mask=mask)
-    assert relative_error(halves[:, :4], oracle(ids[:, :4])) < 1e-6
-    assert relative_error(halves[:, 4:], oracle(ids[:, 4:])) < 1e-6
+    mask[:, :, :4, :4] = mask[:, :, 4:, 4:] = 0
+    halves = oracle(ids, position_ids=torch.arange(8).expand(2, -1) % 4, mask=mask)
+    for half in (slice(4), slice(4, 8)):
+        assert relative_error(halves[:, half], oracle(ids[:, half])) < 1e-6
     assert relative_error(halves, full) > 0.01
 
     # RoPE is relative: a common shift changes nothing, a gap does.
-    shifted = torch.arange(8)[None].expand(2, -1) + 5
+    shifted = torch.arange(8).expand(2, -1) + 5
     assert relative_error(oracle(ids, position_ids=shifted), full) < 1e-5
     gapped = shifted + 9 * (shifted >= 9)
     assert relative_error(oracle(ids, position_ids=gapped), full) > 0.01
@@ -84,19 +79,14 @@ def test_own_layers_agree_with_llama_model(changes):
     assert relative_error(Network(tensors, config, torch.float64)(ids), want) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "scaling",
-    [
-        {"rope_type": "linear", "factor": 4.0},
-        {"rope_type": "ntk", "factor": 4.0},
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
-    ],
-    ids=lambda scaling: scaling["rope_type"],
-)
-def test_rope_scaling_changes_the_network(scaling):
+@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn"])
+def test_rope_scaling_changes_the_network(kind):
     config, tensors = build()
     ids = random_ids(1, 48)
     want = LlamaOracle(tensors, config)(ids)
+    scaling = {"rope_type": kind, "factor": 4.0}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = 64
     got = LlamaOracle(tensors, {**config, "rope_scaling": scaling})(ids)
     assert relative_error(got, want) > 0.01
 
@@ -105,9 +95,8 @@ def test_linear_scaling_divides_positions_and_ntk_raises_the_base():
     config, tensors = build()
     ids = random_ids(1, 10)
     linear = LlamaOracle(tensors, {**config, "rope_scaling": {"type": "linear", "factor": 2.0}})
-    plain_rope = LlamaOracle(tensors, config)
-    doubled = 2 * torch.arange(10)[None]
-    assert relative_error(linear(ids, position_ids=doubled), plain_rope(ids)) < 1e-6
+    doubled = linear(ids, position_ids=2 * torch.arange(10)[None])
+    assert relative_error(doubled, LlamaOracle(tensors, config)(ids)) < 1e-6
 
     ntk = LlamaOracle(tensors, {**config, "rope_scaling": {"rope_type": "ntk", "factor": 2.0}})
     raised = {**config, "rope_theta": config["rope_theta"] * 2 ** (16 / 14)}
@@ -135,28 +124,20 @@ def test_logits_are_far_from_uniform():
         assert confidence.std() > 0.03
 
 
-def test_kept_rows_reproduce_the_full_forward():
-    config, tensors = build(n_kv_heads=2)
-    network = Network(tensors, config)
+def test_kept_rows_reproduce_the_full_forward(network):
     ids = random_ids(2, 12)
     logits, cache = network.rows(ids, 0, None)
     for start, stop in [(0, 12), (5, 12), (4, 8), (0, 3)]:
-        again, updated = network.rows(ids[:, start:stop], start, cache)
-        assert relative_error(again, logits[:, start:stop]) < 1e-6
+        repeat, updated = network.rows(ids[:, start:stop], start, cache)
+        assert relative_error(repeat, logits[:, start:stop]) < 1e-6
         assert [k.shape for k, _ in updated] == [k.shape for k, _ in cache]
 
 
 SETTINGS = {"gen_length": 12, "mask_id": checkpoints.tiny_config()["mask_token_id"]}
 
 
-def agree(first: Generated, second: Generated) -> bool:
+def agree(first, second) -> bool:
     return torch.equal(first.tokens, second.tokens)
-
-
-@pytest.fixture(scope="module")
-def network() -> Network:
-    config, tensors = build(n_kv_heads=2)
-    return Network(tensors, config)
 
 
 def test_one_evaluation_is_the_same_with_and_without_caches(network):
@@ -182,25 +163,23 @@ def test_caches_are_approximations(network):
     settings = {**SETTINGS, "gen_length": 24, "block_length": 8, "steps": 24}
     prompts = [random_ids(1, 9, seed) for seed in range(6)]
     runs = [
-        [f(network, prompt, **settings).tokens for f in (plain, prefix_cache, dual_cache)]
-        for prompt in prompts
+        [generate(network, prompt, **settings) for prompt in prompts]
+        for generate in (plain, prefix_cache, dual_cache)
     ]
-    for a, b in [(0, 1), (0, 2), (1, 2)]:
-        assert any(not torch.equal(run[a], run[b]) for run in runs)
+    for first, second in itertools.combinations(runs, 2):
+        assert not all(map(agree, first, second))
 
 
 @pytest.mark.parametrize("generate", [plain, prefix_cache, dual_cache])
-def test_fixed_schedule_fills_blocks_from_left_to_right(network, generate):
-    seen = []
+def test_fixed_schedule_fills_blocks_from_left_to_right(network, generate, monkeypatch):
+    seen, rows = [], network.rows
 
-    class Recording(Network):
-        def rows(self, ids, start, cache):
-            seen.append((ids.clone(), start))
-            return super().rows(ids, start, cache)
+    def recorded(ids, start, cache):
+        seen.append((ids.clone(), start))
+        return rows(ids, start, cache)
 
-    recording = Recording.__new__(Recording)
-    recording.__dict__ = network.__dict__
-    result = generate(recording, random_ids(1, 5), block_length=6, steps=8, **SETTINGS)
+    monkeypatch.setattr(network, "rows", recorded)
+    result = generate(network, random_ids(1, 5), block_length=6, steps=8, **SETTINGS)
     assert result.evaluations == 8
     masks = []
     for ids, start in seen:
@@ -214,26 +193,29 @@ def test_fixed_schedule_fills_blocks_from_left_to_right(network, generate):
     assert (result.tokens != SETTINGS["mask_id"]).all()
 
 
-def test_schedule_gives_the_remainder_to_the_first_evaluations():
-    assert [Rule(4).schedule(10, step) for step in range(4)] == [3, 3, 2, 2]
-    assert [Rule(3).schedule(2, step) for step in range(3)] == [1, 1, 0]
+@pytest.mark.parametrize(("steps", "masked", "due"), [(4, 10, [3, 3, 2, 2]), (3, 2, [1, 1, 0])])
+def test_schedule_gives_the_remainder_to_the_first_evaluations(steps, masked, due):
+    assert [Rule(steps).schedule(masked, step) for step in range(steps)] == due
 
 
-def test_threshold_keeps_the_best_and_all_that_reach_it():
-    rule = Rule(1, threshold=0.9)
-    assert rule.count([0.95, 0.9, 0.89], due=1) == 2
-    assert rule.count([0.5, 0.4], due=2) == 1
-    assert rule.count([], due=0) == 0
-
-
-def test_factor_rule_by_hand():
-    rule = Rule(1, factor=1.0)  # thresholds: none, 2/3, 3/4, 4/5
-    assert rule.count([0.9, 0.8, 0.7, 0.1], due=0) == 2
-    assert rule.count([0.9, 0.5, 0.4, 0.1], due=0) == 1
-    assert rule.count([0.2], due=0) == 1
-    # The published loop's ends: reaching the last candidate takes it, whatever its confidence.
-    assert rule.count([0.9, 0.8, 0.8, 0.1], due=0) == 4
-    assert rule.count([0.9, 0.1], due=0) == 2
+@pytest.mark.parametrize(
+    ("rule", "confidences", "due", "count"),
+    [
+        # The best one and all that reach the threshold.
+        ({"threshold": 0.9}, [0.95, 0.9, 0.89], 1, 2),
+        ({"threshold": 0.9}, [0.5, 0.4], 2, 1),
+        ({"threshold": 0.9}, [], 0, 0),
+        # The factor's thresholds: none, 2/3, 3/4, 4/5.
+        ({"factor": 1.0}, [0.9, 0.8, 0.7, 0.1], 0, 2),
+        ({"factor": 1.0}, [0.9, 0.5, 0.4, 0.1], 0, 1),
+        ({"factor": 1.0}, [0.2], 0, 1),
+        # The published loop's ends: reaching the last candidate takes it, at any confidence.
+        ({"factor": 1.0}, [0.9, 0.8, 0.8, 0.1], 0, 4),
+        ({"factor": 1.0}, [0.9, 0.1], 0, 2),
+    ],
+)
+def test_rules_of_parallel_decoding_by_hand(rule, confidences, due, count):
+    assert Rule(1, **rule).count(confidences, due) == count
 
 
 def test_guidance_of_zero_is_none_and_more_changes_the_text(network):
@@ -246,22 +228,15 @@ def test_guidance_of_zero_is_none_and_more_changes_the_text(network):
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
-def test_written_checkpoint_reads_back(tmp_path, shards, format):
-    config, tensors = build(n_kv_heads=2)
-    folder = checkpoints.write_checkpoint(
-        tmp_path / "c", tensors, config, shards=shards, format=format, tokenizer=True
-    )
-    assert json.loads((folder / "config.json").read_text()) == config
+def test_written_checkpoint_reads_back(make_checkpoint, shards, format):
+    safetensors = pytest.importorskip("safetensors.torch")
+    written = make_checkpoint(n_kv_heads=2, shards=shards, format=format, tokenizer=True)
+    assert json.loads((written.folder / "config.json").read_text()) == written.config
     read = {}
-    for file in folder.glob(f"*.{format}"):
-        if format == "safetensors":
-            from safetensors.torch import load_file
-
-            read |= load_file(file)
-        else:
-            read |= torch.load(file, weights_only=True)
-    assert read.keys() == tensors.keys()
-    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    for file in written.folder.glob(f"*.{format}"):
+        read |= safetensors.load_file(file) if format == "safetensors" else torch.load(file)
+    assert read.keys() == written.tensors.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in written.tensors.items())
 
 
 def test_tokenizer_is_byte_level_with_lladas_special_tokens(tmp_path):

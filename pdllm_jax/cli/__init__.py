@@ -23,12 +23,12 @@ def main(argv: list[str] | None = None, *, resolve: Callable[[Path], Path] = Pat
     resolve: turns CHECKPOINT into the folder of a converted checkpoint.
     """
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("answer", "prefill", "decode"):
+        from pdllm_jax.cli.commands import run
+
+        return run(command, rest, resolve, USAGE)
     if command in ("-h", "--help"):
         print(USAGE, end="")
         return 0
-    if command not in ("answer", "prefill", "decode"):
-        print(f"error: command {command!r} is not known (answer, prefill, decode)", file=sys.stderr)
-        return 2
-    from pdllm_jax.cli.commands import run
-
-    return run(command, rest, resolve, USAGE)
+    print(f"error: command {command!r} is not known (answer, prefill, decode)", file=sys.stderr)
+    return 2

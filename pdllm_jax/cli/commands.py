@@ -13,40 +13,24 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pdllm_jax.cli.errors import Parser, guarded
-from pdllm_jax.cli.flags import (
-    DTYPES,
-    add_output,
-    add_placement,
-    add_source,
-    memory_limit,
-    mesh_of,
-    read_context,
-    read_prompt_ids,
-    settings,
-)
+from pdllm_jax.cli import flags
+from pdllm_jax.cli.errors import Parser, status
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.config import ChunkConfig
 from pdllm_jax.debug import check_answer
 from pdllm_jax.engine.answer import Answer
 from pdllm_jax.engine.engine import Engine, Request
 from pdllm_jax.engine.request import drop_other_chunks
-from pdllm_jax.method.cache_methods import Method, cache_method
+from pdllm_jax.network.config import require
 from pdllm_jax.network.transformer import MaskPredictor
+from pdllm_jax.storage import snapshot
 from pdllm_jax.storage.checkpoint import load_config, load_model
-from pdllm_jax.storage.snapshot import (
-    check_destination,
-    load_document,
-    load_request,
-    save_document,
-    save_request,
-    snapshot_holds,
-)
 from pdllm_jax.storage.store import DocumentStore
-from pdllm_jax.tokenizer import INSTRUCTION, Tokenizer
+from pdllm_jax.tokenizer import Tokenizer
 
 Resolve = Callable[[Path], Path]
 
@@ -62,256 +46,190 @@ class Stream:
     def __call__(self, request: int, block: int, tokens: list[int]) -> None:
         self.ids += tokens
         if self.tokenizer is None:
-            self._write(" ".join(map(str, self.ids)))
-        else:
-            # A character's last bytes may be in the next block.
-            self._write(self.tokenizer.decode(self.ids).rstrip("\ufffd"))
-
-    def finish(self, text: str) -> None:
-        """Writes the rest of `text`; all of it if a block has changed since it was written."""
-        if not text.startswith(self.written):
-            print()
-            self.written = ""
-        self._write(text)
-        print()
-
-    def _write(self, text: str) -> None:
+            text = " ".join(map(str, self.ids))
+        else:  # a character's last bytes may be in the next block
+            text = self.tokenizer.decode(self.ids).rstrip("\ufffd")
         if text.startswith(self.written):
             print(text[len(self.written) :], end="", flush=True)
             self.written = text
+
+    def finish(self, text: str) -> None:
+        """Writes the rest of `text`; all of it if a block has changed since it was written."""
+        rest = text.removeprefix(self.written) if text.startswith(self.written) else f"\n{text}"
+        print(rest, flush=True)
+        self.written = text
 
 
 def parser_of(command: str, description: str | None) -> argparse.ArgumentParser:
     """The parser of a subcommand."""
     p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.set_defaults(method="prefilling", early_stop=False, stream=False)  # of commands without them
+    p.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
     if command == "decode":
-        p.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
         p.add_argument("snapshot", metavar="SNAPSHOT", type=Path)
-        add_placement(p)
-        add_output(p)
+        flags.add_placement(p)
+        flags.add_output(p)
         return p
-    add_source(p, answers=command == "answer")
+    flags.add_request(p, answers=command == "answer")
     if command == "prefill":
-        g = p.add_argument_group("the snapshot")
-        g.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
-        g.add_argument("--overwrite", action="store_true", help="replace a snapshot at --out")
-        g.add_argument(
-            "--holds",
-            choices=("state", "selection", "document"),
-            default="state",
-            help="the state that denoising starts from; the selected chunks, which the decoder "
-            "encodes; or the document alone, for any question (default: %(default)s)",
-        )
-        g.add_argument(
-            "--whole-pool", action="store_true", help="keep the KV of all chunks, chosen or not"
-        )
+        group = p.add_argument_group("the snapshot")
+        flags.add(group, "out", Path, required=True)
+        flags.add(group, "overwrite", bool)
+        flags.add(group, "holds", choices=("state", "selection", "document"), default="state")
+        flags.add(group, "whole-pool", bool)
     return p
 
 
 def load(args: argparse.Namespace, folder: Path) -> MaskPredictor:
     """Loads the model that the placement flags describe."""
-    mesh = mesh_of(args)
+    mesh = flags.mesh_of(args)
     print(f"loading {folder}", file=sys.stderr)
-    return load_model(folder, dtype=DTYPES[args.dtype], mesh=mesh, sums=args.sums)
+    return load_model(folder, dtype=flags.DTYPES[args.dtype], mesh=mesh, sums=args.sums)
 
 
-def load_tokenizer(folder: Path, *, needed: bool) -> Tokenizer | None:
-    """The checkpoint's tokenizer; None where it has none and none is needed."""
-    if not needed and not (folder / "tokenizer.json").is_file():
-        return None
-    return Tokenizer.load(folder, load_config(folder))
+class Command:
+    """A command line; each subcommand is a method."""
 
+    def __init__(self, args: argparse.Namespace, resolve: Resolve) -> None:
+        self.args, self.resolve = args, resolve
+        self.stream = Stream() if args.stream else None
 
-def load_engine(
-    args: argparse.Namespace, resolve: Resolve, *, text: bool, stream: Stream | None = None
-) -> Engine:
-    """Loads tokenizer and model. text: the request is text, so that a tokenizer is needed."""
-    chunking, selection, decoding = settings(args)
-    method: Method = getattr(args, "method", "prefilling")
-    limit = memory_limit(args)
-    cache_method(method).decode_config(decoding)
-    folder = resolve(args.checkpoint)
-    tokenizer = load_tokenizer(folder, needed=text)
-    if stream is not None:
-        stream.tokenizer = tokenizer
-    model = load(args, folder)
-    if args.early_stop:
-        stops = tokenizer.stop_ids if tokenizer else (model.config.eos_token_id,)
-        decoding = dataclasses.replace(decoding, stop_ids=stops)
-    return Engine(
-        model,
-        tokenizer,
-        chunking=chunking,
-        selection=selection,
-        decoding=decoding,
-        method=method,
-        instruction=INSTRUCTION if args.instruction is None else args.instruction,
-        bos_id=tokenizer.bos_id if tokenizer else model.config.bos_token_id,
-        implementation=args.implementation,
-        memory_limit=limit,
-    )
+    def engine(self, *, text: bool, **settings: Any) -> Engine:
+        """Loads tokenizer and model. text: the request is text, so that a tokenizer is needed."""
+        folder = self.resolve(self.args.checkpoint)
+        tokenizer = None
+        if text or (folder / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.load(folder, load_config(folder))
+        if self.stream is not None:
+            self.stream.tokenizer = tokenizer
+        model = load(self.args, folder)
+        bos = model.config.bos_token_id if tokenizer is None else tokenizer.bos_id
+        if self.args.early_stop:
+            stops = tokenizer.stop_ids if tokenizer else (model.config.eos_token_id,)
+            settings["decoding"] = dataclasses.replace(settings["decoding"], stop_ids=stops)
+        path = self.args.implementation
+        return Engine(model, tokenizer, bos_id=bos, implementation=path, **settings)
 
+    def request(self, *, question: bool = True) -> Request:
+        """The request of the flags; question: False for a document alone, with question ""."""
+        args, chosen = self.args, {"oracle": self.args.chunks, "seed": self.args.seed}
+        if args.prompt_ids is not None:
+            for name in ("question", "instruction"):
+                given = getattr(args, name) is not None
+                require(not given, f"--{name} is part of the ids that --prompt-ids names")
+            prefix, context, query = flags.read_prompt_ids(args.prompt_ids, args.method)
+            return Request(context, query, prefix=prefix, **chosen)
+        require(not question or args.question is not None, "--context-file needs --question")
+        try:
+            document = args.context_file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{args.context_file} is not UTF-8 text") from None
+        require(bool(document.strip()), f"{args.context_file} is empty")
+        require(not question or bool(args.question.strip()), "question is empty")
+        return Request(document, args.question or "", **chosen)
 
-def read_request(args: argparse.Namespace, *, question: bool = True) -> Request:
-    """The request of the flags; question: False for a document alone, with question ""."""
-    given = {"oracle": args.chunks, "seed": args.seed}
-    if args.prompt_ids is not None:
-        if (args.question, args.instruction) != (None, None):
-            raise ValueError(
-                "--question and --instruction are part of the ids that --prompt-ids names"
+    def answer(self) -> None:
+        """Answers a request, or asks about a document of a snapshot or a store."""
+        args, settings = self.args, flags.engine_settings(self.args)
+        if args.snapshot is not None or args.store is not None:
+            self.ask(settings)
+            return
+        request = self.request()
+        engine = self.engine(text=isinstance(request.context, str), **settings)
+        result = engine.answer(**request._asdict(), on_block=self.stream)
+        if args.check_nan:
+            parts = engine.token_ids(request)
+            check_answer(engine, *parts, result)
+        self.show(result)
+
+    def ask(self, settings: dict[str, Any]) -> None:
+        """Asks about a document whose KV comes from a snapshot or a store."""
+        args, method, folder = self.args, settings["method"], self.args.snapshot
+        require(not args.check_nan, "--check-nan is for a document that is encoded here")
+        require(method == "prefilling", f"--snapshot and --store need prefilling, not {method}")
+        if folder is None:
+            request = self.request()
+        else:
+            require(args.store is None, "--snapshot names a document, --store is for another one")
+            require(args.question is not None, "--snapshot needs --question")
+            require(args.instruction is None, "--instruction is part of the document of --snapshot")
+            holds = snapshot.snapshot_holds(folder)
+            require(holds == "document", f"{folder} holds a {holds}: scripts/decode.py decodes it")
+            request = Request("", args.question, oracle=args.chunks, seed=args.seed)
+        engine = self.engine(text=isinstance(request.question, str), **settings)
+        if folder is None:
+            store = DocumentStore(args.store, engine.model, engine.tokenizer)
+            cache = store.encode_ids(
+                *engine.token_ids(request)[:2],
+                chunking=engine.chunking,
+                bos_id=engine.bos_id,
+                encode_batch=args.encode_batch,
+                memory_limit=engine.memory_limit,
             )
-        method = getattr(args, "method", "prefilling")
-        prefix, context, query = read_prompt_ids(args.prompt_ids, method)
-        return Request(context, query, prefix=prefix, **given)
-    context_text = read_context(args, question=question)
-    if question and not args.question.strip():
-        raise ValueError("question is empty")
-    return Request(context_text, args.question or "", **given)
+        else:
+            cache, cut = snapshot.load_document(folder, engine.model, tokenizer=engine.tokenizer)
+            fits = engine.chunking in (cut, ChunkConfig())
+            require(fits, f"{folder} was cut with other settings: {cut}")
+        oracle = None if request.oracle is None else [request.oracle]
+        asked: dict[str, Any] = {"oracle": oracle, "seeds": [request.seed]}
+        self.show(engine.ask(cache, [request.question], on_block=self.stream, **asked)[0])
 
+    def prefill(self) -> None:
+        """Writes a snapshot and prints a line about it."""
+        args, settings = self.args, flags.engine_settings(self.args)
+        out, document = args.out, args.holds == "document"
+        allowed = not document or args.question is None
+        require(allowed, "--question is for a request: --holds document takes none")
+        snapshot.check_destination(out, overwrite=args.overwrite)
+        request = self.request(question=not document)
+        engine = self.engine(text=isinstance(request.context, str), **settings)
+        start = time.perf_counter()
+        saved: dict[str, Any] = {"chunking": engine.chunking, "overwrite": args.overwrite}
+        saved["tokenizer"] = engine.tokenizer
+        if document:
+            cache = engine.encode(request.context, prefix=request.prefix)
+            snapshot.save_document(out, engine.model, cache, **saved)
+            n_chunks = int(np.count_nonzero(np.asarray(cache.lengths)))
+        else:
+            prefilled = engine.prefill(**request._asdict(), encode=args.holds == "state")
+            if not args.whole_pool:
+                prefilled = drop_other_chunks(prefilled)
+            snapshot.save_request(out, engine.model, prefilled, **saved)
+            n_chunks = int(prefilled.counts[0])
+        size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        seconds = time.perf_counter() - start
+        print(f"{out}: {args.holds}, {n_chunks} chunks, {size / 1e6:.1f} MB, {seconds:.1f} s")
 
-def answer(args: argparse.Namespace, resolve: Resolve, stream: Stream | None) -> Answer:
-    """Answers a request, or asks about a document of a snapshot or a store."""
-    settings(args)
-    if args.snapshot is not None or args.store is not None:
-        return ask(args, resolve, stream)
-    request = read_request(args)
-    text = isinstance(request.context, str)
-    engine = load_engine(args, resolve, text=text, stream=stream)
-    result = engine.answer(**request._asdict(), on_block=stream)
-    if args.check_nan:
-        prefix, context, query = engine.token_ids(request)
-        check_answer(engine, prefix, context, query, result)
-    return result
+    def decode(self) -> None:
+        """Decodes a snapshot; its manifest is checked before the model is loaded."""
+        folder = self.args.snapshot
+        document = snapshot.snapshot_holds(folder) == "document"
+        require(not document, f"{folder} holds a document: scripts/generate.py --snapshot asks it")
+        engine = self.engine(text=False)
+        request = snapshot.load_request(folder, engine.model, tokenizer=engine.tokenizer)
+        require(request.decoding is not None, f"{folder} has no settings for decoding")
+        self.show(engine.decode(request, on_block=self.stream)[0])
 
-
-def ask(args: argparse.Namespace, resolve: Resolve, stream: Stream | None) -> Answer:
-    """Asks about a document whose KV comes from a snapshot or a store."""
-    if args.check_nan:
-        raise ValueError("--check-nan is for a document that is encoded here")
-    if args.method != "prefilling":
-        raise ValueError(f"--snapshot and --store are for method prefilling, not {args.method}")
-    if args.snapshot is None:
-        request = read_request(args)
-    else:
-        if args.store is not None:
-            raise ValueError("--snapshot names a document already: --store is for --context-file")
-        if args.question is None:
-            raise ValueError("--snapshot needs --question")
-        if args.instruction is not None:
-            raise ValueError("--instruction is part of the document that --snapshot names")
-        holds = snapshot_holds(args.snapshot)
-        if holds != "document":
-            raise ValueError(f"{args.snapshot} holds a {holds}: scripts/decode.py goes on with it")
-        request = Request("", args.question, oracle=args.chunks, seed=args.seed)
-    text = isinstance(request.question, str)
-    engine = load_engine(args, resolve, text=text, stream=stream)
-    if args.snapshot is not None:
-        cache, chunking = load_document(args.snapshot, engine.model, tokenizer=engine.tokenizer)
-        if engine.chunking not in (chunking, ChunkConfig()):
-            raise ValueError(f"{args.snapshot} was cut with other settings: {chunking}")
-    else:
-        store = DocumentStore(args.store, engine.model, engine.tokenizer)
-        prefix, context, _ = engine.token_ids(request)
-        cache = store.encode_ids(
-            prefix,
-            context,
-            chunking=engine.chunking,
-            bos_id=engine.bos_id,
-            encode_batch=args.encode_batch,
-            memory_limit=engine.memory_limit,
-        )
-    oracle = None if request.oracle is None else [request.oracle]
-    return engine.ask(
-        cache, [request.question], oracle=oracle, seeds=[request.seed], on_block=stream
-    )[0]
-
-
-def prefill(args: argparse.Namespace, resolve: Resolve) -> str:
-    """Writes a snapshot; returns a line about it."""
-    settings(args)
-    document = args.holds == "document"
-    if document and args.question is not None:
-        raise ValueError("--question is for a request: --holds document takes none")
-    check_destination(args.out, overwrite=args.overwrite)
-    request = read_request(args, question=not document)
-    engine = load_engine(args, resolve, text=isinstance(request.context, str))
-    start = time.perf_counter()
-    common = {
-        "chunking": engine.chunking,
-        "tokenizer": engine.tokenizer,
-        "overwrite": args.overwrite,
-    }
-    if document:
-        cache = engine.encode(request.context, prefix=request.prefix)
-        save_document(args.out, engine.model, cache, **common)
-        n_chunks = int(np.count_nonzero(np.asarray(cache.lengths)))
-    else:
-        prefilled = engine.prefill(**request._asdict(), encode=args.holds == "state")
-        if not args.whole_pool:
-            prefilled = drop_other_chunks(prefilled)
-        save_request(args.out, engine.model, prefilled, **common)
-        n_chunks = int(prefilled.counts[0])
-    size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
-    seconds = time.perf_counter() - start
-    return f"{args.out}: {args.holds}, {n_chunks} chunks, {size / 1e6:.1f} MB, {seconds:.1f} s"
-
-
-def decode(args: argparse.Namespace, resolve: Resolve, stream: Stream | None) -> Answer:
-    """Decodes a snapshot; its manifest is checked before the model is loaded."""
-    if snapshot_holds(args.snapshot) == "document":
-        raise ValueError(
-            f"{args.snapshot} holds a document without a question: "
-            "scripts/generate.py --snapshot asks one"
-        )
-    folder = resolve(args.checkpoint)
-    model = load(args, folder)
-    tokenizer = load_tokenizer(folder, needed=False)
-    if stream is not None:
-        stream.tokenizer = tokenizer
-    request = load_request(args.snapshot, model, tokenizer=tokenizer)
-    if request.decoding is None:
-        raise ValueError(f"{args.snapshot} has no settings for decoding")
-    engine = Engine(model, tokenizer, implementation=args.implementation)
-    return engine.decode(request, on_block=stream)[0]
-
-
-def details(result: Answer) -> str:
-    """The lines after a response."""
-    lines = []
-    if result.selection is not None:
-        scores, chunks = result.selection["scores"], result.selection["chunks"]
-        kept = [str(i) if scores is None else f"{i} ({scores[i]:.3f})" for i in chunks]
-        lines.append(f"chunks kept: {', '.join(kept)}")
-        if "rescored" in result.selection:
-            at_end = ", ".join(map(str, result.selection["chunks_at_end"]))
-            lines.append(f"after {result.selection['rescored']} more scorings: {at_end}")
-    lines.append(f"evaluations: {result.evaluations}")
-    lines.append("seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in result.timings.items()))
-    return "\n".join(lines)
-
-
-def show(result: Answer, args: argparse.Namespace, stream: Stream | None) -> None:
-    """Prints an answer as --json, --stream or neither asks."""
-    if args.json:
-        scores = result.selection["scores"] if result.selection else None
-        assert scores is None or np.isfinite(scores).all()
-        print(json.dumps(result.to_dict()))
-        return
-    text = result.text if result.text is not None else " ".join(map(str, result.tokens))
-    print(text) if stream is None else stream.finish(text)
-    print(details(result))
+    def show(self, result: Answer) -> None:
+        """Prints an answer as --json, --stream or neither asks."""
+        if self.args.json:
+            print(json.dumps(result.to_dict(), allow_nan=False))
+            return
+        text = " ".join(map(str, result.tokens)) if result.text is None else result.text
+        print(text) if self.stream is None else self.stream.finish(text)
+        if result.selection is not None:
+            scores, chunks = result.selection["scores"], result.selection["chunks"]
+            kept = [str(i) if scores is None else f"{i} ({scores[i]:.3f})" for i in chunks]
+            print(f"chunks kept: {', '.join(kept)}")
+            if "rescored" in result.selection:
+                at_end = ", ".join(map(str, result.selection["chunks_at_end"]))
+                print(f"after {result.selection['rescored']} more scorings: {at_end}")
+        print(f"evaluations: {result.evaluations}")
+        print("seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in result.timings.items()))
 
 
 def run(command: str, argv: list[str] | None, resolve: Resolve, description: str | None) -> int:
     """Runs a subcommand. Exit status: 0, or 2 with one line on stderr for bad input."""
     args = parser_of(command, description).parse_args(argv)
     enable_compilation_cache()
-
-    def work() -> None:
-        if command == "prefill":
-            print(prefill(args, resolve))
-            return
-        stream = Stream() if args.stream else None
-        show((answer if command == "answer" else decode)(args, resolve, stream), args, stream)
-
-    return guarded(work, args)[0]
+    return status(getattr(Command(args, resolve), command), args)

@@ -8,9 +8,10 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
-Result = TypeVar("Result")
+# Flags that lower the memory.
+_LOWER = ("encode_batch", "top_k", "chunk_size", "gen_length")
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,55 +22,40 @@ class Parser(argparse.ArgumentParser):
 
 
 def status(call: Callable[[], int | None], args: argparse.Namespace | None = None) -> int:
-    """Returns what the call returns, or 0; otherwise as `guarded`."""
-    code, result = guarded(call, args)
-    return code or result or 0
-
-
-def guarded(
-    work: Callable[[], Result], args: argparse.Namespace | None = None
-) -> tuple[int, Result | None]:
-    """Runs a command line.
+    """Runs a command line and returns its exit status.
 
     Args:
-      args: of the command line; the message about memory names those of its flags that lower it.
+      call: its result is the status, None for 0.
+      args: the message about device memory names the flags of these that lower it.
 
     Returns:
-      (exit status, result). Bad input and a device without memory give 2, an interrupt gives 130:
-      one line on stderr and no result.
+      2 for bad input or too little memory, 130 for an interrupt, each with one line on stderr.
     """
-    _spell_out()
-    message: str | None
+    if isinstance(sys.stdout, io.TextIOWrapper):  # characters that its encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
+    code = 2
     try:
-        result = work()
+        result = call()
         sys.stdout.flush()  # raises for a full disk or a closed pipe
-        return 0, result
+        return result or 0
     except (ValueError, OSError, OverflowError) as error:
-        message = str(error) or repr(error)
+        message = f"error: {str(error) or repr(error)}"
     except MemoryError as error:
-        message = f"the host ran out of memory ({error}): lower what is asked for"
+        message = f"error: the host ran out of memory ({error}): lower what is asked for"
     except RuntimeError as error:
-        if (message := out_of_memory(error, args)) is None:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        message = f"error: {_out_of_memory(error, {} if args is None else vars(args))}"
     except KeyboardInterrupt:
-        message = None
-    _drop_output()
-    if message is None:
-        print("interrupted", file=sys.stderr)
-        return 130, None
-    line = " ".join(message.split())
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-    print(f"error: {line}", file=sys.stderr)
-    return 2, None
-
-
-def _drop_output() -> None:
-    """Discards output that could not be written, so that the exit does not try again."""
+        code, message = 130, "interrupted"
     try:
         sys.stdout.flush()
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # discard the output, so that the exit does not try again
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    line = " ".join(message.split())
+    print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
+    return code
 
 
 def leave(code: int) -> NoReturn:
@@ -80,30 +66,12 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _spell_out() -> None:
-    """Writes characters that stdout's encoding lacks as escapes."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
-# Flags that lower the memory.
-_LOWER = {
-    "encode_batch": "--encode-batch (chunks at a time)", "top_k": "--top-k (K, chunks kept)",
-    "chunk_size": "--chunk-size", "gen_length": "--gen-length",
-}  # fmt: skip
-
-
-def out_of_memory(error: RuntimeError, args: argparse.Namespace | None = None) -> str | None:
-    """Returns what to change if the device ran out of memory; None for any other error."""
-    if "RESOURCE_EXHAUSTED" not in str(error):
-        return None
+def _out_of_memory(error: RuntimeError, flags: dict[str, object]) -> str:
     says = " ".join(str(error).partition("RESOURCE_EXHAUSTED:")[2].split())[:120]
-    flags = {} if args is None else vars(args)
-    lower = [words for name, words in _LOWER.items() if name in flags]
-    if not lower:
-        advice = "take less of it, e.g. a lower K, or free other arrays on the device"
-    else:
-        advice = f"lower {', '.join(lower)} or the document's length"
+    lower = ", ".join(f"--{name.replace('_', '-')}" for name in _LOWER if name in flags)
+    advice = "take less of it, e.g. a lower K, or free other arrays on the device"
+    if lower:
+        advice = f"lower {lower} or the document's length"
         if flags.get("dtype", "bfloat16") != "bfloat16":
             advice += ", or load with --dtype bfloat16"
         if "memory_limit" in flags:

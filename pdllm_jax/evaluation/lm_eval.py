@@ -11,9 +11,9 @@ import dataclasses
 import logging
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 try:
     from lm_eval.api.instance import Instance
@@ -31,27 +31,18 @@ from tqdm import tqdm
 from pallas_kernels import Implementation
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
+from pdllm_jax.engine.answer import Answer
 from pdllm_jax.engine.engine import Engine, Request
-from pdllm_jax.evaluation.prompts import (
-    SplitPrompt,
-    dense_prompt,
-    fitting_block,
-    split_at_context,
-    split_by_rule,
-    split_ruler,
-    truncate_middle,
-)
-from pdllm_jax.method.cache import Positions
-from pdllm_jax.method.cache_methods import Method
+from pdllm_jax.evaluation import prompts
+from pdllm_jax.evaluation.prompts import SplitPrompt
+from pdllm_jax.method.cache_methods import Method, cache_method
 from pdllm_jax.method.chunking import chunk_prompt
-from pdllm_jax.method.encodings import Encoding
 from pdllm_jax.method.likelihood import (
     KeptContext,
     answer_log_likelihood,
     answer_log_likelihood_kept,
     keep_context,
 )
-from pdllm_jax.method.scorers import Scorer
 from pdllm_jax.network.config import ConfigError
 from pdllm_jax.storage.checkpoint import load_config, load_model
 from pdllm_jax.tokenizer import Tokenizer
@@ -60,42 +51,37 @@ _logger = logging.getLogger(__name__)
 
 # Settings of a task that greedy decoding does not read.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "num_beams", "early_stopping")
-# How a prompt was cut, for the report at the end of a run.
-Cut = Literal["context", "ruler", "rule", "short", "whole"]
 
 
 @register_model("pdllm")
 class PrefillingLM(LM):
     """A converted checkpoint as a model of lm-eval.
 
-    Arguments are `--model_args`, all with the library's names and defaults where it has them:
+    The arguments come from `--model_args`:
       pretrained: a converted checkpoint's folder.
-      method: "prefilling", or a baseline on whole prompts: "plain", "prefix-cache", "dual-cache".
-      gen_length: response tokens, instead of the task's max_gen_toks; block_length: at most.
+      method: "prefilling", or a baseline on the full prompt: "plain", "prefix-cache", "dual-cache".
+      gen_length: response tokens, instead of the task's max_gen_toks.
+      block_length: longest block; blocks divide the response.
       threshold: of parallel decoding; 0 takes one token a step.
-      max_length: longest prompt of a baseline, chat template apart, whose middle is dropped;
+      max_length: longest prompt of a baseline, chat template apart. A longer one loses its middle.
         None: what the model's max_sequence_length leaves.
       bos: BOS before prompts without a chat template.
       mc_num, mc_batch: Monte Carlo samples of a log-likelihood; how many go through the network
         together.
-      is_check_greedy: whether loglikelihood also finds out if greedy decoding gives the answer, one
-        token a step; without it the answer is False, which few metrics read.
-      dtype: None keeps the checkpoint's.
-    lm-eval's batch_size and device have no effect: requests go one by one, to JAX's device.
+      is_check_greedy: loglikelihood also checks whether greedy decoding, one token a step, gives
+        the answer. Without it the result is False, which few metrics read.
+      seed: of sampling and of the Monte Carlo samples.
+      dtype: of the weights; None keeps the checkpoint's.
+      implementation: as for `Engine`.
+      settings: fields of `ChunkConfig` and `SelectionConfig`, with their defaults. lm-eval's
+        batch_size and device have no effect: requests go one by one, to JAX's device.
     """
 
     def __init__(
         self,
         pretrained: str,
         method: Method = "prefilling",
-        chunk_size: int = 1024,
-        overlap: int = 0,
-        anchors: bool = True,
-        top_k: int = 4,
-        scorer: str | Scorer = "draft",
-        encoding: str | Encoding = "joint",
-        positions: Positions = "continuous",
-        encode_batch: int = 8,
+        *,
         gen_length: int | None = None,
         block_length: int = 32,
         threshold: float = 0.9,
@@ -107,34 +93,32 @@ class PrefillingLM(LM):
         seed: int = 0,
         dtype: str | None = None,
         implementation: Implementation | None = None,
-        batch_size: int | str | None = None,
-        max_batch_size: int | None = None,
-        device: str | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__()
         enable_compilation_cache()
-        self.method, self.max_length, self.bos, self.seed = method, max_length, bos, int(seed)
-        self.gen_length, self.block_length = gen_length, block_length
-        self.threshold = threshold or None
-        self.mc_num, self.mc_batch, self.is_check_greedy = mc_num, mc_batch, is_check_greedy
-        self.implementation = implementation
-        self.chunking = ChunkConfig(chunk_size, anchors=anchors, overlap=overlap)
-        self.selection = SelectionConfig(
-            top_k=top_k, scorer=scorer, encoding=encoding, positions=positions,
-            encode_batch=encode_batch,
-        )  # fmt: skip
+        self.gen_length, self.block_length, self.threshold = gen_length, block_length, threshold
+        self.max_length, self.bos, self.seed = max_length, bos, int(seed)
+        self.is_check_greedy = is_check_greedy
+        self.estimate = {"samples": mc_num, "group": mc_batch, "seed": self.seed}
+        for name in ("batch_size", "max_batch_size", "device"):
+            settings.pop(name, None)
+        names = [field.name for field in dataclasses.fields(ChunkConfig) if field.name in settings]
+        chunking = ChunkConfig(**{name: settings.pop(name) for name in names})
+        selection, cache = SelectionConfig(**settings), cache_method(method)
         self.folder = Path(pretrained)
         self.tokenizer = Tokenizer.load(self.folder, load_config(self.folder))
         self.model = load_model(self.folder, dtype=dtype)
         self.engine = Engine(
             self.model,
             self.tokenizer,
-            chunking=self.chunking,
-            selection=self.selection,
-            method=method,
+            chunking=chunking,
+            selection=selection,
+            method=cache,
             implementation=implementation,
         )
-        self.cuts: Counter[Cut] = Counter()
+        self._uses_chunks = cache.uses_chunks
+        self.cuts: Counter[str] = Counter()  # how prompts were cut
         self.truncated = 0
         self._kept: tuple[Request, KeptContext] | None = None
 
@@ -148,7 +132,12 @@ class PrefillingLM(LM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """Fills in the checkpoint's template. Without a generation prompt the last turn is open."""
-        return self.tokenizer.render(chat_history, add_generation_prompt=add_generation_prompt)
+        return self.tokenizer.renderer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
 
     # Prompts.
 
@@ -171,113 +160,109 @@ class PrefillingLM(LM):
             return self.tokenizer.encode_marked(text)
         return [*([self.tokenizer.bos_id] if self.bos else []), *self.tokenizer.encode(text)]
 
-    def _split(self, prompt: str, instance: Instance) -> tuple[SplitPrompt | None, Cut]:
-        """Where the document lies: by the task's own fields, by RULER's templates, or by rule."""
+    def _split(self, prompt: str, instance: Instance) -> tuple[SplitPrompt | None, str]:
+        """Where the document lies: by the task's fields, by RULER's templates, or by rule."""
         for context in _documents(instance.doc, prompt):
-            found = split_at_context(prompt, context)
-            if found is not None and found.after.strip():
-                return found, "context"
-        if instance.task_name and (found := split_ruler(instance.task_name, prompt)):
-            return found, "ruler"
+            split = prompts.split_at_context(prompt, context)
+            if split is not None and split.after.strip():
+                return split, "context"
+        if instance.task_name and (split := prompts.split_ruler(instance.task_name, prompt)):
+            return split, "ruler"
         start, end = self._turn(prompt) or (0, len(prompt))
-        found = split_by_rule(prompt[start:end])
-        if found is None:
+        split = prompts.split_by_rule(prompt[start:end])
+        if split is None:
             return None, "whole"
-        return found._replace(
-            before=prompt[:start] + found.before, after=found.after + prompt[end:]
-        ), "rule"
+        before, after = prompt[:start] + split.before, split.after + prompt[end:]
+        return SplitPrompt(before, split.context, after), "rule"
 
     def _request(self, prompt: str, instance: Instance) -> Request | None:
-        """A prompt in three parts; None where it goes to the dual cache whole."""
-        if len(self.tokenizer.encode(prompt)) <= self.chunking.chunk_size:
-            self.cuts["short"] += 1
-            return None
-        split, cut = self._split(prompt, instance)
+        """A prompt in three parts; None where it goes to the dual cache in one part."""
+        split, cut = None, "short"
+        if len(self.tokenizer.encode(prompt)) > self.engine.chunking.chunk_size:
+            split, cut = self._split(prompt, instance)
         self.cuts[cut] += 1
         if split is None:
             return None
-        templated = self._templated(prompt)
-        after = (
-            self.tokenizer.encode_marked(split.after)
-            if templated
-            else self.tokenizer.encode(split.after)
-        )
-        before = self._encode(split.before)
-        return Request(self.tokenizer.encode(split.context), after, prefix=before)
+        marked = self._templated(prompt)
+        encode = self.tokenizer.encode_marked if marked else self.tokenizer.encode
+        context, before = self.tokenizer.encode(split.context), self._encode(split.before)
+        return Request(context, encode(split.after), prefix=before)
 
     def _dense(self, prompt: str, response: int) -> list[int]:
-        """All ids of a prompt; too long a one loses its middle."""
-        room = self.model.config.max_sequence_length - response
+        """All ids of a prompt; a prompt that is too long loses its middle."""
+        tokenizer, room = self.tokenizer, self.model.config.max_sequence_length - response
         turn, (head, tail) = self._turn(prompt), self.tokenizer.template or ("", "")
-        if turn is not None and head.strip() not in (text := prompt[slice(*turn)]):
-            begins = prompt[turn[1] + len(tail) :]
-            template, _ = dense_prompt(self.tokenizer, "", 2, response=begins)
-            ids, cut = dense_prompt(
-                self.tokenizer, text, self.max_length or room - len(template),
-                response=begins,
-            )  # fmt: skip
-        elif not self._templated(prompt):
-            ids, cut = dense_prompt(
-                self.tokenizer, prompt, self.max_length or room - self.bos, chat=False
-            )
+        if not self._templated(prompt):
+            most = self.max_length or room - self.bos
+            ids, cut = prompts.dense_prompt(tokenizer, prompt, most, chat=False)
             ids = ids[not self.bos :]
+        elif turn is None or head.strip() in prompt[slice(*turn)]:  # several turns
+            every = self._encode(prompt)
+            ids = prompts.truncate_middle(every, self.max_length or room)
+            cut = len(ids) < len(every)
         else:
-            whole = self._encode(prompt)
-            ids = truncate_middle(whole, self.max_length or room)
-            cut = len(ids) < len(whole)
+            begins = prompt[turn[1] + len(tail) :]
+            template, _ = prompts.dense_prompt(tokenizer, "", 2, response=begins)
+            most = self.max_length or room - len(template)
+            text = prompt[slice(*turn)]
+            ids, cut = prompts.dense_prompt(tokenizer, text, most, response=begins)
         if cut and not self.truncated:
             _logger.warning("prompts are longer than max_length: their middle is dropped")
         self.truncated += cut
         return ids
 
+    def _each(
+        self, kind: str, requests: Sequence[Instance], disable: bool, call: Callable[..., Any]
+    ) -> list[Any]:
+        """Calls with the arguments of each request; says at the end how prompts were cut."""
+        results = []
+        for instance in tqdm(requests, desc="pdllm", disable=disable):
+            results.append(call(instance, *instance.args))
+            self.cache_hook.add_partial(kind, instance.args, results[-1])
+        if self.cuts:
+            counts = ", ".join(f"{cut} {n}" for cut, n in sorted(self.cuts.items()))
+            _logger.info("prompts were cut by: %s (short, whole: dual cache)", counts)
+        if self.truncated:
+            _logger.warning("%d prompts lost their middle", self.truncated)
+        return results
+
     # Generation.
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """The response up to the first of the task's stop texts, or to the end of its turn."""
-        answers = []
-        for instance in tqdm(requests, desc="pdllm", disable=disable_tqdm):
-            prompt, settings = instance.args
-            text = self._generate(prompt, dict(settings), instance)
-            self.cache_hook.add_partial("generate_until", instance.args, text)
-            answers.append(text)
-        self._report()
-        return answers
+        return self._each("generate_until", requests, disable_tqdm, self._generate)
 
-    def _generate(self, prompt: str, settings: dict[str, Any], instance: Instance) -> str:
+    def _generate(self, instance: Instance, prompt: str, settings: dict[str, Any]) -> str:
+        settings = dict(settings)
         until = settings.pop("until", None) or []
-        until = [until] if isinstance(until, str) else until
-        length = self.gen_length or int(settings.pop("max_gen_toks", 256))
-        settings.pop("max_gen_toks", None)
-        temperature = 0.0
+        task_length = int(settings.pop("max_gen_toks", 256))
+        length, temperature = self.gen_length or task_length, 0.0
         if settings.pop("do_sample", False):
             temperature = float(settings.pop("temperature", 1.0))
             if settings:
                 raise ConfigError(f"sampling with {', '.join(settings)} is not implemented")
         elif unknown := sorted(set(settings) - set(_SAMPLING)):
             raise ConfigError(f"generation_kwargs {', '.join(unknown)} are not known")
-        decode = DecodeConfig(
+        decoding = DecodeConfig(
             gen_length=length,
-            block_length=fitting_block(length, self.block_length),
-            threshold=self.threshold,
+            block_length=prompts.fitting_block(length, self.block_length),
+            threshold=self.threshold or None,
             temperature=temperature,
             stop_ids=self.tokenizer.stop_ids,
         )
-        text = self.tokenizer.decode(self._respond(prompt, decode, instance))
-        for stop in until:
+        text = self._respond(instance, prompt, decoding).text or ""
+        for stop in [until] if isinstance(until, str) else until:
             text = text.split(stop)[0]
         return text
 
-    def _respond(self, prompt: str, decoding: DecodeConfig, instance: Instance) -> list[int]:
-        method, request = self.method, None
-        if method == "prefilling":
-            request = self._request(prompt, instance)
-            method = "prefilling" if request else "dual-cache"
+    def _respond(self, instance: Instance, prompt: str, decoding: DecodeConfig) -> Answer:
+        method, request = self.engine.method, None
+        if self._uses_chunks and (request := self._request(prompt, instance)) is None:
+            method = "dual-cache"
         if request is None:
             request = Request([], self._dense(prompt, decoding.gen_length), prefix=[])
         engine = dataclasses.replace(self.engine, method=method, decoding=decoding)
-        return engine.answer(
-            request.context, request.question, prefix=request.prefix, seed=self.seed
-        ).tokens
+        return engine.answer(**request._replace(seed=self.seed)._asdict())
 
     # Log-likelihood.
 
@@ -285,17 +270,10 @@ class PrefillingLM(LM):
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """LLaDA's Monte Carlo estimate, natural logarithm, and whether greedy decoding agrees."""
-        found = []
-        for instance in tqdm(requests, desc="pdllm", disable=disable_tqdm):
-            context, continuation = instance.args
-            one = self._likelihood(context, continuation, instance)
-            self.cache_hook.add_partial("loglikelihood", instance.args, one)
-            found.append(one)
-        self._report()
-        return found
+        return self._each("loglikelihood", requests, disable_tqdm, self._likelihood)
 
     def _likelihood(
-        self, context: str, continuation: str, instance: Instance
+        self, instance: Instance, context: str, continuation: str
     ) -> tuple[float, bool]:
         spaces = len(context) - len(context.rstrip())
         if spaces and not self._templated(context):  # as lm-eval and LLaDA's harness do
@@ -303,31 +281,34 @@ class PrefillingLM(LM):
         prompt = self._encode(context)
         answer = self._encode(context + continuation)[len(prompt) :]
         if not answer:
-            raise ValueError(f"continuation {continuation!r} has no token of its own")
-        estimate = {"samples": self.mc_num, "group": self.mc_batch, "seed": self.seed}
+            raise ValueError(f"continuation {continuation!r} adds no token to its context")
         request = None
-        if self.method == "prefilling" and context:
+        if self._uses_chunks and context:
             request = self._request(context, instance)
         if request is None:
             prompt = self._dense(context, len(answer)) if context else prompt
-            value = answer_log_likelihood(self.model, prompt, answer, **estimate)
+            value = answer_log_likelihood(self.model, prompt, answer, **self.estimate)
         else:
             value = answer_log_likelihood_kept(
-                self.model, self._kept_for(request), self.engine.token_ids(request)[2], answer,
-                implementation=self.implementation, **estimate,
-            )  # fmt: skip
-        greedy = False
-        if self.is_check_greedy:
-            n = len(answer)
-            greedy = self._respond(context, DecodeConfig(n, n), instance) == answer
-        return value, greedy
+                self.model,
+                self._kept_for(request),
+                self.engine.token_ids(request)[2],
+                answer,
+                implementation=self.engine.implementation,
+                **self.estimate,
+            )
+        if not self.is_check_greedy:
+            return value, False
+        decoding = DecodeConfig(len(answer), len(answer))
+        return value, self._respond(instance, context, decoding).tokens == answer
 
     def _kept_for(self, request: Request) -> KeptContext:
         """The chunks kept for a question; the choices of one question follow each other."""
         if self._kept is None or self._kept[0] != request:
-            parts = self.engine.token_ids(request)
-            prompt = chunk_prompt(*parts, self.chunking, bos_id=self.tokenizer.bos_id)
-            self._kept = request, keep_context(self.model, prompt, self.selection)
+            engine = self.engine
+            parts = engine.token_ids(request)
+            prompt = chunk_prompt(*parts, engine.chunking, bos_id=self.tokenizer.bos_id)
+            self._kept = request, keep_context(self.model, prompt, engine.selection)
         return self._kept[1]
 
     def loglikelihood_rolling(
@@ -335,14 +316,6 @@ class PrefillingLM(LM):
     ) -> list[float]:
         """Not implemented: LLaDA's estimate is of an answer, not of a text in windows."""
         raise NotImplementedError("pdllm has no loglikelihood_rolling (perplexity of whole texts)")
-
-    def _report(self) -> None:
-        """Says how prompts were cut, and how many lost their middle."""
-        if self.cuts:
-            told = ", ".join(f"{cut} {n}" for cut, n in sorted(self.cuts.items()))
-            _logger.info("prompts were cut by: %s (short, whole: dual cache)", told)
-        if self.truncated:
-            _logger.warning("%d prompts lost their middle", self.truncated)
 
 
 def _documents(doc: Mapping[str, Any] | None, prompt: str) -> list[str]:

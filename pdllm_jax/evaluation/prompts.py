@@ -1,8 +1,8 @@
 """Long prompts as text: where the document lies in them, and how they become token ids.
 
-The method needs a prompt in three parts, prefix, context and query; the dense baselines take it
-whole and drop its middle where it is too long. Both are made here, so that whoever evaluates them
-gives all methods the same text.
+The method needs a prompt in three parts: prefix, context and query. The dense baselines take all of
+it and drop its middle where it is too long. Both forms are made here, so that every method of an
+evaluation gets the same text.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import NamedTuple
 from pdllm_jax.engine.engine import Request
 from pdllm_jax.tokenizer import Tokenizer
 
-# Of `split_by_rule`, in characters: the longest first paragraph that is taken for an instruction,
-# and how much is taken for the question.
+# Limits of `split_by_rule`, in characters: the longest first paragraph that counts as an
+# instruction, the shortest and the longest question, and how much joins a short question.
 _LONGEST_INSTRUCTION = 1000
-_SHORTEST_QUESTION, _LONGEST_TAKEN_ALONG, _LONGEST_QUESTION = 64, 500, 2000
+_SHORTEST_QUESTION, _LONGEST_JOINED, _LONGEST_QUESTION = 64, 500, 2000
 
-# RULER (arXiv 2404.06654) hands out whole prompts. For each kind of task: how the text before the
+# RULER (arXiv 2404.06654) gives complete prompts. For each kind of task: how the text before the
 # document ends, and how the text after it begins.
-_RULER_MARKS: Mapping[str, tuple[str, str]] = {
+_RULER_MARKS = {
     "niah": (
         r"quiz you about the [^\n]*? afterwards\.\n",
         r"\nWhat (?:is|are all) the special magic ",
@@ -29,10 +29,7 @@ _RULER_MARKS: Mapping[str, tuple[str, str]] = {
     "vt": (r"hidden in the following text\.\s+", r"\nQuestion: Find all variables "),
     "cwe": (r"Memorize the ones that appear most often\.\n", r"\nQuestion: What are the 10 most "),
     "fwe": (r"most frequently appeared coded words\.\s", r"\nQuestion: Do not provide any "),
-    "qa": (
-        r"The following are given documents\.\n\n",
-        r"\n\nAnswer the question based on the given ",
-    ),
+    "qa": (r"are given documents\.\n\n", r"\n\nAnswer the question based on the given "),
 }
 
 
@@ -45,10 +42,10 @@ class SplitPrompt(NamedTuple):
 
 
 def split_template(template: str, fields: Mapping[str, object]) -> SplitPrompt:
-    """A template (`str.format`) filled in, cut where its {context} was.
+    """Fills in a template (`str.format`) and cuts it where its {context} is.
 
     Raises:
-      ValueError: no {context} or several, or a field that `fields` lacks.
+      ValueError: {context} does not occur once, or `fields` lacks a field.
     """
     parts = template.split("{context}")
     if len(parts) != 2:
@@ -63,7 +60,7 @@ def split_template(template: str, fields: Mapping[str, object]) -> SplitPrompt:
 
 
 def split_at_context(prompt: str, context: str) -> SplitPrompt | None:
-    """A filled-in prompt cut around the document it was made from; None unless it is there once."""
+    """Cuts a prompt around its document; None unless the document occurs in it exactly once."""
     if not context or prompt.count(context) != 1:
         return None
     before, _, after = prompt.partition(context)
@@ -71,56 +68,47 @@ def split_at_context(prompt: str, context: str) -> SplitPrompt | None:
 
 
 def split_ruler(task: str, prompt: str) -> SplitPrompt | None:
-    """A RULER prompt cut where its template has {context}; None where the text is another.
+    """Cuts a RULER prompt where its template has {context}; None for another template.
 
-    task: "niah_single_1", "vt", "qa_2" and so on. With an example in front (vt, cwe) that example
-    is a part of the context.
+    task: "niah_single_1", "vt", "qa_2" and the like. An example in front (vt, cwe) is a part of the
+    context.
     """
     name = task.lower().removeprefix("ruler_")
-    kind = next((kind for kind in _RULER_MARKS if name.startswith(kind)), None)
-    if kind is None:
-        return None
-    head, tail = _RULER_MARKS[kind]
-    first = re.search(head, prompt)
-    last = None
-    for last in re.finditer(tail, prompt):  # noqa: B007 (the last one is wanted)
-        pass
-    if first is None or last is None or first.end() >= last.start():
-        return None
-    return SplitPrompt(
-        prompt[: first.end()], prompt[first.end() : last.start()], prompt[last.start() :]
-    )
+    for kind, (head, tail) in _RULER_MARKS.items():
+        if name.startswith(kind):
+            first = re.search(head, prompt)
+            last = max(re.finditer(tail, prompt), key=re.Match.start, default=None)
+            if first and last and first.end() < last.start():
+                start, end = first.end(), last.start()
+                return SplitPrompt(prompt[:start], prompt[start:end], prompt[end:])
+    return None
 
 
 def split_by_rule(prompt: str) -> SplitPrompt | None:
-    """A prompt whose template is not known, cut by its paragraphs; None if no document is left.
+    """Cuts a prompt of an unknown template by its paragraphs; None if no document is left.
 
-    Paragraphs end with a blank line; where there is none, with the line. The first paragraph is
-    the prefix if it has at most 1,000 characters, or there is no prefix. The query is the last
-    paragraph, and where it has less than 64 characters, those before it until there are as many,
-    as long as no more than 500 come together. Where it has more than 2,000, the same goes for
-    lines, and where that is still too much, it is the last 2,000 characters.
+    A paragraph ends with a blank line; in a prompt without one, with the line. A first paragraph of
+    at most 1,000 characters is the prefix. The last paragraph is the query. A query of less than 64
+    characters takes the paragraphs before it along, up to 500 characters in all. A query of more
+    than 2,000 is cut by lines, then by characters.
     """
     separator = "\n\n" if "\n\n" in prompt else "\n"
-    first, found, _ = prompt.partition(separator)
-    head = first + found if found and len(first) <= _LONGEST_INSTRUCTION else ""
+    first, ending, _ = prompt.partition(separator)
+    head = first + ending if ending and len(first) <= _LONGEST_INSTRUCTION else ""
     rest = prompt[len(head) :]
-    after = ""
-    for cut in (separator, "\n"):
-        after = _last_parts(rest, cut)
-        if len(after) <= _LONGEST_QUESTION:
-            break
-    after = after[-_LONGEST_QUESTION:]
+    after = _last_parts(rest, separator)
+    if len(after) > _LONGEST_QUESTION:
+        after = _last_parts(rest, "\n")[-_LONGEST_QUESTION:]
     context = rest[: len(rest) - len(after)]
     return SplitPrompt(head, context, after) if context.strip() else None
 
 
 def _last_parts(text: str, separator: str) -> str:
-    """The last part of a text that is not blank, with those before it that it takes along."""
+    """The last part of a text that is not blank, with the parts before it that it takes along."""
     start = len(text)
     while start > 0:
         earlier = max(text.rfind(separator, 0, start), 0)
-        if text[start:].strip() and len(text) - earlier > _LONGEST_TAKEN_ALONG:
+        if text[start:].strip() and len(text) - earlier > _LONGEST_JOINED:
             break
         start = earlier
         if len(text[start:].strip()) >= _SHORTEST_QUESTION:
@@ -128,52 +116,40 @@ def _last_parts(text: str, separator: str) -> str:
     return text[start:]
 
 
-def _halves(ids: Sequence[int], max_length: int) -> tuple[list[int], list[int]]:
-    """What is kept of too long a prompt; the second part is empty where all of it is."""
+def truncate_middle(ids: Sequence[int], max_length: int) -> list[int]:
+    """The first and the last max_length // 2 of too many tokens, as LongBench does."""
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, got {max_length}")
-    if len(ids) <= max_length:
-        return list(ids), []
     half = max_length // 2
-    return list(ids[:half]), list(ids[-half:])
-
-
-def truncate_middle(ids: Sequence[int], max_length: int) -> list[int]:
-    """The first and the last max_length // 2 tokens of what is longer, as LongBench does."""
-    first, last = _halves(ids, max_length)
-    return first + last
+    return list(ids) if len(ids) <= max_length else [*ids[:half], *ids[-half:]]
 
 
 def dense_prompt(
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_length: int,
-    *,
-    chat: bool = True,
-    response: str = "",
+    tokenizer: Tokenizer, prompt: str, max_length: int, *, chat: bool = True, response: str = ""
 ) -> tuple[list[int], bool]:
-    """The token ids that a dense baseline gets of a prompt, and whether its middle was dropped.
+    """Returns a dense baseline's token ids of a prompt, and whether its middle was dropped.
 
     LongBench's order: tokenise the prompt, keep the first and last half of `max_length` if it is
-    longer, decode, and only then apply the chat template, which is not counted.
+    longer, decode, and only then apply the chat template, which is not counted. chat and response:
+    see `Tokenizer.around`.
     """
-    first, last = _halves(tokenizer.encode(prompt), max_length)
-    if last:
-        prompt = "".join(
-            tokenizer.backend.decode(part, skip_special_tokens=True) for part in (first, last)
-        )
+    ids = tokenizer.encode(prompt)
+    kept = truncate_middle(ids, max_length)
+    cut, half = len(kept) < len(ids), len(kept) // 2
+    if cut:
+        prompt = "".join(map(tokenizer.backend.decode, (kept[:half], kept[half:])))
     prefix, query = tokenizer.around(prompt, "", chat=chat, response=response)
-    return prefix + query, bool(last)
+    return prefix + query, cut
 
 
 def split_request(
     tokenizer: Tokenizer, prompt: SplitPrompt, *, chat: bool = True, response: str = ""
 ) -> Request:
-    """The token ids that the method gets of a prompt, each part encoded by itself."""
+    """Returns the method's token ids of a prompt, each part encoded by itself."""
     prefix, query = tokenizer.around(prompt.before, prompt.after, chat=chat, response=response)
     return Request(tokenizer.encode(prompt.context), query, prefix=prefix)
 
 
 def fitting_block(gen_length: int, most: int) -> int:
-    """The longest block of at most `most` tokens that responses of this length can be cut into."""
+    """Returns the longest block of at most `most` tokens that divides a response."""
     return next(n for n in range(min(most, gen_length), 0, -1) if gen_length % n == 0)

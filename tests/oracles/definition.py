@@ -19,8 +19,7 @@ class Definition:
     def __init__(self, model: MaskPredictor):
         self.config = model.config
         assert self.config.rope_scaling is None
-        state = nnx.to_pure_dict(nnx.state(model))
-        self.state = state
+        self.state = nnx.to_pure_dict(nnx.state(model))
 
     @staticmethod
     def _array(node) -> np.ndarray:
@@ -97,26 +96,16 @@ class Definition:
 
         kept: [L, H, K, size] bool, chunk tokens that live rows see, all by default.
         """
-        p, k = len(prefix), len(chunks)
-        ids = [*prefix, *(t for chunk in chunks for t in chunk), *live]
-        group = [0] * p
-        encoded_at, placed_at = list(range(p)), list(range(p))
+        p, rows = len(prefix), Rows(prefix)
         for j, chunk in enumerate(chunks):
-            group += [1 + j] * len(chunk)
-            encoded_at += [p + i for i in range(len(chunk))]
-            placed_at += [p + j * size + i for i in range(len(chunk))]
-        own = [p + k * size + i for i in range(len(live))]
-        group = np.array(group + [1 + k] * len(live))
-        encoded, placed = np.array(encoded_at + own), np.array(placed_at + own)
-        is_live = group == 1 + k
-        sees = (group == group[:, None]) | (group == 0) | is_live[:, None]
+            rows.add(chunk, 1 + j, p, p + j * size)
+        seen = None
         if kept is not None:
-            seen = np.ones((*kept.shape[:2], len(ids)), bool)
+            seen = np.ones((*kept.shape[:2], len(rows.ids) + len(live)), bool)
             flat = [kept[:, :, j, i] for j, chunk in enumerate(chunks) for i in range(len(chunk))]
             seen[:, :, p : p + len(flat)] = np.stack(flat, axis=-1)
-            sees = sees & (seen[:, :, None] | ~is_live[:, None])
-        offset = np.where(is_live[:, None], placed - placed[:, None], encoded - encoded[:, None])
-        return self.logits(ids, sees, offset)[-len(live) :]
+        rows.add_live(live, p + len(chunks) * size)
+        return self._live_logits(rows, len(live), seen=seen)
 
     def conditioned(self, prefix, chunks, size, query, live) -> np.ndarray:
         """As `against_chunks`, each chunk encoded with prefix and query, which see it too.
@@ -124,24 +113,13 @@ class Definition:
         The query lies behind the chunk's full slot. Live rows see chunks and the prefix that has
         seen itself alone.
         """
-        p, k = len(prefix), len(chunks)
-        ids, group, encoded = list(prefix), [0] * p, list(range(p))
-        placed, chunk_of = list(range(p)), [True] * p
+        p, rows = len(prefix), Rows(prefix)
         for j, chunk in enumerate(chunks):
-            ids += [*prefix, *chunk, *query]
-            group += [1 + j] * (p + len(chunk) + len(query))
-            encoded += [*range(p + len(chunk)), *(p + size + i for i in range(len(query)))]
-            placed += [*[0] * p, *(p + j * size + i for i in range(len(chunk))), *[0] * len(query)]
-            chunk_of += [*[False] * p, *[True] * len(chunk), *[False] * len(query)]
-        ids += live
-        own = [p + k * size + i for i in range(len(live))]
-        group = np.array(group + [1 + k] * len(live))
-        chunk_of = np.array(chunk_of + [True] * len(live))
-        encoded, placed = np.array(encoded + own), np.array(placed + own)
-        is_live = group == 1 + k
-        sees = (group == group[:, None]) | (is_live[:, None] & chunk_of)
-        offset = np.where(is_live[:, None], placed - placed[:, None], encoded - encoded[:, None])
-        return self.logits(ids, sees, offset)[-len(live) :]
+            rows.add(prefix, 1 + j, 0, 0, seen=False)
+            rows.add(chunk, 1 + j, p, p + j * size)
+            rows.add(query, 1 + j, p + size, 0, seen=False)
+        rows.add_live(live, p + len(chunks) * size)
+        return self._live_logits(rows, len(live), prefix_is_shared=False)
 
     def bridged(self, prefix, chunks, size, again, live) -> np.ndarray:
         """As `against_chunks`, with tokens again[j] of chunk j recomputed with all in view.
@@ -149,26 +127,46 @@ class Definition:
         Recomputed and live rows see the prefix, the recomputed tokens, the other chunk tokens as
         they were encoded alone, and the live rows.
         """
-        p, k = len(prefix), len(chunks)
-        ids, group = list(prefix), [0] * p
-        encoded, placed, replaced = list(range(p)), list(range(p)), [False] * p
+        p, rows = len(prefix), Rows(prefix)
         for j, chunk in enumerate(chunks):
-            ids += chunk
-            group += [1 + j] * len(chunk)
-            encoded += [p + i for i in range(len(chunk))]
-            placed += [p + j * size + i for i in range(len(chunk))]
-            replaced += [i in again[j] for i in range(len(chunk))]
+            for i, token in enumerate(chunk):
+                rows.add([token], 1 + j, p + i, p + j * size + i, seen=i not in again[j])
         for j, chunk in enumerate(chunks):
-            ids += [chunk[i] for i in again[j]]
-            placed += [p + j * size + i for i in again[j]]
-        ids += live
-        placed += [p + k * size + i for i in range(len(live))]
-        wide = len(ids) - len(group)
-        group = np.array(group + [1 + k] * wide)
-        encoded, replaced = np.array(encoded + [0] * wide), np.array(replaced + [False] * wide)
-        placed = np.array(placed)
-        sees_all = group == 1 + k
-        sees = (group == group[:, None]) | (group == 0) | sees_all[:, None]
-        sees = np.where(sees_all[:, None], sees & ~replaced, sees)
-        offset = np.where(sees_all[:, None], placed - placed[:, None], encoded - encoded[:, None])
-        return self.logits(ids, sees, offset)[-len(live) :]
+            for i in again[j]:
+                rows.add_live([chunk[i]], p + j * size + i)
+        rows.add_live(live, p + len(chunks) * size)
+        return self._live_logits(rows, len(live))
+
+    def _live_logits(self, rows: Rows, count: int, prefix_is_shared=True, seen=None) -> np.ndarray:
+        """Logits of the last rows; seen: rows that live rows see, by default `rows.seen`."""
+        group, encoded, placed = map(np.array, (rows.group, rows.encoded, rows.placed))
+        is_live = (group == Rows.LIVE)[:, None]
+        sees = (group == group[:, None]) | (prefix_is_shared & (group == 0))
+        sees = sees | (is_live & np.array(rows.seen if seen is None else seen)[..., None, :])
+        offset = np.where(is_live, placed - placed[:, None], encoded - encoded[:, None])
+        return self.logits(rows.ids, sees, offset)[-count:]
+
+
+class Rows:
+    """Rows of one forward, in groups: prefix 0, chunk j 1 + j, live rows. A group sees itself.
+
+    encoded, placed: position among the group's rows, and as live rows see it. seen: by live rows.
+    """
+
+    LIVE = -1
+
+    def __init__(self, prefix) -> None:
+        self.ids, self.group, self.encoded, self.placed, self.seen = [], [], [], [], []
+        self.add(prefix, 0, 0, 0)
+
+    def add(self, ids, group, encoded, placed, seen=True) -> None:
+        """Adds consecutive rows of a group, from these positions on."""
+        self.ids += ids
+        self.group += [group] * len(ids)
+        self.encoded += range(encoded, encoded + len(ids))
+        self.placed += range(placed, placed + len(ids))
+        self.seen += [seen] * len(ids)
+
+    def add_live(self, ids, placed) -> None:
+        """Adds live rows."""
+        self.add(ids, self.LIVE, placed, placed)

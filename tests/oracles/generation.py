@@ -98,14 +98,6 @@ class Network:
         return self.rows(ids, 0, None)[0]
 
 
-@dataclasses.dataclass
-class Generated:
-    """tokens [B, prompt + gen_length]; evaluations, of which a guided pair counts as one."""
-
-    tokens: torch.Tensor
-    evaluations: int
-
-
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """How many predictions become final in one evaluation.
@@ -138,171 +130,119 @@ class Rule:
         if self.factor is not None:
             # Candidate i (from 1) may join while its confidence is at least 1 - factor / (i + 1);
             # the published loop starts with the second and treats the ends of the list like this.
-            found = candidates - 1
-            for i, c in enumerate(confidences):
-                if i > 0 and c < 1 - self.factor / (i + 2):
-                    found = i
-                    break
-            return found + 1 if found in (0, candidates - 1) else found
+            fails = (
+                i for i, c in enumerate(confidences) if i > 0 and c < 1 - self.factor / (i + 2)
+            )
+            count = next(fails, candidates - 1)
+            return count + 1 if count in (0, candidates - 1) else count
         return min(due, candidates)
 
 
-def transfer(
-    x: torch.Tensor,
-    logits: torch.Tensor,
-    candidates: torch.Tensor,
-    rule: Rule,
-    due: list[int],
-) -> torch.Tensor:
-    """Replaces the most confident of the candidate masks by their predictions.
+class Generated:
+    """A response, all masks at first, that evaluations fill block by block.
 
-    x [B, T] ids; logits [B, T, E]; candidates [B, T] bool; due: scheduled tokens of every row.
+    tokens [B, prompt + gen_length]; evaluations, of which a guided pair counts as one.
     """
-    probabilities = F.softmax(logits.double(), dim=-1)
-    prediction = logits.argmax(-1)
-    confidence = probabilities.gather(-1, prediction[..., None])[..., 0]
-    result = x.clone()
-    for b in range(x.shape[0]):
-        slots = candidates[b].nonzero()[:, 0].tolist()
-        slots.sort(key=lambda slot: -confidence[b, slot].item())
-        n = rule.count([confidence[b, slot].item() for slot in slots], due[b])
-        result[b, slots[:n]] = prediction[b, slots[:n]]
-    return result
 
+    def __init__(
+        self,
+        prompt: torch.Tensor,
+        *,
+        steps: int,
+        gen_length: int,
+        block_length: int,
+        mask_id: int,
+        threshold: float | None = None,
+        factor: float | None = None,
+    ) -> None:
+        assert gen_length % block_length == 0
+        n_blocks = gen_length // block_length
+        assert steps % n_blocks == 0
+        self.rule = Rule(steps // n_blocks, threshold, factor)
+        self.mask_id, self.evaluations = mask_id, 0
+        masks = torch.full((prompt.shape[0], gen_length), mask_id)
+        self.tokens = torch.cat((prompt, masks), dim=1)
+        starts = range(prompt.shape[1], self.tokens.shape[1], block_length)
+        self.blocks = [(start, start + block_length) for start in starts]
 
-def _start(
-    prompt: torch.Tensor, steps: int, gen_length: int, block_length: int, mask_id: int
-) -> tuple[torch.Tensor, int]:
-    """The prompt with its masks appended, and the evaluations that the schedule gives a block."""
-    assert gen_length % block_length == 0
-    n_blocks = gen_length // block_length
-    assert steps % n_blocks == 0
-    masks = torch.full((prompt.shape[0], gen_length), mask_id)
-    return torch.cat((prompt, masks), dim=1), steps // n_blocks
+    def is_masked(self, start: int, stop: int) -> torch.Tensor:
+        """Which slots are masked, bool [B, stop - start]."""
+        return self.tokens[:, start:stop] == self.mask_id
 
+    def take(self, logits: torch.Tensor, first: int, stop: int, due: list[int]) -> None:
+        """Replaces the most confident masks before `stop` by their predictions.
 
-def _masked_per_row(x: torch.Tensor, start: int, stop: int, mask_id: int) -> list[int]:
-    return (x[:, start:stop] == mask_id).sum(1).tolist()
+        logits [B, T, E] of the rows first .. first + T; due: scheduled tokens of every sequence.
+        """
+        candidates = self.is_masked(first, first + logits.shape[1])
+        candidates[:, stop - first :] = False
+        prediction = logits.argmax(-1)
+        probabilities = F.softmax(logits.double(), dim=-1)
+        confidence = probabilities.gather(-1, prediction[..., None])[..., 0]
+        for b in range(len(due)):
+            slots = candidates[b].nonzero()[:, 0].tolist()
+            slots.sort(key=lambda slot: -confidence[b, slot].item())
+            n = self.rule.count([confidence[b, slot].item() for slot in slots], due[b])
+            self.tokens[b, [first + slot for slot in slots[:n]]] = prediction[b, slots[:n]]
+        self.evaluations += 1
 
 
 def plain(
-    forward: Forward,
-    prompt: torch.Tensor,
-    *,
-    steps: int,
-    gen_length: int,
-    block_length: int,
-    mask_id: int,
-    threshold: float | None = None,
-    factor: float | None = None,
-    cfg_scale: float = 0.0,
+    forward: Forward, prompt: torch.Tensor, *, cfg_scale: float = 0.0, **settings: Any
 ) -> Generated:
     """LLaDA's generation with low-confidence remasking: every evaluation runs the whole sequence.
 
-    With the fixed schedule a block gets its evaluations whatever they predict: where that is the
-    mask token, a slot stays masked and a later evaluation, of a later block too, may fill it. Left
+    With the fixed schedule a block gets all its evaluations. Where the prediction is the mask
+    token, a slot stays masked and a later evaluation, of a later block too, may fill it. Left
     out are those in which nothing is due. Threshold and factor are Fast-dLLM's, without its caches,
-    and go on until the block is full.
+    and go on until the block is full. settings: of `Generated`.
     """
-    x, per_block = _start(prompt, steps, gen_length, block_length, mask_id)
-    rule = Rule(per_block, threshold, factor)
-    is_prompt = torch.zeros_like(x, dtype=torch.bool)
+    run = Generated(prompt, **settings)
+    rule, mask_id = run.rule, run.mask_id
+    is_prompt = torch.zeros_like(run.tokens, dtype=torch.bool)
     is_prompt[:, : prompt.shape[1]] = prompt != mask_id
-    evaluations = 0
-    for start in range(prompt.shape[1], x.shape[1], block_length):
-        stop = start + block_length
-        masked = _masked_per_row(x, start, stop, mask_id)
+    for start, stop in run.blocks:
+        masked = run.is_masked(start, stop).sum(1).tolist()
         step = 0
-        while rule.goes_on(x[:, start:stop] == mask_id, masked, step):
-            logits = forward(x)
+        while rule.goes_on(run.is_masked(start, stop), masked, step):
+            logits = forward(run.tokens)
             if cfg_scale > 0:
-                without = forward(torch.where(is_prompt, mask_id, x))
+                without = forward(torch.where(is_prompt, mask_id, run.tokens))
                 logits = without + (cfg_scale + 1) * (logits - without)
-            candidates = x == mask_id
-            candidates[:, stop:] = False
-            due = [rule.schedule(n, step) for n in masked]
-            x = transfer(x, logits, candidates, rule, due)
+            run.take(logits, 0, stop, [rule.schedule(n, step) for n in masked])
             step += 1
-            evaluations += 1
-    return Generated(x, evaluations)
+    return run
 
 
-def _cached(
-    network: Network,
-    prompt: torch.Tensor,
-    *,
-    suffix: bool,
-    steps: int,
-    gen_length: int,
-    block_length: int,
-    mask_id: int,
-    threshold: float | None,
-    factor: float | None,
-) -> Generated:
-    x, per_block = _start(prompt, steps, gen_length, block_length, mask_id)
-    rule = Rule(per_block, threshold, factor)
-    evaluations = 0
-    for start in range(prompt.shape[1], x.shape[1], block_length):
-        stop = start + block_length
-        masked = _masked_per_row(x, start, stop, mask_id)
-        logits, cache = network.rows(x, 0, None)
-        candidates = x == mask_id
-        candidates[:, stop:] = False
-        x = transfer(x, logits, candidates, rule, [rule.schedule(n, 0) for n in masked])
-        evaluations += 1
+def _cached(network: Network, prompt: torch.Tensor, suffix: bool, settings: Any) -> Generated:
+    run = Generated(prompt, **settings)
+    for start, stop in run.blocks:
+        masked = run.is_masked(start, stop).sum(1).tolist()
+        logits, cache = network.rows(run.tokens, 0, None)
+        run.take(logits, 0, stop, [run.rule.schedule(n, 0) for n in masked])
         step = 1
-        end = x.shape[1] if suffix else stop
-        while (x[:, start:stop] == mask_id).any():
+        end = run.tokens.shape[1] if suffix else stop
+        while run.is_masked(start, stop).any():
             # Always from the block's first cache: what later evaluations computed is not kept.
-            logits, _ = network.rows(x[:, start:end], start, cache)
-            candidates = x[:, start:end] == mask_id
-            candidates[:, block_length:] = False
-            due = [rule.schedule(n, step) for n in masked]
-            x[:, start:end] = transfer(x[:, start:end], logits, candidates, rule, due)
+            logits, _ = network.rows(run.tokens[:, start:end], start, cache)
+            run.take(logits, start, stop, [run.rule.schedule(n, step) for n in masked])
             step += 1
-            evaluations += 1
-            assert step <= block_length, "mask tokens predicted: the published loop never ends"
-    return Generated(x, evaluations)
+            assert step <= stop - start, "mask tokens predicted: the published loop never ends"
+    return run
 
 
-def prefix_cache(
-    network: Network,
-    prompt: torch.Tensor,
-    *,
-    steps: int,
-    gen_length: int,
-    block_length: int,
-    mask_id: int,
-    threshold: float | None = None,
-    factor: float | None = None,
-) -> Generated:
-    """Fast-dLLM's prefix cache.
+def prefix_cache(network: Network, prompt: torch.Tensor, **settings: Any) -> Generated:
+    """Fast-dLLM's prefix cache; settings: of `Generated`.
 
     A block's first evaluation runs the whole sequence and keeps the keys and values before the
     block; the others recompute everything from the block's start to the end.
     """
-    return _cached(
-        network, prompt, suffix=True, steps=steps, gen_length=gen_length,
-        block_length=block_length, mask_id=mask_id, threshold=threshold, factor=factor,
-    )  # fmt: skip
+    return _cached(network, prompt, True, settings)
 
 
-def dual_cache(
-    network: Network,
-    prompt: torch.Tensor,
-    *,
-    steps: int,
-    gen_length: int,
-    block_length: int,
-    mask_id: int,
-    threshold: float | None = None,
-    factor: float | None = None,
-) -> Generated:
+def dual_cache(network: Network, prompt: torch.Tensor, **settings: Any) -> Generated:
     """Fast-dLLM's dual cache: as the prefix cache, but only the block itself is recomputed.
 
     The masks after the block keep the keys and values of the block's first evaluation.
     """
-    return _cached(
-        network, prompt, suffix=False, steps=steps, gen_length=gen_length,
-        block_length=block_length, mask_id=mask_id, threshold=threshold, factor=factor,
-    )  # fmt: skip
+    return _cached(network, prompt, False, settings)

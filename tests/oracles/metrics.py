@@ -15,10 +15,10 @@ FULL_WIDTH = set(
 
 def f1(prediction: Sequence[str], answer: Sequence[str]) -> float:
     """2 * shared / (both lengths), tokens paired off one by one."""
-    left, shared = list(answer), 0
+    unpaired, shared = list(answer), 0
     for token in prediction:
-        if token in left:
-            left.remove(token)
+        if token in unpaired:
+            unpaired.remove(token)
             shared += 1
     return 2 * shared / (len(prediction) + len(answer)) if shared else 0.0
 
@@ -43,14 +43,14 @@ def chinese(text: str) -> str:
 
 
 def numbers(text: str) -> list[str]:
-    """Maximal runs of decimal digits of whatever script."""
-    found = [""]
+    """Maximal runs of decimal digits of any script."""
+    runs = [""]
     for c in text:
         if c.isdecimal():
-            found[-1] += c
-        elif found[-1]:
-            found.append("")
-    return [run for run in found if run]
+            runs[-1] += c
+        elif runs[-1]:
+            runs.append("")
+    return [run for run in runs if run]
 
 
 def lcs_words(x: Sequence[str], y: Sequence[str]) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -9,20 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from pdllm_jax import Tokenizer, load_config, load_model
+from pdllm_jax import ChunkConfig, DecodeConfig, SelectionConfig, Tokenizer, load_config, load_model
+from pdllm_jax.cli import flags
 from pdllm_jax.tokenizer import TokenizerError
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import generate
 
-from pdllm_jax.cli.commands import Stream
+from pdllm_jax.cli.commands import Stream, parser_of
 
 PROMPT = {"prefix": [256, 5, 6], "context": list(range(60)), "query": [9, 8, 7]}
-SMALL = [
-    "--gen-length", "8", "--chunk-size", "16", "--top-k", "2", "--draft-length", "2",
-    "--encode-batch", "2",
-]  # fmt: skip
+SMALL = ["--gen-length=8", "--chunk-size=16", "--top-k=2", "--draft-length=2", "--encode-batch=2"]
 
 
 @pytest.fixture
@@ -36,42 +35,76 @@ def write(path: Path, content) -> str:
     return str(path)
 
 
-def run(capsys, *argv) -> tuple[int, str, str]:
-    try:
-        status = generate.main([str(a) for a in argv])
-    except SystemExit as stop:
-        status = stop.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+@pytest.fixture
+def run(checkpoint, capsys):
+    """Runs the command line on the checkpoint -> (status, stdout, stderr)."""
+
+    def call(*argv, folder=checkpoint) -> tuple[int, str, str]:
+        try:
+            status = generate.main([str(a) for a in (folder, *argv)])
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def ask(run, tmp_path):
+    """Runs `run` on ids; `change` replaces parts of the prompt."""
+
+    def call(*argv, change=PROMPT, **settings) -> tuple[int, str, str]:
+        content = change if isinstance(change, str) else {**PROMPT, **change}
+        prompt = write(tmp_path / "prompt.json", content)
+        return run("--prompt-ids", prompt, *argv, **settings)
+
+    return call
+
+
+VALUES = """
+gen_length=64 block_length=16 steps=8 temperature=0.5 threshold=0.5 remasking=margin
+recompute=suffix chunk_size=100 overlap=3 top_k=5 max_k=6 margin=0.5 reselect=step
+masked_copies=2 draft_length=1 encode_batch=3 encoding=bridge bridge_share=0.5
+bridge_tokens=attention positions=reuse keep_tokens=9
+"""
+
+
+def test_every_setting_has_a_flag_with_a_text_that_sets_it():
+    parser = parser_of("answer", None)
+    texts = {action.dest: action.help for action in parser._actions}
+    for settings in (ChunkConfig, SelectionConfig, DecodeConfig):
+        names = {field.name for field in dataclasses.fields(settings)} - set(flags.DERIVED)
+        assert all(texts[name] for name in names)
+    values = dict(pair.split("=") for pair in VALUES.split())
+    argv = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+    argv += ["--keep-first", "--no-anchors", "checkpoint", "--prompt-ids", "F"]
+    settings = flags.engine_settings(parser.parse_args(argv))
+    flat = dataclasses.asdict(settings["chunking"])
+    flat |= settings["selection"].to_flat() | settings["decoding"].to_flat()
+    assert {name: str(flat[name]) for name in values} == values
+    assert (flat["keep_first"], flat["anchors"]) == (True, False)
 
 
 @pytest.mark.parametrize("method", ["prefilling", "plain"])
-def test_what_does_not_fit_is_refused_in_one_line(checkpoint, tmp_path, capsys, method):
-    prompt = write(tmp_path / "prompt.json", PROMPT)
-    status, out, err = run(
-        capsys, checkpoint, "--prompt-ids", prompt, "--method", method, *SMALL,
-        "--memory-limit", "0.0001",
-    )  # fmt: skip
+def test_what_does_not_fit_is_refused_in_one_line(ask, method):
+    status, out, err = ask("--method", method, *SMALL, "--memory-limit", "0.0001")
     assert (status, out) == (2, "")
     line = err.splitlines()[-1]
     assert re.match(r"error: phase '\w+' needs \d+\.\d\d GB, the device gives 0\.00 GB; ", line)
 
 
 @pytest.mark.parametrize("method", ["prefilling", "plain", "prefix-cache", "dual-cache"])
-def test_json_of_every_method(checkpoint, tmp_path, capsys, method):
-    prompt = write(tmp_path / "prompt.json", PROMPT)
-    status, out, err = run(
-        capsys, checkpoint, "--prompt-ids", prompt, "--method", method, "--json", *SMALL
-    )
+def test_json_of_every_method(ask, method):
+    status, out, err = ask("--method", method, "--json", *SMALL)
     assert status == 0, err
     result = json.loads(out)
     assert len(result["tokens"]) == 8
     assert isinstance(result["text"], str)
     assert result["evaluations"] == 8
-    assert set(result["timings"]) == {"draft", "score", "encode", "decode", "compile", "total"}
-    assert result["timings"]["total"] == pytest.approx(
-        sum(v for k, v in result["timings"].items() if k != "total")
-    )
+    timings = result["timings"]
+    assert set(timings) == {"draft", "score", "encode", "decode", "compile", "total"}
+    assert timings.pop("total") == pytest.approx(sum(timings.values()))
     assert result["paths"]["dtype"] == "float32"
     if method == "prefilling":
         assert len(result["selection"]["chunks"]) == 2
@@ -81,40 +114,31 @@ def test_json_of_every_method(checkpoint, tmp_path, capsys, method):
         assert result["selection"] is None
 
 
-def test_text_in_text_out_and_a_bare_prompt(checkpoint, tmp_path, capsys):
+def test_text_in_text_out_and_a_bare_prompt(run, tmp_path):
     text = write(tmp_path / "text.txt", "a short document")
-    status, out, err = run(
-        capsys, checkpoint, "--context-file", text, "--question", "what?", "--early-stop", *SMALL
-    )
+    status, out, err = run("--context-file", text, "--question", "what?", "--early-stop", *SMALL)
     assert status == 0, err
     assert "chunks kept: " in out
     bare = write(tmp_path / "bare.json", {"prompt": [1, 2, 3]})
-    status, out, _ = run(
-        capsys, checkpoint, "--prompt-ids", bare, "--method", "plain", "--json", *SMALL
-    )
-    assert status == 0
-    early = run(
-        capsys, checkpoint, "--prompt-ids", bare, "--method", "plain", "--early-stop", *SMALL
-    )
+    parts = write(tmp_path / "parts.json", {"prefix": [1], "context": [2], "query": [3]})
+    early = run("--prompt-ids", bare, "--method", "plain", "--early-stop", *SMALL)
     assert early[0] == 0, early[2]
-    whole = write(tmp_path / "parts.json", {"prefix": [1], "context": [2], "query": [3]})
-    _, other, _ = run(
-        capsys, checkpoint, "--prompt-ids", whole, "--method", "plain", "--json", *SMALL
-    )
-    assert json.loads(out)["tokens"] == json.loads(other)["tokens"]
+    tokens = []
+    for prompt in (bare, parts):
+        status, out, err = run("--prompt-ids", prompt, "--method", "plain", "--json", *SMALL)
+        assert status == 0, err
+        tokens.append(json.loads(out)["tokens"])
+    assert tokens[0] == tokens[1]
 
 
 @pytest.mark.slow
-def test_scorers_and_encodings(checkpoint, tmp_path, capsys):
-    prompt = write(tmp_path / "prompt.json", PROMPT)
+def test_scorers_and_encodings(ask):
     seen = {}
     names = ("leave-one-out", "query", "confidence", "first", "last", "random", "all", "oracle")
     for score in names:
         chunks = ("--chunks", "2", "0") if score == "oracle" else ()
-        status, out, err = run(
-            capsys, checkpoint, "--prompt-ids", prompt, "--score", score,
-            "--encoding", "independent", "--json", *chunks, *SMALL,
-        )  # fmt: skip
+        settings = ("--score", score, "--encoding", "independent", "--json", *chunks, *SMALL)
+        status, out, err = ask(*settings)
         assert status == 0, err
         seen[score] = json.loads(out)["selection"]
     assert seen["first"]["chunks"] == [0, 1]
@@ -125,14 +149,12 @@ def test_scorers_and_encodings(checkpoint, tmp_path, capsys):
     assert seen["oracle"] == {"chunks": [0, 2], "scores": None}
 
 
-def test_choices_of_the_method_together(checkpoint, tmp_path, capsys):
-    prompt = write(tmp_path / "prompt.json", PROMPT)
-    status, out, err = run(
-        capsys, checkpoint, "--prompt-ids", prompt, "--json", *SMALL,
-        "--encoding", "bridge", "--bridge-share", "0.3", "--bridge-tokens", "attention",
-        "--positions", "absolute", "--keep-tokens", "9", "--max-k", "3", "--margin", "100",
-        "--reselect", "block", "--block-length", "4",
-    )  # fmt: skip
+def test_choices_of_the_method_together(ask):
+    settings = (
+        "--encoding bridge --bridge-share 0.3 --bridge-tokens attention --positions absolute "
+        "--keep-tokens 9 --max-k 3 --margin 100 --reselect block --block-length 4 --json"
+    )
+    status, out, err = ask(*SMALL, *settings.split())
     assert status == 0, err
     result = json.loads(out)
     assert result["paths"]["encoding"] == "bridge"
@@ -142,14 +164,11 @@ def test_choices_of_the_method_together(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", ["prefilling", "plain"])
-def test_streamed_blocks_make_the_same_output(checkpoint, tmp_path, capsys, method):
-    prompt = write(tmp_path / "prompt.json", PROMPT)
-    arguments = (checkpoint, "--prompt-ids", prompt, "--method", method, "--block-length", "2")
-    arguments += ("--seed", "1", "--temperature", "1", *SMALL)
-    whole, streamed = (run(capsys, *arguments, *more) for more in ((), ("--stream",)))
-    assert (whole[0], streamed[0]) == (0, 0), streamed[2]
-    without_times = (out.split("seconds:")[0] for out in (whole[1], streamed[1]))
-    assert len(set(without_times)) == 1
+def test_streamed_blocks_make_the_same_output(ask, method):
+    settings = (*SMALL, *f"--method {method} --block-length 2 --seed 1 --temperature 1".split())
+    plain, streamed = ask(*settings), ask(*settings, "--stream")
+    assert (plain[0], streamed[0]) == (0, 0), streamed[2]
+    assert plain[1].split("seconds:")[0] == streamed[1].split("seconds:")[0]
 
 
 class Spelling:
@@ -178,166 +197,117 @@ def test_a_stream_writes_whole_characters_and_what_has_changed(capsys):
     assert capsys.readouterr().out == "3 4 5 6\n"
 
 
-def test_a_pytorch_folder_is_converted_once(checkpoint, tmp_path, capsys):
-    prompt = write(tmp_path / "prompt.json", PROMPT)
-    arguments = (checkpoint, "--prompt-ids", prompt, "--method", "plain", *SMALL)
-    assert "converting" in run(capsys, *arguments)[2]
-    assert "converting" not in run(capsys, *arguments)[2]
+def test_a_pytorch_folder_is_converted_once(ask, tmp_path):
+    settings = ("--method", "plain", *SMALL)
+    assert "converting" in ask(*settings)[2]
+    assert "converting" not in ask(*settings)[2]
     (converted,) = (tmp_path / "cache" / "converted").iterdir()
     assert load_model(converted).config == load_config(converted)
 
 
-BAD = {
-    "no such checkpoint": (["--prompt-ids", "P"], {}, "is not a directory"),
-    "id outside": ([], {"context": [3, 272]}, r"context\[1\] = 272 is outside the vocabulary"),
-    "negative id": ([], {"query": [-1]}, "outside the vocabulary"),
-    "empty context": ([], {"context": []}, "context is empty"),
-    "empty query": ([], {"query": []}, "question is empty"),
-    "strings": ([], {"query": ["a"]}, "list of integers"),
-    "true": ([], {"query": [True]}, "list of integers"),
-    "block": (["--gen-length", "8", "--block-length", "3"], {}, "does not divide"),
-    "oracle without ids": (["--score", "oracle"], {}, "needs the ids of the chunks"),
-    "oracle outside": (
-        ["--score", "oracle", "--chunks", "9", *SMALL],
-        {},
-        r"\[9\] are not all inside \[0, 4\)",
-    ),
-    "oracle over K": (
-        ["--score", "oracle", "--chunks", "0", "1", "2", *SMALL],
-        {},
-        "names 3 chunks, top_k is 2",
-    ),
-    "chunks of another scorer": (["--chunks", "1"], {}, "for the scorer 'oracle', not for 'draft'"),
-    "chunks of a baseline": (["--method", "plain", "--chunks", "1"], {}, "for method 'prefilling'"),
-    "no response": (["--gen-length", "0"], {}, "gen_length must be a positive"),
-    "chunk size": (["--chunk-size", "0"], {}, "chunk_size must be a positive"),
-    "chunk of an anchor": (["--chunk-size", "1"], {}, "leaves no new token"),
-    "top-k": (["--top-k", "-2"], {}, "top_k must be a positive"),
-    "steps": (["--gen-length", "8", "--block-length", "4", "--steps", "3"], {}, "not a multiple"),
-    "threshold": (["--threshold", "1.5"], {}, "threshold must lie"),
-    "temperature": (["--temperature", "-1"], {}, "temperature must be"),
-    "nan": (["--temperature", "nan"], {}, "temperature must be"),
-    "guidance": (["--guidance", "1"], {}, "guidance is implemented for method 'plain'"),
-    "both rules": (["--threshold", "0.5", "--factor", "1"], {}, "exclude each other"),
-    "draft": (["--draft-length", "0"], {}, "draft_length must be a positive"),
-    "kernel": (["--implementation", "mosaic_gpu"], {}, "implementation .mosaic_gpu.: the"),
-    "encoding": (["--encoding", "causal"], {}, "argument --encoding: invalid choice: 'causal'"),
-    "positions": (["--positions", "relative"], {}, "argument --positions: invalid choice"),
-    "reselect": (["--reselect", "often"], {}, "argument --reselect: invalid choice"),
-    "bridge tokens": (["--bridge-tokens", "end"], {}, "argument --bridge-tokens: invalid choice"),
-    "bridge share": (
-        ["--encoding", "bridge", "--bridge-share", "0"],
-        {},
-        r"share must lie in \(0, 1\]",
-    ),
-    "kept tokens": (["--keep-tokens", "0"], {}, "keep_tokens must be a positive"),
-    "max-k": (["--max-k", "2"], {}, "max_k 2 is less than top_k 4"),
-    "margin": (["--max-k", "5", "--margin", "-1"], {}, "margin must be a number of at least 0"),
-    "margin alone": (["--margin", "1"], {}, "--margin needs --max-k"),
-    "reselect a control": (
-        ["--reselect", "step", "--score", "first"],
-        {},
-        "reselect needs a scorer that reads the document, not 'first'",
-    ),
-    "stream and json": (["--stream", "--json"], {}, "not allowed with argument"),
-    "seed": (["--seed", "9223372036854775808"], {}, "seed must be a signed 64-bit integer"),
-    "memory of inf": (["--memory-limit", "inf"], {}, "must be a number of GB, got inf"),
-    "memory of nan": (["--memory-limit", "nan"], {}, "must be a number of GB, got nan"),
-    "memory of none": (["--memory-limit", "0"], {}, "must be a number of GB, got 0"),
-    "huge response": (
-        ["--gen-length", "99999999999"],
-        {},
-        "gen_length must be a positive integer below",
-    ),
-    "huge chunk": (
-        ["--chunk-size", "99999999999"],
-        {},
-        "chunk_size must be a positive integer below",
-    ),
-    "huge id": (["--score", "oracle", "--chunks", "2147483648", *SMALL], {}, "not all inside"),
-    "question of ids": (["--question", "q"], {}, "part of the ids"),
-    "instruction of ids": (["--instruction", "x"], {}, "part of the ids"),
-    "unknown key": ([], {"more": []}, "must hold the keys"),
+ORACLE = f"{' '.join(SMALL)} --score oracle"
+BAD_FLAGS = {
+    "--gen-length 8 --block-length 3": "does not divide",
+    "--score oracle": "needs the ids of the chunks",
+    f"{ORACLE} --chunks 9": r"\[9\] are not all inside \[0, 4\)",
+    f"{ORACLE} --chunks 2147483648": "not all inside",
+    f"{ORACLE} --chunks 0 1 2": "names 3 chunks, top_k is 2",
+    "--chunks 1": "for the scorer 'oracle', not for 'draft'",
+    "--method plain --chunks 1": "for method 'prefilling'",
+    "--gen-length 0": "gen_length must be a positive",
+    "--gen-length 99999999999": "gen_length must be a positive integer below",
+    "--chunk-size 99999999999": "chunk_size must be a positive integer below",
+    "--guidance 1": "guidance is implemented for method 'plain'",
+    "--threshold 0.5 --factor 1": "exclude each other",
+    "--implementation mosaic_gpu": "implementation .mosaic_gpu.: the",
+    "--encoding causal": "argument --encoding: invalid choice: 'causal'",
+    "--stream --json": "not allowed with argument",
+    "--seed 9223372036854775808": "seed must be a signed 64-bit integer",
+    "--memory-limit inf": "must be a number of GB, got inf",
+    "--memory-limit nan": "must be a number of GB, got nan",
+    "--memory-limit 0": "must be a number of GB, got 0",
+    "--question q": "part of the ids",
+    "--instruction x": "part of the ids",
 }
+BAD_PROMPTS = [
+    ({"context": [3, 272]}, r"context\[1\] = 272 is outside the vocabulary"),
+    ({"query": [-1]}, "outside the vocabulary"),
+    ({"context": []}, "context is empty"),
+    ({"query": []}, "question is empty"),
+    ({"query": ["a"]}, "list of integers"),
+    ({"query": [True]}, "list of integers"),
+    ({"more": []}, "must hold the keys"),
+    ("{", "not valid JSON"),
+    ("", "not valid JSON"),
+    ("[1]", "must hold a JSON object"),
+]
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_status_2(name, checkpoint, tmp_path, capsys):
-    arguments, change, message = BAD[name]
-    prompt = write(tmp_path / "prompt.json", {**PROMPT, **change})
-    folder = tmp_path / "nowhere" if name == "no such checkpoint" else checkpoint
-    arguments = [a for a in arguments if a not in ("--prompt-ids", "P")]
-    status, out, err = run(capsys, folder, "--prompt-ids", prompt, *arguments)
-    assert status == 2
-    assert out == ""
+def refused(outcome, message) -> None:
+    """One line and status 2."""
+    status, out, err = outcome
     lines = [line for line in err.splitlines() if not line.startswith(("converting", "loading"))]
-    assert len(lines) == 1
+    assert (status, out, len(lines)) == (2, "", 1), err
     assert lines[0].startswith("error: ")
     assert re.search(message, lines[0]), lines[0]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [("{", "not valid JSON"), ("[1]", "must hold a JSON object"), ("", "not valid JSON")],
-)
-def test_prompt_files_that_are_none(checkpoint, tmp_path, capsys, content, message):
-    prompt = write(tmp_path / "prompt.json", content)
-    status, _, err = run(capsys, checkpoint, "--prompt-ids", prompt)
-    assert status == 2
-    assert message in err
+@pytest.mark.parametrize("arguments", BAD_FLAGS)
+def test_bad_flags_are_one_line_and_status_2(arguments, ask):
+    refused(ask(*arguments.split()), BAD_FLAGS[arguments])
 
 
-def test_context_files_that_are_none(checkpoint, tmp_path, capsys):
-    empty = write(tmp_path / "empty.txt", " \n")
-    assert run(capsys, checkpoint, "--context-file", empty, "--question", "q")[0] == 2
-    assert run(capsys, checkpoint, "--context-file", tmp_path / "no", "--question", "q")[0] == 2
-    binary = tmp_path / "binary"
-    binary.write_bytes(b"\xff\xfe\x00")
-    status, _, err = run(capsys, checkpoint, "--context-file", binary, "--question", "q")
-    assert (status, "not UTF-8" in err) == (2, True)
-    fine = write(tmp_path / "fine.txt", "text")
-    assert run(capsys, checkpoint, "--context-file", fine)[0] == 2
-    assert run(capsys, checkpoint, "--context-file", fine, "--question", " ")[0] == 2
+@pytest.mark.parametrize(("change", "message"), BAD_PROMPTS)
+def test_bad_prompt_files_are_one_line_and_status_2(change, message, ask):
+    refused(ask(change=change), message)
+
+
+def test_bad_folders_and_context_files_are_one_line_and_status_2(ask, run, tmp_path):
+    refused(ask(folder=tmp_path / "nowhere"), "is not a directory")
+    question = ("--question", "q")
+    empty, fine = write(tmp_path / "empty.txt", " \n"), write(tmp_path / "fine.txt", "text")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    refused(run("--context-file", empty, *question), "is empty")
+    refused(run("--context-file", tmp_path / "no", *question), "No such file")
+    refused(run("--context-file", tmp_path / "binary", *question), "not UTF-8")
+    refused(run("--context-file", fine), "needs --question")
+    refused(run("--context-file", fine, "--question", " "), "question is empty")
 
 
 @pytest.mark.parametrize(
-    ("missing", "message"),
-    [("<|startoftext|>", "no BOS token"), ("<|mdm_mask|>", "no mask token")],
+    ("missing", "message"), [("<|startoftext|>", "no BOS token"), ("<|mdm_mask|>", "no mask token")]
 )
-def test_a_tokenizer_without_bos_or_mask(make_checkpoint, missing, message):
+def test_a_tokenizer_without_bos_or_mask(checkpoint, missing, message):
     from tests.oracles import checkpoints
 
-    folder = make_checkpoint().folder
     special = tuple(t for t in checkpoints.SPECIAL_TOKENS if t != missing)
-    checkpoints.write_tokenizer(folder, special)
-    config = load_config(folder)
+    checkpoints.write_tokenizer(checkpoint, special)
     with pytest.raises(TokenizerError, match=message):
-        Tokenizer.load(folder, config)
+        load_tokenizer(checkpoint)
 
 
-def edit_tokenizer(folder, change) -> None:
+def load_tokenizer(folder: Path, change=lambda content: None) -> Tokenizer:
+    """The tokenizer of a checkpoint whose tokenizer.json has been changed."""
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+    return Tokenizer.load(folder, load_config(folder))
 
 
 def test_lengths_that_a_tokenizer_was_saved_with_do_not_apply(checkpoint):
     """Of a long document, all tokens; of a short one, no more."""
-
-    def saved(content) -> None:
-        content["truncation"] = {
-            "direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0,
-        }  # fmt: skip
-        content["padding"] = {
-            "strategy": {"Fixed": 20}, "direction": "Right", "pad_to_multiple_of": None,
-            "pad_id": 1, "pad_type_id": 0, "pad_token": "!",
-        }  # fmt: skip
-
-    edit_tokenizer(checkpoint, saved)
-    tokenizer = Tokenizer.load(checkpoint, load_config(checkpoint))
+    sides = {"direction": "Right", "stride": 0, "pad_to_multiple_of": None}
+    pad = {"pad_id": 1, "pad_type_id": 0, "pad_token": "!", "strategy": {"Fixed": 20}}
+    saved = {"truncation": {**sides, "max_length": 8, "strategy": "LongestFirst"}}
+    saved["padding"] = {**sides, **pad}
+    tokenizer = load_tokenizer(checkpoint, lambda content: content.update(saved))
     assert len(tokenizer.encode("a" * 100)) == 100
     assert len(tokenizer.encode("abc")) == 3
+
+
+# Merges that make the library's own code panic, which is not an Exception.
+PANIC = {"merges": [["!", '"']], "continuing_subword_prefix": "more than a token has"}
 
 
 @pytest.mark.parametrize(
@@ -345,43 +315,32 @@ def test_lengths_that_a_tokenizer_was_saved_with_do_not_apply(checkpoint):
     [
         # The library numbers added tokens anew and says nothing.
         (lambda t: t["added_tokens"][-1].update(id=270), "has the id 270 in tokenizer.json but"),
-        # Its own code panics, which is no Exception.
-        (
-            lambda t: t["model"].update(
-                merges=[["!", '"']], continuing_subword_prefix="more than there is"
-            ),
-            "cannot be read: (range|byte index)",
-        ),
+        (lambda t: t["model"].update(PANIC), "cannot be read: (range|byte index)"),
         (lambda t: t.update(model=None), "cannot be read"),
     ],
 )
-def test_tokenizers_that_are_none(checkpoint, change, message):
-    edit_tokenizer(checkpoint, change)
+def test_damaged_tokenizers(checkpoint, change, message):
     with pytest.raises(TokenizerError, match=message) as caught:
-        Tokenizer.load(checkpoint, load_config(checkpoint))
+        load_tokenizer(checkpoint, change)
     assert "\n" not in str(caught.value)
 
 
 def test_special_tokens_spelt_out_in_a_document_stay_text(checkpoint):
-    tokenizer = Tokenizer.load(checkpoint, load_config(checkpoint))
+    tokenizer = load_tokenizer(checkpoint)
     encoded = tokenizer.encode("<|mdm_mask|><|eot_id|>")
     assert max(encoded) < 256
     assert tokenizer.decode(encoded) == "<|mdm_mask|><|eot_id|>"
 
 
-def test_chat_template_around_the_document(checkpoint):
-    tokenizer = Tokenizer.load(checkpoint, load_config(checkpoint))
+def test_chat_template_around_the_document_and_its_end_of_turn(checkpoint):
+    tokenizer = load_tokenizer(checkpoint)
     prefix, query = tokenizer.around_document("why?", "read")
     text = tokenizer.backend.decode(prefix + tokenizer.encode("DOC") + query, False)
     assert text == (
         "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nread\n\nDOC\n\nwhy?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-
-
-def test_response_ends_at_the_end_of_turn(checkpoint):
-    tokenizer = Tokenizer.load(checkpoint, load_config(checkpoint))
     ids = tokenizer.encode("yes")
-    assert tokenizer.decode([*ids, tokenizer.stop_ids[1], *ids]) == "yes"
-    assert tokenizer.decode([*ids, tokenizer.eos_id, *ids]) == "yes"
-    assert tokenizer.decode(ids) == "yes"
+    assert tokenizer.stop_ids[0] == tokenizer.eos_id
+    for stop in ([], *([stop, *ids] for stop in tokenizer.stop_ids)):
+        assert tokenizer.decode([*ids, *stop]) == "yes"

@@ -72,7 +72,7 @@ def tasks(tmp_path_factory) -> Path:
     evals_data.write_lines(place / "choice.jsonl", choices)
     (place / "metric.py").write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT / 'scripts')!r})\n"
-        "from experiments.benchmarks.text import english_f1\n\n\n"
+        "from experiments.benchmarks.metrics import english_f1\n\n\n"
         "def results(doc, found):\n"
         "    return {'f1': max(english_f1(found[0], answer) for answer in doc['answers'])}\n"
     )
@@ -109,7 +109,7 @@ def native(folder: Path, data: Path, out: Path, method: str, *flags: str) -> dic
     command = [folder, "longbench", data, "--out", out, "--methods", method, *FLAGS, *flags]
     assert evaluate.main([str(part) for part in command]) == 0
     found = [json.loads(line) for line in (out / "records.jsonl").read_bytes().splitlines()]
-    return {record["id"]: record for record in found}
+    return {record["id"]: record for record in found if "run" not in record}
 
 
 def harness(model: PrefillingLM, tasks: Path, name: str, **kwargs):
@@ -129,7 +129,7 @@ def test_scores_and_answers_are_the_native_harness_s(folder, tasks, tmp_path, me
     got = {str(s["doc_id"] + 1): s for s in samples}
     # The task's stop text is lm-eval's alone.
     assert {i: s["resps"][0][0] for i, s in got.items()} == {
-        i: record["prediction"].split("\n\n")[0] for i, record in want.items()
+        i: record["response"].split("\n\n")[0] for i, record in want.items()
     }
     assert {i: s["f1"] for i, s in got.items()} == {i: r["score"] for i, r in want.items()}
     mean = np.mean([record["score"] for record in want.values()])

@@ -18,6 +18,7 @@ Exit status: 0, also where the time limit came first; 1 a failed check; 2, one l
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -27,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # small_model
 
-from experiments.grids import GRIDS, MEASUREMENTS, Cell, all_cells
+from experiments.grids import GRIDS, MEASUREMENTS, Cell, all_cells, setting
 from experiments.records import Records, read_json, write_json
 from experiments.runner import run, run_processes, start
 
@@ -77,10 +78,9 @@ def changes_of(pairs: list[str]) -> dict[str, Any]:
         name, sign, value = pair.partition("=")
         if not sign or name not in Cell.__dataclass_fields__:
             raise ValueError(f"--set needs NAME=VALUE with a cell's setting, got {pair!r}")
-        try:
-            changes[name] = json.loads(value)
-        except json.JSONDecodeError:
-            changes[name] = tuple(value.split("+")) if name == "tasks" else value
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(value)
+        changes[name] = setting(name, value)
     return changes
 
 

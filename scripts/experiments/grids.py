@@ -1,7 +1,6 @@
-"""What an ablation compares: cells, and the grids that they are drawn from. Pure data.
+"""What an ablation compares: cells, and the grids that they are drawn from (grids.toml).
 
-A cell is one setting of everything. A grid asks one question: `over` lists under which settings
-(every combination), `reference` and `arms` what is compared, over the same examples. A cell that
+A cell is one setting of everything. A grid asks one question over the same examples. A cell that
 several grids share runs once.
 """
 
@@ -11,7 +10,9 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import tomllib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pdllm_jax import ChunkConfig, DecodeConfig, SelectionConfig
@@ -28,7 +29,6 @@ DENSE: dict[str, Method] = {
 # needle: the needle's alone; without: K random ones that hold nothing of the needle.
 GIVEN = ("oracle", "needle", "without")
 SELECTIONS = (*DENSE, "all", "top-k", "random", "first", "last", *GIVEN)
-DEPTHS, QUICK_TASKS = 11, ("passkey", "magic_number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,14 +201,13 @@ Change = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """One question. over: settings under which it is asked; reference, arms: what is compared.
+    """One question. over: settings under which it is asked; arms: what is compared.
 
-    base: settings of all its cells.
+    base: settings of all its cells; the reference has no others.
     """
 
     question: str
-    arms: tuple[Change, ...]
-    reference: Change = dataclasses.field(default_factory=dict)
+    arms: Sequence[Change]
     over: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     base: Change = dataclasses.field(default_factory=dict)
 
@@ -216,11 +215,9 @@ class Grid:
         """Returns (reference, arms) for each combination of `over`; changes: to all cells."""
         groups = []
         for values in itertools.product(*self.over.values()):
-            over = dict(zip(self.over, values, strict=True))
-            common = {**self.base, **(changes or {}), **over}
-            reference, *arms = (
-                Cell(**{**common, **change}).canonical() for change in (self.reference, *self.arms)
-            )
+            common = {**self.base, **(changes or {}), **dict(zip(self.over, values, strict=True))}
+            reference = Cell(**common).canonical()
+            arms = [Cell(**{**common, **change}).canonical() for change in self.arms]
             groups.append((reference, [arm for arm in dict.fromkeys(arms) if arm != reference]))
         return groups
 
@@ -229,102 +226,36 @@ class Grid:
         return list(dict.fromkeys(c for cell, arms in self.groups(changes) for c in (cell, *arms)))
 
 
+def setting(name: str, value: Any) -> Any:
+    """Returns a cell's setting as command lines and grids.toml write it."""
+    if name == "tasks":
+        return tuple(value.split("+"))
+    return None if value == "none" else value
+
+
+def _arms(table: Change) -> list[Change]:
+    """Returns an arm for each place of the table's lists, at least one."""
+    lists = [value for value in table.values() if isinstance(value, list)]
+    return [
+        {k: setting(k, v[i] if isinstance(v, list) else v) for k, v in table.items()}
+        for i in range(len(lists[0]) if lists else 1)
+    ]
+
+
+def _grid(table: Mapping[str, Any]) -> Grid:
+    arms = [arm for arms in table["arms"] for arm in _arms(arms)]
+    over = {k: [setting(k, value) for value in v] for k, v in table.get("over", {}).items()}
+    base = {k: setting(k, v) for k, v in table.get("base", {}).items()}
+    return Grid(table["question"], arms, over, base)
+
+
 def all_cells(names: Sequence[str], changes: Change | None = None) -> list[Cell]:
     """Returns the cells of several grids, each once."""
     return list(dict.fromkeys(cell for name in names for cell in GRIDS[name].cells(changes)))
 
 
-def values(name: str, *settings: Any) -> tuple[Change, ...]:
-    """Arms that differ in one setting."""
-    return tuple({name: value} for value in settings)
-
-
-LENGTHS, ALL_LENGTHS = (4096, 8192), (1024, 2048, 4096, 8192)
-ENCODINGS = ("joint", "independent")
-GRIDS: dict[str, Grid] = {
-    "main": Grid(
-        "What is a chunk selection worth against the whole prompt and against controls?",
-        over={"length": LENGTHS},
-        arms=(
-            *values("selection", "dense", "dual-cache", "all"),
-            *({"selection": "random", "seed": seed} for seed in range(3)),
-            *values("selection", "first", "last", "oracle", "needle", "without"),
-        ),
-    ),
-    "depth": Grid(
-        "At which depths is the needle found?",
-        base={"depths": DEPTHS},
-        over={"length": ALL_LENGTHS},
-        arms=({"selection": "dense"}, {"anchors": False}),
-    ),
-    "anchors": Grid(
-        "What do BOS anchors change, and where in the document?",
-        base={"depths": DEPTHS},
-        over={"length": LENGTHS, "selection": ("top-k", "all"), "encoding": ENCODINGS},
-        arms=values("anchors", False),
-    ),
-    "encoding": Grid(
-        "What must a kept chunk's KV have seen?",
-        over={"length": LENGTHS},
-        arms=(
-            *values("encoding", "independent", "query-conditioned"),
-            *({"encoding": "bridge", "bridge_tokens": tokens} for tokens in ("start", "attention")),
-        ),
-    ),
-    "scorer": Grid(
-        "What should chunks be scored by, and with how many masked copies?",
-        (
-            *values("scorer", "query", "confidence", "attention"),
-            *values("masked_copies", 1, 2, 8, None),
-        ),
-    ),
-    "draft": Grid(
-        "How long should the draft be?",
-        tuple(
-            {"draft_length": length, "draft_steps": steps}
-            for length, steps in ((1, 1), (2, 2), (4, 1), (4, 4), (8, 2), (8, 8))
-        ),
-    ),
-    "top-k": Grid("How many chunks?", values("top_k", 1, 2, 8, 16)),
-    "chunk-size": Grid(
-        "Which chunk size, at the same number of kept tokens?",
-        tuple({"chunk_size": c, "top_k": 1024 // c} for c in (128, 512, 1024)),
-    ),
-    "chunks": Grid(
-        "Does accuracy hold as the number of chunks grows, N = 4 to 32?",
-        over={"length": ALL_LENGTHS},
-        arms=values("selection", "dense", "random", "oracle"),
-        base={"top_k": 2},
-    ),
-    "sparsity": Grid("How many of a kept chunk's tokens?", values("keep_tokens", 0.5, 0.25, 0.125)),
-    "positions": Grid("Where do kept chunks stand?", values("positions", "absolute", "reuse")),
-    "choices": Grid(
-        "Overlap, adaptive K, the first chunk always, re-selection?",
-        ({"overlap": 32}, {"margin": 0.1}, {"keep_first": True}, {"reselect": "step"}),
-    ),
-    "decoding": Grid(
-        "What does decoding several tokens at once cost?",
-        over={"selection": ("dense", "top-k")},
-        arms=values("threshold", 0.5, None),
-    ),
-    "stream": Grid(
-        "Is the needle found in a streamed document, whose KV is not kept?",
-        base={"encoding": "independent", "chunk_size": 512, "streamed": True},
-        over={"length": (32_768, 131_072)},
-        arms=values("selection", "random", "oracle"),
-    ),
-    "tasks": Grid(
-        "Each task by itself, chunks of 512.",
-        base={"chunk_size": 512},
-        over={"length": LENGTHS, "tasks": tuple((task,) for task in TASKS)},
-        arms=values("selection", "dense", "random"),
-    ),
-    "quick": Grid(
-        "A small run of everything: two tasks, 512 tokens, one chunk of four.",
-        base={"length": 512, "chunk_size": 128, "top_k": 1, "tasks": QUICK_TASKS},
-        arms=(*values("selection", "dense", "random", "oracle", "without"), {"anchors": False}),
-    ),
-}
+_TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+GRIDS: dict[str, Grid] = {name: _grid(table) for name, table in _TABLES.items()}
 # What accuracy does not show, measured beside the grids.
 MEASUREMENTS = {
     "attention": "attention on anchors by layer and head",

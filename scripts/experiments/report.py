@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from experiments.grids import MEASUREMENTS, Cell
 from experiments.plots import draw_all
@@ -16,62 +17,7 @@ Record = Mapping[str, Any]
 
 # Checks that the page lists also where they hold.
 _LISTED = ("accuracy is recall", "recall is K/N", "K = N", "no answer")
-
-CAPTIONS = {
-    "needle_heat_map": "Accuracy by length of the document and depth of the needle",
-    "accuracy_by_depth": "Accuracy against depth, with and without anchors, 95% bands",
-    "chunk_scores": "Chunk scores, the needle's chunk marked",
-    "attention_on_anchors": "Attention of the masked response on the first tokens of kept chunks",
-    "denoising_order": "In which evaluation each slot of a response was filled",
-    "speed": "Seconds of an answer against length",
-    "differences": "Difference of accuracy from the reference, with 95% intervals",
-}
-
-
-class Claim(NamedTuple):
-    """A question about a claim of the paper: the arms of a grid that answer it."""
-
-    question: str
-    grid: str
-    settings: Mapping[str, Any]
-    compared: str
-
-
-CLAIMS = (
-    Claim("Is sparse better than dense?", "main", {"selection": "dense"}, "dense against top K"),
-    Claim(
-        "Is the selection better than chance?",
-        *("main", {"selection": "random"}, "random chunks against top K"),
-    ),
-    Claim(
-        "Would a perfect selection help?", "main", {"selection": "oracle"}, "oracle against top K"
-    ),
-    Claim("Do anchors help?", "anchors", {"anchors": False}, "no anchors against anchors"),
-    Claim(
-        "Independent or joint encoding?",
-        *("encoding", {"encoding": "independent"}, "independent against joint"),
-    ),
-)
-
-NOTES = """\
-Accuracy: exact match of the response's first number. Recall: how often all chunks were kept that
-hold the needle (both, where a border cuts it). Lead: score of the needle's chunk minus the best
-other score. Difference: accuracy minus the reference's, on the same examples; **bold** where its
-interval excludes 0 and Holm's p is below 0.05. Brackets: 95% intervals, Wilson's for shares,
-bootstrap over examples for differences and means. p: McNemar's exact test; Holm's is adjusted over
-the grid. TFLOP: counted by formula from true lengths (`scripts/experiments/flops.py`). ms: a
-request's share of its batch's time, without compiling.
-"""
-
-LIMITS = """\
-## Limits
-
-- The model is the project's small one (135M parameters), trained to find such needles in whole
-  documents (`small_model/MODEL_CARD.md`). Its results need not hold for LLaDA-8B or other tasks.
-- Exact copying is measured. Summaries, reasoning over several places and long answers are not.
-- Near 100% accuracy a setting can be shown to be worse, but not to be better.
-- Where no difference is shown, there may still be one.
-"""
+TEXTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 
 
 def write_report(source: Path, results: Path, pictures: Path) -> None:
@@ -152,9 +98,9 @@ def _row(title: str, cell: Mapping[str, Any] | None, arm: Mapping[str, Any]) -> 
     ]
 
 
-def claim_rows(record: Record, claim: Claim) -> list[list[str]]:
+def claim_rows(record: Record, claim: Mapping[str, Any]) -> list[list[str]]:
     """Returns a row for each compared arm of the claim's grid, or of the quick one."""
-    name = next((n for n in (claim.grid, "quick") if record["grids"].get(n)), None)
+    name = next((n for n in (claim["grid"], "quick") if record["grids"].get(n)), None)
     rows = []
     for group in record["grids"][name]["groups"] if name else ():
         for arm in group["arms"]:
@@ -162,7 +108,7 @@ def claim_rows(record: Record, claim: Claim) -> list[list[str]]:
             if not cell or not reference or "difference" not in arm:
                 continue
             settings = cell["settings"]
-            if any(settings[key] != value for key, value in claim.settings.items()):
+            if any(settings[key] != value for key, value in claim["settings"].items()):
                 continue
             seed = f", seed {settings['seed']}" if settings["selection"] == "random" else ""
             row = [f"{over_text(group) or format(settings['length'], ',') + ' tokens'}{seed}"]
@@ -178,10 +124,10 @@ def claims(record: Record) -> Iterator[str]:
     """Yields what the run says about the paper's claims, a table for each question."""
     head = ("setting", "reference, %", "arm, %", "difference, points", "p, Holm", "n", "shown")
     head += ("middle less ends: reference", "arm", "change")
-    for claim in CLAIMS:
-        yield from (f"### {claim.question}", "")
+    for claim in TEXTS["claims"]:
+        yield from (f"### {claim['question']}", "")
         if rows := claim_rows(record, claim):
-            yield from (f"{claim.compared}:", "", table(head[: len(rows[0])], rows), "")
+            yield from (f"{claim['compared']}:", "", table(head[: len(rows[0])], rows), "")
         else:
             yield from ("Not measured in this run.", "")
 
@@ -202,12 +148,12 @@ def results_page(record: Record, drawn: Sequence[str], pictures: str, source: st
     made = f"Made by `scripts/ablate.py report` from `{source}`; do not edit."
     lines = ["# Results of the ablation", "", f"{made} The run was `{record['command']}`.", ""]
     lines += [table(("condition", "value"), conditions(record)), ""]
-    lines += [NOTES, "## The paper's claims", "", *claims(record), LIMITS]
+    lines += [TEXTS["notes"], "## The paper's claims", "", *claims(record), TEXTS["limits"]]
     if drawn:
         lines += ["## Pictures", ""]
         if elsewhere := measured_elsewhere(record):
             lines += [table(("measured on another device", "device", "dtype"), elsewhere), ""]
-        lines += [f"![{CAPTIONS[name]}]({pictures}/{name}.png)\n" for name in drawn]
+        lines += [f"![{TEXTS['captions'][name]}]({pictures}/{name}.png)\n" for name in drawn]
     lines += ["## Tables", ""]
     for name, grid in record["grids"].items():
         rows = [*grid_rows(record, name)]

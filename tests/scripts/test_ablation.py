@@ -477,7 +477,7 @@ def test_a_report_is_made_of_the_json_alone(record, tmp_path):
     source.write_text(json.dumps(record))
     report.write_report(source, results, tmp_path / "docs" / "pictures")
     text = results.read_text()
-    for name in report.CAPTIONS:
+    for name in report.TEXTS["captions"]:
         assert (tmp_path / "docs" / "pictures" / f"{name}.png").stat().st_size > 5_000
         assert f"](pictures/{name}.png)" in text
     cell = record["cells"][Cell().key]

@@ -101,13 +101,23 @@ def load_bench(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from bench.record import conditions
     from experiments.retrieval import Retrieval
 
+    from pdllm_jax import Tokenizer, load_config, load_model
     from pdllm_jax.compilation import enable_compilation_cache
+    from small_model import corpus
 
     enable_compilation_cache()
+    folder = checkpoint_of(args)
+    tokenizer = Tokenizer.load(folder, load_config(folder))
+    backend = tokenizer.backend
+    backend.encode_special_tokens = False  # the tasks spell the chat template out
+    if args.corpora:
+        texts = corpus.load(args.corpora, held_out=True)
+    else:
+        texts = corpus.from_repository(backend)
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    settings = {"first_seed": args.first, "implementation": args.implementation}
-    bench = Retrieval.load(checkpoint_of(args), args.corpora, dtype=dtype, **settings)
-    size = sum(leaf.size for leaf in jax.tree.leaves(bench.model))
+    model = load_model(folder, dtype=dtype)
+    size = sum(leaf.size for leaf in jax.tree.leaves(model))
+    bench = Retrieval(model, tokenizer, texts, args.first, args.implementation)
     note = {"processes": args.processes, "encode_batch": bench.encode_batch, "parameters": size}
     return bench, {**conditions(), **note}
 
@@ -179,8 +189,7 @@ def run_command(args: argparse.Namespace) -> int:
         from experiments.measurements import measure
 
         cell = Cell(**{**(GRIDS["quick"].base if quick else {}), **changes})
-        bench, note = loaded or load_bench(args)
-        measure(bench, measurements, cell, args.out, deadline=args.deadline, note=note, tiny=quick)
+        measure(*(loaded or load_bench(args)), measurements, cell, args.out, args.deadline, quick)
 
     from experiments.summary import summarise
 

@@ -221,10 +221,9 @@ def measure_speed(
     cell: Cell,
     path: Path,
     record: dict[str, Any],
-    *,
+    deadline: float = float("inf"),
     lengths: tuple[int, ...] = LENGTHS,
     repeats: int = REPEATS,
-    deadline: float = float("inf"),
 ) -> bool:
     """Writes every row when it is measured, and skips those that the record has.
 
@@ -248,13 +247,12 @@ def measure_speed(
 
 def measure(
     bench: Retrieval,
+    note: Mapping[str, Any],
     names: list[str],
     cell: Cell,
     folder: Path,
-    *,
-    deadline: float = float("inf"),
-    note: Mapping[str, Any] | None = None,
-    tiny: bool = False,
+    deadline: float,
+    tiny: bool,
 ) -> None:
     """Makes the measurements that are missing, until the deadline. note: on where it runs."""
     for name in names:
@@ -264,12 +262,12 @@ def measure(
             raise RecordError(f"{path} is of another model or other texts: give another folder")
         if record.get("complete") or time.monotonic() > deadline:
             continue
-        record = {**bench.identity, "run": dict(note or {}), **record}
-        if name == "speed":
-            small: dict[str, Any] = {"lengths": (256, 512), "repeats": 1} if tiny else {}
-            complete = measure_speed(bench, cell, path, record, deadline=deadline, **small)
+        record, complete = {**bench.identity, "run": dict(note), **record}, True
+        if name == "attention":
+            record |= measure_attention(bench, cell, tiny)
+        elif name == "order":
+            record |= measure_order(bench, cell)
         else:
-            order = name == "order"
-            record |= measure_order(bench, cell) if order else measure_attention(bench, cell, tiny)
-            complete = True
+            small = ((256, 512), 1) if tiny else ()
+            complete = measure_speed(bench, cell, path, record, deadline, *small)
         write_json(path, {**record, "complete": complete})

@@ -6,8 +6,7 @@ import dataclasses
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -20,18 +19,10 @@ from experiments.grids import DENSE, GIVEN, Cell
 from experiments.records import Key, Records
 from experiments.runner import Work
 from pallas_kernels import Implementation
-from pdllm_jax import (
-    ChunkConfig,
-    Engine,
-    MaskPredictor,
-    Request,
-    Tokenizer,
-    load_config,
-    load_model,
-)
+from pdllm_jax import ChunkConfig, Engine, MaskPredictor, Request, Tokenizer
 from pdllm_jax.method.chunking import split_context
 from small_model import tasks
-from small_model.corpus import Corpora, Text, fingerprint, from_repository, load
+from small_model.corpus import Corpora, Text, fingerprint
 
 FIRST_SEED = 100_000  # of examples; the small model was not trained on any from here on
 
@@ -79,48 +70,36 @@ def share_cells(cells: Sequence[Cell], count: int) -> list[list[Cell]]:
     return shares
 
 
+def _on_device(gpu: int, cpu: int) -> Any:
+    return dataclasses.field(default_factory=lambda: gpu if jax.default_backend() == "gpu" else cpu)
+
+
 @dataclasses.dataclass
 class Retrieval:
     """A model, the texts that it is asked about, and how it runs.
 
-    identity: what all records of a run have in common. batch_tokens: tokens of a batch.
+    first_seed: of the examples. batch_tokens: tokens of a batch.
     """
 
     model: MaskPredictor
     tokenizer: Tokenizer
-    encode: tasks.Encoder
     corpora: Corpora
-    identity: dict[str, Any]
-    batch_tokens: int
-    encode_batch: int
+    first_seed: int = FIRST_SEED
     implementation: Implementation | None = None
+    batch_tokens: int = _on_device(1 << 17, 1 << 11)
+    encode_batch: int = _on_device(64, 8)
 
-    @classmethod
-    def load(
-        cls, folder: Path, corpora: Path | None, *, dtype: str | None = None, **settings: Any
-    ) -> Retrieval:
-        """Loads a converted checkpoint, and corpora of small_model/corpus.py or built-in ones."""
-        tokenizer = Tokenizer.load(folder, load_config(folder))
-        tokenizer.backend.encode_special_tokens = False  # the tasks spell the chat template out
-        texts = load(corpora, held_out=True) if corpora else from_repository(tokenizer.backend)
-        return cls.of(load_model(folder, dtype=dtype), tokenizer, texts, **settings)
+    @cached_property
+    def encode(self) -> tasks.Encoder:
+        """Encodes with the checkpoint's tokenizer."""
+        return tasks.Encoder(self.tokenizer.backend)
 
-    @classmethod
-    def of(
-        cls,
-        model: MaskPredictor,
-        tokenizer: Tokenizer,
-        texts: Corpora,
-        *,
-        first_seed: int = FIRST_SEED,
-        implementation: Implementation | None = None,
-    ) -> Retrieval:
-        """Takes a model and texts at hand; batches are sized for the device."""
-        identity = {"model": weights_fingerprint(model), "dtype": str(model.dtype)}
-        identity |= {"corpora": fingerprint(texts), "first_seed": first_seed}
-        tokens, chunks = (1 << 17, 64) if jax.default_backend() == "gpu" else (1 << 11, 8)
-        encode = tasks.Encoder(tokenizer.backend)
-        return cls(model, tokenizer, encode, texts, identity, tokens, chunks, implementation)
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What all records of a run have in common."""
+        texts, model = fingerprint(self.corpora), weights_fingerprint(self.model)
+        dtype = str(self.model.dtype)
+        return {"model": model, "dtype": dtype, "corpora": texts, "first_seed": self.first_seed}
 
     def batch_size(self, cell: Cell) -> int:
         """Returns the examples of a batch: a power of two, at most 32."""
@@ -139,7 +118,7 @@ class Retrieval:
         return tasks.make_example(
             cell.tasks[index % len(cell.tasks)],
             cell.length,
-            self.identity["first_seed"] + index,
+            self.first_seed + index,
             corpora=dataclasses.replace(self.corpora, texts=texts),
             encode=self.encode,
             haystack="auto" if len(self.corpora.noise.tokens) >= cell.length else "text",
@@ -202,8 +181,8 @@ def request(cell: Cell, index: int, example: tasks.Example) -> Request:
 def joined(texts: Iterable[Text]) -> Text:
     """Joins texts into one."""
     texts = list(texts)
-    starts = np.cumsum([0, *(len(text.tokens) for text in texts)])
-    breaks = [text.breaks + start for text, start in zip(texts, starts, strict=False)]
+    starts = np.cumsum([0, *(len(text.tokens) for text in texts[:-1])])
+    breaks = [text.breaks + start for text, start in zip(texts, starts, strict=True)]
     return Text(np.concatenate([text.tokens for text in texts]), np.unique(np.concatenate(breaks)))
 
 

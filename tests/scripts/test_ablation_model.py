@@ -50,8 +50,8 @@ def model() -> MaskPredictor:
 def tiny_bench(model, encode, held_out_side) -> retrieval.Retrieval:  # noqa: F811
     ids = encode.tokenizer.token_to_id
     tokenizer = Tokenizer(encode.tokenizer, ids("<|startoftext|>"), encode.mask, encode.eos, None)
-    made = retrieval.Retrieval.of(model, tokenizer, held_out_side, first_seed=0)
-    return dataclasses.replace(made, batch_tokens=2 * CELL.length, encode_batch=4)
+    sizes = {"batch_tokens": 2 * CELL.length, "encode_batch": 4}
+    return retrieval.Retrieval(model, tokenizer, held_out_side, first_seed=0, **sizes)
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)

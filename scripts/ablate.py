@@ -32,7 +32,7 @@ from experiments.grids import GRIDS, MEASUREMENTS, Cell, all_cells, setting
 from experiments.records import Records, read_json, write_json
 from experiments.runner import run, run_processes, start
 
-from pdllm_jax.cli.errors import Parser, guarded, status
+from pdllm_jax.cli.errors import Parser, status
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES, QUICK_EXAMPLES = 352, 4  # 352: 88 of each task, 32 at each of 11 depths
@@ -142,27 +142,27 @@ def answer_cells(
         run(work, records, **counts, note=note, show=args.processes == 1, on_group=line)
 
 
-def prepare(args: argparse.Namespace) -> int:
-    """Converts the checkpoint in a process that opens no GPU; returns the exit status."""
+def prepare(args: argparse.Namespace) -> None:
+    """Converts the checkpoint in a process that opens no GPU."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    return guarded(lambda: checkpoint_of(args))[0]
+    checkpoint_of(args)
 
 
-def answer_share(args: argparse.Namespace, index: int, cells: list[Cell]) -> int:
-    """Answers a process's share of the cells; returns the exit status."""
-    return status(lambda: answer_cells(args, *load_bench(args), cells, f"records-{index}"))
+def answer_share(args: argparse.Namespace, index: int, cells: list[Cell]) -> None:
+    """Answers a process's share of the cells."""
+    answer_cells(args, *load_bench(args), cells, f"records-{index}")
 
 
 def answer_in_processes(args: argparse.Namespace, cells: list[Cell]) -> int:
     """Answers what is missing in several processes; returns the worst exit status."""
     from experiments.retrieval import share_cells
 
-    converting = start(partial(prepare, args))
+    converting = start(partial(status, partial(prepare, args)))
     converting.join()
     shares = enumerate(share_cells(cells, args.processes))
-    calls = [partial(answer_share, args, *share) for share in shares]
+    calls = [partial(status, partial(answer_share, args, *share)) for share in shares]
     return converting.exitcode or run_processes(calls, args.out, len(cells) * args.wanted)
 
 

@@ -63,11 +63,13 @@ def bootstrap(
     value = float(statistic(*arrays, axis=-1))
     if len(arrays[0]) == 1:
         return Estimate(value, value, value)
-    interval = stats.bootstrap(
-        arrays, statistic, paired=True, method="percentile", confidence_level=confidence,
-        n_resamples=RESAMPLES, batch=max(1, _AT_ONCE // len(arrays[0])),
-        random_state=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
+    draws = {"n_resamples": RESAMPLES, "batch": max(1, _AT_ONCE // len(arrays[0]))}
+    rng, options = (
+        np.random.default_rng(0),
+        {"method": "percentile", "confidence_level": confidence},
+    )
+    result = stats.bootstrap(arrays, statistic, paired=True, random_state=rng, **draws, **options)
+    interval = result.confidence_interval
     return Estimate(value, float(interval.low), float(interval.high))
 
 

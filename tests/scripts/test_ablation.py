@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -110,19 +109,28 @@ def test_every_cell_is_one_that_can_be_run_and_comes_back_from_json(name):
             assert cell == cell.canonical()
             assert Cell.from_settings(json.loads(json.dumps(cell.settings()))) == cell
             # Compared over the same examples.
-            assert (cell.length, cell.tasks, cell.depths) == (
-                reference.length, reference.tasks, reference.depths
-            )  # fmt: skip
+            for name in ("length", "tasks", "depths"):
+                assert getattr(cell, name) == getattr(reference, name)
     assert len({cell.key for cell in grid.cells()}) == len(grid.cells())
 
 
 def test_the_grids_vary_what_the_project_claims_to_compare():
     cells = {cell for grid in GRIDS.values() for cell in grid.cells()}
-    for field, least in {
-        "selection": 9, "anchors": 2, "length": 4, "top_k": 5, "chunk_size": 4, "encoding": 4,
-        "scorer": 4, "draft_length": 4, "keep_tokens": 4, "seed": 3, "masked_copies": 5,
+    counts = {
+        "selection": 9,
+        "anchors": 2,
+        "length": 4,
+        "top_k": 5,
+        "chunk_size": 4,
+        "encoding": 4,
+        "scorer": 4,
+        "draft_length": 4,
+        "keep_tokens": 4,
+        "seed": 3,
+        "masked_copies": 5,
         "positions": 3,
-    }.items():  # fmt: skip
+    }
+    for field, least in counts.items():
         assert len({getattr(cell, field) for cell in cells}) >= least, field
 
 
@@ -187,69 +195,67 @@ def answer_all(bench, cells, count: int, folder, **settings) -> bool:
 
 def fake_record(cell: Cell, index: int, n: int = 8) -> dict:
     """Needle in chunk index % n, scored best in three of four examples; right where it is kept."""
-    needle, rng = index % n, np.random.default_rng(index)
-    found = index % 4 != 3
-    depth = None if cell.depths is None else (index // len(cell.tasks)) % cell.depths
+    needle, k, rng = index % n, cell.top_k, np.random.default_rng(index)
     record = {
-        "example": index, "task": cell.tasks[index % len(cell.tasks)], "depth": needle / n,
-        "asked_depth": None if depth is None else depth / (cell.depths - 1), "score": 1.0,
-        "answers": ["12"], "response": "It is 12.", "tokens": [index, 7],
-        "evaluations": 1 + index % 2, "seconds": {"decode": 0.5, "total": 0.5},
+        "example": index,
+        "task": cell.tasks[index % len(cell.tasks)],
+        "depth": needle / n,
+        "asked_depth": cell.depth(index),
+        "score": 1.0,
+        "answers": ["12"],
+        "response": "It is 12.",
+        "tokens": [index, 7],
+        "evaluations": 1 + index % 2,
+        "seconds": {"decode": 0.5, "total": 0.5},
         "flops": {"decode": 1e9},
-    }  # fmt: skip
+    }
     if cell.selection in DENSE:
         return record
     scores = (-1 - rng.random(n)).tolist()
-    scores[needle] = -0.5 if found else -9.0
-    k = cell.top_k
-    if cell.selection == "top-k":
-        chunks = np.argsort(-np.array(scores), stable=True)[:k]
-    elif cell.selection == "random":
-        chunks = np.random.default_rng([cell.seed, index]).permutation(n)[:k]
-    elif cell.selection in ("oracle", "without"):
-        others = [i for i in range(n) if i != needle]
-        chunks = [needle, *others[: k - 1]] if cell.selection == "oracle" else others[:k]
-    else:
-        chunks = {"all": range(n), "first": range(k), "last": range(n - k, n), "needle": [needle]}[
-            cell.selection
-        ]
-    chunks = sorted(int(i) for i in chunks)
+    scores[needle] = -9.0 if index % 4 == 3 else -0.5
+    others = [i for i in range(n) if i != needle]
+    chunks = {
+        "top-k": np.argsort(-np.array(scores), stable=True)[:k].tolist(),
+        "random": np.random.default_rng([cell.seed, index]).permutation(n)[:k].tolist(),
+        "all": range(n),
+        "first": range(k),
+        "last": range(n - k, n),
+        "needle": [needle],
+        "oracle": [needle, *others[: k - 1]],
+        "without": others[:k],
+    }[cell.selection]
     scored = cell.selection in ("top-k", "random") and k < n
-    return {
-        **record, "chunks": chunks, "scores": scores if scored else None, "needle": [needle],
-        "n_chunks": n, "score": float(needle in chunks),
-    }  # fmt: skip
+    record |= {"chunks": sorted(chunks), "scores": scores if scored else None, "n_chunks": n}
+    return {**record, "needle": [needle], "score": float(needle in chunks)}
 
 
 def test_a_run_goes_on_where_it_was_killed(tmp_path):
     """SIGKILL in the middle, a half-written last line: it ends like a run without a break."""
-    cells = [Cell(), Cell(selection="random")]
+    cells, run = [Cell(), Cell(selection="random")], tmp_path / "run"
     script = (
         "import sys; from pathlib import Path; from experiments.grids import Cell;"
         " from tests.scripts.test_ablation import Fake, answer_all\n"
         "answer_all(Fake(die_at=6), [Cell(), Cell(selection='random')], 8, Path(sys.argv[1]))"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")])}
-    died = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "run")], env=environment, check=False
-    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}"}
+    died = subprocess.run([sys.executable, "-c", script, run], env=environment, check=False)
     assert died.returncode == -signal.SIGKILL
-    path = tmp_path / "run" / "records.jsonl"
+    path = run / "records.jsonl"
     content = path.read_bytes()
-    assert content.count(b"\n") == count_lines(tmp_path / "run") == 6
+    assert content.count(b"\n") == count_lines(run) == 6
     path.write_bytes(content[:-9])  # as if killed while writing
-    fake = Fake()
-    assert answer_all(fake, cells, 8, tmp_path / "run")
-    assert fake.answered == [5, 6, 7, *range(8)]
-    assert answer_all(Fake(), cells, 8, tmp_path / "through")
+    for count, answered in (
+        (8, [5, 6, 7, *range(8)]),
+        (8, []),
+        (9, [8, 8]),  # more examples are asked for later
+    ):
+        fake = Fake()
+        assert answer_all(fake, cells, count, run)
+        assert fake.answered == answered
+    assert answer_all(Fake(), cells, 9, tmp_path / "through")
     done = [read_folder(tmp_path / name)[0] for name in ("run", "through")]
     assert done[0] == done[1]
-    assert [len(records_of(cell, done[0], 8)) for cell in cells] == [8, 8]
-    resumed = Fake()
-    assert answer_all(resumed, cells, 8, tmp_path / "run")
-    assert resumed.answered == []
-    assert answer_all(resumed, cells, 9, tmp_path / "run")
-    assert resumed.answered == [8, 8], "more examples are asked for later"
+    assert [len(records_of(cell, done[0], 9)) for cell in cells] == [9, 9]
 
 
 def test_processes_share_the_cells_by_what_is_compiled():
@@ -325,10 +331,8 @@ def test_checks_hold_for_numbers_that_fit():
     found = checks.check_all(fakes(*cells))
     assert all(check["ok"] for check in found), [c for c in found if not c["ok"]]
     assert len(outcome(found, "records are possible")) == len(cells)
-    for name, times in {
-        "best scores are kept": 3, "recall is K/N": 3, "accuracy is recall times": 1,
-        "K = N keeps all": 2, "no answer without": 1,
-    }.items():  # fmt: skip
+    counts = {"best scores are kept": 3, "recall is K/N": 3, "accuracy is recall times": 1}
+    for name, times in {**counts, "K = N keeps all": 2, "no answer without": 1}.items():
         assert outcome(found, name) == [True] * times, name
 
 
@@ -380,17 +384,18 @@ def record(tmp_path_factory) -> dict:
     note = {"device": "a device", "versions": {"jax": "0"}, "processes": 1, "parameters": 4_000_000}
     assert answer_all(Fake(batch=44), cells, 88, folder, note=note)
     shares = np.linspace(0, 0.1, 6).reshape(2, 3)
-    looks = {
-        "attention": {"rows": [
-            {"settings": Cell(anchors=a).settings(), "first_tokens": (shares * (1 + a)).tolist()}
-            for a in (True, False)
-        ]},
-        "order": {"rows": [{"task": "passkey", "step": [2, 1, 3], "text": ["a", " $1", "\n"]}]},
-        "speed": {"rows": [
-            {"method": name, "length": n, "seconds": s * n, "least": s * n / 2, "most": s * n * 2}
-            for n in (1024, 2048) for name, s in (("plain", 2e-3), ("prefilling", 1e-3))
-        ]},
-    }  # fmt: skip
+    attention = [
+        {"settings": Cell(anchors=a).settings(), "first_tokens": (shares * (1 + a)).tolist()}
+        for a in (True, False)
+    ]
+    speed = [
+        {"method": name, "length": n, "seconds": s * n, "least": s * n / 2, "most": s * n * 2}
+        for n in (1024, 2048)
+        for name, s in (("plain", 2e-3), ("prefilling", 1e-3))
+    ]
+    order = [{"task": "passkey", "step": [2, 1, 3], "text": ["a", " $1", "\n"]}]
+    rows = {"attention": attention, "order": order, "speed": speed}
+    looks = {name: {"rows": part} for name, part in rows.items()}
     for name, content in looks.items():
         content |= {"run": {"device": "cpu" if name == "order" else "a device"}, "dtype": "float16"}
         write_json(folder / f"{name}.json", content)
@@ -528,7 +533,3 @@ def test_dense_flops_are_those_of_full_forwards():
     want = 2 * (4096 * 2 * weights + 32 * 4 * 4096 * 4096**2 + 32 * 2 * 4096 * 126464)
     assert sum(found.values()) == pytest.approx(want)
     assert flops.answer_flops(ModelConfig.llada_8b(), Cell(reselect="step"), sizes, 2) is None
-
-
-def test_cells_are_hashable_and_frozen():
-    assert len({Cell(), Cell(), dataclasses.replace(Cell(), seed=1)}) == 2

@@ -292,7 +292,6 @@ def test_dense_prompts_drop_their_middle_before_the_chat_template(tokenizer, tmp
 def test_special_tokens_count_as_such_in_templates_alone(tokenizer, tmp_path):
     text = "<|startoftext|>a<|eot_id|>"
     end_of_turn = tokenizer.backend.token_to_id("<|eot_id|>")
-    assert tokenizer.encode_marked(text) == [
-        tokenizer.bos_id, *tokenizer.encode("a"), end_of_turn,
-    ]  # fmt: skip
+    ids = [tokenizer.bos_id, *tokenizer.encode("a"), end_of_turn]
+    assert tokenizer.encode_marked(text) == ids
     assert len(tokenizer.encode(text)) == len(text)

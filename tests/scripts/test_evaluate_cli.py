@@ -14,21 +14,15 @@ from pathlib import Path
 import pytest
 
 from pdllm_jax import Tokenizer, load_config
-from pdllm_jax.evaluation.prompts import SplitPrompt
 from tests.conftest import ROOT
 from tests.support import evals_data
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import evaluate
-from experiments.benchmarks.example import Example, Task
-from experiments.benchmarks.run import missing_work
 from experiments.records import FORMAT, Key, RecordError, Records
-from experiments.runner import run as run_all
 
-SMALL = [
-    "--chunk-size", "64", "--top-k", "2", "--encode-batch", "4", "--gen-length", "6",
-    "--threshold", "0.3",
-]  # fmt: skip
+SMALL = ["--chunk-size", "64", "--top-k", "2", "--encode-batch", "4"]
+SMALL += ["--gen-length", "6", "--threshold", "0.3"]
 METHODS = ("plain", "dual-cache", "prefilling")
 GENERATED = ("passkey", "magic_number", "multi_needle")
 
@@ -314,49 +308,6 @@ def test_records_damaged_and_cut_off(tmp_path):
     (tmp_path / "settings.json").unlink()
     with pytest.raises(RecordError, match="is missing beside its records"):
         Records(tmp_path, settings)
-
-
-DRIVER = """
-import sys, time
-from tests.scripts.test_evaluate_cli import slow_run
-slow_run(sys.argv[1], float(sys.argv[2]))
-"""
-
-
-def slow_run(out: str, pause: float) -> None:
-    """A run of 20 examples whose answers take their time."""
-    examples = tuple(Example(str(i), (str(i),), SplitPrompt("", "c", "?")) for i in range(20))
-    task = Task("b", "t", 4, lambda said, example: float(said in example.answers), examples)
-
-    def ask(task, example, method):
-        time.sleep(pause)
-        score, digest = task.metric("7", example), example.digest()
-        return [{"score": score, "digest": digest, "long": method + example.id * 2000}]
-
-    with Records(Path(out), {}) as opened:
-        work = missing_work(ask, [task], ["plain", "prefilling"], opened)
-        run_all(work, opened, total=40, show=False)
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_where_it_was(tmp_path):
-    """Killed twice with SIGKILL: in the end there are the records of a run that was not."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}"}
-    cut, through = tmp_path / "cut", tmp_path / "through"
-    path, kept = cut / "records.jsonl", b""
-    for least in (3, 9):
-        child = subprocess.Popen([sys.executable, "-c", DRIVER, cut, "0.03"], env=environment)
-        wait_for_lines(child, path, least)
-        child.send_signal(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
-        assert path.read_bytes().startswith(kept), "what was recorded stays"
-        kept = path.read_bytes()
-        assert least <= kept.count(b"\n") < 40
-        path.write_bytes(kept + kept[:100])  # as if killed while it wrote
-    slow_run(str(cut), 0)
-    slow_run(str(through), 0)
-    assert path.read_bytes() == (through / "records.jsonl").read_bytes()
-    assert path.read_bytes().count(b"\n") == 40
 
 
 def wait_for_lines(child: subprocess.Popen, path: Path, least: int) -> None:

@@ -26,16 +26,14 @@ from pdllm_jax import (
     batch_prompts,
     chunk_prompt,
     denoise_step,
-    encode_document,
     init_denoise,
     prefill,
 )
 from pdllm_jax.method.cache import ChunkPool
-from pdllm_jax.method.chunking import ChunkedPrompt
 from pdllm_jax.method.live_forward import live_forward, live_positions, response_rows, row_rotations
 from pdllm_jax.method.selection import select
 from pdllm_jax.network.rope import rotate
-from small_model.tasks import RESPONSE_LENGTH, Example
+from small_model.tasks import RESPONSE_LENGTH
 
 
 class Shares(NamedTuple):
@@ -108,19 +106,15 @@ def start(
         cell.selection_config(bench.encode_batch),
         cell.decode_config(RESPONSE_LENGTH),
     )
-    prompt = batch_prompts([chunked(cell, bench.example(cell, index)) for index in indices])
+    examples = [bench.example(cell, index) for index in indices]
+    parts = [(e["prefix"], e["context"], e["query"]) for e in examples]
+    prompt = batch_prompts([chunk_prompt(*part, cell.chunk_config()) for part in parts])
     cache, scores = prefill(bench.model, prompt, config)
     selection = select(scores, config)
     settings = {"selecting": config, "implementation": bench.implementation}
     inputs = bench.model, cache, selection, prompt.query, decoding, jax.random.key(0)
     state = init_denoise(*inputs, query_length=prompt.query_length, **settings)
     return cache, state, selection.chunk_ids.tolist()
-
-
-def chunked(cell: Cell, example: Example, tight: bool = False) -> ChunkedPrompt:
-    """Returns an example's prompt in the cell's chunks."""
-    ids = example["prefix"], example["context"], example["query"]
-    return chunk_prompt(*ids, cell.chunk_config(), tight=tight)
 
 
 def attention_row(bench: Retrieval, cell: Cell, examples: int) -> dict[str, Any]:
@@ -209,10 +203,9 @@ def speed_row(bench: Retrieval, cell: Cell, method: str, repeats: int) -> dict[s
 
 def _later_question(bench: Retrieval, cell: Cell, index: int) -> float:
     """Returns the seconds of a question about a document that was encoded before."""
-    example = bench.example(cell, index)
-    prompt = chunked(cell, example, tight=True)
-    cache = encode_document(bench.model, prompt, encode_batch=bench.encode_batch)
-    (result,) = bench.engine(cell).ask(jax.block_until_ready(cache), [example["query"]])
+    example, engine = bench.example(cell, index), bench.engine(cell)
+    document = engine.encode(example["context"], prefix=example["prefix"])
+    (result,) = engine.ask(jax.block_until_ready(document), [example["query"]])
     return result.timings["total"] - result.timings["compile"]
 
 

@@ -145,8 +145,8 @@ def measured_elsewhere(record: Record) -> list[tuple[str, str, str]]:
 
 def results_page(record: Record, drawn: Sequence[str], pictures: str, source: str) -> str:
     """Returns docs/results.md."""
-    made = f"Made by `scripts/ablate.py report` from `{source}`; do not edit."
-    lines = ["# Results of the ablation", "", f"{made} The run was `{record['command']}`.", ""]
+    origin = f"Made by `scripts/ablate.py report` from `{source}`; do not edit."
+    lines = ["# Results of the ablation", "", f"{origin} The run was `{record['command']}`.", ""]
     lines += [table(("condition", "value"), conditions(record)), ""]
     lines += [TEXTS["notes"], "## The paper's claims", "", *claims(record), TEXTS["limits"]]
     if drawn:

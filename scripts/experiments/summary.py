@@ -118,7 +118,7 @@ def lead(record: Row) -> float:
 def margin(record: Row, k: int) -> float | None:
     """Returns that score minus the best score that must stay out; positive where it is kept.
 
-    None where so many chunks are kept that no other chunk competes.
+    None where no other chunk competes, because enough are kept.
     """
     others = np.sort(np.delete(record["scores"], record["needle"]))[::-1]
     rank = k - len(record["needle"])

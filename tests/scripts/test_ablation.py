@@ -53,12 +53,12 @@ def test_mcnemar_is_the_two_sided_binomial(b, a):
 def test_paired_counts_discordant_examples():
     a = np.array([1, 1, 0, 0, 1, 0, 1, 1], bool)
     b = np.array([1, 0, 1, 1, 1, 1, 1, 1], bool)
-    found = statistics.paired(a, b)
-    assert (found.b_only, found.a_only, found.examples) == (3, 1, 8)
-    assert found.difference.value == pytest.approx(2 / 8)
-    assert found.p == pytest.approx(statistics.mcnemar(3, 1))
+    pairing = statistics.paired(a, b)
+    assert (pairing.b_only, pairing.a_only, pairing.examples) == (3, 1, 8)
+    assert pairing.difference.value == pytest.approx(2 / 8)
+    assert pairing.p == pytest.approx(statistics.mcnemar(3, 1))
     swapped = statistics.paired(b, a)
-    assert swapped.difference.value == -found.difference.value
+    assert swapped.difference.value == -pairing.difference.value
     with pytest.raises(ValueError, match="need the same examples"):
         statistics.paired(a, b[:-1])
 
@@ -317,8 +317,8 @@ def fakes(*cells: Cell, count: int = 64) -> dict[Cell, dict[int, dict]]:
     return {cell: {i: fake_record(cell, i) for i in range(count)} for cell in cells}
 
 
-def outcome(found, name: str) -> list[bool]:
-    return [check["ok"] for check in found if check["name"].startswith(name)]
+def outcome(results, name: str) -> list[bool]:
+    return [check["ok"] for check in results if check["name"].startswith(name)]
 
 
 def test_checks_hold_for_numbers_that_fit():
@@ -328,12 +328,12 @@ def test_checks_hold_for_numbers_that_fit():
     ]
     cells.append(Cell(top_k=8).canonical())
     cells += [Cell(reselect="step"), Cell(keep_first=True, top_k=8)]
-    found = checks.check_all(fakes(*cells))
-    assert all(check["ok"] for check in found), [c for c in found if not c["ok"]]
-    assert len(outcome(found, "records are possible")) == len(cells)
+    results = checks.check_all(fakes(*cells))
+    assert [check for check in results if not check["ok"]] == []
+    assert len(outcome(results, "records are possible")) == len(cells)
     counts = {"best scores are kept": 3, "recall is K/N": 3, "accuracy is recall times": 1}
     for name, times in {**counts, "K = N keeps all": 2, "no answer without": 1}.items():
-        assert outcome(found, name) == [True] * times, name
+        assert outcome(results, name) == [True] * times, name
 
 
 @pytest.mark.parametrize(
@@ -401,8 +401,8 @@ def record(tmp_path_factory) -> dict:
         write_json(folder / f"{name}.json", content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "RESAMPLES", 200)
-        made = {**summary.summarise(folder, grids, 88), "command": "scripts/ablate.py run"}
-    return json.loads(json.dumps({**made, "calls": [10.0, 20.0]}))
+        result = {**summary.summarise(folder, grids, 88), "command": "scripts/ablate.py run"}
+    return json.loads(json.dumps({**result, "calls": [10.0, 20.0]}))
 
 
 def test_a_summary_has_the_records_numbers(record):
@@ -528,8 +528,8 @@ def test_dense_flops_are_those_of_full_forwards():
     from pdllm_jax import ModelConfig
 
     sizes = flops.Sizes(prefix=16, query=16, response=32, context=4032)
-    found = flops.answer_flops(ModelConfig.llada_8b(), Cell(selection="dense"), sizes, 2)
+    phases = flops.answer_flops(ModelConfig.llada_8b(), Cell(selection="dense"), sizes, 2)
     weights = 32 * (4 * 4096**2 + 3 * 4096 * 12288)
     want = 2 * (4096 * 2 * weights + 32 * 4 * 4096 * 4096**2 + 32 * 2 * 4096 * 126464)
-    assert sum(found.values()) == pytest.approx(want)
+    assert sum(phases.values()) == pytest.approx(want)
     assert flops.answer_flops(ModelConfig.llada_8b(), Cell(reselect="step"), sizes, 2) is None

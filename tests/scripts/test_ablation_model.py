@@ -113,7 +113,7 @@ def test_other_weights_have_another_name(model):
 
 
 def test_a_run_end_to_end(tiny_bench, tmp_path, monkeypatch):
-    """Records, summary and checks; in a batch, dense tokens are those of the prompt alone."""
+    """Records, summary and checks; dense tokens of a batch equal the tokens of the prompt alone."""
     base = CELL.settings() | {"tasks": PAIR}
     arms = ({"selection": "dense"}, {"selection": "all"}, {"top_k": 8})
     grid = Grid("All of it, tiny.", base=base, arms=arms)
@@ -147,9 +147,9 @@ def matmul_flops(jaxpr) -> float:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             (contract, _), _ = params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
+            shape = equation.invars[0].aval.shape
             out = equation.outvars[0].aval.shape
-            total += 2 * np.prod(out, dtype=float) * np.prod([left[i] for i in contract])
+            total += 2 * np.prod(out, dtype=float) * np.prod([shape[i] for i in contract])
         elif name == "cond":
             total += max(matmul_flops(branch.jaxpr) for branch in params["branches"])
         else:

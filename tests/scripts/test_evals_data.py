@@ -265,7 +265,7 @@ def test_prompts_without_a_document_are_not_cut():
 
 def test_dense_prompts_drop_their_middle_before_the_chat_template(tokenizer, tmp_path):
     text = "0123456789abcdefghij"
-    whole, cut = prompts.dense_prompt(tokenizer, text, 20)
+    uncut, cut = prompts.dense_prompt(tokenizer, text, 20)
     assert not cut
     ids, cut = prompts.dense_prompt(tokenizer, text, 7)
     assert cut
@@ -275,7 +275,7 @@ def test_dense_prompts_drop_their_middle_before_the_chat_template(tokenizer, tmp
     role = [start, *tokenizer.encode("user"), end, *tokenizer.encode("\n\n")]
     tail = [end_of_turn, start, *tokenizer.encode("assistant"), end, *tokenizer.encode("\n\n")]
     assert ids == [tokenizer.bos_id, *role, *kept, *tail]
-    assert whole == [tokenizer.bos_id, *role, *tokenizer.encode(text), *tail]
+    assert uncut == [tokenizer.bos_id, *role, *tokenizer.encode(text), *tail]
     plain, _ = prompts.dense_prompt(tokenizer, text, 20, chat=False, response="!")
     assert plain == [tokenizer.bos_id, *tokenizer.encode(text + "!")]
     assert prompts.truncate_middle(range(9), 4) == [0, 1, 7, 8]

@@ -33,7 +33,7 @@ def judge(metric: str, prediction: str, *answers: str) -> float:
 
 
 def some_text(rng: random.Random, words: str, longest: int = 12) -> str:
-    """Words, with whatever stands between them."""
+    """Words, with any of the gaps between them."""
     gaps = [" ", " ", " ", "\n", "", ". ", "\n\n", ", "]
     picked = [rng.choice(words.split("|")) for _ in range(rng.randrange(longest))]
     return "".join(word + rng.choice(gaps) for word in picked)

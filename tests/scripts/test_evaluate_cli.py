@@ -311,7 +311,7 @@ def test_records_damaged_and_cut_off(tmp_path):
 
 
 def wait_for_lines(child: subprocess.Popen, path: Path, least: int) -> None:
-    """Until there are so many records, a minute at most."""
+    """Waits for `least` records, five minutes at most."""
     began = time.monotonic()
     while not path.exists() or path.read_bytes().count(b"\n") < least:
         assert child.poll() is None, "ended before it could be killed"

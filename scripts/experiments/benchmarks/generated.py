@@ -59,10 +59,10 @@ def _is_right(prediction: str, answers: Sequence[str]) -> bool:
 
 
 def _single(name: str, length: int, seed: int, corpora: Corpora, encode: Encoder) -> Example:
-    made = tasks.make_example(name, length, seed, corpora=corpora, encode=encode)
-    details = {"length": length, "needles": [list(made["needle_span"])]}
-    ids = made["prefix"], made["context"], made["query"]
-    return Example(str(seed), (made["answer"],), ids=ids, details=details)
+    source = tasks.make_example(name, length, seed, corpora=corpora, encode=encode)
+    details = {"length": length, "needles": [list(source["needle_span"])]}
+    ids = source["prefix"], source["context"], source["query"]
+    return Example(str(seed), (source["answer"],), ids=ids, details=details)
 
 
 def _multi_needle(name: str, length: int, seed: int, corpora: Corpora, encode: Encoder) -> Example:

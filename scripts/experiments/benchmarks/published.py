@@ -67,7 +67,7 @@ def load(
 ) -> list[Task]:
     """Loads tasks from `{task}.jsonl` in the folder, all that exist by default.
 
-    LongBench's files may be in data/ there, and RULER's may be `{task}/validation.jsonl`.
+    LongBench's files may be in the folder's data/, and RULER's may be `{task}/validation.jsonl`.
 
     Args:
         config: LongBench's folder of dataset2prompt.json and dataset2maxlen.json; by default the

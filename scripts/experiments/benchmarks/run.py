@@ -37,7 +37,7 @@ _COLUMNS = {
 class Asker:
     """An engine with the settings that all examples share.
 
-    engine: with tokenizer; method and decoding are those of each example.
+    engine: with tokenizer; each example sets method and decoding.
     max_length: tokens of a baseline's prompt, without chat template and response; None: what the
       model's max_sequence_length leaves beside these two.
     block_length: of a response, at most; the largest divisor of its length is taken.

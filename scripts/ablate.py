@@ -128,18 +128,13 @@ def answer_cells(
     """Answers what is missing in this process, until the deadline."""
     from experiments.retrieval import missing_work, records_of
 
-    by_key, total = {cell.key: cell for cell in cells}, len(cells) * args.wanted
+    labels, wanted = {cell.key: cell.label() for cell in cells}, args.wanted
     with Records(args.out, bench.identity, name) as records:
-
-        def line(key: str) -> str:
-            rows = records_of(by_key[key], records.done, args.wanted).values()
-            right = sum(row["score"] for row in rows)
-            return f"{right:.0f} of {len(rows)} right  {by_key[key].label()}"
-
-        work = missing_work(bench, cells, args.wanted, records)
-        started = sum(len(records_of(cell, records.done, args.wanted)) for cell in cells)
-        counts = {"total": total, "started": started, "deadline": args.deadline}
-        run(work, records, **counts, note=note, show=args.processes == 1, on_group=line)
+        work = missing_work(bench, cells, wanted, records)
+        started = sum(len(records_of(cell, records.done, wanted)) for cell in cells)
+        settings = {"deadline": args.deadline, "note": note, "show": args.processes == 1}
+        counts = {"total": len(cells) * wanted, "started": started}
+        run(work, records, **counts, **settings, labels=labels)
 
 
 def prepare(args: argparse.Namespace) -> None:

@@ -38,7 +38,7 @@ def run(
     deadline: float = float("inf"),
     note: Mapping[str, Any] | None = None,
     show: bool = True,
-    on_group: Callable[[str], str] | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> bool:
     """Answers all work that is given and records each piece before the next begins.
 
@@ -48,7 +48,7 @@ def run(
             judged by the slowest piece so far.
         note: what this process notes of itself in the records.
         show: a progress bar, where stderr is a terminal.
-        on_group: makes a line for stderr of a group that was finished.
+        labels: of groups that are methods; a line on stderr tells the score of a finished one.
 
     Returns:
         False where it stopped before the end: at the deadline, or because its parent process died.
@@ -67,9 +67,11 @@ def run(
                 note = None
                 slowest[compiles] = max(slowest[compiles], time.monotonic() - now)
                 bar.update(len(rows))
-            if on_group is not None:
+            if labels is not None:
+                scores = [row["score"] for key, row in records.done.items() if key.method == group]
+                right = f"{sum(scores):.0f} of {len(scores)} right"
                 took = f"{time.monotonic() - begun:5.0f} s"
-                tqdm.write(f"{took}  {on_group(group)}", file=sys.stderr)
+                tqdm.write(f"{took}  {right}  {labels[group]}", file=sys.stderr)
     return True
 
 

@@ -33,8 +33,8 @@ from pdllm_jax import (
 from pdllm_jax.method.scoring import draft_response
 from pdllm_jax.network.rope import rotate, rotation
 from small_model import corpus, tasks
-from tests.scripts.test_ablation import answer_all
 from tests.small_model.test_training import CONFIG, encode, held_out_side, make_corpora  # noqa: F401
+from tests.support.ablation import answer_all
 from tests.support.method import sharpen
 
 PAIR = ("passkey", "number_string")

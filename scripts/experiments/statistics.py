@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -63,13 +64,12 @@ def bootstrap(
     value = float(statistic(*arrays, axis=-1))
     if len(arrays[0]) == 1:
         return Estimate(value, value, value)
-    draws = {"n_resamples": RESAMPLES, "batch": max(1, _AT_ONCE // len(arrays[0]))}
-    rng, options = (
-        np.random.default_rng(0),
-        {"method": "percentile", "confidence_level": confidence},
-    )
-    result = stats.bootstrap(arrays, statistic, paired=True, random_state=rng, **draws, **options)
-    interval = result.confidence_interval
+    draws: dict[str, Any] = {"n_resamples": RESAMPLES, "batch": max(1, _AT_ONCE // len(arrays[0]))}
+    draws["random_state"] = np.random.default_rng(0)
+    options = {"method": "percentile", "confidence_level": confidence, "paired": True}
+    with warnings.catch_warnings():  # of an interval that is NaN
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        interval = stats.bootstrap(arrays, statistic, **draws, **options).confidence_interval
     return Estimate(value, float(interval.low), float(interval.high))
 
 

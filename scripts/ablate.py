@@ -18,28 +18,24 @@ Exit status: 0, also where the time limit came first; 1 a failed check; 2, one l
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # small_model
 
-from experiments.grids import GRIDS, Cell, all_cells
-from experiments.records import Records, count_lines, read_json, write_json
-from experiments.runner import run, run_processes
+from experiments.grids import GRIDS, MEASUREMENTS, Cell, all_cells, setting
+from experiments.records import Records, read_json, write_json
+from experiments.runner import run, run_processes, start
 
 from pdllm_jax.cli.errors import Parser, status
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES, QUICK_EXAMPLES = 352, 4  # 352: 88 of each task, 32 at each of 11 depths
-MEASUREMENTS = {
-    "attention": "attention on anchors by layer and head",
-    "order": "the denoising order of four responses",
-    "speed": "seconds against length, one request at a time",
-}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,33 +43,27 @@ def parser() -> argparse.ArgumentParser:
     raw = argparse.RawTextHelpFormatter
     p = Parser(description=__doc__, formatter_class=raw)
     commands = p.add_subparsers(dest="command", required=True)
-    grids = [f"  {name:11} {g.question} ({len(g.cells())})" for name, g in GRIDS.items()]
-    grids += [f"  {name:11} {text}" for name, text in MEASUREMENTS.items()]
+    grids = {name: f"{grid.question} ({len(grid.cells())})" for name, grid in GRIDS.items()}
+    grids |= {**MEASUREMENTS, "full": "all but quick"}
+    lines = [f"  {name:11} {text}" for name, text in grids.items()]
     sub = commands.add_parser("run", help="answer and record", formatter_class=raw)
-    sub.add_argument("checkpoint", type=Path, nargs="?", help="default: the small model")
-    sub.add_argument("--out", type=Path, required=True, help="folder of the run")
-    sub.add_argument(
-        "--grid", nargs="+", choices=(*GRIDS, *MEASUREMENTS, "full"), default=["main"],
-        metavar="GRID",
-        help="\n".join(["what to compare (cells):", *grids, "  full        all but quick"]),
-    )  # fmt: skip
-    sub.add_argument("--quick", action="store_true", help="grid quick")
-    sub.add_argument("--corpora", type=Path, help="folder of small_model/corpus.py")
-    sub.add_argument(
-        "--examples", type=int, help=f"a cell, {EXAMPLES} by default ({QUICK_EXAMPLES} of quick)"
-    )
-    sub.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=VALUE",
-        help="settings of all cells, where their grid does not vary them: chunk_size=1024",
-    )  # fmt: skip
-    sub.add_argument("--first", type=int, default=100_000, help="seed of the first example")
-    sub.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), help="float32 on CPUs, else bfloat16"
-    )
-    sub.add_argument("--implementation", choices=("mosaic_gpu", "cudnn", "xla"))
-    sub.add_argument("--time-limit", type=float, default=float("inf"), help="seconds")
-    sub.add_argument("--processes", type=int, default=1, help="that share the GPUs")
-    sub.add_argument("--shard", help=argparse.SUPPRESS)
+    add = sub.add_argument
+    add("checkpoint", type=Path, nargs="?", help="default: the small model")
+    add("--out", type=Path, required=True, help="folder of the run")
+    grid_help = "\n".join(["what to compare (cells):", *lines])
+    add("--grid", nargs="+", choices=grids, default=["main"], metavar="GRID", help=grid_help)
+    add("--quick", action="store_true", help="grid quick")
+    add("--corpora", type=Path, help="folder of small_model/corpus.py")
+    counts = f"a cell, {EXAMPLES} by default ({QUICK_EXAMPLES} of quick)"
+    add("--examples", type=int, help=counts)
+    settings = "settings of all cells, where their grid does not vary them: chunk_size=1024"
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help=settings)
+    add("--first", type=int, default=100_000, help="seed of the first example")
+    dtypes = ("bfloat16", "float16", "float32")
+    add("--dtype", choices=dtypes, help="float32 on CPUs, else bfloat16")
+    add("--implementation", choices=("mosaic_gpu", "cudnn", "xla"))
+    add("--time-limit", type=float, default=float("inf"), help="seconds")
+    add("--processes", type=int, default=1, help="that share the GPUs")
     sub = commands.add_parser("report", help="write up a run")
     sub.add_argument("record", type=Path, help="ablation.json")
     sub.add_argument("--results", type=Path, default=ROOT / "docs" / "results.md")
@@ -88,12 +78,9 @@ def changes_of(pairs: list[str]) -> dict[str, Any]:
         name, sign, value = pair.partition("=")
         if not sign or name not in Cell.__dataclass_fields__:
             raise ValueError(f"--set needs NAME=VALUE with a cell's setting, got {pair!r}")
-        try:
-            changes[name] = json.loads(value)
-        except json.JSONDecodeError:
-            changes[name] = value
-        if name == "tasks":
-            changes[name] = tuple(value.split("+"))
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(value)
+        changes[name] = setting(name, value)
     return changes
 
 
@@ -114,107 +101,106 @@ def load_bench(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from bench.record import conditions
     from experiments.retrieval import Retrieval
 
+    from pdllm_jax import Tokenizer, load_config, load_model
     from pdllm_jax.compilation import enable_compilation_cache
+    from small_model import corpus
 
     enable_compilation_cache()
-    bench = Retrieval.load(
-        checkpoint_of(args), args.corpora, first_seed=args.first,
-        dtype=args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
-        implementation=args.implementation,
-    )  # fmt: skip
-    note = {
-        **conditions(), "processes": args.processes, "encode_batch": bench.encode_batch,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(bench.model)),
-    }  # fmt: skip
-    return bench, note
+    folder = checkpoint_of(args)
+    tokenizer = Tokenizer.load(folder, load_config(folder))
+    backend = tokenizer.backend
+    backend.encode_special_tokens = False  # the tasks spell the chat template out
+    if args.corpora:
+        texts = corpus.load(args.corpora, held_out=True)
+    else:
+        texts = corpus.from_repository(backend)
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    model = load_model(folder, dtype=dtype)
+    size = sum(leaf.size for leaf in jax.tree.leaves(model))
+    bench = Retrieval(model, tokenizer, texts, args.first, args.implementation)
+    note = {"processes": args.processes, "encode_batch": bench.encode_batch, "parameters": size}
+    return bench, {**conditions(), **note}
 
 
 def answer_cells(
-    args: argparse.Namespace, bench: Any, note: Any, cells: list[Cell], wanted: int, deadline: float
-) -> bool:
-    """Answers what is missing in this process; False where the deadline came first."""
-    from experiments.retrieval import missing_work, records_of, shard_cells
+    args: argparse.Namespace, bench: Any, note: Any, cells: list[Cell], name: str = "records"
+) -> None:
+    """Answers what is missing in this process, until the deadline."""
+    from experiments.retrieval import missing_work, records_of
 
-    name = "records"
-    if args.shard is not None:
-        index, count = map(int, args.shard.split("/"))
-        cells, name = shard_cells(cells, index, count), f"records-{index}"
-    by_key = {cell.key: cell for cell in cells}
+    labels, wanted = {cell.key: cell.label() for cell in cells}, args.wanted
     with Records(args.out, bench.identity, name) as records:
-
-        def line(key: str) -> str:
-            rows = records_of(by_key[key], records.done, wanted).values()
-            right = sum(row["score"] for row in rows)
-            return f"{right:.0f} of {len(rows)} right  {by_key[key].label()}"
-
+        work = missing_work(bench, cells, wanted, records)
         started = sum(len(records_of(cell, records.done, wanted)) for cell in cells)
-        return run(
-            missing_work(bench, cells, wanted, records), records,
-            total=len(cells) * wanted, started=started, deadline=deadline, note=note,
-            parent=None if args.shard is None else os.getppid(),
-            show=False if args.shard else None, on_group=line,
-        )  # fmt: skip
+        settings = {"deadline": args.deadline, "note": note, "show": args.processes == 1}
+        counts = {"total": len(cells) * wanted, "started": started}
+        run(work, records, **counts, **settings, labels=labels)
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Converts the checkpoint in a process that opens no GPU."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    checkpoint_of(args)
+
+
+def answer_share(args: argparse.Namespace, index: int, cells: list[Cell]) -> None:
+    """Answers a process's share of the cells."""
+    answer_cells(args, *load_bench(args), cells, f"records-{index}")
+
+
+def answer_in_processes(args: argparse.Namespace, cells: list[Cell]) -> int:
+    """Answers what is missing in several processes; returns the worst exit status."""
+    from experiments.retrieval import share_cells
+
+    converting = start(partial(status, partial(prepare, args)))
+    converting.join()
+    shares = enumerate(share_cells(cells, args.processes))
+    calls = [partial(status, partial(answer_share, args, *share)) for share in shares]
+    return converting.exitcode or run_processes(calls, args.out, len(cells) * args.wanted)
 
 
 def run_command(args: argparse.Namespace) -> int:
     """Runs `ablate.py run`."""
-    begun = time.monotonic()
-    deadline, changes = begun + args.time_limit, changes_of(args.set)
+    begun, changes, loaded = time.monotonic(), changes_of(args.set), None
     names = ["quick"] if args.quick else args.grid
     if "full" in names:
         names = [*(name for name in GRIDS if name != "quick"), *MEASUREMENTS]
     grids = [name for name in dict.fromkeys(names) if name in GRIDS]
-    cells = all_cells(grids, changes)
+    measurements = [name for name in MEASUREMENTS if name in names]
+    cells, quick = all_cells(grids, changes), "quick" in grids
     if args.examples is not None and args.examples < 1:
         raise ValueError(f"--examples must be at least 1, got {args.examples}")
-    wanted = args.examples or (QUICK_EXAMPLES if "quick" in grids else EXAMPLES)
-    total, complete, bench, note = len(cells) * wanted, True, None, None
-    if args.shard == "prepare":
-        checkpoint_of(args)
-        return 0
-    if cells and args.processes > 1 and args.shard is None:
-        command = [sys.executable, __file__, *args.argv]
-        if code := run_processes(command, args.processes, args.out, total):
-            print(f"error: a process ended with status {code}", file=sys.stderr)
-            return 1
-        complete = count_lines(args.out) >= total
-    elif cells:
-        bench, note = load_bench(args)
-        complete = answer_cells(args, bench, note, cells, wanted, deadline)
-    if args.shard is not None:
-        return 0
-    measurements = [name for name in MEASUREMENTS if name in names]
-    if complete and measurements:
+    args.wanted = args.examples or (QUICK_EXAMPLES if quick else EXAMPLES)
+    args.deadline = begun + args.time_limit
+    if cells and args.processes == 1:
+        loaded = load_bench(args)
+        answer_cells(args, *loaded, cells)
+    elif cells and (code := answer_in_processes(args, cells)):
+        print(f"error: a process ended with status {code}", file=sys.stderr)
+        return 1
+    if measurements and time.monotonic() < args.deadline:
         from experiments.measurements import measure
 
-        bench, note = (bench, note) if bench else load_bench(args)
-        quick = "quick" in grids
         cell = Cell(**{**(GRIDS["quick"].base if quick else {}), **changes})
-        complete = measure(
-            bench, measurements, cell, args.out, deadline=deadline, note=note, tiny=quick
-        )
-    return write_summary(args, grids, wanted, complete, total, time.monotonic() - begun)
+        measure(*(loaded or load_bench(args)), measurements, cell, args.out, args.deadline, quick)
 
-
-def write_summary(
-    args: argparse.Namespace, grids: list[str], wanted: int, complete: bool, total: int, took: float
-) -> int:
-    """Writes ablation.json and says what is in it; returns the exit status."""
     from experiments.summary import summarise
 
-    record = summarise(args.out, grids, wanted, changes_of(args.set))
-    calls = args.out / "calls.json"
-    seconds = read_json(calls)["seconds"] if calls.exists() else []
-    record["calls"] = [*seconds, round(took, 1)]
-    write_json(calls, {"seconds": record["calls"]})
+    path = args.out / "ablation.json"
+    calls = read_json(path).get("calls", []) if path.exists() else []
+    record = summarise(args.out, grids, args.wanted, changes)
+    record["calls"] = [*calls, round(time.monotonic() - begun, 1)]
     # The command line without the names of this machine's folders.
     folders = {args.checkpoint: "CHECKPOINT", args.corpora: "CORPORA", args.out: "DIR"}
-    names = {str(folder): name for folder, name in folders.items()}
-    record["command"] = " ".join(["scripts/ablate.py", *(names.get(w, w) for w in args.argv)])
-    write_json(args.out / "ablation.json", record)
+    words = {str(folder): name for folder, name in folders.items()}
+    record["command"] = " ".join(["scripts/ablate.py", *(words.get(w, w) for w in args.argv)])
+    write_json(path, record)
     done = sum(cell["examples"] for cell in record["cells"].values())
-    print(f"{done} of {total} answers, {args.out / 'ablation.json'}")
-    if not complete:
+    print(f"{done} of {len(cells) * args.wanted} answers, {path}")
+    measured = all((record[name] or {}).get("complete") for name in measurements)
+    if not (record["complete"] and measured):
         print("stopped by the time limit: the same command goes on")
     failed = [check["name"] for check in record["checks"] if not check["ok"]]
     for name in failed:

@@ -29,51 +29,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # small_model
 import jax
 from bench.record import conditions
 from experiments.answering import METHODS
-from experiments.benchmarks import generated, infinitebench, longbench, needle, ruler
+from experiments.benchmarks import generated, needle, published
 from experiments.benchmarks.example import DataError, Malformed, OnMalformed, Task
-from experiments.benchmarks.run import Asker, missing_work, summarise, table
+from experiments.benchmarks.run import Asker, missing_work, scores_table, summarise
 from experiments.records import Records, read_json, write_json
 from experiments.runner import run
 
 from convert.__main__ import converted
-from pdllm_jax import ChunkConfig, SelectionConfig, Tokenizer, load_config, load_model
+from pdllm_jax import ChunkConfig, Engine, SelectionConfig, Tokenizer, load_config, load_model
 from pdllm_jax.cli.errors import Parser, leave, status
 from pdllm_jax.cli.flags import DTYPES, add_chunking, add_placement, from_args, mesh_of
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.method.scorers import SCORERS
 from pdllm_jax.storage.manifest import MANIFEST
-
-
-def common() -> argparse.ArgumentParser:
-    """Flags of every benchmark."""
-    p = argparse.ArgumentParser(add_help=False)
-    p.add_argument("--out", type=Path, required=True, metavar="DIR")
-    p.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=("plain", "dual-cache", "prefilling")
-    )
-    p.add_argument("--limit", type=int, metavar="N", help="the first N examples of every task")
-    p.add_argument(
-        "--on-malformed", choices=get_args(OnMalformed), default="stop",
-        help="a malformed line ends the run, or is reported and left out (default: %(default)s)",
-    )  # fmt: skip
-    p.add_argument(
-        "--max-length", type=int, metavar="N",
-        help="longest prompt of the baselines, whose middle is dropped (default: by the model)",
-    )  # fmt: skip
-    p.add_argument("--gen-length", type=int, metavar="N", help="instead of the benchmark's")
-    p.add_argument("--block-length", type=int, default=32, help="at most (default: %(default)s)")
-    p.add_argument(
-        "--threshold", type=float, default=0.9,
-        help="unmask every slot at least this probable; 0: one token a step (default: %(default)s)",
-    )  # fmt: skip
-    p.add_argument("--no-chat", action="store_true", help="no chat template around prompts")
-    add_chunking(p)
-    scorers = [name for name in SCORERS if name != "oracle"]
-    p.add_argument("--score", choices=scorers, default=SelectionConfig().scorer.name)
-    p.add_argument("--seed", type=int, default=0)
-    add_placement(p)
-    return p
-
 
 BENCHMARKS = {
     "generated": ("retrieval tasks made from the corpora of small_model/corpus.py", "CORPORA"),
@@ -84,33 +52,54 @@ BENCHMARKS = {
 }
 
 
+def common() -> argparse.ArgumentParser:
+    """Flags of every benchmark."""
+    p = argparse.ArgumentParser(add_help=False)
+    add, default = p.add_argument, "(default: %(default)s)"
+    add("--out", type=Path, required=True, metavar="DIR")
+    methods = ("plain", "dual-cache", "prefilling")
+    add("--methods", nargs="+", choices=METHODS, default=methods)
+    add("--limit", type=int, metavar="N", help="the first N examples of every task")
+    text = f"a malformed line ends the run, or is reported and left out {default}"
+    add("--on-malformed", choices=get_args(OnMalformed), default="stop", help=text)
+    text = "longest prompt of the baselines, whose middle is dropped (default: by the model)"
+    add("--max-length", type=int, metavar="N", help=text)
+    add("--gen-length", type=int, metavar="N", help="instead of the benchmark's")
+    add("--block-length", type=int, default=32, help=f"at most {default}")
+    text = f"unmask every slot at least this probable; 0: one token a step {default}"
+    add("--threshold", type=float, default=0.9, help=text)
+    add("--no-chat", action="store_true", help="no chat template around prompts")
+    add_chunking(p)
+    scorers = [name for name in SCORERS if name != "oracle"]
+    add("--score", choices=scorers, default=SelectionConfig().scorer.name)
+    add("--seed", type=int, default=0)
+    add_placement(p)
+    return p
+
+
 def parser() -> argparse.ArgumentParser:
     """CHECKPOINT, the benchmark and its data, then flags."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
     kinds = p.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    shared, subs = common(), {}
+    shared, add = common(), {}
     for name, (text, data) in BENCHMARKS.items():
         sub = kinds.add_parser(name, help=text, description=text, parents=[shared])
         sub.add_argument("data", type=Path, metavar=data)
+        add[name] = sub.add_argument
         if name in ("generated", "needle"):
             sub.add_argument("--lengths", nargs="+", type=int, default=[4096], metavar="TOKENS")
         else:
             sub.add_argument("--tasks", nargs="+", metavar="TASK")
-        subs[name] = sub
-    sub = subs["generated"]
-    sub.add_argument("--tasks", nargs="+", choices=generated.NAMES, default=generated.NAMES)
-    sub.add_argument("--examples", type=int, default=500, help="of a cell (default: %(default)s)")
-    sub.add_argument("--first", type=int, default=100_000, help="seed of the first example")
-    subs["longbench"].add_argument("--config", type=Path, help="folder of dataset2prompt.json")
-    subs["infinitebench"].add_argument(
-        "--templates", type=Path, metavar="F", help="JSON: prompts by task"
-    )
-    sub = subs["needle"]
-    sub.add_argument("--depths", type=int, default=11, metavar="N", help="evenly from 0 to 1")
-    sub.add_argument("--needle", default=needle.NEEDLE)
-    sub.add_argument("--question", default=needle.QUESTION)
-    sub.add_argument("--expect", nargs="+", default=needle.EXPECTED, metavar="PHRASE")
+    add["generated"]("--tasks", nargs="+", choices=generated.NAMES, default=generated.NAMES)
+    add["generated"]("--examples", type=int, default=500, help="of a cell (default: %(default)s)")
+    add["generated"]("--first", type=int, default=100_000, help="seed of the first example")
+    add["longbench"]("--config", type=Path, help="folder of dataset2prompt.json")
+    add["infinitebench"]("--templates", type=Path, metavar="F", help="JSON: prompts by task")
+    add["needle"]("--depths", type=int, default=11, metavar="N", help="evenly from 0 to 1")
+    add["needle"]("--needle", default=needle.NEEDLE)
+    add["needle"]("--question", default=needle.QUESTION)
+    add["needle"]("--expect", nargs="+", default=needle.EXPECTED, metavar="PHRASE")
     return p
 
 
@@ -119,52 +108,30 @@ def load_tasks(args: argparse.Namespace, tokenizer: Tokenizer, malformed: Malfor
     if not args.data.exists():
         raise DataError(f"{args.data} does not exist")
     if args.benchmark == "generated":
-        return load_generated(args, tokenizer)
-    if args.benchmark == "longbench":
-        return longbench.load(args.data, args.tasks, malformed, args.config)
-    if args.benchmark == "infinitebench":
-        templates = args.templates and read_json(args.templates, DataError)
-        return infinitebench.load(args.data, args.tasks, malformed, templates)
-    if args.benchmark == "ruler":
-        return ruler.load(args.data, args.tasks, malformed)
-    if args.depths < 2:
-        raise DataError(f"--depths must be at least 2, got {args.depths}")
-    return needle.grid(
-        needle.read_haystack(args.data), tokenizer, args.lengths,
-        [i / (args.depths - 1) for i in range(args.depths)],
-        needle=args.needle, question=args.question, expected=args.expect,
-        gen_length=args.gen_length or 32,
-    )  # fmt: skip
-
-
-def load_generated(args: argparse.Namespace, tokenizer: Tokenizer) -> list[Task]:
-    """Makes the generated tasks."""
-    from small_model import tasks
-    from small_model.corpus import load
-
-    generated.check_tokenizer(args.data, tokenizer.backend)
-    encode = tasks.Encoder(tokenizer.backend)
-    tokenizer.backend.encode_special_tokens = False  # the tasks spell the chat template out
-    try:
         count = args.examples if args.limit is None else min(args.examples, args.limit)
-        return generated.make(
-            args.tasks, args.lengths, count,
-            corpora=load(args.data, held_out=True), encode=encode, first_seed=args.first,
-        )  # fmt: skip
-    finally:
-        tokenizer.backend.encode_special_tokens = True
+        seeds = range(args.first, args.first + count)
+        return generated.make(args.data, tokenizer.backend, args.tasks, args.lengths, seeds)
+    if args.benchmark == "needle":
+        text, wording = needle.read_haystack(args.data), (args.needle, args.question, args.expect)
+        grid = text, tokenizer, args.lengths, args.depths
+        return needle.grid(*grid, *wording, gen_length=args.gen_length or 32)
+    changes: dict[str, Any] = {"config": getattr(args, "config", None)}
+    if args.benchmark == "infinitebench" and args.templates:
+        changes["templates"] = read_json(args.templates, DataError)
+    return published.load(args.benchmark, args.data, args.tasks, malformed, **changes)
 
 
 def settings(ask: Asker, folder: Path) -> dict[str, Any]:
     """Returns what a record depends on beside its example and method."""
-    plain = {k: v for k, v in vars(ask).items() if k not in ("model", "tokenizer")}
+    engine = ask.engine
     return {
-        **plain,
-        "chunking": dataclasses.asdict(ask.chunking),
-        "selection": ask.selection.to_flat(),
+        **{name: value for name, value in vars(ask).items() if name != "engine"},
+        "implementation": engine.implementation,
+        "chunking": dataclasses.asdict(engine.chunking),
+        "selection": engine.selection.to_flat(),
         "checkpoint": hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(),
-        "dtype": str(ask.model.dtype),
-        **({} if ask.model.mesh is None else {"mesh": dict(ask.model.mesh.shape)}),
+        "dtype": str(engine.model.dtype),
+        **({} if engine.model.mesh is None else {"mesh": dict(engine.model.mesh.shape)}),
     }
 
 
@@ -177,29 +144,28 @@ def evaluate(args: argparse.Namespace) -> int:
     if not all(phrase.strip() for phrase in getattr(args, "expect", ())):
         raise ValueError("--expect must not hold an empty phrase: every answer contains it")
     malformed = Malformed(args.on_malformed, lambda line: print(line, file=sys.stderr))
-    chunking = from_args(ChunkConfig, args)
     selection = from_args(SelectionConfig, args, scorer=args.score)
+    configs = {"chunking": from_args(ChunkConfig, args), "selection": selection}
     mesh = mesh_of(args)
     folder = converted(args.checkpoint)
     tokenizer = Tokenizer.load(folder, load_config(folder))
     tasks = load_tasks(args, tokenizer, malformed)
     tasks = [dataclasses.replace(t, examples=t.examples[: args.limit]) for t in tasks]
+    model = load_model(folder, dtype=DTYPES[args.dtype], mesh=mesh, sums=args.sums)
     ask = Asker(
-        model=load_model(folder, dtype=DTYPES[args.dtype], mesh=mesh, sums=args.sums),
-        tokenizer=tokenizer,
-        chunking=chunking, selection=selection, threshold=args.threshold or None,
-        block_length=args.block_length, gen_length=args.gen_length, max_length=args.max_length,
-        chat=not args.no_chat, seed=args.seed, implementation=args.implementation,
-    )  # fmt: skip
+        Engine(model, tokenizer, **configs, implementation=args.implementation),
+        threshold=args.threshold or None,
+        **{name: getattr(args, name) for name in ("block_length", "gen_length", "max_length")},
+        chat=not args.no_chat,
+        seed=args.seed,
+    )
     for task in tasks:
         ask.decoding(task)  # refuses bad settings before anything is computed
     where = {**conditions(), "platform": jax.default_backend()}
     with Records(args.out, settings(ask, folder)) as records:
         if records.dropped:
-            print(
-                f"{records.path}: the last line was cut off ({records.dropped} bytes dropped)",
-                file=sys.stderr,
-            )
+            dropped = f"the last line was cut off ({records.dropped} bytes dropped)"
+            print(f"{records.path}: {dropped}", file=sys.stderr)
         work = list(missing_work(ask, tasks, args.methods, records))
         total = sum(len(task.examples) for task in tasks) * len(args.methods)
         run(work, records, total=total, started=total - len(work), note=where)
@@ -212,7 +178,7 @@ def evaluate(args: argparse.Namespace) -> int:
         "rows": rows,
     }
     write_json(args.out / "summary.json", summary)
-    print(table(rows))
+    print(scores_table(rows))
     if malformed.count:
         print(f"{malformed.count} malformed lines were left out", file=sys.stderr)
     return 1 if malformed.count else 0

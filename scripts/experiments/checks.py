@@ -44,13 +44,12 @@ def _checks(
     yield "best scores are kept", best_kept(cell, records)
     oracle, everything = (cells.get(cell.selected_by(name), {}) for name in ("oracle", "all"))
     # Where a border cuts the needle, one part may be enough or not: recall cannot tell.
-    both = sorted(i for i in {*records} & {*oracle} if len(records[i]["needle"]) == 1)
-    if both:
+    if both := sorted(i for i in {*records} & {*oracle} if len(records[i]["needle"]) == 1):
         columns = ([rows[i] for i in both] for rows in (records, oracle))
         yield "accuracy is recall times the oracle's, uncut needles", recall_times_oracle(*columns)
-    complete = [i for i in records if i in everything and records[i]["n_chunks"] <= cell.top_k]
-    if complete:
-        pairs = [(records[i], everything[i]) for i in complete]
+    short = [i for i in records if i in everything and records[i]["n_chunks"] <= cell.top_k]
+    if short:
+        pairs = [(records[i], everything[i]) for i in short]
         yield "K = N keeps all, token for token", same_tokens(pairs)
 
 
@@ -62,32 +61,31 @@ def _none(records: Records, wrong: Callable[[Row], bool], what: str) -> Outcome:
 
 def possible(cell: Cell, records: Records) -> Outcome:
     """Checks that counts, times and ids of every record are in range."""
-    most = cell.selection_config().slots if cell.selection not in DENSE else 0
+    dense, most = cell.selection in DENSE, cell.selection_config().slots
 
-    def wrong(record: Row) -> bool:
-        fine = 1 <= record["evaluations"] <= len(record["tokens"])
-        fine &= math.isfinite(record["seconds"]["total"]) and record["seconds"]["total"] > 0
-        fine &= record["flops"] is None or sum(record["flops"].values()) > 0
-        if cell.selection in DENSE:
-            return not fine
+    def conditions(record: Row) -> Iterator[bool]:
+        yield 1 <= record["evaluations"] <= len(record["tokens"])
+        yield math.isfinite(record["seconds"]["total"]) and record["seconds"]["total"] > 0
+        yield record["flops"] is None or sum(record["flops"].values()) > 0
+        if dense:
+            return
         n, chunks, needle = record["n_chunks"], record["chunks"], set(record["needle"])
-        fine &= chunks == sorted(set(chunks)) and all(0 <= i < n for i in chunks)
-        fine &= needle <= set(range(n)) and len(needle) > 0
+        yield chunks == sorted(set(chunks)) and all(0 <= i < n for i in chunks)
+        yield needle <= set(range(n)) and len(needle) > 0
         if cell.selection == "all":
-            fine &= chunks == list(range(n))
+            yield chunks == list(range(n))
         elif cell.selection == "needle":
-            fine &= set(chunks) <= needle
+            yield set(chunks) <= needle
         elif cell.selection in ("oracle", "without"):
-            fine &= len(chunks) <= most
+            yield len(chunks) <= most
         elif cell.margin is None:
-            fine &= len(chunks) == min(n, most)
+            yield len(chunks) == min(n, most)
         if cell.selection == "oracle" and len(needle) <= cell.top_k:
-            fine &= needle <= set(chunks)
+            yield needle <= set(chunks)
         if cell.selection == "without":
-            fine &= not needle & set(chunks)
-        return not fine
+            yield not needle & set(chunks)
 
-    return _none(records, wrong, "impossible records")
+    return _none(records, lambda record: not all(conditions(record)), "impossible records")
 
 
 def best_kept(cell: Cell, records: Records) -> Outcome:
@@ -108,12 +106,11 @@ def best_kept(cell: Cell, records: Records) -> Outcome:
 
 def chance_recall(records: Records) -> Outcome:
     """Compares recall with what K of N chunks hold by chance, cut needles included."""
-    chances = []
-    for record in records.values():
-        n, k, m = record["n_chunks"], len(record["chunks"]), len(record["needle"])
-        chances.append(math.comb(n - m, k - m) / math.comb(n, k) if k >= m else 0.0)
+    sizes = [(r["n_chunks"], len(r["chunks"]), len(r["needle"])) for r in records.values()]
+    p = np.array(
+        [math.comb(n - m, max(k - m, 0)) * (k >= m) / math.comb(n, k) for n, k, m in sizes]
+    )
     hits = sum(holds_needle(record) for record in records.values())
-    p = np.array(chances)
     spread = QUANTILE * math.sqrt((p * (1 - p)).sum()) + 0.5
     ok = abs(hits - p.sum()) <= spread
     return ok, len(p), f"{hits} found, {p.sum():.1f} ± {spread:.1f} expected"
@@ -128,26 +125,17 @@ def no_answer(records: Records) -> Outcome:
 
 def recall_times_oracle(kept: Sequence[Row], oracle: Sequence[Row]) -> Outcome:
     """Compares accuracy with recall times the oracle's accuracy, which keeps as many chunks."""
-    columns = [
-        np.array(column, float)
-        for column in (
-            [record["score"] for record in kept],
-            [holds_needle(record) for record in kept],
-            [record["score"] for record in oracle],
-        )
-    ]
+    right, best = ([record["score"] for record in rows] for rows in (kept, oracle))
+    columns = right, [holds_needle(record) for record in kept], best
 
-    def gap(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-        return a.mean(axis=-1) - b.mean(axis=-1) * c.mean(axis=-1)
+    def gap(a: Any, b: Any, c: Any, axis: int) -> Any:
+        return a.mean(axis) - b.mean(axis) * c.mean(axis)
 
     _, low, high = statistics.bootstrap(gap, *columns, confidence=CONFIDENCE)
     # Where every resample agrees the interval has no width: widen it by one example.
     slack = 1 / len(kept)
-    right, recall, best = (column.mean() for column in columns)
-    text = (
-        f"{right:.4f} against {recall:.4f} x {best:.4f} = {recall * best:.4f}, "
-        f"gap [{low:.4f}, {high:.4f}]"
-    )
+    a, b, c = map(np.mean, columns)
+    text = f"{a:.4f} against {b:.4f} x {c:.4f} = {b * c:.4f}, gap [{low:.4f}, {high:.4f}]"
     return low - slack <= 0 <= high + slack, len(kept), text
 
 

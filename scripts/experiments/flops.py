@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 from experiments.grids import DENSE, Cell
-from pdllm_jax.method.scorers import SCORERS, OracleScorer
+from pdllm_jax.method.scorers import SCORERS
 from pdllm_jax.network.config import ModelConfig
 
 
@@ -28,7 +28,7 @@ class Sizes:
 
 
 class Counter:
-    """Counts the operations of rows of a network."""
+    """Counts the operations of rows of a network. word: of a row's logits."""
 
     def __init__(self, model: ModelConfig):
         d, kv = model.d_model, model.n_kv_heads * model.head_dim
@@ -36,9 +36,9 @@ class Counter:
         self.pair = 4 * model.n_layers * d
         self.word = 2 * d * model.embedding_size
 
-    def rows(self, count: float, keys: float) -> float:
-        """Counts rows that attend to `keys` keys each."""
-        return count * (self.row + self.pair * keys)
+    def __call__(self, rows: float, keys: float, words: float = 0) -> float:
+        """Counts rows that attend to `keys` keys each, with logits of `words` of them."""
+        return rows * (self.row + self.pair * keys) + words * self.word
 
 
 def answer_flops(
@@ -48,60 +48,45 @@ def answer_flops(
 
     Returns None for re-selection: records do not say how much was encoded again.
     """
-    count = Counter(model)
+    count, response = Counter(model), sizes.response
     if cell.selection in DENSE:
-        return _dense(count, cell, sizes, evaluations)
+        total = sizes.prefix + sizes.context + sizes.query + response
+        wide = evaluations if cell.selection == "dense" else 1
+        decode = count(wide * total, total, evaluations * response)
+        decode += count((evaluations - wide) * response, total)
+        return {"draft": 0.0, "score": 0.0, "encode": 0.0, "decode": decode}
     if cell.reselect != "never":
         return None
-    size = sum(sizes.chunks[i] for i in sizes.kept)
-    config = cell.selection_config()
-    named = isinstance(config.scorer, OracleScorer)
-    keeps_all = len(sizes.chunks) <= config.top_k and not named
+    config, kept = cell.selection_config(), [sizes.chunks[i] for i in sizes.kept]
+    keeps_all = len(sizes.chunks) <= config.top_k and config.scorer.name != "oracle"
     scorer = "all" if cell.selection == "all" or keeps_all else config.scorer.name
-    live = sizes.query + sizes.response
-    view = sizes.prefix + size + live
+    live = sizes.query + response
+    view = sizes.prefix + sum(kept) + live
 
-    draft = 0.0
+    draft = encode = 0.0
     if scorer == "draft":
         rows = sizes.prefix + sizes.query + cell.draft_length
-        once = count.rows(rows, rows) + cell.draft_length * count.word
-        draft = cell.draft_steps * once
+        draft = cell.draft_steps * count(rows, rows, cell.draft_length)
 
-    encode = 0.0
     if cell.encoding == "joint":
-        encode = count.rows(view, view)
+        encode = count(view, view)
     elif cell.encoding == "query-conditioned":
-        for i in sizes.kept:
-            rows = sizes.prefix + sizes.chunks[i] + sizes.query
-            encode += count.rows(rows, rows)
+        lengths = [sizes.prefix + chunk + sizes.query for chunk in kept]
+        encode = sum(count(rows, rows) for rows in lengths)
     elif cell.encoding == "bridge":
         share = math.ceil(config.encoding.share * cell.chunk_size)
-        rows = sum(min(share, sizes.chunks[i]) for i in sizes.kept) + live
-        encode = count.rows(rows, view)
+        encode = count(sum(min(share, chunk) for chunk in kept) + live, view)
         if config.encoding.tokens == "attention":
-            encode += count.rows(live, view)
+            encode += count(live, view)
     if config.keep_tokens is not None and config.keep_tokens < cell.chunk_size:
-        encode += count.rows(live, view)
-        view += sum(min(config.keep_tokens, sizes.chunks[i]) for i in sizes.kept) - size
+        encode += count(live, view)
+        view += sum(min(config.keep_tokens, chunk) for chunk in kept) - sum(kept)
 
-    decode = evaluations * (count.rows(sizes.response, view) + sizes.response * count.word)
+    decode = evaluations * count(response, view, response)
     if cell.encoding in ("independent", "query-conditioned"):
-        decode += count.rows(sizes.query, view)  # live KV of the query, in the first evaluation
-    return {
-        "draft": draft,
-        "score": _pass(count, cell, scorer, sizes),
-        "encode": encode,
-        "decode": decode,
-    }
-
-
-def _dense(count: Counter, cell: Cell, sizes: Sizes, evaluations: int) -> dict[str, float]:
-    total = sizes.prefix + sizes.context + sizes.query + sizes.response
-    wide = evaluations if cell.selection == "dense" else 1
-    decode = wide * count.rows(total, total)
-    decode += (evaluations - wide) * count.rows(sizes.response, total)
-    decode += evaluations * sizes.response * count.word
-    return {"draft": 0.0, "score": 0.0, "encode": 0.0, "decode": decode}
+        decode += count(sizes.query, view)  # live KV of the query, in the first evaluation
+    score = _pass(count, cell, scorer, sizes)
+    return {"draft": draft, "score": score, "encode": encode, "decode": decode}
 
 
 def _pass(count: Counter, cell: Cell, scorer: str, sizes: Sizes) -> float:
@@ -109,20 +94,15 @@ def _pass(count: Counter, cell: Cell, scorer: str, sizes: Sizes) -> float:
     pooled = cell.encoding in ("independent", "bridge") or scorer == "attention"
     if not SCORERS[scorer].needs_pool and not pooled and cell.encoding == "joint":
         return 0.0
-    cost = count.rows(sizes.prefix, sizes.prefix)
+    cost = count(sizes.prefix, sizes.prefix)
     if SCORERS[scorer].in_pass or pooled:
-        cost += sum(count.rows(c, sizes.prefix + c) for c in sizes.chunks)
+        cost += sum(count(chunk, sizes.prefix + chunk) for chunk in sizes.chunks)
     if scorer == "attention":
-        keys = sizes.prefix + sum(sizes.chunks) + sizes.query
-        cost += count.rows(sizes.query, keys)
+        cost += count(sizes.query, sizes.prefix + sum(sizes.chunks) + sizes.query)
     elif SCORERS[scorer].in_pass:
         rows = sizes.query + (0 if scorer == "query" else cell.draft_length)
-        scored = {
-            "draft": sizes.query + cell.draft_steps,
-            "query": sizes.query,
-            "confidence": cell.draft_length,
-        }[scorer]
+        draft = {"draft": sizes.query + cell.draft_steps, "confidence": cell.draft_length}
+        scored = draft.get(scorer, sizes.query)
         copies = 1 if scorer == "confidence" else (cell.masked_copies or scored)
-        for c in sizes.chunks:
-            cost += count.rows(copies * rows, sizes.prefix + c + rows) + scored * count.word
+        cost += sum(count(copies * rows, sizes.prefix + c + rows, scored) for c in sizes.chunks)
     return cost

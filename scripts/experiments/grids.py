@@ -1,7 +1,6 @@
-"""What an ablation compares: cells, and the grids that they are drawn from. Pure data.
+"""What an ablation compares: cells, and the grids that they are drawn from (grids.toml).
 
-A cell is one setting of everything. A grid asks one question: `over` lists under which settings
-(every combination), `reference` and `arms` what is compared, over the same examples. A cell that
+A cell is one setting of everything. A grid asks one question over the same examples. A cell that
 several grids share runs once.
 """
 
@@ -11,7 +10,9 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import tomllib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pdllm_jax import ChunkConfig, DecodeConfig, SelectionConfig
@@ -28,7 +29,6 @@ DENSE: dict[str, Method] = {
 # needle: the needle's alone; without: K random ones that hold nothing of the needle.
 GIVEN = ("oracle", "needle", "without")
 SELECTIONS = (*DENSE, "all", "top-k", "random", "first", "last", *GIVEN)
-DEPTHS = 11
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +65,12 @@ class Cell:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, values, allowed in (
-            ("selection", (self.selection,), SELECTIONS), ("tasks", self.tasks, TASKS),
-        ):  # fmt: skip
-            if not values or not set(values) <= set(allowed):
-                got = ", ".join(values) or "none"
+        for name, got, allowed in (
+            ("selection", (self.selection,), SELECTIONS),
+            ("tasks", self.tasks, TASKS),
+        ):
+            if not got or not set(got) <= set(allowed):
+                got = ", ".join(got) or "none"
                 raise ValueError(f"{name} must be of {', '.join(allowed)}, got {got}")
         self.chunk_config(), self.selection_config(), self.decode_config()
 
@@ -86,23 +87,15 @@ class Cell:
         """Returns the library's settings; a baseline has the default ones and ignores them."""
         if self.selection in DENSE:
             return SelectionConfig()
-        scorer = self.scorer
-        if self.selection != "top-k":
-            scorer = "oracle" if self.selection in GIVEN else self.selection
-        share, adaptive = self.keep_tokens, self.margin is not None
-        common = (
-            "keep_first", "reselect", "masked_copies", "draft_length", "draft_steps", "encoding",
-            "bridge_tokens", "positions",
-        )  # fmt: skip
-        return SelectionConfig.from_flat(
-            top_k=1 if adaptive else self.top_k,
-            max_k=self.top_k if adaptive else None,
-            margin=self.margin or 0.0,
-            scorer=scorer,
-            encode_batch=encode_batch,
-            keep_tokens=None if share is None else max(1, int(share * self.chunk_size)),
-            **{name: getattr(self, name) for name in common},
-        )
+        settings = {name: getattr(self, name) for name in _SELECTION}
+        settings["scorer"] = "oracle" if self.selection in GIVEN else self.selection
+        if self.selection == "top-k":
+            settings["scorer"] = self.scorer
+        if self.keep_tokens is not None:
+            settings["keep_tokens"] = max(1, int(self.keep_tokens * self.chunk_size))
+        if self.margin is not None:
+            settings |= {"top_k": 1, "max_k": self.top_k, "margin": self.margin}
+        return SelectionConfig.from_flat(encode_batch=encode_batch, **settings)
 
     def decode_config(self, length: int = 32) -> DecodeConfig:
         return DecodeConfig(gen_length=length, block_length=length, threshold=self.threshold)
@@ -113,22 +106,18 @@ class Cell:
         if self.selection in DENSE:
             return names
         names |= {"chunk_size", "anchors", "overlap", "encoding", "positions", "keep_tokens"}
-        names |= {"streamed"}
-        if self.encoding == "bridge":
-            names |= {"bridge_tokens"}
-        if self.selection != "all":
-            names |= {"top_k"}
-        if self.selection == "top-k":
-            names |= {"scorer", "margin", "keep_first", "reselect"}
-            if self.scorer not in ("attention", "confidence"):
-                names |= {"masked_copies"}
-            if self.scorer in ("draft", "confidence"):
-                names |= {"draft_length"}
-            if self.scorer == "draft":
-                names |= {"draft_steps"}
-        if self.selection in ("random", "oracle", "without"):
-            names |= {"seed"}
-        return names
+        scored = self.selection == "top-k"
+        used = {
+            "streamed": True,
+            "bridge_tokens": self.encoding == "bridge",
+            "top_k": self.selection != "all",
+            "seed": self.selection in ("random", "oracle", "without"),
+            **dict.fromkeys(("scorer", "margin", "keep_first", "reselect"), scored),
+            "masked_copies": scored and self.scorer not in ("attention", "confidence"),
+            "draft_length": scored and self.scorer in ("draft", "confidence"),
+            "draft_steps": scored and self.scorer == "draft",
+        }
+        return names | {name for name, is_used in used.items() if is_used}
 
     def canonical(self) -> Cell:
         """Returns the cell with every setting that it does not use at its default."""
@@ -136,9 +125,9 @@ class Cell:
 
     def programs(self) -> tuple[Any, ...]:
         """Returns a key that cells with the same compiled programs share."""
-        dense = self.selection in DENSE
-        method = self.selection if dense else (self.selection_config(), self.chunk_config())
-        return (method, self.length, self.streamed, self.decode_config())
+        method = self.selection in DENSE and self.selection
+        settings = (self.selection_config(), self.chunk_config(), self.decode_config())
+        return (method, self.length, self.streamed, *settings)
 
     def selected_by(self, selection: str) -> Cell:
         """Returns the cell with another selection."""
@@ -172,8 +161,12 @@ class Cell:
         return f"{self.selection}-{self.length}-{digest}"
 
 
-# Names of settings in labels, and of values that need one of their own.
-_SYMBOLS = {"length": "length", "chunk_size": "C =", "top_k": "K =", "draft_length": "d ="}
+# Settings that the library's SelectionConfig has under the same names.
+_SELECTION = (
+    *("top_k", "keep_first", "reselect", "masked_copies", "draft_length", "draft_steps"),
+    *("encoding", "bridge_tokens", "positions"),
+)
+# How labels show values, and settings.
 _VALUES: dict[tuple[str, Any], str] = {
     ("anchors", True): "anchors",
     ("anchors", False): "no anchors",
@@ -185,22 +178,22 @@ _VALUES: dict[tuple[str, Any], str] = {
     ("reselect", "never"): "no re-selection",
     ("threshold", None): "one token a step",
 }
+_FORMS = {
+    **dict.fromkeys(("selection", "encoding"), "{}"),
+    "depths": "{} depths",
+    "keep_tokens": "{:.3g} of the tokens",
+    "reselect": "re-selection every {}",
+    "chunk_size": "C = {}",
+    "top_k": "K = {}",
+    "draft_length": "d = {}",
+}
 
 
 def _label(name: str, value: Any) -> str:
-    if (name, value) in _VALUES:
-        return _VALUES[name, value]
-    if name in ("selection", "encoding"):
-        return str(value)
     if name == "tasks":
-        return " and ".join(task.replace("_", " ") for task in value)
-    if name == "depths":
-        return f"{value} depths"
-    if name == "keep_tokens":
-        return f"{value:.3g} of the tokens"
-    if name == "reselect":
-        return f"re-selection every {value}"
-    return f"{_SYMBOLS.get(name, name.replace('_', ' '))} {value}"
+        return " and ".join(value).replace("_", " ")
+    form = _VALUES.get((name, value)) or _FORMS.get(name, f"{name.replace('_', ' ')} {{}}")
+    return form.format(value)
 
 
 Change = Mapping[str, Any]
@@ -208,14 +201,13 @@ Change = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """One question. over: settings under which it is asked; reference, arms: what is compared.
+    """One question. over: settings under which it is asked; arms: what is compared.
 
-    base: settings of all its cells.
+    base: settings of all its cells; the reference has no others.
     """
 
     question: str
-    arms: tuple[Change, ...]
-    reference: Change = dataclasses.field(default_factory=dict)
+    arms: Sequence[Change]
     over: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     base: Change = dataclasses.field(default_factory=dict)
 
@@ -223,11 +215,9 @@ class Grid:
         """Returns (reference, arms) for each combination of `over`; changes: to all cells."""
         groups = []
         for values in itertools.product(*self.over.values()):
-            over = dict(zip(self.over, values, strict=True))
-            common = {**self.base, **(changes or {}), **over}
-            reference, *arms = (
-                Cell(**{**common, **change}).canonical() for change in (self.reference, *self.arms)
-            )
+            common = {**self.base, **(changes or {}), **dict(zip(self.over, values, strict=True))}
+            reference = Cell(**common).canonical()
+            arms = [Cell(**{**common, **change}).canonical() for change in self.arms]
             groups.append((reference, [arm for arm in dict.fromkeys(arms) if arm != reference]))
         return groups
 
@@ -236,115 +226,39 @@ class Grid:
         return list(dict.fromkeys(c for cell, arms in self.groups(changes) for c in (cell, *arms)))
 
 
+def setting(name: str, value: Any) -> Any:
+    """Returns a cell's setting as command lines and grids.toml write it."""
+    if name == "tasks":
+        return tuple(value.split("+"))
+    return None if value == "none" else value
+
+
+def _arms(table: Change) -> list[Change]:
+    """Returns an arm for each place of the table's lists, at least one."""
+    lists = [value for value in table.values() if isinstance(value, list)]
+    return [
+        {k: setting(k, v[i] if isinstance(v, list) else v) for k, v in table.items()}
+        for i in range(len(lists[0]) if lists else 1)
+    ]
+
+
+def _grid(table: Mapping[str, Any]) -> Grid:
+    arms = [arm for arms in table["arms"] for arm in _arms(arms)]
+    over = {k: [setting(k, value) for value in v] for k, v in table.get("over", {}).items()}
+    base = {k: setting(k, v) for k, v in table.get("base", {}).items()}
+    return Grid(table["question"], arms, over, base)
+
+
 def all_cells(names: Sequence[str], changes: Change | None = None) -> list[Cell]:
     """Returns the cells of several grids, each once."""
     return list(dict.fromkeys(cell for name in names for cell in GRIDS[name].cells(changes)))
 
 
-def values(name: str, *settings: Any) -> tuple[Change, ...]:
-    """Arms that differ in one setting."""
-    return tuple({name: value} for value in settings)
-
-
-CONTROLS = (
-    *values("selection", "dense", "dual-cache", "all"),
-    *({"selection": "random", "seed": seed} for seed in range(3)),
-    *values("selection", "first", "last", "oracle", "needle", "without"),
-)
-QUICK_TASKS = ("passkey", "magic_number")
-
-GRIDS: dict[str, Grid] = {
-    "main": Grid(
-        "What is a chunk selection worth against the whole prompt and against controls?",
-        over={"length": (4096, 8192)},
-        arms=CONTROLS,
-    ),
-    "depth": Grid(
-        "At which depths is the needle found?",
-        base={"depths": DEPTHS},
-        over={"length": (1024, 2048, 4096, 8192)},
-        arms=({"selection": "dense"}, {"anchors": False}),
-    ),
-    "anchors": Grid(
-        "What do BOS anchors change, and where in the document?",
-        base={"depths": DEPTHS},
-        over={
-            "length": (4096, 8192),
-            "selection": ("top-k", "all"),
-            "encoding": ("joint", "independent"),
-        },
-        arms=values("anchors", False),
-    ),
-    "encoding": Grid(
-        "What must a kept chunk's KV have seen?",
-        over={"length": (4096, 8192)},
-        arms=(
-            *values("encoding", "independent", "query-conditioned"),
-            *({"encoding": "bridge", "bridge_tokens": tokens} for tokens in ("start", "attention")),
-        ),
-    ),
-    "scorer": Grid(
-        "What should chunks be scored by, and with how many masked copies?",
-        arms=(
-            *values("scorer", "query", "confidence", "attention"),
-            *values("masked_copies", 1, 2, 8, None),
-        ),
-    ),
-    "draft": Grid(
-        "How long should the draft be?",
-        arms=tuple(
-            {"draft_length": length, "draft_steps": steps}
-            for length, steps in ((1, 1), (2, 2), (4, 1), (4, 4), (8, 2), (8, 8))
-        ),
-    ),
-    "top-k": Grid("How many chunks?", arms=values("top_k", 1, 2, 8, 16)),
-    "chunk-size": Grid(
-        "Which chunk size, at the same number of kept tokens?",
-        arms=tuple({"chunk_size": c, "top_k": 1024 // c} for c in (128, 512, 1024)),
-    ),
-    "chunks": Grid(
-        "Does accuracy hold as the number of chunks grows, N = 4 to 32?",
-        over={"length": (1024, 2048, 4096, 8192)},
-        arms=values("selection", "dense", "random", "oracle"),
-        base={"top_k": 2},
-    ),
-    "sparsity": Grid(
-        "How many of a kept chunk's tokens?", arms=values("keep_tokens", 0.5, 0.25, 0.125)
-    ),
-    "positions": Grid("Where do kept chunks stand?", arms=values("positions", "absolute", "reuse")),
-    "choices": Grid(
-        "Overlap, adaptive K, the first chunk always, re-selection?",
-        arms=(
-            {"overlap": 32},
-            {"margin": 0.1},
-            {"keep_first": True},
-            {"reselect": "step"},
-        ),
-    ),
-    "decoding": Grid(
-        "What does decoding several tokens at once cost?",
-        over={"selection": ("dense", "top-k")},
-        arms=values("threshold", 0.5, None),
-    ),
-    "stream": Grid(
-        "Is the needle found in a streamed document, whose KV is not kept?",
-        base={"encoding": "independent", "chunk_size": 512, "streamed": True},
-        over={"length": (32_768, 131_072)},
-        arms=values("selection", "random", "oracle"),
-    ),
-    "tasks": Grid(
-        "Each task by itself, chunks of 512.",
-        base={"chunk_size": 512},
-        over={"length": (4096, 8192), "tasks": tuple((task,) for task in TASKS)},
-        arms=values("selection", "dense", "random"),
-    ),
-    "quick": Grid(
-        "A small run of everything: two tasks, 512 tokens, one chunk of four.",
-        base={"length": 512, "chunk_size": 128, "top_k": 1, "tasks": QUICK_TASKS},
-        arms=(
-            *values("selection", "dense", "random", "oracle", "without"),
-            {"anchors": False},
-        ),
-    ),
+_TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+GRIDS: dict[str, Grid] = {name: _grid(table) for name, table in _TABLES.items()}
+# What accuracy does not show, measured beside the grids.
+MEASUREMENTS = {
+    "attention": "attention on anchors by layer and head",
+    "order": "the denoising order of four responses",
+    "speed": "seconds against length, one request at a time",
 }
-FULL = tuple(name for name in GRIDS if name != "quick")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +22,10 @@ from experiments.retrieval import Retrieval, needle_chunks
 from pallas_kernels import Implementation, Partial
 from pdllm_jax import (
     DenoiseState,
-    Engine,
     MaskPredictor,
     batch_prompts,
     chunk_prompt,
     denoise_step,
-    encode_document,
     init_denoise,
     prefill,
 )
@@ -68,17 +68,15 @@ def attention_shares(
     """
     rows = query_rows(state).ids
     place = jnp.arange(rows.shape[1])
-    in_response = (place >= state.query_length[:, None]) & (
-        place < state.query_length[:, None] + state.tokens.shape[1]
-    )
+    after_query = place - state.query_length[:, None]
+    in_response = (after_query >= 0) & (after_query < state.tokens.shape[1])
     weight = in_response / in_response.sum(axis=1, keepdims=True)  # [B, T]
     positions = live_positions(state.placement, state.prefix_length[:, None] + place)
     rotations = row_rotations(model.config, state.placement, positions)
     ids, lengths = pool.rows_of(state.chunk_ids)
     valid = jnp.arange(pool.k.shape[3]) < lengths[..., None]  # [B, K, C]
-    product = functools.partial(
-        jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
+    precise = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    product = functools.partial(jnp.einsum, **precise)
 
     def hook(layer: int, q: Array, partial: Partial, layers: list[Shares]) -> list[Shares]:
         batch, t, heads, dim = q.shape
@@ -109,49 +107,50 @@ def start(
     bench: Retrieval, cell: Cell, indices: list[int]
 ) -> tuple[Any, DenoiseState, list[list[int]]]:
     """Returns cache and state before the first step, and the ids of the kept chunks."""
-    config = cell.selection_config(bench.encode_batch)
+    config, decoding = (
+        cell.selection_config(bench.encode_batch),
+        cell.decode_config(RESPONSE_LENGTH),
+    )
     examples = [bench.example(cell, index) for index in indices]
-    prompt = batch_prompts([
-        chunk_prompt(e["prefix"], e["context"], e["query"], cell.chunk_config()) for e in examples
-    ])  # fmt: skip
+    parts = [(e["prefix"], e["context"], e["query"]) for e in examples]
+    prompt = batch_prompts([chunk_prompt(*part, cell.chunk_config()) for part in parts])
     cache, scores = prefill(bench.model, prompt, config)
     selection = select(scores, config)
-    state = init_denoise(
-        bench.model, cache, selection, prompt.query, cell.decode_config(RESPONSE_LENGTH),
-        jax.random.key(0), query_length=prompt.query_length, settings=config,
-        implementation=bench.implementation,
-    )  # fmt: skip
-    return cache, state, np.asarray(selection.chunk_ids).tolist()
+    settings = {"settings": config, "implementation": bench.implementation}
+    inputs = bench.model, cache, selection, prompt.query, decoding, jax.random.key(0)
+    state = init_denoise(*inputs, query_length=prompt.query_length, **settings)
+    return cache, state, selection.chunk_ids.tolist()
 
 
-def measure_attention(bench: Retrieval, cell: Cell, tiny: bool = False) -> dict[str, Any]:
-    """Returns mean shares by layer and head of each encoding, with and without anchors."""
-    encodings = ("joint",) if tiny else ("joint", "independent")
-    examples, rows = 2 if tiny else 16, []
-    for encoding in encodings:
-        for anchors in (True, False):
-            variant = dataclasses.replace(cell, encoding=encoding, anchors=anchors)
-            size = bench.batch_size(variant)
-            sums: dict[str, list[Any]] = {
-                name: [] for name in ("first_tokens", "chunks", "needle_chunks", "bos")
-            }
-            for first in range(0, examples, size):
-                indices = list(range(first, min(first + size, examples)))
-                cache, state, kept = start(bench, variant, indices)
-                pool = cache.pool if state.pool is None else state.pool
-                shares = attention_shares(bench.model, pool, state, bench.implementation)
-                for b, index in enumerate(indices):
-                    span = bench.example(variant, index)["needle_span"]
-                    needle = sorted(needle_chunks(span, variant.chunk_config()))
-                    first_tokens, chunks, bos = (np.asarray(x)[:, b] for x in shares)
-                    sums["first_tokens"].append(first_tokens.sum(axis=-1))
-                    sums["chunks"].append(chunks.sum(axis=-1))
-                    sums["needle_chunks"].append(chunks[..., np.isin(kept[b], needle)].sum(axis=-1))
-                    sums["bos"].append(bos)
-            means = {name: np.mean(x, axis=0).round(5).tolist() for name, x in sums.items()}
-            settings = variant.canonical().settings()
-            rows.append({"settings": settings, "examples": examples, **means})
-    return {"rows": rows}
+def attention_row(bench: Retrieval, cell: Cell, examples: int) -> dict[str, Any]:
+    """Returns mean shares by layer and head."""
+    size, sums = bench.batch_size(cell), defaultdict(list)
+    for first in range(0, examples, size):
+        indices = list(range(first, min(first + size, examples)))
+        cache, state, kept = start(bench, cell, indices)
+        pool = cache.pool if state.pool is None else state.pool
+        shares = attention_shares(bench.model, pool, state, bench.implementation)
+        for b, index in enumerate(indices):
+            needle = needle_chunks(bench.example(cell, index)["needle_span"], cell.chunk_config())
+            first_tokens, chunks, bos = (np.asarray(x)[:, b] for x in shares)
+            held = chunks[..., np.isin(kept[b], sorted(needle))]
+            parts = {"first_tokens": first_tokens, "chunks": chunks, "needle_chunks": held}
+            for name, part in parts.items():
+                sums[name].append(part.sum(axis=-1))
+            sums["bos"].append(bos)
+    means = {name: np.mean(x, axis=0).round(5).tolist() for name, x in sums.items()}
+    return {"settings": cell.canonical().settings(), "examples": examples, **means}
+
+
+def measure_attention(bench: Retrieval, cell: Cell, tiny: bool) -> dict[str, Any]:
+    """Returns a row for each encoding, with and without anchors."""
+    encodings, examples = (("joint",), 2) if tiny else (("joint", "independent"), 16)
+    cells = [
+        dataclasses.replace(cell, encoding=encoding, anchors=anchors)
+        for encoding in encodings
+        for anchors in (True, False)
+    ]
+    return {"rows": [attention_row(bench, cell, examples) for cell in cells]}
 
 
 def measure_order(bench: Retrieval, cell: Cell, examples: int = 4) -> dict[str, Any]:
@@ -172,14 +171,13 @@ def denoising_order(
 ) -> tuple[list[int], list[int]]:
     """Returns the evaluation (from 1) that filled each slot, 0 for none, and the tokens."""
     config = cell.decode_config(state.tokens.shape[1])
+    step = functools.partial(denoise_step, config=config, implementation=bench.implementation)
     steps = np.zeros(state.tokens.shape[1], int)
     while int(state.block[0]) < config.n_blocks:
-        state = denoise_step(
-            bench.model, cache, state, config=config, implementation=bench.implementation
-        )
+        state = step(bench.model, cache, state)
         filled = np.asarray(state.tokens[0]) != bench.model.config.mask_token_id
         steps[filled & (steps == 0)] = int(state.evaluations[0])
-    return steps.tolist(), np.asarray(state.tokens[0]).tolist()
+    return steps.tolist(), state.tokens[0].tolist()
 
 
 LENGTHS, REPEATS = (1024, 2048, 4096, 8192, 16384, 32768), 5
@@ -203,24 +201,16 @@ def speed_row(bench: Retrieval, cell: Cell, method: str, repeats: int) -> dict[s
             (record,) = alone.records(cell, [repeat])
             seconds.append(record["seconds"]["total"])
             flops = record["flops"] and sum(record["flops"].values())
-    return {
-        "method": method, "length": cell.length, "seconds": float(np.median(seconds[1:])),
-        "least": min(seconds[1:]), "most": max(seconds[1:]), "repeats": repeats, "flops": flops,
-    }  # fmt: skip
+    timed = seconds[1:]
+    times = {"seconds": float(np.median(timed)), "least": min(timed), "most": max(timed)}
+    return {"method": method, "length": cell.length, **times, "repeats": repeats, "flops": flops}
 
 
 def _later_question(bench: Retrieval, cell: Cell, index: int) -> float:
     """Returns the seconds of a question about a document that was encoded before."""
-    example = bench.example(cell, index)
-    prompt = chunk_prompt(
-        example["prefix"], example["context"], example["query"], cell.chunk_config(), tight=True
-    )
-    cache = encode_document(bench.model, prompt, encode_batch=bench.encode_batch)
-    engine = Engine(
-        bench.model, selection=cell.selection_config(bench.encode_batch),
-        decoding=cell.decode_config(RESPONSE_LENGTH), implementation=bench.implementation,
-    )  # fmt: skip
-    (result,) = engine.ask(jax.block_until_ready(cache), [example["query"]])
+    example, engine = bench.example(cell, index), bench.engine(cell)
+    document = engine.encode(example["context"], prefix=example["prefix"])
+    (result,) = engine.ask(jax.block_until_ready(document), [example["query"]])
     return result.timings["total"] - result.timings["compile"]
 
 
@@ -229,10 +219,9 @@ def measure_speed(
     cell: Cell,
     path: Path,
     record: dict[str, Any],
-    *,
+    deadline: float = float("inf"),
     lengths: tuple[int, ...] = LENGTHS,
     repeats: int = REPEATS,
-    deadline: float = float("inf"),
 ) -> bool:
     """Writes every row when it is measured, and skips those that the record has.
 
@@ -242,50 +231,41 @@ def measure_speed(
     done = {(row["method"], row["length"]) for row in rows}
     # This task's text is long enough for every length; all documents are equally long.
     task = ("magic_number",) if "magic_number" in cell.tasks else cell.tasks[:1]
-    for length in lengths:
-        for method, change in SPEED.items():
-            if (method, length) in done:
-                continue
-            if time.monotonic() > deadline:
-                return False
-            settings = {"length": length, "threshold": None, "tasks": task, **change}
-            variant = dataclasses.replace(cell, **settings).canonical()
-            rows.append(speed_row(bench, variant, method, repeats))
-            write_json(path, record)
+    for length, method in itertools.product(lengths, SPEED):
+        if (method, length) in done:
+            continue
+        if time.monotonic() > deadline:
+            return False
+        settings = {"length": length, "threshold": None, "tasks": task, **SPEED[method]}
+        variant = dataclasses.replace(cell, **settings).canonical()
+        rows.append(speed_row(bench, variant, method, repeats))
+        write_json(path, record)
     return True
 
 
 def measure(
     bench: Retrieval,
+    note: Mapping[str, Any],
     names: list[str],
     cell: Cell,
     folder: Path,
-    *,
-    deadline: float = float("inf"),
-    note: Mapping[str, Any] | None = None,
-    tiny: bool = False,
-) -> bool:
-    """Makes the measurements that are missing; False where the deadline came first."""
+    deadline: float,
+    tiny: bool,
+) -> None:
+    """Makes the measurements that are missing, until the deadline. note: on where it runs."""
     for name in names:
         path = folder / f"{name}.json"
         record = read_json(path) if path.exists() else {}
         if record and any(record.get(key) != value for key, value in bench.identity.items()):
             raise RecordError(f"{path} is of another model or other texts: give another folder")
-        if record.get("complete"):
+        if record.get("complete") or time.monotonic() > deadline:
             continue
-        if time.monotonic() > deadline:
-            return False
-        record = {**bench.identity, "run": dict(note or {}), **record}
-        if name == "speed":
-            small: dict[str, Any] = {"lengths": (256, 512), "repeats": 1} if tiny else {}
-            record["complete"] = measure_speed(
-                bench, cell, path, record, deadline=deadline, **small
-            )
+        record, complete = {**bench.identity, "run": dict(note), **record}, True
+        if name == "attention":
+            record |= measure_attention(bench, cell, tiny)
+        elif name == "order":
+            record |= measure_order(bench, cell)
         else:
-            rows = measure_order(bench, cell) if name == "order" else None
-            record |= rows or measure_attention(bench, cell, tiny)
-            record["complete"] = True
-        write_json(path, record)
-        if not record["complete"]:
-            return False
-    return True
+            small = ((256, 512), 1) if tiny else ()
+            complete = measure_speed(bench, cell, path, record, deadline, *small)
+        write_json(path, {**record, "complete": complete})

@@ -33,24 +33,38 @@ def _rows(record: Record, name: str) -> list[dict[str, Any]]:
     return (record.get(name) or {"rows": []})["rows"]
 
 
+def _anchors(row: Record) -> str:
+    return "anchors" if row["settings"]["anchors"] else "no anchors"
+
+
+def _name(axis: Any, title: str, x: str = "") -> None:
+    axis.set_title(title, fontsize=9)
+    axis.set_xlabel(x)
+
+
+def _panels(count: int, across: int, width: float, height: float, **options: Any) -> Any:
+    """Returns a figure with `count` panels, at most `across` in a row, and its axes."""
+    columns = min(across, count)
+    rows = -(-count // columns)
+    picture, axes = figure(columns * width, rows * height + 0.3, rows, columns, **options)
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    return picture, axes
+
+
 def needle_heat_map(record: Record) -> Figure | None:
     """Draws accuracy by length and depth, a panel for each method, with the share in each field."""
-    names = {"dense": "plain", True: "prefilling, anchors", False: "prefilling, no anchors"}
-    arms: dict[str, list[dict[str, Any]]] = {name: [] for name in names.values()}
+    arms: dict[str, list[dict[str, Any]]] = {}
     for _, cells in _groups(record, "depth"):
         for cell in cells:
-            settings = cell["settings"]
-            dense = settings["selection"] == "dense"
-            arms[names["dense" if dense else settings["anchors"]]].append(cell)
-    arms = {
-        name: sorted(cells, key=lambda c: c["settings"]["length"])
-        for name, cells in arms.items()
-        if cells
-    }
+            dense = cell["settings"]["selection"] == "dense"
+            arms.setdefault("plain" if dense else f"prefilling, {_anchors(cell)}", []).append(cell)
     if not arms:
         return None
     picture, axes = figure(3.6 * len(arms) + 0.8, 4.2, 1, len(arms), sharey=True)
-    for axis, (name, cells) in zip(axes[0], arms.items(), strict=True):
+    names = ("plain", "prefilling, anchors", "prefilling, no anchors")
+    for axis, name in zip(axes[0], [name for name in names if name in arms], strict=True):
+        cells = sorted(arms[name], key=lambda c: c["settings"]["length"])
         depths = sorted({depth for cell in cells for depth, _ in cell["by_depth"]})
         grid = np.full((len(depths), len(cells)), np.nan)
         for column, cell in enumerate(cells):
@@ -63,8 +77,7 @@ def needle_heat_map(record: Record) -> Figure | None:
         axis.set_xticks(range(len(cells)), [f"{c['settings']['length']:,}" for c in cells])
         axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f}%" for depth in depths])
         examples = cells[0]["by_depth"][0][1][4]
-        axis.set_xlabel("tokens")
-        axis.set_title(f"{name}\n({examples} answers a field)", fontsize=9)
+        _name(axis, f"{name}\n({examples} answers a field)", x="tokens")
     axes[0][0].set_ylabel("depth of the needle")
     picture.colorbar(image, ax=axes[0].tolist(), label="accuracy")
     return picture
@@ -75,17 +88,14 @@ def accuracy_by_depth(record: Record) -> Figure | None:
     groups = _groups(record, "anchors")
     if not groups:
         return None
-    columns = min(4, len(groups))
-    rows = -(-len(groups) // columns)
-    picture, axes = figure(3.2 * columns, 2.7 * rows + 0.4, rows, columns, sharex=True, sharey=True)
+    picture, axes = _panels(len(groups), 4, 3.2, 2.7, sharex=True, sharey=True)
     for axis, (group, cells) in zip(axes.flat, groups, strict=False):
         for cell in cells:
             depth = [100 * place for place, _ in cell["by_depth"]]
             value, low, high = ([estimate[i] for _, estimate in cell["by_depth"]] for i in range(3))
-            name = "anchors" if cell["settings"]["anchors"] else "no anchors"
-            line = axis.plot(depth, value, marker=".", label=name)[0]
+            line = axis.plot(depth, value, marker=".", label=_anchors(cell))[0]
             axis.fill_between(depth, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        axis.set_title(", ".join(f"{value}" for value in group["over"].values()), fontsize=9)
+        _name(axis, ", ".join(f"{value}" for value in group["over"].values()))
         axis.set_ylim(-0.02, 1.02)
         axis.grid(alpha=0.3)
     for axis in axes[-1]:
@@ -100,20 +110,15 @@ def chunk_scores(record: Record) -> Figure | None:
     rows = record["chunk_scores"]
     if not rows:
         return None
-    columns = min(3, len(rows))
-    lines = -(-len(rows) // columns)
-    picture, axes = figure(3.6 * columns, 2.5 * lines, lines, columns)
+    picture, axes = _panels(len(rows), 3, 3.6, 2.5)
     for axis, row in zip(axes.flat, rows, strict=False):
-        scores, place = np.array(row["scores"]), np.arange(len(row["scores"]))
+        scores, place, kept = np.array(row["scores"]), np.arange(len(row["scores"])), row["chunks"]
         colours = np.where(np.isin(place, row["needle"]), "tab:red", "tab:grey")
         axis.vlines(place, scores.min(), scores, color=colours, linewidth=1)
         axis.scatter(place, scores, c=colours, s=14, zorder=3)
-        kept = row["chunks"]
         axis.scatter(kept, scores[kept], s=70, facecolors="none", edgecolors="tab:blue", zorder=4)
-        axis.set_title(f"{row['task'].replace('_', ' ')}, example {row['example']}", fontsize=9)
+        _name(axis, f"{row['task'].replace('_', ' ')}, example {row['example']}")
         axis.xaxis.get_major_locator().set_params(integer=True)
-    for axis in axes.flat[len(rows) :]:
-        axis.set_axis_off()
     for axis in axes[-1]:
         axis.set_xlabel("chunk")
     for line in axes:
@@ -132,10 +137,8 @@ def attention_on_anchors(record: Record) -> Figure | None:
     most = max(grid.max() for grid in grids)
     for axis, row, grid in zip(axes[0], rows, grids, strict=True):
         image = axis.imshow(grid, vmin=0, vmax=most, aspect="auto", origin="lower")
-        anchors = "anchors" if row["settings"]["anchors"] else "no anchors"
-        title = f"{row['settings']['encoding']}, {anchors}\nmean {100 * grid.mean():.2f}%"
-        axis.set_xlabel("head")
-        axis.set_title(title, fontsize=9)
+        title = f"{row['settings']['encoding']}, {_anchors(row)}\nmean {100 * grid.mean():.2f}%"
+        _name(axis, title, x="head")
     axes[0][0].set_ylabel("layer")
     picture.colorbar(image, ax=axes[0].tolist(), label="attention on the chunks' first tokens")
     return picture
@@ -147,11 +150,9 @@ def denoising_order(record: Record) -> Figure | None:
     if not rows:
         return None
     slots = max(len(row["step"]) for row in rows)
-    picture, axes = figure(0.42 * slots + 1.5, 0.75 * len(rows) + 0.9)
-    axis = axes[0][0]
-    grid = np.full((len(rows), slots), np.nan)
-    for i, row in enumerate(rows):
-        grid[i, : len(row["step"])] = row["step"]
+    picture, ((axis,),) = figure(0.42 * slots + 1.5, 0.75 * len(rows) + 0.9)
+    steps = [row["step"] + [np.nan] * (slots - len(row["step"])) for row in rows]
+    grid = np.array(steps, float)
     last = np.nanmax(grid)
     image = axis.imshow(grid, aspect="auto", vmin=1, vmax=max(2, last))
     for i, row in enumerate(rows):
@@ -172,8 +173,7 @@ def speed(record: Record) -> Figure | None:
     rows = sorted(_rows(record, "speed"), key=lambda row: row["length"])
     if not rows:
         return None
-    picture, axes = figure(5.6, 4.0)
-    axis = axes[0][0]
+    picture, ((axis,),) = figure(5.6, 4.0)
     for name in dict.fromkeys(row["method"] for row in rows):
         line = [row for row in rows if row["method"] == name]
         length, seconds = [r["length"] for r in line], np.array([r["seconds"] for r in line])
@@ -199,8 +199,8 @@ def differences(record: Record) -> Figure | None:
     if not drawn:
         return None
     count = sum(map(len, drawn.values()))
-    picture, axes = figure(7.5, 0.19 * count + 0.3 * len(drawn) + 0.8)
-    axis, place, ticks = axes[0][0], 0.0, []
+    picture, ((axis,),) = figure(7.5, 0.19 * count + 0.3 * len(drawn) + 0.8)
+    place, ticks = 0.0, []
     for name, rows in drawn.items():
         for group, arm in rows:
             value, low, high = (100 * x for x in arm["difference"])
@@ -220,9 +220,9 @@ def differences(record: Record) -> Figure | None:
 
 
 PICTURES: tuple[Callable[[Record], Figure | None], ...] = (
-    needle_heat_map, accuracy_by_depth, chunk_scores, attention_on_anchors, denoising_order, speed,
-    differences,
-)  # fmt: skip
+    *(needle_heat_map, accuracy_by_depth, chunk_scores, attention_on_anchors),
+    *(denoising_order, speed, differences),
+)
 
 
 def draw_all(record: Record, folder: Path) -> list[str]:

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 FORMAT = 2
 
@@ -32,7 +32,7 @@ class Key(NamedTuple):
     id: str
 
 
-class Records:
+class Records(contextlib.AbstractContextManager["Records"]):
     """The records of a folder, open for more; a context manager.
 
     done: records by key, of all files of the folder.
@@ -51,18 +51,19 @@ class Records:
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{name}.jsonl"
-        self._file: BinaryIO = self.path.open("a+b")
-        try:
-            self._lock()
+        with contextlib.ExitStack() as stack:
+            self._file = stack.enter_context(self.path.open("a+b"))
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RecordError(f"{self.path} is being written by another run") from None
             check_settings(folder, settings)
-            self.dropped = self._drop_cut_line()
+            content = self.path.read_bytes()
+            end = content.rfind(b"\n") + 1
+            self._file.truncate(end)
+            self.dropped = len(content) - end
             self.done, self.runs = read_folder(folder)
-        except BaseException:
-            self._file.close()
-            raise
-
-    def __enter__(self) -> Records:
-        return self
+            stack.pop_all()
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
@@ -104,19 +105,6 @@ class Records:
             ) from None
         self.done.update(full)
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RecordError(f"{self.path} is being written by another run") from None
-
-    def _drop_cut_line(self) -> int:
-        content = self.path.read_bytes()
-        end = content.rfind(b"\n") + 1
-        if end < len(content):
-            self._file.truncate(end)
-        return len(content) - end
-
 
 def read_folder(folder: Path) -> tuple[dict[Key, dict[str, Any]], list[dict[str, Any]]]:
     """Returns the records of all files by key, and the notes on runs, each once."""
@@ -140,25 +128,24 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Writes settings.json, or compares with the one that exists. Raises RecordError."""
     settings = {"format": FORMAT, **json.loads(json.dumps(settings))}  # tuples become lists
     path = folder / "settings.json"
-    if (folder / "cells").is_dir():
-        raise RecordError(f"{folder} holds records of format 1, not {FORMAT}: give another folder")
-    started = any(file.stat().st_size for file in folder.glob("records*.jsonl"))
-    if not path.exists():
-        if started:
+    if not path.exists() and not (folder / "cells").is_dir():  # format 1 has a folder of cells
+        if any(file.stat().st_size for file in folder.glob("records*.jsonl")):
             raise RecordError(f"{path} is missing beside its records")
         write_json(path, settings)
         return
-    existing = read_json(path)
-    if (version := existing.get("format", 1)) != FORMAT:
-        raise RecordError(
-            f"{folder} holds records of format {version}, not {FORMAT}: give another folder"
-        )
+    existing = read_json(path) if path.exists() else {}
+    version = existing.get("format", 1)
     changed = sorted(k for k in {*existing, *settings} if existing.get(k) != settings.get(k))
-    if changed:
-        raise RecordError(
-            f"{folder} holds a run with other settings ({', '.join(changed)}): "
-            "give another folder, or the same settings"
+    if version != FORMAT:
+        problem = f"records of format {version}, not {FORMAT}: give another folder"
+    elif changed:
+        changes = ", ".join(changed)
+        problem = (
+            f"a run with other settings ({changes}): give another folder, or the same settings"
         )
+    else:
+        return
+    raise RecordError(f"{folder} holds {problem}")
 
 
 def count_lines(folder: Path) -> int:
@@ -189,7 +176,12 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
         elif isinstance(value, list) and value:
             body = "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]"
         parts.append(f" {json.dumps(name)}: {body}")
+    write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, and replaces an older one in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -17,12 +17,12 @@ from experiments.answering import answer
 from experiments.flops import Sizes, answer_flops
 from experiments.grids import DENSE, GIVEN, Cell
 from experiments.records import Key, Records
-from experiments.runner import Work, share_of
+from experiments.runner import Work
 from pallas_kernels import Implementation
-from pdllm_jax import ChunkConfig, MaskPredictor, Tokenizer, load_config, load_model
+from pdllm_jax import ChunkConfig, Engine, MaskPredictor, Request, Tokenizer
 from pdllm_jax.method.chunking import split_context
 from small_model import tasks
-from small_model.corpus import Corpora, Text, fingerprint, from_repository, load
+from small_model.corpus import Corpora, Text, fingerprint
 
 FIRST_SEED = 100_000  # of examples; the small model was not trained on any from here on
 
@@ -54,65 +54,52 @@ def missing_work(
             yield Work(cell.key, keys, partial(bench.records, cell, batch))
 
 
-def shard_cells(cells: Sequence[Cell], index: int, count: int) -> list[Cell]:
-    """Returns one process's share of the cells; each program is compiled by one process alone."""
-    # Compiling takes about as long as two cells of 4,096 tokens.
-    loads: dict[Any, float] = dict.fromkeys((cell.programs() for cell in cells), 2.0)
+def share_cells(cells: Sequence[Cell], count: int) -> list[list[Cell]]:
+    """Divides cells among processes; each program is compiled by one process alone."""
+    programs = defaultdict(list)
     for cell in cells:
-        loads[cell.programs()] += cell.length / 4096
-    share = share_of(loads, index, count)
-    return [cell for cell in cells if cell.programs() in share]
+        programs[cell.programs()].append(cell)
+    shares: list[list[Cell]] = [[] for _ in range(count)]
+    loads = [0.0] * count
+    # Compiling takes about as long as two cells of 4,096 tokens.
+    costs = [(2 + sum(cell.length for cell in group) / 4096, group) for group in programs.values()]
+    for cost, group in sorted(costs, key=lambda item: item[0], reverse=True):
+        least = loads.index(min(loads))
+        loads[least] += cost
+        shares[least] += group
+    return shares
+
+
+def _on_device(gpu: int, cpu: int) -> Any:
+    return dataclasses.field(default_factory=lambda: gpu if jax.default_backend() == "gpu" else cpu)
 
 
 @dataclasses.dataclass
 class Retrieval:
     """A model, the texts that it is asked about, and how it runs.
 
-    identity: what all records of a run have in common. batch_tokens: tokens of a batch.
+    first_seed: of the examples. batch_tokens: tokens of a batch.
     """
 
     model: MaskPredictor
     tokenizer: Tokenizer
-    encode: tasks.Encoder
     corpora: Corpora
-    identity: dict[str, Any]
-    batch_tokens: int
-    encode_batch: int
+    first_seed: int = FIRST_SEED
     implementation: Implementation | None = None
+    batch_tokens: int = _on_device(1 << 17, 1 << 11)
+    encode_batch: int = _on_device(64, 8)
 
-    @classmethod
-    def load(
-        cls, folder: Path, corpora: Path | None, *, dtype: str | None = None, **settings: Any
-    ) -> Retrieval:
-        """Loads a converted checkpoint, and corpora of small_model/corpus.py or built-in ones."""
-        tokenizer = Tokenizer.load(folder, load_config(folder))
-        tokenizer.backend.encode_special_tokens = False  # the tasks spell the chat template out
-        texts = (
-            from_repository(tokenizer.backend) if corpora is None else load(corpora, held_out=True)
-        )
-        return cls.of(load_model(folder, dtype=dtype), tokenizer, texts, **settings)
+    @cached_property
+    def encode(self) -> tasks.Encoder:
+        """Encodes with the checkpoint's tokenizer."""
+        return tasks.Encoder(self.tokenizer.backend)
 
-    @classmethod
-    def of(
-        cls,
-        model: MaskPredictor,
-        tokenizer: Tokenizer,
-        texts: Corpora,
-        *,
-        first_seed: int = FIRST_SEED,
-        implementation: Implementation | None = None,
-    ) -> Retrieval:
-        """Takes a model and texts at hand; batches are sized for the device."""
-        on_gpu = jax.default_backend() == "gpu"
-        identity = {
-            "model": weights_fingerprint(model), "dtype": str(model.dtype),
-            "corpora": fingerprint(texts), "first_seed": first_seed,
-        }  # fmt: skip
-        return cls(
-            model, tokenizer, tasks.Encoder(tokenizer.backend), texts, identity,
-            batch_tokens=1 << 17 if on_gpu else 1 << 11, encode_batch=64 if on_gpu else 8,
-            implementation=implementation,
-        )  # fmt: skip
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What all records of a run have in common."""
+        texts, model = fingerprint(self.corpora), weights_fingerprint(self.model)
+        dtype = str(self.model.dtype)
+        return {"model": model, "dtype": dtype, "corpora": texts, "first_seed": self.first_seed}
 
     def batch_size(self, cell: Cell) -> int:
         """Returns the examples of a batch: a power of two, at most 32."""
@@ -131,76 +118,71 @@ class Retrieval:
         return tasks.make_example(
             cell.tasks[index % len(cell.tasks)],
             cell.length,
-            self.identity["first_seed"] + index,
+            self.first_seed + index,
             corpora=dataclasses.replace(self.corpora, texts=texts),
             encode=self.encode,
             haystack="auto" if len(self.corpora.noise.tokens) >= cell.length else "text",
             depth=cell.depth(index),
         )
 
-    def answers(
-        self, cell: Cell, indices: Sequence[int], examples: Sequence[tasks.Example]
-    ) -> list[dict[str, Any]]:
-        """Answers examples as the cell says."""
-        given = None
-        if cell.selection in GIVEN:
-            given = [given_chunks(cell, *pair) for pair in zip(indices, examples, strict=True)]
-        dense = cell.selection in DENSE
-        return answer(
+    def engine(self, cell: Cell) -> Engine:
+        """Returns the library's engine with the cell's settings."""
+        return Engine(
             self.model,
-            [(e["prefix"], e["context"], e["query"]) for e in examples],
-            method=DENSE.get(cell.selection, "prefilling"),
             chunking=cell.chunk_config(),
             selection=cell.selection_config(self.encode_batch),
             decoding=cell.decode_config(tasks.RESPONSE_LENGTH),
+            method=DENSE.get(cell.selection, "prefilling"),
             bos_id=self.tokenizer.bos_id,
-            seeds=[index if dense else cell.seed * 1_000_003 + index for index in indices],
-            oracles=given,
             implementation=self.implementation,
-            together=not cell.streamed,
         )
 
     def records(self, cell: Cell, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Answers these examples in one batch and returns their records."""
         # One shape, one compilation: the last batch is filled up with answers that are dropped.
         size = max(self.batch_size(cell), len(indices))
-        filled = [indices[min(i, len(indices) - 1)] for i in range(size)]
-        examples = [self.example(cell, index) for index in filled]
-        answers = self.answers(cell, filled, examples)[: len(indices)]
-        return [self._record(cell, *row) for row in zip(filled, examples, answers, strict=False)]
+        examples = {index: self.example(cell, index) for index in indices}
+        requests = [request(cell, *item) for item in examples.items()]
+        requests += requests[-1:] * (size - len(indices))
+        answers = answer(self.engine(cell), requests, together=not cell.streamed)
+        rows = zip(examples.items(), answers, strict=False)
+        return [self._record(cell, *item, answered) for item, answered in rows]
 
     def _record(
         self, cell: Cell, index: int, example: tasks.Example, answered: Mapping[str, Any]
     ) -> dict[str, Any]:
-        span, chunking = example["needle_span"], cell.chunk_config()
+        span, chunking, context = example["needle_span"], cell.chunk_config(), example["context"]
         record = {
             "score": float(tasks.score(self.encode, example["answer"], answered["tokens"])),
             "response": self.encode.decode(answered["tokens"]),
             "answers": [example["answer"]],
             **answered,
             "example": index,
-            "depth": round(span[0] / len(example["context"]), 4),
+            "depth": round(span[0] / len(context), 4),
             "asked_depth": cell.depth(index),
         }
         lengths: list[int] = []
         if cell.selection not in DENSE:
-            bos = example["prefix"][0]
-            lengths = split_context(example["context"], chunking, bos)[1].tolist()
+            lengths = split_context(context, chunking, example["prefix"][0])[1].tolist()
             record |= {"needle": sorted(needle_chunks(span, chunking)), "n_chunks": len(lengths)}
-        sizes = Sizes(
-            prefix=len(example["prefix"]), query=len(example["query"]),
-            response=tasks.RESPONSE_LENGTH, context=len(example["context"]),
-            chunks=lengths, kept=answered["chunks"] or (),
-        )  # fmt: skip
-        record["flops"] = answer_flops(self.model.config, cell, sizes, answered["evaluations"])
-        return record
+        parts = (example["prefix"], example["query"], answered["tokens"], context)
+        sizes = Sizes(*map(len, parts), chunks=lengths, kept=answered["chunks"] or ())
+        flops = answer_flops(self.model.config, cell, sizes, answered["evaluations"])
+        return {**record, "flops": flops}
+
+
+def request(cell: Cell, index: int, example: tasks.Example) -> Request:
+    """Returns the request that asks an example's question under the cell's settings."""
+    given = given_chunks(cell, index, example) if cell.selection in GIVEN else None
+    seed = index if cell.selection in DENSE else cell.seed * 1_000_003 + index
+    return Request(example["context"], example["query"], example["prefix"], given, seed)
 
 
 def joined(texts: Iterable[Text]) -> Text:
     """Joins texts into one."""
     texts = list(texts)
-    starts = np.cumsum([0, *(len(text.tokens) for text in texts)])
-    breaks = [text.breaks + start for text, start in zip(texts, starts, strict=False)]
+    starts = np.cumsum([0, *(len(text.tokens) for text in texts[:-1])])
+    breaks = [text.breaks + start for text, start in zip(texts, starts, strict=True)]
     return Text(np.concatenate([text.tokens for text in texts]), np.unique(np.concatenate(breaks)))
 
 
@@ -229,21 +211,19 @@ def _overlapping(span: tuple[int, int], chunking: ChunkConfig) -> dict[int, bool
 def needle_chunks(span: tuple[int, int], chunking: ChunkConfig) -> set[int]:
     """Returns the chunks that hold the whole needle; if none does, one set that covers it."""
     parts = _overlapping(span, chunking)
-    whole = {i for i, complete in parts.items() if complete}
     first = span[0] // chunking.stride
-    return whole or {i for i in parts if i >= first}
+    complete = {i for i, is_complete in parts.items() if is_complete}
+    return complete or {i for i in parts if i >= first}
 
 
 def given_chunks(cell: Cell, index: int, example: tasks.Example) -> list[int]:
     """Returns the chunks that the selections of GIVEN keep, at most K of them."""
-    chunking = cell.chunk_config()
-    n = len(split_context(example["context"], chunking, 0)[1])
-    if cell.selection == "without":
-        avoid, kept = set(_overlapping(example["needle_span"], chunking)), []
-    else:
-        avoid = needle_chunks(example["needle_span"], chunking)
-        kept = sorted(avoid)[: cell.top_k]
+    span, chunking = example["needle_span"], cell.chunk_config()
+    without = cell.selection == "without"
+    avoid = set(_overlapping(span, chunking)) if without else needle_chunks(span, chunking)
+    kept = [] if without else sorted(avoid)[: cell.top_k]
     if cell.selection != "needle":
+        n = len(split_context(example["context"], chunking, 0)[1])
         rest = [i for i in range(n) if i not in avoid]
         order = np.random.default_rng([cell.seed, index]).permutation(len(rest))
         kept += [rest[i] for i in order[: cell.top_k - len(kept)]]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,9 +37,8 @@ def run(
     started: int = 0,
     deadline: float = float("inf"),
     note: Mapping[str, Any] | None = None,
-    parent: int | None = None,
-    show: bool | None = None,
-    on_group: Callable[[str], str] | None = None,
+    show: bool = True,
+    labels: Mapping[str, str] | None = None,
 ) -> bool:
     """Answers all work that is given and records each piece before the next begins.
 
@@ -45,49 +47,32 @@ def run(
         deadline: time.monotonic at which to stop. No piece begins that would not end before it,
             judged by the slowest piece so far.
         note: what this process notes of itself in the records.
-        parent: process id; the run stops when another process has become the parent.
-        show: a progress bar on stderr; by default where stderr is a terminal.
-        on_group: makes a line for stderr of a group that was finished.
+        show: a progress bar, where stderr is a terminal.
+        labels: of groups that are methods; a line on stderr tells the score of a finished one.
 
     Returns:
-        False where it stopped before the end.
+        False where it stopped before the end: at the deadline, or because its parent process died.
     """
-    show = sys.stderr.isatty() if show is None else show
-    first, later = 0.0, 0.0  # slowest pieces, with and without compiling
-    begun, group, noted = time.monotonic(), None, False
+    parent, begun = multiprocessing.parent_process(), time.monotonic()
+    slowest = {True: 0.0, False: 0.0}  # of pieces that compile, the first ones, and of the others
+    show = show and sys.stderr.isatty()
     with tqdm(total=total, initial=started, unit="answer", disable=not show) as bar:
-
-        def end_group() -> None:
-            if on_group is not None and group is not None:
-                line = f"{time.monotonic() - begun:5.0f} s  {on_group(group)}"
-                tqdm.write(line, file=sys.stderr)
-
-        for piece in work:
-            if piece.group != group:
-                end_group()
-            same, group = piece.group == group, piece.group
-            now = time.monotonic()
-            if now + (later if same else first) > deadline or parent not in (None, os.getppid()):
-                return False
-            rows = dict(zip(piece.keys, piece.answer(), strict=True))
-            records.add_all(rows, None if noted or note is None else note)
-            noted = True
-            took = time.monotonic() - now
-            first, later = (first, max(later, took)) if same else (max(first, took), later)
-            bar.update(len(rows))
-        end_group()
+        for group, pieces in itertools.groupby(work, lambda piece: piece.group):
+            for place, piece in enumerate(pieces):
+                compiles, now = place == 0, time.monotonic()
+                if now + slowest[compiles] > deadline or (parent and not parent.is_alive()):
+                    return False
+                rows = dict(zip(piece.keys, piece.answer(), strict=True))
+                records.add_all(rows, note)
+                note = None
+                slowest[compiles] = max(slowest[compiles], time.monotonic() - now)
+                bar.update(len(rows))
+            if labels is not None:
+                scores = [row["score"] for key, row in records.done.items() if key.method == group]
+                right = f"{sum(scores):.0f} of {len(scores)} right"
+                took = f"{time.monotonic() - begun:5.0f} s"
+                tqdm.write(f"{took}  {right}  {labels[group]}", file=sys.stderr)
     return True
-
-
-def share_of(groups: Mapping[Any, float], index: int, count: int) -> set[Any]:
-    """Returns the groups of one process of `count`, so that all have about the same load."""
-    loads, share = [0.0] * count, set()
-    for group, load in sorted(groups.items(), key=lambda item: item[1], reverse=True):
-        least = loads.index(min(loads))
-        loads[least] += load
-        if least == index:
-            share.add(group)
-    return share
 
 
 def visible_gpus() -> list[str]:
@@ -102,35 +87,35 @@ def visible_gpus() -> list[str]:
     return subprocess.run(listed, capture_output=True, text=True, check=False).stdout.split()
 
 
-def run_processes(command: Sequence[str], processes: int, folder: Path, total: int) -> int:
-    """Runs the same command in several processes, each with `--shard INDEX/COUNT`.
+def start(call: Callable[[], Any], **environment: str) -> SpawnProcess:
+    """Starts a call in a new process, which opens no GPU before these variables are set."""
+    spawn = multiprocessing.get_context("spawn")
+    process = spawn.Process(target=_call, args=(call, environment), daemon=True)
+    process.start()
+    return process
+
+
+def _call(call: Callable[[], Any], environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
+    sys.exit(call())
+
+
+def run_processes(calls: Sequence[Callable[[], int]], folder: Path, total: int) -> int:
+    """Runs each call in its own process; returns the worst of the statuses that they return.
 
     Tracing and compiling, which take most of the time of small cells, then overlap. GPUs are given
-    out in turn, and processes that share a GPU divide its memory. Returns the worst exit status.
+    out in turn, and processes that share a GPU divide its memory.
     """
-    # The checkpoint is converted once, by a process that does not hold the GPU's memory.
-    on_cpu = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    if code := subprocess.run([*command, "--shard", "prepare"], env=on_cpu, check=False).returncode:
-        return code
-    gpus = visible_gpus()
-    sharing = -(-processes // max(1, len(gpus)))
-    share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or str(round(0.9 / sharing, 3))
+    gpus, fraction = visible_gpus(), "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    sharing = -(-len(calls) // max(1, len(gpus)))
+    environment = {fraction: os.environ.get(fraction) or str(round(0.9 / sharing, 3))}
     children = []
-    for index in range(processes):
-        environment = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": share}
+    for index, call in enumerate(calls):
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
-        shard = [*command, "--shard", f"{index}/{processes}"]
-        children.append(subprocess.Popen(shard, env=environment, stdin=subprocess.DEVNULL))
-    try:
-        with tqdm(total=total, unit="answer", disable=not sys.stderr.isatty()) as bar:
-            while any(child.poll() is None for child in children):
-                time.sleep(_POLL)
-                bar.update(min(total, count_lines(folder)) - bar.n)
-    except BaseException:
-        for child in children:
-            child.terminate()
-        raise
-    finally:
-        codes = [child.wait() for child in children]
-    return max(codes, key=abs)
+        children.append(start(call, **environment))
+    with tqdm(total=total, unit="answer", disable=not sys.stderr.isatty()) as bar:
+        while any(child.is_alive() for child in children):
+            time.sleep(_POLL)
+            bar.update(min(total, count_lines(folder)) - bar.n)
+    return max((child.exitcode or 0 for child in children), key=abs)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
 RESAMPLES = 10_000
 _AT_ONCE = 1 << 22  # drawn indices held in memory
+Column = Sequence[float] | np.ndarray
 
 
 class Estimate(NamedTuple):
@@ -50,54 +52,41 @@ def mcnemar(b_only: int, a_only: int) -> float:
 
 
 def bootstrap(
-    statistic: Callable[..., np.ndarray],
-    *columns: Sequence[float] | np.ndarray,
-    confidence: float = 0.95,
-    resamples: int | None = None,
-    seed: int = 0,
+    statistic: Callable[..., np.ndarray], *columns: Column, confidence: float = 0.95
 ) -> Estimate:
     """Returns a statistic with its percentile bootstrap interval (Efron 1979) over examples.
 
     Args:
-        statistic: reduces the last axis of the columns' resamples, arrays [.., n].
+        statistic: `statistic(*columns, axis=axis)` reduces that axis.
         columns: [n] each; an example's values are resampled together.
-        resamples: RESAMPLES by default.
     """
     arrays = [np.asarray(column, float) for column in columns]
-    n = len(arrays[0])
-    if n == 0 or any(len(array) != n for array in arrays):
-        raise ValueError(f"columns must have equal lengths, got {[len(a) for a in arrays]}")
-    rng, resamples = np.random.default_rng(seed), resamples or RESAMPLES
-    step = max(1, _AT_ONCE // n)
-    resampled = []
-    for start in range(0, resamples, step):
-        picks = rng.integers(0, n, (min(step, resamples - start), n))
-        resampled.append(statistic(*(array[picks] for array in arrays)))
-    tail = 50 * (1 - confidence)
-    low, high = np.percentile(np.concatenate(resampled), [tail, 100 - tail])
-    return Estimate(float(statistic(*arrays)), float(low), float(high))
+    value = float(statistic(*arrays, axis=-1))
+    if len(arrays[0]) == 1:
+        return Estimate(value, value, value)
+    draws: dict[str, Any] = {"n_resamples": RESAMPLES, "batch": max(1, _AT_ONCE // len(arrays[0]))}
+    draws["random_state"] = np.random.default_rng(0)
+    options = {"method": "percentile", "confidence_level": confidence, "paired": True}
+    with warnings.catch_warnings():  # of an interval that is NaN
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        interval = stats.bootstrap(arrays, statistic, **draws, **options).confidence_interval
+    return Estimate(value, float(interval.low), float(interval.high))
 
 
-def mean(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> Estimate:
-    """Returns a mean with its bootstrap interval."""
-    return bootstrap(lambda x: x.mean(axis=-1), values, confidence=confidence)
-
-
-def paired(a: Sequence[bool] | np.ndarray, b: Sequence[bool] | np.ndarray) -> Pairing:
-    """Compares method b with method a, each right or wrong on the same examples."""
+def paired(a: Column, b: Column) -> Pairing:
+    """Compares method b with method a, each right (1) or wrong (0) on the same examples."""
     a, b = np.asarray(a, bool), np.asarray(b, bool)
     if a.shape != b.shape:
         raise ValueError(f"both methods need the same examples, got {a.size} and {b.size}")
     b_only, a_only = int((b & ~a).sum()), int((a & ~b).sum())
-    difference = bootstrap(lambda x: x.mean(axis=-1), b.astype(float) - a)
+    difference = bootstrap(np.mean, b.astype(float) - a)
     return Pairing(a.size, difference, b_only, a_only, mcnemar(b_only, a_only))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusts p values by Holm's step-down method (1979), for all comparisons together."""
     order = np.argsort(p_values, stable=True)
-    adjusted, floor = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order.tolist()):
-        floor = max(floor, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = floor
-    return adjusted
+    scaled = np.asarray(p_values, float)[order] * np.arange(len(order), 0, -1)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(scaled))
+    return adjusted.tolist()

@@ -11,12 +11,12 @@ import numpy as np
 
 from experiments import statistics
 from experiments.checks import check_all, holds_needle
-from experiments.grids import DENSE, GRIDS, Cell, Grid, all_cells
+from experiments.grids import DENSE, GRIDS, MEASUREMENTS, Cell, Grid, all_cells
 from experiments.records import read_folder, read_json
 from experiments.retrieval import records_of
 
+Row = Mapping[str, Any]
 Rows = dict[int, dict[str, Any]]
-MEASUREMENTS = ("attention", "order", "speed")
 _SCORES_SHOWN, _WRONG_SHOWN = 6, 3
 
 
@@ -27,9 +27,10 @@ def summarise(
     asked = all_cells(grids, changes)
     done, runs = read_folder(folder)
     cells = {cell: rows for cell in asked if (rows := records_of(cell, done, wanted))}
-    settings = folder / "settings.json"
-    record: dict[str, Any] = {
-        "identity": read_json(settings) if settings.exists() else None,
+    names = {name: folder / f"{name}.json" for name in ("settings", *MEASUREMENTS)}
+    files = {name: read_json(path) if path.exists() else None for name, path in names.items()}
+    return {
+        "identity": files.pop("settings"),
         "runs": runs,
         "wanted": wanted,
         "complete": all(len(cells.get(cell, ())) >= wanted for cell in asked),
@@ -37,48 +38,41 @@ def summarise(
         "grids": {name: compare(GRIDS[name], cells, changes) for name in grids},
         "checks": check_all(cells),
         "chunk_scores": score_examples(cells),
+        **files,
     }
-    for name in MEASUREMENTS:
-        path = folder / f"{name}.json"
-        record[name] = read_json(path) if path.exists() else None
-    return record
 
 
-def _mean_by_name(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([row.get(name, 0.0) for row in rows])) for name in rows[0]}
 
 
 def describe(cell: Cell, records: Rows) -> dict[str, Any]:
     """Returns a cell's numbers, shares and means with their 95% intervals."""
     rows = list(records.values())
-    right = [row["score"] for row in rows]
     by_task, by_depth = defaultdict(list), defaultdict(list)
     for row in rows:
         by_task[row["task"]].append(row["score"])
         if row["asked_depth"] is not None:
             by_depth[row["asked_depth"]].append(row["score"])
     wrong = [row for row in rows if not row["score"]][:_WRONG_SHOWN]
-    cell_summary: dict[str, Any] = {
+    flops = _means([row["flops"] for row in rows]) if all(row["flops"] for row in rows) else None
+    result: dict[str, Any] = {
         "settings": cell.settings(),
         "label": cell.label(),
         "examples": len(rows),
-        "accuracy": share(right),
+        "accuracy": share([row["score"] for row in rows]),
         "by_task": {task: share(values) for task, values in by_task.items()},
         "by_depth": [[depth, share(values)] for depth, values in sorted(by_depth.items())],
-        "evaluations": statistics.mean([row["evaluations"] for row in rows]),
-        "seconds": _mean_by_name([row["seconds"] for row in rows]),
-        "flops": None,
+        "evaluations": statistics.bootstrap(np.mean, [row["evaluations"] for row in rows]),
+        "seconds": _means([row["seconds"] for row in rows]),
+        "flops": flops and {**flops, "total": sum(flops.values())},
         "recall": None,
         "wrong": [[row["example"], row["task"], *row["answers"], row["response"]] for row in wrong],
     }
     if by_depth:
-        columns = [np.array(right), *zones(rows)]
-        cell_summary["middle_less_ends"] = statistics.bootstrap(middle_less_ends, *columns)
-    if all(row["flops"] for row in rows):
-        flops = _mean_by_name([row["flops"] for row in rows])
-        cell_summary["flops"] = {**flops, "total": sum(flops.values())}
+        result["middle_less_ends"] = middle_less_ends(rows, [row["score"] for row in rows])
     if cell.selection not in DENSE:
-        cell_summary |= {
+        result |= {
             "recall": share([holds_needle(row) for row in rows]),
             "chunks": float(np.mean([row["n_chunks"] for row in rows])),
             "cut": float(np.mean([len(row["needle"]) > 1 for row in rows])),
@@ -88,12 +82,12 @@ def describe(cell: Cell, records: Rows) -> dict[str, Any]:
     if scored:
         leads = [lead(row) for row in scored]
         margins = [x for row in scored if (x := margin(row, cell.top_k)) is not None]
-        cell_summary |= {
+        result |= {
             "recall_at_1": share([x > 0 for x in leads]),
-            "lead": statistics.mean(leads),
-            "margin": statistics.mean(margins) if margins else None,
+            "lead": statistics.bootstrap(np.mean, leads),
+            "margin": statistics.bootstrap(np.mean, margins) if margins else None,
         }
-    return cell_summary
+    return result
 
 
 def share(values: Sequence[float]) -> list[float]:
@@ -102,38 +96,37 @@ def share(values: Sequence[float]) -> list[float]:
     return [*statistics.wilson(hits, len(values)), hits, len(values)]
 
 
-def zones(rows: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
-    """Marks the examples whose needle is in the middle of the document, and near its ends."""
+def middle_less_ends(rows: Sequence[Row], values: Sequence[float]) -> statistics.Estimate:
+    """Estimates the mean value of needles in the middle of the document minus near its ends."""
     depth = np.array([row["asked_depth"] for row in rows])
     middle = (depth > 0.25) & (depth < 0.75)
-    return [middle.astype(float), (~middle).astype(float)]
+
+    def difference(value: Any, middle: Any, ends: Any, axis: int) -> Any:
+        with np.errstate(invalid="ignore"):
+            inside = (value * middle).sum(axis) / middle.sum(axis)
+            return inside - (value * ends).sum(axis) / ends.sum(axis)
+
+    return statistics.bootstrap(difference, values, middle, ~middle)
 
 
-def middle_less_ends(value: np.ndarray, middle: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Returns the mean in the middle minus the mean near the ends, over the last axis."""
-    with np.errstate(invalid="ignore"):
-        inside = (value * middle).sum(axis=-1) / middle.sum(axis=-1)
-        return inside - (value * ends).sum(axis=-1) / ends.sum(axis=-1)
-
-
-def lead(record: Mapping[str, Any]) -> float:
+def lead(record: Row) -> float:
     """Returns the score of the needle's chunk (the worse of two) minus the best other score."""
-    scores = np.array(record["scores"])
-    others = np.delete(scores, record["needle"])
-    return float(scores[record["needle"]].min() - (others.max() if others.size else 0.0))
+    others = np.delete(record["scores"], record["needle"])
+    return _needle_score(record) - float(others.max() if others.size else 0.0)
 
 
-def margin(record: Mapping[str, Any], k: int) -> float | None:
+def margin(record: Row, k: int) -> float | None:
     """Returns that score minus the best score that must stay out; positive where it is kept.
 
-    None where so many chunks are kept that no other chunk competes.
+    None where no other chunk competes, because enough are kept.
     """
-    scores = np.array(record["scores"])
-    others = np.sort(np.delete(scores, record["needle"]))[::-1]
+    others = np.sort(np.delete(record["scores"], record["needle"]))[::-1]
     rank = k - len(record["needle"])
-    if not 0 <= rank < len(others):
-        return None
-    return float(scores[record["needle"]].min() - others[rank])
+    return _needle_score(record) - float(others[rank]) if 0 <= rank < len(others) else None
+
+
+def _needle_score(record: Row) -> float:
+    return min(record["scores"][i] for i in record["needle"])
 
 
 def compare(
@@ -142,24 +135,24 @@ def compare(
     """Compares arms with their reference over common examples; Holm's p is over the grid."""
     groups, tested = [], []
     for reference, arms in grid.groups(changes):
-        rows = []
-        for arm in arms:
-            row: dict[str, Any] = {"cell": arm.key, "label": arm.label(reference)}
-            both = sorted({*cells.get(reference, {})} & {*cells.get(arm, {})})
-            if both:
-                a, b = (np.array([cells[c][i]["score"] for i in both]) for c in (reference, arm))
-                row |= statistics.paired(a, b)._asdict()
-                if reference.depths is not None:
-                    places = zones([cells[reference][i] for i in both])
-                    row["middle_less_ends"] = statistics.bootstrap(middle_less_ends, b - a, *places)
-                tested.append(row)
-            rows.append(row)
+        rows = [_compare_arm(reference, arm, cells) for arm in arms]
+        tested += [row for row in rows if "p" in row]
         over = {name: getattr(reference, name) for name in grid.over}
         groups.append({"over": over, "reference": reference.key, "arms": rows})
-    adjusted = statistics.holm([row["p"] for row in tested])
-    for row, p in zip(tested, adjusted, strict=True):
+    for row, p in zip(tested, statistics.holm([row["p"] for row in tested]), strict=True):
         row["p_holm"] = p
     return {"question": grid.question, "groups": groups}
+
+
+def _compare_arm(reference: Cell, arm: Cell, cells: Mapping[Cell, Rows]) -> dict[str, Any]:
+    row: dict[str, Any] = {"cell": arm.key, "label": arm.label(reference)}
+    base, other = (cells.get(cell, {}) for cell in (reference, arm))
+    if both := sorted({*base} & {*other}):
+        a, b = (np.array([rows[i]["score"] for i in both]) for rows in (base, other))
+        row |= statistics.paired(a, b)._asdict()
+        if reference.depths is not None:
+            row["middle_less_ends"] = middle_less_ends([base[i] for i in both], b - a)
+    return row
 
 
 def score_examples(cells: Mapping[Cell, Rows]) -> list[dict[str, Any]]:

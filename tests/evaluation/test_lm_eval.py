@@ -44,7 +44,7 @@ ROWS = [
 
 METRIC = f"""import sys
 sys.path.insert(0, {str(ROOT / "scripts")!r})
-from experiments.benchmarks.text import english_f1
+from experiments.benchmarks.metrics import english_f1
 
 def results(doc, responses):
     return {{"f1": max(english_f1(responses[0], answer) for answer in doc["answers"])}}

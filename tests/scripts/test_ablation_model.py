@@ -33,8 +33,8 @@ from pdllm_jax import (
 from pdllm_jax.method.scoring import draft_response
 from pdllm_jax.network.rope import rotate, rotation
 from small_model import corpus, tasks
-from tests.scripts.test_ablation import answer_all
 from tests.small_model.test_training import CONFIG, encode, held_out_side, make_corpora  # noqa: F401
+from tests.support.ablation import answer_all
 from tests.support.method import sharpen
 
 PAIR = ("passkey", "number_string")
@@ -50,8 +50,8 @@ def model() -> MaskPredictor:
 def tiny_bench(model, encode, held_out_side) -> retrieval.Retrieval:  # noqa: F811
     ids = encode.tokenizer.token_to_id
     tokenizer = Tokenizer(encode.tokenizer, ids("<|startoftext|>"), encode.mask, encode.eos, None)
-    made = retrieval.Retrieval.of(model, tokenizer, held_out_side, first_seed=0)
-    return dataclasses.replace(made, batch_tokens=2 * CELL.length, encode_batch=4)
+    sizes = {"batch_tokens": 2 * CELL.length, "encode_batch": 4}
+    return retrieval.Retrieval(model, tokenizer, held_out_side, first_seed=0, **sizes)
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
@@ -113,7 +113,7 @@ def test_other_weights_have_another_name(model):
 
 
 def test_a_run_end_to_end(tiny_bench, tmp_path, monkeypatch):
-    """Records, summary and checks; in a batch, dense tokens are those of the prompt alone."""
+    """Records, summary and checks; dense tokens of a batch equal the tokens of the prompt alone."""
     base = CELL.settings() | {"tasks": PAIR}
     arms = ({"selection": "dense"}, {"selection": "all"}, {"top_k": 8})
     grid = Grid("All of it, tiny.", base=base, arms=arms)
@@ -147,9 +147,9 @@ def matmul_flops(jaxpr) -> float:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             (contract, _), _ = params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
+            shape = equation.invars[0].aval.shape
             out = equation.outvars[0].aval.shape
-            total += 2 * np.prod(out, dtype=float) * np.prod([left[i] for i in contract])
+            total += 2 * np.prod(out, dtype=float) * np.prod([shape[i] for i in contract])
         elif name == "cond":
             total += max(matmul_flops(branch.jaxpr) for branch in params["branches"])
         else:
@@ -192,34 +192,33 @@ def test_flops_are_the_products_of_the_traced_programs(model, change):
     assert prompt.prefix.shape == (1, PREFIX)
     assert prompt.query.shape == (1, QUERY)
     draft = None
-    found = {"draft": 0.0}
+    counted = {"draft": 0.0}
 
     def traced(function, *args, **kwargs):
         return matmul_flops(jax.make_jaxpr(lambda *a: function(*a, **kwargs))(*args).jaxpr)
 
     if config.scorer.name == "draft":
-        found["draft"] = traced(lambda m, p: draft_response(m, p, config), model, prompt)
+        counted["draft"] = traced(lambda m, p: draft_response(m, p, config), model, prompt)
         draft = jax.eval_shape(lambda: draft_response(model, prompt, config))
         draft = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), draft)
-    found["score"] = traced(lambda m, p: prefill(m, p, config, draft=draft), model, prompt)
+    counted["score"] = traced(lambda m, p: prefill(m, p, config, draft=draft), model, prompt)
     cache, scores = jax.eval_shape(lambda: prefill(model, prompt, config, draft=draft))
     chosen = jax.eval_shape(lambda s: select_top_k(s, config.top_k), scores)
 
     def begin(cache, chosen):
-        return init_denoise(
-            model, cache, chosen, prompt.query, decode, jax.random.key(0), settings=config
-        )
+        inputs = model, cache, chosen, prompt.query, decode, jax.random.key(0)
+        return init_denoise(*inputs, settings=config)
 
-    found["encode"] = matmul_flops(jax.make_jaxpr(begin)(cache, chosen).jaxpr)
+    counted["encode"] = matmul_flops(jax.make_jaxpr(begin)(cache, chosen).jaxpr)
     state = jax.eval_shape(begin, cache, chosen)
-    found["decode"] = matmul_flops(
+    counted["decode"] = matmul_flops(
         jax.make_jaxpr(lambda c, s: denoise_step(model, c, s, config=decode))(cache, state).jaxpr
     )
     kept = range(COUNT) if cell.selection == "all" else range(cell.top_k)
     sizes = Sizes(PREFIX, QUERY, 32, COUNT * (SIZE - 1), [SIZE] * COUNT, list(kept))
     want = answer_flops(model.config, cell, sizes, 1)
     for phase, value in want.items():
-        assert found[phase] == pytest.approx(value, rel=0.02), phase
+        assert counted[phase] == pytest.approx(value, rel=0.02), phase
 
 
 # ---- what the pictures are made of
@@ -233,11 +232,9 @@ def test_attention_shares_are_those_of_one_forward_over_everything(model):
     decode = DecodeConfig(gen_length=8, block_length=8)
     config = Cell(selection="all", top_k=3).selection_config()
     cache, scores = prefill(model, prompt, config)
-    state = init_denoise(
-        model, cache, select_top_k(scores, 3), prompt.query, decode, jax.random.key(0),
-        query_length=prompt.query_length, settings=config,
-    )  # fmt: skip
-    found = measurements.attention_shares(model, state.pool, state)
+    inputs = model, cache, select_top_k(scores, 3), prompt.query, decode, jax.random.key(0)
+    state = init_denoise(*inputs, query_length=prompt.query_length, settings=config)
+    shares = measurements.attention_shares(model, state.pool, state)
 
     mask = model.config.mask_token_id
     chunks = np.insert(context.reshape(3, 15), 0, 0, axis=1).ravel()
@@ -256,9 +253,9 @@ def test_attention_shares_are_those_of_one_forward_over_everything(model):
     model.run(jnp.asarray(tokens), attend, None)
     want = np.array(weights)  # [L, H, S]
     inside = want[..., 5 : 5 + 48].reshape(*want.shape[:2], 3, 16)
-    np.testing.assert_allclose(found.chunk[:, 0], inside.sum(axis=-1), atol=1e-4)
-    np.testing.assert_allclose(found.first[:, 0], inside[..., 0], atol=1e-4)
-    np.testing.assert_allclose(found.bos[:, 0], want[..., 0], atol=1e-4)
+    np.testing.assert_allclose(shares.chunk[:, 0], inside.sum(axis=-1), atol=1e-4)
+    np.testing.assert_allclose(shares.first[:, 0], inside[..., 0], atol=1e-4)
+    np.testing.assert_allclose(shares.bos[:, 0], want[..., 0], atol=1e-4)
 
 
 def test_measurements_on_a_tiny_model(tiny_bench, tmp_path):
@@ -269,10 +266,8 @@ def test_measurements_on_a_tiny_model(tiny_bench, tmp_path):
     filled = [step for step in steps if step]
     assert sorted(filled) == list(range(1, len(filled) + 1))
     example = tiny_bench.example(cell, 0)
-    engine = Engine(
-        tiny_bench.model, chunking=cell.chunk_config(), selection=cell.selection_config(4),
-        decoding=cell.decode_config(),
-    )  # fmt: skip
+    settings = {"chunking": cell.chunk_config(), "selection": cell.selection_config(4)}
+    engine = Engine(tiny_bench.model, **settings, decoding=cell.decode_config())
     alone = engine.answer(example["context"], example["query"], prefix=example["prefix"])
     assert tokens == alone.tokens
     path = tmp_path / "speed.json"

@@ -9,46 +9,49 @@ import sys
 import pytest
 
 from pdllm_jax.evaluation import prompts
+from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.tokenizer import Tokenizer
 from tests.conftest import ROOT
 from tests.support import evals_data
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from experiments.benchmarks import infinitebench, longbench, needle, ruler
-from experiments.benchmarks.example import DataError, Example, Malformed, with_unique_ids
+from experiments.benchmarks import needle, published
+from experiments.benchmarks.example import DataError, Malformed
 
 
-class Bytes:
-    """A tokenizer of bytes, with LLaDA's special tokens behind them."""
-
-    def __new__(cls, folder) -> Tokenizer:
-        checkpoints = pytest.importorskip("tests.oracles.checkpoints")
-        from pdllm_jax.network.config import ModelConfig
-
-        checkpoints.write_tokenizer(folder)
-        config = ModelConfig.from_dict(checkpoints.tiny_config())
-        return Tokenizer.load(folder, config)
+@pytest.fixture
+def tokenizer(tmp_path) -> Tokenizer:
+    """Of bytes, with LLaDA's special tokens behind them."""
+    checkpoints = pytest.importorskip("tests.oracles.checkpoints")
+    checkpoints.write_tokenizer(tmp_path)
+    return Tokenizer.load(tmp_path, ModelConfig.from_dict(checkpoints.tiny_config()))
 
 
-def stop() -> Malformed:
-    return Malformed("stop", pytest.fail)
+def load(benchmark: str, folder, tasks=None, malformed: Malformed | None = None, **settings):
+    """Loads tasks, by default such as have no malformed line."""
+    malformed = malformed or Malformed("stop", pytest.fail)
+    return published.load(benchmark, folder, tasks, malformed, **settings)
 
 
-def by_name(tasks):
-    return {task.name: task for task in tasks}
+def refuses(message: str, benchmark: str, folder, tasks=None) -> None:
+    with pytest.raises(DataError, match=message):
+        load(benchmark, folder, tasks)
 
 
 def test_longbench_lines_in_every_shape(tmp_path):
     pytest.importorskip("jieba")
-    tasks = by_name(longbench.load(evals_data.longbench(tmp_path / "copy"), None, stop()))
+    tasks = {t.name: t for t in load("longbench", evals_data.longbench(tmp_path / "copy"))}
     assert set(tasks) == {*evals_data.PROMPTS, "hotpotqa_e"}
-    found = tasks["hotpotqa"].examples
-    assert [example.id for example in found] == ["a1", "2", "a1#2"]
-    assert [example.answers for example in found] == [("Kellynch Hall", "K"), ("Hall",), ("Anne",)]
-    assert found[0].prompt == (
-        "Passages.\n", evals_data.TEXT * 3, "\n\nQuestion: Where does Anne live?\nAnswer:"
-    )  # fmt: skip
-    assert found[1].prompt.after == found[0].prompt.after
+    examples = tasks["hotpotqa"].examples
+    assert [example.id for example in examples] == ["a1", "2", "a1#2"]
+    assert [example.answers for example in examples] == [
+        ("Kellynch Hall", "K"),
+        ("Hall",),
+        ("Anne",),
+    ]
+    after = "\n\nQuestion: Where does Anne live?\nAnswer:"
+    assert examples[0].prompt == ("Passages.\n", evals_data.TEXT * 3, after)
+    assert examples[1].prompt.after == after
     assert tasks["hotpotqa_e"].examples[1].details["length"] == 5000
     assert tasks["trec"].examples[0].details["all_classes"] == ["Food", "Sport"]
     chat = {name: task.chat for name, task in tasks.items()}
@@ -59,37 +62,39 @@ def test_longbench_lines_in_every_shape(tmp_path):
 
 def test_longbench_by_name_and_what_is_missing(tmp_path):
     folder = evals_data.longbench(tmp_path / "copy")
-    elsewhere = folder / "config"
-    only = longbench.load(folder / "data", ["lcc", "trec"], stop(), elsewhere)
-    assert [task.name for task in only] == ["lcc", "trec"]
-    assert longbench.load(folder / "data", ["lcc"], stop())[0].gen_length == 8
-    for tasks, message in (
-        (["nothing"], "no task 'nothing'"),
-        (["qasper"], "qasper.jsonl is missing"),
+    config, lengths = folder / "config", folder / "config" / "dataset2maxlen.json"
+    tasks = load("longbench", folder / "data", ["lcc", "trec"], config=config)
+    assert [task.name for task in tasks] == ["lcc", "trec"]
+    assert load("longbench", folder / "data", ["lcc"])[0].gen_length == 8
+    refuses("no task 'nothing'", "longbench", folder, ["nothing"])
+    refuses("qasper.jsonl is missing", "longbench", folder, ["qasper"])
+    refuses("holds no LongBench task", "longbench", tmp_path)
+    lengths.write_text("{}")
+    refuses("positive number for lcc", "longbench", folder, ["lcc"])
+    lengths.unlink()
+    refuses(r"dataset2maxlen\.json is not in", "longbench", folder, ["lcc"])
+    for content, message in (
+        ("{", "not valid JSON"),
+        ("[]", "must hold a JSON object"),
+        (json.dumps({**evals_data.PROMPTS, "lcc": "no place"}), r"one \{context\}"),
     ):
-        with pytest.raises(DataError, match=message):
-            longbench.load(folder, tasks, stop())
-    with pytest.raises(DataError, match="holds no LongBench task"):
-        longbench.load(tmp_path, None, stop())
-    (elsewhere / "dataset2maxlen.json").write_text("{}")
-    with pytest.raises(DataError, match="positive number for lcc"):
-        longbench.load(folder, ["lcc"], stop())
-    (elsewhere / "dataset2maxlen.json").unlink()
-    with pytest.raises(DataError, match=r"dataset2maxlen\.json is not in"):
-        longbench.load(folder, ["lcc"], stop())
+        lengths.write_text(json.dumps(evals_data.LENGTHS))
+        (config / "dataset2prompt.json").write_text(content)
+        refuses(message, "longbench", folder, ["lcc"])
 
 
+GOOD = {"input": "q", "context": "c", "answers": ["a"]}
 BAD = {
     "not valid JSON": b"{",
     "must be a JSON object": "[1]",
     "can't decode": b'{"context": "\xff"}',
-    "context is missing": {"input": "q", "answers": ["a"]},
-    "context is empty": {"input": "q", "context": " \n", "answers": ["a"]},
-    "context must be a string": {"input": "q", "context": 7, "answers": ["a"]},
+    "context is missing": {**GOOD, "context": None},
+    "context is empty": {**GOOD, "context": " \n"},
+    "context must be a string": {**GOOD, "context": 7},
     "input or question is missing": {"context": "c", "answers": ["a"]},
     "answers or answer is missing": {"input": "q", "context": "c"},
-    "answers is empty": {"input": "q", "context": "c", "answers": []},
-    "answers must hold strings": {"input": "q", "context": "c", "answers": [["a"]]},
+    "answers is empty": {**GOOD, "answers": []},
+    "answers must hold strings": {**GOOD, "answers": [["a"]]},
     "nested too deeply": "[" * 100_000,
 }
 
@@ -98,50 +103,43 @@ BAD = {
 def test_malformed_lines_have_file_and_line_and_the_run_stops_or_goes_on(tmp_path, reason):
     folder = evals_data.longbench(tmp_path / "copy")
     path = folder / "data" / "hotpotqa.jsonl"
-    path.write_bytes(path.read_bytes() + b"\n")
-    good = {"input": "q", "context": "c", "answers": ["a"]}
-    evals_data.write_lines(path, [good, "", BAD[reason], good])
+    evals_data.write_lines(path, [GOOD, "", BAD[reason], GOOD])
     place = re.escape(f"{path}:3: ")
-    with pytest.raises(DataError, match=f"{place}.*{reason}"):
-        longbench.load(folder, ["hotpotqa"], stop())
+    refuses(f"{place}.*{reason}", "longbench", folder, ["hotpotqa"])
     lines: list[str] = []
-    going = Malformed("skip", lines.append)
-    (task,) = longbench.load(folder, ["hotpotqa"], going)
+    malformed = Malformed("skip", lines.append)
+    (task,) = load("longbench", folder, ["hotpotqa"], malformed)
     assert [example.id for example in task.examples] == ["1", "4"]
-    assert going.count == len(lines) == 1
+    assert malformed.count == len(lines) == 1
     assert re.match(f"{place}.*{reason}", lines[0])
     assert "\n" not in lines[0]
 
 
-def test_malformed_lines_of_certain_tasks(tmp_path):
-    folder = evals_data.longbench(tmp_path / "copy")
-    base = {"input": "q", "context": "c"}
-    for task, row, reason in (
-        ("trec", {**base, "answers": ["Food"]}, "all_classes must be a list"),
-        ("passage_retrieval_en", {**base, "answers": ["7"]}, "names no paragraph"),
-    ):
-        evals_data.write_lines(folder / "data" / f"{task}.jsonl", [row])
-        with pytest.raises(DataError, match=reason):
-            longbench.load(folder, [task], stop())
-    folder = evals_data.infinitebench(tmp_path / "infinite")
-    row = {"id": 1, "context": "c", "input": "q", "answer": "Z", "options": ["a", "b", "c", "d"]}
-    for change, reason in (
-        ({}, "must be one of the options"),
-        ({"options": ["a"]}, "list of four"),
-        ({"answer": None}, "answer is missing"),
-        ({"answer": True}, "strings or numbers"),
-    ):
-        evals_data.write_lines(folder / "code_debug.jsonl", [{**row, **change}])
-        with pytest.raises(DataError, match=reason):
-            infinitebench.load(folder, ["code_debug"], stop())
-    evals_data.write_lines(tmp_path / "vt.jsonl", [{"input": "something else", "outputs": ["x"]}])
-    with pytest.raises(DataError, match="not a prompt of vt"):
-        ruler.load(tmp_path, ["vt"], stop())
+OPTIONS = {"id": 1, "context": "c", "input": "q", "answer": "Z", "options": ["a", "b", "c", "d"]}
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "task", "row", "reason"),
+    [
+        ("longbench", "trec", {**GOOD, "answers": ["Food"]}, "all_classes must be a list"),
+        ("longbench", "passage_retrieval_en", {**GOOD, "answers": ["7"]}, "names no paragraph"),
+        ("infinitebench", "code_debug", OPTIONS, "must be one of the options"),
+        ("infinitebench", "code_debug", {**OPTIONS, "options": ["a"]}, "list of four"),
+        ("infinitebench", "code_debug", {**OPTIONS, "answer": None}, "answer is missing"),
+        ("infinitebench", "code_debug", {**OPTIONS, "answer": True}, "strings or numbers"),
+        ("ruler", "vt", {"input": "something else", "outputs": ["x"]}, "not a prompt of vt"),
+    ],
+)
+def test_malformed_lines_of_certain_tasks(tmp_path, benchmark, task, row, reason):
+    folder = getattr(evals_data, benchmark)(tmp_path / "copy")
+    inner = folder / "data" if benchmark == "longbench" else folder
+    evals_data.write_lines(inner / f"{task}.jsonl", [row])
+    refuses(reason, benchmark, folder, [task])
 
 
 def test_infinitebench_lines_in_every_shape(tmp_path):
-    tasks = by_name(infinitebench.load(evals_data.infinitebench(tmp_path / "copy"), None, stop()))
-    assert set(tasks) == set(infinitebench.KINDS)
+    folder = evals_data.infinitebench(tmp_path / "copy")
+    tasks = {task.name: task for task in load("infinitebench", folder)}
     assert [x.answers for x in tasks["passkey"].examples] == [("71432",)] * 3
     assert tasks["passkey"].examples[2].prompt.context == evals_data.TEXT
     assert tasks["passkey"].examples[0].prompt.after.endswith("pass key?\n\nThe pass key is")
@@ -150,20 +148,21 @@ def test_infinitebench_lines_in_every_shape(tmp_path):
     answers = [x.answers for x in tasks["longbook_choice_eng"].examples]
     assert answers == [("Mary", "B")] * 3 + [("Louisa", "C")]
     assert "\nB. Mary\n" in tasks["longbook_choice_eng"].examples[0].prompt.after
-    lengths = {name: task.gen_length for name, task in tasks.items()}
-    assert lengths == {
-        "passkey": 6, "number_string": 12, "kv_retrieval": 50, "code_debug": 5,
-        "longbook_choice_eng": 40, "longbook_qa_eng": 40, "longbook_qa_chn": 40,
-    }  # fmt: skip
-    own = infinitebench.load(
-        tmp_path / "copy", ["passkey"], stop(), {"passkey": "{context}!{input}"}
-    )
-    assert own[0].examples[0].prompt.before == ""
+    assert {name: task.gen_length for name, task in tasks.items()} == {
+        "passkey": 6,
+        "number_string": 12,
+        "kv_retrieval": 50,
+        "code_debug": 5,
+        **dict.fromkeys(("longbook_choice_eng", "longbook_qa_eng", "longbook_qa_chn"), 40),
+    }
+    templates = {"passkey": "{context}!{input}"}
+    (task,) = load("infinitebench", folder, ["passkey"], templates=templates)
+    assert task.examples[0].prompt.before == ""
 
 
 @pytest.mark.parametrize("task", evals_data.RULER_PROMPTS)
 def test_ruler_prompts_are_cut_where_their_template_has_the_document(tmp_path, task):
-    (loaded,) = ruler.load(evals_data.ruler(tmp_path / "copy"), [task], stop())
+    (loaded,) = load("ruler", evals_data.ruler(tmp_path / "copy"), [task])
     for example, response in zip(loaded.examples, ("", " Answer:", " Answer:"), strict=True):
         assert example.prompt == evals_data.RULER_PROMPTS[task]
         assert example.response == response
@@ -172,20 +171,21 @@ def test_ruler_prompts_are_cut_where_their_template_has_the_document(tmp_path, t
 
 
 def test_all_thirteen_ruler_tasks_have_a_length_and_a_rule():
-    assert len(ruler.TASKS) == 13
-    lengths = {ruler.GEN_LENGTH[task.partition("_")[0]] for task in ruler.TASKS}
-    assert lengths == {128, 30, 120, 50, 32}
+    lengths = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
+    kinds = published.KINDS["ruler"]
+    assert len(kinds) == 13
+    for task, kind in kinds.items():
+        assert kind.gen_length == lengths[task.partition("_")[0]]
     assert prompts.split_ruler("other", "text") is None
     assert prompts.split_ruler("niah_single_1", "no such text") is None
 
 
-def test_the_needle_lies_behind_a_sentence_s_end_at_its_depth(tmp_path):
-    tokenizer = Bytes(tmp_path)
+def test_the_needle_lies_behind_a_sentence_s_end_at_its_depth(tokenizer, tmp_path):
     text = "One is here. Two, e.g. 3.5 more! Three? Four is long and ends."
     for depth in (0.0, 0.25, 0.5, 0.75, 1.0):
-        place_chunks = needle.insert(text, "NEEDLE.", depth)
-        before, after = place_chunks.split("NEEDLE.")
-        assert place_chunks.replace(" NEEDLE.", "").replace("NEEDLE. ", "") == text
+        result = needle.insert(text, "NEEDLE.", depth)
+        before, after = result.split("NEEDLE.")
+        assert result.replace(" NEEDLE.", "").replace("NEEDLE. ", "") == text
         assert before == "" or before.rstrip()[-1] in ".!?"
         assert len(before) <= depth * len(text) + 1
         rest = text[len(before.rstrip()) : round(depth * len(text))]
@@ -196,7 +196,7 @@ def test_the_needle_lies_behind_a_sentence_s_end_at_its_depth(tmp_path):
         (tmp_path / "essays" / f"{name}.txt").write_text(f"{name} text. " * 30, encoding="utf-8")
     haystack = needle.read_haystack(tmp_path / "essays")
     assert haystack.startswith("a text")
-    for task in needle.grid(haystack, tokenizer, [600, 2000], [0, 0.5, 1]):
+    for task in needle.grid(haystack, tokenizer, [600, 2000], 3):
         assert [example.details["depth"] for example in task.examples] == [0, 0.5, 1]
         for example in task.examples:
             request = prompts.split_request(tokenizer, example.prompt)
@@ -205,14 +205,9 @@ def test_the_needle_lies_behind_a_sentence_s_end_at_its_depth(tmp_path):
             assert int(task.name) - 8 <= total <= int(task.name)
             assert needle.NEEDLE in example.prompt.context
     with pytest.raises(DataError, match="leaves no room"):
-        needle.grid(haystack, tokenizer, [100], [0])
+        needle.grid(haystack, tokenizer, [100], 2)
     with pytest.raises(DataError, match=r"no \.txt file"):
         needle.read_haystack(tmp_path)
-
-
-def test_ids_that_occur_twice_get_a_number():
-    found = with_unique_ids([Example(name, ("x",)) for name in ("a", "b", "a", "a")])
-    assert [example.id for example in found] == ["a", "b", "a#2", "a#3"]
 
 
 def test_templates_are_cut_at_the_document():
@@ -268,10 +263,9 @@ def test_prompts_without_a_document_are_not_cut():
         assert prompts.split_by_rule(prompt) is None, prompt
 
 
-def test_dense_prompts_drop_their_middle_before_the_chat_template(tmp_path):
-    tokenizer = Bytes(tmp_path)
+def test_dense_prompts_drop_their_middle_before_the_chat_template(tokenizer, tmp_path):
     text = "0123456789abcdefghij"
-    whole, cut = prompts.dense_prompt(tokenizer, text, 20)
+    uncut, cut = prompts.dense_prompt(tokenizer, text, 20)
     assert not cut
     ids, cut = prompts.dense_prompt(tokenizer, text, 7)
     assert cut
@@ -281,7 +275,7 @@ def test_dense_prompts_drop_their_middle_before_the_chat_template(tmp_path):
     role = [start, *tokenizer.encode("user"), end, *tokenizer.encode("\n\n")]
     tail = [end_of_turn, start, *tokenizer.encode("assistant"), end, *tokenizer.encode("\n\n")]
     assert ids == [tokenizer.bos_id, *role, *kept, *tail]
-    assert whole == [tokenizer.bos_id, *role, *tokenizer.encode(text), *tail]
+    assert uncut == [tokenizer.bos_id, *role, *tokenizer.encode(text), *tail]
     plain, _ = prompts.dense_prompt(tokenizer, text, 20, chat=False, response="!")
     assert plain == [tokenizer.bos_id, *tokenizer.encode(text + "!")]
     assert prompts.truncate_middle(range(9), 4) == [0, 1, 7, 8]
@@ -295,23 +289,9 @@ def test_dense_prompts_drop_their_middle_before_the_chat_template(tmp_path):
     assert joined == prompts.dense_prompt(tokenizer, "abDOCcd", 99, response=" So")[0]
 
 
-def test_special_tokens_count_as_such_in_templates_alone(tmp_path):
-    tokenizer = Bytes(tmp_path)
+def test_special_tokens_count_as_such_in_templates_alone(tokenizer, tmp_path):
     text = "<|startoftext|>a<|eot_id|>"
     end_of_turn = tokenizer.backend.token_to_id("<|eot_id|>")
-    assert tokenizer.encode_marked(text) == [
-        tokenizer.bos_id, *tokenizer.encode("a"), end_of_turn,
-    ]  # fmt: skip
+    ids = [tokenizer.bos_id, *tokenizer.encode("a"), end_of_turn]
+    assert tokenizer.encode_marked(text) == ids
     assert len(tokenizer.encode(text)) == len(text)
-
-
-def test_a_template_with_another_file_s_json(tmp_path):
-    folder = evals_data.longbench(tmp_path / "copy")
-    for content, message in (("{", "not valid JSON"), ("[]", "must hold a JSON object")):
-        (folder / "config" / "dataset2prompt.json").write_text(content)
-        with pytest.raises(DataError, match=message):
-            longbench.load(folder, ["lcc"], stop())
-    broken = {**evals_data.PROMPTS, "lcc": "no place"}
-    (folder / "config" / "dataset2prompt.json").write_text(json.dumps(broken))
-    with pytest.raises(DataError, match=r"one \{context\}"):
-        longbench.load(folder, ["lcc"], stop())

@@ -21,12 +21,8 @@ TEXT = "Anne lives at Kellynch Hall with {braces} in it. The sea is blue at Lyme
 def write_lines(path: Path, rows: list[Any]) -> Path:
     """Objects as JSON lines; bytes and strings as they are."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        row
-        if isinstance(row, bytes)
-        else (row if isinstance(row, str) else json.dumps(row)).encode()
-        for row in rows
-    ]
+    texts = [row if isinstance(row, str | bytes) else json.dumps(row) for row in rows]
+    lines = [text.encode() if isinstance(text, str) else text for text in texts]
     path.write_bytes(b"\n".join(lines) + b"\n")
     return path
 
@@ -34,48 +30,56 @@ def write_lines(path: Path, rows: list[Any]) -> Path:
 def longbench(folder: Path) -> Path:
     """The published fields, a mirror's, and what may be missing."""
     full = {
-        "input": "Where does Anne live?", "context": TEXT * 3, "answers": ["Kellynch Hall", "K"],
-        "length": 40, "dataset": "hotpotqa", "language": "en", "all_classes": None, "_id": "a1",
-    }  # fmt: skip
+        "input": "Where does Anne live?",
+        "context": TEXT * 3,
+        "length": 40,
+        "_id": "a1",
+        "answers": ["Kellynch Hall", "K"],
+        "dataset": "hotpotqa",
+        "language": "en",
+        "all_classes": None,
+    }
     mirror = {"question": full["input"], "context": TEXT, "answers": ["Hall"], "length": 5000}
     plain = {"input": "Who?", "context": TEXT * 2, "answers": "Anne", "_id": "a1"}
-    rows = [full, mirror, "", plain]
-    write_lines(folder / "data" / "hotpotqa.jsonl", rows)
-    write_lines(folder / "data" / "hotpotqa_e.jsonl", rows)
-    classes = {"all_classes": ["Food", "Sport"], "input": "Question: x\nType:", "context": TEXT}
-    write_lines(folder / "data" / "trec.jsonl", [{**classes, "answers": ["Food"]}])
-    rest = {"context": TEXT, "answers": ["x = 1"], "input": ""}
-    write_lines(folder / "data" / "lcc.jsonl", [rest])
-    del rest["input"]
-    write_lines(folder / "data" / "gov_report.jsonl", [rest])
-    numbered = {"input": "s", "context": TEXT, "answers": ["Paragraph 2"]}
-    write_lines(folder / "data" / "passage_retrieval_en.jsonl", [numbered])
+    code, context = {"answers": ["x = 1"]}, {"context": TEXT}
+    classes = {"all_classes": ["Food", "Sport"], "input": "Question: x\nType:", **context}
     chinese = {"input": "谁？", "context": "安妮住在凯林奇。" * 3, "answers": ["安妮"]}
-    write_lines(folder / "data" / "multifieldqa_zh.jsonl", [chinese])
-    (folder / "config").mkdir()
+    for task, rows in {
+        "hotpotqa": [full, mirror, "", plain],
+        "hotpotqa_e": [full, mirror, "", plain],
+        "trec": [{**classes, "answers": ["Food"]}],
+        "lcc": [{**code, **context, "input": ""}],
+        "gov_report": [{**code, **context}],
+        "passage_retrieval_en": [{"input": "s", "answers": ["Paragraph 2"], **context}],
+        "multifieldqa_zh": [chinese],
+    }.items():
+        write_lines(folder / "data" / f"{task}.jsonl", rows)
     for name, content in (("dataset2prompt", PROMPTS), ("dataset2maxlen", LENGTHS)):
-        (folder / "config" / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+        write_lines(folder / "config" / f"{name}.json", [content])
     return folder
 
 
 def infinitebench(folder: Path) -> Path:
     """Answers as texts, numbers and lists; options with the answer in each of its forms."""
     key = {"context": TEXT, "input": "What is the pass key?"}
-    rows = [{"id": 0, **key, "answer": "71432"}, {"id": 1, **key, "answer": 71432}]
-    rows.append({"id": 2, "content": TEXT, "input": "?", "answer": ["71432"], "options": []})
-    write_lines(folder / "passkey.jsonl", rows)
-    write_lines(folder / "number_string.jsonl", [{"id": 0, **key, "answer": ["0712345678"]}])
-    write_lines(folder / "kv_retrieval.jsonl", [{"id": 0, **key, "answer": "ab-c"}])
-    options = {"options": ["Anne", "Mary", "Louisa", "B"], "id": 3, **key}
+    other = {"content": TEXT, "input": "?", "options": []}
+    options = {"options": ["Anne", "Mary", "Louisa", "B"], "id": 3}
+    book = {**options, "question": "Who?", "context": TEXT}
     answers = ["Mary", ["Mary"], ["Mary", "B"]]
-    write_lines(folder / "code_debug.jsonl", [{**options, "answer": a} for a in answers])
-    del options["input"]
-    book = {**options, "question": "Who?"}
-    write_lines(
-        folder / "longbook_choice_eng.jsonl", [{**book, "answer": a} for a in [*answers, "C"]]
-    )
-    write_lines(folder / "longbook_qa_eng.jsonl", [{**key, "answer": ["Anne", "Anne Elliot"]}])
-    write_lines(folder / "longbook_qa_chn.jsonl", [{**key, "answer": ["安妮"]}])
+    for task, rows in {
+        "passkey": [
+            {"id": 0, **key, "answer": "71432"},
+            {"id": 1, **key, "answer": 71432},
+            {"id": 2, **other, "answer": ["71432"]},
+        ],
+        "number_string": [{"id": 0, **key, "answer": ["0712345678"]}],
+        "kv_retrieval": [{"id": 0, **key, "answer": "ab-c"}],
+        "code_debug": [{**options, **key, "answer": answer} for answer in answers],
+        "longbook_choice_eng": [{**book, "answer": answer} for answer in [*answers, "C"]],
+        "longbook_qa_eng": [{**key, "answer": ["Anne", "Anne Elliot"]}],
+        "longbook_qa_chn": [{**key, "answer": ["安妮"]}],
+    }.items():
+        write_lines(folder / f"{task}.jsonl", rows)
     return folder
 
 

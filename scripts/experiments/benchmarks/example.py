@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,39 +80,6 @@ class Malformed:
         self.report(message)
 
 
-def on_answers(metric: Callable[[str, Sequence[str]], float]) -> Metric:
-    """Makes a Metric of a function of (prediction, answers)."""
-    return lambda prediction, example: float(metric(prediction, example.answers))
-
-
-def task_files(
-    benchmark: str,
-    folder: Path,
-    known: Collection[str],
-    tasks: Sequence[str] | None,
-    place: Callable[[str], Path],
-) -> dict[str, Path]:
-    """Returns the files of the wanted tasks, by default of all known ones that exist.
-
-    Args:
-        place: the path at which a task's file is expected.
-
-    Raises:
-        DataError: a task is unknown, or its file is missing.
-    """
-    if tasks is None:
-        tasks = [task for task in known if place(task).is_file()]
-    if not tasks:
-        first = place(next(iter(known))).relative_to(folder)
-        raise DataError(f"{folder} holds no {benchmark} task, such as {first}")
-    for task in tasks:
-        if task not in known:
-            raise DataError(f"{benchmark} has no task {task!r} ({', '.join(known)})")
-        if not place(task).is_file():
-            raise DataError(f"{place(task)} is missing")
-    return {task: place(task) for task in tasks}
-
-
 def read_examples(
     path: Path, parse: Callable[[dict[str, Any], int], Example], malformed: Malformed
 ) -> tuple[Example, ...]:
@@ -121,19 +89,26 @@ def read_examples(
     Lines are numbered from 1. Ids that repeat get a number. Raises DataError where the file cannot
     be read.
     """
-    examples = []
+    examples: list[Example] = []
+    seen: Counter[str] = Counter()
     try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                try:
-                    text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                    if text:
-                        examples.append(parse(_object(text), number))
-                except ValueError as error:  # also errors of JSON and UTF-8
-                    malformed(path, number, error)
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    return with_unique_ids(examples)
+    for number, line in enumerate(lines, start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            if not text:
+                continue
+            example = parse(_object(text), number)
+        except ValueError as error:  # also errors of JSON and UTF-8
+            malformed(path, number, error)
+            continue
+        seen[example.id] += 1
+        times = seen[example.id]
+        name = example.id if times == 1 else f"{example.id}#{times}"
+        examples.append(dataclasses.replace(example, id=name))
+    return tuple(examples)
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -148,47 +123,30 @@ def _object(text: str) -> dict[str, Any]:
     return raw
 
 
-def text_field(raw: dict[str, Any], *names: str, default: str | None = None) -> str:
-    """Returns the text under the first name that is present. ValueError: missing, or not text."""
-    value = next((raw[name] for name in names if raw.get(name) is not None), default)
+def _field(raw: Mapping[str, Any], names: Sequence[str], default: Any = None) -> tuple[str, Any]:
+    """Returns name and value of the first name that is present. ValueError: none, no default."""
+    name = next((name for name in names if raw.get(name) is not None), names[0])
+    value = default if raw.get(name) is None else raw[name]
     if value is None:
         raise ValueError(f"{' or '.join(names)} is missing")
+    return name, value
+
+
+def text_field(raw: Mapping[str, Any], *names: str, default: str | None = None) -> str:
+    """Returns the text under the first name that is present. ValueError: missing, or not text."""
+    name, value = _field(raw, names, default)
     if not isinstance(value, str):
-        name = next(name for name in names if raw.get(name) is not None)
         raise ValueError(f"{name} must be a string, is {type(value).__name__}")
     return value
 
 
-def document_field(raw: dict[str, Any], *names: str) -> str:
-    """Returns a text that must not be blank."""
-    context = text_field(raw, *names)
-    if not context.strip():
-        raise ValueError(f"{names[0]} is empty")
-    return context
-
-
-def answers_field(raw: dict[str, Any], *names: str) -> tuple[str, ...]:
+def answers_field(raw: Mapping[str, Any], *names: str) -> tuple[str, ...]:
     """Returns the answers under the first name that is present: texts or numbers, one or a list."""
-    for name in names:
-        value = raw.get(name)
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        for item in values:
-            if isinstance(item, bool) or not isinstance(item, str | int | float):
-                raise ValueError(f"{name} must hold strings or numbers, got {type(item).__name__}")
-        if not values:
-            raise ValueError(f"{name} is empty")
-        return tuple(str(item) for item in values)
-    raise ValueError(f"{' or '.join(names)} is missing")
-
-
-def with_unique_ids(examples: Iterable[Example]) -> tuple[Example, ...]:
-    """Returns the examples, a number added to ids that an earlier example has."""
-    seen: dict[str, int] = {}
-    unique = []
-    for example in examples:
-        times = seen[example.id] = seen.get(example.id, 0) + 1
-        name = example.id if times == 1 else f"{example.id}#{times}"
-        unique.append(dataclasses.replace(example, id=name))
-    return tuple(unique)
+    name, value = _field(raw, names)
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise ValueError(f"{name} is empty")
+    for item in values:
+        if isinstance(item, bool) or not isinstance(item, str | int | float):
+            raise ValueError(f"{name} must hold strings or numbers, got {type(item).__name__}")
+    return tuple(map(str, values))

@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.benchmarks.example import DataError, Example, Task, on_answers
-from experiments.benchmarks.ruler import match_all
+from experiments.benchmarks.example import DataError, Example, Task
+from experiments.benchmarks.metrics import METRICS
 from pdllm_jax import Tokenizer
 from pdllm_jax.evaluation.prompts import SplitPrompt
 from pdllm_jax.tokenizer import INSTRUCTION
@@ -36,10 +36,9 @@ def read_haystack(path: Path) -> str:
         raise DataError(f"{path} holds a file that is not UTF-8 text") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    text = "\n\n".join(part for part in parts if part)
-    if not text:
+    if not any(parts):
         raise DataError(f"{path} is empty")
-    return text
+    return "\n\n".join(filter(None, parts))
 
 
 def insert(text: str, needle: str, depth: float) -> str:
@@ -51,29 +50,29 @@ def insert(text: str, needle: str, depth: float) -> str:
         return f"{text} {needle}"
     ends = (match.end() for match in _SENTENCE_END.finditer(text))
     place = max((end for end in ends if end <= round(depth * len(text))), default=0)
-    if place == 0:
-        return f"{needle} {text}"
-    return f"{text[:place]} {needle}{text[place:]}"
+    return f"{text[:place]} {needle}{text[place:]}" if place else f"{needle} {text}"
 
 
 def grid(
     haystack: str,
     tokenizer: Tokenizer,
     lengths: Sequence[int],
-    depths: Sequence[float],
-    *,
+    depths: int,
     needle: str = NEEDLE,
     question: str = QUESTION,
     expected: Sequence[str] = EXPECTED,
+    *,
     gen_length: int = 32,
 ) -> list[Task]:
     """Makes a task for each length: prompts of at most that many tokens, response included.
 
-    A haystack that is too short is repeated.
+    depths: their number, evenly from 0 to 1. A haystack that is too short is repeated.
     """
+    if depths < 2:
+        raise DataError(f"--depths must be at least 2, got {depths}")
     before, after = f"{INSTRUCTION}\n\n", f"\n\n{question}"
-    prefix, query = tokenizer.around(before, after)
-    fixed = len(prefix) + len(query) + len(tokenizer.encode(needle + " ")) + gen_length
+    around = sum(map(len, tokenizer.around(before, after)))
+    fixed = around + len(tokenizer.encode(needle + " ")) + gen_length
     ids = tokenizer.encode(haystack + "\n\n")
     tasks = []
     for length in lengths:
@@ -82,15 +81,11 @@ def grid(
             raise DataError(f"a length of {length} leaves no room beside the {fixed} other tokens")
         text = tokenizer.backend.decode((ids * (room // len(ids) + 1))[:room])
         text = text.rstrip("\ufffd")  # the rest of a character that was cut
-        examples = tuple(
-            Example(
-                id=f"{depth:g}",
-                answers=tuple(expected),
-                prompt=SplitPrompt(before, insert(text, needle, depth), after),
-                details={"length": length, "depth": depth},
-            )
-            for depth in depths
-        )
-        metric, binary = on_answers(match_all), len(expected) == 1
-        tasks.append(Task("needle", str(length), gen_length, metric, examples, binary))
+        examples = []
+        for depth in (i / (depths - 1) for i in range(depths)):
+            prompt = SplitPrompt(before, insert(text, needle, depth), after)
+            details = {"length": length, "depth": depth}
+            examples.append(Example(f"{depth:g}", tuple(expected), prompt, details=details))
+        metric, binary = METRICS["match_all"], len(expected) == 1
+        tasks.append(Task("needle", str(length), gen_length, metric, tuple(examples), binary))
     return tasks

@@ -9,91 +9,92 @@ from typing import Any
 
 import numpy as np
 
-from experiments.answering import Prompt, answer
+from experiments.answering import answer
 from experiments.benchmarks.example import Example, Task
 from experiments.records import Key, Records
 from experiments.runner import Work
-from experiments.statistics import mean, wilson
-from pallas_kernels import Implementation
-from pdllm_jax import ChunkConfig, DecodeConfig, MaskPredictor, SelectionConfig, Tokenizer
+from experiments.statistics import bootstrap, wilson
+from experiments.tables import table
+from pdllm_jax import DecodeConfig, Engine, Request
 from pdllm_jax.evaluation.prompts import dense_prompt, fitting_block, split_request, truncate_middle
 from pdllm_jax.method.cache_methods import Method
+
+# LongBench-E's three lengths, in words.
+_LENGTHS = (("0-4k", 0, 4000), ("4-8k", 4000, 8000), ("8k+", 8000, float("inf")))
+_COLUMNS = {
+    "benchmark": "{benchmark}",
+    "task": "{task}",
+    "method": "{method}",
+    "examples": "{examples}",
+    "score": "{score:.2f}",
+    "95% interval": "[{interval[0]:.2f}, {interval[1]:.2f}]",
+    "truncated": "{truncated}",
+    "seconds": "{seconds_median:.2f}",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Asker:
-    """A model with the settings that all examples share.
+    """An engine with the settings that all examples share.
 
+    engine: with tokenizer; each example sets method and decoding.
     max_length: tokens of a baseline's prompt, without chat template and response; None: what the
       model's max_sequence_length leaves beside these two.
     block_length: of a response, at most; the largest divisor of its length is taken.
     gen_length: response tokens, instead of the benchmark's.
     """
 
-    model: MaskPredictor
-    tokenizer: Tokenizer
-    chunking: ChunkConfig
-    selection: SelectionConfig
+    engine: Engine
     threshold: float | None = 0.9
     block_length: int = 32
     gen_length: int | None = None
     max_length: int | None = None
     chat: bool = True
     seed: int = 0
-    implementation: Implementation | None = None
 
     def decoding(self, task: Task) -> DecodeConfig:
         """Returns greedy decoding that ends with the block in which the text ends."""
         length = self.gen_length or task.gen_length
-        return DecodeConfig(
-            gen_length=length,
-            block_length=fitting_block(length, self.block_length),
-            threshold=self.threshold,
-            stop_ids=self.tokenizer.stop_ids,
-        )
+        block, stop = fitting_block(length, self.block_length), self.engine.tokenizer.stop_ids
+        return DecodeConfig(length, block, threshold=self.threshold, stop_ids=stop)
 
-    def prompt(self, task: Task, example: Example, method: Method) -> tuple[Prompt, bool]:
-        """Returns ids of prefix, context and query, and whether the middle was dropped.
+    def request(self, task: Task, example: Example, method: Method) -> tuple[Request, bool]:
+        """Returns the request, and whether the middle was dropped.
 
-        A baseline's prompt is all query and tokenised as one text, the method's in three parts.
+        A baseline's prompt is all question and tokenised as one text, the method's in three parts.
         """
+        tokenizer, max_length = self.engine.tokenizer, self.max_length
         shape: dict[str, Any] = {"chat": self.chat and task.chat, "response": example.response}
-        room = self.model.config.max_sequence_length - (self.gen_length or task.gen_length)
+        positions = self.engine.model.config.max_sequence_length
+        room = positions - (self.gen_length or task.gen_length)
         if example.ids is not None:
+            prefix, context, query = example.ids
             if method == "prefilling":
-                return example.ids, False
+                return Request(context, query, prefix, seed=self.seed), False
             # The same tokens as the method gets; the chat template is among them.
-            ids = [token for part in example.ids for token in part]
-            kept = truncate_middle(ids, self.max_length or room)
-            return ([], [], kept), len(kept) < len(ids)
-        assert example.prompt is not None
+            ids = prefix + context + query
+            kept = truncate_middle(ids, max_length or room)
+            return Request([], kept, [], seed=self.seed), len(kept) < len(ids)
         if method == "prefilling":
-            request = split_request(self.tokenizer, example.prompt, **shape)
-            return (request.prefix, request.context, request.question), False
-        template, _ = dense_prompt(self.tokenizer, "", 2, **shape)
-        ids, truncated = dense_prompt(
-            self.tokenizer,
-            "".join(example.prompt),
-            self.max_length or room - len(template),
-            **shape,
-        )
-        return ([], [], ids), truncated
+            return split_request(tokenizer, example.prompt, **shape)._replace(seed=self.seed), False
+        template, _ = dense_prompt(tokenizer, "", 2, **shape)
+        text, length = "".join(example.prompt), max_length or room - len(template)
+        ids, truncated = dense_prompt(tokenizer, text, length, **shape)
+        return Request([], ids, [], seed=self.seed), truncated
 
     def __call__(self, task: Task, example: Example, method: Method) -> list[dict[str, Any]]:
         """Returns the example's record, in a list of one."""
-        prompt, truncated = self.prompt(task, example, method)
-        (answered,) = answer(
-            self.model, [prompt], method=method, chunking=self.chunking, selection=self.selection,
-            decoding=self.decoding(task), bos_id=self.tokenizer.bos_id, seeds=[self.seed],
-            implementation=self.implementation, together=False,
-        )  # fmt: skip
-        response = self.tokenizer.decode(answered["tokens"])
+        request, truncated = self.request(task, example, method)
+        decoding = self.decoding(task)
+        engine = dataclasses.replace(self.engine, method=method, decoding=decoding)
+        (answered,) = answer(engine, [request], together=False)
+        response = self.engine.tokenizer.decode(answered["tokens"])
         record = {
             "score": task.metric(response, example),
             "response": response,
             "answers": example.answers,
             **{name: answered[name] for name in ("evaluations", "seconds", "chunks")},
-            "prompt_tokens": sum(map(len, prompt)),
+            "prompt_tokens": sum(map(len, (request.prefix, request.context, request.question))),
             "truncated": truncated,
             "details": example.details,
             "digest": example.digest(),
@@ -125,27 +126,30 @@ def summarise(
     for task in tasks:
         for method in methods:
             keys = (Key(task.benchmark, task.name, method, e.id) for e in task.examples)
-            answered = [records.done[key] for key in keys]
-            if answered:
-                rows.append(_row(task, method, answered))
+            parts = {task.name: [records.done[key] for key in keys]}
             if task.benchmark == "longbench" and task.name.endswith("_e"):
-                rows += [_row(task, method, part, name) for name, part in _by_length(answered)]
+                for name, low, high in _LENGTHS:
+                    parts[f"{task.name}, {name}"] = [
+                        record
+                        for record in parts[task.name]
+                        if low <= (record["details"].get("length") or 0) < high
+                    ]
+            rows += [_row(task, method, *part) for part in parts.items() if part[1]]
     return rows
 
 
-def _row(
-    task: Task, method: str, records: Sequence[dict[str, Any]], part: str | None = None
-) -> dict[str, Any]:
+def _row(task: Task, method: str, name: str, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     scores = [record["score"] for record in records]
     # Scores that are 0 or 1 are a proportion.
-    interval = wilson(round(sum(scores)), len(scores)) if task.binary else mean(scores)
+    mean = wilson(round(sum(scores)), len(scores)) if task.binary else bootstrap(np.mean, scores)
+    score, *ends = (100 * value for value in mean)
     return {
         "benchmark": task.benchmark,
-        "task": task.name if part is None else f"{task.name}, {part}",
+        "task": name,
         "method": method,
         "examples": len(records),
-        "score": 100 * interval.value,
-        "interval": [100 * interval.low, 100 * interval.high],
+        "score": score,
+        "interval": ends,
         "interval_kind": "Wilson" if task.binary else "bootstrap",
         "truncated": sum(record["truncated"] for record in records),
         "evaluations": float(np.mean([record["evaluations"] for record in records])),
@@ -153,27 +157,8 @@ def _row(
     }
 
 
-def _by_length(records: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Splits records by LongBench-E's three lengths, in words; empty parts are left out."""
-    bounds = (("0-4k", 0, 4000), ("4-8k", 4000, 8000), ("8k+", 8000, float("inf")))
-    parts = [
-        (name, [r for r in records if low <= (r["details"].get("length") or 0) < high])
-        for name, low, high in bounds
-    ]
-    return [(name, part) for name, part in parts if part]
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def scores_table(rows: Sequence[dict[str, Any]]) -> str:
     """Returns the rows as a Markdown table."""
-    lines = [
-        "| benchmark | task | method | examples | score | 95% interval | truncated | seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        low, high = row["interval"]
-        lines.append(
-            f"| {row['benchmark']} | {row['task']} | {row['method']} | {row['examples']} | "
-            f"{row['score']:.2f} | [{low:.2f}, {high:.2f}] | {row['truncated']} | "
-            f"{row['seconds_median']:.2f} |"
-        )
-    return "\n".join(lines)
+    return table(
+        [*_COLUMNS], [[form.format_map(row) for form in _COLUMNS.values()] for row in rows]
+    )

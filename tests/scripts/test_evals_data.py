@@ -121,8 +121,13 @@ OPTIONS = {"id": 1, "context": "c", "input": "q", "answer": "Z", "options": ["a"
 @pytest.mark.parametrize(
     ("benchmark", "task", "row", "reason"),
     [
-        ("longbench", "trec", {**GOOD, "answers": ["Food"]}, "all_classes must be a list"),
-        ("longbench", "passage_retrieval_en", {**GOOD, "answers": ["7"]}, "names no paragraph"),
+        ("longbench", "trec", {**GOOD, "answers": ["Food"]}, "all_classes is missing"),
+        (
+            "longbench",
+            "passage_retrieval_en",
+            {**GOOD, "answers": ["7"]},
+            "answers must name a paragraph",
+        ),
         ("infinitebench", "code_debug", OPTIONS, "must be one of the options"),
         ("infinitebench", "code_debug", {**OPTIONS, "options": ["a"]}, "list of four"),
         ("infinitebench", "code_debug", {**OPTIONS, "answer": None}, "answer is missing"),

@@ -40,7 +40,7 @@ def longbench(folder: Path) -> Path:
         "all_classes": None,
     }
     mirror = {"question": full["input"], "context": TEXT, "answers": ["Hall"], "length": 5000}
-    plain = {"input": "Who?", "context": TEXT * 2, "answers": "Anne", "_id": "a1"}
+    plain = {"input": "Who?", "context": TEXT * 2, "answers": "Anne", "_id": "a1", "length": "9"}
     code, context = {"answers": ["x = 1"]}, {"context": TEXT}
     classes = {"all_classes": ["Food", "Sport"], "input": "Question: x\nType:", **context}
     chinese = {"input": "谁？", "context": "安妮住在凯林奇。" * 3, "answers": ["安妮"]}

@@ -33,9 +33,9 @@ def load(benchmark: str, folder, tasks=None, malformed: Malformed | None = None,
     return published.load(benchmark, folder, tasks, malformed, **settings)
 
 
-def refuses(message: str, benchmark: str, folder, tasks=None) -> None:
+def refuses(message: str, benchmark: str, folder, tasks=None, **settings) -> None:
     with pytest.raises(DataError, match=message):
-        load(benchmark, folder, tasks)
+        load(benchmark, folder, tasks, **settings)
 
 
 def test_longbench_lines_in_every_shape(tmp_path):
@@ -83,125 +83,6 @@ def test_longbench_by_name_and_what_is_missing(tmp_path):
         refuses(message, "longbench", folder, ["lcc"])
 
 
-GOOD = {"input": "q", "context": "c", "answers": ["a"]}
-BAD = {
-    "not valid JSON": b"{",
-    "must be a JSON object": "[1]",
-    "can't decode": b'{"context": "\xff"}',
-    "context is missing": {**GOOD, "context": None},
-    "nested too deeply": "[" * 100_000,
-}
-
-
-@pytest.mark.parametrize("reason", BAD)
-def test_malformed_lines_have_file_and_line_and_the_run_stops_or_goes_on(tmp_path, reason):
-    folder = evals_data.longbench(tmp_path / "copy")
-    path = folder / "data" / "hotpotqa.jsonl"
-    evals_data.write_lines(path, [GOOD, "", BAD[reason], GOOD])
-    place = re.escape(f"{path}:3: ")
-    refuses(f"{place}.*{reason}", "longbench", folder, ["hotpotqa"])
-    lines: list[str] = []
-    malformed = Malformed("skip", lines.append)
-    (task,) = load("longbench", folder, ["hotpotqa"], malformed)
-    assert [example.id for example in task.examples] == ["1", "4"]
-    assert malformed.count == len(lines) == 1
-    assert re.match(f"{place}.*{reason}", lines[0])
-    assert "\n" not in lines[0]
-
-
-HALF = "\ud800"  # half of a surrogate pair, which no tokenizer takes
-MISSING = ["absent", None, float("nan")]
-NO_TEXT = [7, True, ["x"], {"a": "x"}, HALF]
-NO_LIST = [True, [], [["x"]], [None], [{}], {"a": 1}, "['x', 'y']", [HALF]]
-NO_ID = [True, [1], {"a": 1}, HALF]
-NO_LENGTH = ["long", "", -1, 1.5, True, [5], {"a": 1}]
-ANSWER = [*MISSING, *NO_LIST]
-BOOK = {"id": 1, "context": "c", "input": "The largest number of the list", "answer": "1"}
-OPTIONS = {**BOOK, "answer": "a", "options": ["a", "b", 3, 4.5]}
-RULER = {"index": 0, "input": "".join(evals_data.RULER_PROMPTS["vt"]), "outputs": ["x"]}
-# (benchmark, task, a good row, what each of its fields must not be)
-FIELDS = [
-    (
-        *("longbench", "hotpotqa_e", {**GOOD, "length": "5234.0", "_id": 7}),
-        {
-            "input": [*MISSING, *NO_TEXT],
-            "context": [*MISSING, *NO_TEXT, " \n"],
-            "answers": ANSWER,
-            "length": [*MISSING, *NO_LENGTH],
-            "_id": NO_ID,
-        },
-    ),
-    (
-        *("longbench", "trec", {**GOOD, "all_classes": '["a", "b"]'}),
-        {"all_classes": [*MISSING, *NO_LIST, "a", 7], "length": NO_LENGTH},
-    ),
-    (
-        *("longbench", "passage_retrieval_en", {**GOOD, "answers": "Paragraph 7"}),
-        {"answers": [*ANSWER, "7", ["Paragraph 1", "7"]]},
-    ),
-    (
-        *("infinitebench", "passkey", BOOK),
-        {
-            "context": [*MISSING, *NO_TEXT, ""],
-            "input": [*MISSING, *NO_TEXT],
-            "answer": [*ANSWER, "key", 1.5],
-            "id": NO_ID,
-        },
-    ),
-    (
-        *("infinitebench", "code_debug", OPTIONS),
-        {
-            "options": [*MISSING, *NO_LIST, ["a"], "abcd", ["a", "b", "c", ["d"]]],
-            "answer": [*ANSWER, "Z", ["a", "Z"], ["a", "A", "b"]],
-        },
-    ),
-    (
-        *("infinitebench", "longbook_choice_eng", {**OPTIONS, "answer": ["b", "B"]}),
-        {"input": [*MISSING, *NO_TEXT], "options": [*MISSING, *NO_LIST], "answer": ANSWER},
-    ),
-    ("infinitebench", "longdialogue_qa_eng", {**BOOK, "answer": ["ANNE"]}, {"answer": ANSWER}),
-    (
-        *("infinitebench", "math_find", BOOK),
-        {"answer": [*ANSWER, "many"], "input": [*MISSING, *NO_TEXT, "How many?"]},
-    ),
-    ("infinitebench", "math_calc", {**BOOK, "answer": [[1, 2]]}, {"answer": [*ANSWER, [1, "x"]]}),
-    (
-        *("infinitebench", "code_run", {**BOOK, "input": "What is func_1(-2)?", "answer": [-3]}),
-        {"answer": [*ANSWER, "1.5"], "input": NO_TEXT},
-    ),
-    (
-        *("ruler", "vt", {**RULER, "length": 9, "answer_prefix": " A:"}),
-        {
-            "input": [*MISSING, *NO_TEXT, "something else"],
-            "outputs": ANSWER,
-            "answer_prefix": NO_TEXT,
-            "index": NO_ID,
-            "length": NO_LENGTH,
-        },
-    ),
-]
-
-
-@pytest.mark.parametrize(("benchmark", "task", "row", "fields"), FIELDS, ids=[x[1] for x in FIELDS])
-def test_every_wrong_field_is_named_with_its_line(tmp_path, benchmark, task, row, fields):
-    path = tmp_path / f"{task}.jsonl"
-    for name, content in (
-        ("dataset2prompt", {**evals_data.PROMPTS, "hotpotqa": "{context}{input}"}),
-        ("dataset2maxlen", evals_data.LENGTHS),
-    ):
-        evals_data.write_lines(tmp_path / f"{name}.json", [content])
-    evals_data.write_lines(path, [row])
-    (loaded,) = load(benchmark, tmp_path, [task])
-    assert len(loaded.examples) == 1, "the row is good"
-    for field, values in fields.items():
-        for value in values:
-            bad = {**row, field: value}
-            if value == "absent":
-                del bad[field]
-            evals_data.write_lines(path, [row, "", bad, row])
-            refuses(rf"^{re.escape(str(path))}:3: .*\b{field}\b", benchmark, tmp_path, [task])
-
-
 def test_infinitebench_lines_in_every_shape(tmp_path):
     folder = evals_data.infinitebench(tmp_path / "copy")
     tasks = {task.name: task for task in load("infinitebench", folder)}
@@ -220,9 +101,50 @@ def test_infinitebench_lines_in_every_shape(tmp_path):
         "code_debug": 5,
         **dict.fromkeys(("longbook_choice_eng", "longbook_qa_eng", "longbook_qa_chn"), 40),
     }
-    templates = {"passkey": "{context}!{input}"}
-    (task,) = load("infinitebench", folder, ["passkey"], templates=templates)
-    assert task.examples[0].prompt.before == ""
+
+
+def test_infinitebench_prompts_by_version_and_of_the_user(tmp_path):
+    """src/prompt.py at 220fd2e ("first") and since c27d624."""
+    folder = evals_data.infinitebench(tmp_path)
+
+    def before(**settings) -> str:
+        (task,) = load("infinitebench", folder, ["passkey"], **settings)
+        return task.examples[0].prompt.before
+
+    start = (
+        "There is an important info hidden inside a lot of irrelevant text. Find it and memorize "
+    )
+    newest = f"{start}it. I will quiz you about the important information.\n\n"
+    assert before() == before(rules="last-letter") == newest
+    oldest = f"{start}them. I will quiz you about the important information there.\n\n"
+    assert before(rules="first") == oldest
+    assert before(rules="first", templates={"passkey": "{context}!{input}"}) == ""
+    for template, message in (
+        (5, "the prompt of passkey must be text with one {context}"),
+        ("no place", "must be text with one {context}"),
+        ("{context}{input.x}", ":1: the template cannot be filled in"),
+    ):
+        refuses(message, "infinitebench", folder, ["passkey"], templates={"passkey": template})
+    wrong = {"passkeys": "{context}"}
+    refuses("no task 'passkeys'", "infinitebench", folder, ["passkey"], templates=wrong)
+
+
+def test_infinitebench_prompts_that_take_a_part_of_the_question(tmp_path):
+    find = {"context": "[1, 7]", "input": "The second largest number of the list is: ", "answer": 7}
+    run = {"context": "def ...", "input": "What is func_3(-8)? Answer.", "answer": [-1]}
+    calc = {"context": "1 + 3", "input": "", "answer": [[1, 4]]}
+    for task, row in {"math_find": find, "code_run": run, "math_calc": calc}.items():
+        evals_data.write_lines(tmp_path / f"{task}.jsonl", [row])
+    tasks = {task.name: task for task in load("infinitebench", tmp_path)}
+    assert set(tasks) == {"math_find", "code_run"}, "30,000 response tokens only by name"
+    prompt = tasks["math_find"].examples[0].prompt
+    assert prompt.before == "What is the second largest number in the following list?\n\n"
+    assert prompt.after == f"\n\n{find['input']}"
+    prompt = tasks["code_run"].examples[0].prompt
+    assert prompt.before.startswith("There is a function called func_3 in ")
+    assert prompt.after.endswith("value of func_3(-8). The value of func_3(-8) is")
+    (task,) = load("infinitebench", tmp_path, ["math_calc"])
+    assert task.examples[0].answers == ("1", "4")
 
 
 @pytest.mark.parametrize("task", evals_data.RULER_PROMPTS)
@@ -233,6 +155,19 @@ def test_ruler_prompts_are_cut_where_their_template_has_the_document(tmp_path, t
         assert example.response == response
     score = loaded.metric("It is ANNE.", loaded.examples[0])
     assert score == (1.0 if task == "qa_1" else 0.5)
+
+
+@pytest.mark.parametrize("task", evals_data.RULER_PROMPTS)
+def test_ruler_prompts_on_one_line_are_cut_at_the_same_places(tmp_path, task):
+    """As --remove_newline_tab writes them: one blank for any white space."""
+    parts = [" ".join(part.split()) for part in evals_data.RULER_PROMPTS[task]]
+    evals_data.write_lines(
+        tmp_path / f"{task}.jsonl", [{"input": " ".join(parts), "outputs": ["x"]}]
+    )
+    (loaded,) = load("ruler", tmp_path, [task])
+    (example,) = loaded.examples
+    assert "".join(example.prompt) == " ".join(parts)
+    assert [part.strip() for part in example.prompt] == parts
 
 
 def test_all_thirteen_ruler_tasks_have_a_length_and_a_rule():

@@ -39,7 +39,7 @@ def longbench(folder: Path) -> Path:
         "language": "en",
         "all_classes": None,
     }
-    mirror = {"question": full["input"], "context": TEXT, "answers": ["Hall"], "length": 5000}
+    mirror = {"question": full["input"], "context": TEXT, "answers": ["Hall"], "length": "5000"}
     plain = {"input": "Who?", "context": TEXT * 2, "answers": "Anne", "_id": "a1", "length": "9"}
     code, context = {"answers": ["x = 1"]}, {"context": TEXT}
     classes = {"all_classes": ["Food", "Sport"], "input": "Question: x\nType:", **context}

@@ -233,7 +233,7 @@ ANSWERS = [(name, letter) for name in ("Anne", "foo_bar", "B", "北京") for let
 @pytest.mark.parametrize("rules", metrics.RULES)
 def test_infinitebench_choices(rules):
     rng, seen = random.Random(9), set()
-    assert len(MADE) == 41_580
+    assert len(MADE) == 41_580, "docs/evaluation.md has the number of pairs"
     for prediction in MADE:
         pair = rng.choice(ANSWERS)
         for name in ("choice", "wrong_function"):
@@ -271,12 +271,12 @@ def test_infinitebench_rules_that_differ(metric, prediction, answers, right):
 
 
 def test_infinitebench_numbers_and_names():
-    rng, seen = random.Random(12), set()
+    rng, seen, count = random.Random(12), set(), 0
     said = "5|5.0|5.5|05|-5|+5|٥|5.|.5|1_0|five|3 5|0|12, 5|[1, 4, 8]|1 4 9|`5`|5:|x5|1e5|5.50"
     for lead in LEADS:
         for text in said.split("|"):
             for tail in (*TAILS, " 7", "ANNE", " Anne:", "\nMary Anne"):
-                prediction = lead + text + tail
+                prediction, count = lead + text + tail, count + 1
                 for gold in (5, 5.0, 5.5, 0, -5, 10):
                     got = judge("first_number", prediction, str(gold))
                     assert got == oracle.first_number(prediction, gold), (prediction, gold)
@@ -296,6 +296,7 @@ def test_infinitebench_numbers_and_names():
                     assert got == oracle.speaker(prediction, names, rules), (prediction, names)
                     seen.add(("speaker", got))
     assert len(seen) == 8
+    assert count == 2_079, "docs/evaluation.md has the number of pairs"
 
 
 def test_rouge_lsum_is_the_package_s():

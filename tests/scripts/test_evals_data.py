@@ -155,6 +155,13 @@ def test_ruler_prompts_are_cut_where_their_template_has_the_document(tmp_path, t
         assert example.response == response
     score = loaded.metric("It is ANNE.", loaded.examples[0])
     assert score == (1.0 if task == "qa_1" else 0.5)
+    niah = task.startswith("niah")
+    start = " The special magic number is" if niah else " Answer: of the list, they are: "
+    row = {"input": "".join(evals_data.RULER_PROMPTS[task]) + start, "outputs": ["x"]}
+    evals_data.write_lines(tmp_path / f"{task}.jsonl", [row])
+    (loaded,) = load("ruler", tmp_path, [task])
+    assert loaded.examples[0].prompt == evals_data.RULER_PROMPTS[task]
+    assert loaded.examples[0].response == start, "as RULER's first version wrote it"
 
 
 @pytest.mark.parametrize("task", evals_data.RULER_PROMPTS)

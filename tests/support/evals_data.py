@@ -97,7 +97,7 @@ RULER_PROMPTS = {
         "\nWhat are all the special magic numbers for k mentioned in the provided text?",
     ),
     "vt": (
-        "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n",
+        " Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n",
         "VAR A = 1\nQuestion: Find all variables that are assigned the value 1. A\n\n" + TEXT,
         "\nQuestion: Find all variables that are assigned the value 2 in the text above.",
     ),

@@ -42,6 +42,8 @@ _RULER_STARTS = (
     *("Below is a numbered list ", "Read the following coded text "),
     "Answer the question based on the given documents.",
 )
+# In files of RULER's first version answer_prefix is the end of the input.
+_ANSWER_START = re.compile(r" (?:Answer:|The special magic )[^\n]*$")
 _CHAT_MARK = re.compile(
     r"<[|｜][^<>\s]{1,40}[|｜]>|<\w+_of_turn>|\[/INST\]|</s>|\bASSISTANT:|\bAssistant:"
 )
@@ -242,8 +244,11 @@ def parse_ruler(benchmark: str, task: str, kind: Kind, raw: dict[str, Any], line
     prompt = split_ruler(task, text.removesuffix(start))
     if prompt is None or not prompt.context.strip():
         raise ValueError(f"input is not a prompt of {task}")
+    if not start and (match := _ANSWER_START.search(prompt.after)) is not None:
+        start = match.group()
+        prompt = prompt._replace(after=prompt.after.removesuffix(start))
     mark = _CHAT_MARK.search(prompt.after)
-    if mark is not None or not prompt.before.startswith(_RULER_STARTS):
+    if mark is not None or not prompt.before.lstrip().startswith(_RULER_STARTS):
         text = f"ends with {mark.group()!r}" if mark else f"begins with {prompt.before[:40]!r}"
         raise ValueError(
             f"input {text}: another model's chat template; make the file with "

@@ -31,6 +31,7 @@ from bench.record import conditions
 from experiments.answering import METHODS
 from experiments.benchmarks import generated, needle, published
 from experiments.benchmarks.example import DataError, Malformed, OnMalformed, Task
+from experiments.benchmarks.metrics import RULES
 from experiments.benchmarks.run import Asker, missing_work, scores_table, summarise
 from experiments.records import Records, read_json, write_json
 from experiments.runner import run
@@ -96,6 +97,8 @@ def parser() -> argparse.ArgumentParser:
     add["generated"]("--first", type=int, default=100_000, help="seed of the first example")
     add["longbench"]("--config", type=Path, help="folder of dataset2prompt.json")
     add["infinitebench"]("--templates", type=Path, metavar="F", help="JSON: prompts by task")
+    text = "published version of prompts and metrics (default: %(default)s)"
+    add["infinitebench"]("--rules", choices=RULES, default=RULES[0], help=text)
     add["needle"]("--depths", type=int, default=11, metavar="N", help="evenly from 0 to 1")
     add["needle"]("--needle", default=needle.NEEDLE)
     add["needle"]("--question", default=needle.QUESTION)
@@ -116,8 +119,10 @@ def load_tasks(args: argparse.Namespace, tokenizer: Tokenizer, malformed: Malfor
         grid = text, tokenizer, args.lengths, args.depths
         return needle.grid(*grid, *wording, gen_length=args.gen_length or 32)
     changes: dict[str, Any] = {"config": getattr(args, "config", None)}
-    if args.benchmark == "infinitebench" and args.templates:
-        changes["templates"] = read_json(args.templates, DataError)
+    if args.benchmark == "infinitebench":
+        changes["rules"] = args.rules
+        if args.templates:
+            changes["templates"] = read_json(args.templates, DataError)
     return published.load(args.benchmark, args.data, args.tasks, malformed, **changes)
 
 
@@ -162,7 +167,8 @@ def evaluate(args: argparse.Namespace) -> int:
     for task in tasks:
         ask.decoding(task)  # refuses bad settings before anything is computed
     where = {**conditions(), "platform": jax.default_backend()}
-    with Records(args.out, settings(ask, folder)) as records:
+    rules = {"rules": args.rules} if args.benchmark == "infinitebench" else {}
+    with Records(args.out, {**settings(ask, folder), **rules}) as records:
         if records.dropped:
             dropped = f"the last line was cut off ({records.dropped} bytes dropped)"
             print(f"{records.path}: {dropped}", file=sys.stderr)

@@ -20,16 +20,22 @@ _LONGEST_INSTRUCTION = 1000
 _SHORTEST_QUESTION, _LONGEST_JOINED, _LONGEST_QUESTION = 64, 500, 2000
 
 # RULER (arXiv 2404.06654) gives complete prompts. For each kind of task: how the text before the
-# document ends, and how the text after it begins.
+# document ends, and how the text after it begins. --remove_newline_tab makes line ends blanks.
 _RULER_MARKS = {
     "niah": (
-        r"quiz you about the [^\n]*? afterwards\.\n",
-        r"\nWhat (?:is|are all) the special magic ",
+        r"quiz you about the [^\n]*? afterwards\.[\n ]",
+        r"[\n ]What (?:is|are all) the special magic ",
     ),
-    "vt": (r"hidden in the following text\.\s+", r"\nQuestion: Find all variables "),
-    "cwe": (r"Memorize the ones that appear most often\.\n", r"\nQuestion: What are the 10 most "),
-    "fwe": (r"most frequently appeared coded words\.\s", r"\nQuestion: Do not provide any "),
-    "qa": (r"are given documents\.\n\n", r"\n\nAnswer the question based on the given "),
+    "vt": (r"hidden in the following text\.\s+", r"[\n ]Question: Find all variables "),
+    "cwe": (
+        r"Memorize the ones that appear most often\.[\n ]",
+        r"[\n ]Question: What are the 10 most ",
+    ),
+    "fwe": (r"most frequently appeared coded words\.\s", r"[\n ]Question: Do not provide any "),
+    "qa": (
+        r"are given documents\.(?:\n\n| )",
+        r"(?:\n\n| )Answer the question based on the given ",
+    ),
 }
 
 
@@ -55,7 +61,7 @@ def split_template(template: str, fields: Mapping[str, object]) -> SplitPrompt:
         return SplitPrompt(before, str(fields["context"]), after)
     except KeyError as error:
         raise ValueError(f"the template needs the field {error}") from None
-    except (IndexError, ValueError) as error:
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"the template cannot be filled in: {error}") from None
 
 

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pdllm_jax.text_files import read_text
+
 FORMAT = 2
 
 
@@ -157,7 +159,11 @@ def count_lines(folder: Path) -> int:
 def read_json(path: Path, error: type[ValueError] = RecordError) -> dict[str, Any]:
     """Returns a file's JSON object; raises `error` with one line for anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = read_text(path)
+    except ValueError as reason:
+        raise error(str(reason)) from None
+    try:
+        content = json.loads(text)
     except (ValueError, RecursionError) as reason:
         raise error(f"{path} is not valid JSON: {reason}") from None
     if not isinstance(content, dict):

@@ -33,9 +33,9 @@ def load(benchmark: str, folder, tasks=None, malformed: Malformed | None = None,
     return published.load(benchmark, folder, tasks, malformed, **settings)
 
 
-def refuses(message: str, benchmark: str, folder, tasks=None) -> None:
+def refuses(message: str, benchmark: str, folder, tasks=None, **settings) -> None:
     with pytest.raises(DataError, match=message):
-        load(benchmark, folder, tasks)
+        load(benchmark, folder, tasks, **settings)
 
 
 def test_longbench_lines_in_every_shape(tmp_path):
@@ -83,60 +83,6 @@ def test_longbench_by_name_and_what_is_missing(tmp_path):
         refuses(message, "longbench", folder, ["lcc"])
 
 
-GOOD = {"input": "q", "context": "c", "answers": ["a"]}
-BAD = {
-    "not valid JSON": b"{",
-    "must be a JSON object": "[1]",
-    "can't decode": b'{"context": "\xff"}',
-    "context is missing": {**GOOD, "context": None},
-    "context is empty": {**GOOD, "context": " \n"},
-    "context must be a string": {**GOOD, "context": 7},
-    "input or question is missing": {"context": "c", "answers": ["a"]},
-    "answers or answer is missing": {"input": "q", "context": "c"},
-    "answers is empty": {**GOOD, "answers": []},
-    "answers must hold strings": {**GOOD, "answers": [["a"]]},
-    "nested too deeply": "[" * 100_000,
-}
-
-
-@pytest.mark.parametrize("reason", BAD)
-def test_malformed_lines_have_file_and_line_and_the_run_stops_or_goes_on(tmp_path, reason):
-    folder = evals_data.longbench(tmp_path / "copy")
-    path = folder / "data" / "hotpotqa.jsonl"
-    evals_data.write_lines(path, [GOOD, "", BAD[reason], GOOD])
-    place = re.escape(f"{path}:3: ")
-    refuses(f"{place}.*{reason}", "longbench", folder, ["hotpotqa"])
-    lines: list[str] = []
-    malformed = Malformed("skip", lines.append)
-    (task,) = load("longbench", folder, ["hotpotqa"], malformed)
-    assert [example.id for example in task.examples] == ["1", "4"]
-    assert malformed.count == len(lines) == 1
-    assert re.match(f"{place}.*{reason}", lines[0])
-    assert "\n" not in lines[0]
-
-
-OPTIONS = {"id": 1, "context": "c", "input": "q", "answer": "Z", "options": ["a", "b", "c", "d"]}
-
-
-@pytest.mark.parametrize(
-    ("benchmark", "task", "row", "reason"),
-    [
-        ("longbench", "trec", {**GOOD, "answers": ["Food"]}, "all_classes must be a list"),
-        ("longbench", "passage_retrieval_en", {**GOOD, "answers": ["7"]}, "names no paragraph"),
-        ("infinitebench", "code_debug", OPTIONS, "must be one of the options"),
-        ("infinitebench", "code_debug", {**OPTIONS, "options": ["a"]}, "list of four"),
-        ("infinitebench", "code_debug", {**OPTIONS, "answer": None}, "answer is missing"),
-        ("infinitebench", "code_debug", {**OPTIONS, "answer": True}, "strings or numbers"),
-        ("ruler", "vt", {"input": "something else", "outputs": ["x"]}, "not a prompt of vt"),
-    ],
-)
-def test_malformed_lines_of_certain_tasks(tmp_path, benchmark, task, row, reason):
-    folder = getattr(evals_data, benchmark)(tmp_path / "copy")
-    inner = folder / "data" if benchmark == "longbench" else folder
-    evals_data.write_lines(inner / f"{task}.jsonl", [row])
-    refuses(reason, benchmark, folder, [task])
-
-
 def test_infinitebench_lines_in_every_shape(tmp_path):
     folder = evals_data.infinitebench(tmp_path / "copy")
     tasks = {task.name: task for task in load("infinitebench", folder)}
@@ -155,9 +101,50 @@ def test_infinitebench_lines_in_every_shape(tmp_path):
         "code_debug": 5,
         **dict.fromkeys(("longbook_choice_eng", "longbook_qa_eng", "longbook_qa_chn"), 40),
     }
-    templates = {"passkey": "{context}!{input}"}
-    (task,) = load("infinitebench", folder, ["passkey"], templates=templates)
-    assert task.examples[0].prompt.before == ""
+
+
+def test_infinitebench_prompts_by_version_and_of_the_user(tmp_path):
+    """src/prompt.py at 220fd2e ("first") and since c27d624."""
+    folder = evals_data.infinitebench(tmp_path)
+
+    def before(**settings) -> str:
+        (task,) = load("infinitebench", folder, ["passkey"], **settings)
+        return task.examples[0].prompt.before
+
+    start = (
+        "There is an important info hidden inside a lot of irrelevant text. Find it and memorize "
+    )
+    newest = f"{start}it. I will quiz you about the important information.\n\n"
+    assert before() == before(rules="last-letter") == newest
+    oldest = f"{start}them. I will quiz you about the important information there.\n\n"
+    assert before(rules="first") == oldest
+    assert before(rules="first", templates={"passkey": "{context}!{input}"}) == ""
+    for template, message in (
+        (5, "the prompt of passkey must be text with one {context}"),
+        ("no place", "must be text with one {context}"),
+        ("{context}{input.x}", ":1: the template cannot be filled in"),
+    ):
+        refuses(message, "infinitebench", folder, ["passkey"], templates={"passkey": template})
+    wrong = {"passkeys": "{context}"}
+    refuses("no task 'passkeys'", "infinitebench", folder, ["passkey"], templates=wrong)
+
+
+def test_infinitebench_prompts_that_take_a_part_of_the_question(tmp_path):
+    find = {"context": "[1, 7]", "input": "The second largest number of the list is: ", "answer": 7}
+    run = {"context": "def ...", "input": "What is func_3(-8)? Answer.", "answer": [-1]}
+    calc = {"context": "1 + 3", "input": "", "answer": [[1, 4]]}
+    for task, row in {"math_find": find, "code_run": run, "math_calc": calc}.items():
+        evals_data.write_lines(tmp_path / f"{task}.jsonl", [row])
+    tasks = {task.name: task for task in load("infinitebench", tmp_path)}
+    assert set(tasks) == {"math_find", "code_run"}, "30,000 response tokens only by name"
+    prompt = tasks["math_find"].examples[0].prompt
+    assert prompt.before == "What is the second largest number in the following list?\n\n"
+    assert prompt.after == f"\n\n{find['input']}"
+    prompt = tasks["code_run"].examples[0].prompt
+    assert prompt.before.startswith("There is a function called func_3 in ")
+    assert prompt.after.endswith("value of func_3(-8). The value of func_3(-8) is")
+    (task,) = load("infinitebench", tmp_path, ["math_calc"])
+    assert task.examples[0].answers == ("1", "4")
 
 
 @pytest.mark.parametrize("task", evals_data.RULER_PROMPTS)
@@ -168,6 +155,26 @@ def test_ruler_prompts_are_cut_where_their_template_has_the_document(tmp_path, t
         assert example.response == response
     score = loaded.metric("It is ANNE.", loaded.examples[0])
     assert score == (1.0 if task == "qa_1" else 0.5)
+    niah = task.startswith("niah")
+    start = " The special magic number is" if niah else " Answer: of the list, they are: "
+    row = {"input": "".join(evals_data.RULER_PROMPTS[task]) + start, "outputs": ["x"]}
+    evals_data.write_lines(tmp_path / f"{task}.jsonl", [row])
+    (loaded,) = load("ruler", tmp_path, [task])
+    assert loaded.examples[0].prompt == evals_data.RULER_PROMPTS[task]
+    assert loaded.examples[0].response == start, "as RULER's first version wrote it"
+
+
+@pytest.mark.parametrize("task", evals_data.RULER_PROMPTS)
+def test_ruler_prompts_on_one_line_are_cut_at_the_same_places(tmp_path, task):
+    """As --remove_newline_tab writes them: one blank for any white space."""
+    parts = [" ".join(part.split()) for part in evals_data.RULER_PROMPTS[task]]
+    evals_data.write_lines(
+        tmp_path / f"{task}.jsonl", [{"input": " ".join(parts), "outputs": ["x"]}]
+    )
+    (loaded,) = load("ruler", tmp_path, [task])
+    (example,) = loaded.examples
+    assert "".join(example.prompt) == " ".join(parts)
+    assert [part.strip() for part in example.prompt] == parts
 
 
 def test_all_thirteen_ruler_tasks_have_a_length_and_a_rule():

@@ -24,6 +24,8 @@ ENGLISH = (
 )
 CHINESE = "段落|答案是|北京大学|的|第|12|，|。|！|７|我们|研究|《红楼梦》|ａｂｃ|A"
 CODE = "return x|# note|    x = foo(a, b)|// c|`code`||def f(self):|x += 1"
+# Beginnings of a prediction.
+LEADS = ["", " ", "\n", " \r\n", "\t", "\u3000", "- ", "**", "\ufeff"]
 MARKS = "...|.|?!|。。。|\n|\n\n|\t|“”|{}|\"|''|\x00|\u3000| "
 
 
@@ -52,6 +54,8 @@ def pairs(seed: int, count: int = CASES) -> list[tuple[str, str]]:
             prediction = prediction[: rng.randrange(8)] + answer[rng.randrange(3) :]
         if rng.random() < 0.1:
             prediction = answer
+        if rng.random() < 0.2:
+            prediction = rng.choice(LEADS) + rng.choice([prediction, prediction.upper()])
         if rng.random() < 0.04:
             prediction = (prediction + "very long line ") * 60
         cases.append((prediction, answer))
@@ -207,29 +211,100 @@ def test_infinitebench_retrieval_metrics():
     assert not judge("first_digits", "7143", "71432")
 
 
-def test_infinitebench_choices():
+# Predictions made of a beginning, a cue, an option and an end: in other words, other case, other
+# scripts, with marks around.
+CUES = "answer is:|answer:|answer is|option is|is:|The correct option is:|Do |I think ||A: |x\n"
+CHOSEN = (
+    "A|B|C|D|E|AB|CD|AC|BCD|A.|B:|B.|(C)|D)|b|Ｂ|В|Bob|ABLE|x_B|B2|Anne|anne|foo_bar|北京|"
+    "Option B|*C*|`foo_bar`|'D'|"
+)
+TAILS = ["", " ", ".", "\n", " or D", "\nA.", " because a B"]
+MADE = [
+    f"{lead}{cue}{gap}{option}{tail}"
+    for lead in LEADS
+    for cue in CUES.split("|")
+    for gap in ("", " ")
+    for option in CHOSEN.split("|")
+    for tail in TAILS
+]
+ANSWERS = [(name, letter) for name in ("Anne", "foo_bar", "B", "北京") for letter in "ABCD"]
+
+
+@pytest.mark.parametrize("rules", metrics.RULES)
+def test_infinitebench_choices(rules):
     rng, seen = random.Random(9), set()
-    cues, options = (
-        text.split("|")
-        for text in (
-            "answer is:|answer:|answer is|option is|is:|The ||Do |I think |\n",
-            "A|B|C|D|AB|CD|AC|A.|B:|Anne|foo_bar|Option B|*C*|",
-        )
-    )
-    for prediction, _ in pairs(10):
-        filler = prediction if rng.random() < 0.3 else ""
-        words = f"{filler}{rng.choice(cues)}{rng.choice([' ', '', '  '])}{rng.choice(options)}"
-        words += rng.choice(["", " ", ".", " or D"])
-        pair = rng.choice(["Anne", "foo_bar", "B", "北京"]), rng.choice("ABCD")
+    assert len(MADE) == 41_580, "docs/evaluation.md has the number of pairs"
+    for prediction in MADE:
+        pair = rng.choice(ANSWERS)
         for name in ("choice", "wrong_function"):
-            got = judge(name, words, *pair)
-            assert got == getattr(oracle, name)(words, *pair), (name, words, pair)
+            got = judge(f"{name}@{rules}", prediction, *pair)
+            assert got == getattr(oracle, name)(prediction, *pair, rules), (name, prediction, pair)
             seen.add((name, got))
     assert len(seen) == 4
     for right in ("B", "B. Anne", "the answer is: B", "answer is Anne", "option is B", "(x) B"):
-        assert judge("choice", right, "Anne", "B"), right
+        assert judge(f"choice@{rules}", right, "Anne", "B"), right
     for wrong in ("", "A or B", "the answer is:", "answer: the B", "Bs", "b"):
-        assert not judge("choice", wrong, "Anne", "C"), wrong
+        assert not judge(f"choice@{rules}", wrong, "Anne", "C"), wrong
+
+
+@pytest.mark.parametrize(
+    ("metric", "prediction", "answers", "right"),
+    [
+        ("wrong_function", " B. merge_rows", ("merge_rows", "B"), {"e60e8dc", "last-letter"}),
+        ("wrong_function", " B: merge_rows", ("merge_rows", "B"), {"e60e8dc", "last-letter"}),
+        ("wrong_function", "\nB. f\nIt divides by 0", ("f", "B"), {"e60e8dc", "last-letter"}),
+        ("wrong_function", " A. other", ("merge_rows", "B"), set()),
+        ("wrong_function", "merge_rows", ("merge_rows", "B"), {"last-letter"}),
+        ("choice", " C", ("Anne", "C"), set(metrics.RULES)),
+        ("choice", "\nC, or the answer is A", ("Anne", "C"), {"e60e8dc", "last-letter"}),
+        ("choice", " the inn ", ("the inn", "C"), {"e60e8dc", "last-letter"}),
+        ("choice", " Anne ", ("Anne", "C"), set()),
+        ("choice", "A or C", ("Anne", "C"), {"last-letter"}),
+        ("speaker", "Anne.", ("ANNE",), set(metrics.RULES)),
+        ("speaker", "Anne Elliot", ("ANNE ELLIOT", "ANNE"), {"last-letter"}),
+    ],
+)
+def test_infinitebench_rules_that_differ(metric, prediction, answers, right):
+    """What upstream's commits 220fd2e, e60e8dc and its later rule of the last letter say."""
+    got = {rules for rules in metrics.RULES if judge(f"{metric}@{rules}", prediction, *answers)}
+    assert got == right
+
+
+def test_infinitebench_numbers_and_names():
+    rng, seen, count = random.Random(12), set(), 0
+    said = "5|5.0|5.5|05|-5|+5|٥|5.|.5|1_0|five|3 5|0|12, 5|[1, 4, 8]|1 4 9|`5`|5:|x5|1e5|5.50"
+    for lead in LEADS:
+        for text in said.split("|"):
+            for tail in (*TAILS, " 7", "ANNE", " Anne:", "\nMary Anne"):
+                prediction, count = lead + text + tail, count + 1
+                for gold in (5, 5.0, 5.5, 0, -5, 10):
+                    got = judge("first_number", prediction, str(gold))
+                    assert got == oracle.first_number(prediction, gold), (prediction, gold)
+                    seen.add(("number", got))
+                for gold in (5, 0, -5, 7):
+                    got = judge("last_integer", prediction, str(gold))
+                    want = oracle.last_integer(prediction, gold)
+                    assert got == want or "1_0" in text, (prediction, gold)
+                    seen.add(("integer", got))
+                values = rng.choice([[5], [1, 4, 8], [5, 7], [12, 5, -5], [5, 5]])
+                got = judge("running_values", prediction, *map(str, values))
+                assert got == oracle.running_values(prediction, values)
+                seen.add(("values", got > 0))
+                for rules in metrics.RULES:
+                    names = rng.choice([("ANNE",), ("Anne",), ("MARY ANNE", "ANNE")])
+                    got = judge(f"speaker@{rules}", prediction, *names)
+                    assert got == oracle.speaker(prediction, names, rules), (prediction, names)
+                    seen.add(("speaker", got))
+    assert len(seen) == 8
+    assert count == 2_079, "docs/evaluation.md has the number of pairs"
+
+
+def test_rouge_lsum_is_the_package_s():
+    pytest.importorskip("rouge_score", reason="pip install 'pdllm-jax[eval]'")
+    for prediction, answer in pairs(13):
+        want = oracle.rouge_lsum(prediction, answer)
+        assert metrics.rouge_lsum(prediction, answer) == pytest.approx(want, abs=1e-12)
+    assert metrics.rouge_lsum("The sea.\nA hall", "a hall\nthe sea") == 1.0
 
 
 def test_ruler_and_needle_metrics():

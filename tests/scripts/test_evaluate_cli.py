@@ -259,6 +259,9 @@ def test_a_folder_has_one_run(folder, tmp_path, run, score, answers):
     status, _, err = run(*command, "--top-k", 1)
     assert status == 2
     assert "other settings (selection)" in err
+    status, _, err = run(*command, "--rules", "first")
+    assert status == 2
+    assert "other settings (rules)" in err
     rows, _ = score("infinitebench", data, *flags, "dual-cache", "--limit", 3)
     assert len(rows) == 6, "more examples and methods go on with what is there"
     row = {"id": 0, "context": "other", "input": "?", "answer": "1"}

@@ -39,8 +39,8 @@ def longbench(folder: Path) -> Path:
         "language": "en",
         "all_classes": None,
     }
-    mirror = {"question": full["input"], "context": TEXT, "answers": ["Hall"], "length": 5000}
-    plain = {"input": "Who?", "context": TEXT * 2, "answers": "Anne", "_id": "a1"}
+    mirror = {"question": full["input"], "context": TEXT, "answers": ["Hall"], "length": "5000"}
+    plain = {"input": "Who?", "context": TEXT * 2, "answers": "Anne", "_id": "a1", "length": "9"}
     code, context = {"answers": ["x = 1"]}, {"context": TEXT}
     classes = {"all_classes": ["Food", "Sport"], "input": "Question: x\nType:", **context}
     chinese = {"input": "谁？", "context": "安妮住在凯林奇。" * 3, "answers": ["安妮"]}
@@ -97,7 +97,7 @@ RULER_PROMPTS = {
         "\nWhat are all the special magic numbers for k mentioned in the provided text?",
     ),
     "vt": (
-        "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n",
+        " Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n",
         "VAR A = 1\nQuestion: Find all variables that are assigned the value 1. A\n\n" + TEXT,
         "\nQuestion: Find all variables that are assigned the value 2 in the text above.",
     ),

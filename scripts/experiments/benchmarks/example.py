@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -97,7 +98,7 @@ def read_examples(
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     for number, line in enumerate(lines, start=1):
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            text = line.decode("utf-8-sig").strip()
             if not text:
                 continue
             example = parse(_object(text), number)
@@ -113,7 +114,8 @@ def read_examples(
 
 def _object(text: str) -> dict[str, Any]:
     try:
-        raw = json.loads(text)
+        # Tables written as JSON have NaN where a field is missing.
+        raw = json.loads(text, parse_constant=lambda _: None)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -132,21 +134,73 @@ def _field(raw: Mapping[str, Any], names: Sequence[str], default: Any = None) ->
     return name, value
 
 
+def _is_text_or_number(value: object) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
+def _encodable(name: str, text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} holds half of a surrogate pair") from None
+    return text
+
+
 def text_field(raw: Mapping[str, Any], *names: str, default: str | None = None) -> str:
     """Returns the text under the first name that is present. ValueError: missing, or not text."""
     name, value = _field(raw, names, default)
     if not isinstance(value, str):
         raise ValueError(f"{name} must be a string, is {type(value).__name__}")
-    return value
+    return _encodable(name, value)
 
 
-def answers_field(raw: Mapping[str, Any], *names: str) -> tuple[str, ...]:
-    """Returns the answers under the first name that is present: texts or numbers, one or a list."""
+def list_field(
+    raw: Mapping[str, Any], *names: str, single: bool = True
+) -> tuple[str, tuple[str, ...]]:
+    """Returns the first name that is present, and the texts or numbers of its list as texts.
+
+    single: one text or number is also allowed.
+
+    Mirrors made through CSV write a list as text. It is read if it is JSON.
+
+    Raises:
+        ValueError: missing, empty, nested, or a list as text that is not JSON.
+    """
     name, value = _field(raw, names)
+    if isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{name} is a list written as text that is not JSON") from None
+    if not (single or isinstance(value, list)):
+        raise ValueError(f"{name} must be a list, is {type(value).__name__}")
     values = value if isinstance(value, list) else [value]
     if not values:
         raise ValueError(f"{name} is empty")
     for item in values:
-        if isinstance(item, bool) or not isinstance(item, str | int | float):
+        if not _is_text_or_number(item):
             raise ValueError(f"{name} must hold strings or numbers, got {type(item).__name__}")
-    return tuple(map(str, values))
+    return name, tuple(_encodable(name, str(item)) for item in values)
+
+
+def length_field(raw: Mapping[str, Any], *, needed: bool = False) -> int | None:
+    """Returns `length`, a whole number or its digits as text. ValueError: another value."""
+    value = raw.get("length")
+    if value is None and not needed:
+        return None
+    if value is None:
+        raise ValueError("length is missing")
+    match = re.fullmatch(r"\s*(\d+)(\.0*)?\s*", str(value)) if _is_text_or_number(value) else None
+    if match is None:
+        raise ValueError(f"length must be a whole number, got {str(value)[:40]!r}")
+    return int(match.group(1))
+
+
+def id_field(raw: Mapping[str, Any], name: str, line: int) -> str:
+    """Returns the id, a text or number, by default the line's number. ValueError: another type."""
+    value = raw.get(name)
+    if value in (None, ""):
+        return str(line)
+    if not _is_text_or_number(value):
+        raise ValueError(f"{name} must be a string or a number, is {type(value).__name__}")
+    return _encodable(name, str(value))

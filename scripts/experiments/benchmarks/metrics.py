@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import logging
 import re
 import string
@@ -165,16 +166,31 @@ def named_value(prediction: str, answers: Sequence[str]) -> bool:
     return answers[0] in _spaced(prediction, "\n:\"'.,?!{}").split()
 
 
-def choice(prediction: str, answers: Sequence[str]) -> bool:
+def _last_letter(prediction: str, letters: str) -> str | None:
+    """Returns the last letter that stands alone in the first line that has one."""
+    letter = rf"\b[{letters}]\b"
+    match = re.search(rf"{letter}(?!.*{letter})", prediction)
+    return match.group() if match else None
+
+
+def choice(prediction: str, answers: Sequence[str], rules: str = "e60e8dc") -> bool:
     """Tells whether the option is named; answers are its text and its letter.
 
-    As published: a text that begins with A to D is judged by that letter alone; behind "answer is"
-    and the like text or letter count; else the first word made of consecutive letters of ABCD does.
+    As published: a text that begins with A to D is judged by that letter alone; one that is text or
+    letter is right; behind "answer is" and the like text or letter count; else the first word made
+    of consecutive letters of ABCD does. "first" neither strips nor compares the whole prediction.
+    "last-letter" looks first for the letter that comes last.
     """
+    if rules != "first":
+        prediction = prediction.strip()
+    if rules == "last-letter" and _last_letter(prediction, "A-D") in answers:
+        return True
     if not prediction:
         return False
     if prediction[0] in "ABCD":
         return prediction[0] in answers
+    if rules != "first" and prediction in answers:
+        return True
     text = re.sub(" +", " ", _spaced(prediction, "\n\"'.,?!{}"))
     rest = _behind(text, ("answer is:", "answer:", "answer is", "option is"))
     if rest is not None:
@@ -183,16 +199,72 @@ def choice(prediction: str, answers: Sequence[str]) -> bool:
     return word is not None and word in answers
 
 
-def wrong_function(prediction: str, answers: Sequence[str]) -> bool:
+def wrong_function(prediction: str, answers: Sequence[str], rules: str = "e60e8dc") -> bool:
     """Tells whether the function with the error is named; answers are its name and its letter.
 
     It must begin with "B." or "B:", or have letter or name behind "answer is:", "is:" or "answer:".
+    "first" does not strip before it reads the beginning. With "last-letter" the letter that comes
+    last may also be right, and the text may begin with letter or name alone.
     """
-    if prediction[:2] in (f"{answers[1]}.", f"{answers[1]}:"):
+    name, letter = answers
+    start = prediction if rules == "first" else prediction.strip()
+    if rules == "last-letter":
+        if _last_letter(start, "A-J") == letter:
+            return True
+    elif start[:2] in (f"{letter}.", f"{letter}:"):
         return True
     text = _spaced(prediction.strip(), ("\n", "`", "'", '"', "-", "*", "Option", "option"))
-    rest = _behind(re.sub(" +", " ", text), ("answer is:", "is:", "answer:"))
-    return bool(rest) and rest[1:].startswith(tuple(answers))
+    text = re.sub(" +", " ", text)
+    if rules == "last-letter" and text.startswith((letter, name)):
+        return True
+    rest = _behind(text, ("answer is:", "is:", "answer:"))
+    return bool(rest) and rest[1:].startswith((letter, name))
+
+
+def speaker(prediction: str, answers: Sequence[str], rules: str = "e60e8dc") -> bool:
+    """Tells whether the first name is a word of the prediction in capitals.
+
+    "last-letter": whether one of the names is anywhere in it, case ignored.
+    """
+    text = prediction.upper()
+    if rules == "last-letter":
+        return any(answer.upper() in text for answer in answers)
+    return answers[0] in _spaced(prediction, "\n:\"'.,?!{}").upper().split()
+
+
+def first_number(prediction: str, answers: Sequence[str]) -> bool:
+    """Tells whether the first number, without its sign, is the answer; 5.0 is not the integer 5."""
+    match = re.search(r"\d+\.\d+|\d+", prediction)
+    if match is None:
+        return False
+    try:
+        return int(match.group()) == int(answers[0])
+    except ValueError:
+        return not answers[0].isdecimal() and float(match.group()) == float(answers[0])
+
+
+def last_integer(prediction: str, answers: Sequence[str]) -> bool:
+    """Tells whether the last word is the answer, as an integer."""
+    words = _spaced(prediction, "\n.`'\":").split()
+    try:
+        return int(words[-1]) == int(answers[0])
+    except (IndexError, ValueError):
+        return False
+
+
+def running_values(prediction: str, answers: Sequence[str]) -> float:
+    """Returns the share of the answers before the first that is not the number in its place."""
+    numbers = (number.lstrip("0") or "0" for number in re.findall("[0-9]+", prediction))
+    equal = (number == str(int(x)) for number, x in zip(numbers, answers, strict=False))
+    return sum(itertools.takewhile(bool, equal)) / len(answers)
+
+
+def rouge_lsum(prediction: str, answer: str) -> float:
+    """Returns F of ROUGE-Lsum by the package `rouge_score`: lines are sentences, no stemming."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    score = RougeScorer(["rougeLsum"]).score(answer, prediction)["rougeLsum"]
+    return float(score.fmeasure)
 
 
 def match_all(prediction: str, answers: Sequence[str]) -> float:
@@ -226,15 +298,30 @@ def on_answers(judge: Callable[[str, Sequence[str]], float]) -> Metric:
     return lambda prediction, example: float(judge(prediction, example.answers))
 
 
+# InfiniteBench's published rules; docs/evaluation.md has their commits. The first is the default.
+RULES = ("e60e8dc", "first", "last-letter")
 _OF_ONE: tuple[Callable[[str, str], float], ...] = (
-    *(english_f1, chinese_f1, character_f1, rouge_l, chinese_rouge_l),
+    *(english_f1, chinese_f1, character_f1, rouge_l, chinese_rouge_l, rouge_lsum),
     *(numbers_equal, paragraph_named, code_similarity),
 )
-_OF_ALL = (first_digits, named_value, choice, wrong_function, match_all, match_any)
+_OF_ALL: tuple[Callable[[str, Sequence[str]], float], ...] = (
+    *(first_digits, named_value, first_number, last_integer, running_values),
+    *(match_all, match_any),
+)
 METRICS: Mapping[str, Metric] = {
     **{compare.__name__: functools.partial(best, compare) for compare in _OF_ONE},
     **{judge.__name__: on_answers(judge) for judge in _OF_ALL},
+    **{
+        f"{judge.__name__}@{rules}": on_answers(functools.partial(judge, rules=rules))
+        for judge in (choice, wrong_function, speaker)
+        for rules in RULES
+    },
     "classification": _classify,
 }
 # What is imported when a metric is computed.
-PACKAGES = {"chinese_f1": ["jieba"], "rouge_l": ["rouge"], "chinese_rouge_l": ["rouge", "jieba"]}
+PACKAGES = {
+    "chinese_f1": ["jieba"],
+    "rouge_l": ["rouge"],
+    "chinese_rouge_l": ["rouge", "jieba"],
+    "rouge_lsum": ["rouge_score"],
+}

@@ -14,6 +14,7 @@ from experiments.benchmarks.example import DataError, Example, Task
 from experiments.benchmarks.metrics import METRICS
 from pdllm_jax import Tokenizer
 from pdllm_jax.evaluation.prompts import SplitPrompt
+from pdllm_jax.text_files import read_text
 from pdllm_jax.tokenizer import INSTRUCTION
 
 NEEDLE = (
@@ -30,12 +31,14 @@ def read_haystack(path: Path) -> str:
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if not files:
         raise DataError(f"{path} holds no .txt file")
-    try:
-        parts = [file.read_text(encoding="utf-8").strip() for file in files]
-    except UnicodeDecodeError:
-        raise DataError(f"{path} holds a file that is not UTF-8 text") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    parts = []
+    for file in files:
+        try:
+            parts.append(read_text(file).strip())
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise DataError(str(error)) from None
     if not any(parts):
         raise DataError(f"{path} is empty")
     return "\n\n".join(filter(None, parts))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,37 @@ from experiments.benchmarks.example import (
     Example,
     Malformed,
     Task,
-    answers_field,
+    id_field,
+    length_field,
+    list_field,
     read_examples,
     text_field,
 )
-from experiments.benchmarks.metrics import METRICS, PACKAGES, paragraph_named
+from experiments.benchmarks.metrics import METRICS, PACKAGES, RULES, paragraph_named
 from experiments.records import read_json
 from pdllm_jax.evaluation.prompts import split_ruler, split_template
 
 NAMES = {"longbench": "LongBench", "infinitebench": "InfiniteBench", "ruler": "RULER"}
 LETTERS = "ABCD"
+# What answers must be for these metrics, as a check that raises ValueError.
+_CHECKS: Mapping[str, tuple[Callable[[str], object], str]] = {
+    "paragraph_named": (functools.partial(paragraph_named, ""), "name a paragraph"),
+    "first_digits": (re.compile("[0-9]+").fullmatch, "be digits"),
+    "first_number": (float, "be a number"),
+    "last_integer": (int, "be a whole number"),
+    "running_values": (int, "be whole numbers"),
+}
+# How RULER's templates begin, and marks of chat templates behind them.
+_RULER_STARTS = (
+    *("A special magic ", "Some special magic ", "Memorize and track the chain"),
+    *("Below is a numbered list ", "Read the following coded text "),
+    "Answer the question based on the given documents.",
+)
+# In files of RULER's first version answer_prefix is the end of the input.
+_ANSWER_START = re.compile(r" (?:Answer:|The special magic )[^\n]*$")
+_CHAT_MARK = re.compile(
+    r"<[|｜][^<>\s]{1,40}[|｜]>|<\w+_of_turn>|\[/INST\]|</s>|\bASSISTANT:|\bAssistant:"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +59,7 @@ class Kind:
     binary: bool = False
     chat: bool = True
     first_line: bool = False
+    by_name: bool = False
 
     def score(self, prediction: str, example: Example) -> float:
         """Returns a prediction's score, in [0, 1]."""
@@ -64,6 +87,7 @@ def load(
     *,
     config: Path | None = None,
     templates: Mapping[str, str] | None = None,
+    rules: str = RULES[0],
 ) -> list[Task]:
     """Loads tasks from `{task}.jsonl` in the folder, all that exist by default.
 
@@ -73,15 +97,22 @@ def load(
         config: LongBench's folder of dataset2prompt.json and dataset2maxlen.json; by default the
             data's config/, or the one beside it.
         templates: prompts to be used instead, by task of InfiniteBench.
+        rules: of metrics.RULES, InfiniteBench's prompts and metrics.
 
     Raises:
         DataError: a task is unknown, a file is missing or malformed, or a package is missing.
     """
     data = folder / "data" if benchmark == "longbench" and (folder / "data").is_dir() else folder
     files = task_files(benchmark, data, tasks)
-    changes = {task: {"template": text} for task, text in (templates or {}).items()}
+    changes: dict[str, dict[str, Any]] = {**_TABLE.get(f"{benchmark}@{rules}", {})}
     if benchmark == "longbench":
         changes = longbench_prompts(folder, config, files)
+    for task, text in (templates or {}).items():
+        if task not in KINDS[benchmark]:
+            raise DataError(f"templates: {NAMES[benchmark]} has no task {task!r}")
+        if not isinstance(text, str) or text.count("{context}") != 1:
+            raise DataError(f"templates: the prompt of {task} must be text with one {{context}}")
+        changes[task] = {**changes.get(task, {}), "template": text}
     parse = parse_ruler if benchmark == "ruler" else parse_fields
     loaded = []
     for task, path in files.items():
@@ -104,7 +135,9 @@ def task_files(benchmark: str, folder: Path, tasks: Sequence[str] | None) -> dic
         return nested if benchmark == "ruler" and not flat.is_file() else flat
 
     names = list(KINDS[benchmark])
-    tasks = [task for task in names if place(task).is_file()] if tasks is None else tasks
+    if tasks is None:
+        tasks = [task for task in names if place(task).is_file()]
+        tasks = [task for task in tasks if not KINDS[benchmark][task].by_name]
     if not tasks:
         first = place(names[0]).relative_to(folder)
         raise DataError(f"{folder} holds no {NAMES[benchmark]} task, such as {first}")
@@ -133,7 +166,7 @@ def longbench_prompts(
         template, length = (content.get(name) for content in contents)
         if not isinstance(template, str) or template.count("{context}") != 1:
             raise DataError(f"dataset2prompt.json needs a prompt for {name} with one {{context}}")
-        if not isinstance(length, int) or length < 1:
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
             raise DataError(f"dataset2maxlen.json needs a positive number for {name}")
         result[task] = {"template": template, "gen_length": length}
     return result
@@ -144,32 +177,54 @@ def parse_fields(benchmark: str, task: str, kind: Kind, raw: dict[str, Any], lin
 
     Mirrors call `input` `question` and `context` `content`; a template may use either name.
     """
-    longbench = benchmark == "longbench"
-    asks = "{input}" in kind.template or "{question}" in kind.template
+    longbench, metric = benchmark == "longbench", kind.metric.partition("@")[0]
+    asks = any(f"{{{name}}}" in kind.template for name in ("input", "question", "prefix"))
     context = text_field(raw, *(["context"] if longbench else ["context", "content"]))
     if not context.strip():
         raise ValueError("context is empty")
     question = text_field(raw, "input", "question", default=None if asks else "")
-    answers = answers_field(raw, *(["answers", "answer"] if longbench else ["answer"]))
-    details = {"length": raw.get("length")} if longbench else {}
-    fields = {**raw, "context": context, "input": question, "question": question}
-    if kind.metric == "classification":
-        details["all_classes"] = classes = raw.get("all_classes")
-        if not isinstance(classes, list) or not all(isinstance(x, str) for x in classes):
-            raise ValueError("all_classes must be a list of strings")
-    if kind.metric == "paragraph_named":
-        for answer in answers:
-            paragraph_named("", answer)
-    if kind.metric in ("choice", "wrong_function"):
-        options = raw.get("options")
-        if not isinstance(options, list) or len(options) != len(LETTERS):
-            raise ValueError("options must be a list of four")
-        options = [str(option) for option in options]
+    if metric == "running_values" and isinstance(answer := raw.get("answer"), list):
+        raw = {**raw, "answer": answer[0] if len(answer) == 1 else answer}
+    name, answers = list_field(raw, *(["answers", "answer"] if longbench else ["answer"]))
+    details: dict[str, Any] = {}
+    if longbench:
+        details["length"] = length_field(raw, needed=task.endswith("_e"))
+    fields = {key: value for key, value in raw.items() if isinstance(value, str | int | float)}
+    fields |= derived_fields(kind.template, question)
+    fields |= {"context": context, "input": question, "question": question}
+    if metric == "classification":
+        _, classes = list_field(raw, "all_classes", single=False)
+        details["all_classes"] = list(classes)
+    check, wanted = _CHECKS.get(metric, (str, ""))
+    for answer in answers:
+        try:
+            valid = check(answer) is not None
+        except ValueError:
+            valid = False
+        if not valid:
+            raise ValueError(f"{name} must {wanted}, got {answer[:40]!r}")
+    if metric in ("choice", "wrong_function"):
+        _, options = list_field(raw, "options", single=False)
+        if len(options) != len(LETTERS):
+            raise ValueError(f"options must be a list of four, got {len(options)}")
         fields |= {f"OPTION_{letter}": x for letter, x in zip(LETTERS, options, strict=True)}
         answers = option_named(answers, options)
-    name = raw.get("_id" if longbench else "id")
-    name = str(line if name in (None, "") else name)
+    name = id_field(raw, "_id" if longbench else "id", line)
     return Example(name, answers, split_template(kind.template, fields), details=details)
+
+
+def derived_fields(template: str, question: str) -> dict[str, str]:
+    """Returns what InfiniteBench's templates take out of the question. ValueError: not in it."""
+    fields = {}
+    call = re.search(r"(func_[0-9]+)\(-?[0-9]+\)", question)
+    if "{func_call}" in template and call is not None:
+        fields = {"func": call.group(1), "func_call": call.group()}
+    if "{prefix}" in template:
+        target = re.search("The .+(?= of)", question)
+        if target is None:
+            raise ValueError("input does not name the number that is looked for: The .. of")
+        fields["prefix"] = f"What is {target.group().lower()} in the following list?"
+    return fields
 
 
 def option_named(answers: Sequence[str], options: Sequence[str]) -> tuple[str, str]:
@@ -189,7 +244,17 @@ def parse_ruler(benchmark: str, task: str, kind: Kind, raw: dict[str, Any], line
     prompt = split_ruler(task, text.removesuffix(start))
     if prompt is None or not prompt.context.strip():
         raise ValueError(f"input is not a prompt of {task}")
-    index, answers = raw.get("index"), answers_field(raw, "outputs", "output")
-    details = {"length": raw.get("length")}
-    name = str(line if index is None else index)
+    if not start and (match := _ANSWER_START.search(prompt.after)) is not None:
+        start = match.group()
+        prompt = prompt._replace(after=prompt.after.removesuffix(start))
+    mark = _CHAT_MARK.search(prompt.after)
+    if mark is not None or not prompt.before.lstrip().startswith(_RULER_STARTS):
+        text = f"ends with {mark.group()!r}" if mark else f"begins with {prompt.before[:40]!r}"
+        raise ValueError(
+            f"input {text}: another model's chat template; make the file with "
+            "--model_template_type base"
+        )
+    _, answers = list_field(raw, "outputs", "output")
+    details = {"length": length_field(raw)}
+    name = id_field(raw, "index", line)
     return Example(name, answers, prompt, response=start, details=details)

@@ -132,7 +132,7 @@ def summarise(
                     parts[f"{task.name}, {name}"] = [
                         record
                         for record in parts[task.name]
-                        if low <= (record["details"].get("length") or 0) < high
+                        if low <= record["details"]["length"] < high
                     ]
             rows += [_row(task, method, *part) for part in parts.items() if part[1]]
     return rows

@@ -88,6 +88,7 @@ CASES = [
     *(pytest.param(run, "float16", marks=OLD_JAX) for run in ("interpret", INTERPRETED[0])),
     pytest.param(INTERPRETED[1], "bfloat16", marks=OLD_JAX),
     *(pytest.param("mosaic_gpu", x, marks=pytest.mark.gpu) for x in ("bfloat16", "float16")),
+    *(pytest.param("cudnn", x, marks=pytest.mark.gpu) for x in ("bfloat16", "float16")),
 ]
 
 
@@ -113,7 +114,9 @@ def test_chunk_attention(implementation, dtype, own, dim, garbage):
     own_kv = OwnKV(own_k, own_v, jnp.array(OWN_LENGTHS)) if own else None
     q = q if own else q[:, :2]
     args = q, k, v, jnp.array(IDS), jnp.array(LENGTHS)
-    got = jax.jit(lambda *x: chunk_attention(*x, own_kv=own_kv, implementation=implementation))(*args)
+    got = jax.jit(lambda *x: chunk_attention(*x, own_kv=own_kv, implementation=implementation))(
+        *args
+    )
     ids, lengths = IDS, LENGTHS
     if own:  # as one chunk more, of which every request has its own
         ids = [[*row, 4 + i] for i, row in enumerate(IDS)]

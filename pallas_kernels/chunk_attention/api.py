@@ -77,7 +77,8 @@ def _beside_own_kv(run: ChunkAttention) -> Callable[..., Partial]:
         slots, parts = chunk_ids.shape[1], []
         if own_kv is not None:
             lengths = jnp.clip(own_kv.lengths, 0, own_kv.k.shape[1])
-            parts = [attention(q[:, slots], *own_kv[:2], lengths, need_lse=True, scale=scale)]
+            own_k, own_v, _ = own_kv
+            parts = [attention(q[:, slots], own_k, own_v, lengths, need_lse=True, scale=scale)]
             q = q[:, :slots]
         q = jnp.broadcast_to(q, (q.shape[0], slots, *q.shape[2:]))
         part = run(q, k, v, layer, chunk_ids, chunk_lengths, scale)

@@ -26,7 +26,7 @@ def device_problem() -> str | None:
 
 
 def zero_padding(x: Array, lengths: Array, layout: Layout = "BTNH") -> Array:
-    """Returns keys or values with zeros behind `lengths`: cuDNN multiplies it, and 0 * NaN is NaN."""
+    """Returns keys or values with zeros behind `lengths`: cuDNN multiplies it; 0 * NaN is NaN."""
     axis = layout.index("T")
     valid = jnp.arange(x.shape[axis]) < lengths[:, None]
     return jnp.where(jnp.expand_dims(valid, {1: (2, 3), 2: (1, 3)}[axis]), x, 0)

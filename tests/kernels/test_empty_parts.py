@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -114,9 +115,8 @@ def test_chunk_attention(implementation, dtype, own, dim, garbage):
     own_kv = OwnKV(own_k, own_v, jnp.array(OWN_LENGTHS)) if own else None
     q = q if own else q[:, :2]
     args = q, k, v, jnp.array(IDS), jnp.array(LENGTHS)
-    got = jax.jit(lambda *x: chunk_attention(*x, own_kv=own_kv, implementation=implementation))(
-        *args
-    )
+    attend = functools.partial(chunk_attention, own_kv=own_kv, implementation=implementation)
+    got = jax.jit(attend)(*args)
     ids, lengths = IDS, LENGTHS
     if own:  # as one chunk more, of which every request has its own
         ids = [[*row, 4 + i] for i, row in enumerate(IDS)]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Finite, so that a part without keys merges with weight zero instead of NaN.
+# The log-sum-exp of a part without keys. Finite, so that differences of two are never NaN.
 EMPTY_LSE = -1e30
 
 
@@ -44,20 +44,36 @@ class OwnKV(NamedTuple):
 def merge(*parts: Partial) -> Partial:
     """Returns attention over the union of the parts' keys, which must be disjoint.
 
-    Exact: part i has weight exp(lse_i - max lse), divided by the sum of the weights.
+    Exact: part i has weight exp(lse_i - max lse), divided by the sum of the weights. A part without
+    keys (EMPTY_LSE or -inf) adds zeros, also if its output is NaN. Without any keys the result is
+    zeros and EMPTY_LSE.
     """
-    if len(parts) == 1:
-        return parts[0]
     # Elementwise over the parts, so that the compiler makes no stacked copy of them.
-    top = functools.reduce(jnp.maximum, [part.lse for part in parts])
-    weights = [jnp.exp(part.lse - top) for part in parts]
+    top = functools.reduce(jnp.maximum, [part.lse for part in parts], jnp.float32(EMPTY_LSE))
+    weights = [jnp.where(part.lse <= EMPTY_LSE / 2, 0, jnp.exp(part.lse - top)) for part in parts]
     total = functools.reduce(jnp.add, weights)
+    divisor = jnp.where(total == 0, 1, total)
 
     def weighted(part: Partial, weight: Array) -> Array:
-        return part.out.astype(jnp.float32) * (weight / total).swapaxes(1, 2)[..., None]
+        share = (weight / divisor).swapaxes(1, 2)[..., None]
+        # Not a product alone: 0 * NaN is NaN.
+        return jnp.where(share == 0, 0, part.out.astype(jnp.float32) * share)
 
     out = functools.reduce(jnp.add, map(weighted, parts, weights))
-    return Partial(out.astype(parts[0].out.dtype), top + jnp.log(total))
+    lse = jnp.where(total == 0, EMPTY_LSE, top + jnp.log(divisor))
+    return Partial(out.astype(parts[0].out.dtype), lse)
+
+
+def zero_without_keys(part: Partial, lengths: Int[Array, "B"] | None) -> Partial:
+    """Returns the part with zeros and EMPTY_LSE for requests that have no keys.
+
+    What an implementation computes for them is undefined. lengths: keys of each; None: all have.
+    """
+    if lengths is None:
+        return part
+    has_keys = lengths[:, None, None] > 0
+    out = jnp.where(has_keys[..., None], part.out, 0)
+    return Partial(out, jnp.where(has_keys, part.lse, EMPTY_LSE))
 
 
 def valid_chunks(

@@ -16,9 +16,11 @@ from pdllm_jax.method.sampling import CONFIDENCES, Factor, Schedule, Threshold, 
 from pdllm_jax.method.scorers import SCORERS, AllScorer, Scorer
 from pdllm_jax.network.config import (
     AT_LEAST_0,
+    COUNT,
     POSITIVE,
     SHARE,
     SIZE,
+    SWITCH,
     is_index,
     one_of,
     require,
@@ -38,13 +40,11 @@ class ChunkConfig:
     overlap: int = 0
 
     def __post_init__(self) -> None:
-        validate(self, {"chunk_size": SIZE})
-        overlap = self.overlap
-        require(is_index(overlap), f"overlap must be an integer of at least 0, got {overlap!r}")
+        validate(self, {"chunk_size": SIZE, "anchors": SWITCH, "overlap": COUNT})
         require(
             self.stride > 0,
             f"chunk_size {self.chunk_size} leaves no new token beside "
-            f"{'the anchor and ' if self.anchors else ''}an overlap of {overlap}",
+            f"{'the anchor and ' if self.anchors else ''}an overlap of {self.overlap}",
         )
 
     @property
@@ -133,7 +133,7 @@ class SelectionConfig:
             object.__setattr__(self, kind, _choose(kind, getattr(self, kind), given))
         rules = dict.fromkeys(("top_k", "encode_batch", "max_k", "keep_tokens"), SIZE)
         rules |= {"positions": one_of(get_args(Positions)), "reselect": one_of(get_args(Reselect))}
-        validate(self, {**rules, "margin": AT_LEAST_0})
+        validate(self, {**rules, "margin": AT_LEAST_0, "keep_first": SWITCH})
         k, most, name = self.top_k, self.max_k, self.scorer.name
         require(most is None or most >= k, f"max_k {most} is less than top_k {k}")
         require(most is not None or self.margin == 0, "margin needs max_k")

@@ -60,6 +60,22 @@ def _refusing(what: str) -> Iterator[None]:
         raise TokenizerError(f"{what}: {reason}") from None
 
 
+def _check_template(path: Path) -> None:
+    """Raises TokenizerError for a chat template that the library cannot read, with the reason."""
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    _require(isinstance(settings, dict), f"{path.name} must hold an object")
+    value = settings.get("chat_template")
+    rows = value if isinstance(value, list) else []
+    if all(isinstance(row, dict) and {"name", "template"} <= row.keys() for row in rows) and rows:
+        value = {str(row["name"]): row["template"] for row in rows}
+    texts = [value]
+    if isinstance(value, dict) and "default" in value:
+        texts = list(value.values())
+    allowed = "text, or named texts with one called 'default'"
+    valid = value is None or all(isinstance(text, str) for text in texts)
+    _require(valid, f"chat_template in {path.name} must be {allowed}, got {value!r:.200}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
     """A checkpoint's tokenizer and chat template.
@@ -93,6 +109,7 @@ class Tokenizer:
             import transformers  # takes seconds
 
             content = path.read_bytes()
+            _check_template(path.with_name("tokenizer_config.json"))
             loaded: Any = transformers.AutoTokenizer.from_pretrained(
                 str(folder),
                 config=transformers.PreTrainedConfig(),  # the model's type decides nothing

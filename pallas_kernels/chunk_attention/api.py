@@ -19,7 +19,15 @@ from pallas_kernels.chunk_attention import cudnn, hopper
 from pallas_kernels.chunk_attention.dense import attention
 from pallas_kernels.chunk_attention.reference import chunk_attention_reference
 from pallas_kernels.chunk_attention.xla import chunk_attention_xla
-from pallas_kernels.common import EMPTY_LSE, OwnKV, Partial, merge, resolve
+from pallas_kernels.common import (
+    EMPTY_LSE,
+    OwnKV,
+    Partial,
+    merge,
+    resolve,
+    valid_chunks,
+    zero_without_keys,
+)
 
 Layer = int | Int[Array, ""]
 Rows = Float[Array, "B T H D"] | Float[Array, "B K T H D"]
@@ -34,6 +42,7 @@ class ChunkAttention(Protocol):
 
     Arguments and result are as in `chunk_attention`, always with all axes: q [B, K, T, H, D], k and
     v [L, N, G, C, D], layer, ids [B, K], lengths [N], scale. Own keys are attended to elsewhere.
+    What it returns for a request without keys is not used.
     """
 
     def __call__(
@@ -59,19 +68,22 @@ class ChunkMass(NamedTuple):
 
 
 def _beside_own_kv(run: ChunkAttention) -> Callable[..., Partial]:
-    """Adds own keys to an implementation: dense attention, merged with the implementation's."""
+    """Adds own keys to an implementation: dense attention, merged with the implementation's.
+
+    Requests whose chunks have no keys get zeros; what the implementation gives is dropped.
+    """
 
     def attend(q, k, v, layer, chunk_ids, chunk_lengths, scale, own_kv):
         slots, parts = chunk_ids.shape[1], []
         if own_kv is not None:
             lengths = jnp.clip(own_kv.lengths, 0, own_kv.k.shape[1])
-            # Zero the padding: cuDNN multiplies it, and 0 * NaN is NaN.
-            valid = (jnp.arange(own_kv.k.shape[1]) < lengths[:, None])[..., None, None]
-            own_k, own_v = (jnp.where(valid, x, 0) for x in own_kv[:2])
+            own_k, own_v, _ = own_kv
             parts = [attention(q[:, slots], own_k, own_v, lengths, need_lse=True, scale=scale)]
             q = q[:, :slots]
         q = jnp.broadcast_to(q, (q.shape[0], slots, *q.shape[2:]))
-        return merge(*parts, run(q, k, v, layer, chunk_ids, chunk_lengths, scale))
+        part = run(q, k, v, layer, chunk_ids, chunk_lengths, scale)
+        keys = valid_chunks(chunk_ids, chunk_lengths, k.shape[3])[1].sum(axis=1)
+        return merge(*parts, zero_without_keys(part, keys))
 
     return attend
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import compat
-from pallas_kernels.common import EMPTY_LSE, Partial, merge, valid_chunks
+from pallas_kernels.common import Partial, merge, valid_chunks, zero_without_keys
 
 Layout = Literal["BTNH", "BNTH"]
 
@@ -25,10 +25,22 @@ def device_problem() -> str | None:
     return "it runs on NVIDIA GPUs" if compat.compute_capability() is None else None
 
 
+def zero_padding(x: Array, lengths: Array, layout: Layout = "BTNH") -> Array:
+    """Returns keys or values with zeros behind `lengths`: cuDNN multiplies it; 0 * NaN is NaN."""
+    axis = layout.index("T")
+    valid = jnp.arange(x.shape[axis]) < lengths[:, None]
+    return jnp.where(jnp.expand_dims(valid, {1: (2, 3), 2: (1, 3)}[axis]), x, 0)
+
+
+def at_least_one_key(lengths: Array) -> Array:
+    """Returns the lengths for cuDNN, which is undefined without keys; drop what it gives then."""
+    return jnp.maximum(lengths, 1).astype(jnp.int32)
+
+
 def attention_with_lse(
     q: Array, k: Array, v: Array, lengths: Array | None, scale: float, layout: Layout = "BTNH"
 ) -> Partial:
-    """Returns `dense.attention` with its log-sum-exp.
+    """Returns `dense.attention` with its log-sum-exp; keys behind `lengths` may hold NaN.
 
     With layout "BNTH" the inputs' heads come before their rows; the result is [B, T, H, D] in
     either layout. jax.nn.dot_product_attention(return_residual=True) rounds the residual to q's
@@ -40,9 +52,9 @@ def attention_with_lse(
     batch, (rows, heads) = len(q), q.shape[1:3] if layout == "BTNH" else q.shape[2:0:-1]
     q_lengths = kv_lengths = None
     if lengths is not None:
-        # A part without keys gives NaN in cuDNN: read one key, and drop the result below.
+        k, v = (zero_padding(x, lengths, layout) for x in (k, v))
         q_lengths = jnp.full((batch,), rows, jnp.int32)
-        kv_lengths = jnp.maximum(lengths, 1).astype(jnp.int32)
+        kv_lengths = at_least_one_key(lengths)
     out, lse = cudnn.dot_product_attention(
         q,
         k,
@@ -57,9 +69,7 @@ def attention_with_lse(
     if layout == "BNTH":
         out = out.swapaxes(1, 2)
     lse = lse.reshape(batch, heads, rows).astype(jnp.float32)
-    if lengths is not None:
-        lse = jnp.where(lengths[:, None, None] > 0, lse, EMPTY_LSE)
-    return Partial(out, lse)
+    return zero_without_keys(Partial(out, lse), lengths)
 
 
 def chunk_attention_cudnn(q, k, v, layer, chunk_ids, chunk_lengths, scale) -> Partial:
@@ -67,15 +77,8 @@ def chunk_attention_cudnn(q, k, v, layer, chunk_ids, chunk_lengths, scale) -> Pa
     c = k.shape[3]
     b, slots = chunk_ids.shape
     ids, lengths = (x.reshape(-1) for x in valid_chunks(chunk_ids, chunk_lengths, c))
-    valid = (jnp.arange(c) < lengths[:, None])[:, None, :, None]  # [B K, 1, C, 1]
-
-    def gather(pool: Array) -> Array:
-        """[B K, G, C, D] with zeros for padding: cuDNN multiplies it, and 0 * NaN is NaN."""
-        return jnp.where(valid, pool[layer, ids], 0)
-
     rows = q.reshape(b * slots, *q.shape[2:]).swapaxes(1, 2)  # [B K, H, T, D]
-    part = attention_with_lse(rows, gather(k), gather(v), lengths, scale, "BNTH")
+    part = attention_with_lse(rows, k[layer, ids], v[layer, ids], lengths, scale, "BNTH")
     out = part.out.reshape(b, slots, *part.out.shape[1:])
     lse = part.lse.reshape(b, slots, *part.lse.shape[1:])
-    out = jnp.where((lse == EMPTY_LSE).swapaxes(2, 3)[..., None], 0, out)
     return merge(*(Partial(out[:, i], lse[:, i]) for i in range(slots)))

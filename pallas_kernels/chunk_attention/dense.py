@@ -13,8 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.chunk_attention.cudnn import attention_with_lse
-from pallas_kernels.common import EMPTY_LSE, Partial, row_sum
+from pallas_kernels.chunk_attention.cudnn import (
+    at_least_one_key,
+    attention_with_lse,
+    zero_padding,
+)
+from pallas_kernels.common import EMPTY_LSE, Partial, row_sum, zero_without_keys
 
 DenseImplementation = Literal["cudnn", "xla"]
 
@@ -45,7 +49,7 @@ def attention(
 
     Args:
       q, k, v: rows, keys and values; H a multiple of G.
-      lengths: valid keys; None for all.
+      lengths: valid keys; None for all. Keys behind may hold NaN; 0 gives zeros and EMPTY_LSE.
       need_lse: whether `lse` is needed. If not, it may be zeros, because cuDNN's public,
         differentiable function is used.
       scale: factor of the scores, 1/sqrt(D) by default.
@@ -54,11 +58,15 @@ def attention(
         return attention_xla(q, k, v, lengths, scale)
     if need_lse:
         return attention_with_lse(q, k, v, lengths, scale or q.shape[-1] ** -0.5)
+    given = None
+    if lengths is not None:
+        given, k, v = at_least_one_key(lengths), zero_padding(k, lengths), zero_padding(v, lengths)
     out = jax.nn.dot_product_attention(
-        q, k, v, key_value_seq_lengths=lengths, implementation="cudnn", scale=scale
+        q, k, v, key_value_seq_lengths=given, implementation="cudnn", scale=scale
     )
     batch, rows, heads, _ = q.shape
-    return Partial(out, jnp.zeros((batch, heads, rows), jnp.float32))
+    part = Partial(out, jnp.zeros((batch, heads, rows), jnp.float32))
+    return zero_without_keys(part, lengths)
 
 
 def attention_xla(
@@ -105,8 +113,4 @@ def attention_xla(
         out, lse = lax.map(block, blocks)  # [n, B, t, H, D] and [n, B, H, t]
         out = out.swapaxes(0, 1).reshape(padded.shape)[:, :rows]
         lse = jnp.moveaxis(lse, 0, 2).reshape(batch, heads, -1)[..., :rows]
-    if lengths is not None:
-        has_keys = lengths[:, None, None] > 0
-        out = jnp.where(has_keys[..., None], out, 0)
-        lse = jnp.where(has_keys, lse, EMPTY_LSE)
-    return Partial(out, lse)
+    return zero_without_keys(Partial(out, lse), lengths)

@@ -6,8 +6,14 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+
+# Of a setting's magnitude, so that its products with scores stay finite in float32.
+LARGEST = 1e30
 
 
 class ConfigError(ValueError):
@@ -27,11 +33,23 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def python_value(value: Any) -> Any:
+    """Returns NumPy scalars, also in a tuple, as Python's; float32's 0.07 becomes 0.07."""
+    if isinstance(value, tuple):
+        return tuple(map(python_value, value))
+    if isinstance(value, np.floating):
+        return float(str(value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def exact_share(share: float, count: int) -> Fraction:
+    """Returns share * count, the share as its decimal text says: 7 for 0.07 of 100."""
+    return Fraction(str(share)) * count
+
+
 def is_number(value: Any) -> bool:
-    """Returns whether value is a finite float, or an int (not a bool) that float can hold."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return abs(value) < 2**63
-    return isinstance(value, float) and math.isfinite(value)
+    """Returns whether value is an int or float, not a bool, of magnitude at most LARGEST."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def is_index(value: Any, count: int = 1 << 31) -> bool:
@@ -39,22 +57,24 @@ def is_index(value: Any, count: int = 1 << 31) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < count
 
 
-def number(text: str, contains: Callable[[float], bool]) -> Rule:
-    """Returns the rule of the finite numbers that `contains` accepts and `text` describes."""
-    return Rule(f"{{}} must {text}, got {{!r}}", lambda x: is_number(x) and contains(x))
+def number(least: float) -> Rule:
+    """Returns the rule of the numbers from `least` to LARGEST."""
+    text = f"{{}} must be a number from {least:g} to {LARGEST:g}, got {{!r}}"
+    return Rule(text, lambda x: is_number(x) and x >= least)
 
 
 def one_of(names: Iterable[str]) -> Rule:
     """Returns the rule of a name out of `names`."""
     names = tuple(names)
-    return Rule(f"{{}} {{!r}} is not known ({', '.join(names)})", lambda x: x in names)
+    text = f"{{}} {{!r}} is not known ({', '.join(names)})"
+    return Rule(text, lambda x: isinstance(x, str) and x in names)
 
 
 SIZE = Rule("{} must be a positive integer below 2**31, got {!r}", lambda x: is_index(x) and x > 0)
-POSITIVE = number("be a positive number", lambda x: x > 0)
-AT_LEAST_0 = number("be a number of at least 0", lambda x: x >= 0)
-AT_LEAST_1 = number("be a number of at least 1", lambda x: x >= 1)
-SHARE = number("lie in (0, 1]", lambda x: 0 < x <= 1)
+COUNT = Rule("{} must be an integer from 0 to 2**31 - 1, got {!r}", is_index)
+POSITIVE, AT_LEAST_0, AT_LEAST_1 = number(1 / LARGEST), number(0), number(1)
+SHARE = Rule("{} must lie in (0, 1], got {!r}", lambda x: is_number(x) and 0 < x <= 1)
+SWITCH = Rule("{} must be true or false, got {!r}", lambda x: isinstance(x, bool))
 
 
 def size(name: str, value: Any) -> None:
@@ -65,9 +85,13 @@ def size(name: str, value: Any) -> None:
 def validate(settings: Any, rules: Mapping[str, Rule], label: str = "") -> None:
     """Raises ConfigError for the first field of a dataclass that its rule does not allow.
 
-    None is allowed in fields whose default is None. `label` stands before the name in messages.
+    None is allowed in fields whose default or type has it. Makes Python values of NumPy's, in all
+    fields. `label` stands before the name in messages.
     """
-    optional = {field.name for field in dataclasses.fields(settings) if field.default is None}
+    fields = dataclasses.fields(settings)
+    optional = {x.name for x in fields if x.default is None or str(x.type).endswith("| None")}
+    for field in fields:
+        object.__setattr__(settings, field.name, python_value(getattr(settings, field.name)))
     for name, rule in rules.items():
         value = getattr(settings, name)
         valid = (value is None and name in optional) or rule.allows(value)
@@ -100,11 +124,12 @@ class RopeScaling:
     beta_slow: float = 1.0
 
     def __post_init__(self) -> None:
-        label = "rope scaling "
-        validate(self, {"kind": one_of(get_args(RopeKind)), "factor": AT_LEAST_1}, label)
-        if self.kind == "yarn":
-            positive = dict.fromkeys(("beta_fast", "beta_slow", "attention_factor"), POSITIVE)
-            validate(self, {"original_max_position": SIZE, **positive}, label)
+        rules = {"kind": one_of(get_args(RopeKind)), "factor": AT_LEAST_1}
+        rules |= dict.fromkeys(("beta_fast", "beta_slow", "attention_factor"), POSITIVE)
+        rules["original_max_position"] = SIZE if self.kind == "yarn" else COUNT
+        validate(self, rules, "rope scaling ")
+        fast, slow = self.beta_fast, self.beta_slow
+        require(fast >= slow, f"rope scaling beta_fast {fast} is less than beta_slow {slow}")
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], max_sequence_length: int) -> RopeScaling | None:
@@ -119,7 +144,7 @@ class RopeScaling:
         values = {key: value for key, value in raw.items() if value is not None}
         for key in ("rope_type", "type", "rope_theta"):
             values.pop(key, None)
-        original = values.pop("original_max_position_embeddings", None) or max_sequence_length
+        original = values.pop("original_max_position_embeddings", max_sequence_length)
         unknown = sorted(values.keys() - {"factor", "attention_factor", "beta_fast", "beta_slow"})
         require(not unknown, f"rope_scaling keys not implemented: {', '.join(map(repr, unknown))}")
         require("factor" in values, "rope_scaling lacks factor")
@@ -185,14 +210,18 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         validate(self, dict.fromkeys([*_SIZES, "n_kv_heads", "embedding_size"], SIZE))
-        validate(self, {"rope_theta": POSITIVE, "rms_norm_eps": POSITIVE})
+        validate(self, {"rope_theta": POSITIVE, "rms_norm_eps": POSITIVE, "weight_tying": SWITCH})
         for name, divisor in (("d_model", "n_heads"), ("n_heads", "n_kv_heads")):
             a, b = getattr(self, name), getattr(self, divisor)
             require(a % b == 0, f"{name} {a} is not a multiple of {divisor} {b}")
-        require(self.head_dim % 2 == 0, f"head size {self.head_dim} must be even for RoPE")
-        rows, words, tying = self.embedding_size, self.vocab_size, self.weight_tying
+        sizes = f"(d_model {self.d_model} / n_heads {self.n_heads})"
+        require(self.head_dim % 2 == 0, f"head size {self.head_dim} must be even for RoPE {sizes}")
+        kind = self.rope_scaling and self.rope_scaling.kind
+        wide, turns = kind != "ntk" or self.head_dim > 2, kind != "yarn" or self.rope_theta > 1
+        require(wide, f"rope scaling kind 'ntk' needs a head size of at least 4, not 2 {sizes}")
+        require(turns, f"rope scaling kind 'yarn' needs rope_theta above 1, got {self.rope_theta}")
+        rows, words = self.embedding_size, self.vocab_size
         require(rows >= words, f"embedding_size {rows} is smaller than vocab_size {words}")
-        require(isinstance(tying, bool), f"weight_tying must be true or false, got {tying!r}")
         message = f"{{}} {{!r}} is outside the embedding of {rows} rows"
         validate(self, dict.fromkeys(_IDS, Rule(message, lambda x: is_index(x, rows))))
 
@@ -252,7 +281,7 @@ class ModelConfig:
         if values.get("mlp_hidden_size") is None and ratio is not None:
             require(is_number(ratio), f"mlp_ratio must be a number, got {ratio!r}")
             size("d_model", raw.get("d_model"))
-            values["mlp_hidden_size"] = int(ratio * raw["d_model"])
+            values["mlp_hidden_size"] = int(exact_share(ratio, raw["d_model"]))
         missing = ", ".join(key for key in _REQUIRED if values.get(key) is None)
         missing = missing.replace("mlp_hidden_size", "mlp_hidden_size or mlp_ratio")
         require(not missing, f"config.json lacks {missing}")

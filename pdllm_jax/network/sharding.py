@@ -27,7 +27,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
-from pallas_kernels import ChunkMass, Norm, OwnKV, Partial
+from pallas_kernels import ChunkMass, Implementation, Norm, OwnKV, Partial
+from pallas_kernels.chunk_attention.api import Rows
 from pallas_kernels.common import rms_norm
 from pallas_kernels.matmul.api import matmul_xla
 from pdllm_jax.network.config import ConfigError, ModelConfig
@@ -182,10 +183,16 @@ def _partial_specs(mesh: Mesh | None, rows: int) -> Any:
 
 
 def attention(
-    mesh: Mesh | None, q: Array, k: Array, v: Array, lengths: Array | None = None, **settings: Any
+    mesh: Mesh | None,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G D"],
+    lengths: Int[Array, "B"] | None = None,
+    *,
+    need_lse: bool = False,
 ) -> Partial:
     """Returns `pallas_kernels.attention`, made by each device for its own heads."""
-    run = functools.partial(pallas_kernels.attention, **settings)
+    run = functools.partial(pallas_kernels.attention, need_lse=need_lse)
     heads, rows = heads_spec(mesh, len(q), 2), PartitionSpec(rows_axis(mesh, len(q)))
     sharded = local(mesh, run, (heads, heads, heads, rows), _partial_specs(mesh, len(q)))
     return sharded(q, k, v, lengths)
@@ -201,32 +208,49 @@ def _over_chunks(mesh: Mesh | None, run: Callable[..., Any], outputs: Any, q: Ar
 
 
 def chunk_attention(
-    mesh: Mesh | None, q: Array, *pool: Array, own_kv: OwnKV | None = None, **settings: Any
+    mesh: Mesh | None,
+    q: Rows,
+    k: Float[Array, "L N G C D"],
+    v: Float[Array, "L N G C D"],
+    chunk_ids: Int[Array, "B K"],
+    chunk_lengths: Int[Array, "N"],
+    *,
+    layer: int | Int[Array, ""],
+    own_kv: OwnKV | None = None,
+    implementation: Implementation | None = None,
 ) -> Partial:
     """Returns `pallas_kernels.chunk_attention`, made by each device for its own heads.
 
-    Args:
-      mesh: of q and the pool.
-      q: [B, T, H, D] or [B, K, T, H, D].
-      pool: k, v, chunk_ids and chunk_lengths; k and v [L, N, G, C, D].
-      own_kv: for which q has K + 1 places.
-      settings: `layer` and `implementation`.
+    mesh: of q and the pool; the other arguments as there, always with a layer axis.
     """
+    attend = functools.partial(
+        pallas_kernels.chunk_attention, layer=layer, implementation=implementation
+    )
 
-    def run(
-        q: Array, k: Array, v: Array, ids: Array, lengths: Array, own_kv: Any = None
-    ) -> Partial:
-        return pallas_kernels.chunk_attention(q, k, v, ids, lengths, own_kv=own_kv, **settings)
+    def run(*arrays: Any) -> Partial:
+        return attend(*arrays[:5], own_kv=arrays[5] if len(arrays) > 5 else None)
 
-    given = pool if own_kv is None else (*pool, own_kv)
-    return _over_chunks(mesh, run, _partial_specs(mesh, len(q)), q, *given)
+    given: Any = (q, k, v, chunk_ids, chunk_lengths, *([] if own_kv is None else [own_kv]))
+    return _over_chunks(mesh, run, _partial_specs(mesh, len(q)), *given)
 
 
-def chunk_attention_mass(mesh: Mesh | None, q: Array, *pool: Array, **settings: Any) -> ChunkMass:
+def chunk_attention_mass(
+    mesh: Mesh | None,
+    q: Rows,
+    k: Float[Array, "L N G C D"],
+    v: Float[Array, "L N G C D"],
+    chunk_ids: Int[Array, "B K"],
+    chunk_lengths: Int[Array, "N"],
+    *,
+    layer: int | Int[Array, ""],
+    implementation: Implementation | None = None,
+) -> ChunkMass:
     """Returns `pallas_kernels.chunk_attention_mass`; arguments as of `chunk_attention`."""
-    run = functools.partial(pallas_kernels.chunk_attention_mass, **settings)
+    run = functools.partial(
+        pallas_kernels.chunk_attention_mass, layer=layer, implementation=implementation
+    )
     outputs = ChunkMass._make([_partial_specs(mesh, len(q)), heads_spec(mesh, len(q), 1)])
-    return _over_chunks(mesh, run, outputs, q, *pool)
+    return _over_chunks(mesh, run, outputs, q, k, v, chunk_ids, chunk_lengths)
 
 
 def project_columns(

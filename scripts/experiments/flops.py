@@ -7,7 +7,6 @@ rotations are not counted.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 from experiments.grids import DENSE, Cell
@@ -74,7 +73,7 @@ def answer_flops(
         lengths = [sizes.prefix + chunk + sizes.query for chunk in kept]
         encode = sum(count(rows, rows) for rows in lengths)
     elif cell.encoding == "bridge":
-        share = math.ceil(config.encoding.share * cell.chunk_size)
+        share = config.encoding.recomputed(cell.chunk_size)
         encode = count(sum(min(share, chunk) for chunk in kept) + live, view)
         if config.encoding.tokens == "attention":
             encode += count(live, view)

@@ -17,6 +17,7 @@ from typing import Any
 
 from pdllm_jax import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.method.cache_methods import Method
+from pdllm_jax.network.config import exact_share
 from small_model.tasks import TASKS
 
 # Baselines without a selection: the whole prompt, recomputed as the method's name says.
@@ -92,7 +93,7 @@ class Cell:
         if self.selection == "top-k":
             settings["scorer"] = self.scorer
         if self.keep_tokens is not None:
-            settings["keep_tokens"] = max(1, int(self.keep_tokens * self.chunk_size))
+            settings["keep_tokens"] = max(1, int(exact_share(self.keep_tokens, self.chunk_size)))
         if self.margin is not None:
             settings |= {"top_k": 1, "max_k": self.top_k, "margin": self.margin}
         return SelectionConfig.from_flat(encode_batch=encode_batch, **settings)

@@ -17,8 +17,6 @@ from pallas_kernels import (
     merge,
     resolve_implementation,
 )
-from pallas_kernels.chunk_attention import api, cudnn
-from pallas_kernels.chunk_attention.dense import attention, attention_xla
 from tests.support.kernels import OLD_JAX, implementations
 from tests.support.models import relative_error
 
@@ -147,26 +145,6 @@ def test_a_layer_of_a_stacked_pool_and_shared_query_rows(implementation):
     assert_close(got, by_hand(repeated, k[1], v[1], IDS, LENGTHS), q.dtype.type)
 
 
-def test_what_is_gathered_for_cudnn(monkeypatch):
-    """All but cuDNN itself, which a plain softmax stands in for."""
-
-    def stand_in(q, k, v, lengths, scale, layout):
-        assert layout == "BNTH"
-        assert np.isfinite(k.astype(jnp.float32)).all()
-        assert np.isfinite(v.astype(jnp.float32)).all()
-        part = attention_xla(*(x.swapaxes(1, 2) for x in (q, k, v)), lengths)
-        nan_where_empty = jnp.where(lengths[:, None, None, None] > 0, part.out, jnp.nan)
-        return Partial(nan_where_empty.astype(q.dtype), part.lse)
-
-    monkeypatch.setattr(cudnn, "attention_with_lse", stand_in)
-    q, k, v = case("cudnn", layers=2)
-    poison = nan_behind(LENGTHS, q.dtype)
-    ids = [[4, 0, 2], [1, -1, 1]]
-    pool = k + poison, v + poison, 1, jnp.array(ids), jnp.array(LENGTHS)
-    got = cudnn.chunk_attention_cudnn(q, *pool, 64**-0.5)
-    assert_close(got, by_hand(q, k[1], v[1], ids, LENGTHS), q.dtype.type)
-
-
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("rows", [8, 40])
 @pytest.mark.parametrize("size", [128, 70], ids=["whole blocks", "padded"])
@@ -189,23 +167,6 @@ def test_own_keys(implementation, rows, size):
     ids = np.concatenate([NO_KEYS, [[6], [7]]], axis=1)
     want = by_hand(q, as_chunks(k, own_k), as_chunks(v, own_v), ids, [*LENGTHS, *counts])
     assert_close(got, want, q.dtype.type)
-
-
-def test_what_dense_attention_is_given_of_own_keys(monkeypatch):
-    """Nothing but zeros behind their lengths: cuDNN, which may run there, multiplies it."""
-
-    def finite(q, k, v, lengths, **settings):
-        assert np.isfinite(k).all()
-        assert np.isfinite(v).all()
-        return attention(q, k, v, lengths, **settings)
-
-    monkeypatch.setattr(api, "attention", finite)
-    q, k, v = case("xla")
-    behind = (jnp.arange(70) >= jnp.array([67, 3])[:, None])[..., None, None]
-    live = jnp.where(behind, jnp.nan, jnp.ones((2, 70, 2, 64)))
-    own_kv, places = OwnKV(live, live, jnp.array([67, 3])), jnp.concatenate([q, q[:, :1]], axis=1)
-    args = places, k, v, jnp.array(IDS), jnp.array(LENGTHS)
-    assert np.isfinite(chunk_attention(*args, own_kv=own_kv, implementation="xla").out).all()
 
 
 @IMPLEMENTATIONS

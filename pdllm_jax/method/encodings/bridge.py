@@ -13,7 +13,7 @@ from pdllm_jax.method.cache import ChunkCache, ChunkPool
 from pdllm_jax.method.encodings.base import Encoded, EncodeRequest, Encoding, slot_ids
 from pdllm_jax.method.live_forward import Context, row_rotations
 from pdllm_jax.method.token_selection import best_tokens, token_attention
-from pdllm_jax.network.config import is_number, require
+from pdllm_jax.network.config import SHARE, exact_share, one_of, validate
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.transformer import MaskPredictor
 
@@ -37,11 +37,11 @@ class Bridge(Encoding):
     tokens: BridgeTokens = "start"
 
     def __post_init__(self) -> None:
-        valid = is_number(self.share) and 0 < self.share <= 1
-        require(valid, f"bridge_share must lie in (0, 1], got {self.share!r}")
-        names = get_args(BridgeTokens)
-        unknown = f"bridge_tokens {self.tokens!r} is not known ({', '.join(names)})"
-        require(self.tokens in names, unknown)
+        validate(self, {"share": SHARE, "tokens": one_of(get_args(BridgeTokens))}, "bridge_")
+
+    def recomputed(self, chunk_size: int) -> int:
+        """Returns the tokens of a chunk that are recomputed: the share, rounded up."""
+        return math.ceil(exact_share(self.share, chunk_size))
 
     def encode(self, model: MaskPredictor, cache: ChunkCache, request: EncodeRequest) -> Encoded:
         """Runs one forward over the recomputed tokens of every chunk, query and masked response.
@@ -55,7 +55,7 @@ class Bridge(Encoding):
         context = Context(pool, placement, request.live, request.implementation)
         batch, slots = selected.shape
         size = pool.k.shape[3]
-        count = min(size, math.ceil(self.share * size))
+        count = self.recomputed(size)
         ids, lengths = pool.rows_of(placement.chunk_ids)
         if self.tokens == "start":
             places = jnp.broadcast_to(jnp.arange(count), (batch, slots, count))

@@ -30,7 +30,7 @@ from pdllm_jax.method.scorers.base import (
     Scores,
     prefix_attention,
 )
-from pdllm_jax.network.config import require, size
+from pdllm_jax.network.config import SIZE, require, validate
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import chunk_attention, whole_groups
 from pdllm_jax.network.transformer import MaskPredictor
@@ -138,8 +138,7 @@ class QueryScorer(CopyScorer):
     masked_copies: int | None = 4
 
     def __post_init__(self) -> None:
-        if self.masked_copies is not None:
-            size("masked_copies", self.masked_copies)
+        validate(self, {"masked_copies": SIZE})
 
     def query_copies(self, model: MaskPredictor, request: ScoreRequest) -> QueryCopies:
         """Returns copies in which the query alone is scored, the response behind it visible."""
@@ -162,8 +161,7 @@ class DraftScorer(QueryScorer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        size("draft_length", self.draft_length)
-        size("draft_steps", self.draft_steps)
+        validate(self, dict.fromkeys(("draft_length", "draft_steps"), SIZE))
         require(
             self.draft_steps <= self.draft_length,
             f"draft_steps must be at most draft_length {self.draft_length}, got {self.draft_steps}",
@@ -214,7 +212,7 @@ class ConfidenceScorer(CopyScorer):
     draft_length: int = 4
 
     def __post_init__(self) -> None:
-        size("draft_length", self.draft_length)
+        validate(self, {"draft_length": SIZE})
 
     def query_copies(self, model: MaskPredictor, request: ScoreRequest) -> QueryCopies:
         """Returns one copy with its masks scored; of a response, the masks of the current block."""

@@ -6,10 +6,11 @@ the values that change nothing. Any other is refused by its name.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
-from pdllm_jax.network.config import require
+from pdllm_jax.network.config import is_index, require
 
 # Names of the hf, vllm and API wrappers and of LLaDA's eval_llada.py.
 _ALIASES = {
@@ -31,7 +32,9 @@ _NEUTRAL_ARGS: dict[str, tuple[Any, ...]] = {
     "backend": ("default", "causal"),
     **dict.fromkeys(("tensor_parallel_size", "data_parallel_size"), (1,)),
     **dict.fromkeys(("parallelize", "autogptq", "gptqmodel", "load_in_8bit", "load_in_4bit"), (0,)),
-    **dict.fromkeys(("peft", "delta", "gguf_file", "quantization", "lora_local_path", "tp_plan"), ()),
+    **dict.fromkeys(
+        ("peft", "delta", "gguf_file", "quantization", "lora_local_path", "tp_plan"), ()
+    ),
     **dict.fromkeys(("tokenizer", "prefix_token_id", "softmax_dtype", "mixed_precision_dtype"), ()),
     **dict.fromkeys(("think_end_token", "max_memory_per_gpu", "max_cpu_memory"), ()),
     **dict.fromkeys(("enable_thinking", "chat_template_args"), ()),
@@ -49,6 +52,7 @@ _NEUTRAL_KWARGS: dict[str, tuple[Any, ...]] = {
 _NO_EFFECT_KWARGS = (
     *("early_stopping", "use_cache", "pad_token_id", "eos_token_id"),
     *("skip_special_tokens", "spaces_between_special_tokens"),
+    "seed",  # read by the adapter
 )
 
 
@@ -90,17 +94,29 @@ def read_dtype(value: Any) -> Any:
     return None if name == "auto" else name
 
 
+def sample_seed(seed: int, prompt: str, repeat: int) -> int:
+    """Returns the seed of the repeat-th sample of a prompt, 63 bits."""
+    digest = hashlib.sha256(f"{seed} {repeat} {prompt}".encode(errors="replace")).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def require_positive(values: Mapping[str, Any], *, optional: bool = False) -> None:
+    """Raises ConfigError unless every value is an integer of at least 1, or None if `optional`."""
+    for name, value in values.items():
+        valid = (optional and value is None) or (is_index(value) and value > 0)
+        require(valid, f"{name} must be a positive integer, got {value!r:.60}")
+
+
 class Generation(NamedTuple):
     """What a task asks of a response.
 
-    until: texts that end it. length: tokens, None where the task does not say. seed: None likewise.
-    settings: fields of `DecodeConfig`.
+    until: texts that end it. length: tokens, None where the task does not say. settings: fields of
+    `DecodeConfig`.
     """
 
     until: list[str]
     length: int | None
     temperature: float
-    seed: int | None
     settings: dict[str, Any]
 
 
@@ -129,7 +145,7 @@ def read_generation(given: Mapping[str, Any], fields: Container[str]) -> Generat
         temperature = 1.0 if samples else 0.0
     temperature = 0.0 if samples is False else float(temperature)
     neutral = _NEUTRAL_KWARGS | (_TRUNCATED_SAMPLING if temperature > 0 else {})
-    seed, settings = kwargs.pop("seed", None), {}
+    settings = {}
     for name, value in kwargs.items():
         if name in neutral:
             _require_neutral("generation_kwargs", name, value, neutral[name])
@@ -138,4 +154,4 @@ def read_generation(given: Mapping[str, Any], fields: Container[str]) -> Generat
         else:
             known = name in _NO_EFFECT_KWARGS or name in _TRUNCATED_SAMPLING
             require(known, f"generation_kwargs {name} is not known")
-    return Generation([stop for stop in stops if stop], length, temperature, seed, settings)
+    return Generation([stop for stop in stops if stop], length, temperature, settings)

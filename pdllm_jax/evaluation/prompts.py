@@ -52,6 +52,14 @@ class SplitPrompt(NamedTuple):
     after: str
 
 
+class PromptIds(NamedTuple):
+    """A prompt's token ids in three parts, by the names of `Request`."""
+
+    prefix: list[int]
+    context: list[int]
+    question: list[int]
+
+
 def split_template(template: str, fields: Mapping[str, object]) -> SplitPrompt:
     """Fills in a template (`str.format`) and cuts it where its {context} is.
 
@@ -93,7 +101,7 @@ def _asks(text: str) -> bool:
 class TaskPrompt:
     """A prompt of lm-eval, with what its task says about it.
 
-    text: the prompt. turn: where the last user's text lies in it; all of it without a chat template.
+    text: the prompt. turn: where the last user's text lies, all of it without a chat template.
     doc: the fields of the example. task: its name, for messages.
     """
 

@@ -7,10 +7,21 @@ the values that change nothing. Any other is refused by its name.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
+from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
+from pdllm_jax.evaluation.prompts import fitting_block
 from pdllm_jax.network.config import is_index, require
+
+_LENGTH_SETTINGS = ("gen_length", "block_length")
+# The configs' settings but the response's length and its blocks, which a task gives.
+CHUNKING, SELECTION, DECODING = (
+    [name for name in inspect.signature(config).parameters if name not in _LENGTH_SETTINGS]
+    for config in (ChunkConfig, SelectionConfig, DecodeConfig)
+)
+_UNMASKING = ("threshold", "factor", "steps", "unmask")  # one of them says what a step unmasks
 
 # Names of the hf, vllm and API wrappers and of LLaDA's eval_llada.py.
 _ALIASES = {
@@ -92,6 +103,28 @@ def read_dtype(value: Any) -> Any:
     valid = name in ("auto", *_DTYPES)
     require(valid, f"dtype {value!r} is not supported (auto, {', '.join(_DTYPES)} are)")
     return None if name == "auto" else name
+
+
+def decode_config(
+    length: int, block_length: int, model: Mapping[str, Any], task: Mapping[str, Any]
+) -> DecodeConfig:
+    """Returns the decoding settings of the model's arguments, and over them a task's.
+
+    Raises:
+      ConfigError: settings that DecodeConfig refuses, or both steps and threshold.
+    """
+    if any(name in task for name in _UNMASKING):
+        model = {name: value for name, value in model.items() if name not in _UNMASKING}
+    settings = {"temperature": 0.0, **model, **task}
+    if not any(name in settings for name in _UNMASKING):
+        settings["threshold"] = 0.9
+    settings["threshold"] = settings.get("threshold") or None
+    twice = settings["threshold"] is not None and settings.get("steps") is not None
+    require(not twice, "steps and threshold exclude each other: give one of them")
+    if settings.get("guidance"):
+        settings.setdefault("recompute", "response")
+    block = fitting_block(length, block_length)
+    return DecodeConfig(gen_length=length, block_length=block, **settings)
 
 
 def sample_seed(seed: int, prompt: str, repeat: int) -> int:

@@ -34,6 +34,10 @@ from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.config import ChunkConfig, DecodeConfig, Recompute, SelectionConfig
 from pdllm_jax.engine.engine import Engine, Request
 from pdllm_jax.evaluation.arguments import (
+    CHUNKING,
+    DECODING,
+    SELECTION,
+    decode_config,
     read_dtype,
     read_generation,
     read_model_args,
@@ -45,7 +49,6 @@ from pdllm_jax.evaluation.prompts import (
     PromptIds,
     SplitPrompt,
     TaskPrompt,
-    fitting_block,
     split_ruler,
 )
 from pdllm_jax.method.cache_methods import Method, cache_method
@@ -61,13 +64,6 @@ from pdllm_jax.storage.checkpoint import load_config, load_model
 from pdllm_jax.tokenizer import Tokenizer
 
 _logger = logging.getLogger(__name__)
-
-# The configs' settings; the adapter takes the response's length and its blocks itself.
-_CHUNKING, _SELECTION, _DECODING = (
-    [name for name in inspect.signature(config).parameters if name[-6:] != "length"]
-    for config in (ChunkConfig, SelectionConfig, DecodeConfig)
-)
-_UNMASKING = ("threshold", "factor", "steps", "unmask")  # one of them says what a step unmasks
 
 
 @register_model("pdllm")
@@ -121,7 +117,7 @@ class PrefillingLM(LM):
     ) -> None:
         super().__init__()
         enable_compilation_cache()
-        configs = *_CHUNKING, *_SELECTION, *_DECODING
+        configs = *CHUNKING, *SELECTION, *DECODING
         settings = read_model_args(settings, {"pretrained", "bos", *configs, *_OWN})
         pretrained = settings.pop("pretrained", pretrained)
         require(pretrained is not None, "model_args need pretrained=FOLDER")
@@ -130,22 +126,21 @@ class PrefillingLM(LM):
         require_positive({"gen_length": gen_length, "max_length": max_length}, optional=True)
         self.gen_length, self.max_gen_toks = gen_length, max_gen_toks
         self.max_length, self.block_length = max_length, block_length
-        bos, self.seed = settings.pop("bos", None) is not False, int(seed)
+        bos, self.seed = settings.pop("bos", None), int(seed)
         self.document, self.is_check_greedy = document, is_check_greedy
-        chunking = ChunkConfig(**_take(settings, _CHUNKING))
-        self.decoding, cache = _take(settings, _DECODING), cache_method(method)
-        guidance = self.decoding.get("guidance", 0.0)
-        self.estimate = {"samples": mc_num, "group": mc_batch, "seed": self.seed}
-        self.estimate["guidance"] = guidance
+        chunking = ChunkConfig(**_take(settings, CHUNKING))
+        self.decoding, cache = _take(settings, DECODING), cache_method(method)
+        self.estimate: dict[str, Any] = {"samples": mc_num, "group": mc_batch, "seed": self.seed}
+        self.estimate["guidance"] = self.decoding.get("guidance", 0.0)
         selection = SelectionConfig(**settings)
         length = gen_length or self.decoding.get("steps") or max_gen_toks
-        cache.decode_config(self._decode_config(length, {}))
+        cache.decode_config(decode_config(length, block_length, self.decoding, {}))
         self.folder, dtype = Path(str(pretrained)), read_dtype(dtype)
         config = load_config(self.folder)
         same = mask_id is None or mask_id == config.mask_token_id
         require(same, f"mask_id is {mask_id}, the checkpoint's mask token {config.mask_token_id}")
         self.tokenizer = Tokenizer.load(self.folder, config)
-        self.prompts = ChatPrompts(self.tokenizer, bos)
+        self.prompts = ChatPrompts(self.tokenizer, bos is None or bool(bos))
         self.decoding.setdefault("stop_ids", self.tokenizer.stop_ids)
         self.model = load_model(self.folder, dtype=dtype)
         self.engine = Engine(
@@ -287,31 +282,15 @@ class PrefillingLM(LM):
         """
         return self._each("generate_until", requests, disable_tqdm, self._generate)
 
-    def _decode_config(self, length: int, asked: Mapping[str, Any]) -> DecodeConfig:
-        """Decoding settings: the model's, and over them a task's."""
-        settings = self.decoding
-        if any(name in asked for name in _UNMASKING):
-            settings = {k: v for k, v in settings.items() if k not in _UNMASKING}
-        settings = {"temperature": 0.0, **settings, **asked}
-        if not any(name in settings for name in _UNMASKING):
-            settings["threshold"] = 0.9
-        settings["threshold"] = settings.get("threshold") or None
-        if settings.get("guidance"):
-            settings.setdefault("recompute", "response")
-        twice = settings["threshold"] is not None and settings.get("steps") is not None
-        require(not twice, "steps and threshold exclude each other: give one of them")
-        block = fitting_block(length, self.block_length)
-        return DecodeConfig(gen_length=length, block_length=block, **settings)
-
     def _generation(self, given: Mapping[str, Any]) -> tuple[DecodeConfig, list[str]]:
         """What a task's generation_kwargs ask: decoding settings and stop texts."""
-        asked = read_generation(given, _DECODING)
+        asked = read_generation(given, DECODING)
         length = self.gen_length or asked.length or self.max_gen_toks
         self._require_room(length, self.model.config.max_sequence_length - length)
         settings = asked.settings
         if "temperature" not in self.decoding:
             settings = {"temperature": asked.temperature, **settings}
-        return self._decode_config(length, settings), asked.until
+        return decode_config(length, self.block_length, self.decoding, settings), asked.until
 
     def _generate(self, instance: Instance, prompt: str, given: Mapping[str, Any]) -> str:
         decoding, until = self._generation(given)

@@ -40,7 +40,7 @@ _RULER_MARKS = {
     "vt": (r"hidden in the following text\.\s+", r"\sQuestion: Find all variables "),
     "cwe": (r"Memorize the ones that appear most often\.\s", r"\sQuestion: What are the 10 most "),
     "fwe": (r"most frequently appeared coded words\.\s", r"\sQuestion: Do not provide any "),
-    "qa": (r"are given documents\.\s+", r"\s+Answer the question based on the given "),
+    "qa": (r"are given documents\.\s+", r"(?:\n\n|\s)Answer the question based on the given "),
 }
 
 

@@ -176,11 +176,11 @@ def test_log_likelihood_by_the_method_and_its_greedy_check(model, monkeypatch):
     monkeypatch.setattr(model, "is_check_greedy", True)
     answer = " Anne"
     ids = model.tokenizer.encode(answer)
-    monkeypatch.setattr(model, "_respond", lambda *_: SimpleNamespace(tokens=ids))
+    monkeypatch.setattr(model, "_respond", lambda *_: ids)
     assert model.loglikelihood([instance(prompt, answer, doc=ROWS[0])], disable_tqdm=True)[0][1]
     with pytest.raises(ValueError, match="adds no token to its context"):
         model.loglikelihood([instance("a", "")], disable_tqdm=True)
-    with pytest.raises(NotImplementedError, match="perplexity"):
+    with pytest.raises(ValueError, match="perplexity"):
         model.loglikelihood_rolling([])
 
 
@@ -213,7 +213,7 @@ def test_short_prompts_and_what_tasks_may_ask_for(model, monkeypatch):
     def respond(engine, context, question, *, prefix, **_):
         name = cache_method(engine.method).name
         seen.append((name, [*prefix, *context, *question], engine.decoding))
-        return SimpleNamespace(text="one\n\ntwo STOP three")
+        return SimpleNamespace(tokens=model.tokenizer.encode("one\n\ntwo STOP three"))
 
     monkeypatch.setattr(Engine, "answer", respond)
 
@@ -256,7 +256,7 @@ def test_chat_template_is_llada_s(model):
         turns, chat_template=CHAT_TEMPLATE, tokenize=False, add_generation_prompt=True
     )
     assert model.apply_chat_template(turns) == want
-    assert model._encode(want) == theirs(want, add_special_tokens=False)["input_ids"]
+    assert model.prompts.encode(want) == theirs(want, add_special_tokens=False)["input_ids"]
     begun = model.apply_chat_template(turns[1:3], add_generation_prompt=False)
     assert begun.endswith("<|end_header_id|>\n\nAnne")
     assert model.tokenizer_name == str(model.folder)

@@ -1,4 +1,4 @@
-"""Where a task's prompt is cut: the question is in the query, or the task is refused by its name."""
+"""Where a task's prompt is cut: with its question in the query, or refused by the task's name."""
 
 from __future__ import annotations
 
@@ -110,7 +110,9 @@ def test_ruler_under_another_name_is_cut_by_rule(task):
     prompt = "".join(parts)
     doc = {"input": prompt, "outputs": ["x"], "gen_prefix": "The answer to this question is:"}
     split = cut(f"{prompt} {doc['gen_prefix']}", doc)
-    assert split is None or parts[2].strip() in split.after
+    assert split is not None
+    assert parts[2].strip() in split.after
+    assert parts[2].strip() not in split.context
 
 
 @pytest.mark.parametrize(

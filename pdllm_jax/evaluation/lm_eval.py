@@ -49,7 +49,6 @@ from pdllm_jax.evaluation.prompts import (
     PromptIds,
     SplitPrompt,
     TaskPrompt,
-    split_ruler,
 )
 from pdllm_jax.method.cache_methods import Method, cache_method
 from pdllm_jax.method.chunking import chunk_prompt
@@ -199,9 +198,11 @@ class PrefillingLM(LM):
         task = TaskPrompt(prompt, turn or (0, len(prompt)), doc, instance.task_name or "")
         if split := task.split(self.document):
             return split, "context"
-        if split := split_ruler(task.task, prompt):
+        if turn is None:
+            return None, "whole"
+        if split := task.split_ruler():
             return split, "ruler"
-        split = None if turn is None else task.split_by_rule()
+        split = task.split_by_rule()
         return split, "whole" if split is None else "rule"
 
     def _request(self, prompt: str, instance: Instance) -> PromptIds | None:

@@ -181,6 +181,15 @@ class TaskPrompt:
             start = first + (len(head + ending) if len(head) <= _LONGEST_INSTRUCTION else 0)
         return SplitPrompt(self.text[:start], self.text[start:stop], self.text[stop:])
 
+    def split_ruler(self) -> SplitPrompt | None:
+        """Cuts the last user's text by `split_ruler`."""
+        start, stop = self.turn
+        split = split_ruler(self.task, self.text[start:stop])
+        if split is None:
+            return None
+        before, context, after = split
+        return SplitPrompt(self.text[:start] + before, context, after + self.text[stop:])
+
     def split_by_rule(self) -> SplitPrompt | None:
         """Cuts the last user's text by `split_by_rule`, with the example's question in the query.
 

@@ -117,11 +117,15 @@ class TaskPrompt:
             "(document=FIELD), or take method=dual-cache"
         )
 
+    def _is_large(self, text: str) -> bool:
+        """Whether a text is more than half of the last user's."""
+        return 2 * len(text) > self.turn[1] - self.turn[0]
+
     @functools.cached_property
     def _texts(self) -> dict[str, str]:
         """The fields that may be the document, those named so first, then by length."""
         texts = {k: v for k, v in self.doc.items() if isinstance(v, str) and v.strip()}
-        large = [name for name in texts if 2 * len(texts[name]) > len(self.text)]
+        large = [name for name in texts if self._is_large(texts[name])]
         large.sort(key=lambda name: len(texts[name]), reverse=True)
         return {name: texts[name] for name in (*_DOCUMENTS, *large) if name in texts}
 
@@ -130,8 +134,8 @@ class TaskPrompt:
         """Where the example's question begins at its last place; None where it is not known."""
         values = [self.doc.get(name) for name in _QUESTIONS]
         texts = [v for v in values if isinstance(v, str) and v.strip()]
-        until = self.text[: self.turn[1]]
-        places = [find_last(until, text) for text in texts if 2 * len(text) < len(self.text)]
+        texts = [v for v in texts if len(v) <= _LONGEST_QUESTION and not self._is_large(v)]
+        places = [find_last(self.text[: self.turn[1]], text) for text in texts]
         return max((place[0] for place in places if place is not None), default=None)
 
     def split(self, field: str | None = None) -> SplitPrompt | None:
@@ -198,7 +202,7 @@ class TaskPrompt:
         """
         start, stop = self.turn
         for name, text in self._texts.items():
-            large = name in _DOCUMENTS and 2 * len(text) > len(self.text)
+            large = name in _DOCUMENTS and self._is_large(text)
             if large and find_last(self.text, text) is not None:
                 raise self.refusal(f"no question follows its document {name!r} in the prompt")
         split = split_by_rule(self.text[start:stop])

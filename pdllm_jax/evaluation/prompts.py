@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from pdllm_jax.engine.engine import Request
@@ -157,14 +157,20 @@ class TaskPrompt:
                 raise self.refusal(f"no document {field!r} with a text behind it is in its prompt")
             return self._around(*place)
         for name, text in self._texts.items():
-            stop = len(self.text)
-            for _ in range(_MOST_PLACES):
-                if (place := find_last(self.text[:stop], text)) is None:
-                    break
+            for place in self._places(text):
                 if self._is_asked(*place, named=name in _DOCUMENTS):
                     return self._around(*place)
-                stop = place[1] - 1
         return None
+
+    def _places(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where a text occurs, the last place first; an earlier turn's if the last has none."""
+        place, begin = find_last(self.text, text), 0
+        for _ in range(_MOST_PLACES):
+            if place is None or place[0] < begin:
+                return
+            yield place
+            begin = self.turn[0]
+            place = find_last(self.text[: place[1] - 1], text)
 
     def _is_asked(self, start: int, stop: int, *, named: bool) -> bool:
         """Whether a question follows the document in text[start:stop]."""

@@ -117,6 +117,8 @@ class PrefillingLM(LM):
         super().__init__()
         enable_compilation_cache()
         configs = *CHUNKING, *SELECTION, *DECODING
+        if settings.get("tokenizer") == pretrained:  # RULER's tasks ask for it
+            settings.pop("tokenizer", None)
         settings = read_model_args(settings, {"pretrained", "bos", *configs, *_OWN})
         pretrained = settings.pop("pretrained", pretrained)
         require(pretrained is not None, "model_args need pretrained=FOLDER")
@@ -241,8 +243,8 @@ class PrefillingLM(LM):
         limit = self.model.config.max_sequence_length
         require(
             room >= 2,
-            f"max_gen_toks {response} leaves no room for a prompt: the model's max_sequence_length "
-            f"is {limit}; give gen_length in model_args",
+            f"{response} response tokens (max_gen_toks) leave no room for a prompt: the model's "
+            f"max_sequence_length is {limit}; give gen_length in model_args",
         )
 
     def _each(

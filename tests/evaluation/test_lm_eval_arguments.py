@@ -99,7 +99,7 @@ def test_a_refused_task_computes_nothing(model, monkeypatch):
     with pytest.raises(ValueError, match="task 'book_sum': no question follows its document"):
         model.generate_until(asked, disable_tqdm=True)
     asked[1] = instance("short", {"max_gen_toks": 4096})
-    with pytest.raises(ValueError, match=r"max_gen_toks 4096 .*max_sequence_length is 512"):
+    with pytest.raises(ValueError, match=r"4096 .*\(max_gen_toks\) .*max_sequence_length is 512"):
         model.generate_until(asked, disable_tqdm=True)
 
 
@@ -171,6 +171,7 @@ def test_log_likelihood_of_an_empty_context(folder, bos):
         ({"top_k": 0}, "top_k"),
         ({"top_kk": 2}, "model_args not known: top_kk; allowed: add_bos_token, .*top_k"),
         ({"revision": "v2"}, "revision='v2' is not implemented, only None or 'main'"),
+        ({"tokenizer": "other"}, "tokenizer='other'"),
         ({"peft": "lora"}, "model_args peft='lora'"),
         ({"parallelize": True}, "parallelize=True"),
         ({"mc_num": 0}, "mc_num must be a positive integer"),
@@ -196,6 +197,7 @@ def test_the_published_command_s_arguments(folder):
     wrappers |= {"batch_size": "auto", "max_batch_size": 64, "parallelize": False, "peft": None}
     wrappers |= {"add_bos_token": False, "tensor_parallel_size": 1, "max_gen_toks": 64}
     model = PrefillingLM(model_path=str(folder), method="plain", **published, **wrappers)
+    assert PrefillingLM(str(folder), tokenizer=str(folder)).folder == folder
     decoding, _ = model._generation({"until": []})
     assert (decoding.gen_length, decoding.block_length, decoding.steps) == (16, 8, 8)
     assert (decoding.threshold, decoding.guidance) == (None, 0.5)

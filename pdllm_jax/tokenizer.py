@@ -159,11 +159,16 @@ class Tokenizer:
         """Returns the ids of plain text, nothing added."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def encode_marked(self, text: str) -> Ids:
-        """Returns the ids of a filled-in template, in which special tokens count as such."""
+    def encode_marked(self, text: str, plain: tuple[int, int] = (0, 0)) -> Ids:
+        """Returns the ids of a filled-in template, in which special tokens count as such.
+
+        plain: where the user's text lies in it, in which they do not.
+        """
         vocabulary: Any = self.backend
         ids, end = list[int](), 0
         for token in self._special.finditer(text):
+            if plain[0] <= token.start() < plain[1]:
+                continue
             ids += [*self.encode(text[end : token.start()]), vocabulary.token_to_id(token.group())]
             end = token.end()
         return ids + self.encode(text[end:])

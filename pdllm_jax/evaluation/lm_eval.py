@@ -8,6 +8,7 @@ is lm-eval's own command line with the model registered; docs/evaluation.md desc
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import sys
 from collections import Counter
@@ -30,11 +31,25 @@ from tqdm import tqdm
 
 from pallas_kernels import Implementation
 from pdllm_jax.compilation import enable_compilation_cache
-from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
-from pdllm_jax.engine.answer import Answer
+from pdllm_jax.config import ChunkConfig, DecodeConfig, Recompute, SelectionConfig
 from pdllm_jax.engine.engine import Engine, Request
-from pdllm_jax.evaluation import prompts
-from pdllm_jax.evaluation.prompts import SplitPrompt
+from pdllm_jax.evaluation.arguments import (
+    CHUNKING,
+    DECODING,
+    SELECTION,
+    decode_config,
+    read_dtype,
+    read_generation,
+    read_model_args,
+    require_positive,
+    sample_seed,
+)
+from pdllm_jax.evaluation.chat import ChatPrompts
+from pdllm_jax.evaluation.prompts import (
+    PromptIds,
+    SplitPrompt,
+    TaskPrompt,
+)
 from pdllm_jax.method.cache_methods import Method, cache_method
 from pdllm_jax.method.chunking import chunk_prompt
 from pdllm_jax.method.likelihood import (
@@ -43,14 +58,11 @@ from pdllm_jax.method.likelihood import (
     answer_log_likelihood_kept,
     keep_context,
 )
-from pdllm_jax.network.config import ConfigError
+from pdllm_jax.network.config import ConfigError, require
 from pdllm_jax.storage.checkpoint import load_config, load_model
 from pdllm_jax.tokenizer import Tokenizer
 
 _logger = logging.getLogger(__name__)
-
-# Settings of a task that greedy decoding does not read.
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "num_beams", "early_stopping")
 
 
 @register_model("pdllm")
@@ -60,9 +72,9 @@ class PrefillingLM(LM):
     The arguments come from `--model_args`:
       pretrained: a converted checkpoint's folder.
       method: "prefilling", or a baseline on the full prompt: "plain", "prefix-cache", "dual-cache".
-      gen_length: response tokens, instead of the task's max_gen_toks.
+      document: field of a task's examples that is the document, for tasks where it is not clear.
+      gen_length: response tokens, instead of the task's; max_gen_toks: where the task says nothing.
       block_length: longest block; blocks divide the response.
-      threshold: of parallel decoding; 0 takes one token a step.
       max_length: longest prompt of a baseline, chat template apart. A longer one loses its middle.
         None: what the model's max_sequence_length leaves.
       bos: BOS before prompts without a chat template.
@@ -71,43 +83,66 @@ class PrefillingLM(LM):
       is_check_greedy: loglikelihood also checks whether greedy decoding, one token a step, gives
         the answer. Without it the result is False, which few metrics read.
       seed: of sampling and of the Monte Carlo samples.
-      dtype: of the weights; None keeps the checkpoint's.
+      dtype: of the weights; None and "auto" keep the checkpoint's.
+      mask_id: must be the checkpoint's mask token.
       implementation: as for `Engine`.
-      settings: fields of `ChunkConfig` and `SelectionConfig`, with their defaults. lm-eval's
-        batch_size and device have no effect: requests go one by one, to JAX's device.
+      settings: fields of `ChunkConfig`, `SelectionConfig` and `DecodeConfig`, with their defaults,
+        but a threshold of 0.9 where no threshold, factor, steps or unmask is given (0: one token a
+        step). `temperature` replaces the task's. Arguments of lm-eval's own wrappers are accepted
+        where they change nothing: docs/evaluation.md lists them.
+
+    Raises:
+      ConfigError: an argument that is not known or not implemented.
     """
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | None = None,
         method: Method = "prefilling",
         *,
+        document: str | None = None,
         gen_length: int | None = None,
+        max_gen_toks: int = 256,
         block_length: int = 32,
-        threshold: float = 0.9,
         max_length: int | None = None,
-        bos: bool = True,
         mc_num: int = 128,
         mc_batch: int = 16,
         is_check_greedy: bool = False,
         seed: int = 0,
         dtype: str | None = None,
+        mask_id: int | None = None,
         implementation: Implementation | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
         enable_compilation_cache()
-        self.gen_length, self.block_length, self.threshold = gen_length, block_length, threshold
-        self.max_length, self.bos, self.seed = max_length, bos, int(seed)
-        self.is_check_greedy = is_check_greedy
-        self.estimate = {"samples": mc_num, "group": mc_batch, "seed": self.seed}
-        for name in ("batch_size", "max_batch_size", "device"):
-            settings.pop(name, None)
-        names = [field.name for field in dataclasses.fields(ChunkConfig) if field.name in settings]
-        chunking = ChunkConfig(**{name: settings.pop(name) for name in names})
-        selection, cache = SelectionConfig(**settings), cache_method(method)
-        self.folder = Path(pretrained)
-        self.tokenizer = Tokenizer.load(self.folder, load_config(self.folder))
+        configs = *CHUNKING, *SELECTION, *DECODING
+        if settings.get("tokenizer") == pretrained:  # RULER's tasks ask for it
+            settings.pop("tokenizer", None)
+        settings = read_model_args(settings, {"pretrained", "bos", *configs, *_OWN})
+        pretrained = settings.pop("pretrained", pretrained)
+        require(pretrained is not None, "model_args need pretrained=FOLDER")
+        numbers = {"max_gen_toks": max_gen_toks, "block_length": block_length, "mc_num": mc_num}
+        require_positive(numbers | {"mc_batch": mc_batch})
+        require_positive({"gen_length": gen_length, "max_length": max_length}, optional=True)
+        self.gen_length, self.max_gen_toks = gen_length, max_gen_toks
+        self.max_length, self.block_length = max_length, block_length
+        bos, self.seed = settings.pop("bos", None), int(seed)
+        self.document, self.is_check_greedy = document, is_check_greedy
+        chunking = ChunkConfig(**_take(settings, CHUNKING))
+        self.decoding, cache = _take(settings, DECODING), cache_method(method)
+        self.estimate: dict[str, Any] = {"samples": mc_num, "group": mc_batch, "seed": self.seed}
+        self.estimate["guidance"] = self.decoding.get("guidance", 0.0)
+        selection = SelectionConfig(**settings)
+        length = gen_length or self.decoding.get("steps") or max_gen_toks
+        cache.decode_config(decode_config(length, block_length, self.decoding, {}))
+        self.folder, dtype = Path(str(pretrained)), read_dtype(dtype)
+        config = load_config(self.folder)
+        same = mask_id is None or mask_id == config.mask_token_id
+        require(same, f"mask_id is {mask_id}, the checkpoint's mask token {config.mask_token_id}")
+        self.tokenizer = Tokenizer.load(self.folder, config)
+        self.prompts = ChatPrompts(self.tokenizer, bos is None or bool(bos))
+        self.decoding.setdefault("stop_ids", self.tokenizer.stop_ids)
         self.model = load_model(self.folder, dtype=dtype)
         self.engine = Engine(
             self.model,
@@ -120,7 +155,8 @@ class PrefillingLM(LM):
         self._uses_chunks = cache.uses_chunks
         self.cuts: Counter[str] = Counter()  # how prompts were cut
         self.truncated = 0
-        self._kept: tuple[Request, KeptContext] | None = None
+        self._asked: Counter[tuple[str | None, str]] = Counter()  # samples of each prompt
+        self._kept: tuple[PromptIds, KeptContext] | None = None
 
     # What lm-eval asks a model with a chat template.
 
@@ -128,93 +164,96 @@ class PrefillingLM(LM):
     def tokenizer_name(self) -> str:
         return str(self.folder)
 
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """Returns the checkpoint's template, which lm-eval keeps with the results."""
+        require(not isinstance(chat_template, str), "apply_chat_template takes no template's name")
+        return str(self.tokenizer.renderer.chat_template) if chat_template else ""
+
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Fills in the checkpoint's template. Without a generation prompt the last turn is open."""
-        return self.tokenizer.renderer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        """Fills in the checkpoint's template. Without a generation prompt the last turn is open.
+
+        A template that refuses a system turn gets the others, as in lm-eval's own wrappers.
+
+        Raises:
+          ConfigError: the checkpoint has no template, or it cannot be filled in.
+        """
+        try:
+            return self.prompts.render(chat_history, ends=add_generation_prompt)
+        except ConfigError:
+            turns = [turn for turn in chat_history if turn["role"] != "system"]
+            if len(turns) == len(chat_history):
+                raise
+            text = self.prompts.render(turns, ends=add_generation_prompt)
+            _logger.warning("the chat template refuses the system turn, which is left out")
+            return text
 
     # Prompts.
 
-    def _turn(self, prompt: str) -> tuple[int, int] | None:
-        """Where the user's text lies in a prompt that is one turn of the chat template."""
-        head, tail = self.tokenizer.template or ("", "")
-        end = prompt.rfind(tail)
-        if not head or not prompt.startswith(head) or end < len(head):
-            return None
-        return len(head), end
-
-    def _templated(self, text: str) -> bool:
-        """Whether a text begins as the chat template does."""
-        template = self.tokenizer.template
-        return template is not None and text.startswith(template[0][:8])
-
-    def _encode(self, text: str) -> list[int]:
-        """Prompt text; special tokens count as such behind a chat template alone."""
-        if self._templated(text):
-            return self.tokenizer.encode_marked(text)
-        return [*([self.tokenizer.bos_id] if self.bos else []), *self.tokenizer.encode(text)]
-
     def _split(self, prompt: str, instance: Instance) -> tuple[SplitPrompt | None, str]:
         """Where the document lies: by the task's fields, by RULER's templates, or by rule."""
-        for context in _documents(instance.doc, prompt):
-            split = prompts.split_at_context(prompt, context)
-            if split is not None and split.after.strip():
-                return split, "context"
-        if instance.task_name and (split := prompts.split_ruler(instance.task_name, prompt)):
-            return split, "ruler"
-        start, end = self._turn(prompt) or (0, len(prompt))
-        split = prompts.split_by_rule(prompt[start:end])
-        if split is None:
+        turn, doc = (
+            self.prompts.turn(prompt),
+            instance.doc if isinstance(instance.doc, Mapping) else {},
+        )
+        task = TaskPrompt(prompt, turn or (0, len(prompt)), doc, instance.task_name or "")
+        if split := task.split(self.document):
+            return split, "context"
+        if turn is None:
             return None, "whole"
-        before, after = prompt[:start] + split.before, split.after + prompt[end:]
-        return SplitPrompt(before, split.context, after), "rule"
+        if split := task.split_ruler():
+            return split, "ruler"
+        split = task.split_by_rule()
+        return split, "whole" if split is None else "rule"
 
-    def _request(self, prompt: str, instance: Instance) -> Request | None:
+    def _request(self, prompt: str, instance: Instance) -> PromptIds | None:
         """A prompt in three parts; None where it goes to the dual cache in one part."""
         split, cut = None, "short"
-        if len(self.tokenizer.encode(prompt)) > self.engine.chunking.chunk_size:
+        if self._is_long(prompt):
             split, cut = self._split(prompt, instance)
         self.cuts[cut] += 1
         if split is None:
             return None
-        marked = self._templated(prompt)
-        encode = self.tokenizer.encode_marked if marked else self.tokenizer.encode
-        context, before = self.tokenizer.encode(split.context), self._encode(split.before)
-        return Request(context, encode(split.after), prefix=before)
+        start = len(split.before)
+        stop = start + len(split.context)
+        before, after = self.prompts.encode(prompt, 0, start), self.prompts.encode(prompt, stop)
+        size, limit = len(before) + len(after), self.model.config.max_sequence_length
+        if size >= limit:
+            reason = f"{size} tokens around its document, max_sequence_length is {limit}"
+            raise ConfigError(f"task {instance.task_name!r}: {reason}; lower num_fewshot")
+        return PromptIds(before, self.tokenizer.encode(split.context), after)
+
+    def _is_long(self, prompt: str) -> bool:
+        """Whether a prompt has more than a chunk of tokens."""
+        return len(self.tokenizer.encode(prompt)) > self.engine.chunking.chunk_size
 
     def _dense(self, prompt: str, response: int) -> list[int]:
         """All ids of a prompt; a prompt that is too long loses its middle."""
-        tokenizer, room = self.tokenizer, self.model.config.max_sequence_length - response
-        turn, (head, tail) = self._turn(prompt), self.tokenizer.template or ("", "")
-        if not self._templated(prompt):
-            most = self.max_length or room - self.bos
-            ids, cut = prompts.dense_prompt(tokenizer, prompt, most, chat=False)
-            ids = ids[not self.bos :]
-        elif turn is None or head.strip() in prompt[slice(*turn)]:  # several turns
-            every = self._encode(prompt)
-            ids = prompts.truncate_middle(every, self.max_length or room)
-            cut = len(ids) < len(every)
-        else:
-            begins = prompt[turn[1] + len(tail) :]
-            template, _ = prompts.dense_prompt(tokenizer, "", 2, response=begins)
-            most = self.max_length or room - len(template)
-            text = prompt[slice(*turn)]
-            ids, cut = prompts.dense_prompt(tokenizer, text, most, response=begins)
+        room = self.model.config.max_sequence_length - response
+        self._require_room(response, room)
+        ids, cut = self.prompts.truncated(prompt, room, self.max_length)
         if cut and not self.truncated:
             _logger.warning("prompts are longer than max_length: their middle is dropped")
         self.truncated += cut
         return ids
 
+    def _require_room(self, response: int, room: int) -> None:
+        """Raises ConfigError unless a response leaves room for a prompt."""
+        limit = self.model.config.max_sequence_length
+        require(
+            room >= 2,
+            f"{response} response tokens (max_gen_toks) leave no room for a prompt: the model's "
+            f"max_sequence_length is {limit}; give gen_length in model_args",
+        )
+
     def _each(
         self, kind: str, requests: Sequence[Instance], disable: bool, call: Callable[..., Any]
     ) -> list[Any]:
         """Calls with the arguments of each request; says at the end how prompts were cut."""
+        for instance in {id(instance): instance for instance in requests}.values():
+            self._check(instance, *instance.args)
+        self._asked.clear()
         results = []
         for instance in tqdm(requests, desc="pdllm", disable=disable):
             results.append(call(instance, *instance.args))
@@ -226,43 +265,64 @@ class PrefillingLM(LM):
             _logger.warning("%d prompts lost their middle", self.truncated)
         return results
 
+    def _check(self, instance: Instance, prompt: str, asked: str | Mapping[str, Any]) -> None:
+        """Raises ConfigError for what a task asks, before anything is computed."""
+        if isinstance(asked, Mapping):
+            self._generation(asked)
+        if self._uses_chunks:
+            try:
+                self._split(prompt, instance)
+            except ConfigError:
+                if self._is_long(prompt):
+                    raise
+
     # Generation.
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The response up to the first of the task's stop texts, or to the end of its turn."""
+        """The response up to the first of the task's stop texts, or to the end of its turn.
+
+        Of the same prompt several times (a task's `repeats`) every sample gets noise of its own.
+        """
         return self._each("generate_until", requests, disable_tqdm, self._generate)
 
-    def _generate(self, instance: Instance, prompt: str, settings: dict[str, Any]) -> str:
-        settings = dict(settings)
-        until = settings.pop("until", None) or []
-        task_length = int(settings.pop("max_gen_toks", 256))
-        length, temperature = self.gen_length or task_length, 0.0
-        if settings.pop("do_sample", False):
-            temperature = float(settings.pop("temperature", 1.0))
-            if settings:
-                raise ConfigError(f"sampling with {', '.join(settings)} is not implemented")
-        elif unknown := sorted(set(settings) - set(_SAMPLING)):
-            raise ConfigError(f"generation_kwargs {', '.join(unknown)} are not known")
-        decoding = DecodeConfig(
-            gen_length=length,
-            block_length=prompts.fitting_block(length, self.block_length),
-            threshold=self.threshold or None,
-            temperature=temperature,
-            stop_ids=self.tokenizer.stop_ids,
-        )
-        text = self._respond(instance, prompt, decoding).text or ""
-        for stop in [until] if isinstance(until, str) else until:
+    def _generation(self, given: Mapping[str, Any]) -> tuple[DecodeConfig, list[str]]:
+        """What a task's generation_kwargs ask: decoding settings and stop texts."""
+        asked = read_generation(given, DECODING)
+        length = self.gen_length or asked.length or self.max_gen_toks
+        self._require_room(length, self.model.config.max_sequence_length - length)
+        settings = asked.settings
+        if "temperature" not in self.decoding:
+            settings = {"temperature": asked.temperature, **settings}
+        return decode_config(length, self.block_length, self.decoding, settings), asked.until
+
+    def _generate(self, instance: Instance, prompt: str, given: Mapping[str, Any]) -> str:
+        decoding, until = self._generation(given)
+        text = self.tokenizer.decode(self._respond(prompt, decoding, instance))
+        for stop in until:
             text = text.split(stop)[0]
         return text
 
-    def _respond(self, instance: Instance, prompt: str, decoding: DecodeConfig) -> Answer:
-        method, request = self.engine.method, None
-        if self._uses_chunks and (request := self._request(prompt, instance)) is None:
+    def _seed(self, prompt: str, decoding: DecodeConfig, instance: Instance) -> int:
+        """The seed of a sample: of seed, prompt and how often it was asked; greedily the seed."""
+        given = instance.args[1] if len(instance.args) > 1 else None
+        seed = given.get("seed") if isinstance(given, Mapping) else None
+        seed = self.seed if seed is None else int(seed)
+        if decoding.temperature == 0:
+            return seed
+        asked = instance.task_name, prompt
+        self._asked[asked] += 1
+        return sample_seed(seed, prompt, self._asked[asked])
+
+    def _respond(self, prompt: str, decoding: DecodeConfig, instance: Instance) -> list[int]:
+        """The tokens of a response."""
+        method, parts = self.engine.method, None
+        if self._uses_chunks and (parts := self._request(prompt, instance)) is None:
             method = "dual-cache"
-        if request is None:
-            request = Request([], self._dense(prompt, decoding.gen_length), prefix=[])
+        if parts is None:
+            parts = PromptIds([], [], self._dense(prompt, decoding.gen_length))
         engine = dataclasses.replace(self.engine, method=method, decoding=decoding)
-        return engine.answer(**request._replace(seed=self.seed)._asdict())
+        seed = self._seed(prompt, decoding, instance)
+        return engine.answer(**parts._asdict(), seed=seed).tokens
 
     # Log-likelihood.
 
@@ -276,57 +336,56 @@ class PrefillingLM(LM):
         self, instance: Instance, context: str, continuation: str
     ) -> tuple[float, bool]:
         spaces = len(context) - len(context.rstrip())
-        if spaces and not self._templated(context):  # as lm-eval and LLaDA's harness do
+        if spaces and not self.prompts.templated(context):  # as lm-eval and LLaDA's harness do
             context, continuation = context[:-spaces], context[-spaces:] + continuation
-        prompt = self._encode(context)
-        answer = self._encode(context + continuation)[len(prompt) :]
+        prompt = self.prompts.encode(context)
+        answer = self.prompts.encode(context + continuation)[len(prompt) :]
         if not answer:
             raise ValueError(f"continuation {continuation!r} adds no token to its context")
-        request = None
+        parts = None
         if self._uses_chunks and context:
-            request = self._request(context, instance)
-        if request is None:
+            parts = self._request(context, instance)
+        if parts is None:
             prompt = self._dense(context, len(answer)) if context else prompt
             value = answer_log_likelihood(self.model, prompt, answer, **self.estimate)
         else:
             value = answer_log_likelihood_kept(
                 self.model,
-                self._kept_for(request),
-                self.engine.token_ids(request)[2],
+                self._kept_for(parts),
+                parts.question,
                 answer,
                 implementation=self.engine.implementation,
                 **self.estimate,
             )
         if not self.is_check_greedy:
             return value, False
-        decoding = DecodeConfig(len(answer), len(answer))
-        return value, self._respond(instance, context, decoding).tokens == answer
+        length, guidance = len(answer), self.estimate["guidance"]
+        recompute: Recompute = "response" if guidance else "block"
+        decoding = DecodeConfig(length, length, guidance=guidance, recompute=recompute)
+        return value, list(self._respond(context, decoding, instance)) == answer
 
-    def _kept_for(self, request: Request) -> KeptContext:
+    def _kept_for(self, parts: PromptIds) -> KeptContext:
         """The chunks kept for a question; the choices of one question follow each other."""
-        if self._kept is None or self._kept[0] != request:
-            engine = self.engine
-            parts = engine.token_ids(request)
-            prompt = chunk_prompt(*parts, engine.chunking, bos_id=self.tokenizer.bos_id)
-            self._kept = request, keep_context(self.model, prompt, engine.selection)
+        if self._kept is None or self._kept[0] != parts:
+            ids = self.engine.token_ids(Request(**parts._asdict()))
+            prompt = chunk_prompt(*ids, self.engine.chunking, bos_id=self.tokenizer.bos_id)
+            self._kept = parts, keep_context(self.model, prompt, self.engine.selection)
         return self._kept[1]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Not implemented: LLaDA's estimate is of an answer, not of a text in windows."""
-        raise NotImplementedError("pdllm has no loglikelihood_rolling (perplexity of whole texts)")
+        names = ", ".join(sorted({str(instance.task_name) for instance in requests}))
+        raise ConfigError(f"task {names}: pdllm has no loglikelihood_rolling (perplexity of texts)")
 
 
-def _documents(doc: Mapping[str, Any] | None, prompt: str) -> list[str]:
-    """Fields of a task's example that may be its document, `context` first, then by length.
+_OWN = [name for name in inspect.signature(PrefillingLM).parameters if name != "settings"]
 
-    Others than `context` must make up more than half of the prompt.
-    """
-    fields = {k: v for k, v in (doc or {}).items() if isinstance(v, str)}
-    first = [fields.pop("context")] if "context" in fields else []
-    rest = sorted((v for v in fields.values() if 2 * len(v) > len(prompt)), key=len, reverse=True)
-    return first + rest
+
+def _take(settings: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Removes the named settings and returns them."""
+    return {name: settings.pop(name) for name in names if name in settings}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,10 +64,13 @@ def masked_log_likelihood(
     hidden: Float[Array, "n A M"],
     targets: Int[Array, "A"],
     masked: Bool[Array, "n A"],
+    unconditional: Float[Array, "n A M"] | None = None,
+    guidance: Float[Array, ""] | float = 0.0,
 ) -> Float[Array, "n"]:
     """Sums the log-probability of the masked targets, from rows before the final norm.
 
-    Only masked rows go through the LM head, in blocks.
+    Only masked rows go through the LM head, in blocks. With the rows of a masked prompt, u, the
+    logits are guided: u + (1 + guidance) (c - u).
     """
     n, length = masked.shape
     rows = min(_LOGIT_ROWS, n * length)
@@ -78,6 +81,10 @@ def masked_log_likelihood(
         at = i * rows + jnp.arange(rows)
         row = order[jnp.minimum(at, n * length - 1)]
         logits = model.logits(model.final_norm(flat[row]))
+        if unconditional is not None:
+            blind = unconditional.reshape(n * length, -1)[row]
+            base = model.logits(model.final_norm(blind))
+            logits = base + (guidance + 1) * (logits - base)
         counts = masked.reshape(-1)[row] & (at < n * length)
         values = jnp.where(counts, log_probability(logits, targets[row % length]), 0.0)
         return total.at[row // length].add(values)
@@ -148,6 +155,7 @@ def _estimate(
     group: int,
     most: int,
     implementation: Implementation | None,
+    guidance: Float[Array, ""] | None,
 ) -> Float[Array, ""]:
     """most: rows of an answer at most; as many tokens follow rows.start."""
     tokens, start, length = rows
@@ -163,7 +171,11 @@ def _estimate(
         answers = jnp.where(masked, model.config.mask_token_id, targets)
         ids = dynamic_updates(jnp.broadcast_to(tokens, (group, tokens.size)), starts, answers)
         hidden = dynamic_slices(live_forward(model, context, ids)[0], starts, most)
-        return masked_log_likelihood(model, hidden, targets, masked)
+        if guidance is None:
+            return masked_log_likelihood(model, hidden, targets, masked)
+        ids = jnp.where(jnp.arange(tokens.size) < start, model.config.mask_token_id, ids)
+        blind = dynamic_slices(live_forward(model, context, ids)[0], starts, most)
+        return masked_log_likelihood(model, hidden, targets, masked, blind, guidance)
 
     sums = lax.map(score, masks.reshape(-1, group, most))
     return (sums.reshape(-1) * (length / counts)).mean()
@@ -177,21 +189,26 @@ def answer_log_likelihood(
     samples: int = 128,
     group: int = 16,
     seed: int = 0,
+    guidance: float = 0.0,
 ) -> float:
     """Estimates log p(answer | prompt), natural logarithm, with full attention over both.
 
-    Costs `samples` evaluations of the whole sequence. Compiles for each bucket of the prompt's and
-    the answer's length.
+    Costs `samples` evaluations of the whole sequence, twice as many with guidance. Compiles for
+    each bucket of the prompt's and the answer's length.
 
     Args:
       samples: Monte Carlo samples. group: most samples that go through the network together.
       seed: the same seed gives the same masks to answers of the same length.
+      guidance: scale of classifier-free guidance, as of `DecodeConfig`: the unconditional logits
+        are those of the masked prompt.
 
     Raises:
-      ValueError: the answer is empty, an id is outside the vocabulary, samples or group is below 1.
+      ValueError: the answer is empty, an id is outside the vocabulary, samples or group is below 1,
+        guidance is negative.
     """
+    plan: dict[str, Any] = {"samples": samples, "group": group, "seed": seed}
     return answer_log_likelihood_kept(
-        model, None, prompt_ids, answer_ids, samples=samples, group=group, seed=seed
+        model, None, prompt_ids, answer_ids, guidance=guidance, **plan
     )
 
 
@@ -225,6 +242,7 @@ def answer_log_likelihood_kept(
     samples: int = 128,
     group: int = 16,
     seed: int = 0,
+    guidance: float = 0.0,
     implementation: Implementation | None = None,
 ) -> float:
     """Estimates log p(answer | prefix, kept chunks, query); see `answer_log_likelihood`.
@@ -234,6 +252,7 @@ def answer_log_likelihood_kept(
 
     Args:
       context: from `keep_context` with the same question; None where the query is a whole prompt.
+      guidance: for a whole prompt alone.
     """
     vocab = model.config.vocab_size
     prompt = check_token_ids("prompt", query_ids, vocab)
@@ -242,12 +261,16 @@ def answer_log_likelihood_kept(
         raise ValueError("answer is empty")
     if samples < 1 or group < 1:
         raise ValueError(f"samples and group must be positive, got {samples} and {group}")
+    if not guidance >= 0 or (guidance > 0 and context is not None):
+        allowed = "at least 0 for a whole prompt, 0 for kept chunks"
+        raise ConfigError(f"guidance of a log-likelihood must be {allowed}, got {guidance!r}")
     most = bucket_rows(answer.size)
     size = bucket(prompt.size + most, 8) if context is None else bucket_rows(prompt.size + most)
     tokens = pad_to(np.concatenate([prompt, answer]), size)
     rows = _Rows(*map(jnp.asarray, (tokens, prompt.size, answer.size)))
     # The largest group that divides the samples.
     group = next(n for n in range(min(group, samples), 0, -1) if samples % n == 0)
-    plan = {"samples": samples, "group": group, "most": most}
+    plan: dict[str, Any] = {"samples": samples, "group": group, "most": most}
+    plan |= {"guidance": jnp.float32(guidance) if guidance > 0 else None}
     key = random_key(seed)
     return float(_estimate(model, context, rows, key, implementation=implementation, **plan))

@@ -33,27 +33,31 @@ def both(make_checkpoint):
     return model_from_tensors(*tensors), LlamaOracle(*tensors)
 
 
-def log_probs(oracle: LlamaOracle, ids: list[int]) -> np.ndarray:
-    return torch.log_softmax(oracle(torch.tensor([ids]))[0].double(), -1).numpy()
+def term(model, oracle: LlamaOracle, prompt, answer, masked, guidance=0.0) -> float:
+    """-cross-entropy of the masked tokens times L / k, as eval_llada.py computes it.
 
-
-def term(model, oracle: LlamaOracle, prompt, answer, masked) -> float:
-    """-cross-entropy of the masked tokens times L / k, as eval_llada.py computes it."""
+    Its get_logits masks the prompt for the unconditional logits u: u + (cfg + 1) (logits - u).
+    """
     mask_id = model.config.mask_token_id
     noisy = [mask_id if hidden else token for token, hidden in zip(answer, masked, strict=True)]
-    found = log_probs(oracle, [*prompt, *noisy])[len(prompt) :]
+    prompts = [*prompt, *noisy], [*[mask_id] * len(prompt), *noisy]
+    logits, blind = (oracle(torch.tensor([ids]))[0].double() for ids in prompts)
+    guided = blind + (guidance + 1) * (logits - blind)
+    found = torch.log_softmax(guided, -1).numpy()[len(prompt) :]
     total = sum(found[i, token] for i, token in enumerate(answer) if masked[i])
     return total * len(answer) / sum(masked)
 
 
-@pytest.mark.parametrize(("samples", "group"), [(12, 5), (7, 3)])
-def test_the_estimate_is_the_published_one(both, samples, group):
+@pytest.mark.parametrize(
+    ("samples", "group", "guidance"), [(12, 5, 0.0), (7, 3, 0.0), (6, 3, 0.5), (4, 4, 2.0)]
+)
+def test_the_estimate_is_the_published_one(both, samples, group, guidance):
     model, oracle = both
     masks, _ = ll.answer_samples(jax.random.key(3), jnp.asarray(len(ANSWER)), samples, 32)
-    want = np.mean(
-        [term(model, oracle, PROMPT, ANSWER, m[: len(ANSWER)]) for m in np.asarray(masks).tolist()]
-    )
-    got = ll.answer_log_likelihood(model, PROMPT, ANSWER, samples=samples, group=group, seed=3)
+    drawn = np.asarray(masks)[:, : len(ANSWER)].tolist()
+    want = np.mean([term(model, oracle, PROMPT, ANSWER, mask, guidance) for mask in drawn])
+    plan = {"samples": samples, "group": group, "seed": 3}
+    got = ll.answer_log_likelihood(model, PROMPT, ANSWER, guidance=guidance, **plan)
     assert got == pytest.approx(want, rel=1e-4)
 
 
@@ -139,6 +143,8 @@ def test_everything_kept_is_the_whole_prompt(both):
     got = ll.answer_log_likelihood_kept(model, kept, query, [33], samples=1)
     whole = ll.answer_log_likelihood(model, [*prefix, *document, *query], [33], samples=1)
     assert got == pytest.approx(whole, rel=1e-4)
+    with pytest.raises(ConfigError, match="0 for kept chunks"):
+        ll.answer_log_likelihood_kept(model, kept, query, [33], samples=1, guidance=0.5)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +154,7 @@ def test_everything_kept_is_the_whole_prompt(both):
         ([10**6], {}, "outside the vocabulary"),
         ([1], {"samples": 0}, "must be positive"),
         ([1], {"group": 0}, "must be positive"),
+        ([1], {"guidance": -1.0}, "guidance of a log-likelihood must be at least 0"),
     ],
 )
 def test_wrong_answers_are_refused(answer, plan, message):

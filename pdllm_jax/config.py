@@ -91,7 +91,7 @@ class SelectionConfig:
       top_k: chunks kept, K; at least the number of chunks keeps all and scores nothing.
       max_k, margin: adaptive K. Behind the K best, chunks whose score lies at most `margin` under
         the K-th score are kept too, up to max_k in all. max_k None keeps K.
-      keep_first: the first chunk is always kept.
+      keep_first: the first chunk is always kept; of the scorer "oracle", only where it is named.
       reselect: when relevance is computed again from the denoising state (`reselect`): "never", at
         the start of every further "block", or before every further "step".
     How they are scored:

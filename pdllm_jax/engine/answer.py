@@ -145,7 +145,8 @@ def denoise_blocks(
     for block in range(config.n_blocks):
         state = denoise(model, cache, state, until=jnp.int32(block + 1), **settings)
         # Copies: the state's buffers are donated to the next call.
-        pending.append(tuple(map(jnp.copy, (state.tokens, state.block, state.text_blocks))))
+        now = state.tokens, state.block, state.text_blocks
+        pending.append(jax.tree.map(jnp.copy, now))
         if len(pending) > 1:
             send(*pending.pop(0))
     send(*pending.pop())

@@ -54,12 +54,12 @@ def select_top_k(
     max_k: int | None = None,
     margin: float = 0.0,
 ) -> Selection:
-    """Selects the k chunks with the highest scores, ties (also of -0.0 and 0.0) to the lower index.
+    """Selects the k chunks with the highest scores, ties to the lower index.
 
     Compiles for each value of all arguments but the scores.
 
     Args:
-      scores: -inf marks an empty chunk, which is never chosen. NaN ranks as the lowest finite number.
+      scores: -inf marks an empty chunk, which is never chosen. -0.0 equals 0.0. NaN ranks as the lowest finite number.
       k: chunks to keep; k >= N keeps all.
       keep_first: includes chunk 0 for any score. With k = 1 no other chunk is within the margin.
       max_k, margin: adaptive K. Also keeps chunks whose score lies at most `margin` under the

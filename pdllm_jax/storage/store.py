@@ -82,7 +82,8 @@ class DocumentStore:
         damaged snapshot, with a RuntimeWarning that says what was wrong.
 
         Raises:
-          ValueError: ids outside the vocabulary, a mask token, an empty document, anchors without BOS.
+          ValueError: ids outside the vocabulary, a mask token, an empty document, anchors without
+            BOS.
           SnapshotError: the disk is full, the folder cannot be written, or several processes of one
             mesh ask for a document that the store does not have.
           MemoryLimitError: encoding needs more memory than the device has, or than memory_limit.

@@ -59,7 +59,8 @@ def select_top_k(
     Compiles for each value of all arguments but the scores.
 
     Args:
-      scores: -inf marks an empty chunk, which is never chosen. -0.0 equals 0.0. NaN ranks as the lowest finite number.
+      scores: -inf marks an empty chunk, which is never chosen. -0.0 equals 0.0. NaN ranks as the
+        lowest finite number.
       k: chunks to keep; k >= N keeps all.
       keep_first: includes chunk 0 for any score. With k = 1 no other chunk is within the margin.
       max_k, margin: adaptive K. Also keeps chunks whose score lies at most `margin` under the

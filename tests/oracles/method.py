@@ -7,6 +7,7 @@ settings alone. KV is a list of rows that later rows attend to.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -69,7 +70,8 @@ def split(context, config: ChunkConfig, bos: int) -> list[list[int]]:
 
 class Method:
     """The method with these settings. closest: the smallest gap that decided anything, relative to
-    what is rounded."""
+    what is rounded.
+    """
 
     def __init__(self, model, chunking: ChunkConfig, selection: SelectionConfig, bos: int):
         self.net, self.config = Definition(model), model.config
@@ -139,8 +141,7 @@ class Method:
         if self.p:
             self.alone = self.rows(self.prefix, range(self.p))[1]
         self.documents = [
-            self.rows(chunk, self.p + np.arange(len(chunk)), self.alone)[1]
-            for chunk in self.chunks
+            self.rows(chunk, self.p + np.arange(len(chunk)), self.alone)[1] for chunk in self.chunks
         ]
 
     def draft(self) -> tuple[list[int], list[int]]:
@@ -187,7 +188,7 @@ class Method:
             self.rows(slots, position, self.alone, *self.documents)
             ends = np.cumsum([self.p, *map(len, self.documents)])
             counted = self.weights[:, :, scored]
-            mass = [counted[..., a:b].sum(-1) for a, b in zip(ends, ends[1:], strict=False)]
+            mass = [counted[..., a:b].sum(-1) for a, b in itertools.pairwise(ends)]
             return (np.array(mass) / np.sum(mass, axis=0)).mean(axis=(1, 2, 3))
         if name == "query":
             scored = scored[:q]
@@ -242,7 +243,8 @@ class Method:
         places = [start + np.arange(len(x)) for start, x in zip(starts, chunks, strict=True)]
         self.before, self.live = self.alone, None
         self.pool = [
-            self.moved(self.documents[i], start - p) for i, start in zip(chosen, starts, strict=True)
+            self.moved(self.documents[i], start - p)
+            for i, start in zip(chosen, starts, strict=True)
         ]
         name = s.encoding.name
         if name == "joint":
@@ -250,7 +252,7 @@ class Method:
             kv = self.rows(ids, np.concatenate([range(p), *places, self.position]))[1]
             ends = np.cumsum([p, *map(len, chunks), len(live_ids)])
             self.before = kv[:p]
-            *self.pool, self.live = (kv[a:b] for a, b in zip(ends, ends[1:], strict=False))
+            *self.pool, self.live = (kv[a:b] for a, b in itertools.pairwise(ends))
         elif name == "query-conditioned":
             for j, chunk in enumerate(chunks):
                 at = [range(p), p + np.arange(len(chunk)), p + c + np.arange(len(self.query))]

@@ -71,7 +71,7 @@ def collect(pieces: list, *piece) -> None:
 @pytest.mark.parametrize("recompute", ["block", "suffix", "response"])
 @pytest.mark.parametrize("method", ["prefilling", "baseline"])
 def test_blocks_are_the_answer_up_to_its_end(recompute, method):
-    """Of a model that often predicts the mask token, sampled; some answers are stopped, some go on."""
+    """Of a model that often predicts the mask token, sampled; some of the answers are stopped."""
     model = copy(sharp_model())
     model.lm_head.weight[...] = model.lm_head.weight[...].at[MASK].multiply(2.5)
     decoding = DecodeConfig(

@@ -217,12 +217,7 @@ def test_blocks_of_a_batch_out_of_step(model):
     engine = engine_of(model, decoding=dataclasses.replace(DECODE, gen_length=16, threshold=0.02))
     seen: dict[int, list[int]] = {i: [] for i in range(3)}
     results = engine.answer_batch(RAGGED[:3], on_block=lambda i, _, piece: seen[i].extend(piece))
-    for i, result in enumerate(results):
-        # A slot whose prediction is the mask token itself may be filled with a later block.
-        handed = np.array(seen[i])
-        same = handed == result.tokens
-        assert same[handed != model.config.mask_token_id].all()
-        assert same.mean() > 0.9
+    assert list(seen.values()) == [result.tokens for result in results]
     assert len({result.evaluations for result in results}) > 1
 
 

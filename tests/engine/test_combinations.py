@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -188,10 +189,15 @@ def test_every_pair_of_settings_is_the_definition(row):
 
 
 BASE = {name: values[0] for name, values in FACTORS.items()} | {"masked_copies": 3}
-FEW_SLOTS = [  # adaptive K whose first selection fills fewer slots than a later one may
+BASE_CASE, MARGINS = ("reselect", "encoding", "adaptive"), [(4, 0.0), (4, 1e9)]
+FEW_SLOTS: list[Any] = [  # adaptive K whose first selection fills fewer slots than a later one may
     {"reselect": "block", "encoding": "joint", "adaptive": (4, 0.02)},
     {"reselect": "step", "encoding": "independent", "adaptive": (4, 0.02)},
     {"reselect": "step", "encoding": "bridge", "adaptive": (9, 1e9)},
+]
+FEW_SLOTS += [
+    pytest.param(dict(zip(BASE_CASE, values, strict=True)), marks=pytest.mark.slow)
+    for values in itertools.product(("block", "step"), ("independent", "joint"), MARGINS)
 ]
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pdllm_jax.config import ChunkConfig, SelectionConfig
@@ -25,6 +25,7 @@ SCORES = st.lists(
 )
 
 
+@example(scores=[1.0, -0.0, 0.0], k=2, keep_first=False, extra=None, margin=0.0)
 @settings(max_examples=200, deadline=None)
 @given(
     scores=SCORES,

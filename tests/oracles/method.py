@@ -318,15 +318,7 @@ class Method:
     # Step 6: denoising.
 
     def answer(
-        self,
-        prefix,
-        context,
-        query,
-        config: DecodeConfig,
-        *,
-        oracle=None,
-        drawn=None,
-        most: int = 0,
+        self, prefix, context, query, config: DecodeConfig, *, oracle=None, drawn=None, most=0
     ) -> Expected:
         """drawn: scores of the scorer "random". most: chunks of the longest document beside it."""
         self.read(prefix, context, query)
@@ -381,15 +373,9 @@ class Method:
             if any(tokens[i] in config.stop_ids for i in in_block):
                 tokens[block * length :] = [self.config.eos_token_id] * (g - block * length)
                 text_blocks = block
-        return Expected(
-            tokens,
-            evaluations,
-            text_blocks,
-            first,
-            None if scores is None else scores.tolist(),
-            chosen if again else None,
-            rescored if again else None,
-        )
+        scores = None if scores is None else scores.tolist()
+        later = (chosen, rescored) if again else (None, None)
+        return Expected(tokens, evaluations, text_blocks, first, scores, *later)
 
     def take(self, sure, config: DecodeConfig, step: int, steps: int) -> list[int]:
         """Which of the masked slots are unmasked, from log-probabilities."""

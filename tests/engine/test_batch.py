@@ -203,7 +203,6 @@ def test_finished_blocks_are_handed_out(model, method):
     assert streamed.tokens == whole.tokens
     assert [(r, b) for r, b, _ in seen] == [(0, 0), (0, 1), (0, 2), (0, 3)]
     assert [token for *_, piece in seen for token in piece] == whole.tokens
-    # A text that ends in its second block has no third.
     stop = next(token for token in whole.tokens[4:8] if token not in whole.tokens[:4])
     seen.clear()
     stopping = dataclasses.replace(engine, decoding=dataclasses.replace(config, stop_ids=(stop,)))

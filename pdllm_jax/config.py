@@ -91,7 +91,7 @@ class SelectionConfig:
       top_k: chunks kept, K; at least the number of chunks keeps all and scores nothing.
       max_k, margin: adaptive K. Behind the K best, chunks whose score lies at most `margin` under
         the K-th score are kept too, up to max_k in all. max_k None keeps K.
-      keep_first: the first chunk is always kept.
+      keep_first: the first chunk is always kept; of the scorer "oracle", only where it is named.
       reselect: when relevance is computed again from the denoising state (`reselect`): "never", at
         the start of every further "block", or before every further "step".
     How they are scored:
@@ -196,7 +196,8 @@ class SelectionConfig:
             # Everything is kept: there is nothing to score, now or later.
             everything |= {"scorer": AllScorer(), "reselect": "never"}
             return dataclasses.replace(self, **everything)
-        return dataclasses.replace(self, max_k=None if self.max_k is None else min(self.max_k, n))
+        most = None if self.max_k is None else min(self.max_k, n)
+        return dataclasses.replace(self, top_k=min(self.top_k, n), max_k=most)
 
     def scoring(self) -> SelectionConfig:
         """Returns the scorer's settings, all others at their defaults."""
@@ -233,7 +234,8 @@ class DecodeConfig:
       compiles anew. A snapshot cannot hold them.
     guidance: classifier-free guidance scale; needs recompute "response" and no context cache.
     stop_ids: tokens (EOS, EOT) that end the text: a request is done with the block in which one of
-      them appears, and the slots behind that block become EOS. None by default, as published.
+      them appears, and the slots behind that block become EOS. One that fills a slot of an earlier
+      block, which was left masked, does not end the request. None by default, as published.
     recompute: rows that a step recomputes while the rest of the live KV stays as it was at the
       block's start: "block" (dual cache), "suffix" (prefix cache), or "response" (none is stale).
     """

@@ -133,7 +133,9 @@ class Tokenizer:
         _require(mask == wanted, f"mask token: {mask} in the tokenizer, {wanted} in config.json")
         rows = config.embedding_size
         _require(size <= rows, f"the tokenizer has {size} tokens, the model's embedding {rows}")
-        # Special tokens that are spelt out in a document stay text. All of a document is read.
+        # Special tokens that are spelt out in a document stay text, the mask token in any
+        # checkpoint: it would be a slot to fill. All of a document is read.
+        backend.add_special_tokens([backend.id_to_token(wanted)])
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()

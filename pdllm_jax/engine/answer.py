@@ -119,8 +119,8 @@ def denoise_blocks(
 ) -> DenoiseState:
     """Runs `denoise` and waits for it; with `on_block`, hands out every finished block.
 
-    A block is fetched while the next one is computed. A request has ended where its `state.block`
-    says that it is done and only EOS follows one of its `stop_ids`.
+    A block is fetched while the next one is computed. It is handed out when no evaluation can
+    change it: nothing in it is masked, or the request is done.
 
     Args:
       settings: of `denoise`.
@@ -128,24 +128,25 @@ def denoise_blocks(
     if on_block is None:
         return jax.block_until_ready(denoise(model, cache, state, **settings))
     config: DecodeConfig = settings["config"]
-    length, sent = config.block_length, np.asarray(state.block).tolist()
-    pending: list[tuple[Array, Array]] = []
+    sent = np.asarray(state.block).tolist()
+    pending: list[tuple[Array, Array, Array]] = []
 
-    def send(tokens: Array, done: Array) -> None:
+    def send(tokens: Array, done: Array, text_blocks: Array) -> None:
+        ready = np.minimum(done, text_blocks)
         for request, row in enumerate(np.asarray(tokens)):
-            for block in range(sent[request], int(done[request])):
-                piece, rest = np.split(row[block * length :], [length])
-                on_block(request, block, piece.tolist())
-                sent[request] = block + 1
-                stopped = done[request] == config.n_blocks and np.isin(piece, config.stop_ids).any()
-                if stopped and (rest == model.config.eos_token_id).all():
-                    sent[request] = config.n_blocks
+            pieces = np.split(row, config.n_blocks)
+            while (block := sent[request]) < ready[request]:
+                masked = (pieces[block] == model.config.mask_token_id).any()
+                if masked and done[request] < config.n_blocks:
                     break
+                on_block(request, block, pieces[block].tolist())
+                sent[request] += 1
 
     for block in range(config.n_blocks):
         state = denoise(model, cache, state, until=jnp.int32(block + 1), **settings)
         # Copies: the state's buffers are donated to the next call.
-        pending.append((jnp.copy(state.tokens), jnp.copy(state.block)))
+        now = state.tokens, state.block, state.text_blocks
+        pending.append(jax.tree.map(jnp.copy, now))
         if len(pending) > 1:
             send(*pending.pop(0))
     send(*pending.pop())

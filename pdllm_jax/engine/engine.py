@@ -60,9 +60,9 @@ class Engine:
     argument and its value, or MemoryLimitError (a ValueError) where the plan (`plan_memory`) needs
     more device memory than there is.
 
-    `on_block` of its methods is called with (request, block, its tokens) when a block is finished;
-    the blocks after the end of a text are left out. A slot that holds the mask token (the model
-    predicted it) may be filled with a later block.
+    `on_block` of its methods is called with (request, block, its tokens) when a block is final: its
+    tokens are the answer's. The blocks after the end of a text are left out. A block in which the
+    model has left a slot masked waits for the later block that fills it, or for the request's end.
 
     Args:
       model: from `load_model`.
@@ -90,7 +90,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         self._method.decode_config(self.decoding)  # checks method and guidance
-        check_bos_id(self.bos_id, self.model.config.vocab_size)
+        check_bos_id(self.bos_id, *self._vocabulary)
 
     def answer(
         self,
@@ -247,6 +247,11 @@ class Engine:
         return cache_method(self.method)
 
     @property
+    def _vocabulary(self) -> tuple[int, int]:
+        """Its size, and the mask token, which is refused in a prompt."""
+        return self.model.config.vocab_size, self.model.config.mask_token_id
+
+    @property
     def _bos_id(self) -> int | None:
         if self.bos_id is None and self.tokenizer is not None:
             return self.tokenizer.bos_id
@@ -262,7 +267,7 @@ class Engine:
             if not value.strip():
                 raise ValueError(f"{name} is empty")
             value = encode(self.tokenizer, value)
-        ids = check_token_ids(name, value, self.model.config.vocab_size)
+        ids = check_token_ids(name, value, *self._vocabulary)
         if ids.size == 0 and self._method.uses_chunks:
             raise ValueError(f"{name} is empty")
         return ids
@@ -277,8 +282,7 @@ class Engine:
                 raise ValueError("prefix is for token ids: text has the engine's instruction")
             assert self.tokenizer is not None
             prefix = self.tokenizer.prefix(self.instruction)
-        vocab = self.model.config.vocab_size
-        return check_token_ids("prefix", [] if prefix is None else prefix, vocab), ids
+        return check_token_ids("prefix", [] if prefix is None else prefix, *self._vocabulary), ids
 
     def token_ids(self, request: Request) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the checked token ids of a request: (prefix, context, question), int32."""

@@ -216,7 +216,8 @@ def select_offloaded(
         reader = "re-selection" if config.reselects else f"scorer {config.scorer.name!r}"
         raise ValueError(f"{reader} reads all chunks' KV: the document cannot be offloaded")
     oracle_ids(None, config, len(document.k))  # raises for the scorer "oracle"
-    ids = check_token_ids("query", query_ids, model.config.vocab_size)
+    vocabulary = model.config.vocab_size, model.config.mask_token_id
+    ids = check_token_ids("query", query_ids, *vocabulary)
     if ids.size == 0:
         raise ValueError("query is empty")
     cache, keys = document.cache, request_keys([seed], 1)

@@ -189,7 +189,7 @@ def select_chunks(
                 score = score or score_chunks
                 scores = score(model, cache, prompt.query, config.scoring(), **inputs)
             selection = select(scores, config)
-        if config.max_k is not None:
+        if config.max_k is not None and not config.reselects:  # which may need every slot
             selection = trimmed(selection)
         jax.block_until_ready((cache, selection))
     return SelectedRequest(

@@ -269,6 +269,7 @@ class DenoiseState:
       document's cache.
     block, step: current block (gen_length / block_length when the request is done), and
       evaluations in it.
+    text_blocks: blocks up to the end of the text: all of them, or fewer where a stop id ended it.
     stale: live KV must be recomputed before a step reads it.
     evaluations: denoising evaluations so far, without encoding and scoring.
     rescored: how often `reselect` scored the chunks.
@@ -288,6 +289,7 @@ class DenoiseState:
     pool: ChunkPool | None
     block: Int[Array, "B"]
     step: Int[Array, "B"]
+    text_blocks: Int[Array, "B"]
     stale: Bool[Array, "B"]
     evaluations: Int[Array, "B"]
     rescored: Int[Array, "B"]

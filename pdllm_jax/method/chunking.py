@@ -91,8 +91,15 @@ def batch_size(requests: int) -> int:
     return 1 << (requests - 1).bit_length()
 
 
-def check_token_ids(name: str, ids: TokenIds, vocab_size: int) -> np.ndarray:
-    """Returns ids as int32 [n]; ValueError names the first id outside the vocabulary."""
+def check_token_ids(
+    name: str, ids: TokenIds, vocab_size: int, mask_id: int | None = None
+) -> np.ndarray:
+    """Returns ids as int32 [n].
+
+    Raises:
+      ValueError: names the first id outside the vocabulary, or the first mask token where `mask_id`
+        is given. In a prompt it would be neither text nor a slot of the response.
+    """
     array = np.asarray(ids)
     if array.size == 0:
         return np.zeros((0,), np.int32)
@@ -104,13 +111,16 @@ def check_token_ids(name: str, ids: TokenIds, vocab_size: int) -> np.ndarray:
         raise ValueError(
             f"{name}[{at}] = {int(array[at])} is outside the vocabulary of {vocab_size} tokens"
         )
+    if mask_id is not None and (array == mask_id).any():
+        at = int((array == mask_id).argmax())
+        raise ValueError(f"{name} has the mask token {mask_id} at position {at}: remove it")
     return array.astype(np.int32)
 
 
-def check_bos_id(bos_id: int | None, vocab_size: int) -> int | None:
-    """Returns bos_id, which may be None; ValueError if it is outside the vocabulary."""
+def check_bos_id(bos_id: int | None, vocab_size: int, mask_id: int | None = None) -> int | None:
+    """Returns bos_id, which may be None; ValueError as `check_token_ids`."""
     if bos_id is not None:
-        check_token_ids("bos_id", [bos_id], vocab_size)
+        check_token_ids("bos_id", [bos_id], vocab_size, mask_id)
     return bos_id
 
 
@@ -150,6 +160,7 @@ def chunk_prompt(
     config: ChunkConfig = ChunkConfig(),
     *,
     bos_id: int | None = None,
+    mask_id: int | None = None,
     tight: bool = False,
 ) -> ChunkedPrompt:
     """Cuts a prompt into the arrays that `prefill` takes: a batch of one, [1, N, C].
@@ -160,19 +171,22 @@ def chunk_prompt(
       query_ids: the question and the answer's cue, at least one token.
       config: chunk size, anchors, overlap.
       bos_id: token of the anchors; the first token of the prefix by default.
+      mask_id: the model's mask token, which is then refused in prefix, context and query.
       tight: pads to fewer chunks, in more buckets, for documents whose KV is all kept.
 
     Raises:
-      ValueError: empty context or query; anchors without BOS or prefix; values that are not ids.
+      ValueError: empty context or query; anchors without BOS or prefix; values that are not ids;
+        a mask token, where mask_id is given.
     """
-    prefix = check_token_ids("prefix", prefix_ids, _ANY)
-    query = check_token_ids("query", query_ids, _ANY)
-    check_bos_id(bos_id, _ANY)
+    prefix = check_token_ids("prefix", prefix_ids, _ANY, mask_id)
+    context = check_token_ids("context", context_ids, _ANY, mask_id)
+    query = check_token_ids("query", query_ids, _ANY, mask_id)
+    check_bos_id(bos_id, _ANY, mask_id)
     if query.size == 0:
         raise ValueError("query is empty")
     if bos_id is None and prefix.size:
         bos_id = int(prefix[0])
-    chunks, lengths = split_context(context_ids, config, bos_id)
+    chunks, lengths = split_context(context, config, bos_id)
     n = bucket_chunks(len(chunks), tight)
     return ChunkedPrompt(
         prefix=jnp.asarray(pad_to(prefix, bucket_rows(prefix.size))[None]),

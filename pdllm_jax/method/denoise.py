@@ -166,10 +166,11 @@ class _Step:
         limit = config.steps_per_block if config.scheduled else config.block_length
         open_slots = ((tokens == mask_id) & self.in_block).any(axis=1)
         finished = self.active & (~open_slots | (step >= limit))
-        block = state.block + finished
+        block, text_blocks = state.block + finished, state.text_blocks
         if config.stop_ids:
             stops = jnp.isin(tokens, jnp.array(config.stop_ids)) & self.in_block
             ended = finished & stops.any(axis=1)
+            text_blocks = jnp.where(ended, block, text_blocks)
             block = jnp.where(ended, config.n_blocks, block)
             slot = jnp.arange(tokens.shape[1])
             unread = ended[:, None] & (slot >= self.first[:, None] + config.block_length)
@@ -179,6 +180,7 @@ class _Step:
             tokens=tokens,
             live=live,
             block=block,
+            text_blocks=text_blocks,
             step=jnp.where(finished | ~self.active, 0, step),
             stale=jnp.where(self.wide, finished, state.stale | finished),
             evaluations=state.evaluations + self.active,

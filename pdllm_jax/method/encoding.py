@@ -151,6 +151,7 @@ def init_denoise(
         pool=None,
         block=zeros,
         step=zeros,
+        text_blocks=jnp.full((batch,), config.n_blocks, jnp.int32),
         stale=jnp.ones((batch,), bool),
         evaluations=zeros,
         rescored=zeros,

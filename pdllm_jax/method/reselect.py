@@ -60,7 +60,8 @@ def reselect(
       config: the settings that made the state.
 
     Raises:
-      ValueError: the cache does not hold every chunk's KV; the scorer does not read the document.
+      ValueError: the cache does not hold every chunk's KV; the scorer does not read the document;
+        the state's selection has other slots than `select` gives with these settings.
     """
     active = state.block < config.n_blocks
     state = reselect_due(model, cache, state, settings, config, implementation, active)
@@ -95,6 +96,9 @@ def reselect_due(
         )
         scores = run_scorer(settings.scorer, model, cache, request)
         chosen = select(scores, settings).chunk_ids
+        slots, most = state.selected.shape[1], chosen.shape[1]
+        if slots != most:
+            raise ValueError(f"the state has {slots} slots for chunks, settings keep up to {most}")
         chosen = jnp.where(due[:, None], chosen, state.selected)
         changed = (chosen != state.selected).any(axis=1)
         state = dataclasses.replace(state, rescored=state.rescored + due)

@@ -33,11 +33,13 @@ class Selection:
 def ranking(
     scores: Float[Array, "B N"], ids: Int[Array, "B N"], keep_first: bool
 ) -> Float[Array, "B N"]:
-    """Returns the ranking key: NaN below every number, -inf (an empty chunk) below NaN.
+    """Returns the ranking key: NaN is the lowest finite number, above -inf (an empty chunk).
 
     keep_first: chunk 0, if it exists, comes first.
     """
-    rank_by = jnp.where(jnp.isnan(scores), jnp.finfo(scores.dtype).min, scores)
+    # top_k puts -0.0 below 0.0, argsort does not.
+    rank_by = jnp.where(scores == 0, 0.0, scores)
+    rank_by = jnp.where(jnp.isnan(scores), jnp.finfo(scores.dtype).min, rank_by)
     if keep_first:
         rank_by = jnp.where((ids == 0) & (rank_by > -jnp.inf), jnp.inf, rank_by)
     return rank_by
@@ -57,7 +59,8 @@ def select_top_k(
     Compiles for each value of all arguments but the scores.
 
     Args:
-      scores: -inf marks an empty chunk, which is never chosen. NaN ranks below every number.
+      scores: -inf marks an empty chunk, which is never chosen. -0.0 equals 0.0. NaN ranks as the
+        lowest finite number.
       k: chunks to keep; k >= N keeps all.
       keep_first: includes chunk 0 for any score. With k = 1 no other chunk is within the margin.
       max_k, margin: adaptive K. Also keeps chunks whose score lies at most `margin` under the

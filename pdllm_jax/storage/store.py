@@ -82,15 +82,16 @@ class DocumentStore:
         damaged snapshot, with a RuntimeWarning that says what was wrong.
 
         Raises:
-          ValueError: ids outside the vocabulary, an empty document, anchors without BOS.
+          ValueError: ids outside the vocabulary, a mask token, an empty document, anchors without
+            BOS.
           SnapshotError: the disk is full, the folder cannot be written, or several processes of one
             mesh ask for a document that the store does not have.
           MemoryLimitError: encoding needs more memory than the device has, or than memory_limit.
         """
-        vocab = self.model.config.vocab_size
-        bos_id = check_bos_id(bos_id, vocab)
-        prefix = check_token_ids("prefix", prefix_ids, vocab)
-        context = check_token_ids("context", context_ids, vocab)
+        vocabulary = self.model.config.vocab_size, self.model.config.mask_token_id
+        bos_id = check_bos_id(bos_id, *vocabulary)
+        prefix = check_token_ids("prefix", prefix_ids, *vocabulary)
+        context = check_token_ids("context", context_ids, *vocabulary)
         prompt = document_prompt(prefix, context, chunking, bos_id)
         document = fingerprint.document_fingerprint(
             prompt.prefix, prompt.prefix_length, prompt.chunks, prompt.chunk_lengths

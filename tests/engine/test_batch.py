@@ -203,7 +203,6 @@ def test_finished_blocks_are_handed_out(model, method):
     assert streamed.tokens == whole.tokens
     assert [(r, b) for r, b, _ in seen] == [(0, 0), (0, 1), (0, 2), (0, 3)]
     assert [token for *_, piece in seen for token in piece] == whole.tokens
-    # A text that ends in its second block has no third.
     stop = next(token for token in whole.tokens[4:8] if token not in whole.tokens[:4])
     seen.clear()
     stopping = dataclasses.replace(engine, decoding=dataclasses.replace(config, stop_ids=(stop,)))
@@ -217,12 +216,7 @@ def test_blocks_of_a_batch_out_of_step(model):
     engine = engine_of(model, decoding=dataclasses.replace(DECODE, gen_length=16, threshold=0.02))
     seen: dict[int, list[int]] = {i: [] for i in range(3)}
     results = engine.answer_batch(RAGGED[:3], on_block=lambda i, _, piece: seen[i].extend(piece))
-    for i, result in enumerate(results):
-        # A slot whose prediction is the mask token itself may be filled with a later block.
-        handed = np.array(seen[i])
-        same = handed == result.tokens
-        assert same[handed != model.config.mask_token_id].all()
-        assert same.mean() > 0.9
+    assert list(seen.values()) == [result.tokens for result in results]
     assert len({result.evaluations for result in results}) > 1
 
 

@@ -110,6 +110,16 @@ def test_ids_outside_the_vocabulary_are_named(ids, message):
         check_token_ids("context", ids, 256)
 
 
+@pytest.mark.parametrize("name", ["prefix", "context", "query"])
+def test_a_mask_token_in_a_prompt_is_refused(name):
+    parts = {"prefix": [1], "context": [2, 3], "query": [4]}
+    chunk_prompt(*parts.values(), ChunkConfig(8), mask_id=9)
+    parts[name] = [*parts[name], 9, 9]
+    at = len(parts[name]) - 2
+    with pytest.raises(ValueError, match=f"{name} has the mask token 9 at position {at}: remove"):
+        chunk_prompt(*parts.values(), ChunkConfig(8), mask_id=9)
+
+
 def test_a_hundred_random_requests_have_few_shapes():
     """As docs/api.md has it; documents of 4K to 128K tokens."""
     rng = np.random.default_rng(0)

@@ -193,6 +193,9 @@ def test_what_cannot_be_scored_anew_is_refused(model, prompt):
     for run in (reselect, denoise):
         with pytest.raises(ValueError, match="keep_pool"):
             run(model, cache, state, settings=again, config=DECODE)
+    wider = dataclasses.replace(again, max_k=4)
+    with pytest.raises(ValueError, match="the state has 2 slots for chunks, settings keep up to 4"):
+        reselect(model, prefill(model, prompt, again)[0], state, settings=wider, config=DECODE)
     with pytest.raises(ValueError, match="needs the document's cache"):
         denoise(model, None, state, config=DECODE, settings=again)
     whole = prefill(model, prompt, joint, keep_pool=True)[0]

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pdllm_jax.method.scorers import SCORERS, ScoreRequest
+from pdllm_jax.config import ChunkConfig, SelectionConfig
+from pdllm_jax.method.chunking import chunk_prompt
+from pdllm_jax.method.prefill import prefill_top_k
+from pdllm_jax.method.scorers import SCORERS, Scorer, ScoreRequest
 from pdllm_jax.method.scoring import run_scorer
-from pdllm_jax.method.selection import EMPTY_SLOT, select_top_k
+from pdllm_jax.method.selection import EMPTY_SLOT, select, select_top_k
 from tests.support.method import tiny_model
 
-SCORES = st.lists(st.sampled_from([-np.inf, -3.0, -1.5, -1.0, 0.0, 2.0]), min_size=1, max_size=9)
+SCORES = st.lists(
+    st.sampled_from([-np.inf, -3.0, -1.5, -1.0, -0.0, 0.0, 2.0]), min_size=1, max_size=9
+)
 
 
+@example(scores=[1.0, -0.0, 0.0], k=2, keep_first=False, extra=None, margin=0.0)
 @settings(max_examples=200, deadline=None)
 @given(
     scores=SCORES,
@@ -49,6 +58,37 @@ def test_batches_choose_row_by_row():
     whole = select_top_k(scores, 3)
     for row, ids in zip(scores, whole.chunk_ids, strict=True):
         np.testing.assert_array_equal(select_top_k(row, 3).chunk_ids, ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed(Scorer):
+    """Given scores."""
+
+    name: ClassVar[str] = "fixed"
+    values: tuple[float, ...] = ()
+
+    def scores(self, model, cache, request):
+        return jnp.broadcast_to(jnp.array(self.values), request.wanted.shape)
+
+
+@pytest.mark.parametrize(
+    ("values", "want"),
+    [
+        ((1.0, -0.0, 0.0, -0.0, 0.0), [0, 1]),
+        ((-0.0, 1.0, 0.0, 0.0, -1.0), [0, 1]),
+        ((-1.0, np.nan, -2.0, np.nan, -np.inf), [0, 2]),
+        ((np.nan, -np.inf, np.nan, 0.0, np.nan), [0, 3]),
+    ],
+)
+def test_a_streamed_document_ranks_as_a_whole_one(values, want):
+    """Ties to the lower chunk, zeros of either sign; NaN below every number."""
+    prompt = chunk_prompt([253], np.arange(50), [5], ChunkConfig(12))
+    scorer = Fixed((*values, *[0.0] * 3))  # three chunks are padding
+    config = SelectionConfig(top_k=2, scorer=scorer, encoding="independent", encode_batch=1)
+    cache, chosen, scores = prefill_top_k(tiny_model(), prompt, config)
+    assert chosen.chunk_ids[0].tolist() == select(scores, config).chunk_ids[0].tolist() == want
+    valid = cache.pool.lengths[chosen.slots[0]].tolist()
+    assert valid == prompt.chunk_lengths[0, jnp.array(want)].tolist()
 
 
 def test_nan_ranks_below_every_number():

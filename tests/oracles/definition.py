@@ -13,6 +13,12 @@ from flax import nnx
 from pdllm_jax.network.transformer import MaskPredictor
 
 
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Over the last axis."""
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
 class Definition:
     """The network of `model`, its weights in float64; plain RoPE only."""
 
@@ -35,35 +41,47 @@ class Definition:
 
         Leaves the attention weights of every layer, [L, H, T, T], in `self.weights`.
         """
-        config, dim = self.config, self.config.head_dim
+        config = self.config
         sees = np.broadcast_to(sees, (config.n_layers, config.n_heads, len(ids), len(ids)))
         self.weights = np.zeros(sees.shape)
-        frequency = config.rope_theta ** -(np.arange(0, dim, 2) / dim)
-        turn = np.exp(1j * offset[..., None] * frequency)  # [T, T, D/2]
+        turn = self.turn(offset)  # [T, T, D/2]
+
+        def attend(i: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+            repeat = config.n_heads // config.n_kv_heads
+            k, v = np.repeat(k, repeat, axis=1), np.repeat(v, repeat, axis=1)
+            scores = np.einsum("qhd,khd,qkd->hqk", q.conj(), k, turn).real
+            self.weights[i] = softmax(np.where(sees[i], scores / np.sqrt(config.head_dim), -np.inf))
+            return np.einsum("hqk,khd->qhd", self.weights[i], v)
+
+        return self.network(ids, attend)
+
+    def turn(self, position: np.ndarray) -> np.ndarray:
+        """The rotation of a key, as complex numbers [.., D/2]."""
+        dim = self.config.head_dim
+        frequency = self.config.rope_theta ** -(np.arange(0, dim, 2) / dim)
+        return np.exp(1j * position[..., None] * frequency)
+
+    def network(self, ids, attend) -> np.ndarray:
+        """Logits [T, V], with attention given as a function of (layer, q, k, v) -> [T, H, D].
+
+        q [T, H, D/2] and k [T, G, D/2] are complex and not rotated.
+        """
+        dim, half = self.config.head_dim, self.config.head_dim // 2
         x = self._array(self.state["embedding"])[np.asarray(ids)]
-        for i in range(config.n_layers):
+        for i in range(self.config.n_layers):
             block = self.state["blocks"][i]
             h = self._norm(x, block["attn_norm"])
             q, k, v = (
                 (h @ self._array(block[name]).T).reshape(len(ids), -1, dim)
                 for name in ("q_proj", "k_proj", "v_proj")
             )
-            repeat = config.n_heads // config.n_kv_heads
-            k, v = np.repeat(k, repeat, axis=1), np.repeat(v, repeat, axis=1)
-            half = dim // 2
-            q_c, k_c = (y[..., :half] + 1j * y[..., half:] for y in (q, k))
-            scores = np.einsum("qhd,khd,qkd->hqk", q_c.conj(), k_c, turn).real / np.sqrt(dim)
-            scores = np.where(sees[i], scores, -np.inf)
-            weights = np.exp(scores - scores.max(-1, keepdims=True))
-            weights /= weights.sum(-1, keepdims=True)
-            self.weights[i] = weights
-            out = np.einsum("hqk,khd->qhd", weights, v).reshape(len(ids), -1)
-            x = x + out @ self._array(block["attn_out"]).T
+            q, k = (y[..., :half] + 1j * y[..., half:] for y in (q, k))
+            x = x + attend(i, q, k, v).reshape(len(ids), -1) @ self._array(block["attn_out"]).T
             h = self._norm(x, block["ff_norm"])
             gate = h @ self._array(block["gate_proj"]).T
             gate = gate / (1 + np.exp(-gate)) * (h @ self._array(block["up_proj"]).T)
             x = x + gate @ self._array(block["down_proj"]).T
-        head = "embedding" if config.weight_tying else "lm_head"
+        head = "embedding" if self.config.weight_tying else "lm_head"
         return self._norm(x, self.state["final_norm"]) @ self._array(self.state[head]).T
 
     def plain(self, ids) -> np.ndarray:

@@ -325,8 +325,20 @@ def test_damaged_tokenizers(checkpoint, change, message):
     assert "\n" not in str(caught.value)
 
 
-def test_special_tokens_spelt_out_in_a_document_stay_text(checkpoint):
-    tokenizer = load_tokenizer(checkpoint)
+@pytest.mark.parametrize("special", [True, False])
+def test_special_tokens_spelt_out_in_a_document_stay_text(checkpoint, special):
+    """The mask token does also where the checkpoint does not call it special."""
+
+    def change(content) -> None:
+        (mask,) = [t for t in content["added_tokens"] if t["content"] == "<|mdm_mask|>"]
+        mask["special"] = special
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            path = checkpoint / name
+            named = json.loads(path.read_text())
+            path.write_text(json.dumps(named | ({} if special else {"mask_token": None})))
+
+    tokenizer = load_tokenizer(checkpoint, change)
+    assert tokenizer.encode_marked("<|mdm_mask|>") == [tokenizer.mask_id]
     encoded = tokenizer.encode("<|mdm_mask|><|eot_id|>")
     assert max(encoded) < 256
     assert tokenizer.decode(encoded) == "<|mdm_mask|><|eot_id|>"

@@ -1,0 +1,399 @@
+"""Prefilling-dLLM for one request, in numpy and float64, greedy: from question to response.
+
+Written from docs/algorithm.md. Nothing is batched, padded or bucketed; of the library it reads
+settings alone. KV is a list of rows that later rows attend to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+
+from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
+from tests.oracles.definition import Definition, softmax
+
+READERS = ("draft", "query", "confidence", "attention")
+
+
+@dataclasses.dataclass
+class KV:
+    """Rows to attend to: k [L, n, G, D/2] complex, rotated at their positions; v [L, n, G, D].
+
+    seen: [L, G, n], rows that count.
+    """
+
+    k: np.ndarray
+    v: np.ndarray
+    seen: np.ndarray
+
+    def __getitem__(self, at) -> KV:
+        return KV(self.k[:, at], self.v[:, at], self.seen[:, :, at])
+
+    def __len__(self) -> int:
+        return self.k.shape[1]
+
+
+def join(*parts: KV) -> KV:
+    return KV(
+        np.concatenate([part.k for part in parts], axis=1),
+        np.concatenate([part.v for part in parts], axis=1),
+        np.concatenate([part.seen for part in parts], axis=2),
+    )
+
+
+@dataclasses.dataclass
+class Expected:
+    """An answer. text_blocks: blocks up to the end of the text."""
+
+    tokens: list[int]
+    evaluations: int
+    text_blocks: int
+    chunks: list[int]
+    scores: list[float] | None
+    chunks_at_end: list[int] | None = None
+    rescored: int | None = None
+
+
+def split(context, config: ChunkConfig, bos: int) -> list[list[int]]:
+    """Chunks of C tokens, each behind its anchor; a neighbour repeats `overlap` tokens."""
+    anchor = [bos] if config.anchors else []
+    span, chunks, start = config.chunk_size - len(anchor), [], 0
+    while True:
+        chunks.append([*anchor, *context[start : start + span]])
+        if start + span >= len(context):
+            return chunks
+        start += span - config.overlap
+
+
+class Method:
+    """The method with these settings. closest: the smallest gap that decided anything, relative to
+    what is rounded.
+    """
+
+    def __init__(self, model, chunking: ChunkConfig, selection: SelectionConfig, bos: int):
+        self.net, self.config = Definition(model), model.config
+        self.chunking, self.selection, self.bos = chunking, selection, bos
+        self.size, self.mask = chunking.chunk_size, model.config.mask_token_id
+        self.closest = math.inf
+
+    def decided_by(self, gap: float) -> None:
+        if gap > 1e-12:  # equal values are equal in float32 too
+            self.closest = min(self.closest, gap)
+
+    # The network.
+
+    def rows(self, ids, position, *past: KV) -> tuple[np.ndarray, KV]:
+        """Logits and KV of rows that attend to `past` and to each other.
+
+        Leaves the attention weights, [L, H, T, past + T], in `self.weights`.
+        """
+        c, position = self.config, np.asarray(position)
+        turn, before = self.net.turn(position)[:, None], join(self.nothing(), *past)
+        keys, values = [], []
+        self.weights = np.zeros((c.n_layers, c.n_heads, len(ids), len(before) + len(ids)))
+
+        def attend(i, q, k, v):
+            q, k = q * turn, k * turn
+            keys.append(k)
+            values.append(v)
+            k, v = np.concatenate([before.k[i], k]), np.concatenate([before.v[i], v])
+            seen = np.pad(before.seen[i], ((0, 0), (0, len(ids))), constant_values=True)
+            q = q.reshape(len(ids), c.n_kv_heads, -1, q.shape[-1])
+            scores = np.einsum("tgrd,sgd->grts", q.conj(), k).real / np.sqrt(c.head_dim)
+            weights = softmax(np.where(seen[:, None, None], scores, -np.inf))
+            self.weights[i] = weights.reshape(self.weights[i].shape)
+            return np.einsum("grts,sgd->tgrd", weights, v)
+
+        logits = self.net.network(ids, attend)
+        seen = np.ones((c.n_layers, c.n_kv_heads, len(ids)), bool)
+        return logits, KV(np.stack(keys), np.stack(values), seen)
+
+    def nothing(self) -> KV:
+        c = self.config
+        shape = (c.n_layers, 0, c.n_kv_heads, c.head_dim)
+        k = np.zeros((*shape[:3], c.head_dim // 2), complex)
+        return KV(k, np.zeros(shape), np.zeros((c.n_layers, c.n_kv_heads, 0), bool))
+
+    def moved(self, kv: KV, by: int) -> KV:
+        return KV(kv.k * self.net.turn(np.array(by)), kv.v, kv.seen)
+
+    def log_softmax(self, logits: np.ndarray) -> np.ndarray:
+        shifted = logits - logits.max(-1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+    def predictions(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Likeliest token of each row and its log-probability, exact near 0."""
+        tokens = logits.argmax(-1)
+        two = np.sort(logits, axis=-1)[:, -2:]
+        self.gaps = two[:, 1] - two[:, 0]
+        others = [np.delete(x - x[i], i) for x, i in zip(logits, tokens, strict=True)]
+        return tokens, -np.log1p(np.exp(others).sum(-1))
+
+    # Steps 1 to 3: chunks, scores, selection.
+
+    def read(self, prefix, context, query) -> None:
+        self.prefix, self.query, self.p = list(prefix), list(query), len(prefix)
+        self.chunks = split(list(context), self.chunking, self.bos)
+        self.alone = self.nothing()
+        if self.p:
+            self.alone = self.rows(self.prefix, range(self.p))[1]
+        self.documents = [
+            self.rows(chunk, self.p + np.arange(len(chunk)), self.alone)[1] for chunk in self.chunks
+        ]
+
+    def draft(self) -> tuple[list[int], list[int]]:
+        """Tokens behind the query, and the slots that were denoised: 0, then the surest."""
+        scorer = self.selection.scorer
+        tokens, done = [self.mask] * scorer.draft_length, list[int]()
+        for step in range(scorer.draft_steps):
+            ids = [*self.prefix, *self.query, *tokens]
+            guess, sure = self.predictions(self.rows(ids, range(len(ids)))[0][-len(tokens) :])
+            gaps = self.gaps
+            left = [i for i in range(len(tokens)) if i not in done]
+            slot = 0 if step == 0 else max(left, key=lambda i: sure[i])
+            if step:
+                self.rank_gaps(sure, [slot], [i for i in left if i != slot])
+            self.decided_by(gaps[slot])
+            tokens[slot] = int(guess[slot])
+            done.append(slot)
+        return tokens, done
+
+    def rank_gaps(self, log, taken, others) -> None:
+        if taken and others:
+            low, high = min(log[i] for i in taken), max(log[i] for i in others)
+            self.decided_by((low - high) / min(1.0, abs(high)))
+
+    def scores(self, response=None, block=None) -> np.ndarray:
+        """Of every chunk for the question, or for the response so far."""
+        name, q = self.selection.scorer.name, len(self.query)
+        open_slots = None
+        if response is not None:
+            tail = list(response)
+            done = [i for i, token in enumerate(tail) if token != self.mask]
+            open_slots = [q + i for i in block if tail[i] == self.mask]
+        elif name == "draft":
+            tail, done = self.draft()
+        elif name == "confidence":
+            tail, done = [self.mask] * self.selection.scorer.draft_length, []
+            open_slots = [q + i for i in range(len(tail))]
+        else:
+            tail, done = [], []
+        slots = [*self.query, *tail]
+        scored = [*range(q), *(q + i for i in sorted(done))]
+        if name == "attention":
+            position = self.p + self.size + np.arange(len(slots))
+            self.rows(slots, position, self.alone, *self.documents)
+            ends = np.cumsum([self.p, *map(len, self.documents)])
+            counted = self.weights[:, :, scored]
+            mass = [counted[..., a:b].sum(-1) for a, b in itertools.pairwise(ends)]
+            return (np.array(mass) / np.sum(mass, axis=0)).mean(axis=(1, 2, 3))
+        if name == "query":
+            scored = scored[:q]
+        return np.array([self.score(c, name, slots, scored, open_slots) for c in self.documents])
+
+    def score(self, chunk: KV, name, slots, scored, open_slots) -> float:
+        position = self.p + self.size + np.arange(len(slots))
+        past = self.alone, chunk
+        if name == "confidence":
+            logits = self.rows(slots, position, *past)[0][open_slots]
+            return float(self.log_softmax(logits).max(-1).mean())
+        copies, total = self.selection.scorer.masked_copies or len(scored), 0.0
+        for r in range(copies):
+            hidden = scored[r::copies]
+            ids = [self.mask if i in hidden else token for i, token in enumerate(slots)]
+            log = self.log_softmax(self.rows(ids, position, *past)[0])
+            total += sum(log[i, slots[i]] for i in hidden)
+        return total / len(scored)
+
+    def select(self, scores: np.ndarray) -> list[int]:
+        """The top_k best, up to max_k of those within the margin of the last of these."""
+        s, scale = self.selection, 0.02 if self.selection.scorer.name == "attention" else 1.0
+        order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+        if s.keep_first:
+            order.remove(0)
+            order.insert(0, 0)
+        kept, rest = order[: s.top_k], order[s.top_k :]
+        last = math.inf if s.keep_first and s.top_k == 1 else scores[kept[-1]]
+        if s.max_k is not None:
+            for i in rest:
+                self.decided_by(abs(s.margin - (last - scores[i])) / scale)
+            close = [i for i in rest if last - scores[i] <= s.margin]
+            kept += close[: s.max_k - s.top_k]
+            rest = close[s.max_k - s.top_k :]
+        elif rest:
+            self.decided_by((last - scores[rest[0]]) / scale)
+        if s.max_k is not None and rest:
+            self.decided_by((scores[kept[-1]] - scores[rest[0]]) / scale)
+        return sorted(kept)
+
+    # Steps 4 and 5: placement, encodings, kept tokens.
+
+    def encode(self, chosen: list[int], response: list[int]) -> None:
+        """Sets the KV that live rows attend to, and `live`, KV of query and response or None."""
+        s, c, p = self.selection, self.size, self.p
+        slot = {"continuous": range(len(chosen)), "absolute": chosen, "reuse": [0] * len(chosen)}
+        slots = {"continuous": len(chosen), "absolute": len(self.chunks), "reuse": 1}
+        starts = [p + j * c for j in slot[s.positions]]
+        live_ids = [*self.query, *response]
+        self.position = p + slots[s.positions] * c + np.arange(len(live_ids))
+        chunks = [self.chunks[i] for i in chosen]
+        places = [start + np.arange(len(x)) for start, x in zip(starts, chunks, strict=True)]
+        self.before, self.live = self.alone, None
+        self.pool = [
+            self.moved(self.documents[i], start - p)
+            for i, start in zip(chosen, starts, strict=True)
+        ]
+        name = s.encoding.name
+        if name == "joint":
+            ids = [*self.prefix, *(t for chunk in chunks for t in chunk), *live_ids]
+            kv = self.rows(ids, np.concatenate([range(p), *places, self.position]))[1]
+            ends = np.cumsum([p, *map(len, chunks), len(live_ids)])
+            self.before = kv[:p]
+            *self.pool, self.live = (kv[a:b] for a, b in itertools.pairwise(ends))
+        elif name == "query-conditioned":
+            for j, chunk in enumerate(chunks):
+                at = [range(p), p + np.arange(len(chunk)), p + c + np.arange(len(self.query))]
+                kv = self.rows([*self.prefix, *chunk, *self.query], np.concatenate(at))[1]
+                self.pool[j] = self.moved(kv[p : p + len(chunk)], starts[j] - p)
+        elif name == "bridge":
+            self.bridge(chunks, places, live_ids)
+        if s.keep_tokens is not None and s.keep_tokens < c:
+            for j, received in enumerate(self.received(live_ids)):
+                seen = np.zeros(received.shape, bool)
+                for layer, group in np.ndindex(*received.shape[:2]):
+                    seen[layer, group, self.best(received[layer, group], s.keep_tokens)] = True
+                kv = self.pool[j]
+                self.pool[j] = KV(kv.k, kv.v, seen)
+
+    def received(self, live_ids) -> list[np.ndarray]:
+        """Attention that tokens of each kept chunk receive, [L, G, c]."""
+        config, past = self.config, join(self.before, *self.pool)
+        self.rows(live_ids, self.position, past)
+        last = np.arange(max(0, len(self.query) - 8), len(self.query))
+        total, end, result = self.weights[:, :, last].sum(axis=2), self.p, []
+        for n in map(len, self.pool):
+            part = total[..., end : end + n]
+            widest = [part[..., max(0, i - 3) : i + 4].max(-1) for i in range(n)]
+            heads = np.stack(widest, -1).reshape(config.n_layers, config.n_kv_heads, -1, n)
+            result.append(heads.mean(axis=2))
+            end += n
+        return result
+
+    def best(self, received: np.ndarray, count: int) -> list[int]:
+        order = sorted(range(len(received)), key=lambda i: (-received[i], i))
+        if self.chunking.anchors:
+            order.remove(0)
+            order.insert(0, 0)
+        if 0 < count < len(order):
+            low, high = received[order[count - 1]], received[order[count]]
+            if order[count - 1] != 0 or not self.chunking.anchors:
+                self.decided_by((low - high) / low)
+        return sorted(order[:count])
+
+    def bridge(self, chunks, places, live_ids) -> None:
+        encoding = self.selection.encoding
+        count = math.ceil(encoding.share * self.size)
+        again = [list(range(min(count, len(chunk)))) for chunk in chunks]
+        if encoding.tokens == "attention":
+            means = [x.mean(axis=(0, 1)) for x in self.received(live_ids)]
+            again = [self.best(mean, count) for mean in means]
+        kept = [
+            kv[[i for i in range(len(kv)) if i not in new]]
+            for kv, new in zip(self.pool, again, strict=True)
+        ]
+        ids = [chunk[i] for chunk, new in zip(chunks, again, strict=True) for i in new]
+        at = [place[new] for place, new in zip(places, again, strict=True)]
+        position = np.concatenate([*at, self.position])
+        kv, end = self.rows([*ids, *live_ids], position, self.before, *kept)[1], 0
+        for j, new in enumerate(again):
+            old = self.pool[j]
+            k, v = old.k.copy(), old.v.copy()
+            k[:, new], v[:, new] = kv.k[:, end : end + len(new)], kv.v[:, end : end + len(new)]
+            self.pool[j], end = KV(k, v, old.seen), end + len(new)
+        self.live = kv[end:]
+
+    # Step 6: denoising.
+
+    def answer(
+        self, prefix, context, query, config: DecodeConfig, *, oracle=None, drawn=None, most=0
+    ) -> Expected:
+        """drawn: scores of the scorer "random". most: chunks of the longest document beside it."""
+        self.read(prefix, context, query)
+        s, n = self.selection, len(self.chunks)
+        name, everything = s.scorer.name, s.scorer.name == "all"
+        everything |= name != "oracle" and max(most, n) <= s.top_k
+        controls = {"first": -np.arange(n), "last": np.arange(n), "random": drawn}
+        scores, again = None, s.reselect != "never" and not everything
+        if everything:
+            chosen = list(range(n))
+        elif name == "oracle":
+            chosen = sorted(set(oracle))
+        else:
+            scores = self.scores() if name in READERS else np.asarray(controls[name], float)
+            chosen = self.select(scores)
+        first, rescored = chosen, 0
+        q, length, g = len(self.query), config.block_length, config.gen_length
+        tokens, evaluations, block, text_blocks = [self.mask] * g, 0, 0, g // config.block_length
+        self.encode(chosen, tokens)
+        stale = self.live is None
+        per_block = length if config.steps is None else config.steps // config.n_blocks
+        scheduled = config.threshold is None and config.factor is None
+        while block < text_blocks:
+            in_block = range(block * length, (block + 1) * length)
+            for step in range(per_block if scheduled else length):
+                written = any(token != self.mask for token in tokens)
+                if again and written and (step == 0 or s.reselect == "step"):
+                    rescored += 1
+                    best = self.select(self.scores(tokens, in_block))
+                    if best != chosen:
+                        chosen = best
+                        self.encode(chosen, tokens)
+                        stale = self.live is None
+                wide = stale or config.recompute == "response"
+                start = 0 if wide else q + in_block[0]
+                end = q + in_block[-1] + 1 if config.recompute == "block" and not wide else q + g
+                ids, past = [*self.query, *tokens][start:end], [self.before, *self.pool]
+                if not wide:
+                    past += [self.live[:start], self.live[end:]]
+                logits, kv = self.rows(ids, self.position[start:end], *past)
+                self.live = kv if wide else join(self.live[:start], kv, self.live[end:])
+                stale, evaluations = False, evaluations + 1
+                slots = range(in_block[-1] + 1) if wide else in_block
+                slots = [i for i in slots if tokens[i] == self.mask]
+                guess, sure = self.predictions(logits[[q + i - start for i in slots]])
+                for i in self.take(sure, config, step, per_block):
+                    self.decided_by(self.gaps[i])
+                    tokens[slots[i]] = int(guess[i])
+                if all(tokens[i] != self.mask for i in in_block):
+                    break
+            block, stale = block + 1, True
+            if any(tokens[i] in config.stop_ids for i in in_block):
+                tokens[block * length :] = [self.config.eos_token_id] * (g - block * length)
+                text_blocks = block
+        scores = None if scores is None else scores.tolist()
+        later = (chosen, rescored) if again else (None, None)
+        return Expected(tokens, evaluations, text_blocks, first, scores, *later)
+
+    def take(self, sure, config: DecodeConfig, step: int, steps: int) -> list[int]:
+        """Which of the masked slots are unmasked, from log-probabilities."""
+        order = sorted(range(len(sure)), key=lambda i: (-sure[i], i))
+        count, share = 0, np.exp(sure)
+        if config.threshold is not None:
+            for i in order[1:]:
+                self.decided_by(abs(share[i] - config.threshold))
+            count = max(1, int((share >= config.threshold).sum()))
+        elif config.factor is not None:
+            count, failed = len(order) - 1, False
+            for place, i in enumerate(order[1:], start=1):
+                bound = 1 - config.factor / (place + 2)
+                self.decided_by(abs(share[i] - bound))
+                if share[i] < bound and not failed:
+                    count, failed = place, True
+            count += count in (0, len(order) - 1)
+        else:
+            count = config.block_length // steps + (step < config.block_length % steps)
+        self.rank_gaps(sure, order[:count], order[count:])
+        return order[:count]

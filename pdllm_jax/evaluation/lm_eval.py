@@ -43,6 +43,7 @@ from pdllm_jax.method.likelihood import (
     answer_log_likelihood_kept,
     keep_context,
 )
+from pdllm_jax.method.randomness import random_key
 from pdllm_jax.network.config import ConfigError
 from pdllm_jax.storage.checkpoint import load_config, load_model
 from pdllm_jax.tokenizer import Tokenizer
@@ -98,7 +99,8 @@ class PrefillingLM(LM):
         super().__init__()
         enable_compilation_cache()
         self.gen_length, self.block_length, self.threshold = gen_length, block_length, threshold
-        self.max_length, self.bos, self.seed = max_length, bos, int(seed)
+        self.max_length, self.bos, self.seed = max_length, bos, seed
+        random_key(seed)  # refuses a wrong one before the checkpoint is read
         self.is_check_greedy = is_check_greedy
         self.estimate = {"samples": mc_num, "group": mc_batch, "seed": self.seed}
         for name in ("batch_size", "max_batch_size", "device"):
@@ -308,7 +310,7 @@ class PrefillingLM(LM):
             engine = self.engine
             parts = engine.token_ids(request)
             prompt = chunk_prompt(*parts, engine.chunking, bos_id=self.tokenizer.bos_id)
-            self._kept = request, keep_context(self.model, prompt, engine.selection)
+            self._kept = request, keep_context(self.model, prompt, engine.selection, seed=self.seed)
         return self._kept[1]
 
     def loglikelihood_rolling(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -39,6 +40,12 @@ def is_index(value: Any, count: int = 1 << 31) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < count
 
 
+def is_seed(value: Any) -> bool:
+    """Returns whether value is an int or a NumPy integer (not a bool) in [0, 2**64)."""
+    integer = isinstance(value, Integral) and not isinstance(value, bool)
+    return integer and is_index(int(value), 1 << 64)
+
+
 def number(text: str, contains: Callable[[float], bool]) -> Rule:
     """Returns the rule of the finite numbers that `contains` accepts and `text` describes."""
     return Rule(f"{{}} must {text}, got {{!r}}", lambda x: is_number(x) and contains(x))
@@ -55,6 +62,9 @@ POSITIVE = number("be a positive number", lambda x: x > 0)
 AT_LEAST_0 = number("be a number of at least 0", lambda x: x >= 0)
 AT_LEAST_1 = number("be a number of at least 1", lambda x: x >= 1)
 SHARE = number("lie in (0, 1]", lambda x: 0 < x <= 1)
+SWITCH = Rule("{} must be true or false, got {!r}", lambda x: isinstance(x, bool))
+TOKEN = Rule("{} must be a token id, got {!r}", is_index)
+SEED = Rule("{} must be an integer in [0, 2**64), got {!r:.40}", is_seed)
 
 
 def size(name: str, value: Any) -> None:

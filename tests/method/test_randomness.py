@@ -164,10 +164,15 @@ def test_all_bits_of_a_seed_count():
             lambda: engine.prefill(**wrong._asdict()),  # noqa: B023
             lambda: engine.ask(cache, [question], seeds=[seed]),  # noqa: B023
             lambda: likelihood.answer_log_likelihood(
-                engine.model, prompt, [3], seed=seed  # noqa: B023
+                engine.model,
+                prompt,
+                [3],
+                seed=seed,  # noqa: B023
             ),
         ):
-            with pytest.raises(ConfigError, match=r"^seed must be an integer in \[0, 2\*\*64\), got"):
+            with pytest.raises(
+                ConfigError, match=r"^seed must be an integer in \[0, 2\*\*64\), got"
+            ):
                 call()
     for call in (engine.answer_batch, plain.answer_batch):
         with pytest.raises(ConfigError, match="^request 1: seed must be"):

@@ -21,6 +21,7 @@ from pdllm_jax.network.config import (
     SHARE,
     SIZE,
     SWITCH,
+    TOKEN,
     is_index,
     one_of,
     require,
@@ -224,7 +225,7 @@ class DecodeConfig:
     remasking: which predictions are kept: the most confident ones, by the token's probability
       ("low_confidence"), by the lead of the best token over the second ("margin", p1 - p2) or by
       exp(-entropy) of the prediction ("entropy"); or random ones ("random"). Or a function
-      (logits [T, V], tokens [T], key) -> log confidence [T], finite.
+      (logits [T, V], tokens [T], PRNG keys [T]) -> log confidence [T], finite.
     threshold: unmask every slot with at least this confidence, and always the best one.
     factor: Fast-dLLM's factor rule (arXiv 2505.22618); excludes threshold.
     unmask: a custom rule that replaces steps, threshold and factor: a function (log confidence [G],
@@ -233,6 +234,12 @@ class DecodeConfig:
       traced and static under jit: hashable, and the same object for the same rule, or every call
       compiles anew. A snapshot cannot hold them.
     guidance: classifier-free guidance scale; needs recompute "response" and no context cache.
+    logits_eos_inf: EOS is never predicted. Of LLaDA's published evaluation, as the next one.
+    confidence_eos_eot_inf: slots where EOS or EOT is predicted are unmasked last, under every rule.
+      The confidence of others is computed without the two. (With temperature, the published code
+      leaves EOS out of this, and `remasking` "random" all of it.)
+    eot_token_id: EOT of confidence_eos_eot_inf; LLaDA's is 126348. None: the token that ends a turn
+      in the tokenizer of the `Engine`. EOS is the model's.
     stop_ids: tokens (EOS, EOT) that end the text: a request is done with the block in which one of
       them appears, and the slots behind that block become EOS. One that fills a slot of an earlier
       block, which was left masked, does not end the request. None by default, as published.
@@ -248,6 +255,9 @@ class DecodeConfig:
     threshold: float | None = None
     factor: float | None = None
     guidance: float = 0.0
+    logits_eos_inf: bool = False
+    confidence_eos_eot_inf: bool = False
+    eot_token_id: int | None = None
     stop_ids: tuple[int, ...] = ()
     recompute: Recompute = "block"
     unmask: Unmask | None = None
@@ -255,7 +265,12 @@ class DecodeConfig:
     def __post_init__(self) -> None:
         rules = dict.fromkeys(("gen_length", "block_length", "steps"), SIZE)
         rules |= {"temperature": AT_LEAST_0, "threshold": SHARE, "factor": POSITIVE}
-        rules |= {"guidance": AT_LEAST_0, "recompute": one_of(get_args(Recompute))}
+        rules |= dict.fromkeys(("logits_eos_inf", "confidence_eos_eot_inf"), SWITCH)
+        rules |= {
+            "eot_token_id": TOKEN,
+            "guidance": AT_LEAST_0,
+            "recompute": one_of(get_args(Recompute)),
+        }
         if not callable(self.remasking):
             validate(self, {"remasking": one_of(CONFIDENCES)})
             object.__setattr__(self, "remasking", CONFIDENCES[self.remasking]())

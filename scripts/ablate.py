@@ -32,7 +32,7 @@ from experiments.grids import GRIDS, MEASUREMENTS, Cell, all_cells, setting
 from experiments.records import Records, read_json, write_json
 from experiments.runner import run, run_processes, start
 
-from pdllm_jax.cli.errors import Parser, status
+from pdllm_jax.cli.errors import Parser, seed, status
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES, QUICK_EXAMPLES = 352, 4  # 352: 88 of each task, 32 at each of 11 depths
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     add("--examples", type=int, help=counts)
     settings = "settings of all cells, where their grid does not vary them: chunk_size=1024"
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help=settings)
-    add("--first", type=int, default=100_000, help="seed of the first example")
+    add("--first", type=seed, default=100_000, help="seed of the first example")
     dtypes = ("bfloat16", "float16", "float32")
     add("--dtype", choices=dtypes, help="float32 on CPUs, else bfloat16")
     add("--implementation", choices=("mosaic_gpu", "cudnn", "xla"))

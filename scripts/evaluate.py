@@ -38,7 +38,7 @@ from experiments.runner import run
 
 from convert.__main__ import converted
 from pdllm_jax import ChunkConfig, Engine, SelectionConfig, Tokenizer, load_config, load_model
-from pdllm_jax.cli.errors import Parser, leave, status
+from pdllm_jax.cli.errors import Parser, leave, seed, status
 from pdllm_jax.cli.flags import DTYPES, add_chunking, add_placement, from_args, mesh_of
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.method.scorers import SCORERS
@@ -73,7 +73,7 @@ def common() -> argparse.ArgumentParser:
     add_chunking(p)
     scorers = [name for name in SCORERS if name != "oracle"]
     add("--score", choices=scorers, default=SelectionConfig().scorer.name)
-    add("--seed", type=int, default=0)
+    add("--seed", type=seed, default=0)
     add_placement(p)
     return p
 
@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--tasks", nargs="+", metavar="TASK")
     add["generated"]("--tasks", nargs="+", choices=generated.NAMES, default=generated.NAMES)
     add["generated"]("--examples", type=int, default=500, help="of a cell (default: %(default)s)")
-    add["generated"]("--first", type=int, default=100_000, help="seed of the first example")
+    add["generated"]("--first", type=seed, default=100_000, help="seed of the first example")
     add["longbench"]("--config", type=Path, help="folder of dataset2prompt.json")
     add["infinitebench"]("--templates", type=Path, metavar="F", help="JSON: prompts by task")
     text = "published version of prompts and metrics (default: %(default)s)"

@@ -37,7 +37,7 @@ import numpy as np
 
 from convert import convert
 from pdllm_jax import load_document, load_model, save_document
-from pdllm_jax.cli.errors import Parser, status
+from pdllm_jax.cli.errors import Parser, seed, status
 from pdllm_jax.storage.fingerprint import model_identity
 from tests.support import convert_sources as sources
 from tests.support import workers
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("kills", type=int, metavar="N", help="kills of each kind")
     p.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=seed, default=0)
     args = p.parse_args(argv)
     return status(lambda: campaign(args))
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # small_model
 
-from pdllm_jax.cli.errors import status
+from pdllm_jax.cli.errors import seed, status
 
 
 def train(args: argparse.Namespace, started: float) -> None:
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     option("--adapter", type=Path, help="adapter file of rank 48 to start from")
     option("--learning-rate", type=float, default=1e-3)
     option("--warmup", type=int, default=100, help="steps")
-    option("--seed", type=int, default=0)
+    option("--seed", type=seed, default=0)
     option("--workers", type=int, default=4, help="processes that make batches")
     option("--limit", type=float, default=math.inf, help="seconds of this command")
     option("--eval-examples", type=int, default=64, help="for each task and stage")

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from pdllm_jax.network.config import SEED
+
 # Flags that lower the memory.
 _LOWER = ("encode_batch", "top_k", "chunk_size", "gen_length")
 
@@ -19,6 +21,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
+
+
+def seed(text: str) -> int:
+    """Returns a flag's seed, checked before anything is loaded."""
+    value = int(text)
+    if not SEED.allows(value):
+        raise argparse.ArgumentTypeError(SEED.message.format("seed", value))
+    return value
 
 
 def status(call: Callable[[], int | None], args: argparse.Namespace | None = None) -> int:

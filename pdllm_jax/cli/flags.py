@@ -8,12 +8,13 @@ import inspect
 import json
 import math
 import types
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from jax.sharding import Mesh
 
+from pdllm_jax.cli.errors import seed
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.method.cache_methods import Method, cache_method
 from pdllm_jax.method.encodings import ENCODINGS, Bridge
@@ -28,12 +29,13 @@ Settings = TypeVar("Settings")
 # Fields with another flag's name, and fields without a flag, which other flags decide.
 NAMES = {"share": "bridge_share", "tokens": "bridge_tokens"}
 DERIVED = ("draft_steps", "stop_ids", "unmask")
+
 CHOICES = {
     "scorer": ("leave-one-out", *SCORERS),
     "encoding": tuple(ENCODINGS),
     "remasking": tuple(CONFIDENCES),
 }
-METAVARS = {int: "N", float: "X", Path: "PATH"}
+METAVARS = {int: "N", seed: "N", float: "X", Path: "PATH"}
 # What --help says of each flag; a default is added where the text has none.
 HELP = {
     "context-file": "the document, UTF-8 text",
@@ -46,7 +48,7 @@ HELP = {
     "check-nan": "compute the answer again, layer by layer, to find NaN or infinity",
     "json": "print one JSON object",
     "stream": "print blocks as they are finished",
-    "seed": "of all randomness",
+    "seed": "of all randomness, from 0 to 2**64 - 1",
     "memory-limit": "GB; refuse a request that takes more (default: what the device gives)",
     "implementation": "attention over chosen chunks (default: mosaic_gpu on Hopper GPUs, else xla)",
     "dtype": "of weights and activations (default: the checkpoint's)",
@@ -61,6 +63,9 @@ HELP = {
     "threshold": "unmask every slot at least this probable",
     "factor": "Fast-dLLM's factor rule",
     "guidance": "classifier-free guidance, for method plain",
+    "logits-eos-inf": "never predict EOS, as LLaDA's published evaluation can",
+    "confidence-eos-eot-inf": "unmask slots that predict EOS or EOT last, as published",
+    "eot-token-id": "EOT of --confidence-eos-eot-inf (default: the tokenizer's)",
     "recompute": "rows recomputed in a step of method prefilling",
     "early-stop": "end with the block in which the text ends",
     "chunk-size": "tokens of a chunk, its anchor included",
@@ -89,7 +94,7 @@ HELP = {
 }
 
 
-def add(parser: Any, name: str, kind: type = str, **options: Any) -> None:
+def add(parser: Any, name: str, kind: Callable[[str], Any] = str, **options: Any) -> None:
     """Adds a flag of HELP: a switch for `bool`, otherwise an option of this type."""
     text = HELP[name]
     if kind is bool:
@@ -206,7 +211,7 @@ def add_request(parser: argparse.ArgumentParser, *, answers: bool) -> None:
         add(parser, "check-nan", bool)
         add_output(parser)
     add_settings(parser)
-    add(parser, "seed", int, default=0)
+    add(parser, "seed", seed, default=0)
     add(parser, "memory-limit", float)
     add_placement(parser)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from pallas_kernels import Implementation, require_device, resolve_implementation
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
@@ -90,6 +91,10 @@ class Engine:
 
     def __post_init__(self) -> None:
         self._method.decode_config(self.decoding)  # checks method and guidance
+        decoding, (_, *eot) = self.decoding, self.tokenizer.stop_ids if self.tokenizer else (None,)
+        if decoding.confidence_eos_eot_inf and decoding.eot_token_id is None and eot:
+            decoding = dataclasses.replace(decoding, eot_token_id=eot[-1])
+            object.__setattr__(self, "decoding", decoding)
         check_bos_id(self.bos_id, *self._vocabulary)
 
     def answer(
@@ -133,10 +138,8 @@ class Engine:
         if self._method.uses_chunks:
             return self._run(self._prepare(given), on_block)
         prompts = map_named("request", self._baseline_prompt, given)
-        return [
-            self._baseline(i, prompt, request.seed, on_block)
-            for i, (prompt, request) in enumerate(zip(prompts, given, strict=True))
-        ]
+        keys = request_keys([request.seed for request in given], len(given))
+        return [self._baseline(i, x, keys[i : i + 1], on_block) for i, x in enumerate(prompts)]
 
     def encode(self, context: Text, *, prefix: TokenIds | None = None) -> ChunkCache:
         """Encodes a document for `ask`, independently of any question.
@@ -194,7 +197,8 @@ class Engine:
         given = list(zip(questions, [None] * count if oracle is None else oracle, strict=True))
         ids, named = zip(*map_named("question", read, given), strict=True)
         prompt = question_prompt(document, ids, size)
-        keys, table = request_keys(seeds or [0] * count, size), stack_ids(named, size)
+        keys = request_keys([0] * count if seeds is None else seeds, size, "question")
+        table = stack_ids(named, size)
         request = PreparedRequest(prompt, self.selection, keys, count, document, table)
         return self._run(request, on_block)
 
@@ -356,14 +360,14 @@ class Engine:
         return prompt
 
     def _baseline(
-        self, number: int, prompt: np.ndarray, seed: int, on_block: OnBlock | None
+        self, number: int, prompt: np.ndarray, keys: Array, on_block: OnBlock | None
     ) -> Answer:
         config, timer, numbered = self._method.decode_config(self.decoding), Timer(), None
         if on_block is not None:
             numbered = lambda _, block, tokens: on_block(number, block, tokens)  # noqa: E731
         with timer.phase("decode"):
             ids = jnp.asarray(pad_to(prompt, bucket(prompt.size, 8))[None])
-            length, keys = jnp.asarray([prompt.size], jnp.int32), request_keys([seed], 1)
+            length = jnp.asarray([prompt.size], jnp.int32)
             state = init_denoise(self.model, None, None, ids, config, keys, query_length=length)
             state = denoise_blocks(self.model, None, state, numbered, config=config)
         paths = used_paths(self.model, config.block_length)

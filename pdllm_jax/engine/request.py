@@ -24,11 +24,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import Implementation
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
+from pdllm_jax.engine.inputs import map_named
 from pdllm_jax.method.cache import ChunkCache, ChunkPool, DenoiseState
 from pdllm_jax.method.chunking import ChunkedPrompt, TokenIds, bucket_rows, chunk_prompt, pad_to
 from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import prefill, prefill_top_k
-from pdllm_jax.method.sampling import random_key
+from pdllm_jax.method.randomness import random_key
 from pdllm_jax.method.scorers import AllScorer, OracleScorer
 from pdllm_jax.method.scoring import draft_response, score_chunks
 from pdllm_jax.method.selection import EMPTY_SLOT, Selection, select
@@ -175,8 +176,7 @@ def select_chunks(
     with timer.phase("draft"):
         draft = jax.block_until_ready(draft_response(model, prompt, config.scoring()))
     with timer.phase("score"):
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(request.keys)
-        inputs: dict[str, Any] = {"draft": draft, "key": keys, "oracle": request.oracle}
+        inputs: dict[str, Any] = {"draft": draft, "key": request.keys, "oracle": request.oracle}
         streaming = cache is None and config.streams(documents=len(request.counts))
         passing = config.for_prefill(streaming=streaming)
         if streaming:
@@ -295,10 +295,14 @@ def trimmed(selection: Selection) -> Selection:
     return jax.tree.map(lambda x: x[..., : max(1, int(kept.max()))], selection)
 
 
-def request_keys(seeds: Sequence[int], size: int) -> Array:
-    """PRNG keys of a batch, [size]: each from its own seed, independent of its place."""
-    padded = [*seeds, *[0] * (size - len(seeds))]
-    return jnp.stack([jax.random.fold_in(random_key(seed), 0) for seed in padded])
+def request_keys(seeds: Sequence[int], size: int, kind: str = "request") -> Array:
+    """PRNG keys of a batch, [size]: each from its own seed, independent of its place.
+
+    Raises:
+      ConfigError: a seed is not an integer in [0, 2**64); of several, its `kind` and number.
+    """
+    keys = map_named(kind, random_key, seeds)
+    return jnp.stack([*keys, *[random_key(0)] * (size - len(keys))])
 
 
 def document_prompt(

@@ -58,6 +58,7 @@ from pdllm_jax.method.likelihood import (
     answer_log_likelihood_kept,
     keep_context,
 )
+from pdllm_jax.method.randomness import random_key
 from pdllm_jax.network.config import ConfigError, require
 from pdllm_jax.storage.checkpoint import load_config, load_model
 from pdllm_jax.tokenizer import Tokenizer
@@ -128,6 +129,7 @@ class PrefillingLM(LM):
         self.gen_length, self.max_gen_toks = gen_length, max_gen_toks
         self.max_length, self.block_length = max_length, block_length
         bos, self.seed = settings.pop("bos", None), int(seed)
+        random_key(self.seed)  # refuses a wrong one before the checkpoint is read
         self.document, self.is_check_greedy = document, is_check_greedy
         chunking = ChunkConfig(**_take(settings, CHUNKING))
         self.decoding, cache = _take(settings, DECODING), cache_method(method)
@@ -369,7 +371,10 @@ class PrefillingLM(LM):
         if self._kept is None or self._kept[0] != parts:
             ids = self.engine.token_ids(Request(**parts._asdict()))
             prompt = chunk_prompt(*ids, self.engine.chunking, bos_id=self.tokenizer.bos_id)
-            self._kept = parts, keep_context(self.model, prompt, self.engine.selection)
+            self._kept = (
+                parts,
+                keep_context(self.model, prompt, self.engine.selection, seed=self.seed),
+            )
         return self._kept[1]
 
     def loglikelihood_rolling(

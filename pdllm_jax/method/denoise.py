@@ -35,6 +35,7 @@ from pdllm_jax.method.cache import (
     dynamic_updates,
 )
 from pdllm_jax.method.live_forward import Context, live_forward, query_rows
+from pdllm_jax.method.randomness import Use, derive
 from pdllm_jax.method.reselect import reselect_due
 from pdllm_jax.method.sampling import predict, transfer
 from pdllm_jax.network.sharding import constrain
@@ -70,7 +71,7 @@ class _Step:
         # A predicted mask token leaves its slot masked. As published, an evaluation of all rows may
         # unmask such slots of earlier blocks.
         self.behind = (slot < first) & self.wide[:, None]
-        self.keys = jax.vmap(jax.random.fold_in)(state.keys, state.evaluations)
+        self.keys = derive(state.keys, Use.EVALUATION, state.evaluations)
         placement = state.placement.only(self.active)
         self.context = Context(pool, placement, state.live, implementation)
 
@@ -87,9 +88,15 @@ class _Step:
     def predict(self, logits: Array, first: Array) -> tuple[Array, Array]:
         """Returns tokens and confidences of the slots from `first` on."""
         config, tokens = self.config, self.state.tokens
+        eos, eot = self.model.config.eos_token_id, config.eot_token_id
+        rule = functools.partial(
+            predict,
+            never=(eos,) if config.logits_eos_inf else (),
+            last=(eos, eot) if config.confidence_eos_eot_inf and eot is not None else (),
+        )
         predicted, confidence = jax.vmap(
-            lambda x, key: predict(x, config.remasking, config.temperature, key)
-        )(logits, self.keys)
+            lambda x, key, slot: rule(x, config.remasking, config.temperature, key, slot)
+        )(logits, self.keys, first)
         confidences = jnp.full(tokens.shape, -jnp.inf)
         confidences = dynamic_updates(confidences, first, confidence)
         return dynamic_updates(tokens, first, predicted), confidences

@@ -16,9 +16,10 @@ from pdllm_jax.method.chunking import count_ids
 from pdllm_jax.method.encodings import EncodeRequest, Encoding
 from pdllm_jax.method.encodings.base import slot_ids
 from pdllm_jax.method.live_forward import Context, query_rows
+from pdllm_jax.method.randomness import Use, derive
 from pdllm_jax.method.selection import Selection
 from pdllm_jax.method.token_selection import keep_tokens
-from pdllm_jax.network.config import ConfigError
+from pdllm_jax.network.config import ConfigError, require
 from pdllm_jax.network.sharding import constrain
 from pdllm_jax.network.transformer import MaskPredictor
 
@@ -115,7 +116,7 @@ def init_denoise(
         requests or one for each.
       query_ids: padded with -1, or with any ids behind query_length where that is given.
       config: lengths and sampling rule.
-      key: PRNG key; request b uses fold_in(key, b). Or a key for each request, [B].
+      key: PRNG key, from which each request derives its own. Or a key for each request, [B].
       encoding: what the chunks' KV is computed from (see `SelectionConfig`). By default
         "independent" where the cache has their KV, else "joint".
       settings: of encoding, positions and kept tokens, instead of `encoding`.
@@ -123,7 +124,7 @@ def init_denoise(
 
     Raises:
       ValueError: the encoding needs a pool and the cache has none; cache without selection;
-        guidance with a cache; both encoding and settings.
+        guidance with a cache; no EOT for confidence_eos_eot_inf; both encoding and settings.
     """
     query_ids = jnp.asarray(query_ids, jnp.int32)
     batch, q_rows = query_ids.shape
@@ -135,6 +136,10 @@ def init_denoise(
         raise ValueError("settings names an encoding already: give one of the two")
     if cache is not None and config.guidance > 0:
         raise ConfigError("guidance is implemented for generation without a document's cache")
+    if config.confidence_eos_eot_inf:
+        words, eot = model.config.vocab_size, config.eot_token_id
+        message = f"confidence_eos_eot_inf needs eot_token_id, inside the vocabulary of {words}"
+        require(eot is not None and eot < words, f"{message}, got {eot}")
     mask_id = model.config.mask_token_id
     zeros = jnp.zeros((batch,), jnp.int32)
     none = jnp.zeros((batch, 0), jnp.int32)
@@ -155,7 +160,7 @@ def init_denoise(
         stale=jnp.ones((batch,), bool),
         evaluations=zeros,
         rescored=zeros,
-        keys=key if key.ndim else jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(batch)),
+        keys=key if key.ndim else derive(key, Use.REQUEST, jnp.arange(batch)),
     )
     prefix_rows = 0 if cache is None else cache.prefix_ids.shape[-1]
     if config.recompute != "response" or prefix_rows:

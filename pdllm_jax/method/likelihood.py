@@ -37,7 +37,8 @@ from pdllm_jax.method.encoding import encode_chosen
 from pdllm_jax.method.encodings import Bridge, EncodeRequest
 from pdllm_jax.method.live_forward import Context, QueryRows, live_forward
 from pdllm_jax.method.prefill import prefill
-from pdllm_jax.method.sampling import log_probability, random_key
+from pdllm_jax.method.randomness import Use, derive, random_key
+from pdllm_jax.method.sampling import log_probability
 from pdllm_jax.method.scorers import OracleScorer
 from pdllm_jax.method.scoring import draft_response
 from pdllm_jax.method.selection import Selection, select
@@ -51,10 +52,11 @@ def answer_samples(
     key: Array, length: Int[Array, ""], n: int, rows: int
 ) -> tuple[Bool[Array, "n A"], Int[Array, "n"]]:
     """Draws n masks over the first `length` of `rows` places; returns them and their counts."""
-    first, order = jax.random.split(key)
+    first, orders = derive(key, Use.MASK_COUNTS), derive(key, Use.MASKS, jnp.arange(n))
     steps = jnp.round(jnp.arange(n) * (length / n)).astype(jnp.int32)
     counts = (jax.random.randint(first, (), 0, length) + steps) % length + 1
-    noise = jnp.where(jnp.arange(rows) < length, jax.random.uniform(order, (n, rows)), 2.0)
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (rows,)))(orders)
+    noise = jnp.where(jnp.arange(rows) < length, noise, 2.0)
     rank = jnp.argsort(jnp.argsort(noise, axis=-1), axis=-1)
     return rank < counts[:, None], counts
 
@@ -213,12 +215,15 @@ def answer_log_likelihood(
 
 
 def keep_context(
-    model: MaskPredictor, prompt: ChunkedPrompt, config: SelectionConfig
+    model: MaskPredictor, prompt: ChunkedPrompt, config: SelectionConfig, *, seed: int = 0
 ) -> KeptContext:
     """Scores the chunks of one document for its question and keeps the best, before any answer.
 
+    Args:
+      seed: of the scorer "random": the chunks that a request with this seed keeps.
+
     Raises:
-      ConfigError: settings that the likelihood is not implemented for.
+      ConfigError: settings that the likelihood is not implemented for; a wrong seed.
     """
     if config.keep_tokens is not None or isinstance(config.encoding, Bridge) or config.reselects:
         raise ConfigError(
@@ -229,7 +234,7 @@ def keep_context(
     config = config.for_document(prompt.n_chunks)
     passing = dataclasses.replace(config.scoring(), encoding=config.encoding)
     draft = draft_response(model, prompt, passing)
-    cache, scores = prefill(model, prompt, passing, draft=draft, key=jax.random.key(0))
+    cache, scores = prefill(model, prompt, passing, draft=draft, key=random_key(seed)[None])
     return KeptContext(cache, select(scores, config), config)
 
 

@@ -20,7 +20,7 @@ from pdllm_jax.method.cache import ChunkCache, ChunkPool, init_pool, write_chunk
 from pdllm_jax.method.chunking import ChunkedPrompt
 from pdllm_jax.method.scorers.base import Draft, QueryCopies, ScoreRequest
 from pdllm_jax.method.scorers.copies import for_groups
-from pdllm_jax.method.scoring import run_scorer
+from pdllm_jax.method.scoring import run_scorer, scoring_keys
 from pdllm_jax.method.selection import EMPTY_SLOT, Selection, ranking, select
 from pdllm_jax.network.rope import Rotation, rotate, rotation
 from pdllm_jax.network.sharding import attention, constrain, whole_groups
@@ -59,7 +59,8 @@ def prefill(
     pooling = config.needs_pool if keep_pool is None else keep_pool
     pooling |= config.scorer.needs_pool and not config.scorer.in_pass
     keeps_prefix = pooling or config.encoding.keeps_prefix
-    run = _Pass.of(model, prompt, config, keeps_prefix, draft=draft, keys=key, oracle=oracle)
+    inputs = {"draft": draft, "keys": scoring_keys(key), "oracle": oracle}
+    run = _Pass.of(model, prompt, config, keeps_prefix, **inputs)
     pool, scores = None, jnp.full(prompt.chunks.shape[:2], -jnp.inf, jnp.float32)
     if pooling or run.copies is not None:
         pool, scores, _ = run.encode(scores, pooling)
@@ -114,7 +115,8 @@ def prefill_top_k(
         raise ValueError("re-selection reads all chunks' KV: the document cannot be streamed")
     if prompt.chunks.shape[0] > 1:
         raise ValueError(f"one document is streamed at a time, got {prompt.chunks.shape[0]}")
-    run = _Pass.of(model, prompt, config, True, draft=draft, keys=key, oracle=oracle)
+    inputs = {"draft": draft, "keys": scoring_keys(key), "oracle": oracle}
+    run = _Pass.of(model, prompt, config, True, **inputs)
     scores = jnp.full(prompt.chunks.shape[:2], -jnp.inf, jnp.float32)
     if run.copies is None:
         scores = run_scorer(config.scorer, model, run.cache(None, False), run.request)

@@ -1,11 +1,11 @@
 """The sampling rule of a denoising step: what masked slots predict, and which of them are unmasked.
 
 A confidence rule ranks the predictions: a function (logits [T, V] float32, predicted tokens [T],
-PRNG key) -> log confidence [T], finite. An unmasking rule takes slots: a function (log confidence
-[G], -inf where a slot is not a candidate; evaluations made in the block, int32) -> bool [G]. Both
-are static under jit, so they must be hashable. Sources: LLaDA (arXiv 2502.09992: low-confidence and
-random remasking, schedule), Dream (arXiv 2508.15487: margin, entropy), Fast-dLLM (arXiv 2505.22618:
-threshold, factor).
+PRNG keys [T], one for each slot) -> log confidence [T], finite. An unmasking rule takes slots: a
+function (log confidence [G], -inf where a slot is not a candidate; evaluations made in the block,
+int32) -> bool [G]. Both are static under jit, so they must be hashable. Sources: LLaDA (arXiv
+2502.09992: low-confidence and random remasking, schedule), Dream (arXiv 2508.15487: margin,
+entropy), Fast-dLLM (arXiv 2505.22618: threshold, factor).
 """
 
 from __future__ import annotations
@@ -16,42 +16,61 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.common import row_sum
+from pdllm_jax.method.randomness import Use, derive
 
 Confidence = Callable[[Array, Array, Array], Array]
 Unmask = Callable[[Array, Array], Array]
+Ids = tuple[int, ...]
 
 _LEAST = -1e30  # finite: -inf means that a slot is not a candidate
 
 
 def predict(
-    logits: Float[Array, "T V"], confidence: Confidence, temperature: float, key: Array
+    logits: Float[Array, "T V"],
+    confidence: Confidence,
+    temperature: float,
+    key: Array,
+    first: Int[Array, ""] | int = 0,
+    *,
+    never: Ids = (),
+    last: Ids = (),
 ) -> tuple[Int[Array, "T"], Float[Array, "T"]]:
     """Returns the predicted token of each row and its log confidence, finite.
 
-    temperature: samples by the Gumbel trick; the confidence comes from the unscaled logits.
+    Args:
+      temperature: samples by the Gumbel trick; the confidence comes from the unscaled logits.
+      key: of the request's evaluation. What a slot draws depends on it and on the slot alone.
+      first: slot of the first row.
+      never: tokens that are not predicted: their logit is -inf.
+      last: tokens whose slots have the least confidence. The confidence of other tokens is computed
+        without them, as published.
     """
-    noise_key, order_key = jax.random.split(key)
-    scores = logits
+    slots = first + jnp.arange(logits.shape[0])
+    logits = scores = _without(logits.astype(jnp.float32), never)
     if temperature > 0:
-        scores = logits + temperature * jax.random.gumbel(noise_key, logits.shape)
+
+        def noise(key: Array) -> Array:
+            # Mode "low" ends at 16: tokens less probable than about 1e-7 would not be drawn.
+            return jax.random.gumbel(key, logits.shape[1:], jnp.float32, mode="high")
+
+        scores = logits + temperature * jax.vmap(noise)(derive(key, Use.NOISE, slots))
     tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    return tokens, confidence(logits, tokens, order_key)
+    values = confidence(_without(logits, last), tokens, derive(key, Use.ORDER, slots))
+    if last:
+        values = jnp.where(jnp.isin(tokens, jnp.array(last)), _LEAST, values)
+    return tokens, values
+
+
+def _without(logits: Float[Array, "T V"], ids: Ids) -> Float[Array, "T V"]:
+    return logits.at[:, jnp.array(ids)].set(-jnp.inf) if ids else logits
 
 
 def transfer(confidence: Float[Array, "G"], step: Int[Array, ""], rule: Unmask) -> Bool[Array, "G"]:
     """Returns the slots to unmask: of the rule's, those that are candidates."""
     return rule(confidence, step) & (confidence > -jnp.inf)
-
-
-def random_key(seed: int) -> Array:
-    """`jax.random.key`; ValueError unless the seed is a signed 64-bit integer."""
-    if not isinstance(seed, int | np.integer) or not -(1 << 63) <= seed < 1 << 63:
-        raise ValueError(f"seed must be a signed 64-bit integer, got {seed!r:.40}")
-    return jax.random.key(seed)
 
 
 def log_probability(
@@ -77,7 +96,7 @@ class LowConfidence:
 
     name: ClassVar[str] = "low_confidence"
 
-    def __call__(self, logits: Array, tokens: Array, key: Array) -> Array:
+    def __call__(self, logits: Array, tokens: Array, keys: Array) -> Array:
         return log_probability(logits, tokens)
 
 
@@ -87,7 +106,7 @@ class Margin:
 
     name: ClassVar[str] = "margin"
 
-    def __call__(self, logits: Array, tokens: Array, key: Array) -> Array:
+    def __call__(self, logits: Array, tokens: Array, keys: Array) -> Array:
         (first, second), (best, _) = (jnp.moveaxis(x, -1, 0) for x in jax.lax.top_k(logits, 2))
         lead = jnp.log(-jnp.expm1(second - first))
         return jnp.maximum(log_probability(logits, best) + lead, _LEAST)
@@ -102,7 +121,7 @@ class Entropy:
 
     name: ClassVar[str] = "entropy"
 
-    def __call__(self, logits: Array, tokens: Array, key: Array) -> Array:
+    def __call__(self, logits: Array, tokens: Array, keys: Array) -> Array:
         top = log_probability(logits, jnp.argmax(logits, axis=-1))
         behind = logits.max(axis=-1, keepdims=True) - logits
         terms = jnp.exp(top[..., None] - behind) * behind
@@ -115,8 +134,8 @@ class Random:
 
     name: ClassVar[str] = "random"
 
-    def __call__(self, logits: Array, tokens: Array, key: Array) -> Array:
-        return jnp.log(jax.random.uniform(key, tokens.shape, minval=1e-9))
+    def __call__(self, logits: Array, tokens: Array, keys: Array) -> Array:
+        return jnp.log(jax.vmap(lambda key: jax.random.uniform(key, minval=1e-9))(keys))
 
 
 CONFIDENCES: dict[str, Any] = {rule.name: rule for rule in (LowConfidence, Margin, Entropy, Random)}

@@ -12,6 +12,7 @@ from pallas_kernels import Implementation
 from pdllm_jax.config import SelectionConfig
 from pdllm_jax.method.cache import ChunkCache
 from pdllm_jax.method.chunking import ChunkedPrompt, count_ids
+from pdllm_jax.method.randomness import Use, derive
 from pdllm_jax.method.scorers import Draft, Question, Scorer, ScoreRequest
 from pdllm_jax.network.sharding import constrain
 from pdllm_jax.network.transformer import MaskPredictor
@@ -80,12 +81,17 @@ def score_chunks(
         Question(*prefix, query_ids, jnp.asarray(query_length, jnp.int32)),
         cache.lengths[document] > 0,
         draft=draft,
-        keys=key,
+        keys=scoring_keys(key),
         oracle=oracle,
         encode_batch=config.encode_batch,
         implementation=implementation,
     )
     return run_scorer(config.scorer, model, cache, request)
+
+
+def scoring_keys(key: Array | None) -> Array | None:
+    """Returns what a scorer may draw from, derived from a request's key."""
+    return None if key is None else derive(key, Use.SCORES)
 
 
 def check_scorable(cache: ChunkCache) -> None:

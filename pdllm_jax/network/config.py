@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -57,6 +58,12 @@ def is_index(value: Any, count: int = 1 << 31) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < count
 
 
+def is_seed(value: Any) -> bool:
+    """Returns whether value is an int or a NumPy integer (not a bool) in [0, 2**64)."""
+    integer = isinstance(value, Integral) and not isinstance(value, bool)
+    return integer and is_index(int(value), 1 << 64)
+
+
 def number(least: float) -> Rule:
     """Returns the rule of the numbers from `least` to LARGEST."""
     text = f"{{}} must be a number from {least:g} to {LARGEST:g}, got {{!r}}"
@@ -75,6 +82,8 @@ COUNT = Rule("{} must be an integer from 0 to 2**31 - 1, got {!r}", is_index)
 POSITIVE, AT_LEAST_0, AT_LEAST_1 = number(1 / LARGEST), number(0), number(1)
 SHARE = Rule("{} must lie in (0, 1], got {!r}", lambda x: is_number(x) and 0 < x <= 1)
 SWITCH = Rule("{} must be true or false, got {!r}", lambda x: isinstance(x, bool))
+TOKEN = Rule("{} must be a token id, got {!r}", is_index)
+SEED = Rule("{} must be an integer in [0, 2**64), got {!r:.40}", is_seed)
 
 
 def size(name: str, value: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from pdllm_jax import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.method.cache_methods import Method
-from pdllm_jax.network.config import exact_share
+from pdllm_jax.network.config import SEED, exact_share, validate
 from small_model.tasks import TASKS
 
 # Baselines without a selection: the whole prompt, recomputed as the method's name says.
@@ -73,6 +73,7 @@ class Cell:
             if not got or not set(got) <= set(allowed):
                 got = ", ".join(got) or "none"
                 raise ValueError(f"{name} must be of {', '.join(allowed)}, got {got}")
+        validate(self, {"seed": SEED})
         self.chunk_config(), self.selection_config(), self.decode_config()
 
     def depth(self, index: int) -> float | None:

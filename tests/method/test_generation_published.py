@@ -40,8 +40,10 @@ class Pair:
 
     def published(self, method: str, config: DecodeConfig) -> tuple[np.ndarray, list[int]]:
         """Responses [B, G] and evaluations, one prompt at a time."""
-        names = ("gen_length", "block_length", "threshold", "factor")
+        names = ["gen_length", "block_length", "threshold", "factor"]
+        names += ["logits_eos_inf", "confidence_eos_eot_inf"]
         settings = {name: getattr(config, name) for name in names}
+        settings |= {"eos_id": self.config["eos_token_id"], "eot_id": config.eot_token_id}
         settings["steps"] = config.steps_per_block * config.n_blocks
         settings["mask_id"] = self.config["mask_token_id"]
         if config.guidance:
@@ -144,6 +146,33 @@ def test_guidance(pair, guidance):
 
 
 @METHODS
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"logits_eos_inf": True},
+        {"confidence_eos_eot_inf": True},
+        {"confidence_eos_eot_inf": True, "logits_eos_inf": True},
+    ],
+    ids=lambda change: "+".join(change),
+)
+def test_eos_and_eot_as_in_the_published_evaluation(method, change):
+    """Of a network that often predicts the two."""
+    eos, eot = checkpoints.tiny_config()["eos_token_id"], 77
+
+    def favour_the_end(tensors, _: int) -> None:
+        tensors["model.transformer.ff_out.weight"][[eos, eot]] *= 1.8
+
+    pair = Pair(seed=1, change=favour_the_end)
+    settings = {"gen_length": 24, "block_length": 8, "steps": 12, "eot_token_id": eot}
+    if method != "plain":
+        settings |= {"steps": None, "threshold": 0.6}
+    without, _ = pair.published(method, DecodeConfig(recompute=RECOMPUTE[method], **settings))
+    assert {eos, eot} <= set(without.flatten().tolist())
+    tokens = pair.check(method, **settings, **change)
+    assert not np.array_equal(tokens, without)
+    assert (eos in tokens) == ("logits_eos_inf" not in change)
+
+
 def test_generate_ids(pair, method):
     """The public entry on the same network: prefix, context and query together are the prompt."""
     config = DecodeConfig(gen_length=12, block_length=6, steps=8)

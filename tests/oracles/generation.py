@@ -154,12 +154,19 @@ class Generated:
         mask_id: int,
         threshold: float | None = None,
         factor: float | None = None,
+        logits_eos_inf: bool = False,
+        confidence_eos_eot_inf: bool = False,
+        eos_id: int = 126081,
+        eot_id: int = 126348,
     ) -> None:
         assert gen_length % block_length == 0
         n_blocks = gen_length // block_length
         assert steps % n_blocks == 0
         self.rule = Rule(steps // n_blocks, threshold, factor)
         self.mask_id, self.evaluations = mask_id, 0
+        # LLaDA's evaluation code: logits that are -inf for the prediction, and for its confidence.
+        self.never = [eos_id] if logits_eos_inf else []
+        self.unsure = [eos_id, eot_id] if confidence_eos_eot_inf else []
         masks = torch.full((prompt.shape[0], gen_length), mask_id)
         self.tokens = torch.cat((prompt, masks), dim=1)
         starts = range(prompt.shape[1], self.tokens.shape[1], block_length)
@@ -176,7 +183,10 @@ class Generated:
         """
         candidates = self.is_masked(first, first + logits.shape[1])
         candidates[:, stop - first :] = False
+        logits = logits.clone()
+        logits[..., self.never] = -torch.inf
         prediction = logits.argmax(-1)
+        logits[..., self.unsure] = -torch.inf
         probabilities = F.softmax(logits.double(), dim=-1)
         confidence = probabilities.gather(-1, prediction[..., None])[..., 0]
         for b in range(len(due)):

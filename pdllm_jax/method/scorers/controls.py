@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pdllm_jax.method.cache import ChunkCache
+from pdllm_jax.method.randomness import Use, derive
 from pdllm_jax.method.scorers.base import Scorer, ScoreRequest, Scores
 from pdllm_jax.network.transformer import MaskPredictor
 
@@ -61,7 +62,7 @@ class RandomScorer(FirstScorer):
             raise ValueError("scorer 'random' needs a key")
 
         def draw(key: Array) -> Array:
-            return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(chunk)
+            return jax.vmap(jax.random.uniform)(derive(key, Use.CHUNK, chunk))
 
         return jax.vmap(draw)(jnp.broadcast_to(request.keys, request.wanted.shape[:1]))
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from convert.mapping import tree
 from pdllm_jax.storage.arrays import quiet_orbax
-from pdllm_jax.storage.manifest import CheckpointError, errors_as
+from pdllm_jax.storage.manifest import CheckpointError, errors_as, listed
 
 # Larger arrays are cut, so that several threads write and read them; only an embedding is larger.
 CHUNK_BYTES = 128 << 20
@@ -96,7 +96,7 @@ def sizes(params: Path, paths: Iterable[str]) -> dict[str, int]:
     with quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
         arrays = _flat(checkpointer.metadata(params).item_metadata.tree)
     if absent := [path for path in paths if path not in arrays]:
-        raise CheckpointError(f"{params} lacks {', '.join(absent)}")
+        raise CheckpointError(f"{params} lacks {listed(absent)}")
     return {path: math.prod(arrays[path].shape) * arrays[path].dtype.itemsize for path in paths}
 
 

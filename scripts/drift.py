@@ -33,6 +33,7 @@ from pdllm_jax import (
 from pdllm_jax.cli.errors import Parser, status
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.method.cache_methods import cache_method
+from pdllm_jax.text_files import read_text
 
 
 @jax.jit
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     enable_compilation_cache()
     folder = converted(args.checkpoint)
     tokenizer = Tokenizer.load(folder, load_config(folder))
-    text = tokenizer.encode(args.text.read_text(encoding="utf-8"))
+    text = tokenizer.encode(read_text(args.text))
     prefix, query = tokenizer.around_document(args.question)
     models = [load_model(folder, dtype=dtype) for dtype in ("float32", "bfloat16")]
     config = DecodeConfig(gen_length=args.gen_length, block_length=min(32, args.gen_length))

@@ -18,14 +18,19 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pdllm_jax.downloads import check_download
+from pdllm_jax.text_files import read_text
+
 MANIFEST = "manifest.json"
 # Stays in a processor's cache.
 _READ_BYTES = 256 << 10
+# Problems that a message spells out.
+_LISTED = 10
 
 
 class CheckpointError(ValueError):
@@ -47,6 +52,13 @@ def reason(error: BaseException) -> str:
     """Returns the first line of an error's message, without TensorStore's dump of its settings."""
     line = next(iter(str(error).splitlines()), "") or repr(error)
     return line.partition(" [tensorstore_spec=")[0]
+
+
+def listed(entries: Sequence[str], separator: str = ", ") -> str:
+    """Joins the first 10 entries, each cut to 300 characters, and counts the others."""
+    rest = len(entries) - _LISTED
+    shown = [f"{entry:.300}" for entry in entries[:_LISTED]]
+    return separator.join([*shown, f"and {rest} more"] if rest > 0 else shown)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,11 +161,16 @@ def read_json(path: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         counts = collections.Counter(name for name, _ in pairs)
         if repeated := [repr(name) for name, count in counts.items() if count > 1]:
-            raise CheckpointError(f"{path} repeats the key {', '.join(repeated)}")
+            raise CheckpointError(f"{path} repeats the key {listed(repeated)}")
         return dict(pairs)
 
+    try:
+        check_download(path)
+        text = read_text(path)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(str(error)) from None
     with errors_as(CheckpointError, f"{path} is not valid JSON"):
-        result = json.loads(path.read_text("utf-8"), object_pairs_hook=unique)
+        result = json.loads(text, object_pairs_hook=unique)
     if not isinstance(result, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
     return result

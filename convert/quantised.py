@@ -32,6 +32,7 @@ _NAMES = {
     "MXFP4": r"\w+_blocks",
 }
 _PATTERNS = {scheme: re.compile(rf"(?:.*\.)?(?:{end})") for scheme, end in _NAMES.items()}
+_FLOATS = re.compile(r"(?:F|float)([468])(?:_.*)?")
 _INTEGERS = re.compile(r"[IU]\d+|u?int\d+|BOOL|bool")
 _ADVICE = "only bfloat16, float16 and float32 convert: take the checkpoint that it was made from"
 
@@ -64,10 +65,8 @@ def refuse_quantised_tensors(source: Source) -> None:
         if name.endswith(".qweight") and scales is not None:
             # AWQ packs rows of outputs, GPTQ columns of inputs.
             _refuse(source, "GPTQ" if tensor.shape[-1:] == scales.shape[-1:] else "AWQ", tensor)
-        if tensor.dtype.lower().startswith(("f8", "float8")):
-            _refuse(source, "FP8", tensor)
-        if tensor.dtype.lower().startswith(("f4", "f6", "float4", "float6")):
-            _refuse(source, tensor.dtype, tensor)
+        if bits := _FLOATS.fullmatch(tensor.dtype):
+            _refuse(source, f"FP{bits[1]}", tensor)
     for name, tensor in tensors.items():
         if _INTEGERS.fullmatch(tensor.dtype) and name.endswith((".weight", ".qweight")):
             scaled = f"{name}_scale" in tensors

@@ -250,7 +250,7 @@ def _load_safetensors(path: Path, name: str) -> NDArray[Any]:
 
 
 def _list_bin(path: Path) -> dict[str, tuple[Sequence[int], str]]:
-    problem = f"{path} is truncated (an incomplete download), corrupt, or of PyTorch before 1.6"
+    problem = f"{path} is an incomplete download, corrupt, or in PyTorch's format from before 1.6"
     with errors_as(CheckpointError, problem), zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()  # PyTorch does not compare the checksums
     if damaged is not None:

@@ -24,6 +24,7 @@ from convert import converted as convert_cached
 from convert.convert import OutputDtype, Progress, convert
 from convert.export import reverse
 from pdllm_jax.cli.errors import Parser, status
+from pdllm_jax.network.config import listed
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -94,8 +95,8 @@ def _run(options: argparse.Namespace) -> None:
     )
     for note in report.notes:
         print(note)
-    for name in report.ignored:
-        print(f"left out: {name}")
+    if report.ignored:
+        print(f"left out: {listed(report.ignored)}")
 
 
 def converted(path: str | Path) -> Path:

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from convert.folders import check_links, snapshot_folder
 from convert.names import layout, module_name
 from convert.sources import WEIGHT_FILES, Source, SourceTensor, open_files
-from pdllm_jax.network.config import SIZE, is_number
+from pdllm_jax.network.config import SIZE, is_number, listed
 from pdllm_jax.storage.checkpoint import DTYPES
-from pdllm_jax.storage.manifest import CheckpointError, errors_as, listed, read_json
+from pdllm_jax.storage.manifest import CheckpointError, errors_as, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")

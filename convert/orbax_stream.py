@@ -21,8 +21,9 @@ import orbax.checkpoint as ocp
 from numpy.typing import NDArray
 
 from convert.mapping import tree
+from pdllm_jax.network.config import listed
 from pdllm_jax.storage.arrays import quiet_orbax
-from pdllm_jax.storage.manifest import CheckpointError, errors_as, listed
+from pdllm_jax.storage.manifest import CheckpointError, errors_as
 
 # Larger arrays are cut, so that several threads write and read them; only an embedding is larger.
 CHUNK_BYTES = 128 << 20

@@ -13,6 +13,9 @@ from typing import Any, Literal, NamedTuple, get_args
 from pdllm_jax.downloads import check_download
 from pdllm_jax.text_files import read_text
 
+# Problems that a message spells out.
+_LISTED = 10
+
 
 class ConfigError(ValueError):
     """A setting that is malformed, contradicts another one or is not implemented."""
@@ -29,6 +32,14 @@ def require(condition: bool, message: str) -> None:
     """Raises ConfigError with the message unless the condition holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def listed(entries: Iterable[str], separator: str = ", ") -> str:
+    """Joins the first 10 entries, each cut to 300 characters, and counts the others."""
+    entries = list(entries)
+    shown = [f"{entry:.300}" for entry in entries[:_LISTED]]
+    rest = len(entries) - len(shown)
+    return separator.join([*shown, f"and {rest} more"] if rest else shown)
 
 
 def is_number(value: Any) -> bool:
@@ -125,7 +136,7 @@ class RopeScaling:
             del values["partial_rotary_factor"]
         original = values.pop("original_max_position_embeddings", None) or max_sequence_length
         unknown = sorted(values.keys() - {"factor", "attention_factor", "beta_fast", "beta_slow"})
-        require(not unknown, f"rope_scaling keys not implemented: {', '.join(map(repr, unknown))}")
+        require(not unknown, f"rope_scaling keys not implemented: {listed(map(repr, unknown))}")
         if kind in (None, "default"):
             return None
         original = _whole(original)
@@ -265,7 +276,7 @@ class ModelConfig:
         raw = _modern(raw)
         refused = [key for key, allowed in _FIXED.items() if key in raw and raw[key] not in allowed]
         refused += [key for key, value in raw.items() if _changes(key, value, raw)]
-        stated = ", ".join(f"{key!s:.80}={raw[key]!r:.200}" for key in refused[:10])
+        stated = listed(f"{key!s:.80}={raw[key]!r:.200}" for key in refused)
         require(not refused, f"config.json asks for what is not implemented: {stated}")
         names = [field.name for field in dataclasses.fields(cls)]
         values = {name: raw[name] for name in names if name in raw}

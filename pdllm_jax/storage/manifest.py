@@ -18,19 +18,18 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from pdllm_jax.downloads import check_download
+from pdllm_jax.network.config import listed
 from pdllm_jax.text_files import read_text
 
 MANIFEST = "manifest.json"
 # Stays in a processor's cache.
 _READ_BYTES = 256 << 10
-# Problems that a message spells out.
-_LISTED = 10
 
 
 class CheckpointError(ValueError):
@@ -52,13 +51,6 @@ def reason(error: BaseException) -> str:
     """Returns the first line of an error's message, without TensorStore's dump of its settings."""
     line = next(iter(str(error).splitlines()), "") or repr(error)
     return line.partition(" [tensorstore_spec=")[0]
-
-
-def listed(entries: Sequence[str], separator: str = ", ") -> str:
-    """Joins the first 10 entries, each cut to 300 characters, and counts the others."""
-    rest = len(entries) - _LISTED
-    shown = [f"{entry:.300}" for entry in entries[:_LISTED]]
-    return separator.join([*shown, f"and {rest} more"] if rest > 0 else shown)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Converts a PyTorch LLaDA checkpoint to Orbax, or back.
 
-    pdllm-convert SRC DST [--dtype keep|bfloat16|float32] [--verify] [--overwrite]
+    pdllm-convert SRC DST [--dtype keep|bfloat16|float32] [--adapter FOLDER] [--follow-links]
+                  [--verify] [--overwrite]
     pdllm-convert --reverse SRC DST [--shard-size GB] [--verify] [--overwrite]
     scripts/convert_checkpoint.py ...    the same, from a clone
 
@@ -23,6 +24,7 @@ from convert import converted as convert_cached
 from convert.convert import OutputDtype, Progress, convert
 from convert.export import reverse
 from pdllm_jax.cli.errors import Parser, status
+from pdllm_jax.network.config import listed
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -33,6 +35,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("destination", metavar="DST", help="folder to make")
     helped = "of the weights in DST (default: keep)"
     add("--dtype", choices=get_args(OutputDtype), default="keep", help=helped)
+    helped = "LoRA adapter of peft, merged into the weights"
+    add("--adapter", metavar="FOLDER", type=Path, help=helped)
+    helped = "read files that symbolic links place outside of SRC or FOLDER"
+    add("--follow-links", action="store_true", help=helped)
     helped = "read DST again and compare it with SRC bit by bit"
     add("--verify", action="store_true", help=helped)
     add("--overwrite", action="store_true", help="replace DST if it exists")
@@ -43,6 +49,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.reverse and options.dtype != "keep":
         parser.error("--reverse keeps the dtypes: --dtype cannot be given with it")
+    if options.reverse and (options.adapter or options.follow_links):
+        parser.error("--adapter and --follow-links cannot be given with --reverse")
     if not 0 < options.shard_size < 1e6:
         parser.error(f"--shard-size must be a positive number of GB, got {options.shard_size}")
     return options
@@ -74,7 +82,8 @@ def _run(options: argparse.Namespace) -> None:
     if options.reverse:
         run = functools.partial(reverse, shard_bytes=int(options.shard_size * 1e9))
     else:
-        run = functools.partial(convert, dtype=options.dtype)
+        given = {"dtype": options.dtype, "adapter": options.adapter}
+        run = functools.partial(convert, **given, follow_links=options.follow_links)
     common = {"verify": options.verify, "overwrite": options.overwrite}
     with _bars() as progress:
         report = run(options.source, options.destination, progress=progress, **common)
@@ -84,8 +93,10 @@ def _run(options: argparse.Namespace) -> None:
         f"{options.destination}: {report.tensors} tensors, {report.nbytes / 1e9:.2f} GB, "
         f"{report.dtype}{verified}, {seconds:.1f} s"
     )
-    for name in report.ignored:
-        print(f"left out: {name}")
+    for note in report.notes:
+        print(note)
+    if report.ignored:
+        print(f"left out: {listed(report.ignored)}")
 
 
 def converted(path: str | Path) -> Path:

@@ -19,9 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert import orbax_stream
+from convert.adapter import check_adapter_files, merge, refuse_unmerged
+from convert.folders import check_links, snapshot_folder
 from convert.mapping import EMBEDDING, LM_HEAD, Target, targets
+from convert.quantised import refuse_quantised, refuse_quantised_tensors
 from convert.sources import BLOCK, SAFETENSORS_INDEX, Source, SourceTensor, match, open_source
 from pdllm_jax.compilation import cache_folder
+from pdllm_jax.downloads import TOKENIZER_FILES, read_clean
 from pdllm_jax.network.config import ConfigError, ModelConfig
 from pdllm_jax.storage.atomic import AtomicFolder
 from pdllm_jax.storage.checkpoint import CHECKPOINT, CONFIG, PARAMS
@@ -32,12 +36,8 @@ OutputDtype = Literal["keep", "bfloat16", "float32"]
 Progress = Callable[[str, int, int], None]
 
 # Files that travel along with the weights, so that the result is complete; never code.
-_NAMES = """
-tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt
-merges.txt tokenizer.model spiece.model chat_template.jinja chat_template.json
-generation_config.json LICENSE LICENSE.md LICENSE.txt NOTICE
-"""
-_COMPANIONS = frozenset(_NAMES.split())
+_READ = (CONFIG, "generation_config.json", *TOKENIZER_FILES)
+_LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 # The manifest of format version 1.
 _OLD_MANIFEST = "pdllm.json"
 # Arrays that are compared at a time.
@@ -52,6 +52,7 @@ class Report:
       nbytes: of the parameters written.
       dtype: of the model; where tensors differ, float32.
       ignored: tensors of the source that were left out.
+      notes: what else was done: a prefix that was replaced, an adapter that was merged.
     """
 
     destination: Path
@@ -59,6 +60,7 @@ class Report:
     nbytes: int
     dtype: str
     ignored: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def convert(
@@ -66,6 +68,8 @@ def convert(
     destination: str | Path,
     *,
     dtype: OutputDtype = "keep",
+    adapter: str | Path | None = None,
+    follow_links: bool = False,
     verify: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -73,8 +77,11 @@ def convert(
     """Converts a PyTorch LLaDA checkpoint to a folder that `pdllm_jax.load_model` reads.
 
     Args:
-      source: folder with config.json and safetensors or .bin files in bfloat16, float16 or float32.
+      source: folder with config.json and safetensors or .bin files in bfloat16, float16 or float32;
+        or the root of its Hugging Face cache.
       dtype: "keep" copies every tensor's bits; the others cast all, rounding to nearest even.
+      adapter: folder of a LoRA adapter of peft, merged in float32 and rounded once.
+      follow_links: reads files that symbolic links place outside of the folder.
       verify: reads the result back and compares it bit by bit before it gets its name.
       overwrite: replaces a checkpoint at `destination`.
 
@@ -83,18 +90,30 @@ def convert(
         or the disk is full. Nothing is left behind.
       ConfigError: config.json describes an architecture that is not implemented.
     """
-    folder = Path(source)
+    folder = snapshot_folder(Path(source))
     if dtype not in get_args(OutputDtype):
         allowed = ", ".join(get_args(OutputDtype))
         raise CheckpointError(f"dtype must be one of {allowed}, got {dtype!r}")
     output = output_folder(folder, destination, overwrite)
-    opened = open_source(folder)
+    added = None if adapter is None else Path(adapter)
+    check_adapter_files(folder, added)
+    check_links(folder, (*_READ, *_LICENCES), follow_links)
+    if (folder / CONFIG).exists():
+        refuse_quantised(read_json(folder / CONFIG), folder)
+    opened = open_source(folder, follow_links=follow_links)
+    refuse_quantised_tensors(opened)
+    refuse_unmerged(opened)
     try:
         config = ModelConfig.from_dict(read_json(folder / CONFIG))
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG}: {error}") from None
     wanted = _match(opened, config)
-    chosen = {row.path: opened.tensors[name] for name, row in wanted.items()}
+    tensors = {name: opened.tensors[name] for name in wanted}
+    notes = [opened.note] if opened.note else []
+    if added is not None:
+        tensors, note = merge(added, tensors, follow_links=follow_links)
+        notes.append(note)
+    chosen = {row.path: tensors[name] for name, row in wanted.items()}
     dtypes = {p: tensor.dtype if dtype == "keep" else dtype for p, tensor in chosen.items()}
     report = count(progress, sum(tensor.nbytes for tensor in chosen.values()))
 
@@ -119,7 +138,7 @@ def convert(
             compare(partial / PARAMS, chosen, report)
         write_manifest(partial, CHECKPOINT, {"dtype": model_dtype})
     ignored = tuple(sorted(opened.tensors.keys() - wanted.keys()))
-    return Report(output.destination, len(leaves), nbytes, model_dtype, ignored)
+    return Report(output.destination, len(leaves), nbytes, model_dtype, ignored, tuple(notes))
 
 
 def converted(
@@ -140,7 +159,7 @@ def converted(
     Raises:
       CheckpointError, ConfigError: as `convert`.
     """
-    source = Path(path)
+    source = snapshot_folder(Path(path))
     if not source.is_dir():
         raise CheckpointError(f"{source} is not a directory")
     if (source / MANIFEST).is_file():
@@ -148,7 +167,7 @@ def converted(
     real = os.path.realpath(source)
     digest = hashlib.sha256(f"{CHECKPOINT.version} {real}".encode())
     for file in sorted(source.iterdir()):
-        stat = file.stat()
+        stat = file.stat() if file.exists() else file.lstat()
         digest.update(f"\0{file.name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
     folder = (cache or cache_folder()) / "converted"
     target = folder / f"{Path(real).name}-{digest.hexdigest()[:16]}"
@@ -222,15 +241,28 @@ def _is_checkpoint(names: set[str]) -> bool:
     return (
         CONFIG in names
         and bool(names & marks)
-        and names <= marks | {CONFIG, PARAMS, SAFETENSORS_INDEX} | _COMPANIONS
+        and names <= marks | {PARAMS, SAFETENSORS_INDEX, *_READ, *_LICENCES}
     )
 
 
 def copy_companions(source: Path, destination: Path) -> None:
-    """Copies config.json, the tokenizer's files and licences."""
-    for name in (CONFIG, *_COMPANIONS):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, destination / name)
+    """Copies config.json, the tokenizer's files and licences; byte order marks are dropped.
+
+    Raises:
+      CheckpointError: a file holds something else, as after an unfinished download.
+    """
+    for name in (*_READ, *_LICENCES):
+        path = source / name
+        if not path.is_file():
+            continue
+        if name in _LICENCES:
+            shutil.copyfile(path, destination / name)
+            continue
+        try:
+            content = read_clean(path)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+        (destination / name).write_bytes(content)
 
 
 def _match(source: Source, config: ModelConfig) -> dict[str, Target]:

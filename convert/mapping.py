@@ -24,7 +24,10 @@ _LAYER = (
     ("up_proj", "up_proj", "FM"),
     ("ff_out", "down_proj", "MF"),
 )
-EMBEDDING, LM_HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
+LAYER_NAMES = tuple(source for source, _, _ in _LAYER)
+# Before the names of all tensors.
+NETWORK = "model.transformer."
+EMBEDDING, LM_HEAD = f"{NETWORK}wte.weight", f"{NETWORK}ff_out.weight"
 # Rotary frequencies, which some tools store as a buffer: they follow from config.json.
 IGNORED = re.compile(r"(?:.+\.)?rotary_emb\.inv_freq")
 
@@ -56,7 +59,7 @@ def targets(config: ModelConfig) -> dict[str, Target]:
     if not config.weight_tying:
         rows.append(("ff_out", "lm_head", "EM"))
     result = [
-        Target(f"model.transformer.{name}.weight", f"{path}.weight", tuple(sizes[x] for x in axes))
+        Target(f"{NETWORK}{name}.weight", f"{path}.weight", tuple(sizes[x] for x in axes))
         for name, path, axes in rows
     ]
     return {target.source: target for target in result}

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from numpy.typing import NDArray
 
 from convert.mapping import tree
+from pdllm_jax.network.config import listed
 from pdllm_jax.storage.arrays import quiet_orbax
 from pdllm_jax.storage.manifest import CheckpointError, errors_as
 
@@ -96,7 +97,7 @@ def sizes(params: Path, paths: Iterable[str]) -> dict[str, int]:
     with quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
         arrays = _flat(checkpointer.metadata(params).item_metadata.tree)
     if absent := [path for path in paths if path not in arrays]:
-        raise CheckpointError(f"{params} lacks {', '.join(absent)}")
+        raise CheckpointError(f"{params} lacks {listed(absent)}")
     return {path: math.prod(arrays[path].shape) * arrays[path].dtype.itemsize for path in paths}
 
 

@@ -8,6 +8,7 @@ from the folder is ever executed: safetensors holds no code, and PyTorch reads w
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import zipfile
@@ -20,14 +21,27 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from convert.folders import check_links, missing, no_weights
 from convert.mapping import IGNORED, Target
+from convert.names import rename
+from pdllm_jax.downloads import TOKENIZER_FILES, check_download
+from pdllm_jax.network.config import listed
 from pdllm_jax.storage.checkpoint import CONFIG, DTYPES
-from pdllm_jax.storage.manifest import MANIFEST, CheckpointError, errors_as, read_json
+from pdllm_jax.storage.manifest import (
+    MANIFEST,
+    CheckpointError,
+    errors_as,
+    read_json,
+    reason,
+)
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN = "pytorch_model.bin"
 BIN_INDEX = "pytorch_model.bin.index.json"
+WEIGHT_FILES = (SAFETENSORS_INDEX, SAFETENSORS, BIN_INDEX, BIN)
+# The safetensors library's limit of a header; no file has more bytes than the other.
+_HEADER, _LARGEST = 100_000_000, 1 << 41
 # Elements that are checked and cast at a time; 2 to 4 MB, which stay in the cache.
 BLOCK = 1 << 20
 
@@ -64,7 +78,7 @@ class SourceTensor:
           CheckpointError: names a value that is NaN, infinite or too large for the dtype.
         """
         source = self.load().reshape(-1)
-        result = source if dtype == self.dtype else np.empty(source.size, dtype)
+        result = source if dtype == source.dtype.name else np.empty(source.size, dtype)
         for start in range(0, source.size, BLOCK):
             part = source[start : start + BLOCK]
             self._check(part, start, "is NaN or infinite")
@@ -88,35 +102,43 @@ class Source:
     """A PyTorch checkpoint whose tensors have not been read.
 
     Args:
-      tensors: by name.
+      tensors: by their published names.
       problems: contradictions between index and files, one line each.
+      note: about the prefix of all names, where it is not the published one.
     """
 
     folder: Path
     tensors: Mapping[str, SourceTensor]
     problems: tuple[str, ...]
+    note: str = ""
 
 
-def open_source(folder: Path) -> Source:
+def open_source(folder: Path, *, follow_links: bool = False) -> Source:
     """Lists the tensors of a PyTorch checkpoint.
+
+    Args:
+      follow_links: reads files that symbolic links place outside of the folder.
 
     Raises:
       CheckpointError: the folder holds no weights, or a file cannot be read.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a directory")
+        is_file = folder.is_file()
+        problem = "is a file: give the folder that holds it" if is_file else "is not a directory"
+        raise CheckpointError(f"{folder} {problem}")
+    check_links(folder, (CONFIG, *TOKENIZER_FILES, *WEIGHT_FILES), follow_links)
     for index, single in ((SAFETENSORS_INDEX, SAFETENSORS), (BIN_INDEX, BIN)):
         if (folder / index).exists():
-            return _open_sharded(folder, index, single)
+            return _open_sharded(folder, index, single, follow_links)
         if (folder / single).exists():
-            return _open_files(folder, [single], None)
+            return open_files(folder, [single])
     if (folder / MANIFEST).exists():
         raise CheckpointError(f"{folder} is converted already (--reverse converts it back)")
     wanted = f"{SAFETENSORS}, {BIN} or the index of either"
-    raise CheckpointError(f"{folder} holds no weights: no {wanted}")
+    raise CheckpointError(f"{folder} {no_weights(folder, wanted)}")
 
 
-def _open_sharded(folder: Path, index: str, single: str) -> Source:
+def _open_sharded(folder: Path, index: str, single: str, follow_links: bool) -> Source:
     where = folder / index
     weight_map = read_json(where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -127,20 +149,25 @@ def _open_sharded(folder: Path, index: str, single: str) -> Source:
         if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
             raise CheckpointError(f"{where} names a file outside of the folder: {file!r}")
     files = sorted(set(weight_map.values()))
-    if absent := [repr(file) for file in files if not os.path.isfile(folder / file)]:
-        raise CheckpointError(f"{where} names absent files: {', '.join(absent):.999}")
+    check_links(folder, files, follow_links)
+    if absent := [file for file in files if not os.path.isfile(folder / file)]:
+        raise CheckpointError(f"{where} names absent files: {missing(folder, absent)}")
     if (folder / single).exists() and single not in files:
         raise CheckpointError(f"{folder} holds {single} and {index}, which does not name it")
-    return _open_files(folder, files, weight_map)
+    return open_files(folder, files, weight_map)
 
 
-def _open_files(folder: Path, files: list[str], weight_map: Mapping[str, str] | None) -> Source:
+def open_files(
+    folder: Path, files: list[str], weight_map: Mapping[str, str] | None = None
+) -> Source:
+    """Lists the tensors of some files of a folder, and compares them with their index."""
     tensors: dict[str, SourceTensor] = {}
     holders: dict[str, list[str]] = {}
     for file in files:
         path = folder / file
         if not path.is_file():  # a pipe would never answer
             raise CheckpointError(f"{path} is not a regular file")
+        _check_file(path)
         rows = _list_bin(path) if _is_bin(path) else _list_safetensors(path)
         for position, (name, (shape, dtype)) in enumerate(rows.items()):
             tensors[name] = SourceTensor(name, tuple(shape), dtype, path, (file, position))
@@ -157,7 +184,28 @@ def _open_files(folder: Path, files: list[str], weight_map: Mapping[str, str] | 
             for name, held in holders.items()
             if name not in weight_map and not IGNORED.fullmatch(name)
         ]
-    return Source(folder, tensors, tuple(problems))
+    names, note, problem = rename(tensors)
+    problems[:0] = [problem] if problem else []
+    renamed: dict[str, SourceTensor] = {}
+    for name, tensor in tensors.items():
+        if names[name] in renamed:
+            problems.append(f"{renamed[names[name]].name!r} and {name!r} are the same tensor")
+        renamed[names[name]] = tensor
+    return Source(folder, renamed, tuple(problems), note)
+
+
+def _check_file(path: Path) -> None:
+    """Raises CheckpointError for a file that is no file of weights, or not all of it."""
+    try:
+        check_download(path, weights=True)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(str(error)) from None
+    if path.with_name(f"{path.name}.aria2").exists():  # aria2 gives a file its size at once
+        raise CheckpointError(f"{path} is an incomplete download of aria2: finish it")
+    with path.open("rb") as file:
+        start = file.read(8)
+    if start[:4] == b"GGUF":
+        raise CheckpointError(f"{path} holds quantised weights in GGUF: only PyTorch's convert")
 
 
 def _is_bin(path: Path) -> bool:
@@ -165,11 +213,34 @@ def _is_bin(path: Path) -> bool:
 
 
 def _list_safetensors(path: Path) -> dict[str, tuple[Sequence[int], str]]:
-    problem = f"{path} is truncated or corrupt"
-    with errors_as(CheckpointError, problem), safe_open(path, "numpy") as file:
-        rows = [(name, file.get_slice(name)) for name in file.offset_keys()]
-        forms = {name: (row.get_shape(), row.get_dtype()) for name, row in rows}
+    try:
+        with safe_open(path, "numpy") as file:
+            rows = [(name, file.get_slice(name)) for name in file.offset_keys()]
+            forms = {name: (row.get_shape(), row.get_dtype()) for name, row in rows}
+    except Exception as error:
+        problem = _short(path) or f"is truncated or corrupt: {reason(error)}: download it again"
+        raise CheckpointError(f"{path} {problem}") from error
     return {k: (shape, _SAFETENSORS_DTYPES.get(x, x)) for k, (shape, x) in forms.items()}
+
+
+def _short(path: Path) -> str:
+    """Describes a file that is shorter than its header says; returns "" for another problem."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            wanted = 8 + length
+            if length > _HEADER:
+                return ""
+            if wanted <= size:
+                rows = json.loads(file.read(length))
+                rows.pop("__metadata__", None)
+                wanted += max(row["data_offsets"][1] for row in rows.values())
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError, AttributeError):
+        return ""
+    if not size < wanted < _LARGEST:
+        return ""
+    return f"is an incomplete download: {size} of {wanted} bytes: download it again"
 
 
 def _load_safetensors(path: Path, name: str) -> NDArray[Any]:
@@ -179,7 +250,7 @@ def _load_safetensors(path: Path, name: str) -> NDArray[Any]:
 
 
 def _list_bin(path: Path) -> dict[str, tuple[Sequence[int], str]]:
-    problem = f"{path} is truncated, corrupt, or in PyTorch's format from before 1.6"
+    problem = f"{path} is an incomplete download, corrupt, or in PyTorch's format from before 1.6"
     with errors_as(CheckpointError, problem), zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()  # PyTorch does not compare the checksums
     if damaged is not None:
@@ -235,4 +306,4 @@ def match(source: Source, required: Mapping[str, Target], allowed: Mapping[str, 
             problems.append(f"unsupported dtype of {name!r}: {dtypes}")
     if problems:
         count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
-        raise CheckpointError(f"{source.folder} has {count}: {'; '.join(problems)}")
+        raise CheckpointError(f"{source.folder} has {count}: {listed(problems, '; ')}")

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pdllm_jax.downloads import clean_tokenizer
 from pdllm_jax.network.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -105,13 +106,13 @@ class Tokenizer:
         """
         path = Path(folder) / "tokenizer.json"
         _require(path.is_file(), f"{path.name} is missing from the checkpoint: text needs it")
-        with _refusing("the tokenizer cannot be read"):
+        with _refusing("the tokenizer cannot be read"), clean_tokenizer(Path(folder)) as clean:
             import transformers  # takes seconds
 
-            content = path.read_bytes()
-            _check_template(path.with_name("tokenizer_config.json"))
+            content = (clean / path.name).read_bytes()
+            _check_template(clean / "tokenizer_config.json")
             loaded: Any = transformers.AutoTokenizer.from_pretrained(
-                str(folder),
+                str(clean),
                 config=transformers.PreTrainedConfig(),  # the model's type decides nothing
                 local_files_only=True,
                 trust_remote_code=False,

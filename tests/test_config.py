@@ -73,7 +73,7 @@ MALFORMED = {
 def test_malformed_file(tmp_path, kind):
     path = tmp_path / "config.json"
     path.write_bytes(MALFORMED[kind])
-    with pytest.raises(ConfigError, match=r"config\.json (is not valid JSON|must hold)") as error:
+    with pytest.raises(ConfigError, match=r"config\.json (is not|must hold|is empty)") as error:
         ModelConfig.from_file(path)
     assert "\n" not in str(error.value)
 
@@ -97,7 +97,6 @@ NOT_IMPLEMENTED = {
     "alibi": [True, "false"],
     "include_bias": [True, []],
     "clip_qkv": [8.0],
-    "rope_parameters": [{"rope_type": "yarn", "factor": 4.0, "rope_theta": 500000.0}],
     "block_group_size": [4],
 }
 
@@ -145,8 +144,7 @@ DEFAULTS = {
 @pytest.mark.parametrize(("key", "default"), DEFAULTS.items())
 def test_keys_with_a_default(key, default):
     assert getattr(ModelConfig.from_dict(without(key)), key) == default
-    if key not in ("weight_tying", "rms_norm_eps"):
-        assert getattr(read(**{key: None}), key) == default
+    assert getattr(read(**{key: None}), key) == default
 
 
 def test_the_size_of_the_mlp_is_needed_in_one_of_two_ways():
@@ -163,10 +161,10 @@ WRONG_VALUES = {
         "mask_token_id": [126464],
         "eos_token_id": [-1],
         "pad_token_id": ["x"],
-        "bos_token_id": [1.0],
+        "bos_token_id": [1.5],
         "rope_theta": [0, "10000", math.inf, 10**400],
-        "rms_norm_eps": [-1e-5, math.nan, None],
-        "weight_tying": ["yes", None],
+        "rms_norm_eps": [-1e-5, math.nan],
+        "weight_tying": ["yes"],
     },
     ChunkConfig: {"chunk_size": [0, -4, 10.0, True], "overlap": [-1, 0.5, True]},
     SelectionConfig: {

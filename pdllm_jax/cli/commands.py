@@ -30,6 +30,7 @@ from pdllm_jax.network.transformer import MaskPredictor
 from pdllm_jax.storage import snapshot
 from pdllm_jax.storage.checkpoint import load_config, load_model
 from pdllm_jax.storage.store import DocumentStore
+from pdllm_jax.text_files import read_text
 from pdllm_jax.tokenizer import Tokenizer
 
 Resolve = Callable[[Path], Path]
@@ -120,10 +121,7 @@ class Command:
             prefix, context, query = flags.read_prompt_ids(args.prompt_ids, args.method)
             return Request(context, query, prefix=prefix, **chosen)
         require(not question or args.question is not None, "--context-file needs --question")
-        try:
-            document = args.context_file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"{args.context_file} is not UTF-8 text") from None
+        document = read_text(args.context_file)
         require(bool(document.strip()), f"{args.context_file} is empty")
         require(not question or bool(args.question.strip()), "question is empty")
         return Request(document, args.question or "", **chosen)

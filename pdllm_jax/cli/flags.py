@@ -22,6 +22,7 @@ from pdllm_jax.method.sampling import CONFIDENCES
 from pdllm_jax.method.scorers import SCORERS, DraftScorer
 from pdllm_jax.network.config import require
 from pdllm_jax.network.sharding import make_mesh, parse_mesh
+from pdllm_jax.text_files import read_text
 
 DTYPES = {"keep": None, "float32": "float32", "bfloat16": "bfloat16"}
 Settings = TypeVar("Settings")
@@ -219,7 +220,7 @@ def add_request(parser: argparse.ArgumentParser, *, answers: bool) -> None:
 def read_prompt_ids(path: Path, method: str) -> tuple[list[int], list[int], list[int]]:
     """Reads (prefix, context, query) of a prompt file; a bare prompt is all query."""
     try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+        raw: Any = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     parts = ("prefix", "context", "query")

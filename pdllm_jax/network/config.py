@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from numbers import Integral
@@ -13,6 +14,11 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from pdllm_jax.downloads import check_download
+from pdllm_jax.text_files import read_text
+
+# Problems that a message spells out.
+_LISTED = 10
 # Of a setting's magnitude, so that its products with scores stay finite in float32.
 LARGEST = 1e30
 
@@ -46,6 +52,14 @@ def python_value(value: Any) -> Any:
 def exact_share(share: float, count: int) -> Fraction:
     """Returns share * count, the share as its decimal text says: 7 for 0.07 of 100."""
     return Fraction(str(share)) * count
+
+
+def listed(entries: Iterable[str], separator: str = ", ") -> str:
+    """Joins the first 10 entries, each cut to 300 characters, and counts the others."""
+    entries = list(entries)
+    shown = [f"{entry:.300}" for entry in entries[:_LISTED]]
+    rest = len(entries) - len(shown)
+    return separator.join([*shown, f"and {rest} more"] if rest else shown)
 
 
 def is_number(value: Any) -> bool:
@@ -147,15 +161,18 @@ class RopeScaling:
         Raises ConfigError for keys and values that are not implemented.
         """
         require(isinstance(raw, Mapping), f"rope_scaling must be an object, got {raw!r}")
-        kind = raw.get("rope_type", raw.get("type"))
-        if kind in (None, "default"):
-            return None
         values = {key: value for key, value in raw.items() if value is not None}
+        kind = values.get("rope_type", values.get("type"))
         for key in ("rope_type", "type", "rope_theta"):
             values.pop(key, None)
+        if values.get("partial_rotary_factor") == 1:
+            del values["partial_rotary_factor"]
         original = values.pop("original_max_position_embeddings", max_sequence_length)
         unknown = sorted(values.keys() - {"factor", "attention_factor", "beta_fast", "beta_slow"})
-        require(not unknown, f"rope_scaling keys not implemented: {', '.join(map(repr, unknown))}")
+        require(not unknown, f"rope_scaling keys not implemented: {listed(map(repr, unknown))}")
+        if kind in (None, "default"):
+            return None
+        original = _whole(original)
         require("factor" in values, "rope_scaling lacks factor")
         return cls(kind, original_max_position=original, **values)
 
@@ -176,14 +193,32 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(_ON, (True,)),
     **dict.fromkeys(_OFF, (False,)),
     "clip_qkv": (),
-    "rope_parameters": (),  # transformers' newer spelling of rope_theta and rope_scaling in one
 }
+# Names that transformers gives to sizes, beside LLaDA's or in their place.
+_ALIASES = {
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "mlp_hidden_size": "intermediate_size",
+}
+# Other keys that change what a model computes, by words in their names, and such that do not.
+_COMPUTES = re.compile(
+    r"softcap|multiplier|scal(?:e|ing|ar)|window|rotary|rope|norm|bias|expert|moe|sink|attention"
+    r"|attn|causal|head_dim|hidden_act|layer_types|parallel|logit"
+)
+_COMPUTES_NOT = re.compile(
+    r".*(?:dropout|init|implementation|output_|_eps$|flash|efficient|bidirectional).*"
+    r"|max_window_layers|alibi_bias_max|attention_layer_norm_with_affine|rope_theta|rope_scaling"
+    r"|num_attention_heads"
+)
 _SIZES = ["d_model", "n_layers", "n_heads", "mlp_hidden_size", "vocab_size", "max_sequence_length"]
 _IDS = ["mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id"]
 # Keys that config.json must have, and those whose default is the value of another key.
 _REQUIRED = [*_SIZES, "rope_theta", "mask_token_id", "eos_token_id"]
 _DEFAULTS = {
     "n_kv_heads": "n_heads",
+    "max_sequence_length": "max_position_embeddings",
     "embedding_size": "vocab_size",
     "eos_token_id": "pad_token_id",
     "pad_token_id": "eos_token_id",
@@ -275,12 +310,11 @@ class ModelConfig:
         Raises ConfigError that names every key whose value is not implemented, or the missing keys.
         """
         require(isinstance(raw, Mapping), "config.json must hold an object")
-        refused = [
-            f"{key}={raw[key]!r}"
-            for key, allowed in _FIXED.items()
-            if raw.get(key) is not None and raw[key] not in allowed
-        ]
-        require(not refused, f"config.json asks for what is not implemented: {', '.join(refused)}")
+        raw = _modern(raw)
+        refused = [key for key, allowed in _FIXED.items() if key in raw and raw[key] not in allowed]
+        refused += [key for key, value in raw.items() if _changes(key, value, raw)]
+        stated = listed(f"{key!s:.80}={raw[key]!r:.200}" for key in refused)
+        require(not refused, f"config.json asks for what is not implemented: {stated}")
         names = [field.name for field in dataclasses.fields(cls)]
         values = {name: raw[name] for name in names if name in raw}
         for key, source in _DEFAULTS.items():
@@ -308,7 +342,68 @@ class ModelConfig:
     def from_file(cls, path: str | Path) -> ModelConfig:
         """Reads config.json; raises OSError, and ConfigError for malformed or refused contents."""
         try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            check_download(Path(path))
+            text = read_text(Path(path))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        try:
+            raw = json.loads(text)
         except (ValueError, RecursionError) as error:  # numbers of too many digits: ValueError
             raise ConfigError(f"{Path(path).name} is not valid JSON: {error}") from None
         return cls.from_dict(raw)
+
+
+def _whole(value: Any) -> Any:
+    """Returns a float without a fraction as an int; every other value as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _modern(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config.json of any version of transformers in LLaDA's own spelling.
+
+    Drops null, reads 32.0 as 32 and other names of sizes, and takes rope_theta and rope_scaling
+    out of rope_parameters. Raises ConfigError for two statements that contradict each other.
+    """
+    values = {key: value for key, value in raw.items() if value is not None}
+    for key in [*_SIZES, "n_kv_heads", "embedding_size", *_IDS, *_ALIASES.values(), "head_dim"]:
+        if key in values:
+            values[key] = _whole(values[key])
+    for key, alias in _ALIASES.items():
+        if alias in values:
+            _set(values, key, alias, values[alias])
+    rope = values.pop("rope_parameters", None)
+    if rope is None:
+        return values
+    require(isinstance(rope, Mapping), f"rope_parameters must be an object, got {rope!r:.200}")
+    if any(isinstance(part, Mapping) for part in rope.values()):  # for each type of layer
+        only = set(rope) == {"full_attention"}
+        require(only, f"rope_parameters of other than full_attention: {sorted(rope)!r:.200}")
+        rope = rope["full_attention"]
+    rope = {key: value for key, value in rope.items() if value is not None}
+    if "rope_theta" in rope:
+        _set(values, "rope_theta", "rope_parameters' rope_theta", rope.pop("rope_theta"))
+    if rope:
+        _set(values, "rope_scaling", "rope_parameters", rope)
+    return values
+
+
+def _set(values: dict[str, Any], key: str, other: str, value: Any) -> None:
+    """Sets a key; raises ConfigError if it has another value already."""
+    stated = values.setdefault(key, value)
+    require(stated == value, f"{key} {stated!r:.200} is not {other} {value!r:.200}")
+
+
+def _changes(key: str, value: Any, raw: Mapping[str, Any]) -> bool:
+    """Returns whether a key that is not read changes what the model computes."""
+    if key == "layer_types" and isinstance(value, list):
+        return not set(map(str, value)) <= {"full_attention"}
+    if key == "head_dim":
+        sizes = (value, raw.get("d_model"), raw.get("n_heads"))
+        return not all(map(is_index, sizes)) or value * raw["n_heads"] != raw["d_model"]
+    if key == "hidden_act":
+        return bool(value != "silu")
+    if key == "sliding_window" and raw.get("use_sliding_window") is False:
+        return False
+    unread = _COMPUTES.search(key) is not None and _COMPUTES_NOT.fullmatch(key) is None
+    neutral = value is not True and value in (0, 1, [], {}, "")
+    return unread and not neutral and key not in _FIXED

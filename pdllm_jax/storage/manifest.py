@@ -23,6 +23,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pdllm_jax.downloads import check_download
+from pdllm_jax.network.config import listed
+from pdllm_jax.text_files import read_text
+
 MANIFEST = "manifest.json"
 # Stays in a processor's cache.
 _READ_BYTES = 256 << 10
@@ -149,11 +153,16 @@ def read_json(path: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         counts = collections.Counter(name for name, _ in pairs)
         if repeated := [repr(name) for name, count in counts.items() if count > 1]:
-            raise CheckpointError(f"{path} repeats the key {', '.join(repeated)}")
+            raise CheckpointError(f"{path} repeats the key {listed(repeated)}")
         return dict(pairs)
 
+    try:
+        check_download(path)
+        text = read_text(path)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(str(error)) from None
     with errors_as(CheckpointError, f"{path} is not valid JSON"):
-        result = json.loads(path.read_text("utf-8"), object_pairs_hook=unique)
+        result = json.loads(text, object_pairs_hook=unique)
     if not isinstance(result, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
     return result

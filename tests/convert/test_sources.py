@@ -128,7 +128,7 @@ MUTATIONS: list[tuple[Mutation, str]] = [
     (text("config.json", "[]"), "config.json does not hold a JSON object"),
     (text("config.json", "[" * 100_000), "config.json is not valid JSON"),
     (text("config.json", '{"d_model": 1, "d_model": 2}'), "config.json repeats the key 'd_model'"),
-    (text("config.json", b"\xff"), "config.json is not valid JSON"),
+    (text("config.json", b"\xff"), "config.json is not UTF-8 text: byte 0"),
     (config(include_bias=True), "include_bias=True"),
     (config(n_layers=10**12), "n_layers must be a positive integer below 2**31"),
     (config(n_layers=3), f"missing '{PREFIX}blocks.2.attn_norm.weight'"),
@@ -158,7 +158,8 @@ MUTATIONS: list[tuple[Mutation, str]] = [
     (pipe("config.json"), "config.json is not a regular file"),
     (pipe(FIRST), f"index.json names absent files: '{FIRST}'"),
     # safetensors
-    *((truncated(keep), f"{SECOND} is truncated or corrupt: ") for keep in (0, 5, 8, 100, -1)),
+    *((truncated(keep), f"{SECOND} is an incomplete download: ") for keep in (5, 8, 100, -1)),
+    (truncated(0), f"{SECOND} is empty, an incomplete download"),
     *((length(claimed), CORRUPT) for claimed in (2**63, 2**40, 200_000_000)),
     (field("data_offsets", [0, 10**15]), CORRUPT),
     (field("data_offsets", [-4, 0]), CORRUPT),
@@ -169,7 +170,7 @@ MUTATIONS: list[tuple[Mutation, str]] = [
     (field("dtype", "BF16"), CORRUPT),
     (field("dtype", "Q4"), CORRUPT),
     (header(lambda head, rows: rows[0].update(data_offsets=rows[1]["data_offsets"])), CORRUPT),
-    (header(lambda head, rows: rows[-1].update(data_offsets=[10**6, 10**6 + 96])), CORRUPT),
+    (header(lambda head, rows: rows[-1].update(data_offsets=[10**6, 10**6 + 96])), "incomplete"),
     (header(lambda head, rows: head.update(__metadata__={"format": 1})), CORRUPT),
     (raw_header(b"not json"), CORRUPT),
     (raw_header(b"\xff\xfe"), CORRUPT),
@@ -331,7 +332,7 @@ def test_truncated_bin(tmp_path: Path, keep: int) -> None:
     folder = write_bin(tmp_path / "source", torch_tensors())
     path = folder / "pytorch_model.bin"
     path.write_bytes(path.read_bytes()[:keep])
-    assert "pytorch_model.bin is truncated, corrupt" in refusal(folder, tmp_path)
+    assert "an incomplete download" in refusal(folder, tmp_path)
 
 
 def test_bin_in_the_old_format(tmp_path: Path) -> None:

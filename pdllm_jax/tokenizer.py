@@ -151,9 +151,15 @@ class Tokenizer:
         """Returns the ids of plain text, nothing added."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def encode_marked(self, text: str) -> Ids:
-        """Returns the ids of a filled-in template, in which special tokens count as such."""
-        return self._encode_pieces((text, True))
+    def encode_marked(self, text: str, plain: tuple[int, int] = (0, 0)) -> Ids:
+        """Returns the ids of a filled-in template, in which special tokens count as such.
+
+        plain: where the user's text lies in it, in which they do not.
+        """
+        first, last = plain
+        return self._encode_pieces(
+            (text[:first], True), (text[first:last], False), (text[last:], True)
+        )
 
     def _encode_pieces(self, *pieces: Piece) -> Ids:
         """Returns the ids of the joined text; pieces next to each other are tokenized together."""

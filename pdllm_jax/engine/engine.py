@@ -150,6 +150,15 @@ class Engine:
             for i, (prompt, request) in enumerate(zip(prompts, given, strict=True))
         ]
 
+    def check(self, requests: Sequence[Request | tuple[Text, Text]]) -> None:
+        """Raises what `answer_batch` would raise for these requests, and computes nothing."""
+        given = [Request(*request) for request in requests]
+        if self._method.uses_chunks:
+            self._require_memory(self._prepare(given))
+        else:
+            map_named("request", self._baseline_prompt, given)
+            request_keys([request.seed for request in given], len(given))
+
     def encode(self, context: Text, *, prefix: TokenIds | None = None) -> ChunkCache:
         """Encodes a document for `ask`, independently of any question.
 
@@ -265,9 +274,12 @@ class Engine:
 
     @property
     def _reader(self) -> RequestReader:
-        vocab, chunks = self.model.config.vocab_size, self._method.uses_chunks
-        turn = {"chat": self.chat, "system": self.system}
-        return RequestReader(self.tokenizer, vocab, self.instruction, turn, parts=chunks)
+        vocabulary, turn = (
+            (self.model.config.vocab_size,),
+            {"chat": self.chat, "system": self.system},
+        )
+        parts = self._method.uses_chunks
+        return RequestReader(self.tokenizer, vocabulary, self.instruction, turn, parts)
 
     def token_ids(self, request: Request) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the checked token ids of a request: (prefix, context, question), int32.
@@ -295,7 +307,7 @@ class Engine:
         started = self._start(self._select(request, timer), timer)
         return self._decode(started, timer, on_block)
 
-    def _select(self, request: PreparedRequest, timer: Timer) -> SelectedRequest:
+    def _require_memory(self, request: PreparedRequest) -> None:
         require_memory(
             self.model,
             Shapes.of(request.prompt, request.cache),
@@ -304,6 +316,9 @@ class Engine:
             implementation=self._path(request.prompt.chunk_size, request.config),
             limit=self.memory_limit,
         )
+
+    def _select(self, request: PreparedRequest, timer: Timer) -> SelectedRequest:
+        self._require_memory(request)
         return select_chunks(self.model, request, implementation=self.implementation, timer=timer)
 
     def _start(self, request: SelectedRequest, timer: Timer) -> StartedRequest:

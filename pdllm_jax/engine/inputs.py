@@ -38,13 +38,14 @@ class Request(NamedTuple):
 class RequestReader:
     """Turns the text of requests into token ids, and checks ids.
 
+    vocabulary: its size, for `check_token_ids`.
     turn: `chat` and `system` of `Tokenizer.encode_prompt`.
     parts: False where a prompt is one sequence, so that its text is tokenized in one part and no
       part of it must have tokens.
     """
 
     tokenizer: Tokenizer | None
-    vocab_size: int
+    vocabulary: tuple[int]
     instruction: str
     turn: Mapping[str, Any]
     parts: bool
@@ -57,7 +58,7 @@ class RequestReader:
         return self.tokenizer
 
     def _checked(self, name: str, value: TokenIds) -> np.ndarray:
-        ids = check_token_ids(name, value, self.vocab_size)
+        ids = check_token_ids(name, value, *self.vocabulary)
         if ids.size == 0 and self.parts:
             raise ValueError(f"{name} is empty")
         return ids
@@ -69,7 +70,7 @@ class RequestReader:
             if prefix is not None:
                 raise ValueError("prefix is for token ids: text has the engine's instruction")
             prefix, context = tokenizer.encode_document(context, self.instruction, **self.turn)
-        ids = check_token_ids("prefix", [] if prefix is None else prefix, self.vocab_size)
+        ids = check_token_ids("prefix", [] if prefix is None else prefix, *self.vocabulary)
         return ids, self._checked("context", context)
 
     def question(self, question: Text) -> np.ndarray:

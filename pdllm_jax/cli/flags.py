@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import types
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -241,10 +241,10 @@ def read_file(path: Path) -> str:
 
 def read_prompt_ids(path: Path, method: str) -> tuple[list[int], list[int], list[int]]:
     """Reads (prefix, context, query) of a prompt file; a bare prompt is all query."""
-    text = read_text(path)
-    raw, several = _parse(text, f"{path}", [line for line in text.split("\n") if line.strip()])
-    hint = f"{path} holds several prompts: --prompt-ids takes one prompt, --requests many"
-    require(not several and not isinstance(raw, list), hint)
+    several = f"{path} holds several prompts: --prompt-ids takes one prompt, --requests JSON lines"
+    raw = _parse(read_text(path), f"{path}", several)
+    listed = isinstance(raw, list) and any(isinstance(x, dict | list) for x in raw)
+    require(not listed, several)
     return _id_parts(raw, f"{path}", method)
 
 
@@ -254,20 +254,25 @@ def read_requests(
     """Reads JSON lines of requests.
 
     A line is an object with `context` and `question` (text), or with the keys of --prompt-ids.
-    `seed` and `oracle` replace those given here; `id` is any value, for the line of the answer.
+    `seed` and `oracle` replace those given here. `id`, text or an integer, goes with the answer.
 
     Returns:
-      The number of each line, from 1, its object and its request. Blank lines are left out.
+      The number of each line, from 1; its `id` in an object, empty without one; and its request.
+      Blank lines are left out.
     """
     requests = []
     for number, line in enumerate(read_file(path).split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
-            raw, _ = _parse(line, where)
+            raw = _parse(line, where, f"{where} holds several JSON values")
             require(isinstance(raw, dict), f"{where} must hold a JSON object")
             chosen: dict[str, Any] = {"seed": seed, "oracle": oracle}
             chosen |= {name: raw[name] for name in chosen if name in raw}
             ids, given = chosen["oracle"], {*raw} - {"id", *chosen}
+            name = {"id": raw["id"]} if "id" in raw else {}
+            require(
+                isinstance(raw.get("id", ""), str | int), f"{where}: id must be text or an integer"
+            )
             require(type(chosen["seed"]) is int, f"{where}: seed must be an integer")
             require(ids is None or _are_ids(ids), f"{where}: oracle must be a list of integers")
             if given == {"context", "question"}:
@@ -279,18 +284,18 @@ def read_requests(
                 named = {name: raw[name] for name in given}
                 prefix, context, query = _id_parts(named, where, method, " context and question,")
                 request = Request(context, query, prefix, **chosen)
-            requests.append((number, raw, request))
+            requests.append((number, name, request))
     require(bool(requests), f"{path} holds no requests")
     return requests
 
 
-def _parse(text: str, where: str, lines: Sequence[str] = ()) -> tuple[Any, bool]:
-    """Parses JSON; returns also whether it is several lines of JSON instead."""
+def _parse(text: str, where: str, several: str) -> Any:
+    """Parses a JSON value. several: the message for more than one."""
     try:
-        return json.loads(text), False
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        if len(lines) > 1 and all(line.lstrip().startswith("{") for line in lines):
-            return None, True
+        if str(error).startswith("Extra data"):
+            raise ValueError(several) from None
         raise ValueError(f"{where} is not valid JSON: {error}") from None
 
 

@@ -174,8 +174,8 @@ class Command:
             self.check_lines(engine, batch)
         for batch in batches:
             answers = engine.answer_batch([request for _, _, request in batch])
-            for (_, name, _), answer in zip(batch, answers, strict=True):
-                print(json.dumps({**name, **self.stopped(answer).to_dict()}, allow_nan=False))
+            for (_, given, _), answer in zip(batch, answers, strict=True):
+                print(json.dumps({**given, **self.stopped(answer).to_dict()}, allow_nan=False))
             sys.stdout.flush()
 
     def check_lines(self, engine: Engine, lines: list[tuple[int, dict[str, Any], Request]]) -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pdllm_jax import ChunkConfig, DecodeConfig, SelectionConfig, Tokenizer, load_config, load_model
+from pdllm_jax import ChunkConfig, DecodeConfig, SelectionConfig, load_config, load_model
 from pdllm_jax.cli import flags
-from pdllm_jax.tokenizer import TokenizerError
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -272,75 +271,3 @@ def test_bad_folders_and_context_files_are_one_line_and_status_2(ask, run, tmp_p
     refused(run("--context-file", tmp_path / "binary", *question), "not UTF-8")
     refused(run("--context-file", fine), "needs --question")
     refused(run("--context-file", fine, "--question", " "), "question is empty")
-
-
-@pytest.mark.parametrize(
-    ("missing", "message"), [("<|startoftext|>", "no BOS token"), ("<|mdm_mask|>", "no mask token")]
-)
-def test_a_tokenizer_without_bos_or_mask(checkpoint, missing, message):
-    from tests.oracles import checkpoints
-
-    special = tuple(t for t in checkpoints.SPECIAL_TOKENS if t != missing)
-    checkpoints.write_tokenizer(checkpoint, special)
-    with pytest.raises(TokenizerError, match=message):
-        load_tokenizer(checkpoint)
-
-
-def load_tokenizer(folder: Path, change=lambda content: None) -> Tokenizer:
-    """The tokenizer of a checkpoint whose tokenizer.json has been changed."""
-    path = folder / "tokenizer.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-    return Tokenizer.load(folder, load_config(folder))
-
-
-def test_lengths_that_a_tokenizer_was_saved_with_do_not_apply(checkpoint):
-    """Of a long document, all tokens; of a short one, no more."""
-    sides = {"direction": "Right", "stride": 0, "pad_to_multiple_of": None}
-    pad = {"pad_id": 1, "pad_type_id": 0, "pad_token": "!", "strategy": {"Fixed": 20}}
-    saved = {"truncation": {**sides, "max_length": 8, "strategy": "LongestFirst"}}
-    saved["padding"] = {**sides, **pad}
-    tokenizer = load_tokenizer(checkpoint, lambda content: content.update(saved))
-    assert len(tokenizer.encode("a" * 100)) == 100
-    assert len(tokenizer.encode("abc")) == 3
-
-
-# Merges that make the library's own code panic, which is not an Exception.
-PANIC = {"merges": [["!", '"']], "continuing_subword_prefix": "more than a token has"}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        # The library numbers added tokens anew and says nothing.
-        (lambda t: t["added_tokens"][-1].update(id=270), "has the id 270 in tokenizer.json but"),
-        (lambda t: t["model"].update(PANIC), "cannot be read: (range|byte index)"),
-        (lambda t: t.update(model=None), "cannot be read"),
-    ],
-)
-def test_damaged_tokenizers(checkpoint, change, message):
-    with pytest.raises(TokenizerError, match=message) as caught:
-        load_tokenizer(checkpoint, change)
-    assert "\n" not in str(caught.value)
-
-
-def test_special_tokens_spelt_out_in_a_document_stay_text(checkpoint):
-    tokenizer = load_tokenizer(checkpoint)
-    encoded = tokenizer.encode("<|mdm_mask|><|eot_id|>")
-    assert max(encoded) < 256
-    assert tokenizer.decode(encoded) == "<|mdm_mask|><|eot_id|>"
-
-
-def test_chat_template_around_the_document_and_its_end_of_turn(checkpoint):
-    tokenizer = load_tokenizer(checkpoint)
-    prefix, query = tokenizer.around_document("why?", "read")
-    text = tokenizer.backend.decode(prefix + tokenizer.encode("DOC") + query, False)
-    assert text == (
-        "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nread\n\nDOC\n\nwhy?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    )
-    ids = tokenizer.encode("yes")
-    assert tokenizer.stop_ids[0] == tokenizer.eos_id
-    for stop in ([], *([stop, *ids] for stop in tokenizer.stop_ids)):
-        assert tokenizer.decode([*ids, *stop]) == "yes"

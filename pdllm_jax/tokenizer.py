@@ -33,7 +33,7 @@ LLADA_TEMPLATE = (
     "{% endif %}"
 )
 # Stand for the user's and the system's text while the template is rendered.
-_PLACE, _SYSTEM = "PLACE-OF-THE-MESSAGE", "PLACE-OF-THE-SYSTEM-TEXT"
+_PLACE, _SYSTEM = "Place-of-the-MESSAGE", "Place-of-the-SYSTEM-TEXT"
 Ids = list[int]
 Piece = tuple[str, bool]  # text, and whether special tokens in it count as such
 
@@ -228,8 +228,14 @@ class Tokenizer:
     ) -> tuple[list[Piece], str, list[Piece]]:
         """The filled-in template in three parts: before, inside and after the document."""
         content, system = before + document + after, system.strip() and system
-        core = content.strip()
-        blanks = content.split(core) if core else [content, ""]
+
+        def pieces(text: str) -> list[Piece]:
+            first, place, last = text.partition(_SYSTEM)
+            return [(first, True), (system.strip() if place else "", False), (last, True)]
+
+        if not (core := content.strip()):  # no place where the text would be cut
+            return pieces("".join(_render(self.renderer, content, system))), "", []
+        blanks = content.split(core)
         bare = _render(self.renderer, _PLACE, system)
         head, tail = _render(self.renderer, _PLACE.join(blanks), system) if any(blanks) else bare
         kept = head.removeprefix(bare[0]), tail.removesuffix(bare[1])
@@ -239,11 +245,6 @@ class Tokenizer:
         _require(trimmed, "the chat template changes more of a message than the blanks at its ends")
         ends = 0, len(before), len(before) + len(document), len(content)
         before, document, after = (content[max(a, start) : min(b, stop)] for a, b in pairwise(ends))
-
-        def pieces(text: str) -> list[Piece]:
-            first, place, last = text.partition(_SYSTEM)
-            return [(first, True), (system.strip() if place else "", False), (last, True)]
-
         return [*pieces(bare[0]), (before, False)], document, [(after, False), *pieces(bare[1])]
 
     def around(self, before: str, after: str, **turn: Any) -> tuple[Ids, Ids]:
@@ -277,14 +278,17 @@ class Tokenizer:
 
 
 def _render(renderer: Any, content: str, system: str = "") -> tuple[str, str]:
-    """The chat template's text before and after the place in a user's message."""
+    """The chat template's text before and after the place in a user's message, if it has one."""
     messages = [{"role": "user", "content": content}]
     if system:  # blanks at its ends are the template's to trim
         messages.insert(0, {"role": "system", "content": system.replace(system.strip(), _SYSTEM)})
     text = renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    for name, place in (("user's message", _PLACE), ("system text", _SYSTEM if system else "")):
-        count = text.count(place) if place else 1
-        _require(count == 1, f"the chat template has the {name} {count} times, not once")
+    for name, place, wanted in (
+        ("user's message", _PLACE, _PLACE in content),
+        ("system text", _SYSTEM, bool(system)),
+    ):
+        count = text.count(place)
+        _require(count == wanted, f"the chat template has the {name} {count} times, not once")
     before, _, after = text.partition(_PLACE)
     return before, after
 

@@ -55,7 +55,7 @@ def turns(content: str) -> str:
     """A template of LLaDA's markers, in which a turn's text is `content`."""
     turn = TURN.replace("\n", "\\n").replace("{text}", "' + {text} + '")
     turn = turn.replace("{role}", "' + m['role'] + '").replace("{text}", content)
-    end = "<|start_header_id|>assistant<|end_header_id|>\\n\\n"
+    end = "{% endfor %}<|start_header_id|>assistant<|end_header_id|>{{ '\\n\\n' }}"
     return (
         "{{ bos_token }}{% for m in messages %}{{ '" + turn + "' }}{% endfor %}{{ '" + end + "' }}"
     )

@@ -9,9 +9,11 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +33,10 @@ LLADA_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
     "{% endif %}"
 )
-_PLACE = "PLACE-OF-THE-MESSAGE"  # stands for the user's text while the template is rendered
+# Stand for the user's and the system's text while the template is rendered.
+_PLACE, _SYSTEM = "Place-of-the-MESSAGE", "Place-of-the-SYSTEM-TEXT"
 Ids = list[int]
+Piece = tuple[str, bool]  # text, and whether special tokens in it count as such
 
 
 class TokenizerError(ValueError):
@@ -145,10 +149,15 @@ class Tokenizer:
         return cls(backend, bos, wanted, eos, _template(loaded, backend), digest, loaded)
 
     @functools.cached_property
+    def _added(self) -> dict[str, tokenizers.AddedToken]:
+        """The special tokens by their text."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return {token.content: token for token in added if token.special}
+
+    @functools.cached_property
     def _special(self) -> re.Pattern[str]:
         """Matches a special token in text."""
-        added = self.backend.get_added_tokens_decoder().values()
-        names = sorted((t.content for t in added if t.special), key=len, reverse=True)
+        names = sorted(self._added, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names)) if names else r"(?!)")
 
     @functools.cached_property
@@ -167,13 +176,25 @@ class Tokenizer:
 
         plain: where the user's text lies in it, in which they do not.
         """
+        first, last = plain
+        return self._encode_pieces(
+            (text[:first], True), (text[first:last], False), (text[last:], True)
+        )
+
+    def _encode_pieces(self, *pieces: Piece) -> Ids:
+        """Returns the ids of the joined text; pieces next to each other are tokenized together."""
         vocabulary: Any = self.backend
-        ids, end = list[int](), 0
+        text, ids, end = "".join(piece for piece, _ in pieces), list[int](), 0
+        ends = [0, *itertools.accumulate(len(piece) for piece, _ in pieces)]
+        spans = [span for span, (_, marked) in zip(pairwise(ends), pieces, strict=True) if marked]
         for token in self._special.finditer(text):
-            if plain[0] <= token.start() < plain[1]:
-                continue
-            ids += [*self.encode(text[end : token.start()]), vocabulary.token_to_id(token.group())]
-            end = token.end()
+            if any(start <= token.start() and token.end() <= stop for start, stop in spans):
+                added, plain = self._added[token.group()], text[end : token.start()]
+                ids += self.encode(plain.rstrip() if added.lstrip else plain)
+                ids.append(vocabulary.token_to_id(added.content))
+                end = token.end()
+                if added.rstrip:
+                    end = len(text) - len(text[end:].lstrip())
         return ids + self.encode(text[end:])
 
     @_refusing("the tokenizer cannot decode the tokens")
@@ -182,38 +203,114 @@ class Tokenizer:
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
         return self.backend.decode([int(i) for i in ids[:end]], skip_special_tokens=True)
 
-    def prefix(self, instruction: str = INSTRUCTION) -> Ids:
-        """Returns the ids before a document: the template's beginning and an instruction."""
-        return self.around(f"{instruction}\n\n", "")[0]
+    def encode_prompt(
+        self,
+        before: str,
+        document: str,
+        after: str,
+        *,
+        chat: bool = True,
+        system: str = "",
+        response: str = "",
+    ) -> tuple[Ids, Ids, Ids]:
+        """Returns the ids of a prompt in three parts: prefix, document and query.
 
-    def query(self, question: str) -> Ids:
-        """Returns the ids after a document: a question and the template's end."""
-        return self.around("", f"\n\n{question}" if self.template else f"\n\n{question}\n")[1]
-
-    def around_document(self, question: str, instruction: str = INSTRUCTION) -> tuple[Ids, Ids]:
-        """Returns `prefix` and `query`."""
-        return self.prefix(instruction), self.query(question)
-
-    def around(
-        self, before: str, after: str, *, chat: bool = True, response: str = ""
-    ) -> tuple[Ids, Ids]:
-        """Returns (prefix ids, query ids) of any text before and after a document.
+        Together they are the text that the chat template makes of `before + document + after`, with
+        blanks trimmed where it trims them. Each part is tokenized by itself, so that no token lies
+        in two of them. Special tokens count as such in the template's own text alone.
 
         Args:
-          chat: all three are a user's turn in the chat template; without a template, or with False,
+          chat: the text is a user's turn in the chat template; without a template, or with False,
             BOS comes first and nothing else is added.
+          system: text of a system turn before it, for a template that takes one.
           response: how the response begins.
         """
         if self.template is None or not chat:
-            return [self.bos_id, *self.encode(before)], self.encode(after + response)
-        head, tail = self.template
-        # Text of the template next to the user's is tokenized together with it.
-        start = max((token.end() for token in self._special.finditer(head)), default=0)
-        spans = [token.span() for token in self._special.finditer(tail)]
-        first, last = (spans[0][0], spans[-1][1]) if spans else (len(tail), len(tail))
-        prefix = self.encode_marked(head[:start]) + self.encode(head[start:] + before)
-        query = self.encode(after + tail[:first]) + self.encode_marked(tail[first:last])
-        return prefix, query + self.encode(tail[last:] + response)
+            _require(not system.strip(), "system text needs a chat template")
+            ids, query = self.encode(document), self.encode(after + response)
+            return [self.bos_id, *self.encode(before)], ids, query
+        head, document, tail = self._fill(before, document, after, system)
+        query = self._encode_pieces(*tail, (response, False))
+        return self._encode_pieces(*head), self.encode(document), query
+
+    def encode_message(
+        self, text: str, *, chat: bool = True, system: str = "", response: str = ""
+    ) -> Ids:
+        """Returns the ids of a prompt tokenized in one part; arguments as of `encode_prompt`."""
+        if self.template is None or not chat:
+            return self.encode_prompt(text + response, "", "", chat=False, system=system)[0]
+        head, _, tail = self._fill(text, "", "", system)
+        return self._encode_pieces(*head, *tail, (response, False))
+
+    @_refusing("the chat template cannot be used")
+    def _fill(
+        self, before: str, document: str, after: str, system: str
+    ) -> tuple[list[Piece], str, list[Piece]]:
+        """The filled-in template in three parts: before, inside and after the document."""
+        content, system = before + document + after, system.strip() and system
+
+        def pieces(text: str) -> list[Piece]:
+            first, place, last = text.partition(_SYSTEM)
+            return [(first, True), (system.strip() if place else "", False), (last, True)]
+
+        if not (core := content.strip()):  # no place where the text would be cut
+            return pieces("".join(_render(self.renderer, content, system))), "", []
+        blanks = content.split(core)
+        bare = _render(self.renderer, _PLACE, system)
+        head, tail = _render(self.renderer, _PLACE.join(blanks), system) if any(blanks) else bare
+        kept = head.removeprefix(bare[0]), tail.removesuffix(bare[1])
+        start = len(blanks[0]) - len(kept[0])
+        stop = len(content) - len(blanks[1]) + len(kept[1])
+        trimmed = blanks[0].endswith(kept[0]) and blanks[1].startswith(kept[1])
+        _require(trimmed, "the chat template changes more of a message than the blanks at its ends")
+        ends = 0, len(before), len(before) + len(document), len(content)
+        before, document, after = (content[max(a, start) : min(b, stop)] for a, b in pairwise(ends))
+        return [*pieces(bare[0]), (before, False)], document, [(after, False), *pieces(bare[1])]
+
+    def around(self, before: str, after: str, **turn: Any) -> tuple[Ids, Ids]:
+        """Returns prefix and query around a document without blanks at its ends."""
+        prefix, _, query = self.encode_prompt(before, _PLACE, after, **turn)
+        return prefix, query
+
+    def encode_document(
+        self, document: str, instruction: str = INSTRUCTION, **turn: Any
+    ) -> tuple[Ids, Ids]:
+        """Returns the ids before a document and its own; `turn` as of `encode_prompt`."""
+        return self.encode_prompt(f"{instruction}\n\n", document, _PLACE, **turn)[:2]
+
+    def prefix(self, instruction: str = INSTRUCTION, **turn: Any) -> Ids:
+        """Returns the ids before a document: the template's beginning and an instruction."""
+        return self.encode_document(_PLACE, instruction, **turn)[0]
+
+    def after_document(self, question: str, *, chat: bool = True) -> str:
+        """Returns the text behind a document; without a template the question ends its line."""
+        return f"\n\n{question}" if self.template and chat else f"\n\n{question}\n"
+
+    def query(self, question: str, *, chat: bool = True, **turn: Any) -> Ids:
+        """Returns the ids after a document: a question and the template's end."""
+        return self.around("", self.after_document(question, chat=chat), chat=chat, **turn)[1]
+
+    def around_document(
+        self, question: str, instruction: str = INSTRUCTION, **turn: Any
+    ) -> tuple[Ids, Ids]:
+        """Returns `prefix` and `query`."""
+        return self.prefix(instruction, **turn), self.query(question, **turn)
+
+
+def _render(renderer: Any, content: str, system: str = "") -> tuple[str, str]:
+    """The chat template's text before and after the place in a user's message, if it has one."""
+    messages = [{"role": "user", "content": content}]
+    if system:  # blanks at its ends are the template's to trim
+        messages.insert(0, {"role": "system", "content": system.replace(system.strip(), _SYSTEM)})
+    text = renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    for name, place, wanted in (
+        ("user's message", _PLACE, _PLACE in content),
+        ("system text", _SYSTEM, bool(system)),
+    ):
+        count = text.count(place)
+        _require(count == wanted, f"the chat template has the {name} {count} times, not once")
+    before, _, after = text.partition(_PLACE)
+    return before, after
 
 
 @_refusing("the chat template cannot be used")
@@ -223,9 +320,4 @@ def _template(loaded: Any, backend: tokenizers.Tokenizer) -> tuple[str, str] | N
         if None in map(backend.token_to_id, re.findall(r"<\|\w+\|>", LLADA_TEMPLATE)):
             return None
         loaded.chat_template = LLADA_TEMPLATE
-    message = [{"role": "user", "content": _PLACE}]
-    text = loaded.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    before, *after = text.split(_PLACE)
-    once = f"the chat template has the user's message {len(after)} times, not once"
-    _require(len(after) == 1, once)
-    return before, after[0]
+    return _render(loaded, _PLACE)

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,19 @@ from pdllm_jax.network.transformer import MaskPredictor
 from pdllm_jax.storage import snapshot
 from pdllm_jax.storage.checkpoint import load_config, load_model
 from pdllm_jax.storage.store import DocumentStore
-from pdllm_jax.text_files import read_text
 from pdllm_jax.tokenizer import Tokenizer
 
 Resolve = Callable[[Path], Path]
 
 
 class Stream:
-    """Writes a response as its blocks are finished; passed as `on_block`."""
+    """Writes a response as its blocks are finished; passed as `on_block`.
 
-    def __init__(self) -> None:
+    stops: the text before the first of these is written.
+    """
+
+    def __init__(self, stops: Sequence[str] = ()) -> None:
+        self.stops = stops
         self.tokenizer: Tokenizer | None = None  # without a tokenizer, ids are written
         self.ids: list[int] = []
         self.written = ""
@@ -50,6 +53,9 @@ class Stream:
             text = " ".join(map(str, self.ids))
         else:  # a character's last bytes may be in the next block
             text = self.tokenizer.decode(self.ids).rstrip("\ufffd")
+            text = before_stop(text, self.stops)  # the rest of a stop may be in the next block, too
+            starts = (stop[:n] for stop in self.stops for n in range(1, len(stop)))
+            text = text[: len(text) - max((len(x) for x in starts if text.endswith(x)), default=0)]
         if text.startswith(self.written):
             print(text[len(self.written) :], end="", flush=True)
             self.written = text
@@ -59,6 +65,11 @@ class Stream:
         rest = text.removeprefix(self.written) if text.startswith(self.written) else f"\n{text}"
         print(rest, flush=True)
         self.written = text
+
+
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """Returns the text before the first of the stop texts."""
+    return text[: min((i for stop in stops if (i := text.find(stop)) >= 0), default=len(text))]
 
 
 def parser_of(command: str, description: str | None) -> argparse.ArgumentParser:
@@ -93,7 +104,9 @@ class Command:
 
     def __init__(self, args: argparse.Namespace, resolve: Resolve) -> None:
         self.args, self.resolve = args, resolve
-        self.stream = Stream() if args.stream else None
+        self.stops = getattr(args, "stop", None) or []
+        require("" not in self.stops, "--stop must not be empty")
+        self.stream = Stream(self.stops) if args.stream else None
 
     def engine(self, *, text: bool, **settings: Any) -> Engine:
         """Loads tokenizer and model. text: the request is text, so that a tokenizer is needed."""
@@ -101,6 +114,7 @@ class Command:
         tokenizer = None
         if text or (folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.load(folder, load_config(folder))
+        require(not self.stops or tokenizer is not None, "--stop needs a tokenizer, for text")
         if self.stream is not None:
             self.stream.tokenizer = tokenizer
         model = load(self.args, folder)
@@ -115,13 +129,14 @@ class Command:
         """The request of the flags; question: False for a document alone, with question ""."""
         args, chosen = self.args, {"oracle": self.args.chunks, "seed": self.args.seed}
         if args.prompt_ids is not None:
-            for name in ("question", "instruction"):
+            for name in ("question", "instruction", "system"):
                 given = getattr(args, name) is not None
                 require(not given, f"--{name} is part of the ids that --prompt-ids names")
+            require(args.chat, "--no-chat-template is for text, --prompt-ids names ids")
             prefix, context, query = flags.read_prompt_ids(args.prompt_ids, args.method)
             return Request(context, query, prefix=prefix, **chosen)
         require(not question or args.question is not None, "--context-file needs --question")
-        document = read_text(args.context_file)
+        document = flags.read_file(args.context_file)
         require(bool(document.strip()), f"{args.context_file} is empty")
         require(not question or bool(args.question.strip()), "question is empty")
         return Request(document, args.question or "", **chosen)
@@ -132,6 +147,9 @@ class Command:
         if args.snapshot is not None or args.store is not None:
             self.ask(settings)
             return
+        if args.requests is not None:
+            self.answer_lines(settings)
+            return
         request = self.request()
         engine = self.engine(text=isinstance(request.context, str), **settings)
         result = engine.answer(**request._asdict(), on_block=self.stream)
@@ -139,6 +157,40 @@ class Command:
             parts = engine.token_ids(request)
             check_answer(engine, *parts, result)
         self.show(result)
+
+    def answer_lines(self, settings: dict[str, Any]) -> None:
+        """Answers JSON lines of requests in batches, after all of them are checked."""
+        args, size = self.args, self.args.batch_size
+        for name in ("question", "stream", "check_nan", "store"):
+            refused = getattr(args, name) not in (None, False)
+            require(not refused, f"--{name.replace('_', '-')} is not for the lines of --requests")
+        require(size > 0, f"--batch-size must be at least 1, got {size}")
+        chosen: dict[str, Any] = {"seed": args.seed, "oracle": args.chunks}
+        lines = flags.read_requests(args.requests, args.method, **chosen)
+        text = any(isinstance(request.context, str) for _, _, request in lines)
+        engine = self.engine(text=text, **settings)
+        batches = [lines[i : i + size] for i in range(0, len(lines), size)]
+        for batch in batches:
+            self.check_lines(engine, batch)
+        for batch in batches:
+            answers = engine.answer_batch([request for _, _, request in batch])
+            for (_, given, _), answer in zip(batch, answers, strict=True):
+                print(json.dumps({**given, **self.stopped(answer).to_dict()}, allow_nan=False))
+            sys.stdout.flush()
+
+    def check_lines(self, engine: Engine, lines: list[tuple[int, dict[str, Any], Request]]) -> None:
+        """Raises ValueError, with the number of the line, for a request that cannot be answered."""
+        try:
+            engine.check([request for _, _, request in lines])
+        except ValueError as error:
+            first, last = lines[0][0], lines[-1][0]
+            if first == last:
+                raise type(error)(f"{self.args.requests}, line {first}: {error}") from None
+            for line in lines:
+                self.check_lines(engine, [line])
+            advice = "lower --batch-size"  # each can be answered alone
+            where = f"{self.args.requests}, lines {first} to {last} together"
+            raise type(error)(f"{where}: {error}; {advice}") from None
 
     def ask(self, settings: dict[str, Any]) -> None:
         """Asks about a document whose KV comes from a snapshot or a store."""
@@ -150,7 +202,9 @@ class Command:
         else:
             require(args.store is None, "--snapshot names a document, --store is for another one")
             require(args.question is not None, "--snapshot needs --question")
-            require(args.instruction is None, "--instruction is part of the document of --snapshot")
+            for name in ("instruction", "system"):
+                given = getattr(args, name) is not None
+                require(not given, f"--{name} is part of the document of --snapshot")
             holds = snapshot.snapshot_holds(folder)
             require(holds == "document", f"{folder} holds a {holds}: scripts/decode.py decodes it")
             request = Request("", args.question, oracle=args.chunks, seed=args.seed)
@@ -208,8 +262,15 @@ class Command:
         require(request.decoding is not None, f"{folder} has no settings for decoding")
         self.show(engine.decode(request, on_block=self.stream)[0])
 
+    def stopped(self, answer: Answer) -> Answer:
+        """The answer with its text before --stop; all else is of the complete response."""
+        if answer.text is None:
+            return answer
+        return dataclasses.replace(answer, text=before_stop(answer.text, self.stops))
+
     def show(self, result: Answer) -> None:
         """Prints an answer as --json, --stream or neither asks."""
+        result = self.stopped(result)
         if self.args.json:
             print(json.dumps(result.to_dict(), allow_nan=False))
             return
@@ -230,4 +291,4 @@ def run(command: str, argv: list[str] | None, resolve: Resolve, description: str
     """Runs a subcommand. Exit status: 0, or 2 with one line on stderr for bad input."""
     args = parser_of(command, description).parse_args(argv)
     enable_compilation_cache()
-    return status(getattr(Command(args, resolve), command), args)
+    return status(lambda: getattr(Command(args, resolve), command)(), args)

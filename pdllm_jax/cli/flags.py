@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import io
 import json
 import math
+import sys
 import types
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -16,6 +18,7 @@ from jax.sharding import Mesh
 
 from pdllm_jax.cli.errors import seed
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
+from pdllm_jax.engine.inputs import Request
 from pdllm_jax.method.cache_methods import Method, cache_method
 from pdllm_jax.method.encodings import ENCODINGS, Bridge
 from pdllm_jax.method.sampling import CONFIDENCES
@@ -39,10 +42,15 @@ CHOICES = {
 METAVARS = {int: "N", seed: "N", float: "X", Path: "PATH"}
 # What --help says of each flag; a default is added where the text has none.
 HELP = {
-    "context-file": "the document, UTF-8 text",
+    "context-file": "the document, UTF-8 text; - for standard input",
+    "requests": "JSON lines of requests, answered by JSON lines; - for standard input",
+    "batch-size": "requests that are answered at a time",
     "prompt-ids": 'JSON {"prefix": [..], "context": [..], "query": [..]}; or {"prompt": [..]}',
     "question": "goes with a document that is text",
     "instruction": "text before the document",
+    "system": "text of a system turn, for a chat template that takes one",
+    "no-chat-template": "BOS before the text, and no chat template around it",
+    "stop": "print the text before this one alone; may be given several times",
     "snapshot": "a document of prefill",
     "store": "keep encoded documents in this folder, to ask again",
     "method": "plain is LLaDA's generation, the caches are Fast-dLLM's",
@@ -180,7 +188,9 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         "method": method.name,
         "memory_limit": None if limit is None else int(1e9 * limit),
     }
-    return settings if args.instruction is None else {**settings, "instruction": args.instruction}
+    texts = {name: getattr(args, name) for name in ("instruction", "system")}
+    settings |= {name: text for name, text in texts.items() if text is not None}
+    return {**settings, "chat": args.chat}
 
 
 def add_placement(parser: argparse.ArgumentParser) -> None:
@@ -192,7 +202,8 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """Adds --json and --stream."""
+    """Adds --json, --stream and --stop."""
+    add(parser, "stop", action="append")
     output = parser.add_mutually_exclusive_group()
     add(output, "json", bool)
     add(output, "stream", bool)
@@ -205,7 +216,11 @@ def add_request(parser: argparse.ArgumentParser, *, answers: bool) -> None:
     add(source, "prompt-ids", Path)
     add(parser, "question")
     add(parser, "instruction")
+    add(parser, "system")
+    add(parser, "no-chat-template", bool, dest="chat", action="store_false")
     if answers:
+        add(source, "requests", Path)
+        add(parser, "batch-size", int, default=8)
         add(source, "snapshot", Path)
         add(parser, "store", Path)
         add(parser, "method", choices=get_args(Method), default="prefilling")
@@ -217,23 +232,96 @@ def add_request(parser: argparse.ArgumentParser, *, answers: bool) -> None:
     add_placement(parser)
 
 
+def read_file(path: Path) -> str:
+    """Returns the text of a file, of standard input for "-", without its byte order mark."""
+    if str(path) != "-":
+        return read_text(path)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8-sig")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8 text: byte {error.start}") from None
+
+
 def read_prompt_ids(path: Path, method: str) -> tuple[list[int], list[int], list[int]]:
     """Reads (prefix, context, query) of a prompt file; a bare prompt is all query."""
+    several = f"{path} holds several prompts: --prompt-ids takes one prompt, --requests JSON lines"
+    raw = _parse(read_text(path), f"{path}", several)
+    listed = isinstance(raw, list) and any(isinstance(x, dict | list) for x in raw)
+    require(not listed, several)
+    return _id_parts(raw, f"{path}", method)
+
+
+def read_requests(
+    path: Path, method: str, *, seed: int, oracle: list[int] | None
+) -> list[tuple[int, dict[str, Any], Request]]:
+    """Reads JSON lines of requests.
+
+    A line is an object with `context` and `question` (text), or with the keys of --prompt-ids.
+    `seed` and `oracle` replace those given here. `id`, text or an integer, goes with the answer.
+
+    Returns:
+      The number of each line, from 1; its `id` in an object, empty without one; and its request.
+      Blank lines are left out.
+    """
+    requests = []
+    for number, line in enumerate(read_file(path).split("\n"), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            raw = _parse(line, where, f"{where} holds several JSON values")
+            require(isinstance(raw, dict), f"{where} must hold a JSON object")
+            chosen: dict[str, Any] = {"seed": seed, "oracle": oracle}
+            chosen |= {name: raw[name] for name in chosen if name in raw}
+            ids, given = chosen["oracle"], {*raw} - {"id", *chosen}
+            name = {"id": raw["id"]} if "id" in raw else {}
+            require(
+                isinstance(raw.get("id", ""), str | int), f"{where}: id must be text or an integer"
+            )
+            require(type(chosen["seed"]) is int, f"{where}: seed must be an integer")
+            require(ids is None or _are_ids(ids), f"{where}: oracle must be a list of integers")
+            if given == {"context", "question"}:
+                parts = raw["context"], raw["question"]
+                text = all(isinstance(part, str) for part in parts)
+                require(text, f"{where}: context and question must be text")
+                request = Request(*parts, **chosen)
+            else:
+                named = {name: raw[name] for name in given}
+                prefix, context, query = _id_parts(named, where, method, " context and question,")
+                request = Request(context, query, prefix, **chosen)
+            requests.append((number, name, request))
+    require(bool(requests), f"{path} holds no requests")
+    return requests
+
+
+def _parse(text: str, where: str, several: str) -> Any:
+    """Parses a JSON value. several: the message for more than one."""
     try:
-        raw: Any = json.loads(read_text(path))
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        if str(error).startswith("Extra data"):
+            raise ValueError(several) from None
+        raise ValueError(f"{where} is not valid JSON: {error}") from None
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(i) is int for i in value)
+
+
+def _id_parts(
+    raw: Any, where: str, method: str, others: str = ""
+) -> tuple[list[int], list[int], list[int]]:
+    """(prefix, context, query) of an object of token ids. others: keys that are allowed instead."""
     parts = ("prefix", "context", "query")
-    require(isinstance(raw, dict), f"{path} must hold a JSON object with the keys {parts}")
+    require(isinstance(raw, dict), f"{where} must hold a JSON object with the keys {parts}")
     if set(raw) == {"prompt"}:
-        bare = f"{path} holds a bare prompt: method prefilling needs {parts}"
+        bare = f"{where} holds a bare prompt: method prefilling needs {parts}"
         require(method != "prefilling", bare)
         raw = {"prefix": [], "context": [], "query": raw["prompt"]}
-    keys = f"{path} must hold the keys {parts}, or the key prompt; got {tuple(raw)}"
+    keys = f"{where} must hold the keys{others} {parts}, or the key prompt; got {tuple(raw)}"
     require(set(raw) == set(parts), keys)
     for name in parts:
-        ids = isinstance(raw[name], list) and all(type(i) is int for i in raw[name])
-        require(ids, f"{path}: {name} must be a list of integers")
+        require(_are_ids(raw[name]), f"{where}: {name} must be a list of integers")
     return raw["prefix"], raw["context"], raw["query"]
 
 

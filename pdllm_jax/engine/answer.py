@@ -36,6 +36,9 @@ class Answer:
     timings: seconds of draft, score (where chunk KV is kept: the pass that also encodes), encode,
       decode, compile (tracing and compiling, in no other phase) and total, of the batch.
     paths: the implementations used, by name.
+    confidence: probability of each token, before temperature, when it was unmasked; None for a slot
+      that stayed masked, or lies in a block after the end of the text. None instead of the list for
+      a request that an older version started.
     """
 
     tokens: list[int]
@@ -44,6 +47,7 @@ class Answer:
     selection: dict[str, Any] | None
     timings: dict[str, float]
     paths: dict[str, str]
+    confidence: list[float | None] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, ready for JSON."""
@@ -100,6 +104,7 @@ def read_answer(
     """The answer, without text, in a row of a state."""
     phases = ("draft", "score", "encode", "decode", "compile")
     timings = {name: timer.seconds.get(name, 0.0) for name in phases}
+    p = None if state.probability is None else np.asarray(state.probability[row]).tolist()
     return Answer(
         tokens=np.asarray(state.tokens[row]).tolist(),
         text=None,
@@ -107,6 +112,7 @@ def read_answer(
         selection=selection,
         timings={**timings, "total": sum(timings.values())},
         paths=paths,
+        confidence=p and [None if x < 0 else x for x in p],
     )
 
 

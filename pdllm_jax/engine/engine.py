@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,14 @@ from pdllm_jax.engine.answer import (
     read_answer,
     used_paths,
 )
-from pdllm_jax.engine.inputs import Request, Text, map_named, oracle_ids, stack_ids
+from pdllm_jax.engine.inputs import (
+    Request,
+    RequestReader,
+    Text,
+    map_named,
+    oracle_ids,
+    stack_ids,
+)
 from pdllm_jax.engine.memory import require_document_memory, require_memory
 from pdllm_jax.engine.programs import Shapes
 from pdllm_jax.engine.request import (
@@ -42,7 +49,6 @@ from pdllm_jax.method.chunking import (
     batch_size,
     bucket,
     check_bos_id,
-    check_token_ids,
     chunk_prompt,
     pad_to,
 )
@@ -72,6 +78,8 @@ class Engine:
       method: "prefilling", or a baseline on the whole prompt: "plain" (LLaDA's generation),
         "prefix-cache" or "dual-cache" (Fast-dLLM).
       instruction: text before the document.
+      system: text of a system turn before it, for a chat template that takes one.
+      chat: text is a user's turn in the checkpoint's chat template; False puts BOS in front alone.
       bos_id: token of the anchors; by default the tokenizer's, or the first token of the prefix.
       implementation: of the attention over chunks, by default the device's.
       memory_limit: bytes that the device may hold; by default what the device reports. Where it
@@ -85,6 +93,8 @@ class Engine:
     decoding: DecodeConfig = DecodeConfig()
     method: Method | CacheMethod = "prefilling"
     instruction: str = INSTRUCTION
+    system: str = ""
+    chat: bool = True
     bos_id: int | None = None
     implementation: Implementation | None = None
     memory_limit: int | None = None
@@ -96,6 +106,8 @@ class Engine:
             decoding = dataclasses.replace(decoding, eot_token_id=eot[-1])
             object.__setattr__(self, "decoding", decoding)
         check_bos_id(self.bos_id, *self._vocabulary)
+        if self.system:  # checks that the template takes it
+            self._reader.document("any", None)
 
     def answer(
         self,
@@ -141,6 +153,15 @@ class Engine:
         keys = request_keys([request.seed for request in given], len(given))
         return [self._baseline(i, x, keys[i : i + 1], on_block) for i, x in enumerate(prompts)]
 
+    def check(self, requests: Sequence[Request | tuple[Text, Text]]) -> None:
+        """Raises what `answer_batch` would raise for these requests, and computes nothing."""
+        given = [Request(*request) for request in requests]
+        if self._method.uses_chunks:
+            self._require_memory(self._prepare(given))
+        else:
+            map_named("request", self._baseline_prompt, given)
+            request_keys([request.seed for request in given], len(given))
+
     def encode(self, context: Text, *, prefix: TokenIds | None = None) -> ChunkCache:
         """Encodes a document for `ask`, independently of any question.
 
@@ -150,7 +171,7 @@ class Engine:
         Returns:
           The KV of every chunk.
         """
-        parts = self._document_ids(context, prefix)
+        parts = self._reader.document(context, prefix)
         prompt = document_prompt(*parts, self.chunking, self._bos_id)
         group = self.selection.encode_batch
         require_document_memory(self.model, prompt, group, limit=self.memory_limit)
@@ -190,8 +211,7 @@ class Engine:
         chunks = int(np.count_nonzero(np.asarray(document.lengths)))
 
         def read(item: tuple[Text, Sequence[int] | None]) -> tuple[np.ndarray, np.ndarray | None]:
-            ids = self._ids("question", item[0], Tokenizer.query)
-            return ids, oracle_ids(item[1], self.selection, chunks)
+            return self._reader.question(item[0]), oracle_ids(item[1], self.selection, chunks)
 
         count, size = len(questions), batch_size(len(questions))
         given = list(zip(questions, [None] * count if oracle is None else oracle, strict=True))
@@ -261,39 +281,18 @@ class Engine:
             return self.tokenizer.bos_id
         return self.bos_id
 
-    def _ids(
-        self, name: str, value: Text, encode: Callable[[Tokenizer, str], list[int]]
-    ) -> np.ndarray:
-        """Checked token ids of text or ids, int32 [n]."""
-        if isinstance(value, str):
-            if self.tokenizer is None:
-                raise ValueError(f"{name} is text, the engine has no tokenizer: give token ids")
-            if not value.strip():
-                raise ValueError(f"{name} is empty")
-            value = encode(self.tokenizer, value)
-        ids = check_token_ids(name, value, *self._vocabulary)
-        if ids.size == 0 and self._method.uses_chunks:
-            raise ValueError(f"{name} is empty")
-        return ids
-
-    def _document_ids(
-        self, context: Text, prefix: TokenIds | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(prefix, context)."""
-        ids = self._ids("context", context, Tokenizer.encode)
-        if isinstance(context, str):
-            if prefix is not None:
-                raise ValueError("prefix is for token ids: text has the engine's instruction")
-            assert self.tokenizer is not None
-            prefix = self.tokenizer.prefix(self.instruction)
-        return check_token_ids("prefix", [] if prefix is None else prefix, *self._vocabulary), ids
+    @property
+    def _reader(self) -> RequestReader:
+        turn = {"chat": self.chat, "system": self.system}
+        parts = self._method.uses_chunks
+        return RequestReader(self.tokenizer, self._vocabulary, self.instruction, turn, parts)
 
     def token_ids(self, request: Request) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns the checked token ids of a request: (prefix, context, question), int32."""
-        if isinstance(request.context, str) != isinstance(request.question, str):
-            raise ValueError("context and question must both be text, or both token ids")
-        prefix, context = self._document_ids(request.context, request.prefix)
-        return prefix, context, self._ids("question", request.question, Tokenizer.query)
+        """Returns the checked token ids of a request: (prefix, context, question), int32.
+
+        A baseline's text is tokenized in one part, and all of it is the question.
+        """
+        return self._reader.request(request)
 
     def _prepare(self, requests: Sequence[Request]) -> PreparedRequest:
         count, size = len(requests), batch_size(len(requests))
@@ -314,7 +313,7 @@ class Engine:
         started = self._start(self._select(request, timer), timer)
         return self._decode(started, timer, on_block)
 
-    def _select(self, request: PreparedRequest, timer: Timer) -> SelectedRequest:
+    def _require_memory(self, request: PreparedRequest) -> None:
         require_memory(
             self.model,
             Shapes.of(request.prompt, request.cache),
@@ -323,6 +322,9 @@ class Engine:
             implementation=self._path(request.prompt.chunk_size, request.config),
             limit=self.memory_limit,
         )
+
+    def _select(self, request: PreparedRequest, timer: Timer) -> SelectedRequest:
+        self._require_memory(request)
         return select_chunks(self.model, request, implementation=self.implementation, timer=timer)
 
     def _start(self, request: SelectedRequest, timer: Timer) -> StartedRequest:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from pdllm_jax.config import SelectionConfig
-from pdllm_jax.method.chunking import TokenIds
+from pdllm_jax.method.chunking import TokenIds, check_token_ids
 from pdllm_jax.method.scorers import OracleScorer
 from pdllm_jax.method.selection import EMPTY_SLOT
+from pdllm_jax.tokenizer import Tokenizer
 
 Text = str | TokenIds
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -30,6 +32,66 @@ class Request(NamedTuple):
     prefix: TokenIds | None = None
     oracle: Sequence[int] | None = None
     seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestReader:
+    """Turns the text of requests into token ids, and checks ids.
+
+    vocabulary: its size and the mask token, for `check_token_ids`.
+    turn: `chat` and `system` of `Tokenizer.encode_prompt`.
+    parts: False where a prompt is one sequence, so that its text is tokenized in one part and no
+      part of it must have tokens.
+    """
+
+    tokenizer: Tokenizer | None
+    vocabulary: tuple[int, int]
+    instruction: str
+    turn: Mapping[str, Any]
+    parts: bool
+
+    def _tokenizer(self, name: str, text: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError(f"{name} is text, the engine has no tokenizer: give token ids")
+        if not text.strip():
+            raise ValueError(f"{name} is empty")
+        return self.tokenizer
+
+    def _checked(self, name: str, value: TokenIds) -> np.ndarray:
+        ids = check_token_ids(name, value, *self.vocabulary)
+        if ids.size == 0 and self.parts:
+            raise ValueError(f"{name} is empty")
+        return ids
+
+    def document(self, context: Text, prefix: TokenIds | None) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (prefix, context), int32."""
+        if isinstance(context, str):
+            tokenizer = self._tokenizer("context", context)
+            if prefix is not None:
+                raise ValueError("prefix is for token ids: text has the engine's instruction")
+            prefix, context = tokenizer.encode_document(context, self.instruction, **self.turn)
+        ids = check_token_ids("prefix", [] if prefix is None else prefix, *self.vocabulary)
+        return ids, self._checked("context", context)
+
+    def question(self, question: Text) -> np.ndarray:
+        """Returns the ids behind a document, int32."""
+        if isinstance(question, str):
+            question = self._tokenizer("question", question).query(question, **self.turn)
+        return self._checked("question", question)
+
+    def request(self, request: Request) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns (prefix, context, question), int32."""
+        context, question = request.context, request.question
+        if isinstance(context, str) != isinstance(question, str):
+            raise ValueError("context and question must both be text, or both token ids")
+        prefix, ids = self.document(context, request.prefix)
+        last = self.question(question)
+        if self.parts or self.tokenizer is None or not isinstance(question, str):
+            return prefix, ids, last
+        after = self.tokenizer.after_document(question, chat=self.turn["chat"])
+        message = f"{self.instruction}\n\n{context}{after}"
+        ids = self._checked("question", self.tokenizer.encode_message(message, **self.turn))
+        return ids[:0], ids[:0], ids
 
 
 def map_named(kind: str, read: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

@@ -302,19 +302,18 @@ def dense_prompt(
 
     LongBench's order: tokenise the prompt, keep the first and last half of `max_length` if it is
     longer, decode, and only then apply the chat template, which is not counted. chat and response:
-    see `Tokenizer.around`.
+    see `Tokenizer.encode_prompt`.
     """
     prompt, cut = truncate_text(tokenizer, prompt, max_length)
-    prefix, query = tokenizer.around(prompt, "", chat=chat, response=response)
-    return prefix + query, cut
+    return tokenizer.encode_message(prompt, chat=chat, response=response), cut
 
 
 def split_request(
     tokenizer: Tokenizer, prompt: SplitPrompt, *, chat: bool = True, response: str = ""
 ) -> Request:
     """Returns the method's token ids of a prompt, each part encoded by itself."""
-    prefix, query = tokenizer.around(prompt.before, prompt.after, chat=chat, response=response)
-    return Request(tokenizer.encode(prompt.context), query, prefix=prefix)
+    prefix, context, query = tokenizer.encode_prompt(*prompt, chat=chat, response=response)
+    return Request(context, query, prefix=prefix)
 
 
 def fitting_block(gen_length: int, most: int) -> int:

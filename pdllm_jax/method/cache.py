@@ -275,6 +275,8 @@ class DenoiseState:
     rescored: how often `reselect` scored the chunks.
     keys [B]: PRNG key of each request.
     live_encoded: the encoding computed the live KV too, so the first block starts with fresh KV.
+    probability: of each token when it was unmasked, float32; -1 for other slots. None, and then not
+      computed, in states of snapshots that older versions wrote.
     """
 
     tokens: Int[Array, "B G"]
@@ -295,6 +297,7 @@ class DenoiseState:
     rescored: Int[Array, "B"]
     keys: Array
     live_encoded: bool = dataclasses.field(default=False, metadata={"static": True})
+    probability: Float[Array, "B G"] | None = None
 
     @property
     def placement(self) -> Placement:

@@ -37,15 +37,15 @@ from pdllm_jax.method.cache import (
 from pdllm_jax.method.live_forward import Context, live_forward, query_rows
 from pdllm_jax.method.randomness import Use, derive
 from pdllm_jax.method.reselect import reselect_due
-from pdllm_jax.method.sampling import predict, transfer
+from pdllm_jax.method.sampling import log_probability, predict, transfer
 from pdllm_jax.network.sharding import constrain
 from pdllm_jax.network.transformer import MaskPredictor
 
 Width = Literal["wide", "narrow"]
 # (first response slot [B], slots) -> logits [B, slots, V].
 Logits = Callable[[Array, int], Float[Array, "B T V"]]
-# Predicted token and confidence [B, G] of each slot, -inf where there is none; live KV behind them.
-Evaluation = tuple[Array, Array, LiveCache | None]
+# Predicted token, confidence, log probability [B, G], -inf where there is none; then live KV.
+Evaluation = tuple[Array, Array, Array, LiveCache | None]
 
 
 class _Step:
@@ -85,8 +85,8 @@ class _Step:
             evaluation = lax.cond(self.wide.any(), self.evaluate_wide, self.evaluate_narrow)
         return constrain(self.model.mesh, self.advance(*evaluation))
 
-    def predict(self, logits: Array, first: Array) -> tuple[Array, Array]:
-        """Returns tokens and confidences of the slots from `first` on."""
+    def predict(self, logits: Array, first: Array) -> tuple[Array, Array, Array]:
+        """Returns tokens, confidences and log probabilities of the slots from `first` on."""
         config, tokens = self.config, self.state.tokens
         eos, eot = self.model.config.eos_token_id, config.eot_token_id
         rule = functools.partial(
@@ -97,14 +97,15 @@ class _Step:
         predicted, confidence = jax.vmap(
             lambda x, key, slot: rule(x, config.remasking, config.temperature, key, slot)
         )(logits, self.keys, first)
-        confidences = jnp.full(tokens.shape, -jnp.inf)
-        confidences = dynamic_updates(confidences, first, confidence)
-        return dynamic_updates(tokens, first, predicted), confidences
+        log_p = jax.vmap(log_probability)(logits, predicted)
+        none = jnp.full(tokens.shape, -jnp.inf)
+        confidences, log_p = (dynamic_updates(none, first, x) for x in (confidence, log_p))
+        return dynamic_updates(tokens, first, predicted), confidences, log_p
 
-    def predict_block(self, logits: Logits) -> tuple[Array, Array]:
+    def predict_block(self, logits: Logits) -> tuple[Array, Array, Array]:
         """Predicts the block's slots alone, unless an earlier slot is still masked."""
 
-        def from_slot(first: Array, slots: int) -> tuple[Array, Array]:
+        def from_slot(first: Array, slots: int) -> tuple[Array, Array, Array]:
             return self.predict(logits(first, slots), first)
 
         block = functools.partial(from_slot, self.first, self.config.block_length)
@@ -163,13 +164,17 @@ class _Step:
             x = dynamic_slices(x, self.first, length)
         return *self.predict(model.logits(model.final_norm(x)), self.first), live
 
-    def advance(self, predicted: Array, confidence: Array, live: LiveCache | None) -> DenoiseState:
+    def advance(
+        self, predicted: Array, confidence: Array, log_p: Array, live: LiveCache | None
+    ) -> DenoiseState:
         """Unmasks slots, and goes on to the next block where this one is finished."""
         state, config, mask_id = self.state, self.config, self.model.config.mask_token_id
         candidates = self.masked & (self.in_block | self.behind)
         confidence = jnp.where(candidates, confidence, -jnp.inf)
         take = jax.vmap(lambda c, s: transfer(c, s, config.unmasking))(confidence, state.step)
         tokens, step = jnp.where(take, predicted, state.tokens), state.step + 1
+        unmasked, p = take & (tokens != mask_id), state.probability
+        p = None if p is None else jnp.where(unmasked, jnp.exp(log_p), p)
         limit = config.steps_per_block if config.scheduled else config.block_length
         open_slots = ((tokens == mask_id) & self.in_block).any(axis=1)
         finished = self.active & (~open_slots | (step >= limit))
@@ -185,6 +190,7 @@ class _Step:
         return dataclasses.replace(
             state,
             tokens=tokens,
+            probability=p,
             live=live,
             block=block,
             text_blocks=text_blocks,

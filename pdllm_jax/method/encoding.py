@@ -161,6 +161,7 @@ def init_denoise(
         evaluations=zeros,
         rescored=zeros,
         keys=key if key.ndim else derive(key, Use.REQUEST, jnp.arange(batch)),
+        probability=jnp.full((batch, config.gen_length), -1.0, jnp.float32),
     )
     prefix_rows = 0 if cache is None else cache.prefix_ids.shape[-1]
     if config.recompute != "response" or prefix_rows:

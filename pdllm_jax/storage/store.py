@@ -63,7 +63,7 @@ class DocumentStore:
         """Encodes a document of text behind an instruction, or restores it; as `encode_ids`."""
         if self.tokenizer is None:
             raise ValueError("the store has no tokenizer: use encode_ids")
-        prefix, ids = self.tokenizer.prefix(instruction), self.tokenizer.encode(context)
+        prefix, ids = self.tokenizer.encode_document(context, instruction)
         return self.encode_ids(prefix, ids, bos_id=self.tokenizer.bos_id, **options)
 
     def encode_ids(

@@ -241,3 +241,28 @@ def test_random_remasking_changes_the_order_alone(pair, method):
     config = dataclasses.replace(config, steps=12)
     want, _ = pair.published(method, config)
     assert not np.array_equal(pair.denoise(config).tokens, want)
+
+
+@pytest.mark.parametrize("remasking", ["low_confidence", "margin", "entropy", "random"])
+def test_the_probability_of_a_token_is_that_of_the_evaluation_that_unmasked_it(pair, remasking):
+    """By PyTorch's softmax of the logits before temperature; -1 for all other slots."""
+    config = DecodeConfig(8, 4, 8, temperature=0.5, remasking=remasking, recompute="response")
+    config = dataclasses.replace(config, stop_ids=tuple(range(0, 256, 3)))
+    state, mask_id = pair.start(config), pair.config["mask_token_id"]
+    want = np.full(state.tokens.shape, -1.0)
+    while (state.block < config.n_blocks).any():
+        before, active = np.asarray(state.tokens), np.asarray(state.block) < config.n_blocks
+        first = np.asarray(state.block)[:, None] * 4
+        state = denoise_step(pair.model, None, state, config=config)
+        after = np.asarray(state.tokens)
+        for b, prompt in enumerate(pair.prompts):
+            ids = torch.from_numpy(np.concatenate([prompt, before[b]]))[None]
+            p = pair.network(ids)[0, len(prompt) :].double().softmax(-1).numpy()
+            in_block = (np.arange(8) >= first[b]) & (np.arange(8) < first[b] + 4)
+            for slot in np.flatnonzero((before[b] == mask_id) & (after[b] != mask_id) & in_block):
+                assert active[b]
+                want[b, slot] = p[slot, after[b, slot]]
+    np.testing.assert_allclose(state.probability, want, rtol=2e-4)
+    assert state.probability.dtype == jnp.float32
+    assert (want > 0).sum() >= 12
+    assert (want == -1).any(), "no text ended in its first block"

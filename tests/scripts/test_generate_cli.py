@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from pdllm_jax import ChunkConfig, DecodeConfig, SelectionConfig, Tokenizer, load_config, load_model
+from convert.__main__ import converted
+from pdllm_jax import (
+    ChunkConfig,
+    DecodeConfig,
+    Engine,
+    Request,
+    SelectionConfig,
+    Tokenizer,
+    load_config,
+    load_model,
+)
 from pdllm_jax.cli import flags
-from pdllm_jax.tokenizer import TokenizerError
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import generate
 
-from pdllm_jax.cli.commands import Stream, parser_of
+from pdllm_jax.cli.commands import Stream, before_stop, parser_of
 
 PROMPT = {"prefix": [256, 5, 6], "context": list(range(60)), "query": [9, 8, 7]}
 SMALL = ["--gen-length=8", "--chunk-size=16", "--top-k=2", "--draft-length=2", "--encode-batch=2"]
@@ -99,7 +110,8 @@ def test_json_of_every_method(ask, method):
     status, out, err = ask("--method", method, "--json", *SMALL)
     assert status == 0, err
     result = json.loads(out)
-    assert len(result["tokens"]) == 8
+    assert len(result["tokens"]) == len(result["confidence"]) == 8
+    assert all(0 < p <= 1 for p in result["confidence"])
     assert isinstance(result["text"], str)
     assert result["evaluations"] == 8
     timings = result["timings"]
@@ -274,85 +286,148 @@ def test_bad_folders_and_context_files_are_one_line_and_status_2(ask, run, tmp_p
     refused(run("--context-file", fine, "--question", " "), "question is empty")
 
 
-@pytest.mark.parametrize(
-    ("missing", "message"), [("<|startoftext|>", "no BOS token"), ("<|mdm_mask|>", "no mask token")]
-)
-def test_a_tokenizer_without_bos_or_mask(checkpoint, missing, message):
-    from tests.oracles import checkpoints
-
-    special = tuple(t for t in checkpoints.SPECIAL_TOKENS if t != missing)
-    checkpoints.write_tokenizer(checkpoint, special)
-    with pytest.raises(TokenizerError, match=message):
-        load_tokenizer(checkpoint)
+TEXT = {"context": "Anne lives at Kellynch Hall.", "question": "Where? "}
 
 
-def load_tokenizer(folder: Path, change=lambda content: None) -> Tokenizer:
-    """The tokenizer of a checkpoint whose tokenizer.json has been changed."""
-    path = folder / "tokenizer.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-    return Tokenizer.load(folder, load_config(folder))
+@pytest.fixture
+def stdin(monkeypatch):
+    """Sets standard input."""
+    return lambda data: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
 
 
-def test_lengths_that_a_tokenizer_was_saved_with_do_not_apply(checkpoint):
-    """Of a long document, all tokens; of a short one, no more."""
-    sides = {"direction": "Right", "stride": 0, "pad_to_multiple_of": None}
-    pad = {"pad_id": 1, "pad_type_id": 0, "pad_token": "!", "strategy": {"Fixed": 20}}
-    saved = {"truncation": {**sides, "max_length": 8, "strategy": "LongestFirst"}}
-    saved["padding"] = {**sides, **pad}
-    tokenizer = load_tokenizer(checkpoint, lambda content: content.update(saved))
-    assert len(tokenizer.encode("a" * 100)) == 100
-    assert len(tokenizer.encode("abc")) == 3
+@pytest.mark.parametrize("method", ["prefilling", "dual-cache"])
+def test_lines_of_requests_are_answered_in_order_as_each_alone(run, ask, tmp_path, stdin, method):
+    few = {"prefix": [256], "context": [*range(40)], "query": [1, 2], "seed": 1, "id": "b\u2028"}
+    lines = [{**PROMPT, "id": 7}, few, TEXT, {**few, "seed": 2}, {**PROMPT, "seed": 3}]
+    settings = (*SMALL, f"--method={method}", "--temperature=1")
+    file = write(tmp_path / "lines", "\ufeff" + "\n\n".join(map(json.dumps, lines)) + "\n")
+    status, out, err = run("--requests", file, "--batch-size=2", *settings)
+    assert status == 0, err
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [answer.get("id") for answer in answers] == [7, "b\u2028", None, "b\u2028", None]
+    assert answers[1]["tokens"] != answers[3]["tokens"]
+    for line, answer in zip(lines, answers, strict=True):
+        seed = f"--seed={line.get('seed', 0)}"
+        if "question" in line:
+            stdin(("\ufeff" + line["context"]).encode())
+            text = ("--context-file", "-", "--question", line["question"])
+            alone = json.loads(run(*text, "--json", seed, *settings)[1])
+        else:
+            alone = json.loads(ask(seed, "--json", *settings, change=line_ids(line))[1])
+        for name in ("tokens", "text", "evaluations"):
+            assert answer[name] == alone[name], name
+        assert answer["confidence"] == pytest.approx(alone["confidence"], rel=1e-4)
+    stdin(Path(file).read_bytes())
+    assert len(run("--requests", "-", *settings)[1].splitlines()) == 5
 
 
-# Merges that make the library's own code panic, which is not an Exception.
-PANIC = {"merges": [["!", '"']], "continuing_subword_prefix": "more than a token has"}
+def line_ids(line: dict) -> dict:
+    return {name: line[name] for name in PROMPT}
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        # The library numbers added tokens anew and says nothing.
-        (lambda t: t["added_tokens"][-1].update(id=270), "has the id 270 in tokenizer.json but"),
-        (lambda t: t["model"].update(PANIC), "cannot be read: (range|byte index)"),
-        (lambda t: t.update(model=None), "cannot be read"),
-    ],
-)
-def test_damaged_tokenizers(checkpoint, change, message):
-    with pytest.raises(TokenizerError, match=message) as caught:
-        load_tokenizer(checkpoint, change)
-    assert "\n" not in str(caught.value)
+BAD_LINES = [
+    ('{"context": "a"}', r"must hold the keys context and question, \(.*got \('context',\)"),
+    ({**TEXT, "more": 1}, "must hold the keys"),
+    ({**TEXT, "question": " "}, "question is empty"),
+    ({**TEXT, "context": [1]}, "context and question must be text"),
+    ({**TEXT, "seed": "1"}, "seed must be an integer"),
+    ({**TEXT, "seed": 1 << 64}, "seed"),
+    ({**TEXT, "oracle": 1}, "oracle must be a list of integers"),
+    ({**TEXT, "oracle": [0]}, "for the scorer 'oracle', not for 'draft'"),
+    ({**TEXT, "id": 0.5}, "id must be text or"),
+    ({**PROMPT, "context": [272]}, "context.0. = 272 is outside"),
+    ({"prompt": [1]}, "holds a bare prompt"),
+    ("{}{}", "several JSON values"),
+    ("[]", "must hold a JSON object"),
+    ("{", "not valid JSON"),
+]
 
 
-@pytest.mark.parametrize("special", [True, False])
-def test_special_tokens_spelt_out_in_a_document_stay_text(checkpoint, special):
-    """The mask token does also where the checkpoint does not call it special."""
-
-    def change(content) -> None:
-        (mask,) = [t for t in content["added_tokens"] if t["content"] == "<|mdm_mask|>"]
-        mask["special"] = special
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            path = checkpoint / name
-            named = json.loads(path.read_text())
-            path.write_text(json.dumps(named | ({} if special else {"mask_token": None})))
-
-    tokenizer = load_tokenizer(checkpoint, change)
-    assert tokenizer.encode_marked("<|mdm_mask|>") == [tokenizer.mask_id]
-    encoded = tokenizer.encode("<|mdm_mask|><|eot_id|>")
-    assert max(encoded) < 256
-    assert tokenizer.decode(encoded) == "<|mdm_mask|><|eot_id|>"
+@pytest.mark.parametrize(("line", "message"), BAD_LINES)
+def test_a_bad_line_is_named_before_any_is_answered(run, tmp_path, line, message):
+    bad = line if isinstance(line, str) else json.dumps(line)
+    file = write(tmp_path / "lines", f"{json.dumps(TEXT)}\n\n{bad}\n{json.dumps(TEXT)}")
+    settings = ("--requests", file, "--batch-size=2", *SMALL)
+    refused(run(*settings), f"lines, line 3:? .*{message}")
 
 
-def test_chat_template_around_the_document_and_its_end_of_turn(checkpoint):
-    tokenizer = load_tokenizer(checkpoint)
-    prefix, query = tokenizer.around_document("why?", "read")
-    text = tokenizer.backend.decode(prefix + tokenizer.encode("DOC") + query, False)
-    assert text == (
-        "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nread\n\nDOC\n\nwhy?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    )
-    ids = tokenizer.encode("yes")
-    assert tokenizer.stop_ids[0] == tokenizer.eos_id
-    for stop in ([], *([stop, *ids] for stop in tokenizer.stop_ids)):
-        assert tokenizer.decode([*ids, *stop]) == "yes"
+def test_flags_that_requests_and_ids_do_not_take(run, ask, tmp_path):
+    file = write(tmp_path / "lines", json.dumps(TEXT))
+    for flags_, message in (
+        ("--stream", "--stream is not for the lines"),
+        ("--question=q", "--question is not for"),
+        ("--check-nan", "--check-nan is not for"),
+        ("--batch-size=0", "at least 1, got 0"),
+        ("--stop=", "--stop must not be empty"),
+        ("--memory-limit=0.0001", "line 1: phase"),
+    ):
+        refused(run("--requests", file, flags_, *SMALL), message)
+    refused(run("--requests", write(tmp_path / "none", "\n")), "holds no requests")
+    refused(ask("--system=s"), "--system is part of the ids")
+    refused(ask("--no-chat-template"), "--no-chat-template is for text")
+    several = f"{json.dumps(PROMPT)}\n{json.dumps(PROMPT)}"
+    for content in (several, f"[{json.dumps(PROMPT)}]", "[[1], [2]]"):
+        refused(ask(change=content), "--prompt-ids takes one prompt, --requests JSON lines")
+
+
+@pytest.mark.parametrize("method", ["prefilling", "plain"])
+def test_system_text_and_no_chat_template_are_the_engines(run, checkpoint, tmp_path, method):
+    """And the prompt of a baseline is transformers' tokens of the whole message."""
+    from transformers import PreTrainedTokenizerFast
+
+    file = write(tmp_path / "text", TEXT["context"])
+    question = ("--context-file", file, "--question", TEXT["question"], "--json", *SMALL)
+    folder = converted(checkpoint)
+    model = load_model(folder)
+    theirs = PreTrainedTokenizerFast.from_pretrained(str(checkpoint))
+    user = f"Read.\n\n{TEXT['context']}\n\n{TEXT['question']}"
+    turns = [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": user}]
+    for given, messages in (
+        ({"system": " Be brief. "}, turns),
+        ({}, turns[1:]),
+        ({"chat": False}, None),
+    ):
+        text = f"<|startoftext|>{user}\n"
+        if messages is not None:
+            text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        engine = Engine(model, Tokenizer.load(folder, model.config), method=method, **given)
+        engine = dataclasses.replace(engine, instruction="Read.")
+        parts = engine.token_ids(Request(TEXT["context"], TEXT["question"]))
+        assert np.concatenate(parts).tolist() == theirs(text, add_special_tokens=False).input_ids
+        argv = [f"--system={given['system']}"] if "system" in given else []
+        argv += ["--no-chat-template"] if "chat" in given else []
+        ids = dict(zip(PROMPT, (part.tolist() for part in parts), strict=True))
+        alone = write(tmp_path / "ids.json", ids)
+        method_ = f"--method={method}"
+        answer = run(*question, method_, "--instruction=Read.", *argv)
+        want = run("--prompt-ids", alone, method_, "--json", *SMALL)
+        assert (answer[0], want[0]) == (0, 0), answer[2] + want[2]
+        assert json.loads(answer[1])["tokens"] == json.loads(want[1])["tokens"], answer[2]
+
+
+def test_stop_texts_cut_the_text_and_nothing_else(ask, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "stop_ids", ())  # the text is long enough
+    settings = ("--gen-length=32", *SMALL[1:], "--temperature=2", "--seed=1")
+    complete = json.loads(ask(*settings, "--json")[1])
+    text = complete["text"]
+    at = next(i for i, c in enumerate(text) if c not in text[:i] and i > 1)
+    cut = text[: text.index(text[at])]
+    stops = [f"--stop={stop}" for stop in (text[at:], text[at], "absent")]
+    stopped = json.loads(ask(*settings, "--json", *stops)[1])
+    assert stopped["text"] == cut
+    for name in ("tokens", "evaluations", "confidence"):
+        assert stopped[name] == complete[name]
+    streamed = ask(*settings, "--block-length=32", "--stream", *stops)[1]
+    assert streamed.startswith(f"{cut}\nchunks kept")
+
+
+def test_a_stream_holds_back_what_may_begin_a_stop(capsys):
+    stream = Stream(["BCD", "CX"])
+    stream.tokenizer = Spelling()
+    seen = []
+    for piece in (b"AB", b"C", b"E", b"BC", b"DA"):
+        stream(0, len(seen), list(piece))
+        seen.append(capsys.readouterr().out)
+    assert seen == ["A", "", "BCE", "", ""]
+    stream.finish(before_stop("ABCEBCDA", stream.stops))
+    assert capsys.readouterr().out == "\n"

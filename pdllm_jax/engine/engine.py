@@ -101,7 +101,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         self._method.decode_config(self.decoding)  # checks method and guidance
-        decoding, (_, *eot) = self.decoding, self.tokenizer.stop_ids if self.tokenizer else (None,)
+        decoding, eot = self.decoding, self.tokenizer.stop_ids[1:] if self.tokenizer else ()
         if decoding.confidence_eos_eot_inf and decoding.eot_token_id is None and eot:
             decoding = dataclasses.replace(decoding, eot_token_id=eot[-1])
             object.__setattr__(self, "decoding", decoding)

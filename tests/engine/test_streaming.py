@@ -124,6 +124,7 @@ def test_only_a_stop_id_of_the_block_under_way_ends_a_request(
     before = jnp.array([[1, *[MASK] * 5]])
     state = dataclasses.replace(state, tokens=before, block=jnp.array([1]))
     step = _Step(sharp_model(), None, state, config, None)
-    after = step.advance(jnp.array([predicted]), jnp.zeros((1, 6)), state.live)
+    zeros = jnp.zeros((1, 6))
+    after = step.advance(jnp.array([predicted]), zeros, zeros, state.live)
     assert after.tokens[0].tolist() == tokens
     assert (int(after.block[0]), int(after.text_blocks[0])) == (block, text_blocks)

@@ -173,6 +173,7 @@ def test_eos_and_eot_as_in_the_published_evaluation(method, change):
     assert (eos in tokens) == ("logits_eos_inf" not in change)
 
 
+@METHODS
 def test_generate_ids(pair, method):
     """The public entry on the same network: prefix, context and query together are the prompt."""
     config = DecodeConfig(gen_length=12, block_length=6, steps=8)

@@ -234,7 +234,7 @@ BAD_FLAGS = {
     "--implementation mosaic_gpu": "implementation .mosaic_gpu.: the",
     "--encoding causal": "argument --encoding: invalid choice: 'causal'",
     "--stream --json": "not allowed with argument",
-    "--seed 9223372036854775808": "seed must be a signed 64-bit integer",
+    "--seed 18446744073709551616": "seed must be an integer in .0, 2..64",
     "--memory-limit inf": "must be a number of GB, got inf",
     "--memory-limit nan": "must be a number of GB, got nan",
     "--memory-limit 0": "must be a number of GB, got 0",

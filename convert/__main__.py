@@ -24,7 +24,7 @@ from convert import converted as convert_cached
 from convert.convert import OutputDtype, Progress, convert
 from convert.export import reverse
 from pdllm_jax.cli.errors import Parser, status
-from pdllm_jax.network.config import listed
+from pdllm_jax.rules import listed
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

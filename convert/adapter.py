@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from convert.folders import check_links, snapshot_folder
 from convert.names import layout, module_name
 from convert.sources import WEIGHT_FILES, Source, SourceTensor, open_files
-from pdllm_jax.network.config import SIZE, is_number, listed
+from pdllm_jax.rules import SIZE, is_number, listed
 from pdllm_jax.storage.checkpoint import DTYPES
 from pdllm_jax.storage.manifest import CheckpointError, errors_as, read_json
 

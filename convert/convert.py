@@ -26,7 +26,8 @@ from convert.quantised import refuse_quantised, refuse_quantised_tensors
 from convert.sources import BLOCK, SAFETENSORS_INDEX, Source, SourceTensor, match, open_source
 from pdllm_jax.compilation import cache_folder
 from pdllm_jax.downloads import TOKENIZER_FILES, read_clean
-from pdllm_jax.network.config import ConfigError, ModelConfig
+from pdllm_jax.network.config import ModelConfig
+from pdllm_jax.rules import ConfigError
 from pdllm_jax.storage.atomic import AtomicFolder
 from pdllm_jax.storage.checkpoint import CHECKPOINT, CONFIG, PARAMS
 from pdllm_jax.storage.manifest import MANIFEST, CheckpointError, read_json, write_manifest

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from pdllm_jax.network.config import listed
+from pdllm_jax.rules import listed
 from pdllm_jax.storage.checkpoint import CONFIG
 from pdllm_jax.storage.manifest import CheckpointError
 from pdllm_jax.text_files import read_text

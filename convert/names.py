@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from convert.mapping import LAYER_NAMES, NETWORK
-from pdllm_jax.network.config import listed
+from pdllm_jax.rules import listed
 
 # Modules around a module that leave its computation alone: torch.compile, FSDP, checkpointing, DDP.
 _WRAPPER = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\."

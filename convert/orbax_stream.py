@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from numpy.typing import NDArray
 
 from convert.mapping import tree
-from pdllm_jax.network.config import listed
+from pdllm_jax.rules import listed
 from pdllm_jax.storage.arrays import quiet_orbax
 from pdllm_jax.storage.manifest import CheckpointError, errors_as
 

@@ -25,7 +25,7 @@ from convert.folders import check_links, missing, no_weights
 from convert.mapping import IGNORED, Target
 from convert.names import rename
 from pdllm_jax.downloads import TOKENIZER_FILES, check_download
-from pdllm_jax.network.config import listed
+from pdllm_jax.rules import listed
 from pdllm_jax.storage.checkpoint import CONFIG, DTYPES
 from pdllm_jax.storage.manifest import (
     MANIFEST,

@@ -15,9 +15,10 @@ from pdllm_jax.method.prefill import encode_document, prefill
 from pdllm_jax.method.reselect import reselect
 from pdllm_jax.method.scoring import score_chunks
 from pdllm_jax.method.selection import Selection, select_top_k
-from pdllm_jax.network.config import ConfigError, ModelConfig, RopeScaling
+from pdllm_jax.network.config import ModelConfig, RopeScaling
 from pdllm_jax.network.sharding import make_mesh
 from pdllm_jax.network.transformer import MaskPredictor, shard_model
+from pdllm_jax.rules import ConfigError
 from pdllm_jax.storage.checkpoint import CheckpointError, load_config, load_model
 from pdllm_jax.storage.snapshot import (
     SnapshotError,

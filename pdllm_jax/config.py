@@ -14,7 +14,7 @@ from pdllm_jax.method.cache import Positions
 from pdllm_jax.method.encodings import ENCODINGS, BridgeTokens, Encoding
 from pdllm_jax.method.sampling import CONFIDENCES, Factor, Schedule, Threshold, Unmask
 from pdllm_jax.method.scorers import SCORERS, AllScorer, Scorer
-from pdllm_jax.network.config import (
+from pdllm_jax.rules import (
     AT_LEAST_0,
     COUNT,
     POSITIVE,

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
-from pdllm_jax.network.config import ConfigError, ModelConfig, RopeScaling
+from pdllm_jax.network.config import ModelConfig, RopeScaling
+from pdllm_jax.rules import ConfigError
 
 # The complete config.json of LLaDA-8B-Instruct, with the keys that it inherited from OLMo.
 LLADA_8B = json.loads("""{

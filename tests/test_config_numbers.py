@@ -13,8 +13,9 @@ import pytest
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.method.encodings import ENCODINGS, Bridge
 from pdllm_jax.method.scorers import SCORERS
-from pdllm_jax.network.config import ConfigError, ModelConfig, RopeScaling
+from pdllm_jax.network.config import ModelConfig, RopeScaling
 from pdllm_jax.network.rope import inverse_frequencies
+from pdllm_jax.rules import ConfigError
 from tests.test_config import LLADA_8B
 
 

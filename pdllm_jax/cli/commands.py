@@ -25,8 +25,8 @@ from pdllm_jax.debug import check_answer
 from pdllm_jax.engine.answer import Answer
 from pdllm_jax.engine.engine import Engine, Request
 from pdllm_jax.engine.request import drop_other_chunks
-from pdllm_jax.network.config import require
 from pdllm_jax.network.transformer import MaskPredictor
+from pdllm_jax.rules import require
 from pdllm_jax.storage import snapshot
 from pdllm_jax.storage.checkpoint import load_config, load_model
 from pdllm_jax.storage.store import DocumentStore

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from pdllm_jax.network.config import SEED
+from pdllm_jax.rules import SEED
 
 # Flags that lower the memory.
 _LOWER = ("encode_batch", "top_k", "chunk_size", "gen_length")

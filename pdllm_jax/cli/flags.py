@@ -23,8 +23,8 @@ from pdllm_jax.method.cache_methods import Method, cache_method
 from pdllm_jax.method.encodings import ENCODINGS, Bridge
 from pdllm_jax.method.sampling import CONFIDENCES
 from pdllm_jax.method.scorers import SCORERS, DraftScorer
-from pdllm_jax.network.config import require
 from pdllm_jax.network.sharding import make_mesh, parse_mesh
+from pdllm_jax.rules import require
 from pdllm_jax.text_files import read_text
 
 DTYPES = {"keep": None, "float32": "float32", "bfloat16": "bfloat16"}

@@ -104,7 +104,7 @@ def read_answer(
     """The answer, without text, in a row of a state."""
     phases = ("draft", "score", "encode", "decode", "compile")
     timings = {name: timer.seconds.get(name, 0.0) for name in phases}
-    p = None if state.probability is None else np.asarray(state.probability[row]).tolist()
+    probability = np.asarray(state.probability[row]).tolist()
     return Answer(
         tokens=np.asarray(state.tokens[row]).tolist(),
         text=None,
@@ -112,7 +112,7 @@ def read_answer(
         selection=selection,
         timings={**timings, "total": sum(timings.values())},
         paths=paths,
-        confidence=p and [None if x < 0 else x for x in p],
+        confidence=[None if p < 0 else p for p in probability],
     )
 
 

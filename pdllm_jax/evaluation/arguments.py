@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.evaluation.prompts import fitting_block
-from pdllm_jax.network.config import is_index, require
+from pdllm_jax.rules import is_index, require
 
 _LENGTH_SETTINGS = ("gen_length", "block_length")
 # The configs' settings but the response's length and its blocks, which a task gives.

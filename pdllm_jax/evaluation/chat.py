@@ -12,7 +12,7 @@ import itertools
 from typing import Any
 
 from pdllm_jax.evaluation.prompts import truncate_middle, truncate_text
-from pdllm_jax.network.config import ConfigError, require
+from pdllm_jax.rules import ConfigError, require
 from pdllm_jax.tokenizer import Tokenizer
 
 

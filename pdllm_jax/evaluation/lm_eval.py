@@ -59,7 +59,7 @@ from pdllm_jax.method.likelihood import (
     keep_context,
 )
 from pdllm_jax.method.randomness import random_key
-from pdllm_jax.network.config import ConfigError, require
+from pdllm_jax.rules import ConfigError, require
 from pdllm_jax.storage.checkpoint import load_config, load_model
 from pdllm_jax.tokenizer import Tokenizer
 

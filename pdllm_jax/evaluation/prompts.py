@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from pdllm_jax.engine.engine import Request
-from pdllm_jax.network.config import ConfigError
+from pdllm_jax.rules import ConfigError
 from pdllm_jax.tokenizer import Tokenizer
 
 # Limits of `split_by_rule`, in characters: the longest first paragraph that counts as an

@@ -269,14 +269,13 @@ class DenoiseState:
       document's cache.
     block, step: current block (gen_length / block_length when the request is done), and
       evaluations in it.
+    probability: of each token when it was unmasked, float32; -1 for other slots.
     text_blocks: blocks up to the end of the text: all of them, or fewer where a stop id ended it.
     stale: live KV must be recomputed before a step reads it.
     evaluations: denoising evaluations so far, without encoding and scoring.
     rescored: how often `reselect` scored the chunks.
     keys [B]: PRNG key of each request.
     live_encoded: the encoding computed the live KV too, so the first block starts with fresh KV.
-    probability: of each token when it was unmasked, float32; -1 for other slots. None, and then not
-      computed, in states of snapshots that older versions wrote.
     """
 
     tokens: Int[Array, "B G"]
@@ -291,13 +290,13 @@ class DenoiseState:
     pool: ChunkPool | None
     block: Int[Array, "B"]
     step: Int[Array, "B"]
+    probability: Float[Array, "B G"]
     text_blocks: Int[Array, "B"]
     stale: Bool[Array, "B"]
     evaluations: Int[Array, "B"]
     rescored: Int[Array, "B"]
     keys: Array
     live_encoded: bool = dataclasses.field(default=False, metadata={"static": True})
-    probability: Float[Array, "B G"] | None = None
 
     @property
     def placement(self) -> Placement:

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Literal
 
 from pdllm_jax.config import DecodeConfig, Recompute
-from pdllm_jax.network.config import ConfigError, require
+from pdllm_jax.rules import ConfigError, require
 
 Method = Literal["prefilling", "plain", "prefix-cache", "dual-cache"]
 

@@ -173,8 +173,7 @@ class _Step:
         confidence = jnp.where(candidates, confidence, -jnp.inf)
         take = jax.vmap(lambda c, s: transfer(c, s, config.unmasking))(confidence, state.step)
         tokens, step = jnp.where(take, predicted, state.tokens), state.step + 1
-        unmasked, p = take & (tokens != mask_id), state.probability
-        p = None if p is None else jnp.where(unmasked, jnp.exp(log_p), p)
+        unmasked = take & (tokens != mask_id)
         limit = config.steps_per_block if config.scheduled else config.block_length
         open_slots = ((tokens == mask_id) & self.in_block).any(axis=1)
         finished = self.active & (~open_slots | (step >= limit))
@@ -190,7 +189,7 @@ class _Step:
         return dataclasses.replace(
             state,
             tokens=tokens,
-            probability=p,
+            probability=jnp.where(unmasked, jnp.exp(log_p), state.probability),
             live=live,
             block=block,
             text_blocks=text_blocks,

@@ -42,8 +42,8 @@ from pdllm_jax.method.sampling import log_probability
 from pdllm_jax.method.scorers import OracleScorer
 from pdllm_jax.method.scoring import draft_response
 from pdllm_jax.method.selection import Selection, select
-from pdllm_jax.network.config import ConfigError
 from pdllm_jax.network.transformer import MaskPredictor
+from pdllm_jax.rules import ConfigError
 
 _LOGIT_ROWS = 64  # logits in memory at once
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from pdllm_jax.network.config import SEED, require
+from pdllm_jax.rules import SEED, require
 
 
 class Use(enum.IntEnum):

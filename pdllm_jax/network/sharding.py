@@ -31,7 +31,8 @@ from pallas_kernels import ChunkMass, Implementation, Norm, OwnKV, Partial
 from pallas_kernels.chunk_attention.api import Rows
 from pallas_kernels.common import rms_norm
 from pallas_kernels.matmul.api import matmul_xla
-from pdllm_jax.network.config import ConfigError, ModelConfig
+from pdllm_jax.network.config import ModelConfig
+from pdllm_jax.rules import ConfigError
 
 DATA, TENSOR = "data", "tensor"
 Tree = TypeVar("Tree")

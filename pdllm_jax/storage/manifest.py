@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pdllm_jax.downloads import check_download
-from pdllm_jax.network.config import listed
+from pdllm_jax.rules import listed
 from pdllm_jax.text_files import read_text
 
 MANIFEST = "manifest.json"

@@ -17,7 +17,7 @@ from typing import Any
 
 from pdllm_jax import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.method.cache_methods import Method
-from pdllm_jax.network.config import SEED, exact_share, validate
+from pdllm_jax.rules import SEED, exact_share, validate
 from small_model.tasks import TASKS
 
 # Baselines without a selection: the whole prompt, recomputed as the method's name says.

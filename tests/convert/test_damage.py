@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from convert import convert
 from convert.mapping import targets
 from convert.sources import match, open_source
-from pdllm_jax.network.config import ConfigError, ModelConfig
+from pdllm_jax.network.config import ModelConfig
+from pdllm_jax.rules import ConfigError
 from pdllm_jax.storage.checkpoint import load_config, open_checkpoint
 from pdllm_jax.storage.manifest import CheckpointError, read_json
 from tests.support import convert_sources as sources

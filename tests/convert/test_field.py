@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from convert import convert, converted
-from pdllm_jax.network.config import ConfigError
+from pdllm_jax.rules import ConfigError
 from pdllm_jax.storage.manifest import CheckpointError
 from tests.support import convert_sources as sources
 

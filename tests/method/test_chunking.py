@@ -16,7 +16,7 @@ from pdllm_jax.method.chunking import (
     chunk_prompt,
     split_context,
 )
-from pdllm_jax.network.config import ConfigError
+from pdllm_jax.rules import ConfigError
 
 BOS = 9999
 

@@ -17,8 +17,9 @@ from pdllm_jax.method.denoise import denoise, denoise_step
 from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import prefill
 from pdllm_jax.method.selection import select_top_k
-from pdllm_jax.network.config import ConfigError, ModelConfig
+from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.transformer import MaskPredictor
+from pdllm_jax.rules import ConfigError
 from tests.support.method import first_state
 
 MASK = ModelConfig.tiny().mask_token_id

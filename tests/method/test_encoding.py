@@ -18,7 +18,7 @@ from pdllm_jax.method.live_forward import Context, query_rows
 from pdllm_jax.method.prefill import prefill, prefill_top_k
 from pdllm_jax.method.selection import select
 from pdllm_jax.method.token_selection import best_tokens, token_attention
-from pdllm_jax.network.config import ConfigError
+from pdllm_jax.rules import ConfigError
 from tests.oracles.definition import Definition
 from tests.support.method import BOS, CHUNKS, MASK, copy, first_state, greedy, pieces
 

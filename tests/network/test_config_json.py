@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pdllm_jax.network.config import ConfigError, ModelConfig, RopeScaling
+from pdllm_jax.network.config import ModelConfig, RopeScaling
+from pdllm_jax.rules import ConfigError
 from pdllm_jax.storage.checkpoint import load_config
 from tests.support.convert_sources import config
 

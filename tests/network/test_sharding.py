@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from pdllm_jax import ModelConfig, load_model, make_mesh, shard_model
-from pdllm_jax.network.config import ConfigError
 from pdllm_jax.network.sharding import mesh_sizes, parse_mesh, spec_of
+from pdllm_jax.rules import ConfigError
 from pdllm_jax.storage.fingerprint import model_identity
 from tests.storage.test_checkpoint import DIVISIBLE, make
 from tests.support import mesh_workers, workers

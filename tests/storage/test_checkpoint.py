@@ -20,8 +20,9 @@ import pytest
 from flax import nnx
 
 from convert import convert
-from pdllm_jax.network.config import ConfigError, ModelConfig
+from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.transformer import MaskPredictor
+from pdllm_jax.rules import ConfigError
 from pdllm_jax.storage.checkpoint import CHECKPOINT, load_config, load_model
 from pdllm_jax.storage.manifest import CheckpointError, write_manifest
 from tests.support import convert_sources as sources

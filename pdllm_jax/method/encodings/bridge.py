@@ -13,9 +13,9 @@ from pdllm_jax.method.cache import ChunkCache, ChunkPool
 from pdllm_jax.method.encodings.base import Encoded, EncodeRequest, Encoding, slot_ids
 from pdllm_jax.method.live_forward import Context, row_rotations
 from pdllm_jax.method.token_selection import best_tokens, token_attention
-from pdllm_jax.network.config import SHARE, exact_share, one_of, validate
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.transformer import MaskPredictor
+from pdllm_jax.rules import SHARE, exact_share, one_of, validate
 
 BridgeTokens = Literal["start", "attention"]
 

@@ -30,10 +30,10 @@ from pdllm_jax.method.scorers.base import (
     Scores,
     prefix_attention,
 )
-from pdllm_jax.network.config import SIZE, require, validate
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import chunk_attention, whole_groups
 from pdllm_jax.network.transformer import MaskPredictor
+from pdllm_jax.rules import SIZE, require, validate
 
 Carry = TypeVar("Carry")
 

@@ -29,11 +29,11 @@ from pdllm_jax.method.cache import ChunkCache, ChunkPool, DenoiseState
 from pdllm_jax.method.chunking import ChunkedPrompt, TokenIds, bucket_rows, chunk_prompt, pad_to
 from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import prefill, prefill_top_k
-from pdllm_jax.method.randomness import random_key
 from pdllm_jax.method.scorers import AllScorer, OracleScorer
 from pdllm_jax.method.scoring import draft_response, score_chunks
 from pdllm_jax.method.selection import EMPTY_SLOT, Selection, select
 from pdllm_jax.network.transformer import MaskPredictor
+from pdllm_jax.randomness import random_key
 
 _COMPILE_EVENTS = "/jax/core/compile/"
 

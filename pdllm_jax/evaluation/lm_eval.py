@@ -58,7 +58,7 @@ from pdllm_jax.method.likelihood import (
     answer_log_likelihood_kept,
     keep_context,
 )
-from pdllm_jax.method.randomness import random_key
+from pdllm_jax.randomness import random_key
 from pdllm_jax.rules import ConfigError, require
 from pdllm_jax.storage.checkpoint import load_config, load_model
 from pdllm_jax.tokenizer import Tokenizer

@@ -35,11 +35,11 @@ from pdllm_jax.method.cache import (
     dynamic_updates,
 )
 from pdllm_jax.method.live_forward import Context, live_forward, query_rows
-from pdllm_jax.method.randomness import Use, derive
 from pdllm_jax.method.reselect import reselect_due
 from pdllm_jax.method.sampling import log_probability, predict, transfer
 from pdllm_jax.network.sharding import constrain
 from pdllm_jax.network.transformer import MaskPredictor
+from pdllm_jax.randomness import Use, derive
 
 Width = Literal["wide", "narrow"]
 # (first response slot [B], slots) -> logits [B, slots, V].

@@ -16,11 +16,11 @@ from pdllm_jax.method.chunking import count_ids
 from pdllm_jax.method.encodings import EncodeRequest, Encoding
 from pdllm_jax.method.encodings.base import slot_ids
 from pdllm_jax.method.live_forward import Context, query_rows
-from pdllm_jax.method.randomness import Use, derive
 from pdllm_jax.method.selection import Selection
 from pdllm_jax.method.token_selection import keep_tokens
 from pdllm_jax.network.sharding import constrain
 from pdllm_jax.network.transformer import MaskPredictor
+from pdllm_jax.randomness import Use, derive
 from pdllm_jax.rules import ConfigError, require
 
 

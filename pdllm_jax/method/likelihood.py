@@ -37,12 +37,12 @@ from pdllm_jax.method.encoding import encode_chosen
 from pdllm_jax.method.encodings import Bridge, EncodeRequest
 from pdllm_jax.method.live_forward import Context, QueryRows, live_forward
 from pdllm_jax.method.prefill import prefill
-from pdllm_jax.method.randomness import Use, derive, random_key
 from pdllm_jax.method.sampling import log_probability
 from pdllm_jax.method.scorers import OracleScorer
 from pdllm_jax.method.scoring import draft_response
 from pdllm_jax.method.selection import Selection, select
 from pdllm_jax.network.transformer import MaskPredictor
+from pdllm_jax.randomness import Use, derive, random_key
 from pdllm_jax.rules import ConfigError
 
 _LOGIT_ROWS = 64  # logits in memory at once

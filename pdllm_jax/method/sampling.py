@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.common import row_sum
-from pdllm_jax.method.randomness import Use, derive
+from pdllm_jax.randomness import Use, derive
 
 Confidence = Callable[[Array, Array, Array], Array]
 Unmask = Callable[[Array, Array], Array]

@@ -12,10 +12,10 @@ from pallas_kernels import Implementation
 from pdllm_jax.config import SelectionConfig
 from pdllm_jax.method.cache import ChunkCache
 from pdllm_jax.method.chunking import ChunkedPrompt, count_ids
-from pdllm_jax.method.randomness import Use, derive
 from pdllm_jax.method.scorers import Draft, Question, Scorer, ScoreRequest
 from pdllm_jax.network.sharding import constrain
 from pdllm_jax.network.transformer import MaskPredictor
+from pdllm_jax.randomness import Use, derive
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

@@ -13,10 +13,10 @@ from flax import nnx
 
 from pdllm_jax import ConfigError, DecodeConfig, Engine, Request, SelectionConfig, denoise
 from pdllm_jax.method import likelihood
-from pdllm_jax.method.randomness import random_key
 from pdllm_jax.method.sampling import CONFIDENCES, predict
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.transformer import MaskPredictor
+from pdllm_jax.randomness import random_key
 from tests.support.method import BOS, CHUNKS, sharpen
 
 SELECT = SelectionConfig(top_k=2, scorer="random", encoding="independent", encode_batch=3)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pdllm_jax.method.cache import ChunkCache
-from pdllm_jax.method.randomness import Use, derive
 from pdllm_jax.method.scorers.base import Scorer, ScoreRequest, Scores
 from pdllm_jax.network.transformer import MaskPredictor
+from pdllm_jax.randomness import Use, derive
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,8 +68,17 @@ def collect(pieces: list, *piece) -> None:
     pieces.append(piece)
 
 
-@pytest.mark.parametrize("recompute", ["block", "suffix", "response"])
-@pytest.mark.parametrize("method", ["prefilling", "baseline"])
+@pytest.mark.parametrize(
+    ("method", "recompute"),
+    [
+        ("prefilling", "block"),
+        pytest.param("prefilling", "suffix", marks=pytest.mark.slow),
+        pytest.param("prefilling", "response", marks=pytest.mark.slow),
+        ("baseline", "block"),
+        ("baseline", "suffix"),
+        ("baseline", "response"),
+    ],
+)
 def test_blocks_are_the_answer_up_to_its_end(recompute, method):
     """Of a model that often predicts the mask token, sampled; some of the answers are stopped."""
     model = copy(sharp_model())

@@ -141,6 +141,9 @@ class ModelConfig:
     d_model, n_layers, n_heads, n_kv_heads, mlp_hidden_size: sizes; head size is d_model / n_heads.
     vocab_size: number of token ids; embedding_size: rows of the embedding, at least vocab_size.
     weight_tying: the embedding is the LM head too.
+    qkv_bias: the projections to q, k and v have a bias.
+    logit_shift: the token of a position is predicted by the row in front of it, as in a model that
+      was adapted from an autoregressive one; position 0 by its own row. Otherwise by its own row.
     bos_token_id: None if config.json does not have it (LLaDA's does not; its tokenizer does).
     """
 
@@ -156,6 +159,8 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     max_sequence_length: int = 4096
     weight_tying: bool = False
+    qkv_bias: bool = False
+    logit_shift: bool = False
     mask_token_id: int = 126336
     eos_token_id: int = 126081
     pad_token_id: int = 126081
@@ -164,6 +169,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         validate(self, dict.fromkeys([*_SIZES, "n_kv_heads", "embedding_size"], SIZE))
         validate(self, {"rope_theta": POSITIVE, "rms_norm_eps": POSITIVE, "weight_tying": SWITCH})
+        validate(self, {"qkv_bias": SWITCH, "logit_shift": SWITCH})
         for name, divisor in (("d_model", "n_heads"), ("n_heads", "n_kv_heads")):
             a, b = getattr(self, name), getattr(self, divisor)
             require(a % b == 0, f"{name} {a} is not a multiple of {divisor} {b}")

@@ -255,13 +255,26 @@ def chunk_attention_mass(
 
 
 def project_columns(
-    mesh: Mesh | None, x: Float[Array, "B *rows I"], *weights: Array, activation: Any = "none"
+    mesh: Mesh | None,
+    x: Float[Array, "B *rows I"],
+    *weights: Float[Array, "O I"],
+    biases: tuple[Float[Array, "O"], ...] = (),
+    activation: Any = "none",
 ) -> tuple[Float[Array, "B *rows O"], ...]:
-    """Runs `pallas_kernels.matmul` into a layer: each device makes its columns, nothing is sent."""
-    run = functools.partial(pallas_kernels.matmul, activation=activation)
+    """Runs `pallas_kernels.matmul` into a layer: each device makes its columns, nothing is sent.
+
+    biases: one for each weight, added to its product; or none.
+    """
+    count = len(weights)
+
+    def run(x: Array, *arrays: Array) -> tuple[Array, ...]:
+        products = pallas_kernels.matmul(x, *arrays[:count], activation=activation)
+        return tuple(map(jnp.add, products, arrays[count:])) if arrays[count:] else products
+
     rows = PartitionSpec(rows_axis(mesh, len(x)))
-    inputs = (rows, *[PartitionSpec(TENSOR)] * len(weights))
-    return local(mesh, run, inputs, heads_spec(mesh, len(x), x.ndim - 1))(x, *weights)
+    inputs = (rows, *[PartitionSpec(TENSOR)] * (count + len(biases)))
+    outputs = heads_spec(mesh, len(x), x.ndim - 1)
+    return local(mesh, run, inputs, outputs)(x, *weights, *biases)
 
 
 def add_projected(

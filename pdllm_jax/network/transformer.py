@@ -55,11 +55,17 @@ class RMSNorm(nnx.Module):
 
 
 class Matrix(nnx.Module):
-    """A weight [rows, columns]: of x W^T, or a row for every token id."""
+    """A weight [rows, columns]: of x W^T, or a row for every token id; perhaps a bias [rows]."""
 
-    def __init__(self, rows: int, columns: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    bias: nnx.Param | None = None
+
+    def __init__(
+        self, rows: int, columns: int, *, dtype: DTypeLike, rngs: nnx.Rngs, bias: bool = False
+    ):
         values = jax.random.normal(rngs.params(), (rows, columns), jnp.float32) * columns**-0.5
         self.weight = nnx.Param(values.astype(dtype))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((rows,), dtype))
 
 
 class Residual(NamedTuple):
@@ -94,7 +100,8 @@ class Block(nnx.Module):
         matrix = functools.partial(Matrix, dtype=dtype, rngs=rngs)
         norm = functools.partial(RMSNorm, model, config.rms_norm_eps, dtype=dtype)
         self.attn_norm = norm()
-        self.q_proj, self.k_proj, self.v_proj = (matrix(size, model) for size in (model, kv, kv))
+        q, k, v = (matrix(size, model, bias=config.qkv_bias) for size in (model, kv, kv))
+        self.q_proj, self.k_proj, self.v_proj = q, k, v
         self.attn_out = matrix(model, model)
         self.ff_norm = norm()
         self.gate_proj, self.up_proj = matrix(hidden, model), matrix(hidden, model)
@@ -108,7 +115,8 @@ class Block(nnx.Module):
 
         def project(x: Array, *matrices: Matrix, **settings: Any) -> tuple[Array, ...]:
             weights = [matrix.weight[...] for matrix in matrices]
-            return project_columns(residual.mesh, x, *weights, **settings)
+            biases = tuple(matrix.bias[...] for matrix in matrices if matrix.bias is not None)
+            return project_columns(residual.mesh, x, *weights, biases=biases, **settings)
 
         x, normed = residual.add(self.attn_norm)
         q, k, v = project(normed, self.q_proj, self.k_proj, self.v_proj)
@@ -177,6 +185,13 @@ class MaskPredictor(nnx.Module):
                 residual = residual._replace(stream=residual.add()[0], pending=None)
                 hook(layer, residual.stream)
         return residual.add()[0], carry
+
+    def predicting_row(self, row: Int[Array, "*rows"]) -> Int[Array, "*rows"]:
+        """Returns the rows whose logits predict the tokens of these rows of a sequence.
+
+        The same rows, or those in front (see `ModelConfig.logit_shift`). Row 0 predicts itself.
+        """
+        return jnp.maximum(row - 1, 0) if self.config.logit_shift else row
 
     def logits(self, hidden: Float[Array, "*rows M"]) -> Float[Array, "*rows V"]:
         """Returns the LM head's float32 logits of rows that went through the final norm."""

@@ -6,6 +6,7 @@ this package works, and a kernel that is asked for by name raises an error with 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -102,11 +103,14 @@ def load(ref: Any, layout: Any) -> jax.Array:
     return _mosaic_gpu().load(ref, layout=layout)
 
 
-def smem_transforms(columns: int, itemsize: int = 2) -> tuple[Any, Any]:
-    """Returns the tiling and swizzle of a shared memory tile: rows of at most 128 bytes."""
-    width = 128 // itemsize
-    while columns % width:
-        width //= 2
+def smem_transforms(columns: int, itemsize: int = 2) -> tuple[Any, ...]:
+    """Returns the tiling and swizzle of a shared memory tile: rows of at most 128 bytes.
+
+    There is no swizzle of 16 bytes: whole rows, one behind the other, then.
+    """
+    width = math.gcd(columns, 128 // itemsize)
+    if width * itemsize < 32:
+        return ()
     plgpu = _mosaic_gpu()
     return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width * itemsize)
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import compat
 from pallas_kernels.common import resolve
-from pallas_kernels.matmul.hopper_tiling import Activation, choose
+from pallas_kernels.matmul.hopper_tiling import Activation, Geometry, choose
 
 MatmulImplementation = Literal["mosaic_gpu", "xla", "interpret"]
 # Smaller weights do not pay for the kernel's launch.
@@ -45,7 +45,7 @@ def resolve_matmul(
 def _problem(rows: int, weights: tuple[Any, ...], activation: Activation) -> str | None:
     outs, inner = tuple(w.shape[0] for w in weights), weights[0].shape[1]
     problem = compat.dtype_problem(weights[0].dtype)
-    if problem is None and choose(rows, inner, outs, activation, compat.sm_count()) is None:
+    if problem is None and choose(rows, inner, outs, activation, sms=compat.sm_count()) is None:
         return f"the kernel does not take {rows} rows of {inner} for results of {outs} columns"
     return problem
 
@@ -53,10 +53,11 @@ def _problem(rows: int, weights: tuple[Any, ...], activation: Activation) -> str
 def matmul(
     x: Float[Array, "*rows I"],
     *weights: Float[Array, "O I"],
+    biases: tuple[Float[Array, "O"], ...] = (),
     activation: Activation = "none",
     implementation: MatmulImplementation | None = None,
 ) -> tuple[Float[Array, "*rows O"], ...]:
-    """Returns x W^T for each weight, [out, in] as in checkpoints, with float32 accumulation.
+    """Returns x W^T + b for each weight, [out, in] as in checkpoints, with float32 accumulation.
 
     Pure and differentiable; derivatives are XLA's products for every implementation. With few rows
     the time is the reading of the weights, and the kernel does it in one launch for all of them.
@@ -65,11 +66,13 @@ def matmul(
       x: rows, in the weights' dtype. float32 asks for true float32 products, where the default on
         GPUs would be tf32.
       weights: [O, I] each, with the same inner dimension I.
+      biases: one for each weight, in x's dtype; or none, as with an activation. The kernel adds
+        them before it rounds the products, XLA's path to the rounded products.
       activation: "swiglu" makes one result of two weights: silu(x W1^T) * (x W2^T), both products
         rounded to x's dtype first.
       implementation: the code to run. A named one runs or the call fails.
-        "mosaic_gpu"  the Hopper kernel: bfloat16 or float16, at most 128 rows, columns that divide
-                      evenly among its CTAs; jax 0.11 or newer.
+        "mosaic_gpu"  the Hopper kernel: bfloat16 or float16, at most 128 rows, sizes that are
+                      multiples of 64 (in) and 16 (out); jax 0.11 or newer.
         "interpret"   the same kernel, interpreted on the CPU; very slow, for tests.
         "xla"         any backend, dtype and shape.
         None          see `resolve_matmul`.
@@ -91,24 +94,30 @@ def matmul(
         raise ValueError(f"activation must be 'none' or 'swiglu', got {activation!r}")
     if activation == "swiglu" and (len(shapes) != 2 or shapes[0] != shapes[1]):
         raise ValueError(f"swiglu needs two weights of one shape, got {shapes}")
+    if biases and (activation != "none" or [b.shape for b in biases] != [w[:1] for w in shapes]):
+        given = [b.shape for b in biases]
+        raise ValueError(f"biases must be one [O] for each of {shapes} without swiglu, got {given}")
+    if any(b.dtype != x.dtype for b in biases):
+        raise ValueError(f"biases must be {x.dtype} as x, got {[str(b.dtype) for b in biases]}")
     rows = x.size // x.shape[-1]
     implementation = resolve_matmul(implementation, rows, weights, activation)
     if implementation == "xla":
-        return matmul_xla(x, *weights, activation=activation)
+        return matmul_xla(x, *weights, biases=biases, activation=activation)
     interpret = compat.interpreter() if implementation == "interpret" else None
-    return _matmul_kernel(activation, interpret, x, *weights)
+    return _matmul_kernel(activation, interpret, x, weights, biases)
 
 
 def matmul_xla(
     x: Float[Array, "*rows I"],
     *weights: Float[Array, "O I"],
+    biases: tuple[Float[Array, "O"], ...] = (),
     activation: Activation = "none",
     dtype: DTypeLike | None = None,
 ) -> tuple[Float[Array, "*rows O"], ...]:
     """Returns the products of `matmul` by XLA, for any number of rows.
 
     Args:
-      x, weights, activation: as of `matmul`.
+      x, weights, biases, activation: as of `matmul`.
       dtype: of the results, x's by default.
     """
     product = functools.partial(
@@ -118,33 +127,49 @@ def matmul_xla(
         preferred_element_type=x.dtype if dtype is None else dtype,
     )
     products = tuple(product(x, weight) for weight in weights)
+    if biases:
+        products = tuple(map(jnp.add, products, biases))
     return (jax.nn.silu(products[0]) * products[1],) if activation == "swiglu" else products
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _matmul_kernel(activation: Activation, interpret: Any, x, *weights) -> tuple[Array, ...]:
-    return _launch(activation, interpret, x, weights)
+def _matmul_kernel(activation: Activation, interpret: Any, x, weights, biases) -> tuple[Array, ...]:
+    return _launch(activation, interpret, x, weights, biases)
 
 
 @_matmul_kernel.defjvp
 def _matmul_jvp(activation, interpret, primals, tangents):
     """The value is the kernel's; the derivative XLA's."""
-    plain = functools.partial(matmul_xla, activation=activation)
+
+    def plain(x, weights, biases):
+        return matmul_xla(x, *weights, biases=biases, activation=activation)
+
     _, derivative = jax.jvp(plain, primals, tangents)
     return _matmul_kernel(activation, interpret, *primals), derivative
 
 
 # Under jit by itself: lowered once for all layers of a model.
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _launch(activation: Activation, interpret: Any, x, weights) -> tuple[Array, ...]:
-    from pallas_kernels.matmul.hopper_kernel import build_matmul
-
+def _launch(activation: Activation, interpret: Any, x, weights, biases) -> tuple[Array, ...]:
     flat, outs = x.reshape(-1, x.shape[-1]), tuple(w.shape[0] for w in weights)
     rows, inner = flat.shape
-    geo = choose(rows, inner, outs, activation, compat.sm_count())
+    geo = choose(rows, inner, outs, activation, bool(biases), compat.sm_count())
     assert geo is not None
-    padded = jnp.pad(flat, ((0, geo.rows - rows), (0, 0)))
-    products = build_matmul(geo, x.dtype, interpret=interpret)(padded, *weights)
-    if geo.splits > 1:
-        products = [part.sum(axis=0).astype(x.dtype) for part in products]
-    return tuple(part[:rows].reshape(*x.shape[:-1], -1) for part in products)
+    products = launch(geo, flat, weights, biases, interpret=interpret)
+    return tuple(part.reshape(*x.shape[:-1], -1) for part in products)
+
+
+def launch(geo: Geometry, x, weights, biases=(), *, interpret: Any = None) -> tuple[Array, ...]:
+    """Runs the kernel as `geo` says on rows [R, I], and sums its splits."""
+    from pallas_kernels.matmul.hopper_kernel import build_matmul
+
+    rows = x.shape[0]
+    run = build_matmul(geo, x.dtype, interpret=interpret)
+    x = jnp.pad(x, ((0, geo.rows - rows), (0, 0)))
+    if geo.tuning.splits == 1:
+        products = run(x, *weights, *biases)
+    else:
+        products = [part.sum(axis=0) for part in run(x, *weights)]
+        if biases:
+            products = map(jnp.add, products, biases)
+    return tuple(part[:rows].astype(x.dtype) for part in products)

@@ -1,12 +1,13 @@
 """The Hopper kernel for products of few rows: every weight is read once, at memory bandwidth.
 
-A CTA makes some columns of every result, over the whole inner dimension or, with splits, over a
-part of it. One producer warp issues TMA loads of weights and rows, several stages ahead. One
-warpgroup for each 64 rows multiplies.
+A CTA makes some columns of one result, over the whole inner dimension or, with splits, over a part
+of it. One producer warp issues TMA loads of weights and rows, several stages ahead. One warpgroup
+for each 64 rows multiplies.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,85 +22,107 @@ from pallas_kernels.matmul.hopper_tiling import Geometry
 
 
 def build_matmul(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
-    """Makes the callable: x [R, I], weights [O_i, I] -> results [R, O_i] in `dtype`.
+    """Makes the callable: x [R, I], weights [O_i, I], biases [O_i] -> results [R, O_i] in `dtype`.
 
-    With splits the results are float32 [splits, R, O_i], to be summed.
+    With splits the results are float32 [splits, R, O_i], to be summed; there are no biases then.
     """
-    count, results, tiles, steps = len(geo.outs), geo.results, geo.tiles, geo.steps
-    loaded = min(geo.rows, ROWS)  # rows of a tile that exist
+    cut, tiles, steps, results = geo.tuning, geo.tiles, geo.steps, geo.results
+    count, columns, at_once = len(results), cut.columns, geo.at_once
+    biased = geo.biases and cut.splits == 1
 
     def stream_matmul(x_gmem, *refs):
-        w_gmem, out_gmem, refs = refs[:count], refs[count:][:results], refs[count + results :]
-        x_smem, w_smem, out_smem = refs[0], refs[1:][:count], refs[1 + count :][:results]
-        full, empty = refs[1 + count + results :]
-        unit, split, wg = lax.axis_index("unit"), lax.axis_index("split"), lax.axis_index("wg")
+        refs = list(refs)
+
+        def take(n):
+            return [refs.pop(0) for _ in range(n)]
+
+        w_gmem, bias_gmem, out_gmem = take(len(geo.outs)), take(count * biased), take(count)
+        x_smem, *w_smem = take(1 + at_once)
+        out_smem, full, empty, *bias = refs
+        cta, split, wg = (lax.axis_index(name) for name in ("cta", "split", "wg"))
+
+        def of_result(run: Callable[[int, Any], None]) -> None:
+            """Runs with the CTA's result and its first column of it."""
+            for i, (first, end) in enumerate(zip(geo.firsts, geo.firsts[1:], strict=False)):
+                start = jnp.minimum((cta - first) * columns, results[i] - columns)
+                pl.when((first <= cta) & (cta < end))(lambda i=i, start=start: run(i, start))
 
         def stage_of(step):
-            return lax.rem(step, jnp.int32(geo.stages))
+            return lax.rem(step, jnp.int32(cut.stages))
 
-        def columns_of(i):
-            return pl.ds(unit * geo.columns[i], geo.columns[i])
-
-        def inner(step):
-            return pl.ds((split * steps + step) * geo.block, geo.block)
-
-        def load(step):
+        def load(i, start, step):
             stage = stage_of(step)
+            inner = pl.ds((split * steps + step) * cut.block, cut.block)
             arrived = full.at[stage]
-            pl.when(step >= geo.stages)(lambda: plgpu.barrier_wait(empty.at[stage]))
-            for i in range(count):
-                source = w_gmem[i].at[columns_of(i), inner(step)]
-                plgpu.copy_gmem_to_smem(source, w_smem[i].at[stage], arrived)
-            for tile in range(tiles):
-                plgpu.copy_gmem_to_smem(
-                    x_gmem.at[pl.ds(tile * ROWS, loaded), inner(step)],
-                    x_smem.at[stage, tile, pl.ds(0, loaded)],
-                    arrived,
-                )
+            pl.when(step >= cut.stages)(lambda: plgpu.barrier_wait(empty.at[stage]))
+            for weight, target in zip(w_gmem[i:], w_smem, strict=False):
+                source = weight.at[pl.ds(start, columns), inner]
+                plgpu.copy_gmem_to_smem(source, target.at[stage], arrived)
+            for tile, rows in enumerate(geo.loaded):
+                source = x_gmem.at[pl.ds(tile * ROWS, rows), inner]
+                plgpu.copy_gmem_to_smem(source, x_smem.at[stage, tile, pl.ds(0, rows)], arrived)
 
-        def load_all():
-            pl.loop(0, steps)(load)
+        def load_all(i, start):
+            if biased:
+                plgpu.copy_gmem_to_smem(bias_gmem[i].at[pl.ds(start, columns)], *bias)
+            pl.loop(0, steps)(lambda step: load(i, start, step))
+
+        def produce():
+            of_result(load_all)
 
             # Wait for the last arrivals: none may be pending when the kernel ends.
-            @pl.loop(max(steps - geo.stages, 0), steps)
+            @pl.loop(max(steps - cut.stages, 0), steps)
             def _drain(step):
                 plgpu.barrier_wait(empty.at[stage_of(step)])
 
         @pl.when(wg == tiles)
         def _producer():
-            plgpu.warp_map(lambda warp: pl.when(warp == 0)(load_all))
+            if tiles > 1:
+                plgpu.set_max_registers(40, action="decrease")
+            plgpu.warp_map(lambda warp: pl.when(warp == 0)(produce))
 
-        def multiply(step, sums):
-            stage = stage_of(step)
-            plgpu.barrier_wait(full.at[stage])
-            new_sums = []
-            for w, n, total in zip(w_smem, geo.columns, sums, strict=True):
-                weights = w.at[stage].transpose((1, 0))
-                new_sums.append(total + compat.product(x_smem.at[stage, wg], weights, n))
-            plgpu.barrier_arrive(empty.at[stage])
-            return tuple(new_sums)
+        def multiply(*accs):
+            @pl.loop(0, steps)
+            def _(step):
+                stage = stage_of(step)
+                plgpu.barrier_wait(full.at[stage])
+                for weights, acc in zip(w_smem, accs, strict=True):
+                    plgpu.wgmma(acc, x_smem.at[stage, wg], weights.at[stage].transpose((1, 0)))
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(empty.at[stage])
+
+            return tuple(acc[...] for acc in accs)
 
         @pl.when(wg < tiles)
         def _consumer():
-            start = tuple(compat.zeros((ROWS, n), plgpu.Layout.WGMMA) for n in geo.columns)
-            sums = lax.fori_loop(0, steps, multiply, start)
+            if tiles > 1:
+                plgpu.set_max_registers(232, action="increase")
+            sums = pl.run_scoped(multiply, *[plgpu.ACC((ROWS, columns), jnp.float32)] * at_once)
             if geo.activation == "swiglu":
                 # Rounded as the two products would be if they were results.
                 gate, up = (s.astype(dtype).astype(jnp.float32) for s in sums)
                 act = (gate / (1 + jnp.exp(-gate))).astype(dtype).astype(jnp.float32)
                 sums = (act * up,)
-            for i, total in enumerate(sums):
-                out_smem[i].at[wg][...] = total.astype(out_smem[i].dtype)
+            (total,) = sums
+            if biased:
+                plgpu.barrier_wait(bias[1])
+                added = compat.load(bias[0], plgpu.Layout.WGMMA.reduce(0)).astype(jnp.float32)
+                total += lax.broadcast_in_dim(added, total.shape, [1])
+            out_smem.at[wg][...] = total.astype(out_smem.dtype)
             plgpu.commit_smem()
-            rows = pl.ds(wg * ROWS, loaded)
-            for i, out in enumerate(out_gmem):
-                columns = columns_of(i)
-                target = out.at[split, rows, columns] if geo.splits > 1 else out.at[rows, columns]
-                plgpu.copy_smem_to_gmem(out_smem[i].at[wg, pl.ds(0, loaded)], target)
+
+            def send(tile, rows, i, start):
+                place = pl.ds(tile * ROWS, rows), pl.ds(start, columns)
+                target = out_gmem[i].at[(split, *place) if cut.splits > 1 else place]
+                plgpu.copy_smem_to_gmem(out_smem.at[tile, pl.ds(0, rows)], target)
+
+            for tile, rows in enumerate(geo.loaded):
+                store = (lambda tile, rows: lambda i, start: send(tile, rows, i, start))(tile, rows)
+                pl.when(wg == tile)(lambda store=store: of_result(store))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    result = jnp.float32 if geo.splits > 1 else dtype
-    lead = (geo.splits,) if geo.splits > 1 else ()
+    result = jnp.float32 if cut.splits > 1 else dtype
+    lead = (cut.splits,) if cut.splits > 1 else ()
 
     def smem(*shape, dtype=dtype):
         transforms = compat.smem_transforms(shape[-1], jnp.dtype(dtype).itemsize)
@@ -107,16 +130,17 @@ def build_matmul(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
 
     return plgpu.kernel(
         stream_matmul,
-        out_type=[jax.ShapeDtypeStruct((*lead, geo.rows, n), result) for n in geo.outs[:results]],
+        out_type=[jax.ShapeDtypeStruct((*lead, geo.rows, n), result) for n in results],
         scratch_types=[
-            smem(geo.stages, tiles, ROWS, geo.block),
-            *(smem(geo.stages, n, geo.block) for n in geo.columns),
-            *(smem(tiles, ROWS, n, dtype=result) for n in geo.columns[:results]),
-            plgpu.Barrier(num_barriers=geo.stages, num_arrivals=count + tiles),
-            plgpu.Barrier(num_barriers=geo.stages, num_arrivals=tiles),
+            smem(cut.stages, tiles, ROWS, cut.block),
+            *[smem(cut.stages, columns, cut.block)] * at_once,
+            smem(tiles, ROWS, columns, dtype=result),
+            plgpu.Barrier(num_barriers=cut.stages, num_arrivals=at_once + tiles),
+            plgpu.Barrier(num_barriers=cut.stages, num_arrivals=tiles),
+            *[plgpu.SMEM((columns,), dtype), plgpu.Barrier()] * biased,
         ],
-        grid=(geo.units, geo.splits),
-        grid_names=("unit", "split"),
+        grid=(geo.firsts[-1], cut.splits),
+        grid_names=("cta", "split"),
         num_threads=tiles + 1,
         thread_name="wg",
         interpret=interpret,

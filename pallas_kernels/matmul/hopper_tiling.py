@@ -3,29 +3,52 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+import math
 from typing import Literal
 
-from pallas_kernels.compat import ROWS, SHARED_MEMORY, padded_rows
+from pallas_kernels.compat import ROWS, SHARED_MEMORY
 
 Activation = Literal["none", "swiglu"]
 
-_COLUMNS = 16  # the columns of a CTA are a multiple: whole pieces of 32 bytes
-_MOST_COLUMNS = 256
-_MOST_ROWS = 128
+_ROWS, _COLUMNS = 8, 8  # rows and columns of a CTA are multiples
+_MOST_ROWS, _MOST_COLUMNS, _MOST_SUMS = 128, 256, 304  # sums: of all products of a CTA
+# (block, fewest stages), the longest pieces of a row of weights first.
+_BLOCKS = ((256, 2), (128, 3), (64, 3))
+# What the device reads at most, in bytes a microsecond: from memory, into all SMs, into one SM.
+_MEMORY, _ALL_SMS, _ONE_SM = 4.4e6, 6.0e6, 60e3
+_SUM = 2.5  # microseconds that the sum of splits takes at least
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """Settings of a launch.
+
+    Attributes:
+      columns: of a result, made by one CTA; the last CTA of a result begins earlier if they do not
+        divide it.
+      splits: parts that the inner dimension is cut into; their float32 results are summed.
+      block: inner elements of a stage.
+      stages: blocks in flight.
+    """
+
+    columns: int
+    splits: int
+    block: int
+    stages: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """Static shape of a launch."""
+    """Static shape of a launch. A CTA makes columns of one result, with swiglu from two weights."""
 
-    rows: int  # 32, or a multiple of 64
+    rows: int  # a multiple of 8
     inner: int  # I, the inner dimension
     outs: tuple[int, ...]  # columns of each weight's product
-    columns: tuple[int, ...]  # columns of each product that one CTA makes
-    splits: int  # parts that the inner dimension is cut into
-    block: int  # inner elements of a stage
-    stages: int  # blocks in flight
+    tuning: Tuning
     activation: Activation = "none"  # "swiglu": silu(first) * second is the one result
+    biases: bool = False
 
     @property
     def tiles(self) -> int:
@@ -33,59 +56,112 @@ class Geometry:
         return -(-self.rows // ROWS)
 
     @property
-    def units(self) -> int:
-        """CTAs side by side."""
-        return self.outs[0] // self.columns[0]
+    def loaded(self) -> tuple[int, ...]:
+        """Rows of each tile that exist."""
+        return tuple(min(self.rows - i * ROWS, ROWS) for i in range(self.tiles))
+
+    @property
+    def at_once(self) -> int:
+        """Weights that a CTA reads."""
+        return 2 if self.activation == "swiglu" else 1
+
+    @property
+    def results(self) -> tuple[int, ...]:
+        """Columns of each result."""
+        return self.outs[:1] if self.activation == "swiglu" else self.outs
+
+    @property
+    def firsts(self) -> tuple[int, ...]:
+        """The first CTA of each result, and the number of CTAs of a split."""
+        counts = (-(-n // self.tuning.columns) for n in self.results)
+        return tuple(itertools.accumulate(counts, initial=0))
+
+    @property
+    def ctas(self) -> int:
+        return self.firsts[-1] * self.tuning.splits
 
     @property
     def steps(self) -> int:
         """Blocks of the inner dimension that a CTA goes through."""
-        return self.inner // self.splits // self.block
+        return self.inner // self.tuning.splits // self.tuning.block
 
     @property
-    def results(self) -> int:
-        return 1 if self.activation == "swiglu" else len(self.outs)
-
-    @property
-    def fits(self) -> bool:
-        """Whether blocks divide the inner dimension, and a CTA's shared memory is enough."""
-        return self.inner % (self.splits * self.block) == 0 and self.shared_memory <= SHARED_MEMORY
+    def problem(self) -> str | None:
+        """What the kernel does not take; None if it takes all."""
+        cut, itemsize = self.tuning, 4 if self.tuning.splits > 1 else 2
+        # The last CTA's first column has to be one at which a row of a tile in memory begins.
+        width = math.gcd(cut.columns, 128 // itemsize)
+        for problem, found in (
+            ("rows", self.rows > _MOST_ROWS),
+            ("columns", cut.columns > min(_MOST_COLUMNS, _MOST_SUMS // self.at_once, *self.outs)),
+            ("outs", any(n % width for n in self.results)),
+            ("inner", self.inner % (cut.splits * cut.block)),
+            ("shared memory", self.shared_memory > SHARED_MEMORY),
+        ):
+            if found:
+                return problem
+        return None
 
     @property
     def shared_memory(self) -> int:
         """Bytes of a CTA. Operands are in half precision; with splits results are float32."""
-        stage = 2 * self.block * (self.tiles * ROWS + sum(self.columns))
-        result = self.tiles * ROWS * sum(self.columns[: self.results])
-        return self.stages * stage + result * (4 if self.splits > 1 else 2)
+        cut = self.tuning
+        stage = 2 * cut.block * (self.tiles * ROWS + self.at_once * cut.columns)
+        result = self.tiles * ROWS * cut.columns * (4 if cut.splits > 1 else 2)
+        return cut.stages * stage + result + 2 * cut.columns + 1024
+
+    @property
+    def microseconds(self) -> float:
+        """An estimate: what is read from memory, into all SMs and into one, and a sum of splits."""
+        cut, count = self.tuning, self.firsts[-1]
+        weights = 2 * self.inner * sum(self.outs)
+        own = 2 * self.inner // cut.splits * (self.at_once * cut.columns + self.rows)
+        seconds = max(weights / _MEMORY, own * count * cut.splits / _ALL_SMS, own / _ONE_SM)
+        partial = 8 * cut.splits * self.rows * sum(self.results) / _ALL_SMS
+        return seconds + (_SUM + partial if cut.splits > 1 else 0)
 
 
+def candidates(
+    rows: int,
+    inner: int,
+    outs: tuple[int, ...],
+    activation: Activation = "none",
+    biases: bool = False,
+    sms: int = 132,
+) -> list[Geometry]:
+    """Returns the ways to cut products that run at once on the device's SMs."""
+    found = []
+    splits = (1,) if activation == "swiglu" else (1, 2, 4, 8)
+    for columns, split in itertools.product(range(_COLUMNS, _MOST_COLUMNS + 1, _COLUMNS), splits):
+        # The longest block and the most stages that fit, at most six.
+        for block, least in _BLOCKS:
+            cuts = [Tuning(columns, split, block, stages) for stages in range(6, least - 1, -1)]
+            padded = -(-rows // _ROWS) * _ROWS
+            geos = [Geometry(padded, inner, outs, cut, activation, biases) for cut in cuts]
+            fitting = [geo for geo in geos if geo.problem is None and geo.ctas <= sms]
+            if fitting:
+                found.append(fitting[0])
+                break
+    return found
+
+
+@functools.cache
 def choose(
-    rows: int, inner: int, outs: tuple[int, ...], activation: Activation, sms: int
+    rows: int,
+    inner: int,
+    outs: tuple[int, ...],
+    activation: Activation = "none",
+    biases: bool = False,
+    sms: int = 132,
 ) -> Geometry | None:
     """Returns how products of few rows are cut; None if the kernel does not take the shapes.
 
-    Of the ways that keep nearly the most SMs busy, it takes the one that reads the longest pieces
-    of a row of weights, then the one with the fewest splits, whose float32 results are written and
-    read again.
+    Of the ways within 5% of the least estimated time: the longest pieces of a row of weights, then
+    the fewest splits, then the most CTAs.
     """
-    if not 0 < rows <= _MOST_ROWS:
-        return None
-    candidates = []
-    for units in range(1, sms + 1):
-        columns = tuple(n // units for n in outs)
-        if any(n % (units * _COLUMNS) for n in outs) or max(columns) > _MOST_COLUMNS:
-            continue
-        for splits in (1,) if activation == "swiglu" else (1, 2, 4, 8):
-            cut = (padded_rows(rows), inner, outs, columns, splits)
-            # The longest block and the most stages that fit, at most six.
-            fitting = (
-                geo
-                for block, least in ((256, 2), (128, 3), (64, 3))
-                for stages in range(6, least - 1, -1)
-                if (geo := Geometry(*cut, block, stages, activation)).fits
-            )
-            if units * splits <= sms and (first := next(fitting, None)) is not None:
-                candidates.append(first)
-    most = max((geo.units * geo.splits for geo in candidates), default=0)
-    busy = [geo for geo in candidates if geo.units * geo.splits >= 0.95 * most]
-    return max(busy, key=lambda geo: (geo.block, -geo.splits), default=None)
+    found = candidates(rows, inner, outs, activation, biases, sms) if rows > 0 else []
+    least = min((geo.microseconds for geo in found), default=0)
+    near = [geo for geo in found if geo.microseconds <= 1.05 * least]
+    return max(
+        near, key=lambda geo: (geo.tuning.block, -geo.tuning.splits, geo.ctas), default=None
+    )

@@ -263,13 +263,13 @@ def project_columns(
 ) -> tuple[Float[Array, "B *rows O"], ...]:
     """Runs `pallas_kernels.matmul` into a layer: each device makes its columns, nothing is sent.
 
-    biases: one for each weight, added to its product; or none.
+    biases: one for each weight, or none.
     """
     count = len(weights)
 
     def run(x: Array, *arrays: Array) -> tuple[Array, ...]:
-        products = pallas_kernels.matmul(x, *arrays[:count], activation=activation)
-        return tuple(map(jnp.add, products, arrays[count:])) if arrays[count:] else products
+        weights, biases = arrays[:count], arrays[count:]
+        return pallas_kernels.matmul(x, *weights, biases=biases, activation=activation)
 
     rows = PartitionSpec(rows_axis(mesh, len(x)))
     inputs = (rows, *[PartitionSpec(TENSOR)] * (count + len(biases)))

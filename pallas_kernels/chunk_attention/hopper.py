@@ -46,9 +46,17 @@ def chunk_attention_hopper(
     index: Any = np.array([layer], np.int32) if static else jnp.asarray(layer, jnp.int32)[None]
     batch, places, rows, heads, dim = q.shape
     kv_heads, chunk_size = k.shape[2:4]
-    # At least 32 rows: a head's log-sum-exps leave shared memory in one copy of whole 128 bytes.
-    rows, slots, sms = compat.padded_rows(rows), chunk_ids.shape[1], compat.sm_count()
-    shape = Shape(batch, slots, rows, heads, kv_heads, dim, chunk_size, sms)
+    slots, sms = chunk_ids.shape[1], compat.sm_count()
+
+    def of_rows(rows: int, heads: int) -> Shape:
+        # At least 32: a head's log-sum-exps leave shared memory in one copy of whole 128 bytes.
+        padded = compat.padded_rows(rows)
+        return Shape(batch, slots, padded, heads, kv_heads, dim, chunk_size, sms)
+
+    shape, packed = of_rows(rows, heads), of_rows(rows * (heads // kv_heads), kv_heads)
+    # Rows that fill tiles badly: the query heads of a KV head as more rows of one head.
+    pack = packed.tiles < shape.tiles
+    shape = packed if pack else shape
     geo = Geometry(
         **vars(shape),
         tuning=choose(shape) if tuning is None else tuning,
@@ -56,7 +64,25 @@ def chunk_attention_hopper(
         own_keys=0 if own_kv is None else own_kv.k.shape[1],
         scale=scale,
     )
-    return _launch(geo, interpret, q, k, v, index, chunk_ids, chunk_lengths, own_kv)
+    q = _pack(q, kv_heads) if pack else q
+    part = _launch(geo, interpret, q, k, v, index, chunk_ids, chunk_lengths, own_kv)
+    return _unpack(part, heads // kv_heads) if pack else part
+
+
+def _pack(q: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, Q, T, G R, D] -> [B, Q, T R, G, D]."""
+    batch, places, rows, heads, dim = q.shape
+    q = q.reshape(batch, places, rows, kv_heads, -1, dim).swapaxes(3, 4)
+    return q.reshape(batch, places, -1, kv_heads, dim)
+
+
+def _unpack(part: Partial, each: int) -> Partial:
+    """[B, T R, G, D] -> [B, T, G R, D], and the log-sum-exps; R = each."""
+    batch, _, kv_heads, dim = part.out.shape
+    out = part.out.reshape(batch, -1, each, kv_heads, dim).swapaxes(2, 3)
+    lse = part.lse.reshape(batch, kv_heads, -1, each).swapaxes(2, 3)
+    rows = out.shape[1]
+    return Partial(out.reshape(batch, rows, -1, dim), lse.reshape(batch, -1, rows))
 
 
 # Under jit by itself: lowered once for all layers of a model.

@@ -45,6 +45,8 @@ def build(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
     names = ("q_gmem", "k_gmem", "v_gmem", *live, *tables, "out_gmem", "lse_gmem", *scratch)
 
     def chunk_attention(*refs: Any) -> None:
+        if geo.tuning.early:
+            compat.start_early(interpret)
         cta = Cta(geo, dtype, SimpleNamespace(**dict(zip(names, refs, strict=True))))
 
         @pl.when(cta.wg == cta.consumers)
@@ -55,7 +57,7 @@ def build(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
         @pl.when(cta.wg < cta.consumers)
         def _consumer() -> None:
             plgpu.set_max_registers(232, action="increase")
-            _Consumer(cta).run()
+            _Consumer(cta, interpret).run()
 
     splits = geo.tuning.splits
     lead, tail = (splits, geo.flat_rows), (geo.batch, geo.rows, geo.heads, geo.dim)
@@ -98,6 +100,7 @@ def _scratch(geo: Geometry, dtype: jnp.dtype) -> dict[str, Any]:
         "v_clean": plgpu.Barrier(num_barriers=stages),
         "joined": plgpu.Barrier(),
         "released": plgpu.Barrier(),
+        "turn": plgpu.Barrier(num_arrivals=2),
     }
 
 
@@ -122,8 +125,9 @@ class _Item(NamedTuple):
 class _Consumer:
     """A warpgroup that multiplies: one query tile of each of the CTA's items."""
 
-    def __init__(self, cta: Cta) -> None:
+    def __init__(self, cta: Cta, interpret: Any) -> None:
         self.cta, self.geo, self.refs, wg = cta, cta.geo, cta.refs, cta.wg
+        self.interpret, self.ordered = interpret, cta.geo.ordered
         refs, self.tiles = cta.refs, cta.geo.tiles_per_cta
         self.keys, self.turns = cta.geo.tuning.block_keys, cta.geo.tuning.key_groups
         self.q_tile, self.p_tile = refs.q_smem.at[wg], refs.p_smem.at[wg]
@@ -137,8 +141,16 @@ class _Consumer:
     def run(self) -> None:
         first = self.read_item(0, 0)
         self.prefetch_queries(first, True)
+        if self.ordered:  # the second is half a block behind
+            pl.when(self.cta.wg == 1)(self.pass_turn)
         lax.fori_loop(0, self.cta.count, self.attend_item, (jnp.int32(0), first))
+        if self.ordered:
+            pl.when(self.cta.wg == 0)(self.pass_turn)
         _wait_sent()
+
+    def pass_turn(self) -> None:
+        plgpu.barrier_arrive(self.refs.turn)
+        plgpu.barrier_wait(self.refs.turn)
 
     def read_item(self, i: Any, n: Any) -> _Item:
         """Reads the CTA's i-th item, which n blocks of other items come before."""
@@ -226,7 +238,9 @@ class _Consumer:
         fact = refs.facts_gmem[item.base + jnp.minimum(j + self.turns, self.geo.blocks_of_unit - 1)]
         pl.when((step == 0) | (slot != loaded_slot))(lambda: plgpu.barrier_wait(self.q_ready))
         plgpu.barrier_wait(refs.k_full.at[stage])
-        scores = compat.product(self.q_tile, refs.k_smem.at[stage].transpose((1, 0)), keys)
+        key_columns = refs.k_smem.at[stage].transpose((1, 0))
+        issued = self.pass_turn if self.ordered else None
+        scores = compat.product(self.q_tile, key_columns, keys, issued)
         plgpu.barrier_arrive(refs.k_empty.at[stage])
         # Load the next query rows while this block is finished.
         if self.geo.query_slots:
@@ -251,9 +265,18 @@ class _Consumer:
             pl.when((step == 0) & (i > 0))(_wait_sent)
         self.p_tile[...] = weights.astype(self.cta.dtype)
         plgpu.commit_smem()
+        if self.ordered:
+            new_peak, total, acc = lax.optimization_barrier((new_peak, total, acc))
+            plgpu.barrier_arrive(refs.turn)
         plgpu.barrier_wait(refs.v_full.at[stage])
         pl.when(valid < keys)(lambda: self.zero_padding(stage, valid))
-        acc += compat.product(self.p_tile, refs.v_smem.at[stage], self.geo.dim)
+        if self.ordered:
+            plgpu.barrier_wait(refs.turn)
+        operands = self.p_tile, refs.v_smem.at[stage]
+        if self.geo.tuning.in_place:
+            acc = compat.add_product(acc, *operands, interpret=self.interpret)
+        else:
+            acc += compat.product(*operands, self.geo.dim)
         plgpu.barrier_arrive(refs.v_empty.at[stage])
         return new_peak, total, acc, slot, fact
 

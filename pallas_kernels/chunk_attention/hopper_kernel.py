@@ -9,6 +9,7 @@ each and share the keys, or take turns with the key blocks of one tile and join 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -39,6 +40,10 @@ def build(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
     [1]. Its rows are (b, h, t), R of them with padding. It returns with one split out [B, T, H, D]
     in `dtype` and lse [R] float32 (natural log), with more out [splits, R, D] and lse [splits, R].
     """
+    if interpret:
+        geo = dataclasses.replace(geo, tuning=dataclasses.replace(geo.tuning, paired=False))
+    size = geo.ctas_at_once
+    cluster: Any = {"cluster": (size,), "cluster_names": ("group",)} if size > 1 else {}
     scratch = _scratch(geo, dtype)
     live = ("own_k_gmem", "own_v_gmem") if geo.own_blocks else ()
     tables = ("blocks_gmem", "facts_gmem", "units_gmem", "layer_gmem")
@@ -67,8 +72,9 @@ def build(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
         out_type=[jax.ShapeDtypeStruct(out, dtype), jax.ShapeDtypeStruct(lse, jnp.float32)],
         # In this order, as a dict would be sorted by name.
         scratch_types=list(scratch.values()),
-        grid=(min(geo.items, geo.sms),),
-        grid_names=("cta",),
+        grid=(geo.clusters,),
+        grid_names=("cluster",),
+        **cluster,
         num_threads=geo.consumers + 1,
         thread_name="wg",
         interpret=interpret,
@@ -84,6 +90,11 @@ def _scratch(geo: Geometry, dtype: jnp.dtype) -> dict[str, Any]:
         transforms = compat.smem_transforms(columns)
         return plgpu.SMEM((count, rows, columns), dtype, transforms=transforms)
 
+    empty: Any = {"num_barriers": stages, "num_arrivals": geo.tiles_per_cta}
+    if geo.ctas_at_once > 1:
+        empty = plgpu.ClusterBarrier(collective_axes=("group",), **empty)
+    else:
+        empty = plgpu.Barrier(**empty)
     return {
         "q_smem": tile(wgs, ROWS, geo.dim),
         "p_smem": tile(wgs, ROWS, keys),
@@ -95,8 +106,8 @@ def _scratch(geo: Geometry, dtype: jnp.dtype) -> dict[str, Any]:
         "q_full": plgpu.Barrier(num_barriers=wgs, num_arrivals=geo.heads_per_tile),
         "k_full": plgpu.Barrier(num_barriers=stages),
         "v_full": plgpu.Barrier(num_barriers=stages),
-        "k_empty": plgpu.Barrier(num_barriers=stages, num_arrivals=geo.tiles_per_cta),
-        "v_empty": plgpu.Barrier(num_barriers=stages, num_arrivals=geo.tiles_per_cta),
+        "k_empty": empty,
+        "v_empty": empty,
         "v_clean": plgpu.Barrier(num_barriers=stages),
         "joined": plgpu.Barrier(),
         "released": plgpu.Barrier(),

@@ -21,6 +21,8 @@ class Tuning:
         multiplies while the other makes its softmax.
       in_place: whether weighted values are added up by the product itself.
       early: whether a launch overlaps the end of the kernel before it.
+      paired: whether the CTAs of a KV head's two pairs of query tiles load each key block together,
+        half of it each, for both. Not interpreted.
     """
 
     block_keys: int
@@ -30,6 +32,7 @@ class Tuning:
     ordered: bool = False
     in_place: bool = False
     early: bool = False
+    paired: bool = False
 
     def __post_init__(self) -> None:
         for name, valid, allowed in (
@@ -108,6 +111,16 @@ class Geometry(Shape):
     def ordered(self) -> bool:
         """Whether two query tiles take turns to multiply."""
         return self.tuning.ordered and self.tiles_per_cta == 2
+
+    @property
+    def ctas_at_once(self) -> int:
+        """CTAs that load key blocks together: a cluster."""
+        return 2 if self.tuning.paired and self.groups == 2 else 1
+
+    @property
+    def clusters(self) -> int:
+        """Clusters of the launch, each with items in turn."""
+        return min(self.items, self.sms) // self.ctas_at_once
 
     @property
     def consumers(self) -> int:

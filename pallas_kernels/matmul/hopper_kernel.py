@@ -31,6 +31,8 @@ def build_matmul(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
     biased = geo.biases and cut.splits == 1
 
     def stream_matmul(x_gmem, *refs):
+        if cut.early:
+            compat.start_early(interpret)
         refs = list(refs)
 
         def take(n):

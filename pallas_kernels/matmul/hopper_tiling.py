@@ -31,12 +31,14 @@ class Tuning:
       splits: parts that the inner dimension is cut into; their float32 results are summed.
       block: inner elements of a stage.
       stages: blocks in flight.
+      early: whether a launch overlaps the end of the kernel before it.
     """
 
     columns: int
     splits: int
     block: int
     stages: int
+    early: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

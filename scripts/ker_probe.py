@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
+# ruff: noqa
 """Checks and times variants of the kernels at Dream-7B's shapes. Writes $OUT/ker_probe.json.
 
-  python3 scripts/ker_probe.py [--part attention|profile|matmul|all] [--limit SECONDS]
+python3 scripts/ker_probe.py [--part attention|profile|matmul|all] [--limit SECONDS]
 """
 
 import argparse
@@ -22,13 +23,14 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from bench.record import conditions, copy_bandwidth, time_loop
+
 from pallas_kernels import OwnKV
 from pallas_kernels.chunk_attention.hopper import chunk_attention_hopper
 from pallas_kernels.chunk_attention.hopper_tiling import Tuning
 from pallas_kernels.chunk_attention.reference import chunk_attention_reference
-from pallas_kernels.matmul import api, hopper_tiling as mt
+from pallas_kernels.matmul import api
+from pallas_kernels.matmul import hopper_tiling as mt
 
 START = time.monotonic()
 LAYERS, CHUNKS, HEADS, KV, DIM = 16, 40, 28, 4, 128
@@ -179,8 +181,13 @@ def in_time(args, make, items):
 
 def attention(args, record, save, floor):
     pools = [
-        jnp.stack([jax.random.normal(jax.random.key(s * 99 + i), (CHUNKS, KV, 1024, DIM),
-                                     jnp.bfloat16) for i in range(LAYERS)]) for s in range(2)
+        jnp.stack(
+            [
+                jax.random.normal(jax.random.key(s * 99 + i), (CHUNKS, KV, 1024, DIM), jnp.bfloat16)
+                for i in range(LAYERS)
+            ]
+        )
+        for s in range(2)
     ]
     check = jax.jit(reference, static_argnums=4)
 
@@ -197,22 +204,32 @@ def show(record, save, row):
     save()
     if "K" in row:
         flag = "" if row["error"] < 5e-3 and row["repeats_itself"] else "  WRONG"
-        print(f"K={row['K']:2} rows={row['rows']:2} {row['case']:36} {row['us']:7.2f} us "
-              f"[{row['us_least']:.2f}] {row['times_floor']:5.2f}x  err {row['error']:.1e}{flag}",
-              flush=True)
+        print(
+            f"K={row['K']:2} rows={row['rows']:2} {row['case']:36} {row['us']:7.2f} us "
+            f"[{row['us_least']:.2f}] {row['times_floor']:5.2f}x  err {row['error']:.1e}{flag}",
+            flush=True,
+        )
     else:
         flag = "" if row["error"] < 8e-3 else "  WRONG"
-        print(f"{row['shape']:8} rows={row['rows']:3} {row['cut']:34} {row['us']:7.2f} us "
-              f"{row['times_floor']:5.2f}x est {row['estimate']:5.1f} err {row['error']:.1e}"
-              f"{flag}", flush=True)
+        print(
+            f"{row['shape']:8} rows={row['rows']:3} {row['cut']:34} {row['us']:7.2f} us "
+            f"{row['times_floor']:5.2f}x est {row['estimate']:5.1f} err {row['error']:.1e}"
+            f"{flag}",
+            flush=True,
+        )
 
 
 # ---------------------------------------------------------------- profile
 def profile(args, record, save, floor, pools):
     """Durations of kernels and the gaps between them, of a few attention programs."""
-    wanted = [("base", 8, 32, BASE, None, 0), ("all", 8, 32, ALL, None, 0),
-              ("all, no graph", 8, 32, ALL, NO_GRAPH, 0), ("all", 32, 32, ALL, None, 0),
-              ("ordered+in_place", 32, 32, BOTH, None, 0), ("all", 8, 33, ALL, None, 0)]
+    wanted = [
+        ("base", 8, 32, BASE, None, 0),
+        ("all", 8, 32, ALL, None, 0),
+        ("all, no graph", 8, 32, ALL, NO_GRAPH, 0),
+        ("all", 32, 32, ALL, None, 0),
+        ("ordered+in_place", 32, 32, BOTH, None, 0),
+        ("all", 8, 33, ALL, None, 0),
+    ]
     live = jnp.zeros((1, 128, KV, DIM), jnp.bfloat16)
     record["profile"] = []
     for case in wanted:
@@ -244,9 +261,17 @@ def profile(args, record, save, floor, pools):
         out["gaps_us"] = {n: [len(v), float(np.median(v))] for n, v in gaps.items() if len(v) > 20}
         record["profile"].append(out)
         save()
-        print("profile", case[0], "K", case[1], "rows", case[2], {
-            n[:28]: (c, round(u, 2)) for n, (c, u) in out["kernels_us"].items() if c > 20},
-            {n: round(u, 2) for n, (c, u) in out["gaps_us"].items()}, flush=True)
+        print(
+            "profile",
+            case[0],
+            "K",
+            case[1],
+            "rows",
+            case[2],
+            {n[:28]: (c, round(u, 2)) for n, (c, u) in out["kernels_us"].items() if c > 20},
+            {n: round(u, 2) for n, (c, u) in out["gaps_us"].items()},
+            flush=True,
+        )
 
 
 # ---------------------------------------------------------------- products
@@ -310,8 +335,11 @@ class Product:
         if self.cut is not None:
             self.geo = dataclasses.replace(self.geo, tuning=self.cut)
         self.x = jax.random.normal(jax.random.key(3), (4, self.rows, self.inner), jnp.bfloat16)
-        self.biases = tuple(jax.random.normal(jax.random.key(4), (n,), jnp.bfloat16)
-                            for n in self.outs) if bias else ()
+        self.biases = (
+            tuple(jax.random.normal(jax.random.key(4), (n,), jnp.bfloat16) for n in self.outs)
+            if bias
+            else ()
+        )
         weights = [[spec(n, self.inner) for n in self.outs]] * self.sets
         args = like(self.x), weights, tuple(map(like, self.biases))
         self.run = jax.jit(self.loop).lower(*args).compile()
@@ -339,15 +367,30 @@ class Product:
             wide = [p + b.astype(jnp.float32) for p, b in zip(wide, self.biases)]
         if self.act == "swiglu":
             wide = [jax.nn.silu(wide[0]) * wide[1]]
-        error = max(float(jnp.linalg.norm(g.astype(jnp.float32) - w) / jnp.linalg.norm(w))
-                    for g, w in zip(got, wide))
-        cut = "xla" if self.cut is None else (
-            f"c{self.cut.columns} s{self.cut.splits} {self.cut.block}x{self.cut.stages}"
-            f"{' early' * self.cut.early} ({self.geo.ctas} CTAs)")
-        return {"shape": self.name, "rows": self.rows, "cut": cut, "us": timing[0],
-                "us_least": timing[1], "floor_us": self.floor,
-                "times_floor": timing[0] / self.floor, "error": error,
-                "estimate": self.geo.microseconds, "tuning": str(self.cut)}
+        error = max(
+            float(jnp.linalg.norm(g.astype(jnp.float32) - w) / jnp.linalg.norm(w))
+            for g, w in zip(got, wide)
+        )
+        cut = (
+            "xla"
+            if self.cut is None
+            else (
+                f"c{self.cut.columns} s{self.cut.splits} {self.cut.block}x{self.cut.stages}"
+                f"{' early' * self.cut.early} ({self.geo.ctas} CTAs)"
+            )
+        )
+        return {
+            "shape": self.name,
+            "rows": self.rows,
+            "cut": cut,
+            "us": timing[0],
+            "us_least": timing[1],
+            "floor_us": self.floor,
+            "times_floor": timing[0] / self.floor,
+            "error": error,
+            "estimate": self.geo.microseconds,
+            "tuning": str(self.cut),
+        }
 
 
 launch = jax.jit(api.launch, static_argnums=0)
@@ -367,8 +410,12 @@ def products(args, record, save, floor):
         if key not in made_of:
             made_of.clear()
             made_of[key] = [
-                [jax.random.normal(jax.random.key(i * 7 + j), (n, made.inner), jnp.bfloat16)
-                 / 16 for j, n in enumerate(made.outs)] for i in range(made.sets)]
+                [
+                    jax.random.normal(jax.random.key(i * 7 + j), (n, made.inner), jnp.bfloat16) / 16
+                    for j, n in enumerate(made.outs)
+                ]
+                for i in range(made.sets)
+            ]
             jax.block_until_ready(made_of[key])
         return made_of[key]
 

@@ -81,7 +81,7 @@ class Producer:
         refs, keys, per_chunk = vars(self.refs), self.keys, self.geo.per_chunk
         pl.when(n >= self.stages)(lambda: plgpu.barrier_wait(refs[f"{x}_empty"].at[stage]))
         target, arrived = refs[f"{x}_smem"].at[stage], refs[f"{x}_full"].at[stage]
-        shared = {"collective_axes": "group"} if self.geo.ctas_at_once > 1 else {}
+        shared: Any = {"collective_axes": "group"} if self.geo.ctas_at_once > 1 else {}
 
         def from_pool() -> None:
             chunk = div(place, per_chunk)

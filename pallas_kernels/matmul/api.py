@@ -72,7 +72,7 @@ def matmul(
         rounded to x's dtype first.
       implementation: the code to run. A named one runs or the call fails.
         "mosaic_gpu"  the Hopper kernel: bfloat16 or float16, at most 128 rows, sizes that are
-                      multiples of 64 (in) and 16 (out); jax 0.11 or newer.
+                      multiples of 64 (in) and 8 (out); jax 0.11 or newer.
         "interpret"   the same kernel, interpreted on the CPU; very slow, for tests.
         "xla"         any backend, dtype and shape.
         None          see `resolve_matmul`.

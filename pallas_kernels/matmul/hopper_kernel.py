@@ -7,6 +7,8 @@ for each 64 rows multiplies.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,21 +35,18 @@ def build_matmul(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
     def stream_matmul(x_gmem, *refs):
         if cut.early:
             compat.start_early(interpret)
-        refs = list(refs)
-
-        def take(n):
-            return [refs.pop(0) for _ in range(n)]
-
-        w_gmem, bias_gmem, out_gmem = take(len(geo.outs)), take(count * biased), take(count)
-        x_smem, *w_smem = take(1 + at_once)
-        out_smem, full, empty, *bias = refs
+        rest = iter(refs)
+        w_gmem, bias_gmem, out_gmem, w_smem = (
+            list(itertools.islice(rest, n)) for n in (len(geo.outs), count * biased, count, at_once)
+        )
+        x_smem, out_smem, full, empty, *bias = rest
         cta, split, wg = (lax.axis_index(name) for name in ("cta", "split", "wg"))
 
         def of_result(run: Callable[[int, Any], None]) -> None:
             """Runs with the CTA's result and its first column of it."""
             for i, (first, end) in enumerate(zip(geo.firsts, geo.firsts[1:], strict=False)):
                 start = jnp.minimum((cta - first) * columns, results[i] - columns)
-                pl.when((first <= cta) & (cta < end))(lambda i=i, start=start: run(i, start))
+                pl.when((first <= cta) & (cta < end))(functools.partial(run, i, start))
 
         def stage_of(step):
             return lax.rem(step, jnp.int32(cut.stages))
@@ -119,8 +118,8 @@ def build_matmul(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
                 plgpu.copy_smem_to_gmem(out_smem.at[tile, pl.ds(0, rows)], target)
 
             for tile, rows in enumerate(geo.loaded):
-                store = (lambda tile, rows: lambda i, start: send(tile, rows, i, start))(tile, rows)
-                pl.when(wg == tile)(lambda store=store: of_result(store))
+                store = functools.partial(send, tile, rows)
+                pl.when(wg == tile)(functools.partial(of_result, store))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     result = jnp.float32 if cut.splits > 1 else dtype
@@ -130,16 +129,17 @@ def build_matmul(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
         transforms = compat.smem_transforms(shape[-1], jnp.dtype(dtype).itemsize)
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
+    bias: list[Any] = [plgpu.SMEM((columns,), dtype), plgpu.Barrier()] if biased else []
     return plgpu.kernel(
         stream_matmul,
         out_type=[jax.ShapeDtypeStruct((*lead, geo.rows, n), result) for n in results],
         scratch_types=[
-            smem(cut.stages, tiles, ROWS, cut.block),
             *[smem(cut.stages, columns, cut.block)] * at_once,
+            smem(cut.stages, tiles, ROWS, cut.block),
             smem(tiles, ROWS, columns, dtype=result),
             plgpu.Barrier(num_barriers=cut.stages, num_arrivals=at_once + tiles),
             plgpu.Barrier(num_barriers=cut.stages, num_arrivals=tiles),
-            *[plgpu.SMEM((columns,), dtype), plgpu.Barrier()] * biased,
+            *bias,
         ],
         grid=(geo.firsts[-1], cut.splits),
         grid_names=("cta", "split"),

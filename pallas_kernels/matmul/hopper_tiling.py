@@ -164,6 +164,4 @@ def choose(
     found = candidates(rows, inner, outs, activation, biases, sms) if rows > 0 else []
     least = min((geo.microseconds for geo in found), default=0)
     near = [geo for geo in found if geo.microseconds <= 1.05 * least]
-    return max(
-        near, key=lambda geo: (geo.tuning.block, -geo.tuning.splits, geo.ctas), default=None
-    )
+    return max(near, key=lambda geo: (geo.tuning.block, -geo.tuning.splits, geo.ctas), default=None)

@@ -71,7 +71,7 @@ def chunk_attention_hopper(
 
 def _pack(q: jax.Array, kv_heads: int) -> jax.Array:
     """[B, Q, T, G R, D] -> [B, Q, T R, G, D]."""
-    batch, places, rows, heads, dim = q.shape
+    batch, places, rows, _, dim = q.shape
     q = q.reshape(batch, places, rows, kv_heads, -1, dim).swapaxes(3, 4)
     return q.reshape(batch, places, -1, kv_heads, dim)
 

@@ -85,43 +85,17 @@ def zeros(shape: tuple[int, ...], layout: Any) -> jax.Array:
     return _mosaic_gpu().layout_cast(jnp.zeros(shape, jnp.float32), layout)
 
 
-def product(a: Any, b: Any, columns: int, issued: Any = None) -> jax.Array:
-    """Returns the float32 product of a tile of rows and a matrix, both in shared memory.
-
-    issued: is called when the product has begun.
-    """
+def product(a: Any, b: Any, columns: int) -> jax.Array:
+    """Returns the float32 product of a tile of rows and a matrix, both in shared memory."""
     from jax.experimental import pallas as pl
 
     plgpu = _mosaic_gpu()
 
     def multiply(ref: Any) -> jax.Array:
         plgpu.wgmma(ref, a, b)
-        if issued is not None:
-            issued()
         return ref[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((ROWS, columns), jnp.float32))
-
-
-def add_product(total: jax.Array, a: Any, b: Any, *, interpret: Any) -> jax.Array:
-    """Returns total + a b, summed up where the total is."""
-    from jax.experimental import pallas as pl
-
-    if interpret:  # it does not know accumulators with a value
-        return total + product(a, b, total.shape[1])
-    plgpu = _mosaic_gpu()
-    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(total))
-
-
-def start_early(interpret: Any) -> None:
-    """Lets this kernel's start overlap the end of the one before it, and waits for that end.
-
-    What comes before in the kernel overlaps; and the next kernel may start from here on.
-    """
-    if not interpret:
-        plgpu = _mosaic_gpu()
-        plgpu.griddepcontrol_wait()
-        plgpu.griddepcontrol_launch_dependents()
 
 
 def load(ref: Any, layout: Any) -> jax.Array:

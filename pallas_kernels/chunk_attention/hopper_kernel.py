@@ -9,7 +9,6 @@ each and share the keys, or take turns with the key blocks of one tile and join 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -40,18 +39,12 @@ def build(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
     [1]. Its rows are (b, h, t), R of them with padding. It returns with one split out [B, T, H, D]
     in `dtype` and lse [R] float32 (natural log), with more out [splits, R, D] and lse [splits, R].
     """
-    if interpret:
-        geo = dataclasses.replace(geo, tuning=dataclasses.replace(geo.tuning, paired=False))
-    size = geo.ctas_at_once
-    cluster: Any = {"cluster": (size,), "cluster_names": ("group",)} if size > 1 else {}
     scratch = _scratch(geo, dtype)
     live = ("own_k_gmem", "own_v_gmem") if geo.own_blocks else ()
     tables = ("blocks_gmem", "facts_gmem", "units_gmem", "layer_gmem")
     names = ("q_gmem", "k_gmem", "v_gmem", *live, *tables, "out_gmem", "lse_gmem", *scratch)
 
     def chunk_attention(*refs: Any) -> None:
-        if geo.tuning.early:
-            compat.start_early(interpret)
         cta = Cta(geo, dtype, SimpleNamespace(**dict(zip(names, refs, strict=True))))
 
         @pl.when(cta.wg == cta.consumers)
@@ -62,7 +55,7 @@ def build(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
         @pl.when(cta.wg < cta.consumers)
         def _consumer() -> None:
             plgpu.set_max_registers(232, action="increase")
-            _Consumer(cta, interpret).run()
+            _Consumer(cta).run()
 
     splits = geo.tuning.splits
     lead, tail = (splits, geo.flat_rows), (geo.batch, geo.rows, geo.heads, geo.dim)
@@ -72,9 +65,8 @@ def build(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
         out_type=[jax.ShapeDtypeStruct(out, dtype), jax.ShapeDtypeStruct(lse, jnp.float32)],
         # In this order, as a dict would be sorted by name.
         scratch_types=list(scratch.values()),
-        grid=(geo.clusters,),
-        grid_names=("cluster",),
-        **cluster,
+        grid=(min(geo.items, geo.sms),),
+        grid_names=("cta",),
         num_threads=geo.consumers + 1,
         thread_name="wg",
         interpret=interpret,
@@ -90,11 +82,6 @@ def _scratch(geo: Geometry, dtype: jnp.dtype) -> dict[str, Any]:
         transforms = compat.smem_transforms(columns)
         return plgpu.SMEM((count, rows, columns), dtype, transforms=transforms)
 
-    empty: Any = {"num_barriers": stages, "num_arrivals": geo.tiles_per_cta}
-    if geo.ctas_at_once > 1:
-        empty = plgpu.ClusterBarrier(collective_axes=("group",), **empty)
-    else:
-        empty = plgpu.Barrier(**empty)
     return {
         "q_smem": tile(wgs, ROWS, geo.dim),
         "p_smem": tile(wgs, ROWS, keys),
@@ -106,12 +93,11 @@ def _scratch(geo: Geometry, dtype: jnp.dtype) -> dict[str, Any]:
         "q_full": plgpu.Barrier(num_barriers=wgs, num_arrivals=geo.heads_per_tile),
         "k_full": plgpu.Barrier(num_barriers=stages),
         "v_full": plgpu.Barrier(num_barriers=stages),
-        "k_empty": empty,
-        "v_empty": empty,
+        "k_empty": plgpu.Barrier(num_barriers=stages, num_arrivals=geo.tiles_per_cta),
+        "v_empty": plgpu.Barrier(num_barriers=stages, num_arrivals=geo.tiles_per_cta),
         "v_clean": plgpu.Barrier(num_barriers=stages),
         "joined": plgpu.Barrier(),
         "released": plgpu.Barrier(),
-        "turn": plgpu.Barrier(num_arrivals=2),
     }
 
 
@@ -136,9 +122,8 @@ class _Item(NamedTuple):
 class _Consumer:
     """A warpgroup that multiplies: one query tile of each of the CTA's items."""
 
-    def __init__(self, cta: Cta, interpret: Any) -> None:
+    def __init__(self, cta: Cta) -> None:
         self.cta, self.geo, self.refs, wg = cta, cta.geo, cta.refs, cta.wg
-        self.interpret, self.ordered = interpret, cta.geo.ordered
         refs, self.tiles = cta.refs, cta.geo.tiles_per_cta
         self.keys, self.turns = cta.geo.tuning.block_keys, cta.geo.tuning.key_groups
         self.q_tile, self.p_tile = refs.q_smem.at[wg], refs.p_smem.at[wg]
@@ -152,16 +137,8 @@ class _Consumer:
     def run(self) -> None:
         first = self.read_item(0, 0)
         self.prefetch_queries(first, True)
-        if self.ordered:  # the second is half a block behind
-            pl.when(self.cta.wg == 1)(self.pass_turn)
         lax.fori_loop(0, self.cta.count, self.attend_item, (jnp.int32(0), first))
-        if self.ordered:
-            pl.when(self.cta.wg == 0)(self.pass_turn)
         _wait_sent()
-
-    def pass_turn(self) -> None:
-        plgpu.barrier_arrive(self.refs.turn)
-        plgpu.barrier_wait(self.refs.turn)
 
     def read_item(self, i: Any, n: Any) -> _Item:
         """Reads the CTA's i-th item, which n blocks of other items come before."""
@@ -249,9 +226,7 @@ class _Consumer:
         fact = refs.facts_gmem[item.base + jnp.minimum(j + self.turns, self.geo.blocks_of_unit - 1)]
         pl.when((step == 0) | (slot != loaded_slot))(lambda: plgpu.barrier_wait(self.q_ready))
         plgpu.barrier_wait(refs.k_full.at[stage])
-        key_columns = refs.k_smem.at[stage].transpose((1, 0))
-        issued = self.pass_turn if self.ordered else None
-        scores = compat.product(self.q_tile, key_columns, keys, issued)
+        scores = compat.product(self.q_tile, refs.k_smem.at[stage].transpose((1, 0)), keys)
         plgpu.barrier_arrive(refs.k_empty.at[stage])
         # Load the next query rows while this block is finished.
         if self.geo.query_slots:
@@ -276,18 +251,9 @@ class _Consumer:
             pl.when((step == 0) & (i > 0))(_wait_sent)
         self.p_tile[...] = weights.astype(self.cta.dtype)
         plgpu.commit_smem()
-        if self.ordered:
-            new_peak, total, acc = lax.optimization_barrier((new_peak, total, acc))
-            plgpu.barrier_arrive(refs.turn)
         plgpu.barrier_wait(refs.v_full.at[stage])
         pl.when(valid < keys)(lambda: self.zero_padding(stage, valid))
-        if self.ordered:
-            plgpu.barrier_wait(refs.turn)
-        operands = self.p_tile, refs.v_smem.at[stage]
-        if self.geo.tuning.in_place:
-            acc = compat.add_product(acc, *operands, interpret=self.interpret)
-        else:
-            acc += compat.product(*operands, self.geo.dim)
+        acc += compat.product(self.p_tile, refs.v_smem.at[stage], self.geo.dim)
         plgpu.barrier_arrive(refs.v_empty.at[stage])
         return new_peak, total, acc, slot, fact
 

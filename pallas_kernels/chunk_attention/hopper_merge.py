@@ -18,7 +18,7 @@ from pallas_kernels.compat import ROWS
 
 # Splits whose outputs are in shared memory at once, and columns that a CTA merges: few, so that
 # there are many CTAs.
-_BUFFERS, _COLUMNS = 16, 32
+_BUFFERS, _COLUMNS = 8, 32
 
 
 def build_merge(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
@@ -32,8 +32,6 @@ def build_merge(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
     by_row = plgpu.Layout.WGMMA.reduce(1)
 
     def merge_partials(out_gmem, lse_gmem, merged_gmem, merged_lse_gmem, *scratch):
-        if geo.tuning.early:
-            compat.start_early(interpret)
         parts_smem, lse_smem, merged_lse_smem, part_full, lse_full = scratch
         first, share = lax.axis_index("tile") * ROWS, lax.axis_index("share")
         columns = pl.ds(share * width, width)

@@ -28,15 +28,14 @@ class Cta:
     def __init__(self, geo: Geometry, dtype: jnp.dtype, refs: SimpleNamespace) -> None:
         self.geo, self.dtype, self.refs = geo, dtype, refs
         self.consumers = geo.consumers
-        self.index, self.wg = lax.axis_index("cluster"), lax.axis_index("wg")
-        self.count = div(geo.items // geo.ctas_at_once - 1 - self.index, geo.clusters) + 1
+        self.ctas = min(geo.items, geo.sms)
+        self.index, self.wg = lax.axis_index("cta"), lax.axis_index("wg")
+        self.count = div(geo.items - 1 - self.index, self.ctas) + 1
 
     def item(self, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns unit, KV head and tile group of the CTA's i-th item."""
-        index, units = self.index + i * self.geo.clusters, self.geo.batch * self.geo.tuning.splits
+        index, units = self.index + i * self.ctas, self.geo.batch * self.geo.tuning.splits
         rest = div(index, units)
-        if self.geo.ctas_at_once > 1:
-            return mod(index, units), rest, lax.axis_index("group")
         return mod(index, units), div(rest, self.geo.groups), mod(rest, self.geo.groups)
 
 
@@ -81,18 +80,17 @@ class Producer:
         refs, keys, per_chunk = vars(self.refs), self.keys, self.geo.per_chunk
         pl.when(n >= self.stages)(lambda: plgpu.barrier_wait(refs[f"{x}_empty"].at[stage]))
         target, arrived = refs[f"{x}_smem"].at[stage], refs[f"{x}_full"].at[stage]
-        shared: Any = {"collective_axes": "group"} if self.geo.ctas_at_once > 1 else {}
 
         def from_pool() -> None:
             chunk = div(place, per_chunk)
             rows = pl.ds(mod(place, per_chunk) * keys, keys)
             source = refs[f"{x}_gmem"].at[self.layer, chunk, head, rows]
-            plgpu.copy_gmem_to_smem(source, target, arrived, **shared)
+            plgpu.copy_gmem_to_smem(source, target, arrived)
 
         def from_own() -> None:
             rows = pl.ds((-1 - place) * keys, keys)
             source = refs[f"own_{x}_gmem"].at[request, rows, head]
-            plgpu.copy_gmem_to_smem(source, target, arrived, **shared)
+            plgpu.copy_gmem_to_smem(source, target, arrived)
 
         if self.geo.own_blocks:
             pl.when(place >= 0)(from_pool)

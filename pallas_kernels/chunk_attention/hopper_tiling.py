@@ -17,22 +17,12 @@ class Tuning:
       splits: units that a request's blocks are cut into; their partial results are merged.
       key_groups: warpgroups that take turns with the blocks of a unit, 1 or 2. 2 needs a single
         query tile for each CTA.
-      ordered: whether the warpgroups of two query tiles multiply one after the other, so that one
-        multiplies while the other makes its softmax.
-      in_place: whether weighted values are added up by the product itself.
-      early: whether a launch overlaps the end of the kernel before it.
-      paired: whether the CTAs of a KV head's two pairs of query tiles load each key block together,
-        half of it each, for both. Not interpreted.
     """
 
     block_keys: int
     stages: int
     splits: int
     key_groups: int = 1
-    ordered: bool = False
-    in_place: bool = False
-    early: bool = False
-    paired: bool = False
 
     def __post_init__(self) -> None:
         for name, valid, allowed in (
@@ -106,21 +96,6 @@ class Geometry(Shape):
                 f"key_groups must be 1 with {self.tiles_per_cta} query tiles for each CTA,"
                 f" got {self.tuning.key_groups}"
             )
-
-    @property
-    def ordered(self) -> bool:
-        """Whether two query tiles take turns to multiply."""
-        return self.tuning.ordered and self.tiles_per_cta == 2
-
-    @property
-    def ctas_at_once(self) -> int:
-        """CTAs that load key blocks together: a cluster."""
-        return 2 if self.tuning.paired and self.groups == 2 else 1
-
-    @property
-    def clusters(self) -> int:
-        """Clusters of the launch, each with items in turn."""
-        return min(self.items, self.sms) // self.ctas_at_once
 
     @property
     def consumers(self) -> int:

@@ -33,8 +33,6 @@ def build_matmul(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
     biased = geo.biases and cut.splits == 1
 
     def stream_matmul(x_gmem, *refs):
-        if cut.early:
-            compat.start_early(interpret)
         rest = iter(refs)
         w_gmem, bias_gmem, out_gmem, w_smem = (
             list(itertools.islice(rest, n)) for n in (len(geo.outs), count * biased, count, at_once)

@@ -17,7 +17,7 @@ _MOST_ROWS, _MOST_COLUMNS, _MOST_SUMS = 128, 256, 304  # sums: of all products o
 # (block, fewest stages), the longest pieces of a row of weights first.
 _BLOCKS = ((256, 2), (128, 3), (64, 3))
 # What the device reads at most, in bytes a microsecond: from memory, into all SMs, into one SM.
-_MEMORY, _ALL_SMS, _ONE_SM = 4.4e6, 6.0e6, 60e3
+_MEMORY, _ALL_SMS, _ONE_SM = 4.4e6, 8.5e6, 85e3
 _SUM = 2.5  # microseconds that the sum of splits takes at least
 
 
@@ -31,14 +31,12 @@ class Tuning:
       splits: parts that the inner dimension is cut into; their float32 results are summed.
       block: inner elements of a stage.
       stages: blocks in flight.
-      early: whether a launch overlaps the end of the kernel before it.
     """
 
     columns: int
     splits: int
     block: int
     stages: int
-    early: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,6 +114,12 @@ def identity(**changes) -> ModelIdentity:
     return dataclasses.replace(IDENTITY, config=dataclasses.replace(IDENTITY.config, **changes))
 
 
+def test_a_manifest_of_before_the_families_fits():
+    """LLaDA's fields are what they were, so that old snapshots and keys of a store are found."""
+    assert "model.family" not in model_fields(IDENTITY)
+    assert model_fields(identity(family="dream"))["model.family"] == "dream"
+
+
 @pytest.mark.parametrize(
     ("other", "field"),
     [
@@ -122,6 +128,7 @@ def identity(**changes) -> ModelIdentity:
         (identity(rope_theta=5e5), "rope.theta"),
         (identity(rope_scaling=RopeScaling("ntk", 2.0)), "rope.scaling"),
         (identity(n_layers=3), "model.n_layers"),
+        (identity(family="dream"), "model.family"),
         (identity(rms_norm_eps=1e-6), "model.rms_norm_eps"),
     ],
 )

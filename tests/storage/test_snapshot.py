@@ -24,7 +24,12 @@ from pdllm_jax.engine.request import SelectedRequest, request_keys
 from pdllm_jax.engine.request import drop_other_chunks as without_other_chunks
 from pdllm_jax.engine.request import start_decoding as begin
 from pdllm_jax.method.chunking import chunk_prompt
-from pdllm_jax.storage.fingerprint import ModelIdentity, document_fingerprint, model_identity
+from pdllm_jax.storage.fingerprint import (
+    ModelIdentity,
+    document_fingerprint,
+    model_fields,
+    model_identity,
+)
 from pdllm_jax.storage.snapshot import (
     SnapshotError,
     load_document,

@@ -24,7 +24,7 @@ NAMES = {
     "pad_token": "<|endoftext|>",
     "mask_token": "<|mask|>",
 }
-TEXT = """It's 1,234 tokens; don't ask THEM. the then there this that\n\n  阅读文档，然后回答问题。文档
+TEXT = """It's 1,234 tokens; don't ask THEM. the then there this that\n\n  阅读文档，回答问题。文档
 def f(x):\n    return x  # naïve café\r\n\tThe document's answers: 3.14 and 2.71 — über\n"""
 
 

@@ -20,6 +20,7 @@ from tests.oracles.dream_tokenizer import SPECIAL_TOKENS, write_dream_tokenizer
 MERGES = 40
 FIRST = 256 + MERGES  # id of the first added token
 IDS = {name: FIRST + i for i, name in enumerate(SPECIAL_TOKENS)}
+CONFIG, ADDED = "tokenizer_config.json", "added_tokens.json"
 WORDS = (
     *(
         "It's",
@@ -121,6 +122,28 @@ def test_no_code_of_the_folder_is_executed(tmp_path: Path, file: bool) -> None:
     assert not any("tokenization_dream" in name for name in sys.modules)
 
 
+def test_special_tokens_in_front_of_the_vocabulary(tmp_path: Path) -> None:
+    """As iLLaDA's ids: BOS 0, padding 1, EOS 2 and mask 5."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    names = ["<s>", "<pad>", "</s>", "<unk>", "<sep>", "<mask>"]
+    symbols = [*names, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Backend(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(name, special=True) for name in names])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
+    config |= {"eos_token": "</s>", "pad_token": "<pad>"}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    tokenizer = load(tmp_path, mask_token_id=5, eos_token_id=2, pad_token_id=1, bos_token_id=0)
+    assert (tokenizer.bos_id, tokenizer.mask_id, tokenizer.stop_ids) == (0, 5, (2, 1))
+    ids = tokenizer.encode("</s> a<mask>")
+    assert min(ids) > 5
+    assert tokenizer.decode([*ids, 1, 7]) == "</s> a<mask>"
+
+
 def change(name: str, **changes: Any) -> Callable[[Path], None]:
     return lambda folder: edit(folder, name, **changes)
 
@@ -130,7 +153,6 @@ def without(*names: str, **settings: Any) -> Callable[[Path], object]:
     return lambda folder: write(folder, special=special, plain=(), **settings)
 
 
-CONFIG, ADDED = "tokenizer_config.json", "added_tokens.json"
 LFS = "version https://git-lfs.github.com/spec/v1\n"
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no BOS": (without("<|beginoftext|>"), r"no BOS token \(<.startoftext.> or <.beginoftext.>\)"),

@@ -8,6 +8,7 @@ is lm-eval's own command line with the model registered; docs/evaluation.md desc
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import logging
 import sys
@@ -45,11 +46,7 @@ from pdllm_jax.evaluation.arguments import (
     sample_seed,
 )
 from pdllm_jax.evaluation.chat import ChatPrompts
-from pdllm_jax.evaluation.prompts import (
-    PromptIds,
-    SplitPrompt,
-    TaskPrompt,
-)
+from pdllm_jax.evaluation.prompts import PromptIds, SplitPrompt, TaskPrompt
 from pdllm_jax.method.cache_methods import Method, cache_method
 from pdllm_jax.method.chunking import chunk_prompt
 from pdllm_jax.method.likelihood import (
@@ -138,9 +135,8 @@ class PrefillingLM(LM):
         self.estimate["guidance"] = self.decoding.get("guidance", 0.0)
         selection = SelectionConfig(**settings)
         length = gen_length or self.decoding.get("steps") or max_gen_toks
-        self._blocks = cache.name != "plain"
-        checked = decode_config(length, block_length, self.decoding, {}, blocks=self._blocks)
-        cache.decode_config(checked)
+        self._decode_config = functools.partial(decode_config, blocks=cache.name != "plain")
+        cache.decode_config(self._decode_config(length, block_length, self.decoding, {}))
         self.folder, dtype = Path(str(pretrained)), read_dtype(dtype)
         config = load_config(self.folder)
         same = mask_id is None or mask_id == config.mask_token_id
@@ -298,8 +294,8 @@ class PrefillingLM(LM):
         settings = asked.settings
         if "temperature" not in self.decoding:
             settings = {"temperature": asked.temperature, **settings}
-        given = length, self.block_length, self.decoding, settings
-        return decode_config(*given, blocks=self._blocks), asked.until
+        config = self._decode_config(length, self.block_length, self.decoding, settings)
+        return config, asked.until
 
     def _generate(self, instance: Instance, prompt: str, given: Mapping[str, Any]) -> str:
         decoding, until = self._generation(given)

@@ -9,8 +9,11 @@ import pytest
 
 from pdllm_jax.config import DecodeConfig
 from pdllm_jax.method import sampling
+from pdllm_jax.method.denoise import denoise
+from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.sampling import filtered, float32_linspace, log_probability
 from pdllm_jax.randomness import random_key
+from tests.support.method import MASK
 
 torch = pytest.importorskip("torch")
 
@@ -176,3 +179,14 @@ def test_slots_that_predict_the_end_stay_last(settings):
         tokens, confidence = predict(logits, config, jax.random.key(key), last=(4,))
         assert np.isfinite(confidence).all()
         assert confidence[tokens == 4].max() < confidence[tokens != 4].min()
+
+
+def test_the_first_evaluation_of_a_block_fills_its_first_slot_alone(model):
+    """One evaluation a block: the masks that it leaves stay, also while later blocks are read."""
+    settings = {"max_new_tokens": 12, "block_length": 4, "steps": 5, "dual_cache": True}
+    config = DecodeConfig.fast_dllm_dream(alg="entropy", **settings)
+    prompts = jax.random.randint(random_key(1), (2, 9), 0, 250)
+    state = init_denoise(model, None, None, prompts, config, random_key(0))
+    state = denoise(model, None, state, config=config)
+    np.testing.assert_array_equal(state.tokens != MASK, [[i % 4 == 0 for i in range(12)]] * 2)
+    assert state.evaluations.tolist() == [3, 3]

@@ -182,7 +182,8 @@ class _Pass:
         """Prepares a pass; inputs: of the `ScoreRequest`."""
         valid, group = prompt.chunk_lengths > 0, config.encode_batch
         request = ScoreRequest(prompt.question, valid, encode_batch=group, **inputs)
-        copies = config.scorer.query_copies(model, request)
+        in_pass = config.scorer.in_pass
+        copies = config.scorer.query_copies(model, request) if in_pass else None
         encodes = keeps_prefix or copies is not None
         prefix = _encode_prefix(model, prompt) if encodes else _Prefix()
         return cls(model, prompt, config, request, copies, prefix)

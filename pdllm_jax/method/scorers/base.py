@@ -180,6 +180,7 @@ class Scorer(Protocol):
 
     def check(self, config: ModelConfig) -> None:
         """Raises ConfigError for a model that the scorer cannot score with."""
+        return None
 
     def draft(self, model: MaskPredictor, question: Question) -> Draft | None:
         """Returns a draft of the response, computed before the pass; None where none is needed."""

@@ -35,6 +35,7 @@ from pdllm_jax.method.scorers.base import (
     Scores,
     prefix_attention,
 )
+from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import chunk_attention, whole_groups
 from pdllm_jax.network.transformer import MaskPredictor
@@ -154,15 +155,15 @@ class QueryScorer(CopyScorer):
     def query_copies(self, model: MaskPredictor, request: ScoreRequest) -> QueryCopies:
         """Returns copies in which the query alone is scored, the response behind it visible."""
         question = request.question
-        rows, scored = question.with_tail(request.response or _masks(model, question, 0))
+        rows, scored = question.with_tail(request.response or masks(model, question, 0))
         return make_copies(model, rows, scored, question.query.shape[1], self.masked_copies)
 
 
 @dataclasses.dataclass(frozen=True)
-class Drafting(Scorer):
-    """Base of scorers that guess the response's first tokens.
+class Drafting(CopyScorer):
+    """Base of scorers of query and draft, or of query and the response so far.
 
-    draft_length: masks behind the query, d. draft_steps: how many of them are denoised.
+    draft_length: masks behind prefix and query, d. draft_steps: how many of them are denoised.
     """
 
     draft_length: int = 4
@@ -175,21 +176,7 @@ class Drafting(Scorer):
             f"draft_steps must be at most draft_length {self.draft_length}, got {self.draft_steps}",
         )
 
-
-@dataclasses.dataclass(frozen=True)
-class DraftScorer(Drafting, QueryScorer):
-    """Self-information of query and draft given the chunk.
-
-    The draft is made once, of prefix and query without the document.
-    """
-
-    name: ClassVar[str] = "draft"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        QueryScorer.__post_init__(self)
-
-    def draft(self, model: MaskPredictor, question: Question) -> Draft:
+    def draft(self, model: MaskPredictor, question: Question) -> Draft | None:
         """Returns guesses of the response's first tokens, from prefix and query alone.
 
         Denoises `draft_steps` of d masks: slot 0, then the most confident of those still masked.
@@ -208,18 +195,62 @@ class DraftScorer(Drafting, QueryScorer):
             chosen = jnp.arange(d) == slot[:, None]
             return Draft(jnp.where(chosen, guess, draft.tokens), draft.confirmed | chosen)
 
-        return lax.fori_loop(0, self.draft_steps, step, _masks(model, question, d))
+        return lax.fori_loop(0, self.draft_steps, step, masks(model, question, d))
 
-    def query_copies(self, model: MaskPredictor, request: ScoreRequest) -> QueryCopies:
-        """Returns copies in which the query and the draft, or the response so far, are scored."""
+    def drafted(
+        self, model: MaskPredictor, request: ScoreRequest, copies: int | None, **options: bool
+    ) -> QueryCopies:
+        """Returns `make_copies` in which query and draft, or the response so far, are scored."""
         question = request.question
         tail = request.response or request.draft or self.draft(model, question)
+        assert tail is not None
         rows, in_query = question.with_tail(tail)
         scored = dynamic_updates(in_query, question.query_length, tail.confirmed)
         most = rows.query.shape[1]
         if request.response is None:
             most = min(question.query.shape[1] + self.draft_steps, most)
-        return make_copies(model, rows, scored, most, self.masked_copies)
+        return make_copies(model, rows, scored, most, copies, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftScorer(Drafting):
+    """Self-information of query and draft given the chunk.
+
+    masked_copies: as of `QueryScorer`.
+    """
+
+    name: ClassVar[str] = "draft"
+
+    masked_copies: int | None = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validate(self, {"masked_copies": SIZE})
+
+    def query_copies(self, model: MaskPredictor, request: ScoreRequest) -> QueryCopies:
+        """Returns copies in which the query and the draft, or the response so far, are scored."""
+        return self.drafted(model, request, self.masked_copies)
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalScorer(Drafting):
+    """Log-probability of query and draft given the chunk, in one pass under a causal mask.
+
+    Each token is predicted from prefix, chunk and the tokens in front of it, as by the
+    autoregressive model that a model with a logit shift was adapted from.
+    """
+
+    name: ClassVar[str] = "causal"
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises ConfigError for a model without a logit shift."""
+        shifted = f"scorer {self.name!r} needs a model that predicts a token from the row before it"
+        require(config.logit_shift, f"{shifted} (logit_shift); use 'draft'")
+
+    def query_copies(self, model: MaskPredictor, request: ScoreRequest) -> QueryCopies:
+        """Returns one copy without masks in place of tokens, whose rows see what is before them."""
+        self.check(model.config)
+        return self.drafted(model, request, 1, causal=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +270,7 @@ class ConfidenceScorer(CopyScorer):
     def query_copies(self, model: MaskPredictor, request: ScoreRequest) -> QueryCopies:
         """Returns one copy with its masks scored; of a response, the masks of the current block."""
         question, response = request.question, request.response
-        tail = response or _masks(model, question, self.draft_length)
+        tail = response or masks(model, question, self.draft_length)
         open_slots = ~tail.confirmed if response is None else ~tail.confirmed & response.in_block
         rows, in_query = question.with_tail(tail)
         scored = dynamic_updates(jnp.zeros_like(in_query), question.query_length, open_slots)
@@ -247,7 +278,7 @@ class ConfidenceScorer(CopyScorer):
         return dataclasses.replace(copies, read_token=None)
 
 
-def _masks(model: MaskPredictor, question: Question, d: int) -> Draft:
+def masks(model: MaskPredictor, question: Question, d: int) -> Draft:
     """Returns a draft of d masks."""
     tokens = jnp.full((question.query.shape[0], d), model.config.mask_token_id, jnp.int32)
     return Draft(tokens, jnp.zeros(tokens.shape, bool))

@@ -45,6 +45,7 @@ from pdllm_jax.method.chunking import (
     count_chunks,
 )
 from pdllm_jax.method.scorers import AllScorer, OracleScorer
+from pdllm_jax.method.scorers.chunk_draft import ChunkDraftScorer
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.sharding import DATA, TENSOR, mesh_sizes, shardings
 from pdllm_jax.network.transformer import MaskPredictor
@@ -199,6 +200,18 @@ class _Case:
             nbytes += half // pool.k.shape[1] * (batch // self.sizes[0]) + self.gpu * half
         if "live KV" in made and recorder.forwards:
             nbytes += self.nbytes(made["live KV"])  # written when the last layer is through
+        scores = program.phase == "score" or (
+            program.phase == "decode" and self.selection.reselects
+        )
+        if scores and isinstance(self.selection.scorer, ChunkDraftScorer):
+            # Of a group of chunks with the question, until the group is scored.
+            batch, shapes = max(x[0] for x in recorder.forwards), self.shapes
+            tail = self.decode.gen_length if program.phase == "decode" else 0
+            rows = shapes.prefix + shapes.query + max(tail, self.selection.scorer.draft_length)
+            rows = batch * (shapes.chunk_size + live_rows(rows) + shapes.prefix)
+            c = self.config
+            kv = 2 * c.n_layers * c.n_kv_heads // self.sizes[1] * c.head_dim
+            nbytes += rows * kv * self.dtype.itemsize
         selection = program.settings.get("settings")
         if selection is not None and program.phase == "decode":
             nbytes += self.nbytes(program.held["KV of the chosen chunks"])  # re-selected beside it

@@ -200,16 +200,13 @@ class _Case:
             nbytes += half // pool.k.shape[1] * (batch // self.sizes[0]) + self.gpu * half
         if "live KV" in made and recorder.forwards:
             nbytes += self.nbytes(made["live KV"])  # written when the last layer is through
-        scores = program.phase == "score" or (
-            program.phase == "decode" and self.selection.reselects
-        )
-        if scores and isinstance(self.selection.scorer, ChunkDraftScorer):
+        scorer, rescores = self.selection.scorer, ["decode"] * self.selection.reselects
+        if isinstance(scorer, ChunkDraftScorer) and program.phase in ["score", *rescores]:
             # Of a group of chunks with the question, until the group is scored.
-            batch, shapes = max(x[0] for x in recorder.forwards), self.shapes
-            tail = self.decode.gen_length if program.phase == "decode" else 0
-            rows = shapes.prefix + shapes.query + max(tail, self.selection.scorer.draft_length)
-            rows = batch * (shapes.chunk_size + live_rows(rows) + shapes.prefix)
-            c = self.config
+            c, (_, prefix, query, _, size, _) = self.config, self.shapes
+            tail = self.decode.gen_length if program.phase == "decode" else scorer.draft_length
+            rows = size + live_rows(prefix + query + tail) + prefix
+            rows *= max(batch for batch, _, _ in recorder.forwards)
             kv = 2 * c.n_layers * c.n_kv_heads // self.sizes[1] * c.head_dim
             nbytes += rows * kv * self.dtype.itemsize
         selection = program.settings.get("settings")

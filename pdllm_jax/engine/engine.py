@@ -101,6 +101,8 @@ class Engine:
 
     def __post_init__(self) -> None:
         self._method.decode_config(self.decoding)  # checks method and guidance
+        if self._method.uses_chunks:
+            self.selection.scorer.check(self.model.config)
         decoding, eot = self.decoding, self.tokenizer.eot_id if self.tokenizer else None
         if decoding.confidence_eos_eot_inf and decoding.eot_token_id is None and eot is not None:
             decoding = dataclasses.replace(decoding, eot_token_id=eot)

@@ -1,0 +1,277 @@
+"""Dream's network and its published generation, in PyTorch, one prompt at a time.
+
+`generate` is Dream's `diffusion_generate` (arXiv 2508.15487); `prefix_cache` and `dual_cache` are
+Fast-dLLM's for Dream (arXiv 2505.22618 and its public code). In all of them the token of slot j is
+read from the logits of row j - 1, and row 0 also predicts itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import Qwen2Config, Qwen2Model
+
+from tests.oracles import generation
+from tests.oracles.llada import BLOCK_NAMES, LlamaOracle
+
+
+def qwen2_config(config: Mapping[str, Any]) -> Qwen2Config:
+    """The Qwen2Config that describes the same network as a Dream config.json."""
+    assert not config.get("rope_scaling"), "only plain RoPE"
+    assert not config.get("use_sliding_window"), "only full attention"
+    names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps"]
+    names += ["num_attention_heads", "num_key_value_heads", "max_position_embeddings"]
+    return Qwen2Config(
+        **{name: config[name] for name in names},
+        hidden_act="silu",
+        rope_parameters={"rope_type": "default", "rope_theta": float(config["rope_theta"])},
+        use_sliding_window=False,
+        pad_token_id=None,
+        attn_implementation="eager",
+    )
+
+
+class QwenOracle(LlamaOracle):
+    """Dream's logits from Qwen2Model, not shifted; arguments as `LlamaOracle`'s."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        config: Mapping[str, Any],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        tensors = dict(tensors)
+        head = tensors.pop("lm_head.weight", None)
+        assert (head is None) == bool(config.get("tie_word_embeddings"))
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        self.model = Qwen2Model(qwen2_config(config)).eval()
+        self.model.load_state_dict(tensors, strict=True)
+        self.model.to(dtype)
+        self.dtype = dtype
+        self.head = (tensors["embed_tokens.weight"] if head is None else head).to(dtype)
+
+
+class Network(generation.Network):
+    """Dream's layers with explicit keys and values: LLaDA's, with biases of q, k and v."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        config: Mapping[str, Any],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        names = {"embed_tokens": "wte", "norm": "ln_f", "lm_head": "ff_out"}
+        for i in range(config["num_hidden_layers"]):
+            names |= {f"layers.{i}.{qwen}": f"blocks.{i}.{own}" for own, qwen in BLOCK_NAMES.items()}
+        renamed = {}
+        for name, tensor in tensors.items():
+            path, kind = name.removeprefix("model.").rsplit(".", 1)
+            renamed[names[path] + (".bias" if kind == "bias" else "")] = tensor
+        translated = {
+            "n_layers": config["num_hidden_layers"],
+            "n_heads": config["num_attention_heads"],
+            "n_kv_heads": config["num_key_value_heads"],
+            "d_model": config["hidden_size"],
+            "weight_tying": config["tie_word_embeddings"],
+            **{name: config[name] for name in ("rms_norm_eps", "rope_theta")},
+            "rope_scaling": config.get("rope_scaling"),
+        }
+        super().__init__(renamed, translated, dtype)
+
+
+def shifted(logits: torch.Tensor) -> torch.Tensor:
+    """Rows that predict: [T, V] -> [T, V], the first one repeated."""
+    return torch.cat((logits[:1], logits[:-1]))
+
+
+class Draws:
+    """The random numbers of a generation. Tests replace methods by draws that they know."""
+
+    def uniform(self, n: int) -> torch.Tensor:
+        """Of n masks, in [0, 1)."""
+        return torch.rand(n)
+
+    def tokens(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """A token of each row of [n, V]."""
+        return probabilities.multinomial(1)[:, 0]
+
+    def slots(self, probabilities: torch.Tensor, count: int) -> torch.Tensor:
+        """Different indices of [n]."""
+        return probabilities.multinomial(count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """What masks predict, how sure, and which of them become final.
+
+    order: "origin", "maskgit_plus", "topk_margin", "entropy", or "confidence_threshold", whose
+    confidence is maskgit_plus'.
+    """
+
+    order: str
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    alg_temp: float = 0.0
+    draws: Draws = Draws()
+
+    def filtered(self, logits: torch.Tensor) -> torch.Tensor:
+        """Probabilities [n, V] from logits over temperature, of the top-p, then top-k tokens."""
+        logits = logits / self.temperature if self.temperature > 0 else logits.clone()
+        none = torch.finfo(logits.dtype).min
+        if self.top_p is not None and self.top_p < 1:
+            # A token stays while those before it hold at most top_p; so the best one always does.
+            values, tokens = logits.sort(-1, descending=True)
+            before = values.softmax(-1).cumsum(-1).roll(1, -1)
+            before[:, 0] = 0
+            logits[torch.zeros_like(logits, dtype=bool).scatter(-1, tokens, before > self.top_p)] = none
+        if self.top_k is not None:
+            least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
+            logits[logits < least] = none
+        return logits.softmax(-1)
+
+    def predict(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [n, V] -> tokens and confidences [n]."""
+        p = self.filtered(logits)
+        tokens = self.draws.tokens(p) if self.temperature > 0 and len(p) else p.argmax(-1)
+        if self.order == "topk_margin":
+            best = p.topk(2).values
+            return tokens, best[:, 0] - best[:, 1]
+        if self.order == "entropy":
+            return tokens, (p * (p + 1e-10).log()).sum(-1)
+        return tokens, p.gather(-1, tokens[:, None])[:, 0]
+
+    def best(self, confidence: torch.Tensor, count: int) -> torch.Tensor:
+        """Indices of the count best; they are drawn where alg_temp > 0."""
+        if self.alg_temp > 0 and count:
+            return self.draws.slots((confidence / self.alg_temp).softmax(-1), count)
+        values, order = confidence.sort(descending=True)
+        # torch.topk promises no order among equal values.
+        assert not 0 < count < len(order) or values[count - 1] > values[count], "a tie"
+        return order[:count]
+
+
+def due(masked: int, times: torch.Tensor, step: int) -> int:
+    """Tokens that become final at a step of Dream's schedule: 1 - s / t of the masks, in float32."""
+    if step == len(times) - 2:
+        return masked
+    return int(torch.tensor(float(masked)) * (1 - times[step + 1] / times[step]))
+
+
+@dataclasses.dataclass
+class Generated:
+    """tokens [prompt + gen_length]; evaluations whose logits were read."""
+
+    tokens: torch.Tensor
+    mask_id: int
+    evaluations: int = 0
+
+    @classmethod
+    def start(cls, prompt: torch.Tensor, gen_length: int, mask_id: int) -> Generated:
+        assert (prompt != mask_id).all(), "a mask of the prompt would be filled"
+        return cls(F.pad(prompt, (0, gen_length), value=mask_id), mask_id)
+
+    def masks(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Positions of the masks in this span."""
+        return start + (self.tokens[start:stop] == self.mask_id).nonzero()[:, 0]
+
+
+def generate(
+    network: generation.Forward,
+    prompt: torch.Tensor,
+    *,
+    gen_length: int,
+    steps: int,
+    mask_id: int,
+    alg: str = "origin",
+    eps: float = 1e-3,
+    **settings: Any,
+) -> Generated:
+    """Dream's generation: every step runs the whole sequence and fills masks anywhere in it.
+
+    network: ids [B, T] -> logits [B, T, V], not shifted. prompt [P]. settings: of `Sampler`.
+    """
+    run, sampler = Generated.start(prompt, gen_length, mask_id), Sampler(alg, **settings)
+    times = torch.linspace(1, eps, steps + 1)
+    for step in range(steps):
+        masks = run.masks()
+        if not len(masks):
+            break
+        logits = shifted(network(run.tokens[None])[0])[masks]
+        run.evaluations += 1
+        if alg == "origin":
+            share = 1 - times[step + 1] / times[step] if step < steps - 1 else 1
+            chosen = sampler.draws.uniform(len(masks)) < share
+            run.tokens[masks[chosen]] = sampler.predict(logits[chosen])[0]
+        else:
+            tokens, confidence = sampler.predict(logits)
+            chosen = sampler.best(confidence, due(len(masks), times, step))
+            run.tokens[masks[chosen]] = tokens[chosen]
+    return run
+
+
+def _cached(
+    network: Network,
+    prompt: torch.Tensor,
+    *,
+    suffix: bool,
+    gen_length: int,
+    block_length: int,
+    steps: int,
+    mask_id: int,
+    alg: str,
+    threshold: float = 0.9,
+    eps: float = 1e-3,
+    **settings: Any,
+) -> Generated:
+    run, sampler = Generated.start(prompt, gen_length, mask_id), Sampler(alg, **settings)
+    n_blocks = gen_length // block_length
+    assert gen_length % block_length == 0
+    assert steps % n_blocks == 0
+    times = torch.linspace(1, eps, steps // n_blocks + 1)
+    first = dataclasses.replace(sampler, order="maskgit_plus")
+    for start in range(len(prompt), len(run.tokens), block_length):
+        stop = start + block_length
+        logits, cache = network.rows(run.tokens[None], 0, None)
+        run.evaluations += 1
+        run.tokens[start] = first.predict(shifted(logits[0])[start : start + 1])[0]
+        step, end = 1, None if suffix else stop
+        while len(masks := run.masks(start, stop)):
+            if alg == "entropy" and step == len(times) - 1:
+                break
+            # What later passes compute of the block replaces its keys and values, and is replaced
+            # by the next: the other rows stay as the block's first pass left them.
+            logits, cache = network.rows(run.tokens[None, start:end], start, cache)
+            run.evaluations += 1
+            tokens, confidence = sampler.predict(shifted(logits[0])[masks - start])
+            if alg == "entropy":
+                count = due(len(masks), times, step)
+            else:
+                count = max(1, int((confidence >= threshold).sum()))
+            assert step <= max(block_length, steps), "masks predicted: the published loop never ends"
+            chosen = sampler.best(confidence, count)
+            run.tokens[masks[chosen]] = tokens[chosen]
+            step += 1
+    return run
+
+
+def prefix_cache(network: Network, prompt: torch.Tensor, **settings: Any) -> Generated:
+    """Fast-dLLM's prefix cache for Dream.
+
+    A block's first pass runs the whole sequence and sets the block's first slot alone. The others
+    recompute block and suffix; their logits are shifted inside these rows.
+
+    settings: gen_length, block_length, steps, mask_id; alg, "confidence_threshold" (the most
+    confident mask, and all with at least `threshold`) or "entropy" (Dream's schedule over
+    steps / blocks steps of a block, of which the first pass was step 0); eps; others of `Sampler`.
+    """
+    return _cached(network, prompt, suffix=True, **settings)
+
+
+def dual_cache(network: Network, prompt: torch.Tensor, **settings: Any) -> Generated:
+    """As `prefix_cache`, but only the block itself is recomputed."""
+    return _cached(network, prompt, suffix=False, **settings)

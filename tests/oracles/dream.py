@@ -1,4 +1,4 @@
-"""Dream's network and its published generation, in PyTorch, one prompt at a time.
+"""The published generation algorithms for Dream, in PyTorch, one prompt at a time.
 
 `generate` is Dream's `diffusion_generate` (arXiv 2508.15487); `prefix_cache` and `dual_cache` are
 Fast-dLLM's for Dream (arXiv 2505.22618 and its public code). In all of them the token of slot j is
@@ -13,46 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import Qwen2Config, Qwen2Model
 
 from tests.oracles import generation
-from tests.oracles.llada import BLOCK_NAMES, LlamaOracle
-
-
-def qwen2_config(config: Mapping[str, Any]) -> Qwen2Config:
-    """The Qwen2Config that describes the same network as a Dream config.json."""
-    assert not config.get("rope_scaling"), "only plain RoPE"
-    assert not config.get("use_sliding_window"), "only full attention"
-    names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps"]
-    names += ["num_attention_heads", "num_key_value_heads", "max_position_embeddings"]
-    return Qwen2Config(
-        **{name: config[name] for name in names},
-        hidden_act="silu",
-        rope_parameters={"rope_type": "default", "rope_theta": float(config["rope_theta"])},
-        use_sliding_window=False,
-        pad_token_id=None,
-        attn_implementation="eager",
-    )
-
-
-class QwenOracle(LlamaOracle):
-    """Dream's logits from Qwen2Model, not shifted; arguments as `LlamaOracle`'s."""
-
-    def __init__(
-        self,
-        tensors: Mapping[str, torch.Tensor],
-        config: Mapping[str, Any],
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        tensors = dict(tensors)
-        head = tensors.pop("lm_head.weight", None)
-        assert (head is None) == bool(config.get("tie_word_embeddings"))
-        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-        self.model = Qwen2Model(qwen2_config(config)).eval()
-        self.model.load_state_dict(tensors, strict=True)
-        self.model.to(dtype)
-        self.dtype = dtype
-        self.head = (tensors["embed_tokens.weight"] if head is None else head).to(dtype)
+from tests.oracles.checkpoints import LAYER_NAMES
 
 
 class Network(generation.Network):
@@ -64,12 +27,13 @@ class Network(generation.Network):
         config: Mapping[str, Any],
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        names = {"embed_tokens": "wte", "norm": "ln_f", "lm_head": "ff_out"}
+        names = {"model.embed_tokens": "wte", "model.norm": "ln_f", "lm_head": "ff_out"}
         for i in range(config["num_hidden_layers"]):
-            names |= {f"layers.{i}.{qwen}": f"blocks.{i}.{own}" for own, qwen in BLOCK_NAMES.items()}
+            for part, name in LAYER_NAMES["Dream"].items():
+                names[f"model.layers.{i}.{name}"] = f"blocks.{i}.{LAYER_NAMES['llada'][part]}"
         renamed = {}
         for name, tensor in tensors.items():
-            path, kind = name.removeprefix("model.").rsplit(".", 1)
+            path, kind = name.rsplit(".", 1)
             renamed[names[path] + (".bias" if kind == "bias" else "")] = tensor
         translated = {
             "n_layers": config["num_hidden_layers"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -63,6 +64,21 @@ def row_rotations(
     starts = jnp.pad(placement.chunk_starts, ((0, 0), (0, 1)))
     per_chunk = rotation(config, positions[:, None] - starts[..., None])
     return RowRotations(rotation(config, positions), per_chunk)
+
+
+def predicting_rows(
+    model: MaskPredictor,
+    x: Float[Array, "B T M"],
+    first: Int[Array, "B"],
+    count: int,
+    start: Int[Array, "B"] | int = 0,
+) -> Float[Array, "B count M"]:
+    """Returns the rows of a pass that predict the tokens of rows first[b] to first[b] + count - 1.
+
+    start: row of the sequence with which x begins.
+    """
+    rows = model.predicting_row(first[:, None] + jnp.arange(count)) - jnp.reshape(start, (-1, 1))
+    return jax.vmap(lambda x, rows: x[rows])(x, rows)
 
 
 class Context(NamedTuple):

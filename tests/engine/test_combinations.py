@@ -28,6 +28,7 @@ from tests.support.covering import Row, covering_array
 from tests.support.method import BOS, MASK, copy, sharp_model
 
 FACTORS: dict[str, list[Any]] = {
+    "family": ["llada", "dream"],
     "scorer": [*READERS, "all", "first", "last", "random", "oracle"],
     "encoding": ["independent", "query-conditioned", "joint", "bridge", "bridge by attention"],
     "positions": ["continuous", "absolute", "reuse"],
@@ -66,11 +67,11 @@ ARRAY = covering_array(FACTORS, allowed)
 
 
 @functools.cache
-def model_of(leaves_masks: bool) -> MaskPredictor:
+def model_of(family: str, leaves_masks: bool) -> MaskPredictor:
     """`sharp_model`, or one that often predicts the mask token."""
     if not leaves_masks:
-        return sharp_model()
-    model = copy(sharp_model())
+        return sharp_model(family)
+    model = copy(sharp_model(family))
     head = model.lm_head.weight
     head[...] = head[...].at[MASK].multiply(2.5)
     return model
@@ -145,7 +146,7 @@ def random_scores(model, chunking: ChunkConfig, request: Request) -> np.ndarray:
 
 def check(row: Row) -> None:
     chunking, selection, decoding = settings_of(row)
-    model = model_of(row["leaves_masks"])
+    model = model_of(row["family"], row["leaves_masks"])
     engine = Engine(model, None, chunking, selection, decoding, bos_id=BOS)
     for seed in range(99):  # the first prompts whose decisions are clear
         requests = requests_of(row, np.random.default_rng(seed))
@@ -221,7 +222,7 @@ def planned(row: Row):
     chunking, selection, decode = settings_of(row)
     many = {"batch": {"batch": 3}, "questions": {"questions": 2}}.get(row["requests"], {})
     settings: dict[str, Any] = {"chunking": chunking, "selection": selection, "decode": decode}
-    return plan_memory(sharp_model().config, 53, dtype=jnp.float32, **settings, **many)
+    return plan_memory(sharp_model(row["family"]).config, 53, dtype=jnp.float32, **settings, **many)
 
 
 @pytest.mark.parametrize("row", ARRAY[::9], ids=lambda row: "-".join(map(str, row.values())))

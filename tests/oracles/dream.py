@@ -81,7 +81,7 @@ class Sampler:
     top_p: float | None = None
     top_k: int | None = None
     alg_temp: float = 0.0
-    draws: Draws = Draws()
+    draws: Draws = dataclasses.field(default_factory=Draws)
 
     def filtered(self, logits: torch.Tensor) -> torch.Tensor:
         """Probabilities [n, V] from logits over temperature, of the top-p, then top-k tokens."""
@@ -92,7 +92,9 @@ class Sampler:
             values, tokens = logits.sort(-1, descending=True)
             before = values.softmax(-1).cumsum(-1).roll(1, -1)
             before[:, 0] = 0
-            logits[torch.zeros_like(logits, dtype=bool).scatter(-1, tokens, before > self.top_p)] = none
+            logits[
+                torch.zeros_like(logits, dtype=bool).scatter(-1, tokens, before > self.top_p)
+            ] = none
         if self.top_k is not None:
             least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
             logits[logits < least] = none
@@ -120,7 +122,7 @@ class Sampler:
 
 
 def due(masked: int, times: torch.Tensor, step: int) -> int:
-    """Tokens that become final at a step of Dream's schedule: 1 - s / t of the masks, in float32."""
+    """Tokens due at a step of Dream's schedule: 1 - s / t of the masks, in float32."""
     if step == len(times) - 2:
         return masked
     return int(torch.tensor(float(masked)) * (1 - times[step + 1] / times[step]))
@@ -216,7 +218,9 @@ def _cached(
                 count = due(len(masks), times, step)
             else:
                 count = max(1, int((confidence >= threshold).sum()))
-            assert step <= max(block_length, steps), "masks predicted: the published loop never ends"
+            assert step <= max(block_length, steps), (
+                "masks predicted: the published loop never ends"
+            )
             chosen = sampler.best(confidence, count)
             run.tokens[masks[chosen]] = tokens[chosen]
             step += 1

@@ -85,8 +85,8 @@ class Method:
 
     # The network.
 
-    def rows(self, ids, position, *past: KV) -> tuple[np.ndarray, KV]:
-        """Logits and KV of rows that attend to `past` and to each other.
+    def rows(self, ids, position, *past: KV, sees=True) -> tuple[np.ndarray, KV]:
+        """Logits and KV of rows that attend to `past` and, where `sees` [T, T], to each other.
 
         Leaves the attention weights, [L, H, T, past + T], in `self.weights`.
         """
@@ -100,10 +100,12 @@ class Method:
             keys.append(k)
             values.append(v)
             k, v = np.concatenate([before.k[i], k]), np.concatenate([before.v[i], v])
-            seen = np.pad(before.seen[i], ((0, 0), (0, len(ids))), constant_values=True)
+            new = np.broadcast_to(sees, (c.n_kv_heads, len(ids), len(ids)))
+            old = np.broadcast_to(before.seen[i][:, None], (*new.shape[:2], len(before)))
+            seen = np.concatenate([old, new], axis=-1)
             q = q.reshape(len(ids), c.n_kv_heads, -1, q.shape[-1])
             scores = np.einsum("tgrd,sgd->grts", q.conj(), k).real / np.sqrt(c.head_dim)
-            weights = softmax(np.where(seen[:, None, None], scores, -np.inf))
+            weights = softmax(np.where(seen[:, None], scores, -np.inf))
             self.weights[i] = weights.reshape(self.weights[i].shape)
             return np.einsum("grts,sgd->tgrd", weights, v)
 
@@ -119,6 +121,10 @@ class Method:
 
     def moved(self, kv: KV, by: int) -> KV:
         return KV(kv.k * self.net.turn(np.array(by)), kv.v, kv.seen)
+
+    def predicting(self, logits: np.ndarray, front: np.ndarray) -> np.ndarray:
+        """Logits that predict the tokens of these rows; front: logits [1, V] of the row before."""
+        return np.concatenate([front, logits[:-1]]) if self.net.shift else logits
 
     def log_softmax(self, logits: np.ndarray) -> np.ndarray:
         shifted = logits - logits.max(-1, keepdims=True)
@@ -140,9 +146,10 @@ class Method:
         self.alone = self.nothing()
         if self.p:
             self.alone = self.rows(self.prefix, range(self.p))[1]
-        self.documents = [
-            self.rows(chunk, self.p + np.arange(len(chunk)), self.alone)[1] for chunk in self.chunks
+        passes = [
+            self.rows(chunk, self.p + np.arange(len(chunk)), self.alone) for chunk in self.chunks
         ]
+        self.last_rows, self.documents = zip(*[(x[-1:], kv) for x, kv in passes], strict=True)
 
     def draft(self) -> tuple[list[int], list[int]]:
         """Tokens behind the query, and the slots that were denoised: 0, then the surest."""
@@ -150,7 +157,9 @@ class Method:
         tokens, done = [self.mask] * scorer.draft_length, list[int]()
         for step in range(scorer.draft_steps):
             ids = [*self.prefix, *self.query, *tokens]
-            guess, sure = self.predictions(self.rows(ids, range(len(ids)))[0][-len(tokens) :])
+            logits = self.rows(ids, range(len(ids)))[0]
+            logits = self.predicting(logits, logits[:1])[-len(tokens) :]
+            guess, sure = self.predictions(logits)
             gaps = self.gaps
             left = [i for i in range(len(tokens)) if i not in done]
             slot = 0 if step == 0 else max(left, key=lambda i: sure[i])
@@ -168,13 +177,13 @@ class Method:
 
     def scores(self, response=None, block=None) -> np.ndarray:
         """Of every chunk for the question, or for the response so far."""
-        name, q = self.selection.scorer.name, len(self.query)
+        name, q, n_chunks = self.selection.scorer.name, len(self.query), len(self.documents)
         open_slots = None
         if response is not None:
             tail = list(response)
             done = [i for i, token in enumerate(tail) if token != self.mask]
             open_slots = [q + i for i in block if tail[i] == self.mask]
-        elif name == "draft":
+        elif name in ("draft", "causal"):
             tail, done = self.draft()
         elif name == "confidence":
             tail, done = [self.mask] * self.selection.scorer.draft_length, []
@@ -192,19 +201,25 @@ class Method:
             return (np.array(mass) / np.sum(mass, axis=0)).mean(axis=(1, 2, 3))
         if name == "query":
             scored = scored[:q]
-        return np.array([self.score(c, name, slots, scored, open_slots) for c in self.documents])
+        return np.array([self.score(c, name, slots, scored, open_slots) for c in range(n_chunks)])
 
-    def score(self, chunk: KV, name, slots, scored, open_slots) -> float:
+    def score(self, chunk: int, name, slots, scored, open_slots) -> float:
         position = self.p + self.size + np.arange(len(slots))
-        past = self.alone, chunk
+
+        def log_p(ids, sees=True) -> np.ndarray:
+            logits = self.rows(ids, position, self.alone, self.documents[chunk], sees=sees)[0]
+            return self.log_softmax(self.predicting(logits, self.last_rows[chunk]))
+
         if name == "confidence":
-            logits = self.rows(slots, position, *past)[0][open_slots]
-            return float(self.log_softmax(logits).max(-1).mean())
+            return float(log_p(slots)[open_slots].max(-1).mean())
+        if name == "causal":
+            return log_p(slots, np.tri(len(slots), dtype=bool))[
+                scored, np.array(slots)[scored]
+            ].mean()
         copies, total = self.selection.scorer.masked_copies or len(scored), 0.0
         for r in range(copies):
             hidden = scored[r::copies]
-            ids = [self.mask if i in hidden else token for i, token in enumerate(slots)]
-            log = self.log_softmax(self.rows(ids, position, *past)[0])
+            log = log_p([self.mask if i in hidden else token for i, token in enumerate(slots)])
             total += sum(log[i, slots[i]] for i in hidden)
         return total / len(scored)
 
@@ -355,15 +370,21 @@ class Method:
                 wide = stale or config.recompute == "response"
                 start = 0 if wide else q + in_block[0]
                 end = q + in_block[-1] + 1 if config.recompute == "block" and not wide else q + g
-                ids, past = [*self.query, *tokens][start:end], [self.before, *self.pool]
+                # The row in front of a narrow pass predicts a slot; its KV stays the stale one.
+                front = max(0, start - self.net.shift)
+                ids, past = [*self.query, *tokens][front:end], [self.before, *self.pool]
                 if not wide:
                     past += [self.live[:start], self.live[end:]]
-                logits, kv = self.rows(ids, self.position[start:end], *past)
+                fresh = np.arange(front, end) >= start
+                logits, kv = self.rows(ids, self.position[front:end], *past, sees=fresh)
+                kv = kv[fresh]
                 self.live = kv if wide else join(self.live[:start], kv, self.live[end:])
                 stale, evaluations = False, evaluations + 1
                 slots = range(in_block[-1] + 1) if wide else in_block
                 slots = [i for i in slots if tokens[i] == self.mask]
-                guess, sure = self.predictions(logits[[q + i - start for i in slots]])
+                guess, sure = self.predictions(
+                    logits[[max(0, q + i - self.net.shift) - front for i in slots]]
+                )
                 for i in self.take(sure, config, step, per_block):
                     self.decided_by(self.gaps[i])
                     tokens[slots[i]] = int(guess[i])

@@ -167,12 +167,9 @@ class DecodeConfig:
           alg_temp: order_temperature; not used by "origin".
           settings: temperature, top_p, top_k and any other field.
         """
-        return cls(
-            gen_length=max_new_tokens,
-            block_length=max_new_tokens,
-            **_by_time(steps, alg, eps, alg_temp, _ALGORITHMS),
-            **{"recompute": "response", **settings},
-        )
+        rule = _by_time(steps, alg, eps, alg_temp, _ALGORITHMS)
+        rule |= {"gen_length": max_new_tokens, "block_length": max_new_tokens}
+        return cls(**rule | {"recompute": "response"} | settings)
 
     @classmethod
     def fast_dllm_dream(
@@ -203,14 +200,9 @@ class DecodeConfig:
         else:
             known = {"confidence_threshold": "", "entropy": "entropy"}
             rule = _by_time(steps, alg, eps, alg_temp, known)
-        recompute = "block" if dual_cache else "suffix"
-        return cls(
-            gen_length=max_new_tokens,
-            block_length=block_length,
-            first_slot_alone=True,
-            **rule,
-            **{"recompute": recompute, **settings},
-        )
+        rule |= {"gen_length": max_new_tokens, "block_length": block_length}
+        rule |= {"recompute": "block" if dual_cache else "suffix", "first_slot_alone": True}
+        return cls(**rule | settings)
 
     @property
     def n_blocks(self) -> int:
@@ -220,6 +212,12 @@ class DecodeConfig:
     def has_code(self) -> bool:
         """Whether a rule is a function of the caller's, which JSON cannot hold."""
         return type(self.remasking) not in CONFIDENCES.values() or self.unmask is not None
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens or their order are drawn, apart from `remasking` "random"."""
+        by_chance = isinstance(self.remasking, Origin)
+        return self.temperature > 0 or self.order_temperature > 0 or by_chance
 
     @property
     def scheduled(self) -> bool:

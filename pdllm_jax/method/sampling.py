@@ -95,11 +95,13 @@ def filtered(
     """
     kept = jnp.ones(logits.shape, bool)
     if top_p is not None and top_p < 1:
-        order = jnp.argsort(-logits, axis=-1, stable=True)
-        p = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
-        before = jnp.cumsum(p, axis=-1)[:, :-1]
+        best = -jnp.sort(-logits, axis=-1)
+        before = jnp.cumsum(jax.nn.softmax(best, axis=-1), axis=-1)[:, :-1]
         n = 1 + (before <= jnp.float32(top_p)).sum(axis=-1, keepdims=True)
-        kept = jnp.argsort(order, axis=-1) < n
+        bound = jnp.take_along_axis(best, n - 1, axis=-1)
+        above, equal = logits > bound, logits == bound
+        n_equal = n - above.sum(axis=-1, keepdims=True)
+        kept = above | (equal & (jnp.cumsum(equal, axis=-1) <= n_equal))
     if top_k is not None:
         left = jnp.where(kept, logits, -jnp.inf)
         best = jax.lax.top_k(left, min(top_k, logits.shape[-1]))[0]

@@ -23,7 +23,7 @@ from pdllm_jax import (
     SelectionConfig,
     plan_memory,
 )
-from tests.oracles.method import READERS, Expected, Method, split
+from tests.oracles.method import READERS, SHIFTED, Expected, Method, split
 from tests.support.covering import Row, covering_array
 from tests.support.method import BOS, MASK, copy, sharp_model
 
@@ -33,6 +33,7 @@ FACTORS: dict[str, list[Any]] = {
     "encoding": ["independent", "query-conditioned", "joint", "bridge", "bridge by attention"],
     "positions": ["continuous", "absolute", "reuse"],
     "keep_tokens": [None, 5],
+    "keep_by": ["query-to-chunk", "chunk-to-query", "both"],
     "adaptive": [None, (3, 0.0), (4, 0.02), (9, 1e9)],  # max_k, margin
     "keep_first": [False, True],
     "masked_copies": [3, None],
@@ -57,6 +58,8 @@ TOLERANCE = 3e-4  # decisions of the definition are at least this clear
 
 def allowed(row: Row) -> bool:
     """Whether values may be given together, as far as they are given."""
+    if row.get("scorer") in SHIFTED and row.get("family", "dream") != "dream":
+        return False
     rereads = row.get("reselect", "never") == "never" or row.get("scorer", "draft") in READERS
     return rereads and not (
         row.get("prefix") == "mixed" and row.get("requests", "batch") != "batch"
@@ -83,7 +86,7 @@ def settings_of(row: Row) -> tuple[ChunkConfig, SelectionConfig, DecodeConfig]:
     max_k, margin = row["adaptive"] or (None, 0.0)
     if row["scorer"] in ("draft", "query"):
         options["masked_copies"] = row["masked_copies"]
-    names = ("scorer", "positions", "keep_tokens", "keep_first", "reselect")
+    names = ("scorer", "positions", "keep_tokens", "keep_by", "keep_first", "reselect")
     options |= {"top_k": 2, "max_k": max_k, "margin": margin, "encode_batch": 3}
     selection = SelectionConfig(encoding=encoding, **options, **{name: row[name] for name in names})
     decoding = DecodeConfig(
@@ -273,7 +276,7 @@ def never(*args, **kwargs):
     [
         *[
             ({"reselect": "step", "scorer": name}, "reselect needs")
-            for name in FACTORS["scorer"][4:]
+            for name in FACTORS["scorer"][len(READERS) :]
         ],
         ({"margin": 0.5}, "margin needs max_k"),
         ({"top_k": 4, "max_k": 3}, "max_k 3 is less than top_k 4"),

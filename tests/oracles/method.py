@@ -15,7 +15,8 @@ import numpy as np
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from tests.oracles.definition import Definition, softmax
 
-READERS = ("draft", "query", "confidence", "attention")
+READERS = ("draft", "query", "confidence", "attention", "causal", "chunk-draft")
+SHIFTED = READERS[4:]  # need a model with a logit shift
 
 
 @dataclasses.dataclass
@@ -151,15 +152,15 @@ class Method:
         ]
         self.last_rows, self.documents = zip(*[(x[-1:], kv) for x, kv in passes], strict=True)
 
-    def draft(self) -> tuple[list[int], list[int]]:
-        """Tokens behind the query, and the slots that were denoised: 0, then the surest."""
+    def draft(self, logits_of) -> tuple[list[int], list[int]]:
+        """Tokens behind the query, and the slots that were denoised: 0, then the surest.
+
+        logits_of: logits of query and tokens, which predict the tokens of their own rows.
+        """
         scorer = self.selection.scorer
         tokens, done = [self.mask] * scorer.draft_length, list[int]()
         for step in range(scorer.draft_steps):
-            ids = [*self.prefix, *self.query, *tokens]
-            logits = self.rows(ids, range(len(ids)))[0]
-            logits = self.predicting(logits, logits[:1])[-len(tokens) :]
-            guess, sure = self.predictions(logits)
+            guess, sure = self.predictions(logits_of(tokens)[-len(tokens) :])
             gaps = self.gaps
             left = [i for i in range(len(tokens)) if i not in done]
             slot = 0 if step == 0 else max(left, key=lambda i: sure[i])
@@ -169,6 +170,12 @@ class Method:
             tokens[slot] = int(guess[slot])
             done.append(slot)
         return tokens, done
+
+    def without_chunks(self, tokens) -> np.ndarray:
+        """Logits of prefix, query and tokens."""
+        ids = [*self.prefix, *self.query, *tokens]
+        logits = self.rows(ids, range(len(ids)))[0]
+        return self.predicting(logits, logits[:1])
 
     def rank_gaps(self, log, taken, others) -> None:
         if taken and others:
@@ -184,7 +191,7 @@ class Method:
             done = [i for i, token in enumerate(tail) if token != self.mask]
             open_slots = [q + i for i in block if tail[i] == self.mask]
         elif name in ("draft", "causal"):
-            tail, done = self.draft()
+            tail, done = self.draft(self.without_chunks)
         elif name == "confidence":
             tail, done = [self.mask] * self.selection.scorer.draft_length, []
             open_slots = [q + i for i in range(len(tail))]
@@ -201,6 +208,9 @@ class Method:
             return (np.array(mass) / np.sum(mass, axis=0)).mean(axis=(1, 2, 3))
         if name == "query":
             scored = scored[:q]
+        if name == "chunk-draft":
+            response = None if response is None else (tail, done)
+            return np.array([self.own_draft_score(i, response) for i in range(n_chunks)])
         return np.array([self.score(c, name, slots, scored, open_slots) for c in range(n_chunks)])
 
     def score(self, chunk: int, name, slots, scored, open_slots) -> float:
@@ -222,6 +232,24 @@ class Method:
             log = log_p([self.mask if i in hidden else token for i, token in enumerate(slots)])
             total += sum(log[i, slots[i]] for i in hidden)
         return total / len(scored)
+
+    def own_draft_score(self, chunk: int, response) -> float:
+        """As "causal", with KV that has seen query and masks, and the draft that they make."""
+        ids, p, q, size = self.chunks[chunk], self.p, len(self.query), self.size
+        masks = self.selection.scorer.draft_length if response is None else len(response[0])
+        behind = p + size + np.arange(q + masks)
+        position = np.concatenate([range(p), p + np.arange(len(ids)), behind])
+        everything = [*self.prefix, *ids, *self.query, *[self.mask] * masks]
+        logits, kv = self.rows(everything, position)
+        kv = kv[: p + len(ids)]
+        # One pass: what the draft's first tokens are does not change the others.
+        guesses = self.predicting(logits, logits[:1])
+        tail, done = self.draft(lambda _: guesses) if response is None else response
+        last, _ = self.rows(ids[-1:], position[[p + len(ids) - 1]], kv, sees=False)
+        slots = [*self.query, *tail]
+        logits, _ = self.rows(slots, behind, kv, sees=np.tri(len(slots), dtype=bool))
+        log = self.log_softmax(self.predicting(logits, last))
+        return np.mean([log[i, slots[i]] for i in [*range(q), *(q + i for i in done)]])
 
     def select(self, scores: np.ndarray) -> list[int]:
         """The top_k best, up to max_k of those within the margin of the last of these."""
@@ -263,8 +291,7 @@ class Method:
         ]
         name = s.encoding.name
         if name == "joint":
-            ids = [*self.prefix, *(t for chunk in chunks for t in chunk), *live_ids]
-            kv = self.rows(ids, np.concatenate([range(p), *places, self.position]))[1]
+            kv = self.joint(chunks, places, live_ids)
             ends = np.cumsum([p, *map(len, chunks), len(live_ids)])
             self.before = kv[:p]
             *self.pool, self.live = (kv[a:b] for a, b in itertools.pairwise(ends))
@@ -276,21 +303,42 @@ class Method:
         elif name == "bridge":
             self.bridge(chunks, places, live_ids)
         if s.keep_tokens is not None and s.keep_tokens < c:
-            for j, received in enumerate(self.received(live_ids)):
-                seen = np.zeros(received.shape, bool)
-                for layer, group in np.ndindex(*received.shape[:2]):
-                    seen[layer, group, self.best(received[layer, group], s.keep_tokens)] = True
+            scores = [0.0] * len(chunks)
+            if s.keep_by != "chunk-to-query":
+                scores = self.received(live_ids)
+            if s.keep_by != "query-to-chunk":
+                given = self.given(chunks, places, live_ids)
+                scores = [a + b for a, b in zip(scores, given, strict=True)]
+            for j, score in enumerate(scores):
+                seen = np.zeros(score.shape, bool)
+                for layer, group in np.ndindex(*score.shape[:2]):
+                    seen[layer, group, self.best(score[layer, group], s.keep_tokens)] = True
                 kv = self.pool[j]
                 self.pool[j] = KV(kv.k, kv.v, seen)
 
     def received(self, live_ids) -> list[np.ndarray]:
-        """Attention that tokens of each kept chunk receive, [L, G, c]."""
-        config, past = self.config, join(self.before, *self.pool)
-        self.rows(live_ids, self.position, past)
-        last = np.arange(max(0, len(self.query) - 8), len(self.query))
-        total, end, result = self.weights[:, :, last].sum(axis=2), self.p, []
+        """Attention that tokens of each kept chunk receive from the query, [L, G, c]."""
+        self.rows(live_ids, self.position, join(self.before, *self.pool))
+        return self.pooled(self.weights[:, :, self.last_rows_of_query()].sum(axis=2))
+
+    def given(self, chunks, places, live_ids) -> list[np.ndarray]:
+        """Attention that they give to the query, in a joint forward."""
+        self.joint(chunks, places, live_ids)
+        last = self.p + sum(map(len, chunks)) + self.last_rows_of_query()
+        return self.pooled(self.weights[..., last].sum(axis=-1))
+
+    def joint(self, chunks, places, live_ids) -> KV:
+        ids = [*self.prefix, *(t for chunk in chunks for t in chunk), *live_ids]
+        return self.rows(ids, np.concatenate([range(self.p), *places, self.position]))[1]
+
+    def last_rows_of_query(self) -> np.ndarray:
+        return np.arange(max(0, len(self.query) - 8), len(self.query))
+
+    def pooled(self, attention: np.ndarray) -> list[np.ndarray]:
+        """Of rows from the prefix on, [L, H, rows], to [L, G, c] for each kept chunk."""
+        config, end, result = self.config, self.p, []
         for n in map(len, self.pool):
-            part = total[..., end : end + n]
+            part = attention[..., end : end + n]
             widest = [part[..., max(0, i - 3) : i + 4].max(-1) for i in range(n)]
             heads = np.stack(widest, -1).reshape(config.n_layers, config.n_kv_heads, -1, n)
             result.append(heads.mean(axis=2))

@@ -8,6 +8,7 @@ read from the logits of row j - 1, and row 0 also predicts itself.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -111,15 +112,6 @@ class Sampler:
             return tokens, (p * (p + 1e-10).log()).sum(-1)
         return tokens, p.gather(-1, tokens[:, None])[:, 0]
 
-    def best(self, confidence: torch.Tensor, count: int) -> torch.Tensor:
-        """Indices of the count best; they are drawn where alg_temp > 0."""
-        if self.alg_temp > 0 and count:
-            return self.draws.slots((confidence / self.alg_temp).softmax(-1), count)
-        values, order = confidence.sort(descending=True)
-        # torch.topk promises no order among equal values.
-        assert not 0 < count < len(order) or values[count - 1] > values[count], "a tie"
-        return order[:count]
-
 
 def due(masked: int, times: torch.Tensor, step: int) -> int:
     """Tokens due at a step of Dream's schedule: 1 - s / t of the masks, in float32."""
@@ -130,11 +122,17 @@ def due(masked: int, times: torch.Tensor, step: int) -> int:
 
 @dataclasses.dataclass
 class Generated:
-    """tokens [prompt + gen_length]; evaluations whose logits were read."""
+    """A response that is filled with predictions.
+
+    tokens [prompt + gen_length]; evaluations whose logits were read. closest: the smallest gap of
+    confidences that decided anything; rounding may decide where it is tiny, and torch.topk promises
+    no order where it is 0.
+    """
 
     tokens: torch.Tensor
     mask_id: int
     evaluations: int = 0
+    closest: float = math.inf
 
     @classmethod
     def start(cls, prompt: torch.Tensor, gen_length: int, mask_id: int) -> Generated:
@@ -144,6 +142,22 @@ class Generated:
     def masks(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Positions of the masks in this span."""
         return start + (self.tokens[start:stop] == self.mask_id).nonzero()[:, 0]
+
+    def fill(self, masks: torch.Tensor, prediction, count: int, sampler: Sampler) -> None:
+        """Replaces the count most confident masks; drawn ones if alg_temp > 0.
+
+        prediction: tokens and confidences of the masks.
+        """
+        tokens, confidence = prediction
+        if sampler.alg_temp > 0 and count:
+            share = (confidence / sampler.alg_temp).softmax(-1)
+            chosen = sampler.draws.slots(share, count)
+        else:
+            values, order = confidence.sort(descending=True)
+            chosen = order[:count]
+            if 0 < count < len(order):
+                self.closest = min(self.closest, float(values[count - 1] - values[count]))
+        self.tokens[masks[chosen]] = tokens[chosen]
 
 
 def generate(
@@ -174,9 +188,8 @@ def generate(
             chosen = sampler.draws.uniform(len(masks)) < share
             run.tokens[masks[chosen]] = sampler.predict(logits[chosen])[0]
         else:
-            tokens, confidence = sampler.predict(logits)
-            chosen = sampler.best(confidence, due(len(masks), times, step))
-            run.tokens[masks[chosen]] = tokens[chosen]
+            count = due(len(masks), times, step)
+            run.fill(masks, sampler.predict(logits), count, sampler)
     return run
 
 
@@ -213,17 +226,16 @@ def _cached(
             # by the next: the other rows stay as the block's first pass left them.
             logits, cache = network.rows(run.tokens[None, start:end], start, cache)
             run.evaluations += 1
-            tokens, confidence = sampler.predict(shifted(logits[0])[masks - start])
+            prediction = sampler.predict(shifted(logits[0])[masks - start])
             if alg == "entropy":
                 count = due(len(masks), times, step)
             else:
-                count = max(1, int((confidence >= threshold).sum()))
-            assert step <= max(block_length, steps), (
-                "masks predicted: the published loop never ends"
-            )
-            chosen = sampler.best(confidence, count)
-            run.tokens[masks[chosen]] = tokens[chosen]
+                sure = prediction[1].sort(descending=True).values[1:] - threshold
+                run.closest = min([run.closest, *sure.abs().tolist()])
+                count = 1 + int((sure >= 0).sum())
+            run.fill(masks, prediction, count, sampler)
             step += 1
+            assert step <= block_length + steps, "masks predicted: the published loop never ends"
     return run
 
 

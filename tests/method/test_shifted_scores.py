@@ -162,10 +162,14 @@ def test_re_selection_scores_the_response_so_far(model, parts, prompt, scorer):
     answer = [MASK, 40, 41, MASK, 42, MASK]
     tokens = jnp.array([answer], jnp.int32)
     response = Response(tokens, tokens != MASK, jnp.ones(tokens.shape, bool))
-    cache = encode_document(model, prompt, encode_batch=2)
-    request = ScoreRequest(prompt.question, cache.lengths > 0, response=response, encode_batch=2)
-    settings = SelectionConfig(scorer=scorer).scorer
-    (scores,) = jax.jit(lambda *x: run_scorer(settings, *x))(model, cache, request)
+
+    @jax.jit
+    def score(model, prompt):
+        cache = encode_document(model, prompt, encode_batch=2)
+        request = ScoreRequest(prompt.question, cache.lengths > 0, response=response)
+        return run_scorer(SelectionConfig(scorer=scorer).scorer, model, cache, request)
+
+    (scores,) = score(model, prompt)
     slots = [*query, *answer]
     scored = [i for i, token in enumerate(slots) if i < 7 or token != MASK]
     if scorer == "causal":

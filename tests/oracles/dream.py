@@ -56,9 +56,9 @@ def shifted(logits: torch.Tensor) -> torch.Tensor:
 class Draws:
     """The random numbers of a generation. Tests replace methods by draws that they know."""
 
-    def uniform(self, n: int) -> torch.Tensor:
-        """Of n masks, in [0, 1)."""
-        return torch.rand(n)
+    def uniform(self, masks: torch.Tensor) -> torch.Tensor:
+        """Numbers in [0, 1) for the masks at these positions."""
+        return torch.rand(len(masks))
 
     def tokens(self, probabilities: torch.Tensor) -> torch.Tensor:
         """A token of each row of [n, V]."""
@@ -185,7 +185,7 @@ def generate(
         run.evaluations += 1
         if alg == "origin":
             share = 1 - times[step + 1] / times[step] if step < steps - 1 else 1
-            chosen = sampler.draws.uniform(len(masks)) < share
+            chosen = sampler.draws.uniform(masks) < share
             run.tokens[masks[chosen]] = sampler.predict(logits[chosen])[0]
         else:
             count = due(len(masks), times, step)

@@ -29,8 +29,7 @@ def sharpen(model: MaskPredictor) -> MaskPredictor:
 @functools.cache
 def tiny_model(family: str = "llada") -> MaskPredictor:
     """The tiny model of a family with random weights, and biases where it has them."""
-    shift = {"qkv_bias": True, "logit_shift": True} if family == "dream" else {}
-    config, rngs = dataclasses.replace(ModelConfig.tiny(), **shift), nnx.Rngs(0)
+    config, rngs = dataclasses.replace(ModelConfig.tiny(), family=family), nnx.Rngs(0)
     model = MaskPredictor(config, rngs=rngs)
     for block in model.blocks if config.qkv_bias else ():
         for matrix in (block.q_proj, block.k_proj, block.v_proj):

@@ -30,7 +30,7 @@ from tests.support.method import BOS, MASK, copy, sharp_model
 FACTORS: dict[str, list[Any]] = {
     "scorer": [*READERS, "all", "first", "last", "random", "oracle"],
     "encoding": ["independent", "query-conditioned", "joint", "bridge", "bridge by attention"],
-    "positions": ["continuous", "absolute", "reuse"],
+    "positions": ["continuous", "absolute", "reuse", "contiguous"],
     "keep_tokens": [None, 5],
     "adaptive": [None, (3, 0.0), (4, 0.02), (9, 1e9)],  # max_k, margin
     "keep_first": [False, True],

@@ -88,6 +88,14 @@ class Asker:
         ids, truncated = dense_prompt(tokenizer, text, length, **shape)
         return Request([], ids, [], seed=self.seed), truncated
 
+    def for_task(self, task: Task, method: Method) -> Engine:
+        """Returns the engine that answers a task's examples."""
+        return dataclasses.replace(self.engine, method=method, decoding=self.decoding(task))
+
+    def check(self, task: Task, example: Example, method: Method) -> None:
+        """Raises what an answer would raise, of too little memory above all; computes nothing."""
+        self.for_task(task, method).check([self.request(task, example, method)[0]])
+
     def settings(self, folder: Path) -> dict[str, Any]:
         """Returns what a record depends on beside its example and method.
 
@@ -114,9 +122,7 @@ class Asker:
         timer = Timer()
         with timer.phase("total"):
             request, truncated = self.request(task, example, method)
-            decoding = self.decoding(task)
-            engine = dataclasses.replace(self.engine, method=method, decoding=decoding)
-            (answered,) = answer(engine, [request], together=False)
+            (answered,) = answer(self.for_task(task, method), [request], together=False)
             response = self.engine.tokenizer.decode(answered["tokens"])
         phases, total = answered["seconds"], timer.seconds["total"]
         host = total - phases.pop("total")

@@ -14,6 +14,7 @@ from pdllm_jax.method.cache import Positions
 from pdllm_jax.method.encodings import ENCODINGS, BridgeTokens, Encoding
 from pdllm_jax.method.sampling import CONFIDENCES, Factor, Schedule, Threshold, Unmask
 from pdllm_jax.method.scorers import SCORERS, AllScorer, Scorer
+from pdllm_jax.method.token_selection import KeepBy
 from pdllm_jax.rules import (
     AT_LEAST_0,
     COUNT,
@@ -96,8 +97,9 @@ class SelectionConfig:
       reselect: when relevance is computed again from the denoising state (`reselect`): "never", at
         the start of every further "block", or before every further "step".
     How they are scored:
-      scorer: a `Scorer`, or the name of one: "draft", "query", "confidence", "attention", or a
-        control: "all", "first", "last", "random", "oracle". Its class describes it.
+      scorer: a `Scorer`, or the name of one: "draft", "query", "confidence", "attention"; with a
+        logit shift also "causal" and "chunk-draft"; or a control: "all", "first", "last", "random",
+        "oracle". Its class describes it.
       masked_copies, draft_length, draft_steps: options of the named scorer.
       encode_batch: chunks that go through the network together.
     Their KV:
@@ -108,6 +110,8 @@ class SelectionConfig:
         query starts behind the last slot of these. "contiguous" leaves no gap behind a short chunk:
         chunks and query start right behind the tokens in front of them.
       keep_tokens: B, tokens of a chunk kept per layer and KV head; None, or at least C, keeps all.
+      keep_by: the attention that ranks them: "query-to-chunk", "chunk-to-query" or "both"; see
+        `token_selection`.
 
     The five options may be given where the name is, or to `dataclasses.replace`; they are kept in
     the scorer or the encoding. A named scorer starts from its defaults.
@@ -128,19 +132,36 @@ class SelectionConfig:
     bridge_tokens: InitVar[BridgeTokens | EllipsisType] = ...
     positions: Positions = "continuous"
     keep_tokens: int | None = None
+    keep_by: KeepBy = "query-to-chunk"
 
     def __post_init__(self, *options: Any) -> None:
         given = dict(zip(_OPTIONS, options, strict=True))
         for kind in _CHOICES:
             object.__setattr__(self, kind, _choose(kind, getattr(self, kind), given))
         rules = dict.fromkeys(("top_k", "encode_batch", "max_k", "keep_tokens"), SIZE)
-        rules |= {"positions": one_of(get_args(Positions)), "reselect": one_of(get_args(Reselect))}
+        choices = {"positions": Positions, "reselect": Reselect, "keep_by": KeepBy}
+        rules |= {name: one_of(get_args(choice)) for name, choice in choices.items()}
         validate(self, {**rules, "margin": AT_LEAST_0, "keep_first": SWITCH})
         k, most, name = self.top_k, self.max_k, self.scorer.name
         require(most is None or most >= k, f"max_k {most} is less than top_k {k}")
         require(most is not None or self.margin == 0, "margin needs max_k")
         reads = self.scorer.reads_document or not self.reselects
         require(reads, f"reselect needs a scorer that reads the document, not {name!r}")
+
+    @classmethod
+    def paper(cls, **changes: Any) -> SelectionConfig:
+        """Returns the settings of the paper's reference run on Dream-v0-Base-7B, with changes.
+
+        The authors' chunks have 1,024 tokens (`ChunkConfig`), BOS among them.
+        """
+        draft = {"scorer": "causal", "draft_length": 4, "draft_steps": 2}
+        encoding = {"encoding": "joint", "positions": "continuous", "keep_tokens": None}
+        return cls(**{"top_k": 4, **draft, **encoding, **changes})
+
+    @classmethod
+    def paper_retained(cls, **changes: Any) -> SelectionConfig:
+        """Returns the settings of the authors' best retained run: `paper`, a draft per chunk."""
+        return cls.paper(**{"scorer": "chunk-draft", **changes})
 
     @classmethod
     def from_flat(cls, **settings: Any) -> SelectionConfig:

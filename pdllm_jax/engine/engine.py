@@ -101,6 +101,8 @@ class Engine:
 
     def __post_init__(self) -> None:
         self._method.decode_config(self.decoding)  # checks method and guidance
+        if self._method.uses_chunks:
+            self.selection.scorer.check(self.model.config)
         decoding, eot = self.decoding, self.tokenizer.stop_ids[1:] if self.tokenizer else ()
         if decoding.confidence_eos_eot_inf and decoding.eot_token_id is None and eot:
             decoding = dataclasses.replace(decoding, eot_token_id=eot[-1])

@@ -269,6 +269,8 @@ def plan_memory(
       ConfigError, ValueError: a count below its minimum, or settings that exclude each other.
     """
     chunked = cache_method(method).uses_chunks
+    if chunked:
+        selection.scorer.check(config)
     minimum = {"document": int(chunked), "prefix": 0, "query": 0, "batch": 1, "questions": 1}
     counts = (document, prefix, query, batch, questions)
     for (name, least), count in zip(minimum.items(), counts, strict=True):

@@ -6,7 +6,8 @@ ids. A step is one evaluation of the network on the recomputed rows, then the sa
   wide    query and response. When a block starts with stale live KV, or at every step for
           recompute "response".
   narrow  the current block ("block"), or it and all behind it ("suffix"), against the live KV of
-          the other rows as the block's start left it.
+          the other rows as the block's start left it. With a logit shift also the row in front of
+          the block, which predicts the block's first slot; its KV stays.
 
 Without context, with the whole prompt as query: recompute "response" is LLaDA's published
 generation, "suffix" Fast-dLLM's prefix cache, "block" its dual cache.
@@ -34,7 +35,7 @@ from pdllm_jax.method.cache import (
     dynamic_slices,
     dynamic_updates,
 )
-from pdllm_jax.method.live_forward import Context, live_forward, query_rows
+from pdllm_jax.method.live_forward import Context, live_forward, predicting_rows, query_rows
 from pdllm_jax.method.reselect import reselect_due
 from pdllm_jax.method.sampling import log_probability, predict, transfer
 from pdllm_jax.network.sharding import constrain
@@ -125,7 +126,8 @@ class _Step:
         both = model.encode(jnp.concatenate([rows, blind]), lengths)
 
         def logits(first: Array, size: int) -> Array:
-            hidden = dynamic_slices(both, jnp.tile(state.query_length + first, 2), size)
+            first_row = jnp.tile(state.query_length + first, 2)
+            hidden = predicting_rows(model, both, first_row, size)
             conditional, unconditional = jnp.split(model.logits(hidden), 2)
             return unconditional + (guidance + 1) * (conditional - unconditional)
 
@@ -146,22 +148,28 @@ class _Step:
         x, live, _ = live_forward(model, self.context, rows, keep=keep)
 
         def logits(first: Array, size: int) -> Array:
-            hidden = dynamic_slices(x, state.query_length + first, size)
+            hidden = predicting_rows(model, x, state.query_length + first, size)
             return model.logits(model.final_norm(hidden))
 
         return *self.predict_block(logits), live
 
     def evaluate_narrow(self) -> Evaluation:
-        """Recomputes the block, or it and all behind it."""
+        """Recomputes the block, or it and all behind it; see `MaskPredictor.lookback`."""
         model, state, length = self.model, self.state, self.config.block_length
-        start = state.prefix_length + state.query_length
-        if self.config.recompute == "block":
-            rows = dynamic_slices(state.tokens, self.first, length)
-            x, live, _ = live_forward(model, self.context, rows, start + self.first)
-        else:
-            keep = jnp.arange(state.tokens.shape[1]) < self.first[:, None]
-            x, live, _ = live_forward(model, self.context, state.tokens, start, keep)
-            x = dynamic_slices(x, self.first, length)
+        rows, only_block = query_rows(state).ids, self.config.recompute == "block"
+        first = state.query_length + self.first
+        start = model.predicting_row(first if only_block else state.query_length)
+        count = (length if only_block else state.tokens.shape[1]) + model.lookback
+        count = min(count, rows.shape[1])
+        row = start[:, None] + jnp.arange(count)
+        keep = None
+        if not only_block or model.lookback:
+            keep = row < first[:, None]
+            if only_block:
+                keep |= row >= first[:, None] + length
+        rows = dynamic_slices(rows, start, count)
+        x, live, _ = live_forward(model, self.context, rows, state.prefix_length + start, keep)
+        x = predicting_rows(model, x, first, length, start)
         return *self.predict(model.logits(model.final_norm(x)), self.first), live
 
     def advance(

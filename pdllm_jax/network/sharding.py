@@ -191,9 +191,10 @@ def attention(
     lengths: Int[Array, "B"] | None = None,
     *,
     need_lse: bool = False,
+    causal: bool = False,
 ) -> Partial:
     """Returns `pallas_kernels.attention`, made by each device for its own heads."""
-    run = functools.partial(pallas_kernels.attention, need_lse=need_lse)
+    run = functools.partial(pallas_kernels.attention, need_lse=need_lse, causal=causal)
     heads, rows = heads_spec(mesh, len(q), 2), PartitionSpec(rows_axis(mesh, len(q)))
     sharded = local(mesh, run, (heads, heads, heads, rows), _partial_specs(mesh, len(q)))
     return sharded(q, k, v, lengths)

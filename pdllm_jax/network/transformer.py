@@ -186,12 +186,17 @@ class MaskPredictor(nnx.Module):
                 hook(layer, residual.stream)
         return residual.add()[0], carry
 
+    @property
+    def lookback(self) -> int:
+        """How far in front of a row its prediction lies, 0 or 1; see `ModelConfig.logit_shift`."""
+        return int(self.config.logit_shift)
+
     def predicting_row(self, row: Int[Array, "*rows"]) -> Int[Array, "*rows"]:
         """Returns the rows whose logits predict the tokens of these rows of a sequence.
 
-        The same rows, or those in front (see `ModelConfig.logit_shift`). Row 0 predicts itself.
+        Row 0 predicts itself.
         """
-        return jnp.maximum(row - 1, 0) if self.config.logit_shift else row
+        return jnp.maximum(row - self.lookback, 0)
 
     def logits(self, hidden: Float[Array, "*rows M"]) -> Float[Array, "*rows V"]:
         """Returns the LM head's float32 logits of rows that went through the final norm."""

@@ -31,6 +31,10 @@ class Definition:
     def _array(node) -> np.ndarray:
         return np.asarray(node["weight"], np.float64)
 
+    def _linear(self, x: np.ndarray, node) -> np.ndarray:
+        y = x @ self._array(node).T
+        return y + np.asarray(node["bias"], np.float64) if "bias" in node else y
+
     def _norm(self, x: np.ndarray, node) -> np.ndarray:
         mean = (x * x).mean(-1, keepdims=True)
         return x / np.sqrt(mean + self.config.rms_norm_eps) * self._array(node)
@@ -72,7 +76,7 @@ class Definition:
             block = self.state["blocks"][i]
             h = self._norm(x, block["attn_norm"])
             q, k, v = (
-                (h @ self._array(block[name]).T).reshape(len(ids), -1, dim)
+                self._linear(h, block[name]).reshape(len(ids), -1, dim)
                 for name in ("q_proj", "k_proj", "v_proj")
             )
             q, k = (y[..., :half] + 1j * y[..., half:] for y in (q, k))

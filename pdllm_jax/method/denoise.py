@@ -90,13 +90,12 @@ class _Step:
         """Returns tokens, confidences and log probabilities of the slots from `first` on."""
         config, tokens = self.config, self.state.tokens
         eos, eot = self.model.config.eos_token_id, config.eot_token_id
-        rule = functools.partial(
-            predict,
-            never=(eos,) if config.logits_eos_inf else (),
-            last=(eos, eot) if config.confidence_eos_eot_inf and eot is not None else (),
-        )
+        rule = config.prediction | {
+            "never": (eos,) if config.logits_eos_inf else (),
+            "last": (eos, eot) if config.confidence_eos_eot_inf and eot is not None else (),
+        }
         predicted, confidence = jax.vmap(
-            lambda x, key, slot: rule(x, config.remasking, config.temperature, key, slot)
+            lambda x, key, slot: predict(x, key=key, first=slot, **rule)
         )(logits, self.keys, first)
         log_p = jax.vmap(log_probability)(logits, predicted)
         none = jnp.full(tokens.shape, -jnp.inf)
@@ -180,6 +179,9 @@ class _Step:
         candidates = self.masked & (self.in_block | self.behind)
         confidence = jnp.where(candidates, confidence, -jnp.inf)
         take = jax.vmap(lambda c, s: transfer(c, s, config.unmasking))(confidence, state.step)
+        if config.first_slot_alone:
+            alone = candidates & (jnp.arange(take.shape[1]) == self.first[:, None])
+            take = jnp.where(state.step[:, None] == 0, alone, take)
         tokens, step = jnp.where(take, predicted, state.tokens), state.step + 1
         unmasked = take & (tokens != mask_id)
         limit = config.steps_per_block if config.scheduled else config.block_length

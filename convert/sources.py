@@ -290,12 +290,21 @@ def match(source: Source, required: Mapping[str, Target], allowed: Mapping[str, 
       CheckpointError: lists every contradiction, every missing, unknown or misshaped tensor and
         every unsupported dtype.
     """
-    problems = list(source.problems)
-    problems += [f"missing {name!r}" for name in required if name not in source.tensors]
+    absent = {"missing": [name for name in required if name not in source.tensors]}
+    absent |= {"unknown": [name for name in source.tensors if name not in allowed]}
+    problems, grouped = list(source.problems), set()
+    for what, names in absent.items():
+        biases = [name for name in names if name.endswith(".bias")]
+        if len(biases) > 1:  # one line for all layers
+            other = "needs them" if what == "missing" else "does not have them"
+            of = f"{CONFIG} is of a family that {other}"
+            problems.append(f"{what} {len(biases)} biases, such as {biases[0]!r}: {of}")
+            grouped |= {*biases}
+    problems += [f"missing {name!r}" for name in absent["missing"] if name not in grouped]
     for name, tensor in source.tensors.items():
         target = allowed.get(name)
         if target is None:
-            if not IGNORED.fullmatch(name):
+            if name not in grouped and not IGNORED.fullmatch(name):
                 problems.append(f"unknown {name!r} in {tensor.file.name}")
             continue
         if tensor.shape != target.shape:

@@ -120,7 +120,8 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., TinyCheckpoint]:
     """Writes random checkpoints.
 
     Keywords of a call: seed, dtype and gain of the weights; shards, format and tokenizer of
-    `write_checkpoint`; all others go to `tiny_config`, e.g. n_kv_heads=2.
+    `write_checkpoint`; family, "llada" or "dream"; all others go to `tiny_config` or
+    `tiny_dream_config`, e.g. n_kv_heads=2.
     """
     torch = pytest.importorskip("torch")
     from tests.oracles import checkpoints
@@ -130,7 +131,9 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., TinyCheckpoint]:
     def make(seed: int = 0, dtype: str = "float32", gain: float = 1.5, **changes) -> TinyCheckpoint:
         names = [name for name in ("shards", "format", "tokenizer") if name in changes]
         files = {name: changes.pop(name) for name in names}
-        config = checkpoints.tiny_config(**changes)
+        family = changes.pop("family", "llada")
+        tiny = {"llada": checkpoints.tiny_config, "dream": checkpoints.tiny_dream_config}[family]
+        config = tiny(**changes)
         tensors = checkpoints.random_tensors(config, seed, getattr(torch, dtype), gain)
         written.append(tmp_path / f"checkpoint{len(written)}")
         checkpoints.write_checkpoint(written[-1], tensors, config, **files)

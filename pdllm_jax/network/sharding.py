@@ -41,6 +41,7 @@ Tree = TypeVar("Tree")
 # checkpoint, KV as in a snapshot. All other arrays are replicated.
 _TENSOR_AXIS = {
     **{f"{name}_proj.weight": -2 for name in ("q", "k", "v", "gate", "up")},  # [O, I]
+    **{f"{name}_proj.bias": -1 for name in ("q", "k", "v")},  # [O]
     **dict.fromkeys(("attn_out.weight", "down_proj.weight"), -1),  # [O, I]
     **dict.fromkeys(("embedding.weight", "lm_head.weight"), -2),  # [V, M]
     **dict.fromkeys(("pool.k", "pool.v"), -3),  # [L, N, G, C, D]

@@ -1,4 +1,4 @@
-"""The mask predictor, LLaDA's network, as Flax NNX modules: plain pytrees for jax.jit.
+"""The mask predictor of every family as Flax NNX modules: plain pytrees for jax.jit.
 
 The network has one form. A full forward, the encoding of chunks, the scoring of masked query copies
 and a denoising step differ only in where attention reads its keys and values. So
@@ -134,7 +134,7 @@ class Links(nnx.Variable):
 
 
 class MaskPredictor(nnx.Module):
-    """LLaDA (arXiv 2502.09992): predicts every masked token at its own position.
+    """Predicts the masked tokens of a sequence: LLaDA (arXiv 2502.09992), Dream (arXiv 2508.15487).
 
     Weights are random until a checkpoint is restored over them. `dtype` is the dtype of weights and
     activations; norms, softmax and rotations are computed in float32. No call changes a module.

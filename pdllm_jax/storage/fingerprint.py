@@ -62,9 +62,20 @@ def model_identity(model: MaskPredictor) -> ModelIdentity:
     return ModelIdentity(model.config, str(model.dtype), weights)
 
 
+# Fields of ModelConfig that are younger than snapshots, and what those without them mean.
+_YOUNGER = {"family": "llada"}
+
+
 def model_fields(identity: ModelIdentity) -> dict[str, Any]:
-    """Returns what a manifest says of a model, by the names that errors use ("rope.theta")."""
+    """Returns what a manifest says of a model, by the names that errors use ("rope.theta").
+
+    Younger fields are left out at the value that all older models have, so that a manifest without
+    them still fits.
+    """
     fields = dataclasses.asdict(identity.config) | {"dtype": identity.dtype}
+    for name, value in _YOUNGER.items():
+        if fields[name] == value:
+            del fields[name]
     fields |= {"weights": identity.weights, "rope_head_dim": identity.config.head_dim}
     return {
         f"rope.{name.removeprefix('rope_')}" if name.startswith("rope_") else f"model.{name}": value

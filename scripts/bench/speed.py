@@ -1,4 +1,4 @@
-"""Times the denoising step, the scoring pass and whole requests at the shapes of LLaDA-8B.
+"""Times the denoising step, the scoring pass and whole requests at the shapes of --model.
 
 Random weights, bfloat16, joint encoding of K = 4 chunks of 1,024, a query of 32 tokens; draft and
 scores are counted. Whole requests are timed as a user calls them, host time included, after a first

@@ -30,14 +30,23 @@ from experiments.benchmarks.reproduction import (
     load_task,
     markdown,
     notes_on,
+    plan_runs,
     report,
 )
 from experiments.benchmarks.run import Asker, missing_work
 from experiments.records import Records, write_json, write_text
-from experiments.runner import run
+from experiments.runner import run as answer_all
 
 from convert.__main__ import converted
-from pdllm_jax import ChunkConfig, Engine, SelectionConfig, Tokenizer, load_config, load_model
+from pdllm_jax import (
+    ChunkConfig,
+    DecodeConfig,
+    Engine,
+    SelectionConfig,
+    Tokenizer,
+    load_config,
+    load_model,
+)
 from pdllm_jax.cli.errors import Parser, leave, status
 from pdllm_jax.cli.flags import DTYPES, add_fields, add_placement, from_args, mesh_of
 from pdllm_jax.compilation import enable_compilation_cache
@@ -64,36 +73,34 @@ def reproduce(args: argparse.Namespace) -> int:
         raise ValueError(f"--limit must be at least 1, got {args.limit}")
     task, chunking = load_task(args.data, args.limit), from_args(ChunkConfig, args)
     common = {name: getattr(args, name) for name in ("top_k", "encode_batch")}
-    own = {name: row for name, row in ROWS.items() if row.same_as is None}
-    for row in own.values():
-        row.selection(True, common)  # refuses bad settings before anything is converted
+    SelectionConfig.paper(**common)  # refuses bad settings before anything is converted
     folder = converted(args.checkpoint)
     config = load_config(folder)
-    shift, family = config.logit_shift, getattr(config, "family", "llada")
+    runs = plan_runs(config, **common)
+    asked = {name: runs[name] for name in args.rows}
     tokenizer = Tokenizer.load(folder, config)
     model = load_model(folder, dtype=DTYPES[args.dtype], mesh=mesh_of(args), sums=args.sums)
     engine = Engine(model, tokenizer, chunking=chunking, implementation=args.implementation)
-    selections = {name: row.selection(shift, common) for name, row in own.items()}
-    askers = {
-        name: Asker(dataclasses.replace(engine, selection=selection), chat=task.chat)
-        for name, selection in selections.items()
-    }
-    runs = dict.fromkeys(ROWS[name].same_as or name for name in args.rows)
-    arms = {name: partial(askers[name], method=ROWS[name].method) for name in runs}
+    fast_dllm = partial(DecodeConfig.fast_dllm_dream, dual_cache=True)
+    ask = Asker(engine, chat=task.chat, decode=fast_dllm if config.logit_shift else DecodeConfig)
+    arms = {}
     longest = max(task.examples, key=lambda example: len(example.prompt.context))
-    for name in runs:
-        askers[name].check(task, longest, ROWS[name].method)
+    for run in asked.values():
+        own = dataclasses.replace(ask, engine=dataclasses.replace(engine, selection=run.selection))
+        own.check(task, longest, run.method)
+        arms[run.name] = partial(own, method=run.method)
     where = {**conditions(), "pdllm-jax": version("pdllm-jax"), "platform": jax.default_backend()}
     settings = {
-        **askers["reference"].settings(folder),
-        "rows": {name: [ROWS[name].method, x.to_flat()] for name, x in selections.items()},
+        **ask.settings(folder),
+        "decoding": ask.decoding(task).to_flat(),
+        "rows": {name: [run.method, run.selection.to_flat()] for name, run in runs.items()},
     }
     with Records(args.out, settings) as records:
         work = list(missing_work(arms, [task], records))
         total = len(task.examples) * len(arms)
-        run(work, records, total=total, started=total - len(work), note=where)
-        rows = report(args.rows, task, records, shift)
-        notes = notes_on(rows, family, args.chunk_size, args.top_k, len(records.runs))
+        answer_all(work, records, total=total, started=total - len(work), note=where)
+        rows = report(asked, task, records)
+        notes = notes_on(rows, config.family, args.chunk_size, args.top_k, len(records.runs))
     text = markdown(rows, notes)
     summary = {
         "command": shlex.join(["scripts/reproduce.py", *args.argv]),

@@ -6,7 +6,7 @@ import dataclasses
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,8 +16,9 @@ from experiments.benchmarks.run import summarise
 from experiments.records import Key, Records
 from experiments.statistics import bootstrap
 from experiments.tables import interval, table
-from pdllm_jax import ChunkConfig, SelectionConfig
+from pdllm_jax import ChunkConfig, ModelConfig, SelectionConfig
 from pdllm_jax.method.cache_methods import Method
+from pdllm_jax.rules import ConfigError
 
 TASK = "multifieldqa_en"
 FULL = "full-recompute"  # the row whose time is the measure of the others
@@ -31,28 +32,48 @@ class Row:
 
     text: str
     f1: float | None = None
-    same_as: str | None = None
     method: Method = "prefilling"
     recipe: str = "paper"
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    unshifted: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def selection(self, shift: bool, common: Mapping[str, Any]) -> SelectionConfig:
-        """Returns the settings. shift: of the model's logits. common: of the command line."""
-        changes = {**common, **self.settings, **({} if shift else self.unshifted)}
-        return dataclasses.replace(
-            getattr(SelectionConfig, self.recipe, SelectionConfig)(), **changes
-        )
 
-    def scorer(self, shift: bool) -> str:
-        """Names what scores the chunks, as the table shows it."""
-        if self.same_as or self.method != "prefilling":
-            return f"run of {self.same_as}" if self.same_as else "-"
-        own, used = (self.selection(s, {}).scorer.name for s in (True, shift))
-        return used if own == used else f"{used}, for {own} needs the logit shift"
+class Run(NamedTuple):
+    """How a row is run with a model.
+
+    name: of the first row with the same settings, under which the answers are recorded.
+    scorer: what scores the chunks, in the words of the table.
+    """
+
+    name: str
+    method: Method
+    selection: SelectionConfig
+    scorer: str
 
 
 ROWS = {name: Row(**fields) for name, fields in TABLES["rows"].items()}
+
+
+def plan_runs(config: ModelConfig, **changes: Any) -> dict[str, Run]:
+    """Returns the run of every row.
+
+    A scorer that the model cannot score with is replaced by "draft", masked copies of the query.
+
+    Args:
+        changes: of all rows' settings.
+    """
+    runs: dict[str, Run] = {}
+    for name, row in ROWS.items():
+        selection = getattr(SelectionConfig, row.recipe)(**changes, **row.settings)
+        scorer = selection.scorer.name
+        try:
+            selection.scorer.check(config)
+        except ConfigError:
+            selection = dataclasses.replace(selection, scorer="draft")
+            scorer = f"draft in the place of {scorer}"
+        scorer = scorer if row.method == "prefilling" else "-"
+        alike = (x.name for x in runs.values() if x[1:3] == (row.method, selection))
+        runs[name] = Run(next(alike, name), row.method, selection, scorer)
+    return runs
 
 
 def load_task(data: Path, limit: int | None) -> Task:
@@ -87,18 +108,18 @@ def speedup(records: Records, task: Task, name: str) -> list[float] | None:
     return [*bootstrap(lambda full, own, axis: full.sum(axis) / own.sum(axis), *seconds.T)]
 
 
-def report(names: Sequence[str], task: Task, records: Records, shift: bool) -> list[dict[str, Any]]:
-    """Returns the table's rows: what is published, and what was measured here."""
-    runs = {name: ROWS[name].same_as or name for name in names}
-    measured = {row["method"]: row for row in summarise([task], {*runs.values()}, records)}
+def report(runs: Mapping[str, Run], task: Task, records: Records) -> list[dict[str, Any]]:
+    """Returns the rows of the table. runs: those that are asked for, by row."""
+    names = dict.fromkeys(run.name for run in runs.values())
+    measured = {row["method"]: row for row in summarise([task], names, records)}
     return [
         {
-            **measured[run],
             "row": name,
             "text": ROWS[name].text,
             "published_f1": ROWS[name].f1,
-            "scorer": ROWS[name].scorer(shift),
-            "speedup": speedup(records, task, run),
+            "scorer": run.scorer if name == run.name else f"the run of {run.name}",
+            "speedup": speedup(records, task, run.name),
+            **measured[run.name],
         }
         for name, run in runs.items()
     ]
@@ -131,7 +152,7 @@ def notes_on(
     """
     count, cut = rows[0]["examples"], max(row["truncated"] for row in rows)
     full, own, times = (PUBLISHED[k] for k in ("full_recompute_seconds", "seconds", "speedup"))
-    usual = ChunkConfig().chunk_size, ROWS["reference"].selection(True, {}).top_k
+    usual = ChunkConfig().chunk_size, SelectionConfig.paper().top_k
     possible = {
         f"Published: {PUBLISHED['model']}, {PUBLISHED['examples']} examples. Full recomputation "
         f"took {full:,} s and their server {own} s: {times}x.": True,

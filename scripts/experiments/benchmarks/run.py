@@ -48,6 +48,7 @@ class Asker:
       model's max_sequence_length leaves beside these two.
     block_length: of a response, at most; the largest divisor of its length is taken.
     gen_length: response tokens, instead of the benchmark's.
+    decode: makes the settings of decoding, from lengths, threshold and stop ids.
     """
 
     engine: Engine
@@ -57,12 +58,14 @@ class Asker:
     max_length: int | None = None
     chat: bool = True
     seed: int = 0
+    decode: Callable[..., DecodeConfig] = DecodeConfig
 
     def decoding(self, task: Task) -> DecodeConfig:
         """Returns greedy decoding that ends with the block in which the text ends."""
         length = self.gen_length or task.gen_length
-        block, stop = fitting_block(length, self.block_length), self.engine.tokenizer.stop_ids
-        return DecodeConfig(length, block, threshold=self.threshold, stop_ids=stop)
+        lengths = {"gen_length": length, "block_length": fitting_block(length, self.block_length)}
+        stop_ids = self.engine.tokenizer.stop_ids
+        return self.decode(**lengths, threshold=self.threshold, stop_ids=stop_ids)
 
     def request(self, task: Task, example: Example, method: Method) -> tuple[Request, bool]:
         """Returns the request, and whether the middle was dropped.
@@ -102,7 +105,7 @@ class Asker:
         folder: of the converted checkpoint.
         """
         engine = self.engine
-        own = {name: value for name, value in vars(self).items() if name != "engine"}
+        own = {name: x for name, x in vars(self).items() if name not in ("engine", "decode")}
         return {
             **own,
             "implementation": engine.implementation,

@@ -84,7 +84,7 @@ def model_fields(identity: ModelIdentity) -> dict[str, Any]:
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Returns the SHA-256 of tokenizer.json and of the ids of the special tokens."""
+    """Returns the SHA-256 of the tokenizer's files and of the ids of the special tokens."""
     ids = [tokenizer.bos_id, tokenizer.mask_id, *tokenizer.stop_ids]
     return digest({"file": tokenizer.digest, "special": ids})
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
+from tests.oracles.dream_tokenizer import write_dream_tokenizer
 from tests.support import evals_data
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -36,7 +37,8 @@ def summary_of(out):
 def test_every_row_on_a_tiny_dream(make_checkpoint, tmp_path, run, monkeypatch):
     """Stopped after the first example, it goes on with the second; rows that are alike run once."""
     monkeypatch.setenv("PDLLM_CACHE", str(tmp_path / "cache"))
-    model = make_checkpoint(family="dream", tokenizer=True, max_position_embeddings=2048).folder
+    model = make_checkpoint(family="dream", max_position_embeddings=2048).folder
+    write_dream_tokenizer(model)
     data = evals_data.multifieldqa(tmp_path / "copy", characters=300, examples=2)
     out = tmp_path / "out"
     command = [model, data, "--out", out, "--chunk-size", 128, "--top-k", 2]

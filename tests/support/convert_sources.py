@@ -24,6 +24,9 @@ TOKENIZER = {
     "tokenizer.json": '{"model": {}}',
     "tokenizer_config.json": '{"chat_template": "{{ messages }}"}',
     "special_tokens_map.json": "{}",
+    "added_tokens.json": "{}",
+    "vocab.json": '{"a": 0}',
+    "merges.txt": "#version: 0.2\n",
 }
 PREFIX = "model.transformer."
 Tensors = dict[str, NDArray[Any]]

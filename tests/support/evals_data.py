@@ -166,18 +166,10 @@ def multifieldqa(folder: Path, characters: int, examples: int) -> Path:
     text = (ROOT / "examples" / "persuasion.txt").read_text(encoding="utf-8")
     rows = []
     for i in range(examples):
-        part = text[2000 * i :][:characters]
+        part, fact = text[2000 * i :][:characters], f"The magic number for badger-{i} is {7000 + i}."
         place = part.index(" ", len(part) * (i + 1) // (examples + 1))
-        rows.append(
-            {
-                "input": f"What is the magic number for badger-{i}?",
-                "context": f"{part[:place]} The magic number for badger-{i} is {4815162 + i}.{part[place:]}",
-                "answers": [str(4815162 + i)],
-                "length": len(part.split()),
-                "dataset": "multifieldqa_en",
-                "language": "en",
-                "all_classes": None,
-                "_id": f"made-{i}",
-            }
-        )
+        row = {"dataset": "multifieldqa_en", "language": "en", "all_classes": None}
+        row |= {"_id": f"made-{i}", "length": len(part.split()), "answers": [str(7000 + i)]}
+        row |= {"input": f"What is the magic number for badger-{i}?"}
+        rows.append({**row, "context": f"{part[:place]} {fact}{part[place:]}"})
     return write_lines(folder / "multifieldqa_en.jsonl", rows)

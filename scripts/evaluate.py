@@ -138,7 +138,9 @@ def evaluate(args: argparse.Namespace) -> int:
     configs = {"chunking": from_args(ChunkConfig, args), "selection": selection}
     mesh = mesh_of(args)
     folder = converted(args.checkpoint)
-    tokenizer = Tokenizer.load(folder, load_config(folder))
+    config = load_config(folder)
+    selection.scorer.check(config)
+    tokenizer = Tokenizer.load(folder, config)
     tasks = load_tasks(args, tokenizer, malformed)
     tasks = [dataclasses.replace(t, examples=t.examples[: args.limit]) for t in tasks]
     model = load_model(folder, dtype=DTYPES[args.dtype], mesh=mesh, sums=args.sums)

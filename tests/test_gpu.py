@@ -56,6 +56,23 @@ def mesh_of(data: int, tensor: int) -> Mesh:
     return make_mesh(data, tensor)
 
 
+@pytest.mark.parametrize("rows", [3, 36, 512])
+@pytest.mark.parametrize("lengths", [None, (30, 0, 7)])
+def test_causal_cudnn_attention(rows, lengths):
+    keys = jax.random.split(jax.random.key(0), 3)
+    heads = (6, 2, 2)
+    q, k, v = (
+        jax.random.normal(key, (3, rows, n, 128), jnp.bfloat16)
+        for key, n in zip(keys, heads, strict=True)
+    )
+    given = None if lengths is None else jnp.minimum(jnp.array(lengths), rows)
+    got = jax.jit(lambda *x: attention(*x, need_lse=True, causal=True))(q, k, v, given)
+    wide = [x.astype(jnp.float32) for x in (q, k, v)]
+    want = jax.jit(lambda *x: attention_xla(*x, causal=True))(*wide, given)
+    assert relative_error(got.out, want.out) < 1e-2
+    np.testing.assert_allclose(got.lse, want.lse, atol=1e-2)
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("rows", [32, 100, 512])
 @pytest.mark.parametrize("lengths", [None, (300, 0, 7)])

@@ -118,6 +118,8 @@ class Command:
         require(not self.stops or tokenizer is not None, "--stop needs a tokenizer, for text")
         if self.stream is not None:
             self.stream.tokenizer = tokenizer
+        if settings.get("method") == "prefilling":
+            settings["selection"].scorer.check(load_config(folder))
         model = load(self.args, folder)
         bos = model.config.bos_token_id if tokenizer is None else tokenizer.bos_id
         if self.args.early_stop:

@@ -128,16 +128,45 @@ def received_attention(model, parts, chunks, rows=8, window=7) -> np.ndarray:
     return result
 
 
-@pytest.mark.parametrize("count", [3, 8])
-@pytest.mark.parametrize("anchors", [True, False])
-def test_kept_tokens_are_those_that_the_query_looks_at(model, parts, count, anchors):
+def given_attention(model, parts, chunks, rows=8, window=7) -> np.ndarray:
+    """[L, G, K, C] as token_selection.py defines it, from a dense joint forward's weights."""
+    config, size, (prefix, _, query) = model.config, CHUNKS.chunk_size, parts
+    p, k = len(prefix), len(chunks)
+    ids = [*prefix, *(token for chunk in chunks for token in chunk), *query, *[MASK] * G]
+    position = [*range(p), *(p + j * size + i for j, x in enumerate(chunks) for i in range(len(x)))]
+    position = np.array([*position, *(p + k * size + np.arange(len(query) + G))])
+    definition = Definition(model)
+    definition.logits(ids, np.ones((len(ids), len(ids)), bool), position - position[:, None])
+    end = len(ids) - G
+    result = np.full((config.n_layers, config.n_kv_heads, k, size), -np.inf)
+    start, half = p, window // 2
+    for j, chunk in enumerate(chunks):
+        last = definition.weights[..., max(end - rows, end - len(query)) : end].sum(-1)
+        weights = last[..., start : start + len(chunk)]
+        for i in range(len(chunk)):
+            highest = weights[..., max(0, i - half) : i + half + 1].max(-1)
+            result[:, :, j, i] = highest.reshape(*result.shape[:2], -1).mean(-1)
+        start += len(chunk)
+    return result
+
+
+BY = [(count, anchors, "query-to-chunk") for count in (3, 8) for anchors in (True, False)]
+BY += [(3, True, "chunk-to-query"), (8, False, "both")]
+
+
+@pytest.mark.parametrize(("count", "anchors", "by"), BY)
+def test_kept_tokens_are_those_between_which_and_the_query_attention_lies(
+    model, parts, count, anchors, by
+):
     prefix, _, query = parts
     chunking = dataclasses.replace(CHUNKS, anchors=anchors)
-    changes = {"encoding": "independent", "keep_tokens": count}
+    changes = {"encoding": "independent", "keep_tokens": count, "keep_by": by}
     chunks, state, tokens = encoded(model, parts, chunking=chunking, **changes)
     config = model.config
     assert state.pool.k.shape == (config.n_layers, 3, config.n_kv_heads, count, config.head_dim)
-    received = received_attention(model, parts, chunks)
+    directions = {"query-to-chunk": received_attention, "chunk-to-query": given_attention}
+    used = [f for name, f in directions.items() if by in (name, "both")]
+    received = np.sum([f(model, parts, chunks) for f in used], axis=0)
     kept = np.zeros((config.n_layers, config.n_kv_heads, 3, CHUNKS.chunk_size), bool)
     for layer, group, j in np.ndindex(*received.shape[:3]):
         scores = received[layer, group, j].copy()
@@ -164,8 +193,9 @@ def test_keeping_all_tokens_is_a_no_op(model, parts, encoding):
     """Identity 6, bit for bit; and one token fewer is not."""
     changes = {"encoding": encoding, "bridge_share": 0.25}
     _, state, tokens = encoded(model, parts, CACHED, **changes)
-    for count in (CHUNKS.chunk_size, 999):
-        _, same, also = encoded(model, parts, CACHED, keep_tokens=count, **changes)
+    for count, by in (CHUNKS.chunk_size, "query-to-chunk"), (999, "both"):
+        kept = {"keep_tokens": count, "keep_by": by}
+        _, same, also = encoded(model, parts, CACHED, **kept, **changes)
         assert jax.tree.structure(same) == jax.tree.structure(state)
         for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(same), strict=True):
             if a.dtype != state.keys.dtype:

@@ -77,7 +77,7 @@ VALUES = """
 gen_length=64 block_length=16 steps=8 temperature=0.5 threshold=0.5 remasking=margin
 recompute=suffix chunk_size=100 overlap=3 top_k=5 max_k=6 margin=0.5 reselect=step
 masked_copies=2 draft_length=1 encode_batch=3 encoding=bridge bridge_share=0.5
-bridge_tokens=attention positions=reuse keep_tokens=9
+bridge_tokens=attention positions=reuse keep_tokens=9 keep_by=both
 """
 
 
@@ -224,6 +224,7 @@ BAD_FLAGS = {
     f"{ORACLE} --chunks 9": r"\[9\] are not all inside \[0, 4\)",
     f"{ORACLE} --chunks 2147483648": "not all inside",
     f"{ORACLE} --chunks 0 1 2": "names 3 chunks, top_k is 2",
+    "--score causal": "scorer 'causal' needs a model that predicts a token from the row before it",
     "--chunks 1": "for the scorer 'oracle', not for 'draft'",
     "--method plain --chunks 1": "for method 'prefilling'",
     "--gen-length 0": "gen_length must be a positive",

@@ -27,15 +27,21 @@ def sharpen(model: MaskPredictor) -> MaskPredictor:
 
 
 @functools.cache
-def tiny_model() -> MaskPredictor:
-    """The tiny model with random weights."""
-    return MaskPredictor(ModelConfig.tiny(), rngs=nnx.Rngs(0))
+def tiny_model(family: str = "llada") -> MaskPredictor:
+    """The tiny model of a family with random weights, and biases where it has them."""
+    shift = {"qkv_bias": True, "logit_shift": True} if family == "dream" else {}
+    config, rngs = dataclasses.replace(ModelConfig.tiny(), **shift), nnx.Rngs(0)
+    model = MaskPredictor(config, rngs=rngs)
+    for block in model.blocks if config.qkv_bias else ():
+        for matrix in (block.q_proj, block.k_proj, block.v_proj):
+            matrix.bias[...] = jax.random.normal(rngs.params(), matrix.bias.shape)
+    return model
 
 
 @functools.cache
-def sharp_model() -> MaskPredictor:
+def sharp_model(family: str = "llada") -> MaskPredictor:
     """`tiny_model` with sharpened weights."""
-    return sharpen(tiny_model())
+    return sharpen(tiny_model(family))
 
 
 def prompt_parts() -> tuple[list[int], list[int], list[int]]:

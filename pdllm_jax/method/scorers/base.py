@@ -44,6 +44,7 @@ class Draft:
     confirmed: Bool[Array, "B d"]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Response(Draft):
     """A response that is being denoised; in_block [B, G]: slots of the current block."""

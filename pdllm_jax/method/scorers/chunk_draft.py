@@ -79,11 +79,8 @@ class ChunkDraftScorer(CausalScorer):
 
         chunks: a document for each request, without KV.
         """
-        question, response, prefix_rows = (
-            request.question,
-            request.response,
-            chunks.prefix_ids.shape[1],
-        )
+        question, response = request.question, request.response
+        prefix_rows = chunks.prefix_ids.shape[1]
         slots = self.draft_length if response is None else response.tokens.shape[1]
         open_slots = masks(model, question, slots)
         rows, _ = question.with_tail(open_slots)

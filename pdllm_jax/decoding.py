@@ -135,12 +135,12 @@ class DecodeConfig:
         if self.unmask is not None:
             require(callable(self.unmask), f"unmask must be a function, got {self.unmask!r}")
             require(not any(given), "unmask excludes steps, threshold and factor")
-        timed = by_time and self.scheduled
-        require(timed or not isinstance(self.remasking, Origin), "origin needs schedule='time'")
-        require(
-            self.order_temperature == 0 or self.scheduled,
-            "order_temperature needs a schedule: it excludes threshold, factor and unmask",
-        )
+        origin = isinstance(self.remasking, Origin)
+        require(by_time or not origin, "remasking 'origin' needs schedule='time'")
+        timed = {"remasking 'origin'": origin, "order_temperature": self.order_temperature > 0}
+        for name, asked in timed.items():
+            fits = self.scheduled or not asked
+            require(fits, f"{name} excludes threshold, factor and unmask")
         ids = isinstance(stops, tuple) and all(map(is_index, stops))
         require(ids, f"stop_ids must be a tuple of token ids, got {stops!r}")
         plain = self.guidance == 0 or self.recompute == "response"

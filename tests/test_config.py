@@ -197,6 +197,13 @@ WRONG_VALUES = {
         "confidence_eos_eot_inf": [0, None],
         "recompute": ["all"],
         "unmask": ["schedule"],
+        "schedule": ["linear", None],
+        "eps": [-0.1, 1.5, math.nan],
+        "top_p": [0.0, 1.1, math.nan],
+        "top_k": [0, 1.5],
+        "order_temperature": [-1.0, math.inf],
+        "scaled_confidence": [1],
+        "first_slot_alone": [None],
     },
 }
 
@@ -247,6 +254,28 @@ CONTRADICTIONS = [
     ),
     (DecodeConfig, {"threshold": 0.9, "factor": 1.0}, "exclude each other"),
     (DecodeConfig, {"unmask": max, "steps": 32}, "unmask excludes steps"),
+    (
+        DecodeConfig,
+        {"gen_length": 64, "steps": 1, "schedule": "time"},
+        "steps 1 is less than the number of blocks 2",
+    ),
+    (DecodeConfig, {"remasking": "origin"}, "remasking 'origin' needs schedule='time'"),
+    (
+        DecodeConfig,
+        {"remasking": "origin", "schedule": "time", "threshold": 0.9},
+        "remasking 'origin' excludes threshold, factor and unmask",
+    ),
+    (
+        DecodeConfig,
+        {"order_temperature": 0.5, "factor": 1.0},
+        "order_temperature excludes threshold, factor and unmask",
+    ),
+    (DecodeConfig.dream, {"alg": "random"}, "alg 'random' is not known (origin, maskgit_plus"),
+    (
+        DecodeConfig.fast_dllm_dream,
+        {"alg": "origin"},
+        "alg 'origin' is not known (confidence_threshold, entropy)",
+    ),
     (DecodeConfig, {"guidance": -1.0, "recompute": "response"}, "guidance"),
     (DecodeConfig, {"guidance": 1.0}, "guidance needs recompute='response'"),
 ]
@@ -359,6 +388,50 @@ def test_decode_config_counts():
     assert DecodeConfig(gen_length=96, block_length=32).n_blocks == 3
     assert DecodeConfig(gen_length=96, block_length=32).steps_per_block == 32
     assert DecodeConfig(gen_length=96, block_length=32, steps=12).steps_per_block == 4
+    assert DecodeConfig(96, 32, steps=14, schedule="time").steps_per_block == 4
+
+
+DREAM = {"schedule": "time", "scaled_confidence": True, "steps": 512}
+PUBLISHED = [
+    (DecodeConfig.dream(), DecodeConfig(20, 20, remasking="origin", recompute="response", **DREAM)),
+    (
+        DecodeConfig.dream(
+            max_new_tokens=8, steps=3, alg="topk_margin", alg_temp=0.1, temperature=0.2, top_k=9
+        ),
+        DecodeConfig(
+            *(8, 8),
+            temperature=0.2,
+            remasking="margin",
+            top_k=9,
+            order_temperature=0.1,
+            recompute="response",
+            **DREAM | {"steps": 3},
+        ),
+    ),
+    (DecodeConfig.dream(alg="origin", alg_temp=0.1), DecodeConfig.dream()),
+    (
+        DecodeConfig.fast_dllm_dream(max_new_tokens=64, steps=7, alg_temp=0.1, top_p=0.9),
+        DecodeConfig(
+            *(64, 32),
+            threshold=0.9,
+            top_p=0.9,
+            scaled_confidence=True,
+            first_slot_alone=True,
+            recompute="suffix",
+        ),
+    ),
+    (
+        DecodeConfig.fast_dllm_dream(alg="entropy", dual_cache=True, alg_temp=0.1, threshold=0.5),
+        DecodeConfig(remasking="entropy", order_temperature=0.1, first_slot_alone=True, **DREAM),
+    ),
+]
+
+
+@pytest.mark.parametrize(("published", "settings"), PUBLISHED)
+def test_published_generations_of_dream(published, settings):
+    assert published == settings
+    flat = json.loads(json.dumps(settings.to_flat()))
+    assert DecodeConfig.from_flat(**flat) == settings
 
 
 SETTINGS = [ModelConfig.tiny(), RopeScaling("yarn", 2.0, 64)]

@@ -13,27 +13,8 @@ from hypothesis import strategies as st
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.network.config import ModelConfig, RopeScaling
 from pdllm_jax.rules import ConfigError
-
-# The complete config.json of LLaDA-8B-Instruct, with the keys that it inherited from OLMo.
-LLADA_8B = json.loads("""{
-  "activation_type": "silu", "alibi": false, "alibi_bias_max": 8.0,
-  "architectures": ["LLaDAModelLM"], "attention_dropout": 0.0, "attention_layer_norm": false,
-  "attention_layer_norm_with_affine": true,
-  "auto_map": {"AutoConfig": "configuration_llada.LLaDAConfig",
-               "AutoModel": "modeling_llada.LLaDAModelLM",
-               "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM"},
-  "bias_for_layer_norm": false, "block_group_size": 1, "block_type": "llama", "d_model": 4096,
-  "embedding_dropout": 0.0, "embedding_size": 126464, "eos_token_id": 126081,
-  "flash_attention": false, "include_bias": false, "include_qkv_bias": false,
-  "init_cutoff_factor": null, "init_device": "meta", "init_fn": "mitchell", "init_std": 0.02,
-  "input_emb_norm": false, "layer_norm_type": "rms", "layer_norm_with_affine": true,
-  "mask_token_id": 126336, "max_sequence_length": 4096, "mlp_hidden_size": 12288, "mlp_ratio": 4,
-  "model_type": "llada", "multi_query_attention": null, "n_heads": 32, "n_kv_heads": 32,
-  "n_layers": 32, "pad_token_id": 126081, "precision": "amp_bf16", "residual_dropout": 0.0,
-  "rms_norm_eps": 1e-05, "rope": true, "rope_full_precision": true, "rope_theta": 500000.0,
-  "scale_logits": false, "transformers_version": "4.46.3", "use_cache": false,
-  "vocab_size": 126464, "weight_tying": false
-}""")
+from tests.oracles.config_json import DREAM_7B_CONFIG as DREAM_7B
+from tests.oracles.config_json import LLADA_8B_CONFIG as LLADA_8B
 
 
 def read(**changes) -> ModelConfig:
@@ -361,12 +342,18 @@ JSON_VALUES = st.recursive(
 )
 
 
-@given(st.sampled_from([*LLADA_8B, "rope_scaling", "clip_qkv", "bos_token_id"]), JSON_VALUES)
-def test_any_value_is_read_or_refused_in_one_line(key, value):
+OF_LLADA = [*LLADA_8B, "rope_scaling", "clip_qkv", "bos_token_id", "logit_shift"]
+KEYS = [(LLADA_8B, key) for key in OF_LLADA]
+KEYS += [(DREAM_7B, key) for key in [*DREAM_7B, "rope_parameters", "attention_bias"]]
+
+
+@given(st.sampled_from(KEYS), JSON_VALUES)
+def test_any_value_is_read_or_refused_in_one_line(given, value):
     """A hostile config.json gets a ConfigError, never another exception."""
+    raw, key = given
     message = ""
     try:
-        hash(read(**{key: value}))
+        hash(ModelConfig.from_dict({**raw, key: value}))
     except ConfigError as error:
         message = str(error)
     assert "\n" not in message

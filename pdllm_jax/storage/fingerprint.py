@@ -62,8 +62,8 @@ def model_identity(model: MaskPredictor) -> ModelIdentity:
     return ModelIdentity(model.config, str(model.dtype), weights)
 
 
-# Fields of ModelConfig that are younger than snapshots, and what those without them mean.
-_YOUNGER = {"family": "llada"}
+# Fields that are younger than snapshots, and what a manifest without them means.
+YOUNGER_FIELDS = {"model.family": "llada"}
 
 
 def model_fields(identity: ModelIdentity) -> dict[str, Any]:
@@ -73,14 +73,13 @@ def model_fields(identity: ModelIdentity) -> dict[str, Any]:
     them still fits.
     """
     fields = dataclasses.asdict(identity.config) | {"dtype": identity.dtype}
-    for name, value in _YOUNGER.items():
-        if fields[name] == value:
-            del fields[name]
     fields |= {"weights": identity.weights, "rope_head_dim": identity.config.head_dim}
-    return {
+    named = {
         f"rope.{name.removeprefix('rope_')}" if name.startswith("rope_") else f"model.{name}": value
         for name, value in fields.items()
     }
+    older = {name for name, value in YOUNGER_FIELDS.items() if named[name] == value}
+    return {name: value for name, value in named.items() if name not in older}
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:

@@ -74,3 +74,73 @@ def test_every_row_on_a_tiny_dream(make_checkpoint, tmp_path, run, monkeypatch):
     assert len(summary["settings"]["checkpoint"]) == 64
     assert summary["settings"]["decoding"]["first_slot_alone"]
     assert summary["command"].startswith("scripts/reproduce.py ")
+
+
+@pytest.mark.slow
+def test_the_small_model(tmp_path, run):
+    """A model of LLaDA's family finds a number; `make reproduce-quick`, after `make quickstart`."""
+    import quickstart
+
+    data = evals_data.multifieldqa(tmp_path / "copy", characters=700, examples=1)
+    flags = ["--chunk-size", 64, "--top-k", 2, "--dtype", "float32", "--rows", "reference", FULL]
+    status, table, err = run(quickstart.checkpoint(), data, "--out", tmp_path / "out", *flags)
+    assert status == 0, err
+    assert "| draft in the place of causal |" in table
+    assert "family 'llada': the published rows are of 'dream'" in table
+    summary = summary_of(tmp_path / "out")
+    assert [row["examples"] for row in summary["rows"]] == [1, 1]
+    assert not summary["settings"]["decoding"]["first_slot_alone"]
+    records = (tmp_path / "out" / "records.jsonl").read_text().splitlines()[1:]
+    for record in map(json.loads, records):
+        assert "700" in record["response"]
+        if record["method"] == "reference":
+            assert len(record["chunks"]) == 2
+
+
+GOOD = {"input": "Who?", "context": "Anne lives at Kellynch.", "answers": ["Anne"]}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{broken", "data.jsonl:2: not valid JSON"),
+        (b"\xff", "data.jsonl:2: 'utf-8' codec can't decode"),
+        ([GOOD], "data.jsonl:2: must be a JSON object, is list"),
+        ({**GOOD, "context": None}, "data.jsonl:2: context is missing"),
+        ({**GOOD, "context": " "}, "data.jsonl:2: context is empty"),
+        ({**GOOD, "input": ""}, "data.jsonl:2: input or question is missing or empty"),
+        ({"passage": "Anne", "label": 1}, "data.jsonl:2: input or question is missing or empty"),
+        ({**GOOD, "answers": []}, "data.jsonl:2: answers is empty"),
+        ({k: GOOD[k] for k in ("input", "context")}, "data.jsonl:2: answers or answer is missing"),
+        ({**GOOD, "dataset": "hotpotqa"}, "dataset must be 'multifieldqa_en', got 'hotpotqa'"),
+    ],
+)
+def test_data_of_another_shape_is_one_line(tmp_path, run, line, message):
+    """Found before the checkpoint is looked at, which does not exist."""
+    data = evals_data.write_lines(tmp_path / "data.jsonl", [GOOD, line])
+    status, out, err = run(tmp_path / "none", data, "--out", tmp_path / "out")
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert err.startswith("error: ")
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_is_one_line(make_checkpoint, tmp_path, run):
+    data = evals_data.write_lines(tmp_path / "data.jsonl", [GOOD])
+    empty = evals_data.write_lines(tmp_path / "empty.jsonl", [""])
+    model, out = make_checkpoint(family="dream").folder, ["--out", tmp_path / "out"]
+    for argv, message in (
+        ([model, tmp_path / "none"], "none cannot be read"),
+        ([model, tmp_path], "multifieldqa_en.jsonl is missing"),
+        ([model, empty], "empty.jsonl holds no examples"),
+        ([model, data, "--limit", 0], "--limit must be at least 1, got 0"),
+        ([model, data, "--top-k", 0], "top_k must be"),
+        ([model, data, "--chunk-size", 1], "chunk_size 1 leaves no new token"),
+        ([model, data, "--rows", "best"], "invalid choice: 'best'"),
+        ([tmp_path / "none", data], "is not a directory"),
+        ([model, data], "tokenizer"),
+    ):
+        status, stdout, err = run(*argv, *out)
+        assert (status, stdout, err.count("\n")) == (2, "", 1), err
+        assert err.startswith("error: ")
+        assert message in err

@@ -166,7 +166,10 @@ def multifieldqa(folder: Path, characters: int, examples: int) -> Path:
     text = (ROOT / "examples" / "persuasion.txt").read_text(encoding="utf-8")
     rows = []
     for i in range(examples):
-        part, fact = text[2000 * i :][:characters], f"The magic number for badger-{i} is {7000 + i}."
+        part, fact = (
+            text[2000 * i :][:characters],
+            f"The magic number for badger-{i} is {7000 + i}.",
+        )
         place = part.index(" ", len(part) * (i + 1) // (examples + 1))
         row = {"dataset": "multifieldqa_en", "language": "en", "all_classes": None}
         row |= {"_id": f"made-{i}", "length": len(part.split()), "answers": [str(7000 + i)]}

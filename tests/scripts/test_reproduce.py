@@ -18,14 +18,15 @@ from experiments.benchmarks.reproduction import FULL, PUBLISHED, ROWS
 
 @pytest.fixture
 def run(capsys):
-    """Runs a command line: exit status, stdout, stderr."""
+    """Runs a command line: exit status, stdout, stderr without the note of a conversion."""
 
     def call(*argv):
         try:
             status = reproduce.main([str(a) for a in argv])
         except SystemExit as stop:
             status = stop.code
-        return (status, *capsys.readouterr())
+        out, err = capsys.readouterr()
+        return status, out, "".join(x for x in err.splitlines(True) if "converting " not in x)
 
     return call
 
@@ -66,10 +67,10 @@ def test_every_row_on_a_tiny_dream(make_checkpoint, tmp_path, run, monkeypatch):
         assert value == pytest.approx(full / row["seconds_in_all"], rel=1e-6)
         assert low <= value <= high
     scorers = [rows[name]["scorer"] for name in ("reference", "retained", "end-to-end", FULL)]
-    assert scorers == ["causal", "chunk-draft", "the run of reference", "-"]
+    assert scorers == ["causal", "chunk-draft", "causal (the run of reference)", "-"]
     assert PUBLISHED["model"] in table
     assert "is of the family" not in table
-    assert "2 examples here." in table
+    assert "Examples here: 2." in table
     assert summary["conditions"][0]["versions"]["jax"]
     assert len(summary["settings"]["checkpoint"]) == 64
     assert summary["settings"]["decoding"]["first_slot_alone"]
@@ -82,13 +83,15 @@ def test_the_small_model(tmp_path, run):
     import quickstart
 
     data = evals_data.multifieldqa(tmp_path / "copy", characters=700, examples=1)
-    flags = ["--chunk-size", 64, "--top-k", 2, "--dtype", "float32", "--rows", "reference", FULL]
+    flags = ["--chunk-size", 64, "--top-k", 2, "--dtype", "float32"]
+    flags += ["--rows", "reference", "retained", FULL]
     status, table, err = run(quickstart.checkpoint(), data, "--out", tmp_path / "out", *flags)
     assert status == 0, err
     assert "| draft in the place of causal |" in table
+    assert "| draft in the place of chunk-draft (the run of reference) |" in table
     assert "family 'llada': the published rows are of 'dream'" in table
     summary = summary_of(tmp_path / "out")
-    assert [row["examples"] for row in summary["rows"]] == [1, 1]
+    assert [row["examples"] for row in summary["rows"]] == [1, 1, 1]
     assert not summary["settings"]["decoding"]["first_slot_alone"]
     records = (tmp_path / "out" / "records.jsonl").read_text().splitlines()[1:]
     for record in map(json.loads, records):
@@ -125,7 +128,8 @@ def test_data_of_another_shape_is_one_line(tmp_path, run, line, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_input_is_one_line(make_checkpoint, tmp_path, run):
+def test_bad_input_is_one_line(make_checkpoint, tmp_path, run, monkeypatch):
+    monkeypatch.setenv("PDLLM_CACHE", str(tmp_path / "cache"))
     data = evals_data.write_lines(tmp_path / "data.jsonl", [GOOD])
     empty = evals_data.write_lines(tmp_path / "empty.jsonl", [""])
     model, out = make_checkpoint(family="dream").folder, ["--out", tmp_path / "out"]
@@ -138,7 +142,7 @@ def test_bad_input_is_one_line(make_checkpoint, tmp_path, run):
         ([model, data, "--chunk-size", 1], "chunk_size 1 leaves no new token"),
         ([model, data, "--rows", "best"], "invalid choice: 'best'"),
         ([tmp_path / "none", data], "is not a directory"),
-        ([model, data], "tokenizer"),
+        ([model, data], "tokenizer.json is missing"),
     ):
         status, stdout, err = run(*argv, *out)
         assert (status, stdout, err.count("\n")) == (2, "", 1), err

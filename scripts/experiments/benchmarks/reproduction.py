@@ -117,7 +117,7 @@ def report(runs: Mapping[str, Run], task: Task, records: Records) -> list[dict[s
             "row": name,
             "text": ROWS[name].text,
             "published_f1": ROWS[name].f1,
-            "scorer": run.scorer if name == run.name else f"the run of {run.name}",
+            "scorer": run.scorer + ("" if name == run.name else f" (the run of {run.name})"),
             "speedup": speedup(records, task, run.name),
             **measured[run.name],
         }
@@ -158,7 +158,7 @@ def notes_on(
         f"took {full:,} s and their server {own} s: {times}x.": True,
         f"This checkpoint is of the family {family!r}: the published rows are of "
         f"{PUBLISHED['family']!r}.": family != PUBLISHED["family"],
-        f"{count} examples here.": count != PUBLISHED["examples"],
+        f"Examples here: {count}.": count != PUBLISHED["examples"],
         f"Chunks of {chunk_size} tokens, {top_k} of them kept; published: {usual[0]} and "
         f"{usual[1]}.": (chunk_size, top_k) != usual,
         f"{cut} whole prompts lost their middle, to fit the model's positions.": cut,

@@ -18,11 +18,12 @@ PARALLEL := -n auto --dist worksteal
 # Bytecode is made when a module is first imported; most of what is installed never is.
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help env test test-gpu test-kernels test-versions coverage lint format quickstart ablate-quick fuzz kills clean
+.PHONY: help env test test-gpu test-kernels test-versions coverage lint format quickstart ablate-quick reproduce-quick fuzz kills clean
 help:
 	@echo 'make env           environment in $(VENV) with the project and all it needs'
 	@echo 'make quickstart    convert the small model, ask it about a long document'
 	@echo 'make ablate-quick  a small ablation of the small model, on a CPU in minutes'
+	@echo 'make reproduce-quick  the authors'"'"' runs on the small model, with a text of the repository'
 	@echo 'make test          the tests, in parallel (PYTEST_ARGS="-k name" passes options on)'
 	@echo 'make test-kernels  the tests of kernels, model and method on Python 3.12 and jax 0.11'
 	@echo 'make test-gpu      the tests marked gpu, on Python 3.12 with jax[cuda]'
@@ -106,6 +107,9 @@ quickstart: env
 ABLATE_OUT ?= .cache/ablate-quick
 ablate-quick: env
 	$(VENV)/bin/python scripts/ablate.py run --quick --out $(ABLATE_OUT) --time-limit 540
+
+reproduce-quick: env
+	$(VENV)/bin/python -m pytest -m slow tests/scripts/test_reproduce.py $(PYTEST_ARGS)
 
 # Random damage to snapshots and stores, 1,000 examples a test.
 fuzz: env

@@ -104,7 +104,8 @@ class SelectionConfig:
         "bridge". Its class describes it.
       bridge_share, bridge_tokens: options `share` and `tokens` of the encoding "bridge".
       positions: of kept chunk j, id n: "continuous" P + j C, "absolute" P + n C, "reuse" P; the
-        query starts behind the last slot of these.
+        query starts behind the last slot of these. "contiguous" leaves no gap behind a short chunk:
+        chunks and query start right behind the tokens in front of them.
       keep_tokens: B, tokens of a chunk kept per layer and KV head; None, or at least C, keeps all.
       keep_by: the attention that ranks them: "query-to-chunk", "chunk-to-query" or "both"; see
         `token_selection`.

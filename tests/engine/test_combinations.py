@@ -31,7 +31,7 @@ FACTORS: dict[str, list[Any]] = {
     "family": ["llada", "dream"],
     "scorer": [*READERS, "all", "first", "last", "random", "oracle"],
     "encoding": ["independent", "query-conditioned", "joint", "bridge", "bridge by attention"],
-    "positions": ["continuous", "absolute", "reuse"],
+    "positions": ["continuous", "absolute", "reuse", "contiguous"],
     "keep_tokens": [None, 5],
     "keep_by": ["query-to-chunk", "chunk-to-query", "both"],
     "adaptive": [None, (3, 0.0), (4, 0.02), (9, 1e9)],  # max_k, margin

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from pdllm_jax.config import DecodeConfig, SelectionConfig
+from pdllm_jax.method.cache import Positions
 from pdllm_jax.method.chunking import chunk_prompt
 from pdllm_jax.method.denoise import denoise
 from pdllm_jax.method.live_forward import Context, query_rows
@@ -233,14 +235,16 @@ def test_attention_of_padding_and_empty_slots_is_none(model, parts):
 def test_positions(model, parts, encoding):
     """Where chunks and query lie; and that a shift of everything alike changes nothing."""
     starts = {}
-    for positions in ("continuous", "absolute", "reuse"):
-        _, state, _ = encoded(model, parts, encoding=encoding, top_k=2, positions=positions)
+    for positions in get_args(Positions):
+        chunks, state, _ = encoded(model, parts, encoding=encoding, top_k=2, positions=positions)
         assert state.selected[0].tolist() == [3, 4]
         starts[positions] = [*state.chunk_starts[0].tolist(), int(state.query_start[0])]
     p, c = 5, CHUNKS.chunk_size
     assert starts["continuous"] == [p, p + c, p + 2 * c]
     assert starts["absolute"] == [p + 3 * c, p + 4 * c, p + 5 * c]
     assert starts["reuse"] == [p, p, p + c]
+    assert len(chunks[1]) < c
+    assert starts["contiguous"] == [p, p + c, p + c + len(chunks[1])]
     # All chunks lie where they are in the document in either way.
     first = {"encoding": encoding, "scorer": "first", "top_k": 5}
     continuous, absolute = (

@@ -204,12 +204,16 @@ class Method(Cached):
     def encode(self, chosen: list[int], response: list[int]) -> None:
         """Sets the KV that live rows attend to, and `live`, KV of query and response or None."""
         s, c, p = self.selection, self.size, self.p
-        slot = {"continuous": range(len(chosen)), "absolute": chosen, "reuse": [0] * len(chosen)}
-        slots = {"continuous": len(chosen), "absolute": len(self.chunks), "reuse": 1}
-        starts = [p + j * c for j in slot[s.positions]]
-        live_ids = [*self.query, *response]
-        self.position = p + slots[s.positions] * c + np.arange(len(live_ids))
         chunks = [self.chunks[i] for i in chosen]
+        *before, tokens = itertools.accumulate(map(len, chunks), initial=0)
+        starts, end = {
+            "continuous": ([j * c for j in range(len(chosen))], len(chosen) * c),
+            "absolute": ([i * c for i in chosen], len(self.chunks) * c),
+            "reuse": ([0] * len(chosen), c),
+            "contiguous": (before, tokens),
+        }[s.positions]
+        starts, live_ids = [p + start for start in starts], [*self.query, *response]
+        self.position = p + end + np.arange(len(live_ids))
         places = [start + np.arange(len(x)) for start, x in zip(starts, chunks, strict=True)]
         self.before, self.live = self.alone, None
         self.pool = [

@@ -46,6 +46,8 @@ class Run:
         self.args, self.start = args, time.monotonic()
         config = model_config(args)
         self.model = cheap_model(config)
+        # A model with a logit shift is asked as in the paper: one causal copy of the question.
+        self.select = SelectionConfig.paper() if config.logit_shift else SELECT
         self.record = Record(args.out, model=dataclasses.asdict(config))
         self.record |= {name: {} for name in ("seconds", "ratios", "compile_seconds", "memory")}
         self.record["left_out"] = []

@@ -48,18 +48,16 @@ def answer(engine: Engine, request: Request, **settings):
     return engine.answer(**request._asdict(), **settings)
 
 
-ENCODINGS = pytest.mark.parametrize(
+@pytest.mark.parametrize(
     "encoding",
     [
         "joint",
-        "independent",
-        pytest.param("query-conditioned", marks=pytest.mark.slow),
-        pytest.param("bridge", marks=pytest.mark.slow),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("independent", "query-conditioned", "bridge")
+        ),
     ],
 )
-
-
-@ENCODINGS
 def test_ragged_requests_are_answered_as_if_each_were_alone(model, encoding):
     """Identity 5: other documents, lengths, questions; tokens, chunks and scores bit for bit."""
     engine = engine_of(model, selection=dataclasses.replace(SELECT, encoding=encoding))
@@ -75,13 +73,19 @@ def test_ragged_requests_are_answered_as_if_each_were_alone(model, encoding):
     assert (second.tokens, second.selection) == (first.tokens, first.selection), "another run"
 
 
+# test_combinations.py has more of them, greedy, against the definition.
+SLOW_CHOICES = [
+    {"scorer": "confidence", "positions": "absolute", "max_k": 4, "margin": 1.0},
+    {"scorer": "attention", "encoding": "independent"},
+    {"scorer": "random", "encoding": "independent", "keep_tokens": 8},
+    {"reselect": "step"},
+]
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        {"scorer": "confidence", "positions": "absolute", "max_k": 4, "margin": 1.0},
-        pytest.param({"scorer": "attention", "encoding": "independent"}, marks=pytest.mark.slow),
-        {"scorer": "random", "encoding": "independent", "keep_tokens": 8},
-        pytest.param({"reselect": "step"}, marks=pytest.mark.slow),
+        *(pytest.param(change, marks=pytest.mark.slow) for change in SLOW_CHOICES),
         {"encoding": "independent", "reselect": "block"},
         {"scorer": "all"},  # identity 1: for one request in tests/method/test_prefill.py
         {"encoding": "independent", "top_k": 11, "keep_tokens": 12},  # identity 6
@@ -152,7 +156,13 @@ def test_documents_of_a_batch_can_be_asked_again(model):
         init_denoise(model, cache, select(got[:2], SELECT), query[:2], DECODE, jax.random.key(0))
 
 
-@ENCODINGS
+@pytest.mark.parametrize(
+    "encoding",
+    [
+        *("joint", "independent"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("query-conditioned", "bridge")),
+    ],
+)
 def test_questions_about_one_document(model, encoding):
     """As an answer to each; the document is encoded once, and by nobody's question."""
     queries = [RAGGED[i].question for i in (0, 1, 3)]

@@ -145,8 +145,8 @@ def test_guidance(pair, guidance):
     assert not np.array_equal(guided, without)
 
 
-EOS_RULES = ["logits_eos_inf"], ["confidence_eos_eot_inf"]
-EOS_RULES += (sum(EOS_RULES, []),)
+EOS, EOS_LAST = "logits_eos_inf", "confidence_eos_eot_inf"
+EOS_RULES = [EOS], [EOS_LAST], [EOS_LAST, EOS]
 
 
 def eos_rules():

@@ -117,7 +117,7 @@ def test_the_tail_is_drawn_as_often_as_its_mass():
 
 
 def test_a_token_is_drawn_that_is_less_probable_than_a_float_resolves():
-    """Mode "low" of JAX's noise ends at 16.6; that of this key is 17.9 at the token, -0.9 at 777."""
+    """Mode "low" of JAX's noise ends at 16.6; this key has 17.9 at the token, -0.9 at 777."""
     logits = jnp.zeros((1, VOCABULARY)).at[0, 777].set(18.0)
     draw = jax.jit(lambda key: predict(logits, DecodeConfig().remasking, 1.0, key)[0])
     assert draw(random_key(0)).tolist() == [34_629]

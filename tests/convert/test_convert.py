@@ -348,19 +348,12 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ],
 )
 def test_command_line_errors(
-    tmp_path: Path,
-    source: Path,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    expected: str,
+    tmp_path: Path, source: Path, call_main, arguments: list[str], expected: str
 ) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     places = {"source": source, "target": tmp_path / "converted", "loop": tmp_path / "loop"}
-    try:
-        status = convert_checkpoint.main([part.format(**places) for part in arguments])
-    except SystemExit as error:
-        status = error.code
-    out, err = capsys.readouterr()
+    arguments = [part.format(**places) for part in arguments]
+    status, out, err = call_main(convert_checkpoint.main, *arguments)
     assert status == 2
     assert out == ""
     assert err.startswith("error: ")

@@ -197,11 +197,13 @@ BASE_CASE, MARGINS = ("reselect", "encoding", "adaptive"), [(4, 0.0), (4, 1e9)]
 FEW_SLOTS: list[Any] = [  # adaptive K whose first selection fills fewer slots than a later one may
     {"reselect": "block", "encoding": "joint", "adaptive": (4, 0.02)},
     {"reselect": "step", "encoding": "independent", "adaptive": (4, 0.02)},
-    {"reselect": "step", "encoding": "bridge", "adaptive": (9, 1e9)},
-]
-FEW_SLOTS += [
-    pytest.param(dict(zip(BASE_CASE, values, strict=True)), marks=pytest.mark.slow)
-    for values in itertools.product(("block", "step"), ("independent", "joint"), MARGINS)
+    *(
+        pytest.param(dict(zip(BASE_CASE, values, strict=True)), marks=pytest.mark.slow)
+        for values in (
+            ("step", "bridge", (9, 1e9)),
+            *itertools.product(("block", "step"), ("independent", "joint"), MARGINS),
+        )
+    ),
 ]
 
 

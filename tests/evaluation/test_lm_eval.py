@@ -23,16 +23,15 @@ from tests.support import evals_data
 
 if not os.environ.get("HF_HOME"):
     os.environ["HF_HOME"] = str(ROOT / ".cache" / "huggingface")
-lm_eval = pytest.importorskip(
-    "lm_eval", reason="lm-eval is not installed (pip install '.[lm-eval]')"
-)
+pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install '.[lm-eval]')")
 pytest.importorskip("torch")
-from lm_eval.tasks import TaskManager  # noqa: E402
+import lm_eval
+from lm_eval.tasks import TaskManager
 
-from pdllm_jax.evaluation.lm_eval import PrefillingLM  # noqa: E402
+from pdllm_jax.evaluation.lm_eval import PrefillingLM
 
 sys.path.insert(0, str(ROOT / "scripts"))
-import evaluate  # noqa: E402
+import evaluate
 
 SETTINGS = {"chunk_size": 64, "top_k": 2, "encode_batch": 4, "threshold": 0.3, "max_length": 150}
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]

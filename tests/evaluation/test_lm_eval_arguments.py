@@ -13,10 +13,7 @@ from pdllm_jax.method.likelihood import answer_log_likelihood
 from pdllm_jax.storage.checkpoint import load_config
 from tests.evaluation.conftest import ROWS, instance
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install '.[lm-eval]')")
 pytest.importorskip("torch")
-from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
-
 from pdllm_jax.evaluation.lm_eval import PrefillingLM
 
 RULER_QA = (
@@ -128,11 +125,32 @@ def test_generation_kwargs_are_read_as_by_lm_eval(model, monkeypatch, kwargs):
 
     monkeypatch.setattr(model, "_respond", respond)
     (got,) = model.generate_until([instance("Q", kwargs)], disable_tqdm=True)
-    want = normalize_gen_kwargs(kwargs)
+    utils = pytest.importorskip(
+        "lm_eval.models.utils", reason="lm-eval is not installed (pip install '.[lm-eval]')"
+    )
+    want = utils.normalize_gen_kwargs(kwargs)
     until = [stop for stop in want["until"] if stop is not None]
-    assert got == postprocess_generated_text(text, until, None)
+    assert got == utils.postprocess_generated_text(text, until, None)
     assert seen[0].gen_length == want["max_gen_toks"]
     assert seen[0].temperature == want.get("temperature", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "text", "length"),
+    [
+        ({"until": [""]}, "One.\n\nTwo.", 256),
+        ({"until": ["", "\n\n"], "max_new_tokens": 16}, "One.", 16),
+        ({"max_tokens": 24}, "One.\n\nTwo.", 24),
+        ({"max_gen_toks": 8, "max_new_tokens": 16}, "One.\n\nTwo.", 8),
+    ],
+)
+def test_empty_stops_and_names_of_the_length(model, monkeypatch, kwargs, text, length):
+    seen, answered = [], model.tokenizer.encode("One.\n\nTwo.")
+    monkeypatch.setattr(
+        model, "_respond", lambda _, decoding, __: seen.append(decoding) or answered
+    )
+    assert model.generate_until([instance("Q", kwargs)], disable_tqdm=True) == [text]
+    assert seen[0].gen_length == length
 
 
 @pytest.mark.parametrize("kwargs", [{"until": [1]}, {"max_tokens": 0}, {"num_beams": 4}, {"x": 1}])

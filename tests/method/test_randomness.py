@@ -36,7 +36,7 @@ def masking_model():
 
 def requests(count: int) -> list[Request]:
     rng = np.random.default_rng(3)
-    sizes = [(53, 7), (30, 40), (90, 12), (41, 5)][:count]
+    sizes = [(53, 7), (80, 20)][:count]
     return [
         Request(rng.integers(0, 250, n), rng.integers(0, 250, q), [BOS, 3], seed=seed)
         for seed, (n, q) in enumerate(sizes)
@@ -117,6 +117,13 @@ def test_the_tail_is_drawn_as_often_as_its_mass():
     """126,463 tokens that share 0.01, within 4 standard deviations; mode "low": 0.002 to 0.006."""
     draws = 16_000
     assert abs(tail_share(draws) - 0.01) < 4 * (0.01 * 0.99 / draws) ** 0.5
+
+
+def test_a_token_is_drawn_that_is_less_probable_than_a_float_resolves():
+    """Mode "low" of JAX's noise ends at 16.6; this key has 17.9 at the token, -0.9 at 777."""
+    logits = jnp.zeros((1, VOCABULARY)).at[0, 777].set(18.0)
+    draw = jax.jit(lambda key: predict(logits, DecodeConfig().remasking, 1.0, key)[0])
+    assert draw(random_key(0)).tolist() == [34_629]
 
 
 def drawn_keys(run) -> tuple[list[tuple[int, ...]], set[tuple[int, ...]]]:

@@ -47,18 +47,9 @@ def write(path: Path, content) -> str:
 
 
 @pytest.fixture
-def run(checkpoint, capsys):
+def run(checkpoint, call_main):
     """Runs the command line on the checkpoint -> (status, stdout, stderr)."""
-
-    def call(*argv, folder=checkpoint) -> tuple[int, str, str]:
-        try:
-            status = generate.main([str(a) for a in (folder, *argv)])
-        except SystemExit as stop:
-            status = stop.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
+    return lambda *argv, folder=checkpoint: call_main(generate.main, folder, *argv)
 
 
 @pytest.fixture

@@ -35,7 +35,8 @@ def model_from_tensors(
     tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], dtype: Any = jnp.float32
 ) -> MaskPredictor:
     """The library's model with PyTorch tensors under published names, without the converter."""
-    model = MaskPredictor(ModelConfig.from_dict(config), rngs=nnx.Rngs(0), dtype=dtype)
+    sizes = ModelConfig.from_dict(config)
+    model = nnx.eval_shape(lambda: MaskPredictor(sizes, rngs=nnx.Rngs(0), dtype=dtype))
     graph, state = nnx.split(model)
     given = {}
     for name, tensor in tensors.items():

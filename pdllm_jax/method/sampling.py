@@ -72,7 +72,8 @@ def predict(
     values = confidence(_without(logits, last), tokens, derive(key, Use.ORDER, slots))
     if order_temperature > 0:
         values = values if isinstance(confidence, Entropy) else jnp.exp(values)
-        values = values / order_temperature + _gumbel(derive(key, Use.ORDER_NOISE, slots), ())
+        noise = _gumbel(derive(key, Use.ORDER_NOISE, slots), ())
+        values = jnp.maximum(values / order_temperature + noise, _LEAST)
     if last:
         values = jnp.where(jnp.isin(tokens, jnp.array(last)), _LEAST, values)
     return tokens, values
@@ -236,7 +237,7 @@ class TimeSchedule:
 
 @dataclasses.dataclass(frozen=True)
 class Chance(TimeSchedule):
-    """Dream's "origin": takes each slot with the probability 1 - s / t, independently of the others.
+    """Dream's "origin": takes each slot with the probability 1 - s / t, independently of others.
 
     The confidence is the logarithm of a uniform random number.
     """

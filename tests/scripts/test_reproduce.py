@@ -92,6 +92,7 @@ def test_the_small_model(tmp_path, run):
     assert "family 'llada': the published rows are of 'dream'" in table
     summary = summary_of(tmp_path / "out")
     assert [row["examples"] for row in summary["rows"]] == [1, 1, 1]
+    assert max(row["score"] for row in summary["rows"]) > 0
     assert not summary["settings"]["decoding"]["first_slot_alone"]
     records = (tmp_path / "out" / "records.jsonl").read_text().splitlines()[1:]
     for record in map(json.loads, records):

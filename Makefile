@@ -18,11 +18,12 @@ PARALLEL := -n auto --dist worksteal
 # Bytecode is made when a module is first imported; most of what is installed never is.
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help env test test-gpu test-kernels test-versions coverage lint format quickstart ablate-quick fuzz kills clean
+.PHONY: help env env-kernels test test-gpu test-kernels test-versions coverage lint format quickstart ablate-quick reproduce-quick fuzz kills clean
 help:
 	@echo 'make env           environment in $(VENV) with the project and all it needs'
 	@echo 'make quickstart    convert the small model, ask it about a long document'
 	@echo 'make ablate-quick  a small ablation of the small model, on a CPU in minutes'
+	@echo 'make reproduce-quick  the authors'"'"' runs on the small model, with a text of the repository'
 	@echo 'make test          the tests, in parallel (PYTEST_ARGS="-k name" passes options on)'
 	@echo 'make test-kernels  the tests of kernels, model and method on Python 3.12 and jax 0.11'
 	@echo 'make test-gpu      the tests marked gpu, on Python 3.12 with jax[cuda]'
@@ -59,13 +60,15 @@ KERNELS := tests/kernels tests/network/test_transformer.py tests/network/test_ro
 	encoding.py::test_kept_tokens_are_those_that_the_query_looks_at \
 	encoding.py::test_query_conditioned_encoding_is_the_defined_one)
 ifeq ($(PYTHON_KERNELS),)
-test-kernels test-gpu:
+env-kernels test-kernels test-gpu:
 	@echo 'skipped: no Python 3.12 or newer here (set PYTHON_KERNELS=); the kernel needs it'
 else
-test-kernels: $(VENV_KERNELS)/.installed
+env-kernels: $(VENV_KERNELS)/.installed
+
+test-kernels: env-kernels
 	$(VENV_KERNELS)/bin/python -m pytest $(PARALLEL) $(KERNELS) $(PYTEST_ARGS)
 
-test-gpu: $(VENV_KERNELS)/.installed
+test-gpu: env-kernels
 	$(VENV_KERNELS)/bin/python $(INSTALL) -e '.[cuda]'
 	JAX_PLATFORMS=cuda,cpu $(VENV_KERNELS)/bin/python -m pytest -m gpu $(PYTEST_ARGS)
 endif
@@ -80,7 +83,7 @@ test-versions:
 # when Pallas traces them, on Python 3.12.
 NOT_COVERAGE := --ignore=tests/scripts --ignore=tests/small_model --ignore=tests/test_docs.py \
 	--deselect=tests/storage/test_atomic.py::test_full_disk
-coverage: env $(VENV_KERNELS)/.installed
+coverage: env env-kernels
 	mkdir -p .cache/coverage
 	$(VENV)/bin/python -m pytest --cov --cov-report= $(NOT_COVERAGE) $(PYTEST_ARGS)
 	COVERAGE_CORE=sysmon $(VENV_KERNELS)/bin/python -m pytest --cov --cov-report= --cov-append $(KERNELS) \
@@ -106,6 +109,9 @@ quickstart: env
 ABLATE_OUT ?= .cache/ablate-quick
 ablate-quick: env
 	$(VENV)/bin/python scripts/ablate.py run --quick --out $(ABLATE_OUT) --time-limit 540
+
+reproduce-quick: env
+	$(VENV)/bin/python -m pytest -m slow tests/scripts/test_reproduce.py $(PYTEST_ARGS)
 
 # Random damage to snapshots and stores, 1,000 examples a test.
 fuzz: env

@@ -1,4 +1,4 @@
-"""Converts a PyTorch LLaDA checkpoint to Orbax, or back.
+"""Converts a PyTorch checkpoint (LLaDA, Dream) to Orbax, or back.
 
     pdllm-convert SRC DST [--dtype keep|bfloat16|float32] [--adapter FOLDER] [--follow-links]
                   [--verify] [--overwrite]

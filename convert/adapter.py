@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert.folders import check_links, snapshot_folder
-from convert.names import layout, module_name
+from convert.names import layout, module_name, several_prefixes
 from convert.sources import WEIGHT_FILES, Source, SourceTensor, open_files
 from pdllm_jax.rules import SIZE, is_number, listed
 from pdllm_jax.storage.checkpoint import DTYPES
@@ -148,21 +148,21 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
 def _parts(source: Source) -> tuple[dict[str, dict[str, SourceTensor]], list[str]]:
     """Returns tensors by module and kind ("weight" for a replacement), and problems."""
     parts: dict[str, dict[str, SourceTensor]] = {}
-    problems, prefixes = list(source.problems), set()
+    problems, matches = list(source.problems), []
     for tensor in source.tensors.values():
         match = _NAME.fullmatch(tensor.name)
         if match is None:
             problems.append(f"unknown {tensor.name!r}")
             continue
-        prefixes.add(match["prefix"])
+        matches.append(match)
         kinds = parts.setdefault(module_name(match), {})
         if tensor.dtype not in DTYPES:
             problems.append(f"unsupported dtype of {tensor.name!r}: {tensor.dtype}")
         kind = match["linear"] or match["embedding"] or "weight"
         if kinds.setdefault(kind, tensor) is not tensor:
             problems.append(f"{tensor.name!r} is there twice, under two names")
-    if len(prefixes) > 1:
-        problems.append(f"names have several prefixes: {listed(sorted(map(repr, prefixes)))}")
+    if problem := several_prefixes(matches):
+        problems.append(problem)
     return parts, problems
 
 

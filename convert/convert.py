@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from convert import orbax_stream
 from convert.adapter import check_adapter_files, merge, refuse_unmerged
 from convert.folders import check_links, snapshot_folder
-from convert.mapping import EMBEDDING, LM_HEAD, Target, targets
+from convert.mapping import Target, targets
 from convert.quantised import refuse_quantised, refuse_quantised_tensors
 from convert.sources import BLOCK, SAFETENSORS_INDEX, Source, SourceTensor, match, open_source
 from pdllm_jax.compilation import cache_folder
@@ -75,7 +75,7 @@ def convert(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Converts a PyTorch LLaDA checkpoint to a folder that `pdllm_jax.load_model` reads.
+    """Converts a PyTorch checkpoint to a folder that `pdllm_jax.load_model` reads.
 
     Args:
       source: folder with config.json and safetensors or .bin files in bfloat16, float16 or float32;
@@ -272,11 +272,16 @@ def _match(source: Source, config: ModelConfig) -> dict[str, Target]:
     if config.n_layers > (count := len(source.tensors)):  # before a row is made for every layer
         problem = f"n_layers {config.n_layers}, but the checkpoint holds {count} tensors"
         raise CheckpointError(f"{settings} says {problem}")
-    wanted = targets(config)
-    match(source, wanted, targets(dataclasses.replace(config, weight_tying=False)))
-    head = source.tensors.get(LM_HEAD) if config.weight_tying else None
-    if head is not None and not _equal(source.tensors[EMBEDDING].load(), head.load()):
-        problem = f"{head.name!r} in {head.file.name} differs from {EMBEDDING!r}"
+    if source.family not in (None, config.family):
+        problem = f"the names of the tensors are of the family {source.family}"
+        raise CheckpointError(f"{settings} is of the family {config.family}, but {problem}")
+    wanted, allowed = targets(config), targets(dataclasses.replace(config, weight_tying=False))
+    match(source, wanted, allowed)
+    names = {row.path: name for name, row in allowed.items()}
+    embedding = names["embedding.weight"]
+    head = source.tensors.get(names["lm_head.weight"]) if config.weight_tying else None
+    if head is not None and not _equal(source.tensors[embedding].load(), head.load()):
+        problem = f"{head.name!r} in {head.file.name} differs from {embedding!r}"
         raise CheckpointError(f"{settings} ties the LM head to the embedding, but {problem}")
     return wanted
 

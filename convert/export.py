@@ -1,4 +1,4 @@
-"""Export: a converted folder to sharded safetensors in LLaDA's published layout."""
+"""Export: a converted folder to sharded safetensors in its family's published layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of LLaDA's tensors: PyTorch name, parameter path, shape. Pure data.
+"""The tables of tensors, one for each family: PyTorch name, parameter path, shape. Pure data.
 
 Weights keep PyTorch's [out, in] layout, so that conversion copies bytes. Axis letters: M d_model,
 F mlp_hidden_size, Q query heads x head size, G KV heads x head size, E embedding_size.
@@ -12,22 +12,68 @@ from typing import Any, NamedTuple
 
 from pdllm_jax.network.config import ModelConfig
 
-# Of each layer: PyTorch name, parameter path, axes.
-_LAYER = (
-    ("attn_norm", "attn_norm", "M"),
-    ("q_proj", "q_proj", "QM"),
-    ("k_proj", "k_proj", "GM"),
-    ("v_proj", "v_proj", "GM"),
-    ("attn_out", "attn_out", "MQ"),
-    ("ff_norm", "ff_norm", "M"),
-    ("ff_proj", "gate_proj", "FM"),
-    ("up_proj", "up_proj", "FM"),
-    ("ff_out", "down_proj", "MF"),
-)
-LAYER_NAMES = tuple(source for source, _, _ in _LAYER)
-# Before the names of all tensors.
-NETWORK = "model.transformer."
-EMBEDDING, LM_HEAD = f"{NETWORK}wte.weight", f"{NETWORK}ff_out.weight"
+
+class Names(NamedTuple):
+    """The published names of a family's modules.
+
+    network: before the names of the modules of the network; of the head too, if it is inside.
+    embedding, layers, final_norm: behind it; a layer's number comes after `layers`.
+    head: the LM head, with all that is before it.
+    layer: of each module of a layer: its name, its parameter path, its axes.
+    """
+
+    network: str
+    embedding: str
+    layers: str
+    final_norm: str
+    head: str
+    layer: tuple[tuple[str, str, str], ...]
+
+    @property
+    def head_inside(self) -> bool:
+        """Whether the head is a module of the network."""
+        return self.head.startswith(self.network)
+
+
+NAMES = {
+    "llada": Names(
+        network="model.transformer.",
+        embedding="wte",
+        layers="blocks",
+        final_norm="ln_f",
+        head="model.transformer.ff_out",
+        layer=(
+            ("attn_norm", "attn_norm", "M"),
+            ("q_proj", "q_proj", "QM"),
+            ("k_proj", "k_proj", "GM"),
+            ("v_proj", "v_proj", "GM"),
+            ("attn_out", "attn_out", "MQ"),
+            ("ff_norm", "ff_norm", "M"),
+            ("ff_proj", "gate_proj", "FM"),
+            ("up_proj", "up_proj", "FM"),
+            ("ff_out", "down_proj", "MF"),
+        ),
+    ),
+    "dream": Names(
+        network="model.",
+        embedding="embed_tokens",
+        layers="layers",
+        final_norm="norm",
+        head="lm_head",
+        layer=(
+            ("input_layernorm", "attn_norm", "M"),
+            ("self_attn.q_proj", "q_proj", "QM"),
+            ("self_attn.k_proj", "k_proj", "GM"),
+            ("self_attn.v_proj", "v_proj", "GM"),
+            ("self_attn.o_proj", "attn_out", "MQ"),
+            ("post_attention_layernorm", "ff_norm", "M"),
+            ("mlp.gate_proj", "gate_proj", "FM"),
+            ("mlp.up_proj", "up_proj", "FM"),
+            ("mlp.down_proj", "down_proj", "MF"),
+        ),
+    ),
+}
+_BIASED = ("q_proj", "k_proj", "v_proj")
 # Rotary frequencies, which some tools store as a buffer: they follow from config.json.
 IGNORED = re.compile(r"(?:.+\.)?rotary_emb\.inv_freq")
 
@@ -49,19 +95,18 @@ def targets(config: ModelConfig) -> dict[str, Target]:
         "G": config.n_kv_heads * config.head_dim,
         "E": config.embedding_size,
     }
-    rows = [("wte", "embedding", "EM")]
-    rows += [
-        (f"blocks.{i}.{source}", f"blocks.{i}.{path}", axes)
-        for i in range(config.n_layers)
-        for source, path, axes in _LAYER
-    ]
-    rows.append(("ln_f", "final_norm", "M"))
+    names = NAMES[config.family]
+    rows = [(f"{names.network}{names.embedding}.weight", "embedding.weight", "EM")]
+    for i in range(config.n_layers):
+        for source, path, axes in names.layer:
+            pair = f"{names.network}{names.layers}.{i}.{source}", f"blocks.{i}.{path}"
+            rows.append((f"{pair[0]}.weight", f"{pair[1]}.weight", axes))
+            if config.qkv_bias and path in _BIASED:
+                rows.append((f"{pair[0]}.bias", f"{pair[1]}.bias", axes[0]))
+    rows.append((f"{names.network}{names.final_norm}.weight", "final_norm.weight", "M"))
     if not config.weight_tying:
-        rows.append(("ff_out", "lm_head", "EM"))
-    result = [
-        Target(f"{NETWORK}{name}.weight", f"{path}.weight", tuple(sizes[x] for x in axes))
-        for name, path, axes in rows
-    ]
+        rows.append((f"{names.head}.weight", "lm_head.weight", "EM"))
+    result = [Target(name, path, tuple(sizes[x] for x in axes)) for name, path, axes in rows]
     return {target.source: target for target in result}
 
 

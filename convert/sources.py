@@ -105,12 +105,14 @@ class Source:
       tensors: by their published names.
       problems: contradictions between index and files, one line each.
       note: about the prefix of all names, where it is not the published one.
+      family: whose names the tensors have, None if that is not clear.
     """
 
     folder: Path
     tensors: Mapping[str, SourceTensor]
     problems: tuple[str, ...]
     note: str = ""
+    family: str | None = None
 
 
 def open_source(folder: Path, *, follow_links: bool = False) -> Source:
@@ -184,14 +186,14 @@ def open_files(
             for name, held in holders.items()
             if name not in weight_map and not IGNORED.fullmatch(name)
         ]
-    names, note, problem = rename(tensors)
+    names, note, problem, family = rename(tensors)
     problems[:0] = [problem] if problem else []
     renamed: dict[str, SourceTensor] = {}
     for name, tensor in tensors.items():
         if names[name] in renamed:
             problems.append(f"{renamed[names[name]].name!r} and {name!r} are the same tensor")
         renamed[names[name]] = tensor
-    return Source(folder, renamed, tuple(problems), note)
+    return Source(folder, renamed, tuple(problems), note, family)
 
 
 def _check_file(path: Path) -> None:
@@ -290,12 +292,21 @@ def match(source: Source, required: Mapping[str, Target], allowed: Mapping[str, 
       CheckpointError: lists every contradiction, every missing, unknown or misshaped tensor and
         every unsupported dtype.
     """
-    problems = list(source.problems)
-    problems += [f"missing {name!r}" for name in required if name not in source.tensors]
+    absent = {"missing": [name for name in required if name not in source.tensors]}
+    absent |= {"unknown": [name for name in source.tensors if name not in allowed]}
+    problems, grouped = list(source.problems), set()
+    for what, names in absent.items():
+        biases = [name for name in names if name.endswith(".bias")]
+        if len(biases) > 1:  # one line for all layers
+            other = "needs them" if what == "missing" else "does not have them"
+            of = f"{CONFIG} is of a family that {other}"
+            problems.append(f"{what} {len(biases)} biases, such as {biases[0]!r}: {of}")
+            grouped |= {*biases}
+    problems += [f"missing {name!r}" for name in absent["missing"] if name not in grouped]
     for name, tensor in source.tensors.items():
         target = allowed.get(name)
         if target is None:
-            if not IGNORED.fullmatch(name):
+            if name not in grouped and not IGNORED.fullmatch(name):
                 problems.append(f"unknown {name!r} in {tensor.file.name}")
             continue
         if tensor.shape != target.shape:

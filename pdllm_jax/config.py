@@ -1,4 +1,4 @@
-"""Frozen, validated settings of the method: chunking, selection, decoding.
+"""Frozen, validated settings of the method: chunking and selection; `decoding` has the rest.
 
 Every class here is hashable, so that it can be a static argument of a jitted function.
 """
@@ -10,19 +10,17 @@ from dataclasses import InitVar
 from types import EllipsisType
 from typing import Any, Literal, get_args
 
+from pdllm_jax.decoding import DecodeConfig as DecodeConfig
+from pdllm_jax.decoding import Recompute as Recompute
 from pdllm_jax.method.cache import Positions
 from pdllm_jax.method.encodings import ENCODINGS, BridgeTokens, Encoding
-from pdllm_jax.method.sampling import CONFIDENCES, Factor, Schedule, Threshold, Unmask
 from pdllm_jax.method.scorers import SCORERS, AllScorer, Scorer
+from pdllm_jax.method.token_selection import KeepBy
 from pdllm_jax.rules import (
     AT_LEAST_0,
     COUNT,
-    POSITIVE,
-    SHARE,
     SIZE,
     SWITCH,
-    TOKEN,
-    is_index,
     one_of,
     require,
     validate,
@@ -96,8 +94,9 @@ class SelectionConfig:
       reselect: when relevance is computed again from the denoising state (`reselect`): "never", at
         the start of every further "block", or before every further "step".
     How they are scored:
-      scorer: a `Scorer`, or the name of one: "draft", "query", "confidence", "attention", or a
-        control: "all", "first", "last", "random", "oracle". Its class describes it.
+      scorer: a `Scorer`, or the name of one: "draft", "query", "confidence", "attention"; with a
+        logit shift also "causal" and "chunk-draft"; or a control: "all", "first", "last", "random",
+        "oracle". Its class describes it.
       masked_copies, draft_length, draft_steps: options of the named scorer.
       encode_batch: chunks that go through the network together.
     Their KV:
@@ -105,8 +104,11 @@ class SelectionConfig:
         "bridge". Its class describes it.
       bridge_share, bridge_tokens: options `share` and `tokens` of the encoding "bridge".
       positions: of kept chunk j, id n: "continuous" P + j C, "absolute" P + n C, "reuse" P; the
-        query starts behind the last slot of these.
+        query starts behind the last slot of these. "contiguous" leaves no gap behind a short chunk:
+        chunks and query start right behind the tokens in front of them.
       keep_tokens: B, tokens of a chunk kept per layer and KV head; None, or at least C, keeps all.
+      keep_by: the attention that ranks them: "query-to-chunk", "chunk-to-query" or "both"; see
+        `token_selection`.
 
     The five options may be given where the name is, or to `dataclasses.replace`; they are kept in
     the scorer or the encoding. A named scorer starts from its defaults.
@@ -127,19 +129,36 @@ class SelectionConfig:
     bridge_tokens: InitVar[BridgeTokens | EllipsisType] = ...
     positions: Positions = "continuous"
     keep_tokens: int | None = None
+    keep_by: KeepBy = "query-to-chunk"
 
     def __post_init__(self, *options: Any) -> None:
         given = dict(zip(_OPTIONS, options, strict=True))
         for kind in _CHOICES:
             object.__setattr__(self, kind, _choose(kind, getattr(self, kind), given))
         rules = dict.fromkeys(("top_k", "encode_batch", "max_k", "keep_tokens"), SIZE)
-        rules |= {"positions": one_of(get_args(Positions)), "reselect": one_of(get_args(Reselect))}
+        choices = {"positions": Positions, "reselect": Reselect, "keep_by": KeepBy}
+        rules |= {name: one_of(get_args(choice)) for name, choice in choices.items()}
         validate(self, {**rules, "margin": AT_LEAST_0, "keep_first": SWITCH})
         k, most, name = self.top_k, self.max_k, self.scorer.name
         require(most is None or most >= k, f"max_k {most} is less than top_k {k}")
         require(most is not None or self.margin == 0, "margin needs max_k")
         reads = self.scorer.reads_document or not self.reselects
         require(reads, f"reselect needs a scorer that reads the document, not {name!r}")
+
+    @classmethod
+    def paper(cls, **changes: Any) -> SelectionConfig:
+        """Returns the settings of the paper's reference run on Dream-v0-Base-7B, with changes.
+
+        The authors' chunks have 1,024 tokens (`ChunkConfig`), BOS among them.
+        """
+        draft = {"scorer": "causal", "draft_length": 4, "draft_steps": 2}
+        encoding = {"encoding": "joint", "positions": "continuous", "keep_tokens": None}
+        return cls(**{"top_k": 4, **draft, **encoding, **changes})
+
+    @classmethod
+    def paper_retained(cls, **changes: Any) -> SelectionConfig:
+        """Returns the settings of the authors' best retained run: `paper`, a draft per chunk."""
+        return cls.paper(**{"scorer": "chunk-draft", **changes})
 
     @classmethod
     def from_flat(cls, **settings: Any) -> SelectionConfig:
@@ -209,125 +228,3 @@ class SelectionConfig:
         ranking = ("top_k", "max_k", "margin", "keep_first")
         names = ranking if streaming else ("encoding", "reselect")
         return dataclasses.replace(self.scoring(), **{name: getattr(self, name) for name in names})
-
-
-Recompute = Literal["block", "suffix", "response"]
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeConfig:
-    """How the response is denoised (algorithm step 6).
-
-    gen_length: response tokens, G; block_length: tokens of a block, divides gen_length.
-    steps: evaluations over the whole response, a multiple of the number of blocks; None means one
-      per token. Not used by the threshold and factor rules, which take what they need.
-    temperature: of the Gumbel noise; 0 is greedy.
-    remasking: which predictions are kept: the most confident ones, by the token's probability
-      ("low_confidence"), by the lead of the best token over the second ("margin", p1 - p2) or by
-      exp(-entropy) of the prediction ("entropy"); or random ones ("random"). Or a function
-      (logits [T, V], tokens [T], PRNG keys [T]) -> log confidence [T], finite.
-    threshold: unmask every slot with at least this confidence, and always the best one.
-    factor: Fast-dLLM's factor rule (arXiv 2505.22618); excludes threshold.
-    unmask: a custom rule that replaces steps, threshold and factor: a function (log confidence [G],
-      -inf for slots that are not candidates; evaluations made in the block, int32) -> bool [G]. A
-      block ends when nothing is masked, or after block_length evaluations. Both functions are
-      traced and static under jit: hashable, and the same object for the same rule, or every call
-      compiles anew. A snapshot cannot hold them.
-    guidance: classifier-free guidance scale; needs recompute "response" and no context cache.
-    logits_eos_inf: EOS is never predicted. Of LLaDA's published evaluation, as the next one.
-    confidence_eos_eot_inf: slots where EOS or EOT is predicted are unmasked last, under every rule.
-      The confidence of others is computed without the two. (With temperature, the published code
-      leaves EOS out of this, and `remasking` "random" all of it.)
-    eot_token_id: EOT of confidence_eos_eot_inf; LLaDA's is 126348. None: the token that ends a turn
-      in the tokenizer of the `Engine`. EOS is the model's.
-    stop_ids: tokens (EOS, EOT) that end the text: a request is done with the block in which one of
-      them appears, and the slots behind that block become EOS. One that fills a slot of an earlier
-      block, which was left masked, does not end the request. None by default, as published.
-    recompute: rows that a step recomputes while the rest of the live KV stays as it was at the
-      block's start: "block" (dual cache), "suffix" (prefix cache), or "response" (none is stale).
-    """
-
-    gen_length: int = 32
-    block_length: int = 32
-    steps: int | None = None
-    temperature: float = 0.0
-    remasking: Any = "low_confidence"
-    threshold: float | None = None
-    factor: float | None = None
-    guidance: float = 0.0
-    logits_eos_inf: bool = False
-    confidence_eos_eot_inf: bool = False
-    eot_token_id: int | None = None
-    stop_ids: tuple[int, ...] = ()
-    recompute: Recompute = "block"
-    unmask: Unmask | None = None
-
-    def __post_init__(self) -> None:
-        rules = dict.fromkeys(("gen_length", "block_length", "steps"), SIZE)
-        rules |= {"temperature": AT_LEAST_0, "threshold": SHARE, "factor": POSITIVE}
-        rules |= dict.fromkeys(("logits_eos_inf", "confidence_eos_eot_inf"), SWITCH)
-        rules |= {
-            "eot_token_id": TOKEN,
-            "guidance": AT_LEAST_0,
-            "recompute": one_of(get_args(Recompute)),
-        }
-        if not callable(self.remasking):
-            validate(self, {"remasking": one_of(CONFIDENCES)})
-            object.__setattr__(self, "remasking", CONFIDENCES[self.remasking]())
-        validate(self, rules)
-        length, block, stops = self.gen_length, self.block_length, self.stop_ids
-        require(length % block == 0, f"block_length {block} does not divide gen_length {length}")
-        require(
-            (self.steps or 0) % self.n_blocks == 0,
-            f"steps {self.steps} is not a multiple of the number of blocks {self.n_blocks}",
-        )
-        given = [x is not None for x in (self.steps, self.threshold, self.factor)]
-        require(not all(given[1:]), "threshold and factor exclude each other")
-        if self.unmask is not None:
-            require(callable(self.unmask), f"unmask must be a function, got {self.unmask!r}")
-            require(not any(given), "unmask excludes steps, threshold and factor")
-        ids = isinstance(stops, tuple) and all(map(is_index, stops))
-        require(ids, f"stop_ids must be a tuple of token ids, got {stops!r}")
-        plain = self.guidance == 0 or self.recompute == "response"
-        require(plain, f"guidance needs recompute='response', got {self.recompute!r}")
-
-    @property
-    def n_blocks(self) -> int:
-        return self.gen_length // self.block_length
-
-    @property
-    def has_code(self) -> bool:
-        """Whether a rule is a function of the caller's, which JSON cannot hold."""
-        return type(self.remasking) not in CONFIDENCES.values() or self.unmask is not None
-
-    @property
-    def scheduled(self) -> bool:
-        """Whether a block takes a fixed number of evaluations."""
-        return self.threshold is None and self.factor is None and self.unmask is None
-
-    @property
-    def steps_per_block(self) -> int:
-        """Evaluations of a block with a schedule."""
-        return self.block_length if self.steps is None else self.steps // self.n_blocks
-
-    @property
-    def unmasking(self) -> Unmask:
-        """The rule that takes the slots of a step."""
-        if self.unmask is not None:
-            return self.unmask
-        if self.threshold is not None:
-            return Threshold(self.threshold)
-        if self.factor is not None:
-            return Factor(self.factor)
-        return Schedule(self.block_length, self.steps_per_block)
-
-    def to_flat(self) -> dict[str, Any]:
-        """Returns all settings but code, the confidence rule by name, for JSON."""
-        flat = dataclasses.asdict(dataclasses.replace(self, unmask=None))
-        del flat["unmask"]
-        return flat | {"remasking": getattr(self.remasking, "name", "")}
-
-    @classmethod
-    def from_flat(cls, **settings: Any) -> DecodeConfig:
-        """Returns the settings that `to_flat` gave, also after JSON made lists of tuples."""
-        return cls(**settings | {"stop_ids": tuple(settings.get("stop_ids", ()))})

@@ -53,6 +53,18 @@ def read_clean(path: Path) -> bytes:
     return path.read_bytes().removeprefix(codecs.BOM_UTF8)
 
 
+def tokenizer_files(folder: Path) -> tuple[Path, ...]:
+    """Returns the files of a tokenizer's vocabulary; () where the folder has none.
+
+    They are tokenizer.json, or else vocab.json and merges.txt, as Dream is published.
+    """
+    for names in (("tokenizer.json",), ("vocab.json", "merges.txt")):
+        files = tuple(folder / name for name in names)
+        if all(path.is_file() for path in files):
+            return files
+    return ()
+
+
 @contextlib.contextmanager
 def clean_tokenizer(folder: Path) -> Iterator[Path]:
     """Yields a folder with a tokenizer's files as `read_clean` returns them.

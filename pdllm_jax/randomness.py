@@ -28,6 +28,7 @@ class Use(enum.IntEnum):
     ORDER = 6  # of unmasking, in an evaluation, by slot
     MASK_COUNTS = 7  # of a log-likelihood
     MASKS = 8
+    ORDER_NOISE = 9  # of confidences, in an evaluation, by slot
 
 
 def random_key(seed: int) -> Array:

@@ -88,6 +88,7 @@ SIZE = Rule("{} must be a positive integer below 2**31, got {!r}", lambda x: is_
 COUNT = Rule("{} must be an integer from 0 to 2**31 - 1, got {!r}", is_index)
 POSITIVE, AT_LEAST_0, AT_LEAST_1 = number(1 / LARGEST), number(0), number(1)
 SHARE = Rule("{} must lie in (0, 1], got {!r}", lambda x: is_number(x) and 0 < x <= 1)
+UNIT = Rule("{} must lie in [0, 1], got {!r}", lambda x: is_number(x) and 0 <= x <= 1)
 SWITCH = Rule("{} must be true or false, got {!r}", lambda x: isinstance(x, bool))
 TOKEN = Rule("{} must be a token id, got {!r}", is_index)
 SEED = Rule("{} must be an integer in [0, 2**64), got {!r:.40}", is_seed)

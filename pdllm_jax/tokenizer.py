@@ -1,31 +1,25 @@
-"""Text to token ids and back, and the prompt around a document.
-
-`transformers.AutoTokenizer` reads the checkpoint's files; nothing in the folder is executed.
-"""
+"""Text to token ids and back, and the prompt around a document."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import re
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pdllm_jax.downloads import clean_tokenizer
 from pdllm_jax.network.config import ModelConfig
+from pdllm_jax.vocabulary import TokenizerError, Vocabulary, refusing, require
 
 if TYPE_CHECKING:
     import tokenizers
 
 INSTRUCTION = "Read the document and answer the question about it."
-# LLaDA's special tokens and chat template, for checkpoints that come without a template.
-BOS, MASK = "<|startoftext|>", "<|mdm_mask|>"
+# LLaDA's and Dream's special tokens, for checkpoints that do not say which token is which.
+BOS, MASK = ("<|startoftext|>", "<|beginoftext|>"), ("<|mdm_mask|>", "<|mask|>")
+# Their chat templates, for checkpoints that have the template's tokens but no template.
 LLADA_TEMPLATE = (
     "{% for message in messages %}{{ ('<|startoftext|>' if loop.first else '')"
     " + '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
@@ -33,52 +27,18 @@ LLADA_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
     "{% endif %}"
 )
+CHATML_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 # Stand for the user's and the system's text while the template is rendered.
 _PLACE, _SYSTEM = "Place-of-the-MESSAGE", "Place-of-the-SYSTEM-TEXT"
 Ids = list[int]
 Piece = tuple[str, bool]  # text, and whether special tokens in it count as such
-
-
-class TokenizerError(ValueError):
-    """A tokenizer that is missing, unreadable, or lacks a token that the method needs."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise TokenizerError(message)
-
-
-@contextlib.contextmanager
-def _refusing(what: str) -> Iterator[None]:
-    """Turns every error of the library into a TokenizerError of one line."""
-    try:
-        yield
-    except TokenizerError:
-        raise
-    except BaseException as error:
-        # A panic of its Rust code is a PanicException, which is not an Exception.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = " ".join(str(error).split())
-        if "trust_remote_code" in reason:
-            reason = "it needs Python code from the checkpoint, which is never executed"
-        raise TokenizerError(f"{what}: {reason}") from None
-
-
-def _check_template(path: Path) -> None:
-    """Raises TokenizerError for a chat template that the library cannot read, with the reason."""
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    _require(isinstance(settings, dict), f"{path.name} must hold an object")
-    value = settings.get("chat_template")
-    rows = value if isinstance(value, list) else []
-    if all(isinstance(row, dict) and {"name", "template"} <= row.keys() for row in rows) and rows:
-        value = {str(row["name"]): row["template"] for row in rows}
-    texts = [value]
-    if isinstance(value, dict) and "default" in value:
-        texts = list(value.values())
-    allowed = "text, or named texts with one called 'default'"
-    valid = value is None or all(isinstance(text, str) for text in texts)
-    _require(valid, f"chat_template in {path.name} must be {allowed}, got {value!r:.200}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +48,7 @@ class Tokenizer:
     All methods raise TokenizerError where the library cannot do what they ask.
 
     template: text of the chat template (before, after) a user's message; None for a base model.
-    digest: SHA-256 of tokenizer.json, hexadecimal.
+    digest: SHA-256 of the files that say how text is tokenized, hexadecimal.
     renderer: the transformers tokenizer; backend: the tokenizers library's.
     """
 
@@ -104,49 +64,36 @@ class Tokenizer:
     def load(cls, folder: str | Path, config: ModelConfig) -> Tokenizer:
         """Reads the tokenizer and chat template of a checkpoint.
 
-        Raises:
-          TokenizerError: no readable tokenizer.json; a template without the user's message; no BOS
-            or mask token; ids that disagree with the model's config.
-        """
-        path = Path(folder) / "tokenizer.json"
-        _require(path.is_file(), f"{path.name} is missing from the checkpoint: text needs it")
-        with _refusing("the tokenizer cannot be read"), clean_tokenizer(Path(folder)) as clean:
-            import transformers  # takes seconds
+        The vocabulary is that of tokenizer.json; without it, of vocab.json and merges.txt as Dream
+        is published. BOS and EOS are the tokenizer's, also where config.json has other ids.
 
-            content = (clean / path.name).read_bytes()
-            _check_template(clean / "tokenizer_config.json")
-            loaded: Any = transformers.AutoTokenizer.from_pretrained(
-                str(clean),
-                config=transformers.PreTrainedConfig(),  # the model's type decides nothing
-                local_files_only=True,
-                trust_remote_code=False,
-            )
-            backend: tokenizers.Tokenizer = loaded.backend_tokenizer
-            for row in json.loads(content)["added_tokens"]:
-                token, index = row["content"], backend.token_to_id(row["content"])
-                # The library numbers added tokens anew where their ids have gaps.
-                wrong = f"token {token!r} has the id {row['id']} in tokenizer.json but is read as "
-                _require(index == row["id"], f"{wrong}{index}: ids have gaps or are out of order")
-            names = loaded.bos_token or BOS, loaded.mask_token or MASK
-            bos, mask = map(backend.token_to_id, names)
-            wanted, size = config.mask_token_id, backend.get_vocab_size()
-            if mask is None and "mask" in (backend.id_to_token(wanted) or "").lower():
-                mask = wanted
-        if bos is None:
-            raise TokenizerError(f"the tokenizer has no BOS token ({names[0]})")
-        _require(mask is not None, f"the tokenizer has no mask token ({names[1]})")
-        _require(mask == wanted, f"mask token: {mask} in the tokenizer, {wanted} in config.json")
-        rows = config.embedding_size
-        _require(size <= rows, f"the tokenizer has {size} tokens, the model's embedding {rows}")
+        Raises:
+          TokenizerError: no readable tokenizer; a template without the user's message; no BOS or
+            mask token; ids that disagree with the model's config.
+        """
+        vocabulary = Vocabulary.load(Path(folder))
+        loaded, backend = vocabulary.loaded, vocabulary.backend
+        wanted, size, rows = config.mask_token_id, backend.get_vocab_size(), config.embedding_size
+        names = (loaded.bos_token,) if loaded.bos_token else BOS
+        if (bos := vocabulary.find(names)) is None:
+            raise TokenizerError(f"the tokenizer has no BOS token ({' or '.join(names)})")
+        names = (loaded.mask_token,) if loaded.mask_token else MASK
+        mask = vocabulary.find(names)
+        if mask is None and "mask" in (backend.id_to_token(wanted) or "").lower():
+            mask = wanted
+        require(mask is not None, f"the tokenizer has no mask token ({' or '.join(names)})")
+        require(mask == wanted, f"mask token: {mask} in the tokenizer, {wanted} in config.json")
+        require(size <= rows, f"the tokenizer has {size} tokens, the model's embedding {rows}")
         # Special tokens that are spelt out in a document stay text, the mask token in any
         # checkpoint: it would be a slot to fill. All of a document is read.
         backend.add_special_tokens([backend.id_to_token(wanted)])
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
-        eos = config.eos_token_id if loaded.eos_token is None else loaded.eos_token_id
-        digest = hashlib.sha256(content).hexdigest()
-        return cls(backend, bos, wanted, eos, _template(loaded, backend), digest, loaded)
+        eos = vocabulary.find((loaded.eos_token,) if loaded.eos_token else ())
+        eos = config.eos_token_id if eos is None else eos
+        template = _template(loaded, backend)
+        return cls(backend, bos, wanted, eos, template, vocabulary.digest, loaded)
 
     @functools.cached_property
     def _added(self) -> dict[str, tokenizers.AddedToken]:
@@ -161,12 +108,22 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, names)) if names else r"(?!)")
 
     @functools.cached_property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Ids of end of text and, with a template, of the token that ends a user's turn."""
+    def eot_id(self) -> int | None:
+        """Id of the token that ends a user's turn; None without a template that has one."""
         end = None if self.template is None else self._special.search(self.template[1])
-        return (self.eos_id, *([] if end is None else self.encode_marked(end.group())))
+        return None if end is None else self.encode_marked(end.group())[0]
 
-    @_refusing("the tokenizer cannot encode the text")
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids of end of text, of `eot_id`, and of padding where that is another token.
+
+        DiffuCoder fills the rest of a response with padding.
+        """
+        pad = self._special.fullmatch(getattr(self.renderer, "pad_token", None) or "")
+        ids = self.eos_id, self.eot_id, *(self.encode_marked(pad.group()) if pad else ())
+        return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+    @refusing("the tokenizer cannot encode the text")
     def encode(self, text: str) -> Ids:
         """Returns the ids of plain text, nothing added."""
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -197,7 +154,7 @@ class Tokenizer:
                     end = len(text) - len(text[end:].lstrip())
         return ids + self.encode(text[end:])
 
-    @_refusing("the tokenizer cannot decode the tokens")
+    @refusing("the tokenizer cannot decode the tokens")
     def decode(self, ids: Ids) -> str:
         """Returns the text up to the first of `stop_ids`, special tokens left out."""
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
@@ -226,7 +183,7 @@ class Tokenizer:
           response: how the response begins.
         """
         if self.template is None or not chat:
-            _require(not system.strip(), "system text needs a chat template")
+            require(not system.strip(), "system text needs a chat template")
             ids, query = self.encode(document), self.encode(after + response)
             return [self.bos_id, *self.encode(before)], ids, query
         head, document, tail = self._fill(before, document, after, system)
@@ -242,7 +199,7 @@ class Tokenizer:
         head, _, tail = self._fill(text, "", "", system)
         return self._encode_pieces(*head, *tail, (response, False))
 
-    @_refusing("the chat template cannot be used")
+    @refusing("the chat template cannot be used")
     def _fill(
         self, before: str, document: str, after: str, system: str
     ) -> tuple[list[Piece], str, list[Piece]]:
@@ -262,7 +219,7 @@ class Tokenizer:
         start = len(blanks[0]) - len(kept[0])
         stop = len(content) - len(blanks[1]) + len(kept[1])
         trimmed = blanks[0].endswith(kept[0]) and blanks[1].startswith(kept[1])
-        _require(trimmed, "the chat template changes more of a message than the blanks at its ends")
+        require(trimmed, "the chat template changes more of a message than the blanks at its ends")
         ends = 0, len(before), len(before) + len(document), len(content)
         before, document, after = (content[max(a, start) : min(b, stop)] for a, b in pairwise(ends))
         return [*pieces(bare[0]), (before, False)], document, [(after, False), *pieces(bare[1])]
@@ -308,16 +265,16 @@ def _render(renderer: Any, content: str, system: str = "") -> tuple[str, str]:
         ("system text", _SYSTEM, bool(system)),
     ):
         count = text.count(place)
-        _require(count == wanted, f"the chat template has the {name} {count} times, not once")
+        require(count == wanted, f"the chat template has the {name} {count} times, not once")
     before, _, after = text.partition(_PLACE)
     return before, after
 
 
-@_refusing("the chat template cannot be used")
+@refusing("the chat template cannot be used")
 def _template(loaded: Any, backend: tokenizers.Tokenizer) -> tuple[str, str] | None:
-    """The chat template's text around a user's message; LLaDA's where its tokens exist."""
-    if loaded.chat_template is None:
-        if None in map(backend.token_to_id, re.findall(r"<\|\w+\|>", LLADA_TEMPLATE)):
-            return None
-        loaded.chat_template = LLADA_TEMPLATE
-    return _render(loaded, _PLACE)
+    """The chat template's text around a user's message; LLaDA's or ChatML if its tokens exist."""
+    for template in (LLADA_TEMPLATE, CHATML_TEMPLATE):
+        tokens = re.findall(r"<\|\w+\|>", template)
+        if loaded.chat_template is None and None not in map(backend.token_to_id, tokens):
+            loaded.chat_template = template
+    return None if loaded.chat_template is None else _render(loaded, _PLACE)

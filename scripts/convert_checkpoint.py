@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Converts a PyTorch LLaDA checkpoint to Orbax, or back: the same as `pdllm-convert`."""
+"""Converts a PyTorch checkpoint (LLaDA, Dream) to Orbax, or back: the same as `pdllm-convert`."""
 
 from convert.__main__ import main, run
 

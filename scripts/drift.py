@@ -41,7 +41,8 @@ def _logits(
     model: MaskPredictor, prompt: Int[Array, "P"], response: Int[Array, "G"]
 ) -> Float[Array, "G V"]:
     hidden = model.encode(jnp.concatenate([prompt, response])[None])
-    return model.logits(hidden[0, len(prompt) :])
+    rows = model.predicting_row(len(prompt) + jnp.arange(len(response)))
+    return model.logits(hidden[0, rows])
 
 
 def drift(

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -42,7 +42,6 @@ from pdllm_jax.cli.errors import Parser, leave, seed, status
 from pdllm_jax.cli.flags import DTYPES, add_chunking, add_placement, from_args, mesh_of
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.method.scorers import SCORERS
-from pdllm_jax.storage.manifest import MANIFEST
 
 BENCHMARKS = {
     "generated": ("retrieval tasks made from the corpora of small_model/corpus.py", "CORPORA"),
@@ -126,20 +125,6 @@ def load_tasks(args: argparse.Namespace, tokenizer: Tokenizer, malformed: Malfor
     return published.load(args.benchmark, args.data, args.tasks, malformed, **changes)
 
 
-def settings(ask: Asker, folder: Path) -> dict[str, Any]:
-    """Returns what a record depends on beside its example and method."""
-    engine = ask.engine
-    return {
-        **{name: value for name, value in vars(ask).items() if name != "engine"},
-        "implementation": engine.implementation,
-        "chunking": dataclasses.asdict(engine.chunking),
-        "selection": engine.selection.to_flat(),
-        "checkpoint": hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(),
-        "dtype": str(engine.model.dtype),
-        **({} if engine.model.mesh is None else {"mesh": dict(engine.model.mesh.shape)}),
-    }
-
-
 def evaluate(args: argparse.Namespace) -> int:
     """Runs all that the command line asks for; returns the exit status."""
     for name in ("limit", "gen_length", "block_length"):
@@ -153,7 +138,9 @@ def evaluate(args: argparse.Namespace) -> int:
     configs = {"chunking": from_args(ChunkConfig, args), "selection": selection}
     mesh = mesh_of(args)
     folder = converted(args.checkpoint)
-    tokenizer = Tokenizer.load(folder, load_config(folder))
+    config = load_config(folder)
+    selection.scorer.check(config)
+    tokenizer = Tokenizer.load(folder, config)
     tasks = load_tasks(args, tokenizer, malformed)
     tasks = [dataclasses.replace(t, examples=t.examples[: args.limit]) for t in tasks]
     model = load_model(folder, dtype=DTYPES[args.dtype], mesh=mesh, sums=args.sums)
@@ -164,15 +151,16 @@ def evaluate(args: argparse.Namespace) -> int:
         chat=not args.no_chat,
         seed=args.seed,
     )
+    arms = {method: partial(ask, method=method) for method in args.methods}
     for task in tasks:
         ask.decoding(task)  # refuses bad settings before anything is computed
     where = {**conditions(), "platform": jax.default_backend()}
     rules = {"rules": args.rules} if args.benchmark == "infinitebench" else {}
-    with Records(args.out, {**settings(ask, folder), **rules}) as records:
+    with Records(args.out, {**ask.settings(folder), **rules}) as records:
         if records.dropped:
             dropped = f"the last line was cut off ({records.dropped} bytes dropped)"
             print(f"{records.path}: {dropped}", file=sys.stderr)
-        work = list(missing_work(ask, tasks, args.methods, records))
+        work = list(missing_work(arms, tasks, records))
         total = sum(len(task.examples) for task in tasks) * len(args.methods)
         run(work, records, total=total, started=total - len(work), note=where)
         rows = summarise(tasks, args.methods, records)

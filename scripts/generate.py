@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Answers a question about a long document with a LLaDA checkpoint.
+"""Answers a question about a long document with a checkpoint.
 
 CHECKPOINT is a converted folder, or a PyTorch folder, which is converted into a cache folder on
 first use. Results go to stdout, progress to stderr. Exit status 2 and one line on bad input, 130

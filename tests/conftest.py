@@ -50,6 +50,7 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     jax.config.update("jax_default_matmul_precision", "highest")
     # Tests compile much and run little. Command lines under test keep the optimizations.
     jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_include_full_tracebacks_in_locations", False)  # a tenth of tracing
 
 hypothesis.settings.register_profile("fuzz", max_examples=1000)  # make fuzz
 
@@ -67,7 +68,7 @@ def pytest_collection_finish() -> None:
     """Takes what was imported out of Python's garbage collection, which tracing sets off often."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    gc.set_threshold(100_000, 20, 20)
 
 
 _programs = 0  # compiled since memory mappings were last counted
@@ -93,7 +94,7 @@ def _few_memory_mappings() -> Iterator[None]:
     maps = Path("/proc/self/maps")
     if _programs >= 50 and maps.exists():
         _programs = 0
-        if maps.read_bytes().count(b"\n") > 20_000:
+        if maps.read_bytes().count(b"\n") > 40_000:
             jax.clear_caches()
             gc.collect()
 
@@ -101,6 +102,20 @@ def _few_memory_mappings() -> Iterator[None]:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def call_main(capsys) -> Callable[..., tuple[int, str, str]]:
+    """Calls main(arguments) of a command line: exit status, stdout, stderr."""
+
+    def call(main: Callable[[list[str]], int], *arguments: object) -> tuple[int, str, str]:
+        try:
+            status = main([str(x) for x in arguments])
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return call
 
 
 class TinyCheckpoint(NamedTuple):
@@ -120,7 +135,8 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., TinyCheckpoint]:
     """Writes random checkpoints.
 
     Keywords of a call: seed, dtype and gain of the weights; shards, format and tokenizer of
-    `write_checkpoint`; all others go to `tiny_config`, e.g. n_kv_heads=2.
+    `write_checkpoint`; family, "llada" or "dream"; all others go to `tiny_config` or
+    `tiny_dream_config`, e.g. n_kv_heads=2.
     """
     torch = pytest.importorskip("torch")
     from tests.oracles import checkpoints
@@ -130,7 +146,9 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., TinyCheckpoint]:
     def make(seed: int = 0, dtype: str = "float32", gain: float = 1.5, **changes) -> TinyCheckpoint:
         names = [name for name in ("shards", "format", "tokenizer") if name in changes]
         files = {name: changes.pop(name) for name in names}
-        config = checkpoints.tiny_config(**changes)
+        family = changes.pop("family", "llada")
+        tiny = {"llada": checkpoints.tiny_config, "dream": checkpoints.tiny_dream_config}[family]
+        config = tiny(**changes)
         tensors = checkpoints.random_tensors(config, seed, getattr(torch, dtype), gain)
         written.append(tmp_path / f"checkpoint{len(written)}")
         checkpoints.write_checkpoint(written[-1], tensors, config, **files)

@@ -13,27 +13,8 @@ from hypothesis import strategies as st
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.network.config import ModelConfig, RopeScaling
 from pdllm_jax.rules import ConfigError
-
-# The complete config.json of LLaDA-8B-Instruct, with the keys that it inherited from OLMo.
-LLADA_8B = json.loads("""{
-  "activation_type": "silu", "alibi": false, "alibi_bias_max": 8.0,
-  "architectures": ["LLaDAModelLM"], "attention_dropout": 0.0, "attention_layer_norm": false,
-  "attention_layer_norm_with_affine": true,
-  "auto_map": {"AutoConfig": "configuration_llada.LLaDAConfig",
-               "AutoModel": "modeling_llada.LLaDAModelLM",
-               "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM"},
-  "bias_for_layer_norm": false, "block_group_size": 1, "block_type": "llama", "d_model": 4096,
-  "embedding_dropout": 0.0, "embedding_size": 126464, "eos_token_id": 126081,
-  "flash_attention": false, "include_bias": false, "include_qkv_bias": false,
-  "init_cutoff_factor": null, "init_device": "meta", "init_fn": "mitchell", "init_std": 0.02,
-  "input_emb_norm": false, "layer_norm_type": "rms", "layer_norm_with_affine": true,
-  "mask_token_id": 126336, "max_sequence_length": 4096, "mlp_hidden_size": 12288, "mlp_ratio": 4,
-  "model_type": "llada", "multi_query_attention": null, "n_heads": 32, "n_kv_heads": 32,
-  "n_layers": 32, "pad_token_id": 126081, "precision": "amp_bf16", "residual_dropout": 0.0,
-  "rms_norm_eps": 1e-05, "rope": true, "rope_full_precision": true, "rope_theta": 500000.0,
-  "scale_logits": false, "transformers_version": "4.46.3", "use_cache": false,
-  "vocab_size": 126464, "weight_tying": false
-}""")
+from tests.oracles.config_json import DREAM_7B_CONFIG as DREAM_7B
+from tests.oracles.config_json import LLADA_8B_CONFIG as LLADA_8B
 
 
 def read(**changes) -> ModelConfig:
@@ -89,7 +70,7 @@ NORMS_AND_BIASES = "attention_layer_norm include_qkv_bias bias_for_layer_norm in
 NOT_IMPLEMENTED = {
     **dict.fromkeys([*NORMS_AND_BIASES.split(), "scale_logits", "multi_query_attention"], (True,)),
     **dict.fromkeys(["rope", "rope_full_precision", "layer_norm_with_affine"], (False,)),
-    "model_type": ["llama", "Dream"],
+    "model_type": ["llama", "dream", ["llada"]],
     "architectures": [["LlamaForCausalLM"], ["LLaDAModelLM", "Other"]],
     "block_type": ["sequential"],
     "activation_type": ["swiglu", "gelu"],
@@ -111,7 +92,7 @@ def test_what_is_not_implemented_is_refused_by_name(key, value):
 
 
 def test_all_refusals_come_at_once():
-    with pytest.raises(ConfigError, match=r"block_type=.*include_bias=.*alibi="):
+    with pytest.raises(ConfigError, match=r"alibi=.*block_type=.*include_bias="):
         read(alibi=True, include_bias=True, block_type="sequential")
 
 
@@ -197,6 +178,13 @@ WRONG_VALUES = {
         "confidence_eos_eot_inf": [0, None],
         "recompute": ["all"],
         "unmask": ["schedule"],
+        "schedule": ["linear", None],
+        "eps": [-0.1, 1.5, math.nan],
+        "top_p": [0.0, 1.1, math.nan],
+        "top_k": [0, 1.5],
+        "order_temperature": [-1.0, math.inf],
+        "scaled_confidence": [1],
+        "first_slot_alone": [None],
     },
 }
 
@@ -247,6 +235,28 @@ CONTRADICTIONS = [
     ),
     (DecodeConfig, {"threshold": 0.9, "factor": 1.0}, "exclude each other"),
     (DecodeConfig, {"unmask": max, "steps": 32}, "unmask excludes steps"),
+    (
+        DecodeConfig,
+        {"gen_length": 64, "steps": 1, "schedule": "time"},
+        "steps 1 is less than the number of blocks 2",
+    ),
+    (DecodeConfig, {"remasking": "origin"}, "remasking 'origin' needs schedule='time'"),
+    (
+        DecodeConfig,
+        {"remasking": "origin", "schedule": "time", "threshold": 0.9},
+        "remasking 'origin' excludes threshold, factor and unmask",
+    ),
+    (
+        DecodeConfig,
+        {"order_temperature": 0.5, "factor": 1.0},
+        "order_temperature excludes threshold, factor and unmask",
+    ),
+    (DecodeConfig.dream, {"alg": "random"}, "alg 'random' is not known (origin, maskgit_plus"),
+    (
+        DecodeConfig.fast_dllm_dream,
+        {"alg": "origin"},
+        "alg 'origin' is not known (confidence_threshold, entropy)",
+    ),
     (DecodeConfig, {"guidance": -1.0, "recompute": "response"}, "guidance"),
     (DecodeConfig, {"guidance": 1.0}, "guidance needs recompute='response'"),
 ]
@@ -332,12 +342,18 @@ JSON_VALUES = st.recursive(
 )
 
 
-@given(st.sampled_from([*LLADA_8B, "rope_scaling", "clip_qkv", "bos_token_id"]), JSON_VALUES)
-def test_any_value_is_read_or_refused_in_one_line(key, value):
+OF_LLADA = [*LLADA_8B, "rope_scaling", "clip_qkv", "bos_token_id", "logit_shift"]
+KEYS = [(LLADA_8B, key) for key in OF_LLADA]
+KEYS += [(DREAM_7B, key) for key in [*DREAM_7B, "rope_parameters", "attention_bias"]]
+
+
+@given(st.sampled_from(KEYS), JSON_VALUES)
+def test_any_value_is_read_or_refused_in_one_line(given, value):
     """A hostile config.json gets a ConfigError, never another exception."""
+    raw, key = given
     message = ""
     try:
-        hash(read(**{key: value}))
+        hash(ModelConfig.from_dict({**raw, key: value}))
     except ConfigError as error:
         message = str(error)
     assert "\n" not in message
@@ -359,6 +375,50 @@ def test_decode_config_counts():
     assert DecodeConfig(gen_length=96, block_length=32).n_blocks == 3
     assert DecodeConfig(gen_length=96, block_length=32).steps_per_block == 32
     assert DecodeConfig(gen_length=96, block_length=32, steps=12).steps_per_block == 4
+    assert DecodeConfig(96, 32, steps=14, schedule="time").steps_per_block == 4
+
+
+DREAM = {"schedule": "time", "scaled_confidence": True, "steps": 512}
+PUBLISHED = [
+    (DecodeConfig.dream(), DecodeConfig(20, 20, remasking="origin", recompute="response", **DREAM)),
+    (
+        DecodeConfig.dream(
+            max_new_tokens=8, steps=3, alg="topk_margin", alg_temp=0.1, temperature=0.2, top_k=9
+        ),
+        DecodeConfig(
+            *(8, 8),
+            temperature=0.2,
+            remasking="margin",
+            top_k=9,
+            order_temperature=0.1,
+            recompute="response",
+            **DREAM | {"steps": 3},
+        ),
+    ),
+    (DecodeConfig.dream(alg="origin", alg_temp=0.1), DecodeConfig.dream()),
+    (
+        DecodeConfig.fast_dllm_dream(max_new_tokens=64, steps=7, alg_temp=0.1, top_p=0.9),
+        DecodeConfig(
+            *(64, 32),
+            threshold=0.9,
+            top_p=0.9,
+            scaled_confidence=True,
+            first_slot_alone=True,
+            recompute="suffix",
+        ),
+    ),
+    (
+        DecodeConfig.fast_dllm_dream(alg="entropy", dual_cache=True, alg_temp=0.1, threshold=0.5),
+        DecodeConfig(remasking="entropy", order_temperature=0.1, first_slot_alone=True, **DREAM),
+    ),
+]
+
+
+@pytest.mark.parametrize(("published", "settings"), PUBLISHED)
+def test_published_generations_of_dream(published, settings):
+    assert published == settings
+    flat = json.loads(json.dumps(settings.to_flat()))
+    assert DecodeConfig.from_flat(**flat) == settings
 
 
 SETTINGS = [ModelConfig.tiny(), RopeScaling("yarn", 2.0, 64)]

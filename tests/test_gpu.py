@@ -21,6 +21,7 @@ from pdllm_jax.engine.engine import Engine
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.sharding import DATA, TENSOR, make_mesh
 from pdllm_jax.network.transformer import MaskPredictor, shard_model
+from tests.support.method import answer_with_and_without_prefix
 from tests.support.models import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -54,6 +55,23 @@ def mesh_of(data: int, tensor: int) -> Mesh:
     if len(jax.devices("gpu")) < data * tensor:
         pytest.skip("there are fewer GPUs")
     return make_mesh(data, tensor)
+
+
+@pytest.mark.parametrize("rows", [3, 36, 512])
+@pytest.mark.parametrize("lengths", [None, (30, 0, 7)])
+def test_causal_cudnn_attention(rows, lengths):
+    keys = jax.random.split(jax.random.key(0), 3)
+    heads = (6, 2, 2)
+    q, k, v = (
+        jax.random.normal(key, (3, rows, n, 128), jnp.bfloat16)
+        for key, n in zip(keys, heads, strict=True)
+    )
+    given = None if lengths is None else jnp.minimum(jnp.array(lengths), rows)
+    got = jax.jit(lambda *x: attention(*x, need_lse=True, causal=True))(q, k, v, given)
+    wide = [x.astype(jnp.float32) for x in (q, k, v)]
+    want = jax.jit(lambda *x: attention_xla(*x, causal=True))(*wide, given)
+    assert relative_error(got.out, want.out) < 1e-2
+    np.testing.assert_allclose(got.lse, want.lse, atol=1e-2)
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -141,15 +159,8 @@ def test_a_batch_with_and_without_prefix_equals_each_alone(dim, encoding, implem
         implementation=implementation,
         bos_id=253,
     )
-    rng = np.random.default_rng(0)
-    parts = [[rng.integers(0, 250, n) for n in (700, 21, prefix)] for prefix in (0, 40, 9, 0)]
-    batch = engine.answer_batch([tuple(request) for request in parts])
-    for got, (context, question, prefix) in zip(batch, parts, strict=True):
-        alone = engine.answer(context, question, prefix=prefix)
-        scores = got.selection["scores"], alone.selection["scores"]
-        assert np.isfinite(scores).all()
-        np.testing.assert_allclose(*scores, atol=2e-2)
-        assert np.mean(np.array(got.tokens) == np.array(alone.tokens)) >= 0.9
+    for alone, together in answer_with_and_without_prefix(engine, 700, 21, (0, 40, 9, 0), 2e-2):
+        assert np.mean(np.array(together.tokens) == np.array(alone.tokens)) >= 0.9
 
 
 @pytest.mark.parametrize("mesh", [(1, 2), (2, 1), (1, 4), (2, 2)], ids=str)

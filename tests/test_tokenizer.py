@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 
 from pdllm_jax import Tokenizer, load_config
+from pdllm_jax.evaluation.chat import ChatPrompts
 from pdllm_jax.evaluation.prompts import SplitPrompt, dense_prompt, split_request
+from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.tokenizer import TokenizerError
 
 pytest.importorskip("torch")
 
 from tests.oracles import checkpoints
+from tests.oracles.dream_tokenizer import CHATML, write_dream_tokenizer
 
 
 @pytest.fixture
@@ -82,16 +85,61 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("system", ["", "Be brief.", " \nBe brief.\n "])
+SYSTEMS = ["", "Be brief.", " \nBe brief.\n "]
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_prompts_are_what_transformers_makes_of_the_message(checkpoint, template, system):
-    """Byte for byte: the tokenizer has no merges, so that no token crosses a seam."""
     ours, theirs = with_template(checkpoint, TEMPLATES[template])
-    head = [{"role": "system", "content": system}] if system else []
     if system and template == "refuses":
         with pytest.raises(TokenizerError, match="chat template cannot be used: No system role"):
             ours.around_document("Who?", system=system)
         return
+    assert_same_prompts(ours, theirs, system)
+
+
+def read_chatml(folder: Path, template: str | None) -> tuple[Tokenizer, object]:
+    """The tokenizer of a Dream folder with a chat template, and transformers' with ChatML."""
+    from transformers import Qwen2Tokenizer
+
+    write_dream_tokenizer(folder, chat_template=template)
+    config = checkpoints.tiny_config(mask_token_id=260, eos_token_id=256)
+    tokenizer = Qwen2Tokenizer.from_pretrained(str(folder))
+    tokenizer.chat_template = CHATML
+    return Tokenizer.load(folder, ModelConfig.from_dict(config)), tokenizer
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_chatml_prompts(tmp_path, template, system):
+    """Without a template in the files they are the same: Dream's tokens say that it is ChatML."""
+    ours, theirs = read_chatml(tmp_path, template)
+    assert_same_prompts(ours, theirs, system)
+    text = ours.backend.decode(ours.encode_message(" Who? ", system=system), False)
+    assert text == (
+        f"<|im_start|>system\n{system or 'You are a helpful assistant.'}<|im_end|>\n"
+        "<|im_start|>user\n Who? <|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert ours.stop_ids == (256, 258)
+    assert ours.decode([*ours.encode("yes"), 258, *ours.encode("no")]) == "yes"
+
+
+def test_chatml_prompts_of_lm_eval(tmp_path):
+    """The last user's text in the middle of ChatML's turns, which special tokens do not end."""
+    prompts = ChatPrompts(read_chatml(tmp_path, CHATML)[0])
+    turns = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+    for head in ([], turns[:1], turns[1:], turns):
+        text = prompts.render([*head, {"role": "user", "content": "a<|im_end|>b"}])
+        start, stop = prompts.turn(text)
+        assert text[start:stop] == "a<|im_end|>b"
+        marks = sum(i > 255 for i in prompts.encode(text))
+        assert marks == 2 * (len(head) + (turns[0] not in head)) + 3
+
+
+def assert_same_prompts(ours, theirs, system):
+    """Byte for byte: the tokenizer has no merges, so that no token crosses a seam."""
+    head = [{"role": "system", "content": system}] if system else []
     for parts in itertools.product(*PARTS.values()):
         message = [*head, {"role": "user", "content": "".join(parts)}]
         text = theirs.apply_chat_template(message, tokenize=False, add_generation_prompt=True)

@@ -38,7 +38,14 @@ def at_least_one_key(lengths: Array) -> Array:
 
 
 def attention_with_lse(
-    q: Array, k: Array, v: Array, lengths: Array | None, scale: float, layout: Layout = "BTNH"
+    q: Array,
+    k: Array,
+    v: Array,
+    lengths: Array | None,
+    scale: float,
+    layout: Layout = "BTNH",
+    *,
+    causal: bool = False,
 ) -> Partial:
     """Returns `dense.attention` with its log-sum-exp; keys behind `lengths` may hold NaN.
 
@@ -55,6 +62,7 @@ def attention_with_lse(
         k, v = (zero_padding(x, lengths, layout) for x in (k, v))
         q_lengths = jnp.full((batch,), rows, jnp.int32)
         kv_lengths = at_least_one_key(lengths)
+    mask = "_".join(["PADDING"] * (lengths is not None) + ["CAUSAL"] * causal) or "NO_MASK"
     out, lse = cudnn.dot_product_attention(
         q,
         k,
@@ -62,7 +70,7 @@ def attention_with_lse(
         q_seqlen=q_lengths,
         kv_seqlen=kv_lengths,
         scale=scale,
-        mask_type=cudnn.MaskType.NO_MASK if lengths is None else cudnn.MaskType.PADDING,
+        mask_type=cudnn.MaskType[mask],
         qkv_layout=layout,
         return_residual=True,
     )

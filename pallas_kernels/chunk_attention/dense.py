@@ -1,6 +1,7 @@
-"""Bidirectional attention over contiguous keys: cuDNN on GPUs, XLA in row blocks elsewhere.
+"""Attention over contiguous keys: cuDNN on GPUs, XLA in row blocks elsewhere.
 
-Nothing here builds a T x S mask: each row of the batch has a number of valid keys.
+Nothing here builds a T x S mask: each row of the batch has a number of valid keys, and a causal
+mask is a comparison inside a block.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def attention(
     *,
     need_lse: bool = False,
     scale: float | None = None,
+    causal: bool = False,
 ) -> Partial:
     """Attends with every query row to the first lengths[b] keys. Softmax in float32.
 
@@ -53,11 +55,12 @@ def attention(
       need_lse: whether `lse` is needed. If not, it may be zeros, because cuDNN's public,
         differentiable function is used.
       scale: factor of the scores, 1/sqrt(D) by default.
+      causal: row t attends to keys 0 to t alone; T = S.
     """
     if dense_implementation(q.dtype, q.shape[-1]) == "xla":
-        return attention_xla(q, k, v, lengths, scale)
-    if need_lse:
-        return attention_with_lse(q, k, v, lengths, scale or q.shape[-1] ** -0.5)
+        return attention_xla(q, k, v, lengths, scale, causal)
+    if need_lse or causal:
+        return attention_with_lse(q, k, v, lengths, scale or q.shape[-1] ** -0.5, causal=causal)
     given = None
     if lengths is not None:
         given, k, v = at_least_one_key(lengths), zero_padding(k, lengths), zero_padding(v, lengths)
@@ -70,7 +73,12 @@ def attention(
 
 
 def attention_xla(
-    q: Array, k: Array, v: Array, lengths: Array | None, scale: float | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    lengths: Array | None,
+    scale: float | None = None,
+    causal: bool = False,
 ) -> Partial:
     """Plain softmax attention, a block of query rows at a time; arguments as of `attention`."""
     batch, rows, heads, dim = q.shape
@@ -87,14 +95,17 @@ def attention_xla(
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
 
-    def block(query: Array) -> tuple[Array, Array]:
-        """Rows [B, t, H, D] -> out [B, t, H, D], lse [B, H, t]."""
+    def block(query: Array, first: Array | int = 0) -> tuple[Array, Array]:
+        """Rows [B, t, H, D], of which `first` is the first -> out [B, t, H, D], lse [B, H, t]."""
         t = query.shape[1]
         query = query.reshape(batch, t, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4)
         query = query.reshape(batch, groups, -1, dim)
         scores = product("bgmd,bgsd->bgms", query, keys) * (scale or dim**-0.5)
         if valid is not None:
             scores = jnp.where(valid[:, None, None], scores, EMPTY_LSE)
+        if causal:
+            row = jnp.tile(first + jnp.arange(t), heads // groups)
+            scores = jnp.where(jnp.arange(k.shape[1]) <= row[:, None], scores, EMPTY_LSE)
         peak = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - peak)
         total = row_sum(weights)[..., None]
@@ -110,7 +121,9 @@ def attention_xla(
         n = -(-rows // size)
         padded = jnp.pad(q, ((0, 0), (0, -rows % n), (0, 0), (0, 0)))
         blocks = padded.reshape(batch, n, -1, heads, dim).swapaxes(0, 1)
-        out, lse = lax.map(block, blocks)  # [n, B, t, H, D] and [n, B, H, t]
+        firsts = jnp.arange(n) * blocks.shape[2]
+        # [n, B, t, H, D] and [n, B, H, t]
+        out, lse = lax.map(lambda rows: block(*rows), (blocks, firsts))
         out = out.swapaxes(0, 1).reshape(padded.shape)[:, :rows]
         lse = jnp.moveaxis(lse, 0, 2).reshape(batch, heads, -1)[..., :rows]
     return zero_without_keys(Partial(out, lse), lengths)

@@ -22,6 +22,7 @@ from pdllm_jax.cli.errors import Parser, status
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.config import ChunkConfig
 from pdllm_jax.debug import check_answer
+from pdllm_jax.downloads import tokenizer_files
 from pdllm_jax.engine.answer import Answer
 from pdllm_jax.engine.engine import Engine, Request
 from pdllm_jax.engine.request import drop_other_chunks
@@ -112,11 +113,13 @@ class Command:
         """Loads tokenizer and model. text: the request is text, so that a tokenizer is needed."""
         folder = self.resolve(self.args.checkpoint)
         tokenizer = None
-        if text or (folder / "tokenizer.json").is_file():
+        if text or tokenizer_files(folder):
             tokenizer = Tokenizer.load(folder, load_config(folder))
         require(not self.stops or tokenizer is not None, "--stop needs a tokenizer, for text")
         if self.stream is not None:
             self.stream.tokenizer = tokenizer
+        if settings.get("method") == "prefilling":
+            settings["selection"].scorer.check(load_config(folder))
         model = load(self.args, folder)
         bos = model.config.bos_token_id if tokenizer is None else tokenizer.bos_id
         if self.args.early_stop:

@@ -31,7 +31,12 @@ DTYPES = {"keep": None, "float32": "float32", "bfloat16": "bfloat16"}
 Settings = TypeVar("Settings")
 
 # Fields with another flag's name, and fields without a flag, which other flags decide.
-NAMES = {"share": "bridge_share", "tokens": "bridge_tokens"}
+NAMES = {
+    "Bridge.share": "bridge_share",
+    "Bridge.tokens": "bridge_tokens",
+    "DecodeConfig.top_k": "sample_top_k",
+    "DecodeConfig.top_p": "sample_top_p",
+}
 DERIVED = ("draft_steps", "stop_ids", "unmask")
 
 CHOICES = {
@@ -69,6 +74,13 @@ HELP = {
     "steps": "evaluations in all (default: one per token)",
     "temperature": "of the Gumbel noise on the logits, 0 for none",
     "remasking": "confidence of a prediction; the most confident ones are unmasked",
+    "schedule": "tokens of a step: as many in each, or Dream's share of the masks that are left",
+    "eps": "last time of schedule time",
+    "sample-top-p": "sample from the likeliest tokens of this probability together",
+    "sample-top-k": "sample from this many of the likeliest tokens",
+    "scaled-confidence": "confidence after temperature and filters, as Dream's",
+    "order-temperature": "draw the slots to unmask by confidence / X; 0 takes the best",
+    "first-slot-alone": "fill a block's first slot first, as Fast-dLLM on Dream",
     "threshold": "unmask every slot at least this probable",
     "factor": "Fast-dLLM's factor rule",
     "guidance": "classifier-free guidance, for method plain",
@@ -87,13 +99,14 @@ HELP = {
     "reselect": "score all chunks again while denoising",
     "score": "how chunks are scored; leave-one-out is draft, every token in its own copy",
     "masked-copies": "masked copies of the query that go along with a chunk",
-    "draft-length": "tokens guessed for scorer draft, in two evaluations",
+    "draft-length": "tokens guessed for scorers draft, causal and chunk-draft; two are filled in",
     "encode-batch": "chunks that are encoded at a time",
     "encoding": "what the kept chunks' KV is computed from",
     "bridge-share": "share of a chunk's tokens that encoding bridge recomputes",
     "bridge-tokens": "which: at its start, or with most of the query's attention",
     "positions": "where kept chunks are placed",
     "keep-tokens": "tokens of a kept chunk that are attended to (default: all)",
+    "keep-by": "attention that ranks them",
     "chunks": "ids of the chunks for scorer oracle",
     "out": "folder to make",
     "overwrite": "replace a snapshot at --out",
@@ -126,7 +139,7 @@ def add_fields(parser: Any, settings: type, names: Collection[str] | None = None
     for field in dataclasses.fields(settings):
         if field.name in DERIVED or (names is not None and field.name not in names):
             continue
-        dest = NAMES.get(field.name, field.name)
+        dest = dest_of(settings, field.name)
         name = "score" if dest == "scorer" else dest.replace("_", "-")
         hint = hints[field.name]
         kind = get_args(hint)[0] if get_origin(hint) is types.UnionType else hint
@@ -143,8 +156,14 @@ def add_fields(parser: Any, settings: type, names: Collection[str] | None = None
 def from_args(settings: type[Settings], args: argparse.Namespace, **values: Any) -> Settings:
     """Builds settings from parsed flags, which validates them; `values` replace fields."""
     names = inspect.signature(settings).parameters
-    parsed = {name: value for name, value in vars(args).items() if name in names}
+    dests = {name: dest_of(settings, name) for name in names}
+    parsed = {name: getattr(args, dest) for name, dest in dests.items() if dest in args}
     return settings(**{**parsed, **values})
+
+
+def dest_of(settings: type, field: str) -> str:
+    """Returns the name of a field's flag among the parsed flags."""
+    return NAMES.get(f"{settings.__name__}.{field}", field)
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:

@@ -101,9 +101,11 @@ class Engine:
 
     def __post_init__(self) -> None:
         self._method.decode_config(self.decoding)  # checks method and guidance
-        decoding, eot = self.decoding, self.tokenizer.stop_ids[1:] if self.tokenizer else ()
-        if decoding.confidence_eos_eot_inf and decoding.eot_token_id is None and eot:
-            decoding = dataclasses.replace(decoding, eot_token_id=eot[-1])
+        if self._method.uses_chunks:
+            self.selection.scorer.check(self.model.config)
+        decoding, eot = self.decoding, self.tokenizer.eot_id if self.tokenizer else None
+        if decoding.confidence_eos_eot_inf and decoding.eot_token_id is None and eot is not None:
+            decoding = dataclasses.replace(decoding, eot_token_id=eot)
             object.__setattr__(self, "decoding", decoding)
         check_bos_id(self.bos_id, *self._vocabulary)
         if self.system:  # checks that the template takes it

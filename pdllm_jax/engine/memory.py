@@ -45,6 +45,7 @@ from pdllm_jax.method.chunking import (
     count_chunks,
 )
 from pdllm_jax.method.scorers import AllScorer, OracleScorer
+from pdllm_jax.method.scorers.chunk_draft import ChunkDraftScorer
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.sharding import DATA, TENSOR, mesh_sizes, shardings
 from pdllm_jax.network.transformer import MaskPredictor
@@ -199,6 +200,15 @@ class _Case:
             nbytes += half // pool.k.shape[1] * (batch // self.sizes[0]) + self.gpu * half
         if "live KV" in made and recorder.forwards:
             nbytes += self.nbytes(made["live KV"])  # written when the last layer is through
+        scorer, rescores = self.selection.scorer, ["decode"] * self.selection.reselects
+        if isinstance(scorer, ChunkDraftScorer) and program.phase in ["score", *rescores]:
+            # Of a group of chunks with the question, until the group is scored.
+            c, (_, prefix, query, _, size, _) = self.config, self.shapes
+            tail = self.decode.gen_length if program.phase == "decode" else scorer.draft_length
+            rows = size + live_rows(prefix + query + tail) + prefix
+            rows *= max(batch for batch, _, _ in recorder.forwards)
+            kv = 2 * c.n_layers * c.n_kv_heads // self.sizes[1] * c.head_dim
+            nbytes += rows * kv * self.dtype.itemsize
         selection = program.settings.get("settings")
         if selection is not None and program.phase == "decode":
             nbytes += self.nbytes(program.held["KV of the chosen chunks"])  # re-selected beside it
@@ -269,6 +279,8 @@ def plan_memory(
       ConfigError, ValueError: a count below its minimum, or settings that exclude each other.
     """
     chunked = cache_method(method).uses_chunks
+    if chunked:
+        selection.scorer.check(config)
     minimum = {"document": int(chunked), "prefix": 0, "query": 0, "batch": 1, "questions": 1}
     counts = (document, prefix, query, batch, questions)
     for (name, least), count in zip(minimum.items(), counts, strict=True):

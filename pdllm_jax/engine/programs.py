@@ -180,7 +180,7 @@ def programs(
         else:
             step = program("score", prefill, model, prompt, config=passing, **inputs)
             cache, scores = step.result
-            if selection.scorer.needs_pool and not selection.scorer.in_pass:
+            if selection.scorer.reads_document and not selection.scorer.in_pass:
                 # `prefill` does not take the implementation.
                 score_chunks.eval_shape(model, cache, prompt.query, **over_pool)
         yield step

@@ -21,15 +21,21 @@ CHUNKING, SELECTION, DECODING = (
     [name for name in inspect.signature(config).parameters if name not in _LENGTH_SETTINGS]
     for config in (ChunkConfig, SelectionConfig, DecodeConfig)
 )
+# `top_k` is the number of chunks; `alg` chooses a published generation of Dream.
+DECODING = ["sample_top_k" if name == "top_k" else name for name in DECODING] + ["alg"]
 _UNMASKING = ("threshold", "factor", "steps", "unmask")  # one of them says what a step unmasks
 
-# Names of the hf, vllm and API wrappers and of LLaDA's eval_llada.py.
+# Names of the hf, vllm and API wrappers, of LLaDA's eval_llada.py and of Dream's evaluation.
 _ALIASES = {
     "model_path": "pretrained",
     "add_bos_token": "bos",
     "cfg": "guidance",
     "cfg_scale": "guidance",
+    "diffusion_steps": "steps",
+    "alg_temp": "order_temperature",
+    "sample_top_p": "top_p",
 }
+_MODEL_ALIASES = {**_ALIASES, "max_new_tokens": "gen_length"}
 # Requests go one by one, to JAX's device; no code of a checkpoint is ever executed.
 _NO_EFFECT = (
     *("batch_size", "max_batch_size", "device", "trust_remote_code", "use_fast_tokenizer"),
@@ -54,7 +60,7 @@ _DTYPES = ("bfloat16", "float16", "float32")
 
 # Names of the response's length; the first one that is given counts, as in lm-eval.
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens", "gen_length")
-_TRUNCATED_SAMPLING = {"top_p": (1,), "top_k": (0, -1), "min_p": (0,), "typical_p": (1,)}
+_TRUNCATED_SAMPLING = {"min_p": (0,), "typical_p": (1,)}
 _NEUTRAL_KWARGS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("num_beams", "num_return_sequences", "n", "best_of"), (1,)),
     **dict.fromkeys(("repetition_penalty", "length_penalty"), (1,)),
@@ -82,14 +88,14 @@ def read_model_args(given: Mapping[str, Any], allowed: Container[str]) -> dict[s
       ConfigError: a name that is not known, a value that is not implemented, a setting given twice.
     """
     settings: dict[str, Any] = {}
-    names = [*allowed, *_ALIASES, *_NO_EFFECT, *_NEUTRAL_ARGS]  # type: ignore[misc]
+    names = [*allowed, *_MODEL_ALIASES, *_NO_EFFECT, *_NEUTRAL_ARGS]  # type: ignore[misc]
     unknown = ", ".join(sorted(set(given) - set(names)))
     require(not unknown, f"model_args not known: {unknown}; allowed: {', '.join(sorted(names))}")
     for name, value in given.items():
         if name in _NEUTRAL_ARGS:
             _require_neutral("model_args", name, value, _NEUTRAL_ARGS[name])
         elif name not in _NO_EFFECT:
-            setting = _ALIASES.get(name, name)
+            setting = _MODEL_ALIASES.get(name, name)
             require(setting not in settings, f"model_args give {setting} twice, also as {name}")
             settings[setting] = value
     return settings
@@ -106,9 +112,16 @@ def read_dtype(value: Any) -> Any:
 
 
 def decode_config(
-    length: int, block_length: int, model: Mapping[str, Any], task: Mapping[str, Any]
+    length: int,
+    block_length: int,
+    model: Mapping[str, Any],
+    task: Mapping[str, Any],
+    *,
+    blocks: bool = True,
 ) -> DecodeConfig:
     """Returns the decoding settings of the model's arguments, and over them a task's.
+
+    blocks: `alg` is that of Fast-dLLM on Dream, block by block, and not of Dream.
 
     Raises:
       ConfigError: settings that DecodeConfig refuses, or both steps and threshold.
@@ -116,6 +129,15 @@ def decode_config(
     if any(name in task for name in _UNMASKING):
         model = {name: value for name, value in model.items() if name not in _UNMASKING}
     settings = {"temperature": 0.0, **model, **task}
+    if "sample_top_k" in settings:
+        settings["top_k"] = settings.pop("sample_top_k")
+    block = fitting_block(length, block_length)
+    if (alg := settings.pop("alg", None)) is not None:
+        settings = {"max_new_tokens": length, "steps": length, "alg": alg, **settings}
+        settings["alg_temp"] = settings.pop("order_temperature", None)
+        if blocks:
+            return DecodeConfig.fast_dllm_dream(block_length=block, **settings)
+        return DecodeConfig.dream(**settings)
     if not any(name in settings for name in _UNMASKING):
         settings["threshold"] = 0.9
     settings["threshold"] = settings.get("threshold") or None
@@ -123,7 +145,6 @@ def decode_config(
     require(not twice, "steps and threshold exclude each other: give one of them")
     if settings.get("guidance"):
         settings.setdefault("recompute", "response")
-    block = fitting_block(length, block_length)
     return DecodeConfig(gen_length=length, block_length=block, **settings)
 
 
@@ -179,6 +200,11 @@ def read_generation(given: Mapping[str, Any], fields: Container[str]) -> Generat
     temperature = 0.0 if samples is False else float(temperature)
     neutral = _NEUTRAL_KWARGS | (_TRUNCATED_SAMPLING if temperature > 0 else {})
     settings = {}
+    top_p, top_k = (kwargs.pop(name, None) for name in ("top_p", "top_k"))
+    if temperature > 0 and top_p is not None:
+        settings["top_p"] = top_p
+    if temperature > 0 and top_k is not None:
+        settings["sample_top_k"] = None if top_k in (0, -1) else top_k
     for name, value in kwargs.items():
         if name in neutral:
             _require_neutral("generation_kwargs", name, value, neutral[name])

@@ -8,6 +8,7 @@ is lm-eval's own command line with the model registered; docs/evaluation.md desc
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import logging
 import sys
@@ -45,11 +46,7 @@ from pdllm_jax.evaluation.arguments import (
     sample_seed,
 )
 from pdllm_jax.evaluation.chat import ChatPrompts
-from pdllm_jax.evaluation.prompts import (
-    PromptIds,
-    SplitPrompt,
-    TaskPrompt,
-)
+from pdllm_jax.evaluation.prompts import PromptIds, SplitPrompt, TaskPrompt
 from pdllm_jax.method.cache_methods import Method, cache_method
 from pdllm_jax.method.chunking import chunk_prompt
 from pdllm_jax.method.likelihood import (
@@ -89,8 +86,9 @@ class PrefillingLM(LM):
       implementation: as for `Engine`.
       settings: fields of `ChunkConfig`, `SelectionConfig` and `DecodeConfig`, with their defaults,
         but a threshold of 0.9 where no threshold, factor, steps or unmask is given (0: one token a
-        step). `temperature` replaces the task's. Arguments of lm-eval's own wrappers are accepted
-        where they change nothing: docs/evaluation.md lists them.
+        step); `sample_top_k` is that of `DecodeConfig`. `alg` chooses `DecodeConfig.dream` (method
+        "plain") or `fast_dllm_dream`. `temperature` replaces the task's. docs/evaluation.md lists
+        the arguments of lm-eval's own wrappers, accepted where they change nothing.
 
     Raises:
       ConfigError: an argument that is not known or not implemented.
@@ -122,6 +120,7 @@ class PrefillingLM(LM):
             settings.pop("tokenizer", None)
         settings = read_model_args(settings, {"pretrained", "bos", *configs, *_OWN})
         pretrained = settings.pop("pretrained", pretrained)
+        gen_length = settings.pop("gen_length", gen_length)
         require(pretrained is not None, "model_args need pretrained=FOLDER")
         numbers = {"max_gen_toks": max_gen_toks, "block_length": block_length, "mc_num": mc_num}
         require_positive(numbers | {"mc_batch": mc_batch})
@@ -137,9 +136,11 @@ class PrefillingLM(LM):
         self.estimate["guidance"] = self.decoding.get("guidance", 0.0)
         selection = SelectionConfig(**settings)
         length = gen_length or self.decoding.get("steps") or max_gen_toks
-        cache.decode_config(decode_config(length, block_length, self.decoding, {}))
+        self._decode_config = functools.partial(decode_config, blocks=cache.name != "plain")
+        cache.decode_config(self._decode_config(length, block_length, self.decoding, {}))
         self.folder, dtype = Path(str(pretrained)), read_dtype(dtype)
         config = load_config(self.folder)
+        selection.scorer.check(config)
         same = mask_id is None or mask_id == config.mask_token_id
         require(same, f"mask_id is {mask_id}, the checkpoint's mask token {config.mask_token_id}")
         self.tokenizer = Tokenizer.load(self.folder, config)
@@ -295,7 +296,8 @@ class PrefillingLM(LM):
         settings = asked.settings
         if "temperature" not in self.decoding:
             settings = {"temperature": asked.temperature, **settings}
-        return decode_config(length, self.block_length, self.decoding, settings), asked.until
+        config = self._decode_config(length, self.block_length, self.decoding, settings)
+        return config, asked.until
 
     def _generate(self, instance: Instance, prompt: str, given: Mapping[str, Any]) -> str:
         decoding, until = self._generation(given)
@@ -309,7 +311,7 @@ class PrefillingLM(LM):
         given = instance.args[1] if len(instance.args) > 1 else None
         seed = given.get("seed") if isinstance(given, Mapping) else None
         seed = self.seed if seed is None else int(seed)
-        if decoding.temperature == 0:
+        if not decoding.samples:
             return seed
         asked = instance.task_name, prompt
         self._asked[asked] += 1

@@ -32,7 +32,7 @@ def dynamic_updates(x: Array, start: Int[Array, "B"], values: Array) -> Array:
     return jax.vmap(lambda row, s, v: put(row, v.astype(row.dtype), s))(x, start, values)
 
 
-Positions = Literal["continuous", "absolute", "reuse"]
+Positions = Literal["continuous", "absolute", "reuse", "contiguous"]
 
 _LIVE_MULTIPLE = 128  # rows of a block of the attention kernel
 # At most this many runs of rows are written by one copy each, in place. More become one scatter:
@@ -119,6 +119,7 @@ class ChunkCache:
 
         Positions of chunk j, id n: "continuous" P + j C, "absolute" P + n C, "reuse" P. The query
         starts behind the last slot: at P + K C, P + N C or P + C; K and N count existing chunks.
+        "contiguous": each behind the tokens of the chunks before it, and so is the query.
         """
         batch, (n, size) = selected.shape[0], self.tokens.shape[1:]
         valid = selected >= 0
@@ -128,8 +129,11 @@ class ChunkCache:
         elif positions == "absolute":
             lengths = jnp.broadcast_to(self.lengths, (batch, n))
             slot, slots = jnp.maximum(selected, 0), jnp.count_nonzero(lengths, axis=1)
-        else:
+        elif positions == "reuse":
             slot, slots = jnp.zeros_like(selected), valid.any(axis=1).astype(jnp.int32)
+        else:
+            lengths = self.chosen(selected)[1]
+            slot, slots, size = jnp.cumsum(lengths, axis=1) - lengths, lengths.sum(axis=1), 1
         starts = jnp.broadcast_to(prefix_length[:, None] + slot * size, selected.shape)
         query_start = prefix_length + slots * size
         return Placement(self.places(selected), starts, query_start, prefix_length, total)

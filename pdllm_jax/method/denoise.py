@@ -6,7 +6,8 @@ ids. A step is one evaluation of the network on the recomputed rows, then the sa
   wide    query and response. When a block starts with stale live KV, or at every step for
           recompute "response".
   narrow  the current block ("block"), or it and all behind it ("suffix"), against the live KV of
-          the other rows as the block's start left it.
+          the other rows as the block's start left it. With a logit shift also the row in front of
+          the block, which predicts the block's first slot; its KV stays.
 
 Without context, with the whole prompt as query: recompute "response" is LLaDA's published
 generation, "suffix" Fast-dLLM's prefix cache, "block" its dual cache.
@@ -34,7 +35,7 @@ from pdllm_jax.method.cache import (
     dynamic_slices,
     dynamic_updates,
 )
-from pdllm_jax.method.live_forward import Context, live_forward, query_rows
+from pdllm_jax.method.live_forward import Context, live_forward, predicting_rows, query_rows
 from pdllm_jax.method.reselect import reselect_due
 from pdllm_jax.method.sampling import log_probability, predict, transfer
 from pdllm_jax.network.sharding import constrain
@@ -89,13 +90,12 @@ class _Step:
         """Returns tokens, confidences and log probabilities of the slots from `first` on."""
         config, tokens = self.config, self.state.tokens
         eos, eot = self.model.config.eos_token_id, config.eot_token_id
-        rule = functools.partial(
-            predict,
-            never=(eos,) if config.logits_eos_inf else (),
-            last=(eos, eot) if config.confidence_eos_eot_inf and eot is not None else (),
-        )
+        rule = config.prediction | {
+            "never": (eos,) if config.logits_eos_inf else (),
+            "last": (eos, eot) if config.confidence_eos_eot_inf and eot is not None else (),
+        }
         predicted, confidence = jax.vmap(
-            lambda x, key, slot: rule(x, config.remasking, config.temperature, key, slot)
+            lambda x, key, slot: predict(x, key=key, first=slot, **rule)
         )(logits, self.keys, first)
         log_p = jax.vmap(log_probability)(logits, predicted)
         none = jnp.full(tokens.shape, -jnp.inf)
@@ -125,7 +125,8 @@ class _Step:
         both = model.encode(jnp.concatenate([rows, blind]), lengths)
 
         def logits(first: Array, size: int) -> Array:
-            hidden = dynamic_slices(both, jnp.tile(state.query_length + first, 2), size)
+            first_row = jnp.tile(state.query_length + first, 2)
+            hidden = predicting_rows(model, both, first_row, size)
             conditional, unconditional = jnp.split(model.logits(hidden), 2)
             return unconditional + (guidance + 1) * (conditional - unconditional)
 
@@ -146,22 +147,28 @@ class _Step:
         x, live, _ = live_forward(model, self.context, rows, keep=keep)
 
         def logits(first: Array, size: int) -> Array:
-            hidden = dynamic_slices(x, state.query_length + first, size)
+            hidden = predicting_rows(model, x, state.query_length + first, size)
             return model.logits(model.final_norm(hidden))
 
         return *self.predict_block(logits), live
 
     def evaluate_narrow(self) -> Evaluation:
-        """Recomputes the block, or it and all behind it."""
+        """Recomputes the block, or it and all behind it; see `MaskPredictor.lookback`."""
         model, state, length = self.model, self.state, self.config.block_length
-        start = state.prefix_length + state.query_length
-        if self.config.recompute == "block":
-            rows = dynamic_slices(state.tokens, self.first, length)
-            x, live, _ = live_forward(model, self.context, rows, start + self.first)
-        else:
-            keep = jnp.arange(state.tokens.shape[1]) < self.first[:, None]
-            x, live, _ = live_forward(model, self.context, state.tokens, start, keep)
-            x = dynamic_slices(x, self.first, length)
+        rows, only_block = query_rows(state).ids, self.config.recompute == "block"
+        first = state.query_length + self.first
+        start = model.predicting_row(first if only_block else state.query_length)
+        count = (length if only_block else state.tokens.shape[1]) + model.lookback
+        count = min(count, rows.shape[1])
+        row = start[:, None] + jnp.arange(count)
+        keep = None
+        if not only_block or model.lookback:
+            keep = row < first[:, None]
+            if only_block:
+                keep |= row >= first[:, None] + length
+        rows = dynamic_slices(rows, start, count)
+        x, live, _ = live_forward(model, self.context, rows, state.prefix_length + start, keep)
+        x = predicting_rows(model, x, first, length, start)
         return *self.predict(model.logits(model.final_norm(x)), self.first), live
 
     def advance(
@@ -172,9 +179,13 @@ class _Step:
         candidates = self.masked & (self.in_block | self.behind)
         confidence = jnp.where(candidates, confidence, -jnp.inf)
         take = jax.vmap(lambda c, s: transfer(c, s, config.unmasking))(confidence, state.step)
+        if config.first_slot_alone:
+            alone = candidates & (jnp.arange(take.shape[1]) == self.first[:, None])
+            take = jnp.where(state.step[:, None] == 0, alone, take)
         tokens, step = jnp.where(take, predicted, state.tokens), state.step + 1
         unmasked = take & (tokens != mask_id)
-        limit = config.steps_per_block if config.scheduled else config.block_length
+        limit = config.block_length + config.first_slot_alone
+        limit = config.steps_per_block if config.scheduled else limit
         open_slots = ((tokens == mask_id) & self.in_block).any(axis=1)
         finished = self.active & (~open_slots | (step >= limit))
         block, text_blocks = state.block + finished, state.text_blocks

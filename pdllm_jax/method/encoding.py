@@ -43,7 +43,8 @@ def encode_chosen(
     if count is None or source is None or count >= source.k.shape[3]:
         return context
     context = context._replace(pool=source)
-    kept = keep_tokens(model, context, request.rows, count, keep_first=cache.anchors)
+    rows, selected = request.rows, request.selected
+    kept = keep_tokens(model, cache, context, rows, selected, count, config.keep_by)
     return context._replace(pool=kept, placement=in_slots)
 
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import Implementation
 from pdllm_jax.config import SelectionConfig
-from pdllm_jax.method.cache import ChunkCache, Placement, dynamic_slices, dynamic_updates, init_live
+from pdllm_jax.method.cache import ChunkCache, Placement, dynamic_updates, init_live
 from pdllm_jax.method.chunking import (
     ChunkedPrompt,
     TokenIds,
@@ -35,7 +35,7 @@ from pdllm_jax.method.chunking import (
 )
 from pdllm_jax.method.encoding import encode_chosen
 from pdllm_jax.method.encodings import Bridge, EncodeRequest
-from pdllm_jax.method.live_forward import Context, QueryRows, live_forward
+from pdllm_jax.method.live_forward import Context, QueryRows, live_forward, predicting_rows
 from pdllm_jax.method.prefill import prefill
 from pdllm_jax.method.sampling import log_probability
 from pdllm_jax.method.scorers import OracleScorer
@@ -172,11 +172,11 @@ def _estimate(
     def score(masked: Array) -> Array:
         answers = jnp.where(masked, model.config.mask_token_id, targets)
         ids = dynamic_updates(jnp.broadcast_to(tokens, (group, tokens.size)), starts, answers)
-        hidden = dynamic_slices(live_forward(model, context, ids)[0], starts, most)
+        hidden = predicting_rows(model, live_forward(model, context, ids)[0], starts, most)
         if guidance is None:
             return masked_log_likelihood(model, hidden, targets, masked)
         ids = jnp.where(jnp.arange(tokens.size) < start, model.config.mask_token_id, ids)
-        blind = dynamic_slices(live_forward(model, context, ids)[0], starts, most)
+        blind = predicting_rows(model, live_forward(model, context, ids)[0], starts, most)
         return masked_log_likelihood(model, hidden, targets, masked, blind, guidance)
 
     sums = lax.map(score, masks.reshape(-1, group, most))

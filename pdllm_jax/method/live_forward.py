@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import Implementation, OwnKV, Partial
-from pdllm_jax.method.cache import ChunkPool, DenoiseState, LiveCache, Placement, dynamic_updates
+from pdllm_jax.method.cache import (
+    ChunkCache,
+    ChunkPool,
+    DenoiseState,
+    LiveCache,
+    Placement,
+    dynamic_updates,
+)
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.rope import Rotation, rotate, rotation
 from pdllm_jax.network.sharding import attention, chunk_attention
@@ -63,6 +71,66 @@ def row_rotations(
     starts = jnp.pad(placement.chunk_starts, ((0, 0), (0, 1)))
     per_chunk = rotation(config, positions[:, None] - starts[..., None])
     return RowRotations(rotation(config, positions), per_chunk)
+
+
+def predicting_rows(
+    model: MaskPredictor,
+    x: Float[Array, "B T M"],
+    first: Int[Array, "B"],
+    count: int,
+    start: Int[Array, "B"] | int = 0,
+) -> Float[Array, "B count M"]:
+    """Returns the rows of a pass that predict the tokens of rows first[b] to first[b] + count - 1.
+
+    start: row of the sequence with which x begins.
+    """
+    rows = model.predicting_row(first[:, None] + jnp.arange(count)) - jnp.reshape(start, (-1, 1))
+    return jax.vmap(lambda x, rows: x[rows])(x, rows)
+
+
+class JointRows(NamedTuple):
+    """Rows of one forward without gaps: prefix, chosen chunks, rows behind them, then padding.
+
+    ids, positions: of each row. total: valid rows.
+    chunk_row: the row of each chunk token, any row where there is none. own_start: the first row
+      behind the chunks.
+    """
+
+    ids: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    total: Int[Array, "B"]
+    chunk_row: Int[Array, "B K C"]
+    own_start: Int[Array, "B"]
+
+
+def joint_rows(
+    cache: ChunkCache, selected: Int[Array, "B K"], placement: Placement, own_ids: Int[Array, "B R"]
+) -> JointRows:
+    """Lays prefix, chosen chunks and `own_ids` without gaps, at the placement's positions.
+
+    own_ids: rows from placement.query_start on, padded; placement.total counts the valid ones with
+    the prefix.
+    """
+    slots, prefix_length = selected.shape[1], placement.prefix_length
+    size, prefix_rows = cache.tokens.shape[2], cache.prefix_ids.shape[1]
+    tokens, lengths = cache.chosen(selected)
+    ends = jnp.cumsum(lengths, axis=1)
+    # Each part overwrites the padding of the one before it.
+    rows = jnp.zeros((len(selected), prefix_rows + slots * size + own_ids.shape[1]), jnp.int32)
+    rows = rows.at[:, :prefix_rows].set(cache.prefix_ids)
+    positions = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)
+    inside = jnp.arange(size)
+    starts = prefix_length[:, None] + ends - lengths  # first row of each chunk, [B, K]
+    for j in range(slots):
+        rows = dynamic_updates(rows, starts[:, j], tokens[:, j])
+        chunk_positions = placement.chunk_starts[:, j, None] + inside
+        positions = dynamic_updates(positions, starts[:, j], chunk_positions)
+    own_start = prefix_length + ends[:, -1]
+    rows = dynamic_updates(rows, own_start, own_ids)
+    own_positions = placement.query_start[:, None] + jnp.arange(own_ids.shape[1])
+    positions = dynamic_updates(positions, own_start, own_positions)
+    chunk_row = jnp.minimum(starts[..., None] + inside, rows.shape[1] - 1)
+    return JointRows(rows, positions, placement.total + ends[:, -1], chunk_row, own_start)
 
 
 class Context(NamedTuple):

@@ -22,7 +22,7 @@ from pdllm_jax.method.scorers.base import Draft, QueryCopies, ScoreRequest
 from pdllm_jax.method.scorers.copies import for_groups
 from pdllm_jax.method.scoring import run_scorer, scoring_keys
 from pdllm_jax.method.selection import EMPTY_SLOT, Selection, ranking, select
-from pdllm_jax.network.rope import Rotation, rotate, rotation
+from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import attention, constrain, whole_groups
 from pdllm_jax.network.transformer import MaskPredictor
 
@@ -161,7 +161,7 @@ class _Kept(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Pass:
-    """What all groups of a pass over documents share; by: rotation of chunk and copies' rows."""
+    """What all groups of a pass over documents share."""
 
     model: MaskPredictor
     prompt: ChunkedPrompt
@@ -169,7 +169,6 @@ class _Pass:
     request: ScoreRequest
     copies: QueryCopies | None
     prefix: _Prefix
-    by: Rotation
 
     @classmethod
     def of(
@@ -183,16 +182,11 @@ class _Pass:
         """Prepares a pass; inputs: of the `ScoreRequest`."""
         valid, group = prompt.chunk_lengths > 0, config.encode_batch
         request = ScoreRequest(prompt.question, valid, encode_batch=group, **inputs)
-        copies = config.scorer.query_copies(model, request)
+        in_pass = config.scorer.in_pass
+        copies = config.scorer.query_copies(model, request) if in_pass else None
         encodes = keeps_prefix or copies is not None
         prefix = _encode_prefix(model, prompt) if encodes else _Prefix()
-        positions = jnp.arange(prompt.chunk_size)
-        if copies is not None:
-            _, repeats, rows = copies.ids.shape
-            behind = jnp.tile(prompt.chunk_size + jnp.arange(rows), repeats)
-            positions = jnp.concatenate([positions, behind])
-        by = rotation(model.config, positions)
-        return cls(model, prompt, config, request, copies, prefix, by)
+        return cls(model, prompt, config, request, copies, prefix)
 
     @property
     def group(self) -> int:
@@ -250,16 +244,21 @@ class _Pass:
         model, prefix, (n, size) = self.model, self.prefix, self.prompt.chunks.shape[1:]
         request, tokens = pair // n, self.prompt.chunks.reshape(-1, size)[pair]
         prefix_length, copies = self.prompt.prefix_length[request], None
+        positions = jnp.arange(size)
         if self.copies is not None:
             copies = self.copies.of(request)
-            tokens = jnp.concatenate([tokens, copies.ids.reshape(pair.size, -1)], axis=1)
+            ids, behind = copies.behind(tokens, lengths)
+            tokens = jnp.concatenate([tokens, ids], axis=1)
+            positions = jnp.broadcast_to(positions, (*behind.shape[:-1], size))
+            positions = jnp.concatenate([positions, behind], axis=-1)
+        by = rotation(model.config, positions)
         if prefix.k:
             # Chunk rows sit at 0..C-1, so the prefix ends at -1.
             row = jnp.arange(prefix.k[0].shape[1])
             prefix_by = rotation(model.config, row - prefix_length[:, None])
 
         def attend(layer: int, q: Array, k: Array, v: Array, pool: ChunkPool | None):
-            q, k = rotate(q, self.by), rotate(k, self.by)
+            q, k = rotate(q, by), rotate(k, by)
             chunk_k, chunk_v = k[:, :size], v[:, :size]
             seen = attention(model.mesh, q, chunk_k, chunk_v, lengths, need_lse=True)
             if prefix.k:

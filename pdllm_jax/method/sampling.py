@@ -4,8 +4,8 @@ A confidence rule ranks the predictions: a function (logits [T, V] float32, pred
 PRNG keys [T], one for each slot) -> log confidence [T], finite. An unmasking rule takes slots: a
 function (log confidence [G], -inf where a slot is not a candidate; evaluations made in the block,
 int32) -> bool [G]. Both are static under jit, so they must be hashable. Sources: LLaDA (arXiv
-2502.09992: low-confidence and random remasking, schedule), Dream (arXiv 2508.15487: margin,
-entropy), Fast-dLLM (arXiv 2505.22618: threshold, factor).
+2502.09992: low-confidence and random remasking, even schedule), Dream (arXiv 2508.15487: margin,
+entropy, origin, schedule by time, filters), Fast-dLLM (arXiv 2505.22618: threshold, factor).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.common import row_sum
@@ -35,33 +36,78 @@ def predict(
     key: Array,
     first: Int[Array, ""] | int = 0,
     *,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    scaled_confidence: bool = False,
+    order_temperature: float = 0.0,
     never: Ids = (),
     last: Ids = (),
 ) -> tuple[Int[Array, "T"], Float[Array, "T"]]:
     """Returns the predicted token of each row and its log confidence, finite.
 
     Args:
-      temperature: samples by the Gumbel trick; the confidence comes from the unscaled logits.
+      temperature: samples from softmax(logits / temperature) by the Gumbel trick; 0 is greedy.
       key: of the request's evaluation. What a slot draws depends on it and on the slot alone.
       first: slot of the first row.
+      top_p, top_k: tokens that `filtered` leaves are predicted alone.
+      scaled_confidence: computes the confidence from the scaled, filtered logits, as Dream;
+        otherwise from the logits as they are, as LLaDA.
+      order_temperature: of Gumbel noise on the confidences. The best n are then drawn without
+        replacement from softmax(confidence / order_temperature), the confidence as Dream has it: a
+        probability, a difference of two, or the negative entropy.
       never: tokens that are not predicted: their logit is -inf.
       last: tokens whose slots have the least confidence. The confidence of other tokens is computed
         without them, as published.
     """
     slots = first + jnp.arange(logits.shape[0])
     logits = scores = _without(logits.astype(jnp.float32), never)
+    scale = temperature if temperature > 0 else 1.0
+    if top_p is not None or top_k is not None:
+        scores = jnp.where(filtered(logits / scale, top_p, top_k), logits, -jnp.inf)
+    if scaled_confidence:
+        logits = scores / scale
     if temperature > 0:
-
-        def noise(key: Array) -> Array:
-            # Mode "low" ends at 16: tokens less probable than about 1e-7 would not be drawn.
-            return jax.random.gumbel(key, logits.shape[1:], jnp.float32, mode="high")
-
-        scores = logits + temperature * jax.vmap(noise)(derive(key, Use.NOISE, slots))
+        scores += temperature * _gumbel(derive(key, Use.NOISE, slots), logits.shape[1:])
     tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     values = confidence(_without(logits, last), tokens, derive(key, Use.ORDER, slots))
+    if order_temperature > 0:
+        values = values if isinstance(confidence, Entropy) else jnp.exp(values)
+        noise = _gumbel(derive(key, Use.ORDER_NOISE, slots), ())
+        values = jnp.maximum(values / order_temperature + noise, _LEAST)
     if last:
         values = jnp.where(jnp.isin(tokens, jnp.array(last)), _LEAST, values)
     return tokens, values
+
+
+def _gumbel(keys: Array, shape: tuple[int, ...]) -> Array:
+    """Returns Gumbel noise of this shape for each key."""
+    # Mode "low" ends at 16: tokens less probable than about 1e-7 would not be drawn.
+    return jax.vmap(lambda key: jax.random.gumbel(key, shape, jnp.float32, mode="high"))(keys)
+
+
+def filtered(
+    logits: Float[Array, "T V"], top_p: float | None, top_k: int | None
+) -> Bool[Array, "T V"]:
+    """Returns the tokens that Dream's filters leave, at least one in a row.
+
+    top_p: the likeliest tokens, each if those before it have at most this probability together; of
+      equals, the lower ids come first. top_k: of these, the k likeliest and those that equal the
+      k-th.
+    """
+    kept = jnp.ones(logits.shape, bool)
+    if top_p is not None and top_p < 1:
+        best = -jnp.sort(-logits, axis=-1)
+        before = jnp.cumsum(jax.nn.softmax(best, axis=-1), axis=-1)[:, :-1]
+        n = 1 + (before <= jnp.float32(top_p)).sum(axis=-1, keepdims=True)
+        bound = jnp.take_along_axis(best, n - 1, axis=-1)
+        above, equal = logits > bound, logits == bound
+        n_equal = n - above.sum(axis=-1, keepdims=True)
+        kept = above | (equal & (jnp.cumsum(equal, axis=-1) <= n_equal))
+    if top_k is not None:
+        likeliest = jnp.where(kept, logits, -jnp.inf)
+        best = jax.lax.top_k(likeliest, min(top_k, logits.shape[-1]))[0]
+        kept &= logits >= best[:, -1:]
+    return kept
 
 
 def _without(logits: Float[Array, "T V"], ids: Ids) -> Float[Array, "T V"]:
@@ -138,7 +184,16 @@ class Random:
         return jnp.log(jax.vmap(lambda key: jax.random.uniform(key, minval=1e-9))(keys))
 
 
-CONFIDENCES: dict[str, Any] = {rule.name: rule for rule in (LowConfidence, Margin, Entropy, Random)}
+@dataclasses.dataclass(frozen=True)
+class Origin(Random):
+    """Dream's "origin": slots are unmasked independently of each other, by the rule `Chance`."""
+
+    name: ClassVar[str] = "origin"
+
+
+CONFIDENCES: dict[str, Any] = {
+    rule.name: rule for rule in (LowConfidence, Margin, Entropy, Random, Origin)
+}
 
 
 def _rank(confidence: Array) -> Int[Array, "G"]:
@@ -156,6 +211,51 @@ class Schedule:
     def __call__(self, confidence: Array, step: Array) -> Array:
         base, remainder = divmod(self.block_length, self.steps)
         return _rank(confidence) < base + (step < remainder)
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeSchedule:
+    """Dream's schedule: of the masks that are left, a step from time t to s takes 1 - s / t.
+
+    Times fall evenly from 1 to eps. The number is rounded down and may be 0; the last step takes
+    all. Everything is float32, as published.
+    """
+
+    steps: int
+    eps: float
+
+    def remaining(self) -> Float[np.ndarray, "n"]:
+        """Returns the share of the masks that each step leaves, s / t, and 0 for the last."""
+        times = float32_linspace(1.0, self.eps, self.steps + 1)
+        return np.append(times[1:-1] / times[:-2], np.float32(0))
+
+    def __call__(self, confidence: Array, step: Array) -> Array:
+        masks = (confidence > -jnp.inf).sum().astype(jnp.float32)
+        share = jnp.asarray(np.float32(1) - self.remaining())[step]
+        return _rank(confidence) < (masks * share).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chance(TimeSchedule):
+    """Dream's "origin": takes each slot with the probability 1 - s / t, independently of others.
+
+    The confidence is the logarithm of a uniform random number.
+    """
+
+    def __call__(self, confidence: Array, step: Array) -> Array:
+        return confidence >= jnp.log(jnp.asarray(self.remaining()))[step]
+
+
+def float32_linspace(start: float, stop: float, n: int) -> Float[np.ndarray, "n"]:
+    """Returns the values of PyTorch's float32 `linspace`, bit for bit; n is at least 2.
+
+    Each half counts from its own end, with one rounding for product and sum.
+    """
+    ends = np.array([start, stop], np.float32)
+    step = np.float64((ends[1] - ends[0]) / np.float32(n - 1))
+    index = np.arange(n)
+    low, high = ends[0] + step * index, ends[1] - step * (n - 1 - index)
+    return np.where(index < n // 2, low, high).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pdllm_jax.downloads import check_download
+from pdllm_jax.network.families import FAMILIES, family_of, whole
 from pdllm_jax.rules import (
     AT_LEAST_1,
     COUNT,
@@ -81,69 +81,25 @@ class RopeScaling:
         require(not unknown, f"rope_scaling keys not implemented: {listed(map(repr, unknown))}")
         if kind in (None, "default"):
             return None
-        original = _whole(original)
+        original = whole(original)
         require("factor" in values, "rope_scaling lacks factor")
         return cls(kind, original_max_position=original, **values)
 
 
-# The values of config.json that are implemented; a key may be absent or null. Others are refused.
-_ON = ("layer_norm_with_affine", "rope", "rope_full_precision")
-_OFF = (
-    *("include_bias", "include_qkv_bias", "bias_for_layer_norm", "attention_layer_norm"),
-    *("input_emb_norm", "alibi", "scale_logits", "multi_query_attention"),
-)
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llada",),
-    "architectures": (["LLaDAModelLM"],),
-    "block_type": ("llama",),
-    "block_group_size": (1,),
-    "activation_type": ("silu",),
-    "layer_norm_type": ("rms",),
-    **dict.fromkeys(_ON, (True,)),
-    **dict.fromkeys(_OFF, (False,)),
-    "clip_qkv": (),
-}
-# Names that transformers gives to sizes, beside LLaDA's or in their place.
-_ALIASES = {
-    "d_model": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "mlp_hidden_size": "intermediate_size",
-}
-# Other keys that change what a model computes, by words in their names, and such that do not.
-_COMPUTES = re.compile(
-    r"softcap|multiplier|scal(?:e|ing|ar)|window|rotary|rope|norm|bias|expert|moe|sink|attention"
-    r"|attn|causal|head_dim|hidden_act|layer_types|parallel|logit"
-)
-_COMPUTES_NOT = re.compile(
-    r".*(?:dropout|init|implementation|output_|_eps$|flash|efficient|bidirectional).*"
-    r"|max_window_layers|alibi_bias_max|attention_layer_norm_with_affine|rope_theta|rope_scaling"
-    r"|num_attention_heads"
-)
 _SIZES = ["d_model", "n_layers", "n_heads", "mlp_hidden_size", "vocab_size", "max_sequence_length"]
 _IDS = ["mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id"]
-# Keys that config.json must have, and those whose default is the value of another key.
+# What config.json must say.
 _REQUIRED = [*_SIZES, "rope_theta", "mask_token_id", "eos_token_id"]
-_DEFAULTS = {
-    "n_kv_heads": "n_heads",
-    "max_sequence_length": "max_position_embeddings",
-    "embedding_size": "vocab_size",
-    "eos_token_id": "pad_token_id",
-    "pad_token_id": "eos_token_id",
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """LLaDA's architecture: a LLaMA decoder without the causal mask.
+    """The architecture: a LLaMA decoder without the causal mask.
 
+    family: "llada" or "dream"; says what all models of the family have in common.
     d_model, n_layers, n_heads, n_kv_heads, mlp_hidden_size: sizes; head size is d_model / n_heads.
     vocab_size: number of token ids; embedding_size: rows of the embedding, at least vocab_size.
     weight_tying: the embedding is the LM head too.
-    qkv_bias: the projections to q, k and v have a bias.
-    logit_shift: the token of a position is predicted by the row in front of it, as in a model that
-      was adapted from an autoregressive one; position 0 by its own row. Otherwise by its own row.
     bos_token_id: None if config.json does not have it (LLaDA's does not; its tokenizer does).
     """
 
@@ -159,17 +115,16 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     max_sequence_length: int = 4096
     weight_tying: bool = False
-    qkv_bias: bool = False
-    logit_shift: bool = False
     mask_token_id: int = 126336
     eos_token_id: int = 126081
     pad_token_id: int = 126081
     bos_token_id: int | None = None
+    family: str = "llada"
 
     def __post_init__(self) -> None:
         validate(self, dict.fromkeys([*_SIZES, "n_kv_heads", "embedding_size"], SIZE))
         validate(self, {"rope_theta": POSITIVE, "rms_norm_eps": POSITIVE, "weight_tying": SWITCH})
-        validate(self, {"qkv_bias": SWITCH, "logit_shift": SWITCH})
+        validate(self, {"family": one_of(FAMILIES)})
         for name, divisor in (("d_model", "n_heads"), ("n_heads", "n_kv_heads")):
             a, b = getattr(self, name), getattr(self, divisor)
             require(a % b == 0, f"{name} {a} is not a multiple of {divisor} {b}")
@@ -188,6 +143,16 @@ class ModelConfig:
     def head_dim(self) -> int:
         """The size of a head, D."""
         return self.d_model // self.n_heads
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether the projections to q, k and v have a bias."""
+        return FAMILIES[self.family].qkv_bias
+
+    @property
+    def logit_shift(self) -> bool:
+        """Whether the row in front of a position predicts its token; see `Family`."""
+        return FAMILIES[self.family].logit_shift
 
     @classmethod
     def llada_8b(cls) -> ModelConfig:
@@ -211,6 +176,50 @@ class ModelConfig:
         return dataclasses.replace(base, rope_theta=theta, max_sequence_length=131_072)
 
     @classmethod
+    def illada_8b(cls) -> ModelConfig:
+        """Returns the config of iLLaDA-8B-Base and iLLaDA-8B-Instruct (arXiv 2606.25331).
+
+        The base of RoPE and the eps of the norms are LLaDA's, which no published text confirms.
+        The config.json of a checkpoint takes precedence.
+        """
+        sizes: dict[str, Any] = {"d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8}
+        sizes |= {"mlp_hidden_size": 14336, "vocab_size": 155136, "embedding_size": 155136}
+        sizes |= {"max_sequence_length": 8192, "weight_tying": True}
+        return cls(**sizes | dict(zip(_IDS, (5, 2, 1, 0), strict=True)))
+
+    @classmethod
+    def dream_7b(cls) -> ModelConfig:
+        """Returns the config of Dream-v0-Base-7B and Dream-v0-Instruct-7B: Qwen2.5-7B's sizes.
+
+        The models were trained on 2,048 tokens; config.json allows 131,072 positions.
+        """
+        sizes: dict[str, Any] = {"d_model": 3584, "n_layers": 28, "n_heads": 28, "n_kv_heads": 4}
+        sizes |= {"mlp_hidden_size": 18944, "vocab_size": 152064, "embedding_size": 152064}
+        sizes |= {"rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_sequence_length": 131_072}
+        sizes |= dict(zip(_IDS, (151666, 151643, 151643, 151665), strict=True))
+        return cls(**sizes, family="dream")
+
+    @classmethod
+    def diffucoder_7b(cls) -> ModelConfig:
+        """Returns the config of DiffuCoder-7B Base, Instruct and cpGRPO; pads with <|dlm_pad|>."""
+        return dataclasses.replace(cls.dream_7b(), pad_token_id=151667)
+
+    @classmethod
+    def dream_coder_7b(cls) -> ModelConfig:
+        """Returns the config of Dream-Coder-v0-Base-7B and Dream-Coder-v0-Instruct-7B."""
+        return dataclasses.replace(cls.dream_7b(), max_sequence_length=32_768)
+
+    @classmethod
+    def preset(cls, name: str) -> ModelConfig:
+        """Returns the config of a published model by its name in PRESETS, such as "dream-7b".
+
+        Raises ConfigError for other names.
+        """
+        require(name in PRESETS, f"model {name!r} is not known ({', '.join(PRESETS)})")
+        config: ModelConfig = getattr(cls, name.replace("-", "_"))()
+        return config
+
+    @classmethod
     def tiny(cls) -> ModelConfig:
         """Returns two layers with grouped KV heads, for tests and examples."""
         sizes: dict[str, Any] = {"d_model": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
@@ -220,27 +229,21 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """Builds the config from the contents of a LLaDA config.json.
+        """Builds the config from the contents of a config.json, whose model_type names the family.
 
         Raises ConfigError that names every key whose value is not implemented, or the missing keys.
         """
         require(isinstance(raw, Mapping), "config.json must hold an object")
-        raw = _modern(raw)
-        refused = [key for key, allowed in _FIXED.items() if key in raw and raw[key] not in allowed]
-        refused += [key for key, value in raw.items() if _changes(key, value, raw)]
-        stated = listed(f"{key!s:.80}={raw[key]!r:.200}" for key in refused)
-        require(not refused, f"config.json asks for what is not implemented: {stated}")
+        family = family_of(raw)
+        raw = family.read(raw, [*_SIZES, "n_kv_heads", "embedding_size", *_IDS])
         names = [field.name for field in dataclasses.fields(cls)]
-        values = {name: raw[name] for name in names if name in raw}
-        for key, source in _DEFAULTS.items():
-            if values.get(key) is None:
-                values[key] = raw.get(source)
+        values = {name: raw[name] for name in names if name in raw} | {"family": family.name}
         ratio = raw.get("mlp_ratio")
         if values.get("mlp_hidden_size") is None and ratio is not None:
             require(is_number(ratio), f"mlp_ratio must be a number, got {ratio!r}")
             size("d_model", raw.get("d_model"))
             values["mlp_hidden_size"] = int(exact_share(ratio, raw["d_model"]))
-        missing = ", ".join(key for key in _REQUIRED if values.get(key) is None)
+        missing = ", ".join(family.key(key) for key in _REQUIRED if values.get(key) is None)
         missing = missing.replace("mlp_hidden_size", "mlp_hidden_size or mlp_ratio")
         require(not missing, f"config.json lacks {missing}")
         scaling = values.get("rope_scaling")
@@ -268,57 +271,5 @@ class ModelConfig:
         return cls.from_dict(raw)
 
 
-def _whole(value: Any) -> Any:
-    """Returns a float without a fraction as an int; every other value as it is."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _modern(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config.json of any version of transformers in LLaDA's own spelling.
-
-    Drops null, reads 32.0 as 32 and other names of sizes, and takes rope_theta and rope_scaling
-    out of rope_parameters. Raises ConfigError for two statements that contradict each other.
-    """
-    values = {key: value for key, value in raw.items() if value is not None}
-    for key in [*_SIZES, "n_kv_heads", "embedding_size", *_IDS, *_ALIASES.values(), "head_dim"]:
-        if key in values:
-            values[key] = _whole(values[key])
-    for key, alias in _ALIASES.items():
-        if alias in values:
-            _set(values, key, alias, values[alias])
-    rope = values.pop("rope_parameters", None)
-    if rope is None:
-        return values
-    require(isinstance(rope, Mapping), f"rope_parameters must be an object, got {rope!r:.200}")
-    if any(isinstance(part, Mapping) for part in rope.values()):  # for each type of layer
-        only = set(rope) == {"full_attention"}
-        require(only, f"rope_parameters of other than full_attention: {sorted(rope)!r:.200}")
-        rope = rope["full_attention"]
-    rope = {key: value for key, value in rope.items() if value is not None}
-    if "rope_theta" in rope:
-        _set(values, "rope_theta", "rope_parameters' rope_theta", rope.pop("rope_theta"))
-    if rope:
-        _set(values, "rope_scaling", "rope_parameters", rope)
-    return values
-
-
-def _set(values: dict[str, Any], key: str, other: str, value: Any) -> None:
-    """Sets a key; raises ConfigError if it has another value already."""
-    stated = values.setdefault(key, value)
-    require(stated == value, f"{key} {stated!r:.200} is not {other} {value!r:.200}")
-
-
-def _changes(key: str, value: Any, raw: Mapping[str, Any]) -> bool:
-    """Returns whether a key that is not read changes what the model computes."""
-    if key == "layer_types" and isinstance(value, list):
-        return not set(map(str, value)) <= {"full_attention"}
-    if key == "head_dim":
-        sizes = (value, raw.get("d_model"), raw.get("n_heads"))
-        return not all(map(is_index, sizes)) or value * raw["n_heads"] != raw["d_model"]
-    if key == "hidden_act":
-        return bool(value != "silu")
-    if key == "sliding_window" and raw.get("use_sliding_window") is False:
-        return False
-    unread = _COMPUTES.search(key) is not None and _COMPUTES_NOT.fullmatch(key) is None
-    neutral = value is not True and value in (0, 1, [], {}, "")
-    return unread and not neutral and key not in _FIXED
+# Names of published models for command lines.
+PRESETS = ("llada-8b", "ultrallada-8b", "illada-8b", "dream-7b", "diffucoder-7b", "dream-coder-7b")

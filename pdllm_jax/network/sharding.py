@@ -41,6 +41,7 @@ Tree = TypeVar("Tree")
 # checkpoint, KV as in a snapshot. All other arrays are replicated.
 _TENSOR_AXIS = {
     **{f"{name}_proj.weight": -2 for name in ("q", "k", "v", "gate", "up")},  # [O, I]
+    **{f"{name}_proj.bias": -1 for name in ("q", "k", "v")},  # [O]
     **dict.fromkeys(("attn_out.weight", "down_proj.weight"), -1),  # [O, I]
     **dict.fromkeys(("embedding.weight", "lm_head.weight"), -2),  # [V, M]
     **dict.fromkeys(("pool.k", "pool.v"), -3),  # [L, N, G, C, D]
@@ -191,9 +192,10 @@ def attention(
     lengths: Int[Array, "B"] | None = None,
     *,
     need_lse: bool = False,
+    causal: bool = False,
 ) -> Partial:
     """Returns `pallas_kernels.attention`, made by each device for its own heads."""
-    run = functools.partial(pallas_kernels.attention, need_lse=need_lse)
+    run = functools.partial(pallas_kernels.attention, need_lse=need_lse, causal=causal)
     heads, rows = heads_spec(mesh, len(q), 2), PartitionSpec(rows_axis(mesh, len(q)))
     sharded = local(mesh, run, (heads, heads, heads, rows), _partial_specs(mesh, len(q)))
     return sharded(q, k, v, lengths)

@@ -1,4 +1,4 @@
-"""The mask predictor, LLaDA's network, as Flax NNX modules: plain pytrees for jax.jit.
+"""The mask predictor of every family as Flax NNX modules: plain pytrees for jax.jit.
 
 The network has one form. A full forward, the encoding of chunks, the scoring of masked query copies
 and a denoising step differ only in where attention reads its keys and values. So
@@ -134,7 +134,7 @@ class Links(nnx.Variable):
 
 
 class MaskPredictor(nnx.Module):
-    """LLaDA (arXiv 2502.09992): predicts every masked token at its own position.
+    """Predicts the masked tokens of a sequence: LLaDA (arXiv 2502.09992), Dream (arXiv 2508.15487).
 
     Weights are random until a checkpoint is restored over them. `dtype` is the dtype of weights and
     activations; norms, softmax and rotations are computed in float32. No call changes a module.
@@ -186,12 +186,17 @@ class MaskPredictor(nnx.Module):
                 hook(layer, residual.stream)
         return residual.add()[0], carry
 
+    @property
+    def lookback(self) -> int:
+        """How far in front of a row its prediction lies, 0 or 1; see `ModelConfig.logit_shift`."""
+        return int(self.config.logit_shift)
+
     def predicting_row(self, row: Int[Array, "*rows"]) -> Int[Array, "*rows"]:
         """Returns the rows whose logits predict the tokens of these rows of a sequence.
 
-        The same rows, or those in front (see `ModelConfig.logit_shift`). Row 0 predicts itself.
+        Row 0 predicts itself.
         """
-        return jnp.maximum(row - 1, 0) if self.config.logit_shift else row
+        return jnp.maximum(row - self.lookback, 0)
 
     def logits(self, hidden: Float[Array, "*rows M"]) -> Float[Array, "*rows V"]:
         """Returns the LM head's float32 logits of rows that went through the final norm."""

@@ -62,18 +62,28 @@ def model_identity(model: MaskPredictor) -> ModelIdentity:
     return ModelIdentity(model.config, str(model.dtype), weights)
 
 
+# Fields that are younger than snapshots, and what a manifest without them means.
+YOUNGER_FIELDS = {"model.family": "llada"}
+
+
 def model_fields(identity: ModelIdentity) -> dict[str, Any]:
-    """Returns what a manifest says of a model, by the names that errors use ("rope.theta")."""
+    """Returns what a manifest says of a model, by the names that errors use ("rope.theta").
+
+    Younger fields are left out at the value that all older models have, so that a manifest without
+    them still fits.
+    """
     fields = dataclasses.asdict(identity.config) | {"dtype": identity.dtype}
     fields |= {"weights": identity.weights, "rope_head_dim": identity.config.head_dim}
-    return {
+    named = {
         f"rope.{name.removeprefix('rope_')}" if name.startswith("rope_") else f"model.{name}": value
         for name, value in fields.items()
     }
+    older = {name for name, value in YOUNGER_FIELDS.items() if named[name] == value}
+    return {name: value for name, value in named.items() if name not in older}
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Returns the SHA-256 of tokenizer.json and of the ids of the special tokens."""
+    """Returns the SHA-256 of the tokenizer's files and of the ids of the special tokens."""
     ids = [tokenizer.bos_id, tokenizer.mask_id, *tokenizer.stop_ids]
     return digest({"file": tokenizer.digest, "special": ids})
 

@@ -29,6 +29,7 @@ from pdllm_jax.network.transformer import MaskPredictor
 from pdllm_jax.storage.arrays import heads_axis, read_arrays, write_arrays
 from pdllm_jax.storage.atomic import AtomicFolder
 from pdllm_jax.storage.fingerprint import (
+    YOUNGER_FIELDS,
     ModelIdentity,
     document_fingerprint,
     model_fields,
@@ -231,7 +232,8 @@ def _load(
     settings = manifest.settings
     if settings["holds"] not in wanted:
         raise _mismatch(folder, "holds", settings["holds"], " or ".join(wanted))
-    saved, current = settings["model"], model_fields(_identity(model))
+    both = settings["model"], model_fields(_identity(model))
+    saved, current = ({**YOUNGER_FIELDS, **fields} for fields in both)
     # The fingerprint of the weights comes last: another field says more.
     for name in sorted(saved.keys() | current.keys(), key="model.weights".__eq__):
         if saved.get(name) != current.get(name):

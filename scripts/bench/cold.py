@@ -17,12 +17,11 @@ import jax
 import numpy as np
 
 from bench.record import Record, clock, in_process
-from bench.run import cheap_model, model_config
+from bench.run import MODEL, cheap_model, model_config
 from pdllm_jax import ChunkConfig, Engine, compilation, load_model
 
-OPTIONS = {
+OPTIONS = MODEL | {
     "--checkpoint": (Path, "a converted folder instead of random weights"),
-    "--tiny": (False, "a tiny model instead of LLaDA-8B"),
     "--tokens": (32 * 1023, "of the document"),
     "--chunk-size": (1024, ""),
     "--repeats": (1, "pairs of cold and warm"),
@@ -60,7 +59,7 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(args: argparse.Namespace) -> None:
     """Runs pairs of processes; writes the record."""
-    model = "checkpoint" if args.checkpoint else "tiny" if args.tiny else "llada-8b"
+    model = "checkpoint" if args.checkpoint else "tiny" if args.tiny else args.model
     rows = []
     for _ in range(args.repeats):
         with tempfile.TemporaryDirectory(prefix="pdllm-cold-") as cache:

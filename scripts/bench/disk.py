@@ -6,7 +6,7 @@
     benchmark.py load WORK       loads, each in a new process, cold and warm, between plain reads
     benchmark.py snapshot WORK   a document's KV written and read, cold and warm, and `cp -r` of it
 
-Data: random weights and KV at the shapes of LLaDA-8B, bfloat16. WORK is a folder on the disk to
+Data: random weights and KV at the shapes of --model, bfloat16. WORK is a folder on the disk to
 measure; it needs room for two checkpoints of 16 GB, or two snapshots. Peak host memory of a load is
 what the process held beyond what it held when JAX had started; on the CPU it includes the weights.
 """
@@ -34,22 +34,24 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from bench.record import ROOT, Record, clock, in_process, peak
+from bench.run import MODEL, model_config
 from convert.convert import batches
 from convert.mapping import targets
 from convert.sources import SAFETENSORS_INDEX
 from pdllm_jax import ChunkCache, ChunkConfig, load_model
 from pdllm_jax.method.cache import ChunkPool
 from pdllm_jax.network.config import ModelConfig
+from pdllm_jax.network.families import FAMILIES
 from pdllm_jax.storage.fingerprint import ModelIdentity
 from pdllm_jax.storage.snapshot import load_document, save_document
 
 SHARD_BYTES = 4 << 30  # of a safetensors file
 C = 1024  # chunk length of the snapshot
-OPTIONS = {
+OPTIONS = MODEL | {
     "work": (Path, "scratch folder on the disk to measure"),
     "--repeats": (3, ""),
     "--chunks": (4, "snapshot: of the document"),
-    "--layers": (32, "convert, load: of the checkpoint that is made"),
+    "--layers": (int, "convert, load: of the checkpoint that is made, instead of the model's"),
     "--checkpoint": (Path, "load: a converted folder instead of a new one"),
 }
 
@@ -70,10 +72,16 @@ def main(args: argparse.Namespace) -> None:
 
 
 def make_checkpoint(folder: Path, config: ModelConfig) -> int:
-    """Writes random finite bfloat16 tensors as sharded safetensors; returns their bytes."""
+    """Writes random finite bfloat16 tensors as sharded safetensors; returns their bytes.
+
+    Names and config.json are those of the config's family.
+    """
     rng, rows = np.random.default_rng(0), targets(config)
     sizes = {name: 2 * math.prod(row.shape) for name, row in rows.items()}
-    raw, weight_map = {"model_type": "llada", **dataclasses.asdict(config)}, {}
+    family, weight_map = FAMILIES[config.family], {}
+    raw = {family.key(name): value for name, value in dataclasses.asdict(config).items()}
+    del raw["family"]
+    raw |= {"model_type": family.model_type, "architectures": [family.architecture]}
     folder.mkdir()
     for number, names in enumerate(batches(sizes, SHARD_BYTES)):
         file = f"model-{number:05d}.safetensors"
@@ -87,8 +95,9 @@ def make_checkpoint(folder: Path, config: ModelConfig) -> int:
     return sum(sizes.values())
 
 
-def llada(args: argparse.Namespace) -> ModelConfig:
-    return dataclasses.replace(ModelConfig.llada_8b(), n_layers=args.layers)
+def checkpoint_config(args: argparse.Namespace) -> ModelConfig:
+    config = model_config(args)
+    return dataclasses.replace(config, n_layers=args.layers or config.n_layers)
 
 
 def random_bits(shape: Any, rng: np.random.Generator) -> np.ndarray:
@@ -171,7 +180,8 @@ def digests(folder: Path) -> dict[str, tuple[Any, ...]]:
 def convert(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Pairs of a copy and a conversion, then the way back."""
     source, target, back = (work / name for name in ("source", "target", "back"))
-    total = make_checkpoint(source, llada(args))
+    config = checkpoint_config(args)
+    total = make_checkpoint(source, config)
     runs = []
     for _ in range(args.repeats):
         shutil.rmtree(target, ignore_errors=True)
@@ -187,7 +197,12 @@ def convert(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         runs.append({**run, "load_average": round(os.getloadavg()[0], 1)})
         print(json.dumps(runs[-1]), file=sys.stderr)
     evict(target)
-    result = {"layers": args.layers, "size_gb": round(total / 1e9, 3), "runs": runs}
+    result = {
+        "model": args.model,
+        "layers": config.n_layers,
+        "size_gb": round(total / 1e9, 3),
+        "runs": runs,
+    }
     result["reverse"] = convert_command("--reverse", target, back)
     exact = digests(source) == digests(back)
     shards = len(list(source.glob("*.safetensors")))
@@ -216,7 +231,7 @@ def load(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     folder = args.checkpoint
     if folder is None:
         folder = work / "checkpoint"
-        make_checkpoint(work / "source", llada(args))
+        make_checkpoint(work / "source", checkpoint_config(args))
         convert_command(work / "source", folder)
         shutil.rmtree(work / "source")
     rows: list[dict[str, Any]] = []
@@ -229,12 +244,12 @@ def load(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         row |= in_process("load", "--checkpoint", folder)
         rows.append({**row, "of_disk": row["gb_per_s"] / row["disk_gb_per_s"]})
         print(json.dumps(rows[-1]), file=sys.stderr)
-    return {"bytes": rows[0]["bytes"], "rows": rows}
+    return {"model": args.model, "bytes": rows[0]["bytes"], "rows": rows}
 
 
 def snapshot(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Rounds of writing, copying and reading. The fingerprint of the model is made before."""
-    config, rng = ModelConfig.llada_8b(), np.random.default_rng(0)
+    config, rng = model_config(args), np.random.default_rng(0)
     identity, heads = ModelIdentity(config, "bfloat16", "0" * 64), config.n_kv_heads
 
     def kv(*shape: int) -> Any:

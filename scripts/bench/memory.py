@@ -27,7 +27,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from bench.record import command, conditions, in_process, replace
-from bench.run import cheap_model, model_config
+from bench.run import MODEL, cheap_model, model_config
 from pallas_kernels import compat
 from pdllm_jax import Engine, MaskPredictor, Request, plan_memory
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
@@ -74,10 +74,9 @@ SETTINGS = {
 }
 
 
-OPTIONS = {
+OPTIONS = MODEL | {
     "--settings": (tuple(SETTINGS), ""),
-    "--tiny": (False, "a tiny model, to try the script"),
-    "--layers": (int, "of the model, instead of LLaDA-8B's 32"),
+    "--layers": (int, "of the model, instead of its own number"),
     "--chunk-size": (1024, ""),
     "--compiled": (False, "what the compiler says as well"),
     "--target": (Path, "compile for a device that is not there"),

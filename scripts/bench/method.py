@@ -1,4 +1,4 @@
-"""Times the phases of the method at the shapes of LLaDA-8B: random weights, bfloat16.
+"""Times the phases of the method at the shapes of --model: random weights, bfloat16.
 
 Every jitted function is timed as a whole call, host time included, after a first call that
 compiles.

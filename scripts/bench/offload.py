@@ -1,7 +1,8 @@
 """Times a document whose KV is in host memory: encoding, fetching chunks, answers.
 
-Random weights, bfloat16, the shapes of LLaDA-8B; 128 chunks of 1,024 tokens are 69 GB of KV beside
-16 GB of weights. On a GPU XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB must allow 90 GB of pinned memory.
+Random weights, bfloat16, the shapes of --model; of LLaDA-8B, 128 chunks of 1,024 tokens are 69 GB
+of KV beside 16 GB of weights. On a GPU XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB must then allow 90 GB of
+pinned memory.
 """
 
 from __future__ import annotations

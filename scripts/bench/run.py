@@ -18,14 +18,18 @@ from jax.typing import DTypeLike
 
 from bench.record import Record, clock, spread
 from pdllm_jax import ChunkConfig, MaskPredictor, ModelConfig, SelectionConfig, chunk_prompt
+from pdllm_jax.network.config import PRESETS
 from pdllm_jax.network.sharding import mesh_name
 
 # The request that benchmarks time: 4 chunks kept, a question of 32 tokens, blocks of 32.
 SELECT = SelectionConfig(top_k=4, masked_copies=4, draft_length=4, draft_steps=2)
 BLOCK, PREFIX, QUERY = 32, 16, 32
-# Options of every benchmark with a `Run`.
-MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
+# Options of every benchmark with a model, and of those with a `Run`.
+MODEL: dict[str, tuple[Any, str]] = {
+    "--model": ("llada-8b", f"whose sizes to take: {', '.join(PRESETS)}"),
     "--tiny": (False, "a tiny model, to try the script"),
+}
+MODEL_OPTIONS = MODEL | {
     "--chunk-size": (1024, ""),
     "--repeats": (3, ""),
     "--limit": (math.inf, "seconds in all"),
@@ -35,13 +39,15 @@ MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
 class Run:
     """A model, the record of its times, and the options of the command line.
 
-    Weights are random: LLaDA-8B's sizes in bfloat16, or with args.tiny a tiny model's.
+    Weights are random: the sizes of args.model in bfloat16, or with args.tiny a tiny model's.
     """
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.start = args, time.monotonic()
         config = model_config(args)
         self.model = cheap_model(config)
+        # A model with a logit shift is asked as in the paper: one causal copy of the question.
+        self.select = SelectionConfig.paper() if config.logit_shift else SELECT
         self.record = Record(args.out, model=dataclasses.asdict(config))
         self.record |= {name: {} for name in ("seconds", "ratios", "compile_seconds", "memory")}
         self.record["left_out"] = []
@@ -112,8 +118,8 @@ class Run:
 
 
 def model_config(args: argparse.Namespace) -> ModelConfig:
-    """Returns LLaDA-8B's config, or with args.tiny a tiny one."""
-    return ModelConfig.tiny() if args.tiny else ModelConfig.llada_8b()
+    """Returns the config of args.model, or with args.tiny a tiny one."""
+    return ModelConfig.tiny() if args.tiny else ModelConfig.preset(args.model)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -136,7 +142,7 @@ def cheap_model(config: ModelConfig, dtype: DTypeLike = jnp.bfloat16) -> MaskPre
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
 def _fill(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    if len(shape) == 1:  # a norm
+    if len(shape) == 1:  # a norm, or a bias
         return jnp.ones(shape, dtype)
     row, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))
     bits = (row * jnp.uint32(2654435761)) ^ (column * jnp.uint32(2246822519))

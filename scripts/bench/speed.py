@@ -1,4 +1,4 @@
-"""Times the denoising step, the scoring pass and whole requests at the shapes of LLaDA-8B.
+"""Times the denoising step, the scoring pass and whole requests at the shapes of --model.
 
 Random weights, bfloat16, joint encoding of K = 4 chunks of 1,024, a query of 32 tokens; draft and
 scores are counted. Whole requests are timed as a user calls them, host time included, after a first
@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 import pdllm_jax as pdllm
 from bench.record import clock, copy_bandwidth, peak, spread
-from bench.run import BLOCK, MODEL_OPTIONS, PREFIX, QUERY, SELECT, Run, random_layers
+from bench.run import BLOCK, MODEL_OPTIONS, PREFIX, QUERY, Run, random_layers
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.method.cache import ChunkCache, ChunkPool
 from pdllm_jax.method.scoring import draft_response
@@ -127,19 +127,20 @@ def step(run: Run) -> None:
         )
 
 
-def pass_flops(config: pdllm.ModelConfig, chunks: int, size: int) -> float:
+def pass_flops(run: Run, chunks: int) -> float:
     """Returns the floating-point operations of encoding and scoring, padding not counted.
 
     Products of every row with the layers' weights, attention of chunk rows over prefix and chunk
-    and of each masked copy over prefix, chunk and itself, and the LM head over scored rows.
+    and of each copy of the question over prefix, chunk and itself, and the LM head over its rows.
     """
+    config, size, scorer = run.model.config, run.args.chunk_size, run.select.scorer
     model, kv = config.d_model, config.n_kv_heads * config.head_dim
     layer = 2 * model * (2 * model + 2 * kv + 3 * config.mlp_hidden_size)
-    copy = QUERY + SELECT.scorer.draft_length
-    copies = (SELECT.scorer.masked_copies or 0) * copy
+    copy = QUERY + scorer.draft_length
+    copies = getattr(scorer, "masked_copies", 1) * copy
     rows = PREFIX + chunks * (size + copies)
     pairs = PREFIX**2 + chunks * (size * (PREFIX + size) + copies * (PREFIX + size + copy))
-    head = 2 * model * config.vocab_size * chunks * (QUERY + SELECT.scorer.draft_steps)
+    head = 2 * model * config.vocab_size * chunks * (QUERY + scorer.draft_steps)
     return config.n_layers * (rows * layer + 4 * model * pairs) + head
 
 
@@ -147,10 +148,10 @@ def score_document(run: Run) -> None:
     """Times the scoring of a document as joint encoding needs it, the draft apart; TFLOP/s."""
     chunks = max(run.args.documents)
     prompt, name = run.prompt(chunks), f"score {chunks} chunks{run.on}"
-    draft = functools.partial(draft_response, run.model, prompt.question, SELECT.scoring())
+    draft = functools.partial(draft_response, run.model, prompt.question, run.select.scoring())
     drafted = run.timed(f"draft{run.on}", draft)
-    run.timed(name, lambda: pdllm.prefill(run.model, prompt, SELECT, draft=drafted)[1])
-    work = pass_flops(run.model.config, chunks, run.args.chunk_size)
+    run.timed(name, lambda: pdllm.prefill(run.model, prompt, run.select, draft=drafted)[1])
+    work = pass_flops(run, chunks)
     run.note(f"TFLOP/s, {name}", work / run.median(name) / 1e12)
 
 
@@ -167,7 +168,7 @@ class Requests:
     def answer(self, method: str, context: np.ndarray, tokens: int, **select: Any):
         """Answers once; returns the seconds of all its evaluations, and the result.
 
-        One token a step; for "plain" the fewest steps. select: changes of SELECT.
+        One token a step; for "plain" the fewest steps. select: changes of run.select.
         """
         steps = max(PLAIN_EVALUATIONS, tokens // BLOCK) if method == "plain" else tokens
         decode = pdllm.DecodeConfig(gen_length=tokens, block_length=BLOCK, steps=steps)
@@ -176,7 +177,10 @@ class Requests:
         prefix = self.prefix[:0]
         if method == "prefilling":
             chunking = pdllm.ChunkConfig(self.run.args.chunk_size)
-            settings |= {"selection": dataclasses.replace(SELECT, **select), "chunking": chunking}
+            settings |= {
+                "selection": dataclasses.replace(self.run.select, **select),
+                "chunking": chunking,
+            }
             request, prefix = [context, self.query], self.prefix
         seconds, result = clock(
             lambda: pdllm.Engine(self.run.model, **settings).answer(*request, prefix=prefix)

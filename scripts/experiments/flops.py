@@ -63,7 +63,7 @@ def answer_flops(
     view = sizes.prefix + sum(kept) + live
 
     draft = encode = 0.0
-    if scorer == "draft":
+    if scorer in ("draft", "causal"):
         rows = sizes.prefix + sizes.query + cell.draft_length
         draft = cell.draft_steps * count(rows, rows, cell.draft_length)
 
@@ -90,6 +90,12 @@ def answer_flops(
 
 def _pass(count: Counter, cell: Cell, scorer: str, sizes: Sizes) -> float:
     """Counts the pass over all chunks, with the query copies that run with each."""
+    own = sizes.query + (0 if scorer == "query" else cell.draft_length)
+    if scorer == "chunk-draft":
+        conditioned = [sizes.prefix + chunk + own for chunk in sizes.chunks]
+        cost = sum(count(rows, rows, cell.draft_length) for rows in conditioned)
+        words = sizes.query + cell.draft_steps
+        return cost + sum(count(1 + own, rows, words) for rows in conditioned)
     pooled = cell.encoding in ("independent", "bridge") or scorer == "attention"
     if not SCORERS[scorer].needs_pool and not pooled and cell.encoding == "joint":
         return 0.0
@@ -99,9 +105,10 @@ def _pass(count: Counter, cell: Cell, scorer: str, sizes: Sizes) -> float:
     if scorer == "attention":
         cost += count(sizes.query, sizes.prefix + sum(sizes.chunks) + sizes.query)
     elif SCORERS[scorer].in_pass:
-        rows = sizes.query + (0 if scorer == "query" else cell.draft_length)
-        draft = {"draft": sizes.query + cell.draft_steps, "confidence": cell.draft_length}
-        scored = draft.get(scorer, sizes.query)
-        copies = 1 if scorer == "confidence" else (cell.masked_copies or scored)
-        cost += sum(count(copies * rows, sizes.prefix + c + rows, scored) for c in sizes.chunks)
+        drafted = dict.fromkeys(("draft", "causal"), sizes.query + cell.draft_steps)
+        scored = {**drafted, "confidence": cell.draft_length}.get(scorer, sizes.query)
+        alone = scorer in ("causal", "confidence")
+        copies = 1 if alone else (cell.masked_copies or scored)
+        rows = copies * own + (scorer == "causal")  # and the chunk's last row again
+        cost += sum(count(rows, sizes.prefix + c + own, scored) for c in sizes.chunks)
     return cost

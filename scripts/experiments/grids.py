@@ -17,6 +17,7 @@ from typing import Any
 
 from pdllm_jax import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.method.cache_methods import Method
+from pdllm_jax.method.scorers import SCORERS
 from pdllm_jax.rules import SEED, exact_share, validate
 from small_model.tasks import TASKS
 
@@ -115,9 +116,7 @@ class Cell:
             "top_k": self.selection != "all",
             "seed": self.selection in ("random", "oracle", "without"),
             **dict.fromkeys(("scorer", "margin", "keep_first", "reselect"), scored),
-            "masked_copies": scored and self.scorer not in ("attention", "confidence"),
-            "draft_length": scored and self.scorer in ("draft", "confidence"),
-            "draft_steps": scored and self.scorer == "draft",
+            **{name: scored and hasattr(SCORERS[self.scorer], name) for name in _SCORER},
         }
         return names | {name for name, is_used in used.items() if is_used}
 
@@ -163,9 +162,10 @@ class Cell:
         return f"{self.selection}-{self.length}-{digest}"
 
 
-# Settings that the library's SelectionConfig has under the same names.
+# Options of scorers, and all settings that SelectionConfig has under the same names.
+_SCORER = ("masked_copies", "draft_length", "draft_steps")
 _SELECTION = (
-    *("top_k", "keep_first", "reselect", "masked_copies", "draft_length", "draft_steps"),
+    *("top_k", "keep_first", "reselect", *_SCORER),
     *("encoding", "bridge_tokens", "positions"),
 )
 # How labels show values, and settings.

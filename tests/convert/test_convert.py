@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from convert import convert, converted, reverse
 from convert.mapping import targets, tree
 from convert.sources import BLOCK
 from pdllm_jax.network.config import ModelConfig
+from pdllm_jax.network.families import FAMILIES
 from pdllm_jax.network.transformer import MaskPredictor
 from pdllm_jax.storage.checkpoint import load_model
 from pdllm_jax.storage.manifest import CheckpointError
@@ -40,9 +42,11 @@ def write(folder: Path, values: dict[str, Any], **options: Any) -> Path:
     return sources.write(folder / "source", values, sources.config(), **options)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_table_covers_exactly_the_model(tied: bool) -> None:
+def test_table_covers_exactly_the_model(tied: bool, family: str) -> None:
     config = ModelConfig.from_dict(sources.config(weight_tying=tied))
+    config = dataclasses.replace(config, family=family)
     model = nnx.eval_shape(lambda: MaskPredictor(config, rngs=nnx.Rngs(0)))
     rows = targets(config).values()
     leaves = tree({row.path: jax.ShapeDtypeStruct(row.shape, "float32") for row in rows})
@@ -62,6 +66,18 @@ def test_round_trip_is_bit_exact(tmp_path: Path, dtype: str, shards: int | None)
     sources.assert_same(sources.read_folder(tmp_path / "back"), values)
     configs = [(tmp_path / name / "config.json").read_bytes() for name in ("back", "source")]
     assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize(("dtype", "tied"), [("bfloat16", False), ("float32", True)])
+def test_round_trip_of_dream(tmp_path: Path, dtype: str, tied: bool) -> None:
+    values = sources.make(tmp_path, dtype, shards=3, family="dream", weight_tying=tied)
+    report = convert(tmp_path / "source", tmp_path / "converted", verify=True)
+    assert (report.tensors, report.ignored, report.notes) == (27 - tied, (), ())
+    sources.assert_converted(tmp_path / "converted", values)
+    model = load_model(tmp_path / "converted")
+    assert (model.config.family, model.config.weight_tying) == ("dream", tied)
+    reverse(tmp_path / "converted", tmp_path / "back", verify=True)
+    sources.assert_same(sources.read_folder(tmp_path / "back"), values)
 
 
 @pytest.mark.parametrize("source_dtype", DTYPES)
@@ -332,19 +348,12 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ],
 )
 def test_command_line_errors(
-    tmp_path: Path,
-    source: Path,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    expected: str,
+    tmp_path: Path, source: Path, call_main, arguments: list[str], expected: str
 ) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     places = {"source": source, "target": tmp_path / "converted", "loop": tmp_path / "loop"}
-    try:
-        status = convert_checkpoint.main([part.format(**places) for part in arguments])
-    except SystemExit as error:
-        status = error.code
-    out, err = capsys.readouterr()
+    arguments = [part.format(**places) for part in arguments]
+    status, out, err = call_main(convert_checkpoint.main, *arguments)
     assert status == 2
     assert out == ""
     assert err.startswith("error: ")

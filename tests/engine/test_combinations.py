@@ -23,15 +23,17 @@ from pdllm_jax import (
     SelectionConfig,
     plan_memory,
 )
-from tests.oracles.method import READERS, Expected, Method, split
+from tests.oracles.method import READERS, SHIFTED, Expected, Method, split
 from tests.support.covering import Row, covering_array
 from tests.support.method import BOS, MASK, copy, sharp_model
 
 FACTORS: dict[str, list[Any]] = {
+    "family": ["llada", "dream"],
     "scorer": [*READERS, "all", "first", "last", "random", "oracle"],
     "encoding": ["independent", "query-conditioned", "joint", "bridge", "bridge by attention"],
-    "positions": ["continuous", "absolute", "reuse"],
+    "positions": ["continuous", "absolute", "reuse", "contiguous"],
     "keep_tokens": [None, 5],
+    "keep_by": ["query-to-chunk", "chunk-to-query", "both"],
     "adaptive": [None, (3, 0.0), (4, 0.02), (9, 1e9)],  # max_k, margin
     "keep_first": [False, True],
     "masked_copies": [3, None],
@@ -56,6 +58,8 @@ TOLERANCE = 3e-4  # decisions of the definition are at least this clear
 
 def allowed(row: Row) -> bool:
     """Whether values may be given together, as far as they are given."""
+    if row.get("scorer") in SHIFTED and row.get("family", "dream") != "dream":
+        return False
     rereads = row.get("reselect", "never") == "never" or row.get("scorer", "draft") in READERS
     return rereads and not (
         row.get("prefix") == "mixed" and row.get("requests", "batch") != "batch"
@@ -66,11 +70,11 @@ ARRAY = covering_array(FACTORS, allowed)
 
 
 @functools.cache
-def model_of(leaves_masks: bool) -> MaskPredictor:
+def model_of(family: str, leaves_masks: bool) -> MaskPredictor:
     """`sharp_model`, or one that often predicts the mask token."""
     if not leaves_masks:
-        return sharp_model()
-    model = copy(sharp_model())
+        return sharp_model(family)
+    model = copy(sharp_model(family))
     head = model.lm_head.weight
     head[...] = head[...].at[MASK].multiply(2.5)
     return model
@@ -82,7 +86,7 @@ def settings_of(row: Row) -> tuple[ChunkConfig, SelectionConfig, DecodeConfig]:
     max_k, margin = row["adaptive"] or (None, 0.0)
     if row["scorer"] in ("draft", "query"):
         options["masked_copies"] = row["masked_copies"]
-    names = ("scorer", "positions", "keep_tokens", "keep_first", "reselect")
+    names = ("scorer", "positions", "keep_tokens", "keep_by", "keep_first", "reselect")
     options |= {"top_k": 2, "max_k": max_k, "margin": margin, "encode_batch": 3}
     selection = SelectionConfig(encoding=encoding, **options, **{name: row[name] for name in names})
     decoding = DecodeConfig(
@@ -145,7 +149,7 @@ def random_scores(model, chunking: ChunkConfig, request: Request) -> np.ndarray:
 
 def check(row: Row) -> None:
     chunking, selection, decoding = settings_of(row)
-    model = model_of(row["leaves_masks"])
+    model = model_of(row["family"], row["leaves_masks"])
     engine = Engine(model, None, chunking, selection, decoding, bos_id=BOS)
     for seed in range(99):  # the first prompts whose decisions are clear
         requests = requests_of(row, np.random.default_rng(seed))
@@ -193,11 +197,13 @@ BASE_CASE, MARGINS = ("reselect", "encoding", "adaptive"), [(4, 0.0), (4, 1e9)]
 FEW_SLOTS: list[Any] = [  # adaptive K whose first selection fills fewer slots than a later one may
     {"reselect": "block", "encoding": "joint", "adaptive": (4, 0.02)},
     {"reselect": "step", "encoding": "independent", "adaptive": (4, 0.02)},
-    {"reselect": "step", "encoding": "bridge", "adaptive": (9, 1e9)},
-]
-FEW_SLOTS += [
-    pytest.param(dict(zip(BASE_CASE, values, strict=True)), marks=pytest.mark.slow)
-    for values in itertools.product(("block", "step"), ("independent", "joint"), MARGINS)
+    *(
+        pytest.param(dict(zip(BASE_CASE, values, strict=True)), marks=pytest.mark.slow)
+        for values in (
+            ("step", "bridge", (9, 1e9)),
+            *itertools.product(("block", "step"), ("independent", "joint"), MARGINS),
+        )
+    ),
 ]
 
 
@@ -221,7 +227,7 @@ def planned(row: Row):
     chunking, selection, decode = settings_of(row)
     many = {"batch": {"batch": 3}, "questions": {"questions": 2}}.get(row["requests"], {})
     settings: dict[str, Any] = {"chunking": chunking, "selection": selection, "decode": decode}
-    return plan_memory(sharp_model().config, 53, dtype=jnp.float32, **settings, **many)
+    return plan_memory(sharp_model(row["family"]).config, 53, dtype=jnp.float32, **settings, **many)
 
 
 @pytest.mark.parametrize("row", ARRAY[::9], ids=lambda row: "-".join(map(str, row.values())))
@@ -272,7 +278,7 @@ def never(*args, **kwargs):
     [
         *[
             ({"reselect": "step", "scorer": name}, "reselect needs")
-            for name in FACTORS["scorer"][4:]
+            for name in FACTORS["scorer"][len(READERS) :]
         ],
         ({"margin": 0.5}, "margin needs max_k"),
         ({"top_k": 4, "max_k": 3}, "max_k 3 is less than top_k 4"),

@@ -41,18 +41,14 @@ def text(tmp_path) -> Path:
 
 
 @pytest.fixture
-def call(capsys):
+def call(call_main):
     """Returns the output of a command line that ends with a status: stderr where it is not 0."""
 
     def call(main, *argv, status: int = 0) -> str:
-        try:
-            ended = main([str(a) for a in argv])
-        except SystemExit as stop:
-            ended = stop.code
-        captured = capsys.readouterr()
-        assert ended == status, captured.err
-        assert status == 0 or not captured.out
-        return captured.err if status else captured.out
+        ended, out, err = call_main(main, *argv)
+        assert ended == status, err
+        assert status == 0 or not out
+        return err if status else out
 
     return call
 

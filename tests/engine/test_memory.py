@@ -98,6 +98,19 @@ def test_a_count_below_its_minimum_is_refused(counts):
         plan_memory(ModelConfig.tiny(), **{"document": 100, **counts})
 
 
+def test_figures_of_dream_7b_worked_out_by_hand():
+    """28 layers of 2 x 3584^2 + 2 x 512 x 3584 + 3 x 3584 x 18944 and biases, 152,064 words."""
+    plan = planned(ModelConfig.dream_7b(), query=32)
+    layer = 2 * 3584**2 + 2 * 512 * 3584 + 3 * 3584 * 18944 + 3584 + 2 * 512
+    weights = 2 * (28 * layer + 2 * 152064 * 3584 + (2 * 28 + 1) * 3584)
+    assert plan["load"].held["weights"] == weights == 2 * 7_615_616_512
+    token = 2 * 28 * 4 * 128 * 2  # K and V of a token: a ninth of LLaDA-8B's
+    assert plan["encode"].made["KV of the chosen chunks"] == 4 * (1024 * token + 4)
+    assert plan["encode"].made["live KV"] == 128 * token
+    row = 2 * (2 * 3584 + 2 * 18944)
+    assert plan["encode"].scratch["activations of a layer"] == (32 + 4 * 1024 + 64) * row
+
+
 def test_figures_worked_out_by_hand():
     """LLaDA-8B in bfloat16: 32 layers of 4 x 4096^2 + 3 x 4096 x 12288, two tables of 126,464."""
     plan = planned(query=32)
@@ -121,7 +134,7 @@ def test_figures_worked_out_by_hand():
     assert streamed.scratch["KV in flight"] == (4 + 8 + 8) * 1024 * token // 2
 
 
-@pytest.mark.parametrize("changes", [{}, {"weight_tying": True}, {"n_kv_heads": 4}])
+@pytest.mark.parametrize("changes", [{}, {"weight_tying": True}, {"family": "dream"}])
 def test_weights_are_as_large_as_the_model(changes):
     config = dataclasses.replace(ModelConfig.tiny(), **changes)
     for dtype in (jnp.float32, jnp.bfloat16):

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.support import evals_data
+from tests.support import evals_data, harness
 
+if not harness.INSTALLED:
+    harness.import_adapter()
 TEMPLATE = "Read this.\n\n{context}\n\nQuestion: {input}\nAnswer:"
 ROWS = [
     {"input": f"Where is {name}?", "context": evals_data.TEXT * n, "answers": [name, "Hall e"]}
@@ -17,7 +19,9 @@ ROWS = [
 
 
 def instance(prompt: str, *args: Any, doc: dict | None = None, task: str = "t") -> Any:
-    from lm_eval.api.instance import Instance
+    Instance = harness.Instance
+    if harness.INSTALLED:
+        from lm_eval.api.instance import Instance
 
     return Instance("generate_until", doc or {}, (prompt, *args), 0, (task, 0, 1))
 

@@ -23,16 +23,15 @@ from tests.support import evals_data
 
 if not os.environ.get("HF_HOME"):
     os.environ["HF_HOME"] = str(ROOT / ".cache" / "huggingface")
-lm_eval = pytest.importorskip(
-    "lm_eval", reason="lm-eval is not installed (pip install '.[lm-eval]')"
-)
+pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install '.[lm-eval]')")
 pytest.importorskip("torch")
-from lm_eval.tasks import TaskManager  # noqa: E402
+import lm_eval
+from lm_eval.tasks import TaskManager
 
-from pdllm_jax.evaluation.lm_eval import PrefillingLM  # noqa: E402
+from pdllm_jax.evaluation.lm_eval import PrefillingLM
 
 sys.path.insert(0, str(ROOT / "scripts"))
-import evaluate  # noqa: E402
+import evaluate
 
 SETTINGS = {"chunk_size": 64, "top_k": 2, "encode_batch": 4, "threshold": 0.3, "max_length": 150}
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
@@ -195,8 +194,14 @@ def test_short_prompts_and_what_tasks_may_ask_for(model, monkeypatch):
     assert ask("short", until="STOP", temperature=1, do_sample=False) == "one\n\ntwo "
     assert ask("short", do_sample=True, temperature=0.5) == "one\n\ntwo STOP three"
     assert seen[-1][2].temperature == 0.5
-    with pytest.raises(ValueError, match=r"generation_kwargs top_p=0.9 is not implemented"):
-        ask("short", do_sample=True, top_p=0.9)
+    ask("short", do_sample=True, top_p=0.9, top_k=-1)
+    assert (seen[-1][2].top_p, seen[-1][2].top_k) == (0.9, None)
+    ask("short", temperature=0.5, top_k=7)
+    assert (seen[-1][2].top_p, seen[-1][2].top_k) == (None, 7)
+    ask("short", top_p=0.9, top_k=7)
+    assert (seen[-1][2].top_p, seen[-1][2].top_k) == (None, None), "greedy"
+    with pytest.raises(ValueError, match=r"generation_kwargs min_p=0.1 is not implemented"):
+        ask("short", do_sample=True, min_p=0.1)
     with pytest.raises(ValueError, match="num_return_sequences=2 is not implemented"):
         ask("short", num_return_sequences=2)
     long = TEMPLATE.format(context=ROWS[0]["context"] + "<|eot_id|>", input="?")

@@ -13,10 +13,7 @@ from pdllm_jax.method.likelihood import answer_log_likelihood
 from pdllm_jax.storage.checkpoint import load_config
 from tests.evaluation.conftest import ROWS, instance
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install '.[lm-eval]')")
 pytest.importorskip("torch")
-from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
-
 from pdllm_jax.evaluation.lm_eval import PrefillingLM
 
 RULER_QA = (
@@ -128,11 +125,32 @@ def test_generation_kwargs_are_read_as_by_lm_eval(model, monkeypatch, kwargs):
 
     monkeypatch.setattr(model, "_respond", respond)
     (got,) = model.generate_until([instance("Q", kwargs)], disable_tqdm=True)
-    want = normalize_gen_kwargs(kwargs)
+    utils = pytest.importorskip(
+        "lm_eval.models.utils", reason="lm-eval is not installed (pip install '.[lm-eval]')"
+    )
+    want = utils.normalize_gen_kwargs(kwargs)
     until = [stop for stop in want["until"] if stop is not None]
-    assert got == postprocess_generated_text(text, until, None)
+    assert got == utils.postprocess_generated_text(text, until, None)
     assert seen[0].gen_length == want["max_gen_toks"]
     assert seen[0].temperature == want.get("temperature", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "text", "length"),
+    [
+        ({"until": [""]}, "One.\n\nTwo.", 256),
+        ({"until": ["", "\n\n"], "max_new_tokens": 16}, "One.", 16),
+        ({"max_tokens": 24}, "One.\n\nTwo.", 24),
+        ({"max_gen_toks": 8, "max_new_tokens": 16}, "One.\n\nTwo.", 8),
+    ],
+)
+def test_empty_stops_and_names_of_the_length(model, monkeypatch, kwargs, text, length):
+    seen, answered = [], model.tokenizer.encode("One.\n\nTwo.")
+    monkeypatch.setattr(
+        model, "_respond", lambda _, decoding, __: seen.append(decoding) or answered
+    )
+    assert model.generate_until([instance("Q", kwargs)], disable_tqdm=True) == [text]
+    assert seen[0].gen_length == length
 
 
 @pytest.mark.parametrize("kwargs", [{"until": [1]}, {"max_tokens": 0}, {"num_beams": 4}, {"x": 1}])
@@ -209,6 +227,41 @@ def test_the_published_command_s_arguments(folder):
     plan = {"samples": 4, "guidance": 0.5}
     assert value == answer_log_likelihood(model.model, *ids, **plan)
     model.generate_until([instance("Who is", {})], disable_tqdm=True)
-    skipped = ("gen_length", "block_length", "remasking", "unmask", "threshold", "factor", "steps")
+    skipped = ("gen_length", "block_length", "top_k")
     fields = [field.name for field in dataclasses.fields(DecodeConfig)]
-    assert {*fields} - {*skipped} <= {*DECODING}
+    assert {*fields} - {*skipped} | {"sample_top_k"} <= {*DECODING}
+
+
+DREAM = {"max_new_tokens": 16, "diffusion_steps": 8, "add_bos_token": True, "eps": 0.01}
+GIVEN = {"max_new_tokens": 16, "steps": 8, "eps": 0.01}
+SAMPLED = {"temperature": 0.2, "top_p": 0.95, "alg_temp": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "want"),
+    [
+        (
+            "plain",
+            {"alg": "entropy", **SAMPLED, "sample_top_k": 9},
+            DecodeConfig.dream(**GIVEN, alg="entropy", **SAMPLED, top_k=9),
+        ),
+        ("plain", {"alg": "origin"}, DecodeConfig.dream(**GIVEN)),
+        (
+            "prefix-cache",
+            {"alg": "entropy"},
+            DecodeConfig.fast_dllm_dream(**GIVEN, alg="entropy", block_length=8),
+        ),
+        (
+            "dual-cache",
+            {"alg": "confidence_threshold", "threshold": 0.8},
+            DecodeConfig.fast_dllm_dream(**GIVEN, threshold=0.8, block_length=8),
+        ),
+    ],
+)
+def test_arguments_of_dream_s_published_evaluations(folder, method, given, want):
+    model = PrefillingLM(str(folder), method=method, block_length=8, top_k=2, **DREAM, **given)
+    decoding, _ = model._generation({"until": [], "do_sample": False})
+    assert decoding == dataclasses.replace(want, stop_ids=decoding.stop_ids)
+    assert model.engine.selection.top_k == 2
+    with pytest.raises(ValueError, match="alg 'best' is not known"):
+        PrefillingLM("nowhere", method=method, alg="best")

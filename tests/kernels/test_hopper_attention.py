@@ -158,19 +158,6 @@ LLADA = [(5, 200), (32, 0), (32, 128), (32, 200), (64, 128), (100, 0), (100, 200
 @pytest.mark.parametrize(
     ("batch", "slots", "rows", "heads", "kv_heads", "dim", "dtype", "own_keys"),
     [
-        *[
-            (
-                1,
-                4,
-                rows,
-                32,
-                32,
-                128,
-                jnp.bfloat16,
-                own_keys,
-            )  # as LLaDA's; without own keys slots share rows
-            for rows, own_keys in [(5, 200), (32, 0), (32, 128), (32, 200), (64, 128)]
-        ],
         *((1, 4, rows, 32, 32, 128, jnp.bfloat16, keys) for rows, keys in LLADA),
         (8, 4, 32, 32, 32, 128, jnp.bfloat16, 128),
         (1, 4, 32, 28, 4, 128, jnp.float16, 128),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from pdllm_jax.config import DecodeConfig, SelectionConfig
+from pdllm_jax.method.cache import Positions
 from pdllm_jax.method.chunking import chunk_prompt
 from pdllm_jax.method.denoise import denoise
 from pdllm_jax.method.live_forward import Context, query_rows
@@ -33,16 +35,22 @@ ENCODINGS = pytest.mark.parametrize(
 )
 
 
-def encoded(model, parts, decode=DECODE, chunking=CHUNKS, **changes):
-    """(ids of the chosen chunks, state at the start, response) of changed settings."""
+def begun(model, parts, decode=DECODE, chunking=CHUNKS, **changes):
+    """(prompt, cache, selection, state at the start) of changed settings."""
     settings = SelectionConfig.from_flat(**SELECT.to_flat() | changes)
     prompt = chunk_prompt(*parts, chunking, bos_id=BOS)
     cache, scores = prefill(model, prompt, settings)
     chosen = select(scores, settings)
     state = first_state(model, cache, chosen, prompt, decode, settings=settings)
-    begun = copy(state)
+    return prompt, cache, chosen, state
+
+
+def encoded(model, parts, decode=DECODE, **changes):
+    """(ids of the chosen chunks, state at the start, response) of changed settings."""
+    prompt, cache, chosen, state = begun(model, parts, decode, **changes)
+    first = copy(state)
     tokens = denoise(model, cache, state, config=decode).tokens[0].tolist()
-    return [pieces(prompt)[i] for i in chosen.chunk_ids[0].tolist()], begun, tokens
+    return [pieces(prompt)[i] for i in chosen.chunk_ids[0].tolist()], first, tokens
 
 
 def masked_logits(logits_of, parts, chunks, *details):
@@ -126,16 +134,45 @@ def received_attention(model, parts, chunks, rows=8, window=7) -> np.ndarray:
     return result
 
 
-@pytest.mark.parametrize("count", [3, 8])
-@pytest.mark.parametrize("anchors", [True, False])
-def test_kept_tokens_are_those_that_the_query_looks_at(model, parts, count, anchors):
+def given_attention(model, parts, chunks, rows=8, window=7) -> np.ndarray:
+    """[L, G, K, C] as token_selection.py defines it, from a dense joint forward's weights."""
+    config, size, (prefix, _, query) = model.config, CHUNKS.chunk_size, parts
+    p, k = len(prefix), len(chunks)
+    ids = [*prefix, *(token for chunk in chunks for token in chunk), *query, *[MASK] * G]
+    position = [*range(p), *(p + j * size + i for j, x in enumerate(chunks) for i in range(len(x)))]
+    position = np.array([*position, *(p + k * size + np.arange(len(query) + G))])
+    definition = Definition(model)
+    definition.logits(ids, np.ones((len(ids), len(ids)), bool), position - position[:, None])
+    end = len(ids) - G
+    result = np.full((config.n_layers, config.n_kv_heads, k, size), -np.inf)
+    start, half = p, window // 2
+    for j, chunk in enumerate(chunks):
+        last = definition.weights[..., max(end - rows, end - len(query)) : end].sum(-1)
+        weights = last[..., start : start + len(chunk)]
+        for i in range(len(chunk)):
+            highest = weights[..., max(0, i - half) : i + half + 1].max(-1)
+            result[:, :, j, i] = highest.reshape(*result.shape[:2], -1).mean(-1)
+        start += len(chunk)
+    return result
+
+
+BY = [(count, anchors, "query-to-chunk") for count in (3, 8) for anchors in (True, False)]
+BY += [(3, True, "chunk-to-query"), (8, False, "both")]
+
+
+@pytest.mark.parametrize(("count", "anchors", "by"), BY)
+def test_kept_tokens_are_those_between_which_and_the_query_attention_lies(
+    model, parts, count, anchors, by
+):
     prefix, _, query = parts
     chunking = dataclasses.replace(CHUNKS, anchors=anchors)
-    changes = {"encoding": "independent", "keep_tokens": count}
+    changes = {"encoding": "independent", "keep_tokens": count, "keep_by": by}
     chunks, state, tokens = encoded(model, parts, chunking=chunking, **changes)
     config = model.config
     assert state.pool.k.shape == (config.n_layers, 3, config.n_kv_heads, count, config.head_dim)
-    received = received_attention(model, parts, chunks)
+    directions = {"query-to-chunk": received_attention, "chunk-to-query": given_attention}
+    used = [f for name, f in directions.items() if by in (name, "both")]
+    received = np.sum([f(model, parts, chunks) for f in used], axis=0)
     kept = np.zeros((config.n_layers, config.n_kv_heads, 3, CHUNKS.chunk_size), bool)
     for layer, group, j in np.ndindex(*received.shape[:3]):
         scores = received[layer, group, j].copy()
@@ -162,15 +199,17 @@ def test_keeping_all_tokens_is_a_no_op(model, parts, encoding):
     """Identity 6, bit for bit; and one token fewer is not."""
     changes = {"encoding": encoding, "bridge_share": 0.25}
     _, state, tokens = encoded(model, parts, CACHED, **changes)
-    for count in (CHUNKS.chunk_size, 999):
-        _, same, also = encoded(model, parts, CACHED, keep_tokens=count, **changes)
+    default = 999 if encoding in ("joint", "bridge") else CHUNKS.chunk_size
+    for count, by in (default, "query-to-chunk"), (999, "both"):
+        kept = {"keep_tokens": count, "keep_by": by}
+        _, same, also = encoded(model, parts, CACHED, **kept, **changes)
         assert jax.tree.structure(same) == jax.tree.structure(state)
         for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(same), strict=True):
             if a.dtype != state.keys.dtype:
                 np.testing.assert_array_equal(a, b)
         assert also == tokens
     fewer = CHUNKS.chunk_size - 1
-    state = encoded(model, parts, CACHED, keep_tokens=fewer, **changes)[1]
+    state = begun(model, parts, CACHED, keep_tokens=fewer, **changes)[-1]
     assert state.pool.k.shape[3] == fewer
 
 
@@ -191,7 +230,7 @@ def test_attention_of_padding_and_empty_slots_is_none(model, parts):
     wider = jnp.pad(scores, ((0, 0), (0, 3)), constant_values=-jnp.inf)
     state = first_state(model, cache, select(wider, settings), prompt, DECODE, settings=settings)
     context = Context(pool, state.placement, state.live)
-    received = np.asarray(token_attention(model, context, query_rows(state)))[0]
+    received = np.asarray(jax.jit(lambda: token_attention(model, context, query_rows(state)))())[0]
     lengths = [len(piece) for piece in pieces(prompt)]
     assert len(received) >= len(lengths)
     for attention, n in itertools.zip_longest(received, lengths, fillvalue=0):
@@ -203,14 +242,16 @@ def test_attention_of_padding_and_empty_slots_is_none(model, parts):
 def test_positions(model, parts, encoding):
     """Where chunks and query lie; and that a shift of everything alike changes nothing."""
     starts = {}
-    for positions in ("continuous", "absolute", "reuse"):
-        _, state, _ = encoded(model, parts, encoding=encoding, top_k=2, positions=positions)
+    for positions in get_args(Positions):
+        state = begun(model, parts, encoding=encoding, top_k=2, positions=positions)[-1]
         assert state.selected[0].tolist() == [3, 4]
         starts[positions] = [*state.chunk_starts[0].tolist(), int(state.query_start[0])]
     p, c = 5, CHUNKS.chunk_size
     assert starts["continuous"] == [p, p + c, p + 2 * c]
     assert starts["absolute"] == [p + 3 * c, p + 4 * c, p + 5 * c]
     assert starts["reuse"] == [p, p, p + c]
+    assert len(chunks[1]) < c
+    assert starts["contiguous"] == [p, p + c, p + c + len(chunks[1])]
     # All chunks lie where they are in the document in either way.
     first = {"encoding": encoding, "scorer": "first", "top_k": 5}
     continuous, absolute = (

@@ -145,16 +145,20 @@ def test_guidance(pair, guidance):
     assert not np.array_equal(guided, without)
 
 
-@METHODS
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"logits_eos_inf": True},
-        {"confidence_eos_eot_inf": True},
-        {"confidence_eos_eot_inf": True, "logits_eos_inf": True},
-    ],
-    ids=lambda change: "+".join(change),
-)
+EOS, EOS_LAST = "logits_eos_inf", "confidence_eos_eot_inf"
+EOS_RULES = [EOS], [EOS_LAST], [EOS_LAST, EOS]
+
+
+def eos_rules():
+    """Every rule by the plain loop; each cache has one of them."""
+    for method in RECOMPUTE:
+        for i, names in enumerate(EOS_RULES):
+            slow = method != "plain" and i != (method == "dual_cache")
+            change, name = dict.fromkeys(names, True), f"{method}-{'+'.join(names)}"
+            yield pytest.param(method, change, id=name, marks=SLOW if slow else ())
+
+
+@pytest.mark.parametrize(("method", "change"), eos_rules())
 def test_eos_and_eot_as_in_the_published_evaluation(method, change):
     """Of a network that often predicts the two."""
     eos, eot = checkpoints.tiny_config()["eos_token_id"], 77

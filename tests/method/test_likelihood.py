@@ -25,10 +25,17 @@ PROMPT = [256, 5, 6, 7, 80, 81, 9, 12, 200]
 ANSWER = [40, 41, 42, 40, 99]
 
 
+SIZES = {
+    "llada": {"n_layers": 1, "d_model": 32, "n_heads": 2, "n_kv_heads": 1},
+    "dream": {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2},
+}
+
+
 @pytest.fixture
-def both(make_checkpoint):
+def both(make_checkpoint, request):
     """The library's model and the oracle of the same tensors; small, for much is compiled here."""
-    made = make_checkpoint(n_layers=1, d_model=32, n_heads=2, n_kv_heads=1)
+    family = getattr(request, "param", "llada")
+    made = make_checkpoint(family=family, **SIZES[family])
     tensors = made.tensors, made.config
     return model_from_tensors(*tensors), LlamaOracle(*tensors)
 
@@ -43,13 +50,18 @@ def term(model, oracle: LlamaOracle, prompt, answer, masked, guidance=0.0) -> fl
     prompts = [*prompt, *noisy], [*[mask_id] * len(prompt), *noisy]
     logits, blind = (oracle(torch.tensor([ids]))[0].double() for ids in prompts)
     guided = blind + (guidance + 1) * (logits - blind)
-    found = torch.log_softmax(guided, -1).numpy()[len(prompt) :]
+    found = torch.log_softmax(guided, -1).numpy()[len(prompt) - model.config.logit_shift :]
     total = sum(found[i, token] for i, token in enumerate(answer) if masked[i])
     return total * len(answer) / sum(masked)
 
 
+ESTIMATES = [("llada", *plan) for plan in ((12, 5, 0.0), (7, 3, 0.0), (6, 3, 0.5), (4, 4, 2.0))]
+
+
 @pytest.mark.parametrize(
-    ("samples", "group", "guidance"), [(12, 5, 0.0), (7, 3, 0.0), (6, 3, 0.5), (4, 4, 2.0)]
+    ("both", "samples", "group", "guidance"),
+    [*ESTIMATES, ("dream", 12, 5, 0.0), ("dream", 6, 3, 0.5)],
+    indirect=["both"],
 )
 def test_the_estimate_is_the_published_one(both, samples, group, guidance):
     model, oracle = both
@@ -113,7 +125,12 @@ def test_logits_exist_for_masked_rows_alone(both, monkeypatch):
 SETTINGS = SelectionConfig(top_k=2, scorer="last", encode_batch=2)
 
 
-@pytest.mark.parametrize("encoding", ["joint", "independent", "query-conditioned"])
+ENCODINGS = [("llada", name) for name in ("joint", "independent", "query-conditioned")]
+
+
+@pytest.mark.parametrize(
+    ("both", "encoding"), [*ENCODINGS, ("dream", "independent")], indirect=["both"]
+)
 def test_kept_chunks_are_attended_to_as_in_a_step(both, encoding):
     """A one-token answer is all masked: what the first evaluation of a response predicts."""
     model, query = both[0], [7, 8, 9]
@@ -129,7 +146,8 @@ def test_kept_chunks_are_attended_to_as_in_a_step(both, encoding):
     def evaluation(state):
         context = Context(state.pool_in(kept.cache), state.placement, state.live)
         x, _, _ = live_forward(model, context, query_rows(state).ids)
-        return jax.nn.log_softmax(model.logits(model.final_norm(x[0, len(query)])))
+        row = len(query) - model.config.logit_shift
+        return jax.nn.log_softmax(model.logits(model.final_norm(x[0, row])))
 
     assert got == pytest.approx(float(evaluation(state)[33]), rel=1e-4)
 

@@ -36,7 +36,7 @@ def masking_model():
 
 def requests(count: int) -> list[Request]:
     rng = np.random.default_rng(3)
-    sizes = [(53, 7), (30, 40), (90, 12), (41, 5)][:count]
+    sizes = [(53, 7), (80, 20)][:count]
     return [
         Request(rng.integers(0, 250, n), rng.integers(0, 250, q), [BOS, 3], seed=seed)
         for seed, (n, q) in enumerate(sizes)
@@ -44,6 +44,7 @@ def requests(count: int) -> list[Request]:
 
 
 RULES = ({}, {"threshold": 0.3}, {"factor": 1.5}, {"steps": 6})
+DREAM = {"schedule": "time", "top_p": 0.9, "scaled_confidence": True, "first_slot_alone": True}
 
 
 def sampled():
@@ -51,7 +52,9 @@ def sampled():
     for i, recompute in enumerate(("block", "suffix", "response")):
         for j, remasking in enumerate(CONFIDENCES):
             change = {"recompute": recompute, "remasking": remasking, **RULES[(i + j) % 4]}
-            slow = (i, j) not in ((0, 0), (2, 3))  # two rules of two modes run by default
+            if remasking == "origin":
+                change = {**DREAM, **change, "threshold": None, "factor": None}
+            slow = (i, j) not in ((0, 0), (2, 4))  # two rules of two modes run by default
             name = f"{recompute}-{remasking}"
             yield pytest.param(change, id=name, marks=pytest.mark.slow if slow else ())
 
@@ -116,6 +119,13 @@ def test_the_tail_is_drawn_as_often_as_its_mass():
     assert abs(tail_share(draws) - 0.01) < 4 * (0.01 * 0.99 / draws) ** 0.5
 
 
+def test_a_token_is_drawn_that_is_less_probable_than_a_float_resolves():
+    """Mode "low" of JAX's noise ends at 16.6; this key has 17.9 at the token, -0.9 at 777."""
+    logits = jnp.zeros((1, VOCABULARY)).at[0, 777].set(18.0)
+    draw = jax.jit(lambda key: predict(logits, DecodeConfig().remasking, 1.0, key)[0])
+    assert draw(random_key(0)).tolist() == [34_629]
+
+
 def drawn_keys(run) -> tuple[list[tuple[int, ...]], set[tuple[int, ...]]]:
     """Runs a computation; returns the keys drawn from, and the keys that others derive from."""
     drawn: list[tuple[int, ...]] = []
@@ -143,6 +153,7 @@ def test_a_key_serves_one_purpose():
     """All draws of an answer and of a log-likelihood with the same seed."""
     # Settings of no other test: they are traced here, with the functions that record.
     decoding = dataclasses.replace(DECODE, temperature=0.71, remasking="random", gen_length=8)
+    decoding = dataclasses.replace(decoding, order_temperature=0.5)
     selection = dataclasses.replace(SELECT, encode_batch=2)
     engine = Engine(masking_model(), None, CHUNKS, selection, decoding)
     (request,) = requests(1)
@@ -153,7 +164,7 @@ def test_a_key_serves_one_purpose():
 
     drawn, parents = drawn_keys(run)
     evaluations, block = 8, 4
-    assert len(drawn) >= 5 + 2 * evaluations * block + 1 + 11  # chunks, slots, counts, masks
+    assert len(drawn) >= 5 + 3 * evaluations * block + 1 + 11  # chunks, slots, counts, masks
     assert len(set(drawn)) == len(drawn)
     assert not set(drawn) & parents
 

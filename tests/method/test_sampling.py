@@ -15,7 +15,7 @@ from pdllm_jax.method.sampling import log_probability
 def predict(logits, key=0, **settings):
     config = DecodeConfig(**settings)
     key = jax.random.key(key) if isinstance(key, int) else key
-    return sampling.predict(logits, config.remasking, config.temperature, key)
+    return sampling.predict(logits, key=key, **config.prediction)
 
 
 def transfer(confidence, step=0, **settings):

@@ -57,7 +57,10 @@ OTHER: list[tuple[dict[str, Any], str]] = [
     ({"sliding_window": 512}, "sliding_window=512"),
     ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
     ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
-    ({"attention_bias": True, "mlp_bias": True}, "attention_bias=True, mlp_bias=True"),
+    (
+        {"attention_bias": True, "mlp_bias": True},
+        "attention_bias=True (the family llada has False), mlp",
+    ),
     ({"use_qk_norm": True}, "use_qk_norm=True"),
     ({"embedding_multiplier": 12.0, "logits_scaling": 8}, "embedding_multiplier=12.0, logits_s"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),

@@ -38,8 +38,8 @@ def folder(tmp_path_factory) -> Path:
     return make(tmp_path_factory.mktemp("checkpoint"), **DIVISIBLE)
 
 
-def test_a_checkpoint_goes_to_a_mesh_in_parts(folder):
-    workers.run(mesh_workers.loaded, folder)
+def test_a_checkpoint_goes_to_a_mesh_in_parts(tmp_path):
+    workers.run(mesh_workers.loaded, make(tmp_path, family="dream", **DIVISIBLE))
 
 
 def test_two_processes_are_one_mesh(folder, tmp_path):
@@ -93,6 +93,7 @@ def test_a_mesh_of_one_device_and_sizes_that_do_not_fit():
     [
         ("blocks.3.q_proj.weight", (64, 64), ("tensor", None)),
         ("blocks.3.down_proj.weight", (64, 96), (None, "tensor")),
+        ("blocks.3.k_proj.bias", (64,), ("tensor",)),
         ("blocks.3.attn_norm.weight", (64,), ()),
         ("lm_head.weight", (256, 64), ("tensor", None)),
         ("cache.pool.k", (2, 6, 8, 16, 4), (None, None, "tensor", None, None)),

@@ -1,4 +1,4 @@
-"""Random tiny LLaDA checkpoints in the layout that LLaDA is published in."""
+"""Random tiny checkpoints of LLaDA and Dream, each in the layout that it is published in."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
+from tests.oracles.config_json import DREAM_7B_CONFIG, LLADA_8B_CONFIG
+
 SPECIAL_TOKENS = (
     "<|startoftext|>",
     "<|endoftext|>",
@@ -17,6 +19,13 @@ SPECIAL_TOKENS = (
     "<|start_header_id|>",
     "<|end_header_id|>",
     "<|eot_id|>",
+)
+DREAM_SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|beginoftext|>",
+    "<|mask|>",
 )
 # As LLaDA's: header, blank line, text, end of turn; then the assistant's header.
 CHAT_TEMPLATE = (
@@ -30,26 +39,23 @@ CHAT_TEMPLATE = (
 )
 N_BYTES = 256
 
-# LLaDA-8B's config.json, whole: the keys that it inherited from OLMo are part of the format.
-LLADA_8B_CONFIG: dict[str, Any] = json.loads("""
-{"activation_type": "silu", "alibi": false, "alibi_bias_max": 8.0,
-"architectures": ["LLaDAModelLM"], "attention_dropout": 0.0, "attention_layer_norm": false,
-"attention_layer_norm_with_affine": true,
-"auto_map": {"AutoConfig": "configuration_llada.LLaDAConfig",
- "AutoModel": "modeling_llada.LLaDAModelLM",
- "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM"},
-"bias_for_layer_norm": false, "block_group_size": 1, "block_type": "llama", "d_model": 4096,
-"embedding_dropout": 0.0, "embedding_size": 126464, "eos_token_id": 126081,
-"flash_attention": false, "include_bias": false, "include_qkv_bias": false,
-"init_cutoff_factor": null, "init_device": "meta", "init_fn": "mitchell", "init_std": 0.02,
-"input_emb_norm": false, "layer_norm_type": "rms", "layer_norm_with_affine": true,
-"mask_token_id": 126336, "max_sequence_length": 4096, "mlp_hidden_size": 12288, "mlp_ratio": 4,
-"model_type": "llada", "multi_query_attention": null, "n_heads": 32, "n_kv_heads": 32,
-"n_layers": 32, "pad_token_id": 126081, "precision": "amp_bf16", "residual_dropout": 0.0,
-"rms_norm_eps": 1e-05, "rope": true, "rope_full_precision": true, "rope_theta": 500000.0,
-"scale_logits": false, "transformers_version": "4.46.3", "use_cache": false, "vocab_size": 126464,
-"weight_tying": false}
-""")
+# Names of a layer's tensors in the order of a published checkpoint, by what they are.
+LAYER_NAMES = {
+    "llada": {
+        "attn_norm": "attn_norm", "q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "attn_out",
+        "ff_norm": "ff_norm", "gate": "ff_proj", "up": "up_proj", "down": "ff_out",
+    },
+    "Dream": {
+        "attn_norm": "input_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj", "o": "self_attn.o_proj", "ff_norm": "post_attention_layernorm",
+        "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+    },
+}  # fmt: skip
+# Names of the embedding, a layer, the last norm and the LM head, by model_type.
+NAMES = {
+    "llada": [f"model.transformer.{x}" for x in ("wte", "blocks.{}", "ln_f", "ff_out")],
+    "Dream": ["model.embed_tokens", "model.layers.{}", "model.norm", "lm_head"],
+}
 
 
 def tiny_config(**changes: Any) -> dict[str, Any]:
@@ -64,18 +70,38 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
     return {**LLADA_8B_CONFIG, "rope_theta": 10000.0, **sizes, **tokens, **special, **changes}
 
 
+def tiny_dream_config(**changes: Any) -> dict[str, Any]:
+    """A config.json with Dream-7B's keys and tiny sizes: two query heads share each KV head.
+
+    The vocabulary is 256 bytes, DREAM_SPECIAL_TOKENS, and rows that no token uses.
+    """
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 272}
+    names = {"mask_token_id": "<|mask|>"}
+    names |= dict.fromkeys(("eos_token_id", "pad_token_id", "bos_token_id"), "<|endoftext|>")
+    ids = {key: N_BYTES + DREAM_SPECIAL_TOKENS.index(token) for key, token in names.items()}
+    other = {"max_position_embeddings": 256, "rope_theta": 10000.0}
+    return {**DREAM_7B_CONFIG, **sizes, **ids, **other, **changes}
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that the embedding is the LM head."""
+    return bool(config.get("weight_tying") or config.get("tie_word_embeddings"))
+
+
 def random_tensors(
     config: Mapping[str, Any],
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     gain: float = 1.5,
 ) -> dict[str, torch.Tensor]:
-    """Tensors for `config` under LLaDA's names, in the order of a published checkpoint.
+    """Tensors for `config` under its family's names, in the order of a published checkpoint.
 
-    Norm weights differ from one, so that they matter. `gain` is how much a linear map of a block
-    grows what goes through it: with 1.5 attention is sharp and masked slots predict different
-    tokens; bfloat16's rounding errors grow with it too. The LM head makes logits with a standard
-    deviation of about 3: the best token is clear, and no comparison hinges on a tie.
+    Norm weights differ from one, so that they matter, and biases (Dream's) are not zero. `gain` is
+    how much a linear map of a block grows what goes through it: with 1.5 attention is sharp and
+    masked slots predict different tokens; bfloat16's rounding errors grow with it too. The LM head
+    makes logits with a standard deviation of about 3: the best token is clear, and no comparison
+    hinges on a tie.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -85,28 +111,32 @@ def random_tensors(
     def norm_weight(size: int) -> torch.Tensor:
         return 1 + 0.2 * torch.randn(size, generator=generator)
 
-    model, mlp = config["d_model"], config["mlp_hidden_size"]
-    head_dim = model // config["n_heads"]
-    kv = (config.get("n_kv_heads") or config["n_heads"]) * head_dim
-    tied = config.get("weight_tying", False)
+    def size(*keys: str) -> Any:
+        return next(config[key] for key in keys if config.get(key))
 
-    prefix = "model.transformer."
-    embedding = normal(config["embedding_size"], model, gain=3.0)
-    tensors = {f"{prefix}wte.weight": embedding}
-    for i in range(config["n_layers"]):
-        block = f"{prefix}blocks.{i}."
-        tensors[f"{block}attn_norm.weight"] = norm_weight(model)
-        tensors[f"{block}q_proj.weight"] = normal(model, model, gain)
-        tensors[f"{block}k_proj.weight"] = normal(kv, model, gain)
-        tensors[f"{block}v_proj.weight"] = normal(kv, model, gain)
-        tensors[f"{block}attn_out.weight"] = normal(model, model, gain)
-        tensors[f"{block}ff_norm.weight"] = norm_weight(model)
-        tensors[f"{block}ff_proj.weight"] = normal(mlp, model, gain)
-        tensors[f"{block}up_proj.weight"] = normal(mlp, model, gain)
-        tensors[f"{block}ff_out.weight"] = normal(model, mlp, gain)
-    tensors[f"{prefix}ln_f.weight"] = norm_weight(model)
-    if not tied:
-        tensors[f"{prefix}ff_out.weight"] = normal(config["embedding_size"], model, gain=3.0)
+    family = config["model_type"]
+    model, mlp = size("d_model", "hidden_size"), size("mlp_hidden_size", "intermediate_size")
+    heads = size("n_heads", "num_attention_heads")
+    kv = size("n_kv_heads", "num_key_value_heads", "n_heads") * (model // heads)
+    rows, layers = size("embedding_size", "vocab_size"), size("n_layers", "num_hidden_layers")
+    embedding, layer, last_norm, head = NAMES[family]
+    names = LAYER_NAMES[family]
+    shapes = {"q": (model, model), "k": (kv, model), "v": (kv, model), "o": (model, model)}
+    shapes |= {"gate": (mlp, model), "up": (mlp, model), "down": (model, mlp)}
+
+    tensors = {f"{embedding}.weight": normal(rows, model, gain=3.0)}
+    for i in range(layers):
+        for part, name in names.items():
+            name = f"{layer.format(i)}.{name}"
+            if part in shapes:
+                tensors[f"{name}.weight"] = normal(*shapes[part], gain)
+            else:
+                tensors[f"{name}.weight"] = norm_weight(model)
+            if family == "Dream" and part in "qkv":
+                tensors[f"{name}.bias"] = normal(1, shapes[part][0], shapes[part][0] ** 0.5)[0]
+    tensors[f"{last_norm}.weight"] = norm_weight(model)
+    if not is_tied(config):
+        tensors[f"{head}.weight"] = normal(rows, model, gain=3.0)
     return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
 
 

@@ -1,4 +1,4 @@
-"""LLaDA over any visibility and any relative positions, in numpy and float64, from the definition.
+"""The networks over any visibility and relative positions, in numpy and float64, by definition.
 
 RoPE makes a score depend on the offset between query and key alone. So every way of encoding and
 attending in the method is one dense forward over all rows, given who sees whom (`sees`) and at
@@ -25,11 +25,17 @@ class Definition:
     def __init__(self, model: MaskPredictor):
         self.config = model.config
         assert self.config.rope_scaling is None
+        # The token of row j is read from the logits of row j - shift, of row 0 from its own.
+        self.shift = int(self.config.logit_shift)
         self.state = nnx.to_pure_dict(nnx.state(model))
 
     @staticmethod
     def _array(node) -> np.ndarray:
         return np.asarray(node["weight"], np.float64)
+
+    def _linear(self, x: np.ndarray, node) -> np.ndarray:
+        y = x @ self._array(node).T
+        return y + np.asarray(node["bias"], np.float64) if "bias" in node else y
 
     def _norm(self, x: np.ndarray, node) -> np.ndarray:
         mean = (x * x).mean(-1, keepdims=True)
@@ -72,7 +78,7 @@ class Definition:
             block = self.state["blocks"][i]
             h = self._norm(x, block["attn_norm"])
             q, k, v = (
-                (h @ self._array(block[name]).T).reshape(len(ids), -1, dim)
+                self._linear(h, block[name]).reshape(len(ids), -1, dim)
                 for name in ("q_proj", "k_proj", "v_proj")
             )
             q, k = (y[..., :half] + 1j * y[..., half:] for y in (q, k))
@@ -90,11 +96,12 @@ class Definition:
         position = np.arange(n)
         return self.logits(ids, np.ones((n, n), bool), position - position[:, None])
 
-    def slot_scores(self, prefix, chunk, slots, hidden) -> np.ndarray:
+    def slot_scores(self, prefix, chunk, slots, hidden, causal=False) -> np.ndarray:
         """log p [V] at every slot of `slots`, where those in `hidden` are masked; behind one chunk.
 
-        The chunk's rows see prefix and chunk; the slots' rows see everything. They start at the
-        end of the full chunk slot, so `chunk` is (tokens, slot size).
+        The chunk's rows see prefix and chunk; the slots' rows see everything, or if causal, not the
+        slots behind them. They start at the end of the full chunk slot, so `chunk` is (tokens, slot
+        size).
         """
         tokens, size = chunk
         masked = [self.config.mask_token_id if i in hidden else t for i, t in enumerate(slots)]
@@ -102,7 +109,11 @@ class Definition:
         p, c, s = len(prefix), len(tokens), len(slots)
         position = np.concatenate([np.arange(p + c), p + size + np.arange(s)])
         group = np.repeat([0, 1, 2], [p, c, s])
-        logits = self.logits(ids, group[:, None] >= group, position - position[:, None])[p + c :]
+        sees = group[:, None] >= group
+        if causal:
+            sees[p + c :, p + c :] = np.tri(s, dtype=bool)
+        predicting = np.maximum(p + c + np.arange(s) - self.shift, 0)
+        logits = self.logits(ids, sees, position - position[:, None])[predicting]
         peak = logits.max(-1, keepdims=True)
         return logits - peak - np.log(np.exp(logits - peak).sum(-1, keepdims=True))
 

@@ -54,8 +54,9 @@ class Network:
         turned = pairs * torch.polar(torch.ones_like(angles), angles)
         return torch.cat((turned.real, turned.imag), dim=-1).to(x.dtype)
 
-    def _split(self, x: torch.Tensor, heads: int) -> torch.Tensor:
-        return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+    def _project(self, x: torch.Tensor, name: str, heads: int) -> torch.Tensor:
+        y = x @ self.weights[name].T + self.weights.get(f"{name}.bias", 0.0)
+        return y.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
 
     @torch.no_grad()
     def rows(
@@ -73,9 +74,9 @@ class Network:
         for i in range(self.config["n_layers"]):
             block = f"blocks.{i}."
             h = self._norm(x, block + "attn_norm")
-            q = self._split(h @ self.weights[block + "q_proj"].T, self.heads)
-            k = self._split(h @ self.weights[block + "k_proj"].T, self.kv_heads)
-            v = self._split(h @ self.weights[block + "v_proj"].T, self.kv_heads)
+            q = self._project(h, block + "q_proj", self.heads)
+            k = self._project(h, block + "k_proj", self.kv_heads)
+            v = self._project(h, block + "v_proj", self.kv_heads)
             q, k = self._rotate(q, positions), self._rotate(k, positions)
             if cache is not None:
                 old_k, old_v = cache[i]

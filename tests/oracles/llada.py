@@ -1,4 +1,7 @@
-"""LLaDA's network as transformers' LlamaModel with a full attention mask and renamed tensors."""
+"""The networks of both families as transformers' with a full attention mask.
+
+LLaDA's is LlamaModel with renamed tensors, Dream's is Qwen2Model.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
+
+from tests.oracles.checkpoints import NAMES, is_tied
 
 BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
@@ -23,7 +28,7 @@ PREFIX = "model.transformer."
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers' rope_parameters for a LLaDA config.json.
+    """transformers' rope_parameters for a config.json of LLaDA or Dream.
 
     NTK-aware scaling is a larger base, theta * factor^(D / (D - 2)), and nothing else.
     """
@@ -31,12 +36,15 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     scaling = dict(config.get("rope_scaling") or {"rope_type": "default"})
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
     if kind == "ntk":
-        head_dim = config["d_model"] // config["n_heads"]
+        sizes = ("d_model", "n_heads"), ("hidden_size", "num_attention_heads")
+        model, heads = sizes[config["model_type"] == "Dream"]
+        head_dim = config[model] // config[heads]
         theta *= scaling["factor"] ** (head_dim / (head_dim - 2))
         return {"rope_type": "default", "rope_theta": theta}
     parameters = {"rope_type": kind, "rope_theta": theta, **scaling}
     if kind == "yarn":
-        parameters.setdefault("original_max_position_embeddings", config["max_sequence_length"])
+        length = config.get("max_sequence_length") or config["max_position_embeddings"]
+        parameters.setdefault("original_max_position_embeddings", length)
     return parameters
 
 
@@ -70,10 +78,26 @@ def rename(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
-class LlamaOracle:
-    """LLaDA's logits from LlamaModel.
+def qwen_config(config: Mapping[str, Any]) -> Qwen2Config:
+    """The Qwen2Config that describes the same network as a Dream config.json."""
+    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
+    names += " num_key_value_heads max_position_embeddings rms_norm_eps"
+    return Qwen2Config(
+        **{name: config[name] for name in names.split()},
+        hidden_act="silu",
+        rope_parameters=rope_parameters(config),
+        use_sliding_window=False,
+        pad_token_id=None,
+        attn_implementation="eager",
+    )
 
-    tensors: LLaDA checkpoint names -> PyTorch tensors; config: the contents of config.json.
+
+class LlamaOracle:
+    """Logits of all rows from transformers' network: LLaDA's from LlamaModel, Dream's from Qwen2's.
+
+    Row j is what the network says at row j: under Dream's shift it predicts slot j + 1.
+
+    tensors: published names -> PyTorch tensors; config: the contents of config.json.
     dtype: what the weights are cast to and the network runs in.
     """
 
@@ -83,13 +107,21 @@ class LlamaOracle:
         config: Mapping[str, Any],
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.model = LlamaModel(llama_config(config)).eval()
+        embedding, _, _, head = NAMES[config["model_type"]]
+        self.head = tensors[f"{embedding if is_tied(config) else head}.weight"].to(dtype)
+        if config["model_type"] == "Dream":
+            self.model = Qwen2Model(qwen_config(config)).eval()
+            state = {
+                name.removeprefix("model."): tensor
+                for name, tensor in tensors.items()
+                if not name.startswith(head)
+            }
+        else:
+            self.model, state = LlamaModel(llama_config(config)).eval(), rename(tensors)
         # strict: a tensor that is missing or not used would make this a different network.
-        self.model.load_state_dict(rename(tensors), strict=True)
+        self.model.load_state_dict(state, strict=True)
         self.model.to(dtype)
         self.dtype = dtype
-        name = "wte" if config.get("weight_tying") else "ff_out"
-        self.head = tensors[f"{PREFIX}{name}.weight"].to(dtype)
 
     @torch.no_grad()
     def forward(

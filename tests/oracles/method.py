@@ -1,7 +1,7 @@
 """Prefilling-dLLM for one request, in numpy and float64, greedy: from question to response.
 
 Written from docs/algorithm.md. Nothing is batched, padded or bucketed; of the library it reads
-settings alone. KV is a list of rows that later rows attend to.
+settings alone.
 """
 
 from __future__ import annotations
@@ -13,35 +13,10 @@ import math
 import numpy as np
 
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
-from tests.oracles.definition import Definition, softmax
+from tests.oracles.kv import KV, Cached, join
 
-READERS = ("draft", "query", "confidence", "attention")
-
-
-@dataclasses.dataclass
-class KV:
-    """Rows to attend to: k [L, n, G, D/2] complex, rotated at their positions; v [L, n, G, D].
-
-    seen: [L, G, n], rows that count.
-    """
-
-    k: np.ndarray
-    v: np.ndarray
-    seen: np.ndarray
-
-    def __getitem__(self, at) -> KV:
-        return KV(self.k[:, at], self.v[:, at], self.seen[:, :, at])
-
-    def __len__(self) -> int:
-        return self.k.shape[1]
-
-
-def join(*parts: KV) -> KV:
-    return KV(
-        np.concatenate([part.k for part in parts], axis=1),
-        np.concatenate([part.v for part in parts], axis=1),
-        np.concatenate([part.seen for part in parts], axis=2),
-    )
+READERS = ("draft", "query", "confidence", "attention", "causal", "chunk-draft")
+SHIFTED = READERS[4:]  # need a model with a logit shift
 
 
 @dataclasses.dataclass
@@ -68,13 +43,13 @@ def split(context, config: ChunkConfig, bos: int) -> list[list[int]]:
         start += span - config.overlap
 
 
-class Method:
+class Method(Cached):
     """The method with these settings. closest: the smallest gap that decided anything, relative to
     what is rounded.
     """
 
     def __init__(self, model, chunking: ChunkConfig, selection: SelectionConfig, bos: int):
-        self.net, self.config = Definition(model), model.config
+        super().__init__(model)
         self.chunking, self.selection, self.bos = chunking, selection, bos
         self.size, self.mask = chunking.chunk_size, model.config.mask_token_id
         self.closest = math.inf
@@ -82,47 +57,6 @@ class Method:
     def decided_by(self, gap: float) -> None:
         if gap > 1e-12:  # equal values are equal in float32 too
             self.closest = min(self.closest, gap)
-
-    # The network.
-
-    def rows(self, ids, position, *past: KV) -> tuple[np.ndarray, KV]:
-        """Logits and KV of rows that attend to `past` and to each other.
-
-        Leaves the attention weights, [L, H, T, past + T], in `self.weights`.
-        """
-        c, position = self.config, np.asarray(position)
-        turn, before = self.net.turn(position)[:, None], join(self.nothing(), *past)
-        keys, values = [], []
-        self.weights = np.zeros((c.n_layers, c.n_heads, len(ids), len(before) + len(ids)))
-
-        def attend(i, q, k, v):
-            q, k = q * turn, k * turn
-            keys.append(k)
-            values.append(v)
-            k, v = np.concatenate([before.k[i], k]), np.concatenate([before.v[i], v])
-            seen = np.pad(before.seen[i], ((0, 0), (0, len(ids))), constant_values=True)
-            q = q.reshape(len(ids), c.n_kv_heads, -1, q.shape[-1])
-            scores = np.einsum("tgrd,sgd->grts", q.conj(), k).real / np.sqrt(c.head_dim)
-            weights = softmax(np.where(seen[:, None, None], scores, -np.inf))
-            self.weights[i] = weights.reshape(self.weights[i].shape)
-            return np.einsum("grts,sgd->tgrd", weights, v)
-
-        logits = self.net.network(ids, attend)
-        seen = np.ones((c.n_layers, c.n_kv_heads, len(ids)), bool)
-        return logits, KV(np.stack(keys), np.stack(values), seen)
-
-    def nothing(self) -> KV:
-        c = self.config
-        shape = (c.n_layers, 0, c.n_kv_heads, c.head_dim)
-        k = np.zeros((*shape[:3], c.head_dim // 2), complex)
-        return KV(k, np.zeros(shape), np.zeros((c.n_layers, c.n_kv_heads, 0), bool))
-
-    def moved(self, kv: KV, by: int) -> KV:
-        return KV(kv.k * self.net.turn(np.array(by)), kv.v, kv.seen)
-
-    def log_softmax(self, logits: np.ndarray) -> np.ndarray:
-        shifted = logits - logits.max(-1, keepdims=True)
-        return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
     def predictions(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Likeliest token of each row and its log-probability, exact near 0."""
@@ -140,17 +74,20 @@ class Method:
         self.alone = self.nothing()
         if self.p:
             self.alone = self.rows(self.prefix, range(self.p))[1]
-        self.documents = [
-            self.rows(chunk, self.p + np.arange(len(chunk)), self.alone)[1] for chunk in self.chunks
+        passes = [
+            self.rows(chunk, self.p + np.arange(len(chunk)), self.alone) for chunk in self.chunks
         ]
+        self.last_rows, self.documents = zip(*[(x[-1:], kv) for x, kv in passes], strict=True)
 
-    def draft(self) -> tuple[list[int], list[int]]:
-        """Tokens behind the query, and the slots that were denoised: 0, then the surest."""
+    def draft(self, logits_of) -> tuple[list[int], list[int]]:
+        """Tokens behind the query, and the slots that were denoised: 0, then the surest.
+
+        logits_of: logits of query and tokens, which predict the tokens of their own rows.
+        """
         scorer = self.selection.scorer
         tokens, done = [self.mask] * scorer.draft_length, list[int]()
         for step in range(scorer.draft_steps):
-            ids = [*self.prefix, *self.query, *tokens]
-            guess, sure = self.predictions(self.rows(ids, range(len(ids)))[0][-len(tokens) :])
+            guess, sure = self.predictions(logits_of(tokens)[-len(tokens) :])
             gaps = self.gaps
             left = [i for i in range(len(tokens)) if i not in done]
             slot = 0 if step == 0 else max(left, key=lambda i: sure[i])
@@ -161,6 +98,12 @@ class Method:
             done.append(slot)
         return tokens, done
 
+    def without_chunks(self, tokens) -> np.ndarray:
+        """Logits of prefix, query and tokens."""
+        ids = [*self.prefix, *self.query, *tokens]
+        logits = self.rows(ids, range(len(ids)))[0]
+        return self.predicting(logits, logits[:1])
+
     def rank_gaps(self, log, taken, others) -> None:
         if taken and others:
             low, high = min(log[i] for i in taken), max(log[i] for i in others)
@@ -168,14 +111,14 @@ class Method:
 
     def scores(self, response=None, block=None) -> np.ndarray:
         """Of every chunk for the question, or for the response so far."""
-        name, q = self.selection.scorer.name, len(self.query)
+        name, q, n_chunks = self.selection.scorer.name, len(self.query), len(self.documents)
         open_slots = None
         if response is not None:
             tail = list(response)
             done = [i for i, token in enumerate(tail) if token != self.mask]
             open_slots = [q + i for i in block if tail[i] == self.mask]
-        elif name == "draft":
-            tail, done = self.draft()
+        elif name in ("draft", "causal"):
+            tail, done = self.draft(self.without_chunks)
         elif name == "confidence":
             tail, done = [self.mask] * self.selection.scorer.draft_length, []
             open_slots = [q + i for i in range(len(tail))]
@@ -192,21 +135,48 @@ class Method:
             return (np.array(mass) / np.sum(mass, axis=0)).mean(axis=(1, 2, 3))
         if name == "query":
             scored = scored[:q]
-        return np.array([self.score(c, name, slots, scored, open_slots) for c in self.documents])
+        if name == "chunk-draft":
+            response = None if response is None else (tail, done)
+            return np.array([self.own_draft_score(i, response) for i in range(n_chunks)])
+        return np.array([self.score(c, name, slots, scored, open_slots) for c in range(n_chunks)])
 
-    def score(self, chunk: KV, name, slots, scored, open_slots) -> float:
+    def score(self, chunk: int, name, slots, scored, open_slots) -> float:
         position = self.p + self.size + np.arange(len(slots))
-        past = self.alone, chunk
+
+        def log_p(ids, sees=True) -> np.ndarray:
+            logits = self.rows(ids, position, self.alone, self.documents[chunk], sees=sees)[0]
+            return self.log_softmax(self.predicting(logits, self.last_rows[chunk]))
+
         if name == "confidence":
-            logits = self.rows(slots, position, *past)[0][open_slots]
-            return float(self.log_softmax(logits).max(-1).mean())
+            return float(log_p(slots)[open_slots].max(-1).mean())
+        if name == "causal":
+            return log_p(slots, np.tri(len(slots), dtype=bool))[
+                scored, np.array(slots)[scored]
+            ].mean()
         copies, total = self.selection.scorer.masked_copies or len(scored), 0.0
         for r in range(copies):
             hidden = scored[r::copies]
-            ids = [self.mask if i in hidden else token for i, token in enumerate(slots)]
-            log = self.log_softmax(self.rows(ids, position, *past)[0])
+            log = log_p([self.mask if i in hidden else token for i, token in enumerate(slots)])
             total += sum(log[i, slots[i]] for i in hidden)
         return total / len(scored)
+
+    def own_draft_score(self, chunk: int, response) -> float:
+        """As "causal", with KV that has seen query and masks, and the draft that they make."""
+        ids, p, q, size = self.chunks[chunk], self.p, len(self.query), self.size
+        masks = self.selection.scorer.draft_length if response is None else len(response[0])
+        behind = p + size + np.arange(q + masks)
+        position = np.concatenate([range(p), p + np.arange(len(ids)), behind])
+        everything = [*self.prefix, *ids, *self.query, *[self.mask] * masks]
+        logits, kv = self.rows(everything, position)
+        kv = kv[: p + len(ids)]
+        # One pass: what the draft's first tokens are does not change the others.
+        guesses = self.predicting(logits, logits[:1])
+        tail, done = self.draft(lambda _: guesses) if response is None else response
+        last, _ = self.rows(ids[-1:], position[[p + len(ids) - 1]], kv, sees=False)
+        slots = [*self.query, *tail]
+        logits, _ = self.rows(slots, behind, kv, sees=np.tri(len(slots), dtype=bool))
+        log = self.log_softmax(self.predicting(logits, last))
+        return np.mean([log[i, slots[i]] for i in [*range(q), *(q + i for i in done)]])
 
     def select(self, scores: np.ndarray) -> list[int]:
         """The top_k best, up to max_k of those within the margin of the last of these."""
@@ -234,12 +204,16 @@ class Method:
     def encode(self, chosen: list[int], response: list[int]) -> None:
         """Sets the KV that live rows attend to, and `live`, KV of query and response or None."""
         s, c, p = self.selection, self.size, self.p
-        slot = {"continuous": range(len(chosen)), "absolute": chosen, "reuse": [0] * len(chosen)}
-        slots = {"continuous": len(chosen), "absolute": len(self.chunks), "reuse": 1}
-        starts = [p + j * c for j in slot[s.positions]]
-        live_ids = [*self.query, *response]
-        self.position = p + slots[s.positions] * c + np.arange(len(live_ids))
         chunks = [self.chunks[i] for i in chosen]
+        *before, tokens = itertools.accumulate(map(len, chunks), initial=0)
+        starts, end = {
+            "continuous": ([j * c for j in range(len(chosen))], len(chosen) * c),
+            "absolute": ([i * c for i in chosen], len(self.chunks) * c),
+            "reuse": ([0] * len(chosen), c),
+            "contiguous": (before, tokens),
+        }[s.positions]
+        starts, live_ids = [p + start for start in starts], [*self.query, *response]
+        self.position = p + end + np.arange(len(live_ids))
         places = [start + np.arange(len(x)) for start, x in zip(starts, chunks, strict=True)]
         self.before, self.live = self.alone, None
         self.pool = [
@@ -248,8 +222,7 @@ class Method:
         ]
         name = s.encoding.name
         if name == "joint":
-            ids = [*self.prefix, *(t for chunk in chunks for t in chunk), *live_ids]
-            kv = self.rows(ids, np.concatenate([range(p), *places, self.position]))[1]
+            kv = self.joint(chunks, places, live_ids)
             ends = np.cumsum([p, *map(len, chunks), len(live_ids)])
             self.before = kv[:p]
             *self.pool, self.live = (kv[a:b] for a, b in itertools.pairwise(ends))
@@ -261,21 +234,42 @@ class Method:
         elif name == "bridge":
             self.bridge(chunks, places, live_ids)
         if s.keep_tokens is not None and s.keep_tokens < c:
-            for j, received in enumerate(self.received(live_ids)):
-                seen = np.zeros(received.shape, bool)
-                for layer, group in np.ndindex(*received.shape[:2]):
-                    seen[layer, group, self.best(received[layer, group], s.keep_tokens)] = True
+            scores = [0.0] * len(chunks)
+            if s.keep_by != "chunk-to-query":
+                scores = self.received(live_ids)
+            if s.keep_by != "query-to-chunk":
+                given = self.given(chunks, places, live_ids)
+                scores = [a + b for a, b in zip(scores, given, strict=True)]
+            for j, score in enumerate(scores):
+                seen = np.zeros(score.shape, bool)
+                for layer, group in np.ndindex(*score.shape[:2]):
+                    seen[layer, group, self.best(score[layer, group], s.keep_tokens)] = True
                 kv = self.pool[j]
                 self.pool[j] = KV(kv.k, kv.v, seen)
 
     def received(self, live_ids) -> list[np.ndarray]:
-        """Attention that tokens of each kept chunk receive, [L, G, c]."""
-        config, past = self.config, join(self.before, *self.pool)
-        self.rows(live_ids, self.position, past)
-        last = np.arange(max(0, len(self.query) - 8), len(self.query))
-        total, end, result = self.weights[:, :, last].sum(axis=2), self.p, []
+        """Attention that tokens of each kept chunk receive from the query, [L, G, c]."""
+        self.rows(live_ids, self.position, join(self.before, *self.pool))
+        return self.pooled(self.weights[:, :, self.last_rows_of_query()].sum(axis=2))
+
+    def given(self, chunks, places, live_ids) -> list[np.ndarray]:
+        """Attention that they give to the query, in a joint forward."""
+        self.joint(chunks, places, live_ids)
+        last = self.p + sum(map(len, chunks)) + self.last_rows_of_query()
+        return self.pooled(self.weights[..., last].sum(axis=-1))
+
+    def joint(self, chunks, places, live_ids) -> KV:
+        ids = [*self.prefix, *(t for chunk in chunks for t in chunk), *live_ids]
+        return self.rows(ids, np.concatenate([range(self.p), *places, self.position]))[1]
+
+    def last_rows_of_query(self) -> np.ndarray:
+        return np.arange(max(0, len(self.query) - 8), len(self.query))
+
+    def pooled(self, attention: np.ndarray) -> list[np.ndarray]:
+        """Of rows from the prefix on, [L, H, rows], to [L, G, c] for each kept chunk."""
+        config, end, result = self.config, self.p, []
         for n in map(len, self.pool):
-            part = total[..., end : end + n]
+            part = attention[..., end : end + n]
             widest = [part[..., max(0, i - 3) : i + 4].max(-1) for i in range(n)]
             heads = np.stack(widest, -1).reshape(config.n_layers, config.n_kv_heads, -1, n)
             result.append(heads.mean(axis=2))
@@ -355,15 +349,21 @@ class Method:
                 wide = stale or config.recompute == "response"
                 start = 0 if wide else q + in_block[0]
                 end = q + in_block[-1] + 1 if config.recompute == "block" and not wide else q + g
-                ids, past = [*self.query, *tokens][start:end], [self.before, *self.pool]
+                # The row in front of a narrow pass predicts a slot; its KV stays the stale one.
+                front = max(0, start - self.net.shift)
+                ids, past = [*self.query, *tokens][front:end], [self.before, *self.pool]
                 if not wide:
                     past += [self.live[:start], self.live[end:]]
-                logits, kv = self.rows(ids, self.position[start:end], *past)
+                fresh = np.arange(front, end) >= start
+                logits, kv = self.rows(ids, self.position[front:end], *past, sees=fresh)
+                kv = kv[fresh]
                 self.live = kv if wide else join(self.live[:start], kv, self.live[end:])
                 stale, evaluations = False, evaluations + 1
                 slots = range(in_block[-1] + 1) if wide else in_block
                 slots = [i for i in slots if tokens[i] == self.mask]
-                guess, sure = self.predictions(logits[[q + i - start for i in slots]])
+                guess, sure = self.predictions(
+                    logits[[max(0, q + i - self.net.shift) - front for i in slots]]
+                )
                 for i in self.take(sure, config, step, per_block):
                     self.decided_by(self.gaps[i])
                     tokens[slots[i]] = int(guess[i])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from flax import nnx
 
 from convert import convert
 from pdllm_jax import MaskPredictor, ModelConfig, compilation, load_model
+from pdllm_jax.network.families import FAMILIES
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TINY = {"rows": 8, "heads": 4, "kv_heads": 2, "dim": 64, "chunk_size": 128}
@@ -150,15 +152,17 @@ def test_imports_leave_the_device_to_the_processes_that_measure():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=SCRIPTS)
 
 
-def test_a_made_checkpoint_converts_and_loads(tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_made_checkpoint_converts_and_loads(tmp_path, monkeypatch, family):
+    config = dataclasses.replace(ModelConfig.tiny(), family=family)
     monkeypatch.setattr(disk, "SHARD_BYTES", 60_000)
     source, folder = tmp_path / "source", tmp_path / "converted"
-    total = disk.make_checkpoint(source, ModelConfig.tiny())
+    total = disk.make_checkpoint(source, config)
     assert len(list(source.glob("*.safetensors"))) > 3
     convert(source, folder)
     row, model = disk.one(argparse.Namespace(checkpoint=folder)), load_model(folder)
     assert row["bytes"] == total == sum(x.nbytes for x in jax.tree.leaves(model))
-    assert model.config == ModelConfig.tiny()
+    assert model.config == config
     assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["seconds"] / 1e9)
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(model))
     disk.evict(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -43,18 +44,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def run(capsys) -> Callable[..., tuple[int, str, str]]:
-    """Runs a command line: exit status, stdout, stderr."""
-
-    def call(*argv) -> tuple[int, str, str]:
-        try:
-            status = evaluate.main([str(a) for a in argv])
-        except SystemExit as stop:
-            status = stop.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
+def run(call_main) -> Callable[..., tuple[int, str, str]]:
+    return functools.partial(call_main, evaluate.main)
 
 
 @pytest.fixture

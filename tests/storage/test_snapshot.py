@@ -24,7 +24,12 @@ from pdllm_jax.engine.request import SelectedRequest, request_keys
 from pdllm_jax.engine.request import drop_other_chunks as without_other_chunks
 from pdllm_jax.engine.request import start_decoding as begin
 from pdllm_jax.method.chunking import chunk_prompt
-from pdllm_jax.storage.fingerprint import ModelIdentity, document_fingerprint, model_identity
+from pdllm_jax.storage.fingerprint import (
+    ModelIdentity,
+    document_fingerprint,
+    model_fields,
+    model_identity,
+)
 from pdllm_jax.storage.snapshot import (
     SnapshotError,
     load_document,
@@ -114,6 +119,12 @@ def identity(**changes) -> ModelIdentity:
     return dataclasses.replace(IDENTITY, config=dataclasses.replace(IDENTITY.config, **changes))
 
 
+def test_a_manifest_of_before_the_families_fits():
+    """LLaDA's fields are what they were, so that old snapshots and keys of a store are found."""
+    assert "model.family" not in model_fields(IDENTITY)
+    assert model_fields(identity(family="dream"))["model.family"] == "dream"
+
+
 @pytest.mark.parametrize(
     ("other", "field"),
     [
@@ -122,6 +133,7 @@ def identity(**changes) -> ModelIdentity:
         (identity(rope_theta=5e5), "rope.theta"),
         (identity(rope_scaling=RopeScaling("ntk", 2.0)), "rope.scaling"),
         (identity(n_layers=3), "model.n_layers"),
+        (identity(family="dream"), "model.family"),
         (identity(rms_norm_eps=1e-6), "model.rms_norm_eps"),
     ],
 )

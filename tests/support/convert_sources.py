@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,36 @@ TOKENIZER = {
     "tokenizer.json": '{"model": {}}',
     "tokenizer_config.json": '{"chat_template": "{{ messages }}"}',
     "special_tokens_map.json": "{}",
+    "added_tokens.json": "{}",
+    "vocab.json": '{"a": 0}',
+    "merges.txt": "#version: 0.2\n",
 }
 PREFIX = "model.transformer."
 Tensors = dict[str, NDArray[Any]]
+
+
+# Dream's keys for LLaDA's, and its modules for those of the library.
+DREAM_KEYS = {
+    "d_model": "hidden_size", "n_heads": "num_attention_heads", "n_layers": "num_hidden_layers",
+    "n_kv_heads": "num_key_value_heads", "mlp_hidden_size": "intermediate_size",
+    "max_sequence_length": "max_position_embeddings", "weight_tying": "tie_word_embeddings",
+    "activation_type": "hidden_act", "embedding_size": "vocab_size",
+}  # fmt: skip
+DREAM_MODULES = {
+    "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm",
+    "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj", "gate_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj",
+    "down_proj": "mlp.down_proj",
+}  # fmt: skip
+
+
+def dream_config(**changes: Any) -> dict[str, Any]:
+    """The same sizes in a config.json of Dream; changes of sizes by LLaDA's keys."""
+    settings = config(**changes)
+    other = ["block_type", "rope", "rope_full_precision", "layer_norm_type", "include_bias"]
+    kept = {key: x for key, x in settings.items() if key not in [*other, "include_qkv_bias"]}
+    named = {DREAM_KEYS.get(key, key): x for key, x in kept.items()}
+    return named | {"model_type": "Dream", "architectures": ["DreamModel"], "rope_scaling": None}
 
 
 def config(**changes: Any) -> dict[str, Any]:
@@ -44,6 +71,9 @@ def config(**changes: Any) -> dict[str, Any]:
 
 def shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes by the published layout, written without the converter's table."""
+    if settings["model_type"] == "Dream":
+        plain = {key: settings[name] for key, name in DREAM_KEYS.items()} | {"model_type": "llada"}
+        return dict(_dream_shapes(shapes(plain)))
     model, hidden = settings["d_model"], settings["mlp_hidden_size"]
     kv = settings["n_kv_heads"] * model // settings["n_heads"]
     rows = settings["embedding_size"]
@@ -65,6 +95,18 @@ def shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     if not settings["weight_tying"]:
         result[f"{PREFIX}ff_out.weight"] = (rows, model)
     return result
+
+
+def _dream_shapes(plain: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    outer = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head"}
+    for name, shape in plain.items():
+        path = parameter_path(name).removesuffix(".weight")
+        _, _, module = path.rpartition(".")
+        layer = path.split(".")[1] if "." in path else ""
+        published = outer.get(path) or f"model.layers.{layer}.{DREAM_MODULES[module]}"
+        yield f"{published}.weight", shape
+        if module in ("q_proj", "k_proj", "v_proj"):
+            yield f"{published}.bias", shape[:1]
 
 
 def tensors(settings: Mapping[str, Any], dtype: str = "float32", seed: int = 0) -> Tensors:
@@ -110,11 +152,17 @@ def write(
 
 
 def make(
-    folder: Path, dtype: str = "float32", seed: int = 0, shards: int | None = None, **changes: Any
+    folder: Path,
+    dtype: str = "float32",
+    seed: int = 0,
+    shards: int | None = None,
+    family: str = "llada",
+    **changes: Any,
 ) -> Tensors:
     """Writes random values to folder/source and returns them; `changes` are of config.json."""
-    values = tensors(config(**changes), dtype, seed)
-    write(folder / "source", values, config(**changes), shards=shards)
+    settings = {"llada": config, "dream": dream_config}[family](**changes)
+    values = tensors(settings, dtype, seed)
+    write(folder / "source", values, settings, shards=shards)
     return values
 
 
@@ -158,6 +206,11 @@ def read_params(folder: Path) -> Tensors:
 def parameter_path(name: str) -> str:
     """Translates a checkpoint's name as the documentation of the layout says."""
     path = name.removeprefix(PREFIX)
+    if path == name:  # Dream's
+        path = re.sub(r"^layers", "blocks", name.removeprefix("model."))
+        for module, published in DREAM_MODULES.items():
+            path = re.sub(rf"(blocks\.\d+)\.{published}\.", rf"\1.{module}.", path)
+        return re.sub(r"^norm", "final_norm", re.sub(r"^embed_tokens", "embedding", path))
     path = re.sub(r"^(blocks\.\d+)\.ff_proj", r"\1.gate_proj", path)
     path = re.sub(r"^(blocks\.\d+)\.ff_out", r"\1.down_proj", path)
     path = re.sub(r"^ff_out", "lm_head", path)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.conftest import ROOT
+
 PROMPTS = {
     "hotpotqa": "Passages.\n{context}\n\nQuestion: {input}\nAnswer:",
     "trec": "Examples.\n\n{context}\n{input}",
@@ -157,3 +159,20 @@ def corpora(folder: Path, tokenizer_file: Path) -> Path:
         json.dumps({"adjectives": words["adj"], "nouns": words["noun"]}), encoding="utf-8"
     )
     return folder
+
+
+def multifieldqa(folder: Path, characters: int, examples: int) -> Path:
+    """A file of MultiFieldQA-en's shape, of the novel in examples/, a sentence planted in each."""
+    text = (ROOT / "examples" / "persuasion.txt").read_text(encoding="utf-8")
+    rows = []
+    for i in range(examples):
+        part, fact = (
+            text[2000 * i :][:characters],
+            f"The magic number for badger-{i} is {7000 + i}.",
+        )
+        place = part.index(" ", len(part) * (i + 1) // (examples + 1))
+        row = {"dataset": "multifieldqa_en", "language": "en", "all_classes": None}
+        row |= {"_id": f"made-{i}", "length": len(part.split()), "answers": [str(7000 + i)]}
+        row |= {"input": f"What is the magic number for badger-{i}?"}
+        rows.append({**row, "context": f"{part[:place]} {fact}{part[place:]}"})
+    return write_lines(folder / "multifieldqa_en.jsonl", rows)

@@ -206,7 +206,7 @@ def snapshots(one: MaskPredictor, many: MaskPredictor, folder: Path) -> None:
 
 
 def loaded(folder: Path) -> None:
-    """A checkpoint goes to a mesh in parts, and its answer takes two sums a layer."""
+    """A checkpoint of Dream goes to a mesh in parts; its answer takes two sums a layer."""
     setup()
     one, mesh = pdllm.load_model(folder), make_mesh(2, 4)
     many = pdllm.load_model(folder, mesh=mesh)
@@ -222,6 +222,8 @@ def loaded(folder: Path) -> None:
 
     for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
         assert divided(block[name]["weight"], part[name]["weight"]) == [4, 1]
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert divided(block[name]["bias"], part[name]["bias"]) == [4]
     for name in ("attn_out", "down_proj"):
         assert divided(block[name]["weight"], part[name]["weight"]) == [1, 4]
     for name in ("embedding", "lm_head"):

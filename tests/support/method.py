@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pdllm_jax import Request
 from pdllm_jax.config import ChunkConfig
 from pdllm_jax.method.chunking import ChunkedPrompt
 from pdllm_jax.method.encoding import init_denoise
@@ -27,15 +28,20 @@ def sharpen(model: MaskPredictor) -> MaskPredictor:
 
 
 @functools.cache
-def tiny_model() -> MaskPredictor:
-    """The tiny model with random weights."""
-    return MaskPredictor(ModelConfig.tiny(), rngs=nnx.Rngs(0))
+def tiny_model(family: str = "llada") -> MaskPredictor:
+    """The tiny model of a family with random weights, and biases where it has them."""
+    config, rngs = dataclasses.replace(ModelConfig.tiny(), family=family), nnx.Rngs(0)
+    model = MaskPredictor(config, rngs=rngs)
+    for block in model.blocks if config.qkv_bias else ():
+        for matrix in (block.q_proj, block.k_proj, block.v_proj):
+            matrix.bias[...] = jax.random.normal(rngs.params(), matrix.bias.shape)
+    return model
 
 
 @functools.cache
-def sharp_model() -> MaskPredictor:
+def sharp_model(family: str = "llada") -> MaskPredictor:
     """`tiny_model` with sharpened weights."""
-    return sharpen(tiny_model())
+    return sharpen(tiny_model(family))
 
 
 def prompt_parts() -> tuple[list[int], list[int], list[int]]:
@@ -72,6 +78,25 @@ def first_state(model, cache, selection, prompt, decode, **settings):
     key = jax.random.key(0)
     settings = {"query_length": prompt.query_length} | settings
     return init_denoise(model, cache, selection, prompt.query, decode, key, **settings)
+
+
+def answer_both(engine, requests):
+    """(alone, together): answers to each request by itself, and in one batch."""
+    alone = [engine.answer(**Request(*request)._asdict()) for request in requests]
+    return list(zip(alone, engine.answer_batch(requests), strict=True))
+
+
+def answer_with_and_without_prefix(engine, context: int, query: int, prefixes, atol: float):
+    """`answer_both` for prefixes of these lengths, 0 for none; the scores agree."""
+    rng = np.random.default_rng(0)
+    lengths = [(context, query, prefix) for prefix in prefixes]
+    requests = [Request(*(rng.integers(0, 250, n).tolist() for n in parts)) for parts in lengths]
+    pairs = answer_both(engine, requests)
+    for alone, together in pairs:
+        scores = together.selection["scores"], alone.selection["scores"]
+        assert np.isfinite(scores).all()
+        np.testing.assert_allclose(*scores, atol=atol)
+    return pairs
 
 
 def copy(tree):

@@ -17,32 +17,38 @@ from pdllm_jax.network.transformer import MaskPredictor
 if TYPE_CHECKING:
     import torch
 
+# Published names, LLaDA's and Dream's, and the library's.
 NAMES = {
-    r"wte": "embedding",
-    r"ln_f": "final_norm",
-    r"ff_out": "lm_head",
-    r"blocks\.(\d+)\.ff_proj": r"blocks.\1.gate_proj",
-    r"blocks\.(\d+)\.ff_out": r"blocks.\1.down_proj",
+    r"(?:transformer\.wte|embed_tokens)": "embedding",
+    r"(?:transformer\.ln_f|norm)": "final_norm",
+    r"transformer\.ff_out": "lm_head",
+    r"transformer\.blocks\.(\d+)\.ff_proj": r"blocks.\1.gate_proj",
+    r"transformer\.blocks\.(\d+)\.ff_out": r"blocks.\1.down_proj",
+    r"layers\.(\d+)\.self_attn\.o_proj": r"blocks.\1.attn_out",
+    r"layers\.(\d+)\.input_layernorm": r"blocks.\1.attn_norm",
+    r"layers\.(\d+)\.post_attention_layernorm": r"blocks.\1.ff_norm",
+    r"(?:transformer\.blocks|layers)\.(\d+)\.(?:self_attn\.|mlp\.)?(\w+)": r"blocks.\1.\2",
 }
 
 
 def model_from_tensors(
     tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], dtype: Any = jnp.float32
 ) -> MaskPredictor:
-    """The library's model with PyTorch tensors under LLaDA's names, without the converter."""
-    model = MaskPredictor(ModelConfig.from_dict(config), rngs=nnx.Rngs(0), dtype=dtype)
+    """The library's model with PyTorch tensors under published names, without the converter."""
+    sizes = ModelConfig.from_dict(config)
+    model = nnx.eval_shape(lambda: MaskPredictor(sizes, rngs=nnx.Rngs(0), dtype=dtype))
     graph, state = nnx.split(model)
     given = {}
     for name, tensor in tensors.items():
-        path = name.removeprefix("model.transformer.").removesuffix(".weight")
+        path, _, kind = name.removeprefix("model.").rpartition(".")
         for pattern, replacement in NAMES.items():
             path, hits = re.subn(f"^{pattern}$", replacement, path)
             if hits:
                 break
-        given[path] = jnp.asarray(tensor.float().numpy(), dtype)
+        given[f"{path}.{kind}"] = jnp.asarray(tensor.float().numpy(), dtype)
 
     def take(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        value = given.pop(".".join(str(key.key) for key in path).removesuffix(".weight"))
+        value = given.pop(".".join(str(key.key) for key in path))
         assert value.shape == leaf.shape, path
         return value
 

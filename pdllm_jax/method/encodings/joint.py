@@ -8,10 +8,11 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
-from pdllm_jax.method.cache import ChunkCache, Placement, dynamic_updates, init_pool, write_chunks
+from pdllm_jax.method.cache import ChunkCache, Placement, init_pool, write_chunks
 from pdllm_jax.method.encodings.base import Encoded, EncodeRequest, Encoding
+from pdllm_jax.method.live_forward import JointRows, joint_rows
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import attention
 from pdllm_jax.network.transformer import MaskPredictor
@@ -27,7 +28,7 @@ class Joint(Encoding):
 
     def encode(self, model: MaskPredictor, cache: ChunkCache, request: EncodeRequest) -> Encoded:
         """Runs one forward over prefix, chosen chunks, query and masked response."""
-        return _encode_rows(model, cache, request, request.rows.ids)
+        return encode_rows(model, cache, request, request.rows.ids)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,59 +61,41 @@ class QueryConditioned(Encoding):
             tokens_alone = dataclasses.replace(cache, pool=None, prefix_k=None, prefix_v=None)
             cache = jax.tree.map(per_chunk, tokens_alone)
         each = request._replace(selected=selected, placement=placement, live=None)
-        return Encoded(_encode_rows(model, cache, each, query).pool, request.live)
+        return Encoded(encode_rows(model, cache, each, query)[0].pool, request.live)
 
 
-def _encode_rows(
+def encode_rows(
     model: MaskPredictor, cache: ChunkCache, request: EncodeRequest, own_ids: Int[Array, "B R"]
-) -> Encoded:
-    """Runs one forward over prefix, chosen chunks and `own_ids`, laid without gaps.
+) -> tuple[Encoded, Float[Array, "B T M"], JointRows]:
+    """Runs one forward over prefix, chosen chunks and `own_ids`; see `joint_rows`.
 
-    own_ids: rows from placement.query_start on, padded; placement.total counts the valid ones with
-    the prefix.
+    Returns:
+      The KV; the residual stream, and its rows.
     """
-    selected, placement = request.selected, request.placement
-    batch, slots = selected.shape
-    size, prefix_rows = cache.tokens.shape[2], cache.prefix_ids.shape[1]
-    own_rows, prefix_length = own_ids.shape[1], placement.prefix_length
-    tokens, lengths = cache.chosen(selected)
-    ends = jnp.cumsum(lengths, axis=1)
-    context = ends[:, -1]
+    rows = joint_rows(cache, request.selected, request.placement, own_ids)
+    batch, slots, size = rows.chunk_row.shape
+    by = rotation(model.config, rows.positions)
+    chunk_local = rotation(model.config, jnp.arange(size))
+    prefix_length = request.placement.prefix_length
 
-    # Rows and positions: each part overwrites the padding of the one before it.
-    rows = jnp.zeros((batch, prefix_rows + slots * size + own_rows), jnp.int32)
-    rows = rows.at[:, :prefix_rows].set(cache.prefix_ids)
-    positions = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)
-    inside = jnp.arange(size)
-    starts = prefix_length[:, None] + ends - lengths  # first row of each chunk, [B, K]
-    for j in range(slots):
-        rows = dynamic_updates(rows, starts[:, j], tokens[:, j])
-        chunk_positions = placement.chunk_starts[:, j, None] + inside
-        positions = dynamic_updates(positions, starts[:, j], chunk_positions)
-    own_start = prefix_length + context
-    rows = dynamic_updates(rows, own_start, own_ids)
-    own_positions = placement.query_start[:, None] + jnp.arange(own_rows)
-    positions = dynamic_updates(positions, own_start, own_positions)
-    by = rotation(model.config, positions)
-    chunk_local = rotation(model.config, inside)
-    total = placement.total + context
-
-    live_row = jnp.arange(prefix_rows + own_rows)
+    live_row = jnp.arange(cache.prefix_ids.shape[1] + own_ids.shape[1])
+    context = rows.own_start - prefix_length
     behind = jnp.where(live_row < prefix_length[:, None], 0, context[:, None])
-    live_from = jnp.minimum(live_row + behind, rows.shape[1] - 1)
-    chunk_from = jnp.minimum(starts[..., None] + inside, rows.shape[1] - 1).reshape(batch, -1)
+    live_from = jnp.minimum(live_row + behind, rows.ids.shape[1] - 1)
+    chunk_from = rows.chunk_row.reshape(batch, -1)
     zeros = jnp.zeros((batch,), jnp.int32)
 
     def pick(x: Array, index: Array) -> Array:
         return jnp.take_along_axis(x, index[..., None, None], axis=1)
 
     pool = init_pool(model.config, batch * slots, size, model.dtype, model.mesh)
-    pool = dataclasses.replace(pool, lengths=lengths.reshape(-1))
+    lengths = cache.chosen(request.selected)[1].reshape(-1)
+    pool = dataclasses.replace(pool, lengths=lengths)
 
     def attend(layer: int, q: Array, k: Array, v: Array, carry):
         pool, live = carry
         turned = rotate(k, by)
-        out = attention(model.mesh, rotate(q, by), turned, v, total).out
+        out = attention(model.mesh, rotate(q, by), turned, v, rows.total).out
         shape = (batch * slots, size, *k.shape[2:])
         chunk_k = rotate(pick(k, chunk_from).reshape(shape), chunk_local)
         chunk_v = pick(v, chunk_from).reshape(shape)
@@ -124,5 +107,5 @@ def _encode_rows(
             live = live.write(layer, *live_kv, zeros, mesh=model.mesh)
         return out, (pool, live)
 
-    _, (pool, live) = model.run(rows, attend, (pool, request.live))
-    return Encoded(pool, live)
+    x, (pool, live) = model.run(rows.ids, attend, (pool, request.live))
+    return Encoded(pool, live), x, rows

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from pdllm_jax.method.scorers import attention, controls, copies
+from pdllm_jax.method.scorers import attention, chunk_draft, controls, copies
 from pdllm_jax.method.scorers.base import Draft, Question, Response, Scorer, ScoreRequest
 from pdllm_jax.method.scorers.controls import AllScorer, OracleScorer
 from pdllm_jax.method.scorers.copies import DraftScorer
 
 _ALL: tuple[type[Scorer], ...] = (
     DraftScorer,
+    copies.CausalScorer,
+    chunk_draft.ChunkDraftScorer,
     copies.QueryScorer,
     copies.ConfidenceScorer,
     attention.AttentionScorer,

@@ -27,6 +27,7 @@ from pallas_kernels import Implementation, Partial, merge
 from pallas_kernels.common import row_sum
 from pdllm_jax.method.cache import ChunkCache, dynamic_updates
 from pdllm_jax.method.sampling import log_probability
+from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import attention, constrain
 from pdllm_jax.network.transformer import MaskPredictor
@@ -43,6 +44,7 @@ class Draft:
     confirmed: Bool[Array, "B d"]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Response(Draft):
     """A response that is being denoised; in_block [B, G]: slots of the current block."""
@@ -88,41 +90,73 @@ class ScoreRequest(NamedTuple):
     implementation: Implementation | None = None
 
 
-class QueryCopies(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QueryCopies:
     """Copies of query and tail that go through the network behind a chunk; see `copies.py`.
 
     ids [B, R, T]; length [B]: valid rows of a copy.
-    read_copy, read_row, read_valid [B, S]: the scored rows; read_token [B, S]: the token whose
-      probability is the score, None for the likeliest one.
+    read_row, read_valid [B, S]: rows behind the chunk that predict the scored tokens; read_token
+      [B, S]: the token whose probability is the score, None for the likeliest one.
+    lead: rows in front of the copies, `MaskPredictor.lookback`. The chunk's last row goes through
+      the network again and predicts the query's first token. No copy attends to it.
+    causal: a row of a copy attends to the copy's rows up to itself, not to all of them.
     """
 
     ids: Int[Array, "B R T"]
     length: Int[Array, "B"]
-    read_copy: Int[Array, "B S"]
     read_row: Int[Array, "B S"]
     read_token: Int[Array, "B S"] | None
     read_valid: Bool[Array, "B S"]
+    lead: int = dataclasses.field(default=0, metadata={"static": True})
+    causal: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def rows(self) -> int:
+        """Rows that go behind a chunk."""
+        return self.lead + self.ids.shape[1] * self.ids.shape[2]
 
     def of(self, request: Int[Array, "g"]) -> QueryCopies:
         """Returns the copies of some requests."""
         return jax.tree.map(lambda x: x[request], self)
 
+    def behind(
+        self, chunk: Int[Array, "B C"], length: Int[Array, "B"]
+    ) -> tuple[Int[Array, "B rows"], Int[Array, "*B rows"]]:
+        """Returns the rows' tokens and their positions from the chunk's first row on.
+
+        chunk, length: the chunk of each request, and its valid rows.
+        """
+        batch, copies, t = self.ids.shape
+        ids, offset = self.ids.reshape(batch, -1), chunk.shape[1] + jnp.tile(jnp.arange(t), copies)
+        if not self.lead:
+            return ids, offset
+        last = jnp.maximum(length - 1, 0)[:, None]
+        ids = jnp.concatenate([jnp.take_along_axis(chunk, last, axis=1), ids], axis=1)
+        return ids, jnp.concatenate([last, jnp.broadcast_to(offset, (batch, offset.size))], axis=1)
+
     def attend(self, mesh: Mesh | None, seen: Partial, q: Array, k: Array, v: Array) -> Array:
-        """Returns attention of copies' rows [B, R T, H, D]: `seen`, merged with the copy itself."""
+        """Returns attention of the rows [B, rows, H, D]: `seen`, merged with the copy itself."""
         batch, copies, t = self.ids.shape
 
         def split(x: Array) -> Array:
-            return x.reshape(batch * copies, t, *x.shape[2:])
+            return x[:, self.lead :].reshape(batch * copies, t, *x.shape[2:])
 
-        lengths = jnp.repeat(self.length, copies)
-        itself = attention(mesh, split(q), split(k), split(v), lengths, need_lse=True)
+        # A causal row sees no padding, which lies behind it.
+        lengths = None if self.causal else jnp.repeat(self.length, copies)
+        own = split(q), split(k), split(v), lengths
+        itself = attention(mesh, *own, need_lse=True, causal=self.causal)
         lse = split(seen.lse.swapaxes(1, 2)).swapaxes(1, 2)
-        return merge(Partial(split(seen.out), lse), itself).out.reshape(q.shape)
+        out = merge(Partial(split(seen.out), lse), itself).out.reshape(batch, -1, *q.shape[2:])
+        return jnp.concatenate([seen.out[:, : self.lead], out], axis=1) if self.lead else out
 
-    def read(self, model: MaskPredictor, x: Float[Array, "B T M"]) -> Float[Array, "B"]:
-        """Returns the mean log-probability of the scored rows; only they reach the LM head."""
-        index = jnp.arange(len(x))[:, None], self.read_copy, self.read_row
-        logits = model.logits(model.final_norm(x.reshape(*self.ids.shape, -1)[index]))
+    def read(self, model: MaskPredictor, x: Float[Array, "B rows M"]) -> Float[Array, "B"]:
+        """Returns the mean log-probability of the scored tokens.
+
+        Only the rows that predict them reach the LM head.
+        """
+        index = jnp.arange(len(x))[:, None], self.read_row
+        logits = model.logits(model.final_norm(x[index]))
         tokens = jnp.argmax(logits, axis=-1) if self.read_token is None else self.read_token
         likelihood = jnp.where(self.read_valid, log_probability(logits, tokens), 0.0)
         scores = row_sum(likelihood) / jnp.maximum(self.read_valid.sum(axis=-1), 1)
@@ -145,6 +179,10 @@ class Scorer(Protocol):
     needs_pool: ClassVar[bool] = False
     reads_document: ClassVar[bool] = True
 
+    def check(self, config: ModelConfig) -> None:
+        """Raises ConfigError for a model that the scorer cannot score with."""
+        return None
+
     def draft(self, model: MaskPredictor, question: Question) -> Draft | None:
         """Returns a draft of the response, computed before the pass; None where none is needed."""
         return None
@@ -159,7 +197,7 @@ class Scorer(Protocol):
 
 
 def prefix_attention(
-    model: MaskPredictor, cache: ChunkCache, document: Int[Array, "B"], offset: Int[Array, "T"]
+    model: MaskPredictor, cache: ChunkCache, document: Int[Array, "B"], offset: Int[Array, "*B T"]
 ) -> Callable[[int, Array], tuple[Partial, ...]]:
     """Returns a function (layer, unrotated queries) -> attention to the prefix; () without one.
 

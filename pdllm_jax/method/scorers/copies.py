@@ -5,6 +5,10 @@ with s % R == r masked. They attend to prefix, chunk and themselves, all copies 
 positions, and no chunk row attends to them. So one pass over a document yields chunk KV that does
 not depend on the question, together with the pseudo-log-likelihood of every scored slot. A later
 question costs its own rows against that KV. R = number of slots is exactly leave-one-out.
+
+A model with a logit shift predicts a slot in the row in front of it: for the query's first token,
+the chunk's last row, which one more row in front of the copies computes again. There, "causal"
+needs no masks: one copy whose rows attend to the rows before them.
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from pallas_kernels import merge
-from pdllm_jax.method.cache import ChunkCache, dynamic_slices, dynamic_updates
+from pdllm_jax.method.cache import ChunkCache, dynamic_updates
+from pdllm_jax.method.live_forward import predicting_rows
 from pdllm_jax.method.sampling import log_probability
 from pdllm_jax.method.scorers.base import (
     Draft,
@@ -30,6 +35,7 @@ from pdllm_jax.method.scorers.base import (
     Scores,
     prefix_attention,
 )
+from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import chunk_attention, whole_groups
 from pdllm_jax.network.transformer import MaskPredictor
@@ -63,20 +69,27 @@ def make_copies(
     scored: Bool[Array, "B T"],
     most: int,
     copies: int | None,
+    *,
+    causal: bool = False,
 ) -> QueryCopies:
     """Returns R = `copies` copies of the rows, in which every scored row is masked once.
 
-    scored: at most `most` rows of a request. copies: None for `most`.
+    scored: at most `most` rows of a request. copies: None for `most`. causal: one copy, no masks.
     """
     copies = most if copies is None else copies
-    slot = jnp.where(scored, jnp.cumsum(scored, axis=1) - 1, -1)[:, None]
-    masked = scored[:, None] & (slot % copies == jnp.arange(copies)[:, None])
-    ids = jnp.where(masked, model.config.mask_token_id, rows.query[:, None])
+    ids, lead = rows.query[:, None], model.lookback
+    if not causal:
+        slot = jnp.where(scored, jnp.cumsum(scored, axis=1) - 1, -1)[:, None]
+        masked = scored[:, None] & (slot % copies == jnp.arange(copies)[:, None])
+        ids = jnp.where(masked, model.config.mask_token_id, ids)
     row = jnp.argsort(~scored, axis=1, stable=True)[:, :most]
     token = jnp.take_along_axis(rows.query, row, axis=1)
     read = jnp.broadcast_to(jnp.arange(most), row.shape)
     valid = read < scored.sum(axis=1)[:, None]
-    return QueryCopies(ids, rows.query_length, read % copies, row, token, valid)
+    # Of the sequence of lead row and copy: row 0 is the same in front of every copy.
+    at = model.predicting_row(lead + row)
+    at = jnp.where(at < lead, at, read % copies * ids.shape[2] + at)
+    return QueryCopies(ids, rows.query_length, at, token, valid, lead, causal)
 
 
 class CopyScorer(Scorer):
@@ -94,20 +107,19 @@ class CopyScorer(Scorer):
         assert copies is not None
         assert pool is not None
         (batch, n), chunk_size = wanted.shape, cache.tokens.shape[-1]
-        _, repeats, t = copies.ids.shape
         # As many rows at once as an encoding pass has.
-        group = min(batch * n, max(1, request.encode_batch * chunk_size // (repeats * t)))
-        group = whole_groups(model.mesh, group)
-        offset = chunk_size + jnp.tile(jnp.arange(t), repeats)
-        by, document = rotation(model.config, offset), cache.document_of(batch)
+        group = min(batch * n, max(1, request.encode_batch * chunk_size // copies.rows))
+        group, document = whole_groups(model.mesh, group), cache.document_of(batch)
         places = cache.places(jnp.where(wanted, jnp.arange(n), -1)).reshape(-1)
         path = request.implementation
         to_chunk = functools.partial(chunk_attention, model.mesh, implementation=path)
 
         def score_group(pair: Array, valid: Array, scores: Array) -> Array:
             chunk = jnp.where(valid, places[pair], -1)
-            of_group = copies.of(pair // n)
-            to_prefix = prefix_attention(model, cache, document[pair // n], offset)
+            of_group, at = copies.of(pair // n), (document[pair // n], pair % n)
+            ids, offset = of_group.behind(cache.tokens[at], cache.lengths[at])
+            by = rotation(model.config, offset)
+            to_prefix = prefix_attention(model, cache, at[0], offset)
 
             def attend(layer: int, q: Array, k: Array, v: Array, carry: None) -> tuple[Array, None]:
                 turned, turned_k = rotate(q, by), rotate(k, by)
@@ -116,7 +128,7 @@ class CopyScorer(Scorer):
                 seen = merge(*to_prefix(layer, q), seen)
                 return of_group.attend(model.mesh, seen, turned, turned_k, v), None
 
-            x, _ = model.run(of_group.ids.reshape(group, repeats * t), attend, None)
+            x, _ = model.run(ids, attend, None)
             # Rows of the last group beyond the end are dropped.
             target = jnp.where(chunk >= 0, pair, batch * n)
             return scores.at[target].set(of_group.read(model, x), mode="drop")
@@ -143,31 +155,28 @@ class QueryScorer(CopyScorer):
     def query_copies(self, model: MaskPredictor, request: ScoreRequest) -> QueryCopies:
         """Returns copies in which the query alone is scored, the response behind it visible."""
         question = request.question
-        rows, scored = question.with_tail(request.response or _masks(model, question, 0))
+        rows, scored = question.with_tail(request.response or masks(model, question, 0))
         return make_copies(model, rows, scored, question.query.shape[1], self.masked_copies)
 
 
 @dataclasses.dataclass(frozen=True)
-class DraftScorer(QueryScorer):
-    """Self-information of query and draft given the chunk.
+class Drafting(CopyScorer):
+    """Base of scorers of query and draft, or of query and the response so far.
 
     draft_length: masks behind prefix and query, d. draft_steps: how many of them are denoised.
     """
-
-    name: ClassVar[str] = "draft"
 
     draft_length: int = 4
     draft_steps: int = 2
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         validate(self, dict.fromkeys(("draft_length", "draft_steps"), SIZE))
         require(
             self.draft_steps <= self.draft_length,
             f"draft_steps must be at most draft_length {self.draft_length}, got {self.draft_steps}",
         )
 
-    def draft(self, model: MaskPredictor, question: Question) -> Draft:
+    def draft(self, model: MaskPredictor, question: Question) -> Draft | None:
         """Returns guesses of the response's first tokens, from prefix and query alone.
 
         Denoises `draft_steps` of d masks: slot 0, then the most confident of those still masked.
@@ -179,25 +188,69 @@ class DraftScorer(QueryScorer):
 
         def step(i: Array, draft: Draft) -> Draft:
             hidden = model.encode(dynamic_updates(rows, start, draft.tokens), start + d)
-            logits = model.logits(dynamic_slices(hidden, start, d))
+            logits = model.logits(predicting_rows(model, hidden, start, d))
             guess = jnp.argmax(logits, axis=-1).astype(jnp.int32)
             confidence = jnp.where(draft.confirmed, -jnp.inf, log_probability(logits, guess))
             slot = jnp.where(i == 0, 0, jnp.argmax(confidence, axis=-1))
             chosen = jnp.arange(d) == slot[:, None]
             return Draft(jnp.where(chosen, guess, draft.tokens), draft.confirmed | chosen)
 
-        return lax.fori_loop(0, self.draft_steps, step, _masks(model, question, d))
+        return lax.fori_loop(0, self.draft_steps, step, masks(model, question, d))
 
-    def query_copies(self, model: MaskPredictor, request: ScoreRequest) -> QueryCopies:
-        """Returns copies in which the query and the draft, or the response so far, are scored."""
+    def drafted(
+        self, model: MaskPredictor, request: ScoreRequest, copies: int | None, **options: bool
+    ) -> QueryCopies:
+        """Returns `make_copies` in which query and draft, or the response so far, are scored."""
         question = request.question
         tail = request.response or request.draft or self.draft(model, question)
+        assert tail is not None
         rows, in_query = question.with_tail(tail)
         scored = dynamic_updates(in_query, question.query_length, tail.confirmed)
         most = rows.query.shape[1]
         if request.response is None:
             most = min(question.query.shape[1] + self.draft_steps, most)
-        return make_copies(model, rows, scored, most, self.masked_copies)
+        return make_copies(model, rows, scored, most, copies, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftScorer(Drafting):
+    """Self-information of query and draft given the chunk.
+
+    masked_copies: as of `QueryScorer`.
+    """
+
+    name: ClassVar[str] = "draft"
+
+    masked_copies: int | None = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validate(self, {"masked_copies": SIZE})
+
+    def query_copies(self, model: MaskPredictor, request: ScoreRequest) -> QueryCopies:
+        """Returns copies in which the query and the draft, or the response so far, are scored."""
+        return self.drafted(model, request, self.masked_copies)
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalScorer(Drafting):
+    """Log-probability of query and draft given the chunk, in one pass under a causal mask.
+
+    Each token is predicted from prefix, chunk and the tokens in front of it, as by the
+    autoregressive model that a model with a logit shift was adapted from.
+    """
+
+    name: ClassVar[str] = "causal"
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises ConfigError for a model without a logit shift."""
+        shifted = f"scorer {self.name!r} needs a model that predicts a token from the row before it"
+        require(config.logit_shift, f"{shifted} (logit_shift); use 'draft'")
+
+    def query_copies(self, model: MaskPredictor, request: ScoreRequest) -> QueryCopies:
+        """Returns one copy without masks in place of tokens, whose rows see what is before them."""
+        self.check(model.config)
+        return self.drafted(model, request, 1, causal=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,15 +270,15 @@ class ConfidenceScorer(CopyScorer):
     def query_copies(self, model: MaskPredictor, request: ScoreRequest) -> QueryCopies:
         """Returns one copy with its masks scored; of a response, the masks of the current block."""
         question, response = request.question, request.response
-        tail = response or _masks(model, question, self.draft_length)
+        tail = response or masks(model, question, self.draft_length)
         open_slots = ~tail.confirmed if response is None else ~tail.confirmed & response.in_block
         rows, in_query = question.with_tail(tail)
         scored = dynamic_updates(jnp.zeros_like(in_query), question.query_length, open_slots)
         copies = make_copies(model, rows, scored, open_slots.shape[1], 1)
-        return copies._replace(read_token=None)
+        return dataclasses.replace(copies, read_token=None)
 
 
-def _masks(model: MaskPredictor, question: Question, d: int) -> Draft:
+def masks(model: MaskPredictor, question: Question, d: int) -> Draft:
     """Returns a draft of d masks."""
     tokens = jnp.full((question.query.shape[0], d), model.config.mask_token_id, jnp.int32)
     return Draft(tokens, jnp.zeros(tokens.shape, bool))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,12 @@ from experiments.runner import Work
 from experiments.statistics import bootstrap, wilson
 from experiments.tables import table
 from pdllm_jax import DecodeConfig, Engine, Request
+from pdllm_jax.engine.request import Timer
 from pdllm_jax.evaluation.prompts import dense_prompt, fitting_block, split_request, truncate_middle
 from pdllm_jax.method.cache_methods import Method
+from pdllm_jax.storage.manifest import MANIFEST
+
+Ask = Callable[[Task, Example], Sequence[Mapping[str, Any]]]  # returns an example's one record
 
 # LongBench-E's three lengths, in words.
 _LENGTHS = (("0-4k", 0, 4000), ("4-8k", 4000, 8000), ("8k+", 8000, float("inf")))
@@ -42,6 +48,7 @@ class Asker:
       model's max_sequence_length leaves beside these two.
     block_length: of a response, at most; the largest divisor of its length is taken.
     gen_length: response tokens, instead of the benchmark's.
+    decode: makes the settings of decoding, from lengths, threshold and stop ids.
     """
 
     engine: Engine
@@ -51,12 +58,14 @@ class Asker:
     max_length: int | None = None
     chat: bool = True
     seed: int = 0
+    decode: Callable[..., DecodeConfig] = DecodeConfig
 
     def decoding(self, task: Task) -> DecodeConfig:
         """Returns greedy decoding that ends with the block in which the text ends."""
         length = self.gen_length or task.gen_length
-        block, stop = fitting_block(length, self.block_length), self.engine.tokenizer.stop_ids
-        return DecodeConfig(length, block, threshold=self.threshold, stop_ids=stop)
+        lengths = {"gen_length": length, "block_length": fitting_block(length, self.block_length)}
+        stop_ids = self.engine.tokenizer.stop_ids
+        return self.decode(**lengths, threshold=self.threshold, stop_ids=stop_ids)
 
     def request(self, task: Task, example: Example, method: Method) -> tuple[Request, bool]:
         """Returns the request, and whether the middle was dropped.
@@ -82,18 +91,52 @@ class Asker:
         ids, truncated = dense_prompt(tokenizer, text, length, **shape)
         return Request([], ids, [], seed=self.seed), truncated
 
+    def for_task(self, task: Task, method: Method) -> Engine:
+        """Returns the engine that answers a task's examples."""
+        return dataclasses.replace(self.engine, method=method, decoding=self.decoding(task))
+
+    def check(self, task: Task, example: Example, method: Method) -> None:
+        """Raises what an answer would raise, of too little memory above all; computes nothing."""
+        self.for_task(task, method).check([self.request(task, example, method)[0]])
+
+    def settings(self, folder: Path) -> dict[str, Any]:
+        """Returns what a record depends on beside its example and method.
+
+        folder: of the converted checkpoint.
+        """
+        engine = self.engine
+        own = {name: x for name, x in vars(self).items() if name not in ("engine", "decode")}
+        return {
+            **own,
+            "implementation": engine.implementation,
+            "chunking": dataclasses.asdict(engine.chunking),
+            "selection": engine.selection.to_flat(),
+            "checkpoint": hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(),
+            "dtype": str(engine.model.dtype),
+            **({} if engine.model.mesh is None else {"mesh": dict(engine.model.mesh.shape)}),
+        }
+
     def __call__(self, task: Task, example: Example, method: Method) -> list[dict[str, Any]]:
-        """Returns the example's record, in a list of one."""
-        request, truncated = self.request(task, example, method)
-        decoding = self.decoding(task)
-        engine = dataclasses.replace(self.engine, method=method, decoding=decoding)
-        (answered,) = answer(engine, [request], together=False)
-        response = self.engine.tokenizer.decode(answered["tokens"])
+        """Returns the example's record, in a list of one.
+
+        Its seconds are by phase. "host" is all that is in no phase, such as tokenizing, and "total"
+        is all but compiling, from the text to the response's text.
+        """
+        timer = Timer()
+        with timer.phase("total"):
+            request, truncated = self.request(task, example, method)
+            (answered,) = answer(self.for_task(task, method), [request], together=False)
+            response = self.engine.tokenizer.decode(answered["tokens"])
+        phases, total = answered["seconds"], timer.seconds["total"]
+        host = total - phases.pop("total")
         record = {
             "score": task.metric(response, example),
             "response": response,
             "answers": example.answers,
-            **{name: answered[name] for name in ("evaluations", "seconds", "chunks")},
+            "evaluations": answered["evaluations"],
+            "seconds": {**phases, "host": round(host, 6), "total": round(total, 6)},
+            "compile_seconds": round(timer.seconds["compile"], 6),
+            "chunks": answered["chunks"],
             "prompt_tokens": sum(map(len, (request.prefix, request.context, request.question))),
             "truncated": truncated,
             "details": example.details,
@@ -103,23 +146,23 @@ class Asker:
 
 
 def missing_work(
-    ask: Asker, tasks: Sequence[Task], methods: Sequence[Method], records: Records
+    arms: Mapping[str, Ask], tasks: Sequence[Task], records: Records
 ) -> Iterator[Work]:
-    """Makes work of the examples that have no record.
+    """Makes work of the examples that have no record. arms: by the method's name in records.
 
     An example goes to all methods before the next, so that a run that is cut short compares them on
     the same examples. Raises RecordError for an example that has changed.
     """
     for task in tasks:
         for example in task.examples:
-            for method in methods:
-                key = Key(task.benchmark, task.name, method, example.id)
+            for name, ask in arms.items():
+                key = Key(task.benchmark, task.name, name, example.id)
                 if records.get(key, example.digest()) is None:
-                    yield Work(task.name, [key], partial(ask, task, example, method))
+                    yield Work(task.name, [key], partial(ask, task, example))
 
 
 def summarise(
-    tasks: Iterable[Task], methods: Sequence[Method], records: Records
+    tasks: Iterable[Task], methods: Iterable[str], records: Records
 ) -> list[dict[str, Any]]:
     """Returns a row for each task and method, LongBench-E's also by length; scores in percent."""
     rows = []
@@ -154,6 +197,7 @@ def _row(task: Task, method: str, name: str, records: Sequence[dict[str, Any]]) 
         "truncated": sum(record["truncated"] for record in records),
         "evaluations": float(np.mean([record["evaluations"] for record in records])),
         "seconds_median": float(np.median([record["seconds"]["total"] for record in records])),
+        "seconds_in_all": sum(record["seconds"]["total"] for record in records),
     }
 
 

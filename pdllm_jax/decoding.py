@@ -1,0 +1,276 @@
+"""Frozen, validated settings of decoding: how a response is denoised."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from pdllm_jax.method.sampling import (
+    CONFIDENCES,
+    Chance,
+    Factor,
+    Origin,
+    Schedule,
+    Threshold,
+    TimeSchedule,
+    Unmask,
+)
+from pdllm_jax.rules import (
+    AT_LEAST_0,
+    POSITIVE,
+    SHARE,
+    SIZE,
+    SWITCH,
+    TOKEN,
+    UNIT,
+    is_index,
+    one_of,
+    require,
+    validate,
+)
+
+Recompute = Literal["block", "suffix", "response"]
+ScheduleName = Literal["even", "time"]
+
+# Dream's names of the confidence rules.
+_ALGORITHMS = {
+    "origin": "origin",
+    "maskgit_plus": "low_confidence",
+    "topk_margin": "margin",
+    "entropy": "entropy",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How the response is denoised (algorithm step 6).
+
+    gen_length: response tokens, G; block_length: tokens of a block, divides gen_length.
+    steps: evaluations over the whole response, divided among the blocks; None means one per token.
+      Not used by the threshold and factor rules, which take what they need.
+    schedule: tokens of a step. "even" spreads a block's tokens over its steps (LLaDA); steps is
+      then a multiple of the number of blocks. "time" is Dream's: times fall evenly from 1 to `eps`
+      over a block's steps, and the step from t to s takes a share 1 - s / t of the masks that are
+      left, rounded down, the last step all; steps over blocks is rounded down.
+    temperature: of sampling; 0 is greedy.
+    top_p, top_k: filters of logits / temperature before a prediction, top_p first: the likeliest
+      tokens, each if those before it have at most the probability top_p together; the k likeliest.
+    scaled_confidence: computes the confidence from the scaled, filtered logits (Dream), not from
+      the logits as they are (LLaDA).
+    remasking: which predictions are kept: the most confident ones, by the token's probability
+      ("low_confidence"), by the lead of the best token over the second ("margin", p1 - p2) or by
+      exp(-entropy) of the prediction ("entropy"); or random ones ("random"); or, with schedule
+      "time", each with the probability 1 - s / t ("origin"). Or a function
+      (logits [T, V], tokens [T], PRNG keys [T]) -> log confidence [T], finite.
+    order_temperature: Dream's alg_temp. A schedule's n slots are drawn without replacement from
+      softmax(confidence / order_temperature) instead of being the best; 0: the best.
+    first_slot_alone: a block's first evaluation unmasks the first slot of the block and no other,
+      at any confidence (Fast-dLLM on Dream). It counts as the first step of a schedule.
+    threshold: unmask every slot with at least this confidence, and always the best one.
+    factor: Fast-dLLM's factor rule (arXiv 2505.22618); excludes threshold.
+    unmask: a custom rule that replaces steps, threshold and factor: a function (log confidence [G],
+      -inf for slots that are not candidates; evaluations made in the block, int32) -> bool [G]. A
+      block ends when nothing is masked, or after block_length evaluations. Both functions are
+      traced and static under jit: hashable, and the same object for the same rule, or every call
+      compiles anew. A snapshot cannot hold them.
+    guidance: classifier-free guidance scale; needs recompute "response" and no context cache.
+    logits_eos_inf: EOS is never predicted. Of LLaDA's published evaluation, as the next one.
+    confidence_eos_eot_inf: slots where EOS or EOT is predicted are unmasked last, under every rule.
+      The confidence of others is computed without the two. (With temperature, the published code
+      leaves EOS out of this, and `remasking` "random" all of it.)
+    eot_token_id: EOT of confidence_eos_eot_inf; LLaDA's is 126348. None: the token that ends a turn
+      in the tokenizer of the `Engine`. EOS is the model's.
+    stop_ids: tokens (EOS, EOT) that end the text: a request is done with the block in which one of
+      them appears, and the slots behind that block become EOS. One that fills a slot of an earlier
+      block, which was left masked, does not end the request. None by default, as published.
+    recompute: rows that a step recomputes while the rest of the live KV stays as it was at the
+      block's start: "block" (dual cache), "suffix" (prefix cache), or "response" (none is stale).
+    """
+
+    gen_length: int = 32
+    block_length: int = 32
+    steps: int | None = None
+    temperature: float = 0.0
+    remasking: Any = "low_confidence"
+    threshold: float | None = None
+    factor: float | None = None
+    guidance: float = 0.0
+    logits_eos_inf: bool = False
+    confidence_eos_eot_inf: bool = False
+    eot_token_id: int | None = None
+    stop_ids: tuple[int, ...] = ()
+    recompute: Recompute = "block"
+    unmask: Unmask | None = None
+    schedule: ScheduleName = "even"
+    eps: float = 1e-3
+    top_p: float | None = None
+    top_k: int | None = None
+    scaled_confidence: bool = False
+    order_temperature: float = 0.0
+    first_slot_alone: bool = False
+
+    def __post_init__(self) -> None:
+        rules = dict.fromkeys(("gen_length", "block_length", "steps", "top_k"), SIZE)
+        rules |= dict.fromkeys(("temperature", "guidance", "order_temperature"), AT_LEAST_0)
+        rules |= {"threshold": SHARE, "factor": POSITIVE, "top_p": SHARE, "eps": UNIT}
+        rules |= dict.fromkeys(("logits_eos_inf", "confidence_eos_eot_inf"), SWITCH)
+        rules |= dict.fromkeys(("scaled_confidence", "first_slot_alone"), SWITCH)
+        rules |= {"eot_token_id": TOKEN, "recompute": one_of(get_args(Recompute))}
+        rules |= {"schedule": one_of(get_args(ScheduleName))}
+        if not callable(self.remasking):
+            validate(self, {"remasking": one_of(CONFIDENCES)})
+            object.__setattr__(self, "remasking", CONFIDENCES[self.remasking]())
+        validate(self, rules)
+        length, block, stops = self.gen_length, self.block_length, self.stop_ids
+        require(length % block == 0, f"block_length {block} does not divide gen_length {length}")
+        steps, blocks, by_time = self.steps or self.n_blocks, self.n_blocks, self.schedule == "time"
+        require(
+            by_time or steps % blocks == 0,
+            f"steps {steps} is not a multiple of the number of blocks {blocks}",
+        )
+        require(steps >= blocks, f"steps {steps} is less than the number of blocks {blocks}")
+        given = [x is not None for x in (self.steps, self.threshold, self.factor)]
+        require(not all(given[1:]), "threshold and factor exclude each other")
+        if self.unmask is not None:
+            require(callable(self.unmask), f"unmask must be a function, got {self.unmask!r}")
+            require(not any(given), "unmask excludes steps, threshold and factor")
+        origin = isinstance(self.remasking, Origin)
+        require(by_time or not origin, "remasking 'origin' needs schedule='time'")
+        timed = {"remasking 'origin'": origin, "order_temperature": self.order_temperature > 0}
+        for name, asked in timed.items():
+            fits = self.scheduled or not asked
+            require(fits, f"{name} excludes threshold, factor and unmask")
+        ids = isinstance(stops, tuple) and all(map(is_index, stops))
+        require(ids, f"stop_ids must be a tuple of token ids, got {stops!r}")
+        plain = self.guidance == 0 or self.recompute == "response"
+        require(plain, f"guidance needs recompute='response', got {self.recompute!r}")
+
+    @classmethod
+    def dream(
+        cls,
+        *,
+        max_new_tokens: int = 20,
+        steps: int = 512,
+        alg: str = "origin",
+        eps: float = 1e-3,
+        alg_temp: float | None = None,
+        **settings: Any,
+    ) -> DecodeConfig:
+        """Returns Dream's published generation (`diffusion_generate`), by its names and defaults.
+
+        The response is one block, and every step recomputes all of it.
+
+        Args:
+          max_new_tokens: gen_length.
+          alg: "origin", "maskgit_plus", "topk_margin" or "entropy".
+          alg_temp: order_temperature; not used by "origin".
+          settings: temperature, top_p, top_k and any other field.
+        """
+        rule = _by_time(steps, alg, eps, alg_temp, _ALGORITHMS)
+        rule |= {"gen_length": max_new_tokens, "block_length": max_new_tokens}
+        return cls(**rule | {"recompute": "response"} | settings)
+
+    @classmethod
+    def fast_dllm_dream(
+        cls,
+        *,
+        max_new_tokens: int = 32,
+        block_length: int = 32,
+        steps: int = 512,
+        alg: str = "confidence_threshold",
+        threshold: float = 0.9,
+        dual_cache: bool = False,
+        eps: float = 1e-3,
+        alg_temp: float | None = None,
+        **settings: Any,
+    ) -> DecodeConfig:
+        """Returns Fast-dLLM's generation with Dream (arXiv 2505.22618), by its names.
+
+        Args:
+          max_new_tokens: gen_length.
+          alg: "confidence_threshold", which reads neither steps, eps nor alg_temp; or "entropy",
+            which does not read threshold: Dream's schedule over the steps of a block.
+          dual_cache: a step recomputes the block alone, not also what is behind it.
+          alg_temp: order_temperature.
+          settings: temperature, top_p, top_k and any other field.
+        """
+        if alg == "confidence_threshold":
+            rule: dict[str, Any] = {"threshold": threshold, "scaled_confidence": True}
+        else:
+            known = {"confidence_threshold": "", "entropy": "entropy"}
+            rule = _by_time(steps, alg, eps, alg_temp, known)
+        rule |= {"gen_length": max_new_tokens, "block_length": block_length}
+        rule |= {"recompute": "block" if dual_cache else "suffix", "first_slot_alone": True}
+        return cls(**rule | settings)
+
+    @property
+    def n_blocks(self) -> int:
+        return self.gen_length // self.block_length
+
+    @property
+    def has_code(self) -> bool:
+        """Whether a rule is a function of the caller's, which JSON cannot hold."""
+        return type(self.remasking) not in CONFIDENCES.values() or self.unmask is not None
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens or their order are drawn, apart from `remasking` "random"."""
+        by_chance = isinstance(self.remasking, Origin)
+        return self.temperature > 0 or self.order_temperature > 0 or by_chance
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether a block takes a fixed number of evaluations."""
+        return self.threshold is None and self.factor is None and self.unmask is None
+
+    @property
+    def steps_per_block(self) -> int:
+        """Evaluations of a block with a schedule."""
+        return self.block_length if self.steps is None else self.steps // self.n_blocks
+
+    @property
+    def prediction(self) -> dict[str, Any]:
+        """The arguments of `sampling.predict` that are settings of the same meaning."""
+        names = ("temperature", "top_p", "top_k", "scaled_confidence", "order_temperature")
+        return {"confidence": self.remasking} | {name: getattr(self, name) for name in names}
+
+    @property
+    def unmasking(self) -> Unmask:
+        """The rule that takes the slots of a step."""
+        if self.unmask is not None:
+            return self.unmask
+        if self.threshold is not None:
+            return Threshold(self.threshold)
+        if self.factor is not None:
+            return Factor(self.factor)
+        if self.schedule == "time":
+            rule = Chance if isinstance(self.remasking, Origin) else TimeSchedule
+            return rule(self.steps_per_block, self.eps)
+        return Schedule(self.block_length, self.steps_per_block)
+
+    def to_flat(self) -> dict[str, Any]:
+        """Returns all settings but code, the confidence rule by name, for JSON."""
+        flat = dataclasses.asdict(dataclasses.replace(self, unmask=None))
+        del flat["unmask"]
+        return flat | {"remasking": getattr(self.remasking, "name", "")}
+
+    @classmethod
+    def from_flat(cls, **settings: Any) -> DecodeConfig:
+        """Returns the settings that `to_flat` gave, also after JSON made lists of tuples."""
+        return cls(**settings | {"stop_ids": tuple(settings.get("stop_ids", ()))})
+
+
+def _by_time(
+    steps: int, alg: str, eps: float, alg_temp: float | None, known: Mapping[str, str]
+) -> dict[str, Any]:
+    """Returns the fields that Dream's algorithms share."""
+    require(alg in known, f"alg {alg!r} is not known ({', '.join(known)})")
+    return {
+        "steps": steps,
+        "schedule": "time",
+        "eps": eps,
+        "remasking": known[alg],
+        "order_temperature": 0.0 if alg == "origin" else alg_temp or 0.0,
+        "scaled_confidence": True,
+    }

@@ -37,10 +37,11 @@ ATTENTION = (
     (1, 8, 128, 32, 32, 0),
     (8, 4, 32, 32, 32, 0),
     (1, 4, 32, 28, 4, 0),
+    (1, 8, 33, 28, 4, 0),
     (1, 4, 32, 32, 32, 128),
     (8, 4, 32, 32, 32, 128),
 )
-# (name, rows, inner size, outer sizes)
+# (name, rows, inner size, outer sizes); products of different sizes have biases
 PRODUCTS = (
     ("q, k, v", 32, 4096, (4096,) * 3),
     ("gate, up", 32, 4096, (12288,) * 2),
@@ -48,6 +49,9 @@ PRODUCTS = (
     ("output", 32, 4096, (4096,)),
     ("q, k, v", 96, 4096, (4096,) * 3),
     ("gate, up", 128, 4096, (12288,) * 2),
+    ("q, k, v, 28/4 heads", 33, 3584, (3584, 512, 512)),
+    ("gate, up", 33, 3584, (18944,) * 2),
+    ("down", 33, 18944, (3584,)),
 )
 OPTIONS = {"--target": (Path, "compile for a device that is not there")}
 
@@ -60,6 +64,10 @@ def one(args: argparse.Namespace) -> None:
         nearby = None if near is None else OwnKV(near, near, lengths[: near.shape[0]])
         settings: Any = {"own_kv": nearby, "layer": 1, "implementation": "mosaic_gpu"}
         return chunk_attention(q, k, v, ids, lengths, **settings)
+
+    def multiply(activation: Any, x: Any, weights: Any, biases: Any) -> Any:
+        settings: Any = {"activation": activation, "implementation": "mosaic_gpu"}
+        return matmul(x, *weights, biases=biases, **settings)
 
     with device_for(args.target) as sharding:
 
@@ -81,10 +89,10 @@ def one(args: argparse.Namespace) -> None:
             name += f", {near} near keys" if near else ""
             report(name, attend, q, *kv, ids, lengths, nearby)
         for name, rows, inner, outs in PRODUCTS:
-            activation: Any = "swiglu" if name == "gate, up" else "none"
-            product = functools.partial(matmul, activation=activation, implementation="mosaic_gpu")
+            product = functools.partial(multiply, "swiglu" if name == "gate, up" else "none")
             weights = [shape(out, inner) for out in outs]
-            report(f"products of {rows} rows, {name}", product, shape(rows, inner), *weights)
+            biases = tuple(shape(out) for out in outs if len(set(outs)) > 1)
+            report(f"products of {rows} rows, {name}", product, shape(rows, inner), weights, biases)
 
 
 def parse(text: str) -> list[dict[str, Any]]:

@@ -56,8 +56,8 @@ class DecodeConfig:
     temperature: of sampling; 0 is greedy.
     top_p, top_k: filters of logits / temperature before a prediction, top_p first: the likeliest
       tokens, each if those before it have at most the probability top_p together; the k likeliest.
-    scaled_confidence: the confidence is that of the scaled, filtered logits (Dream), not of the
-      logits as they are (LLaDA).
+    scaled_confidence: computes the confidence from the scaled, filtered logits (Dream), not from
+      the logits as they are (LLaDA).
     remasking: which predictions are kept: the most confident ones, by the token's probability
       ("low_confidence"), by the lead of the best token over the second ("margin", p1 - p2) or by
       exp(-entropy) of the prediction ("entropy"); or random ones ("random"); or, with schedule

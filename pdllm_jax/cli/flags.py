@@ -139,7 +139,7 @@ def add_fields(parser: Any, settings: type, names: Collection[str] | None = None
     for field in dataclasses.fields(settings):
         if field.name in DERIVED or (names is not None and field.name not in names):
             continue
-        dest = _dest(settings, field.name)
+        dest = dest_of(settings, field.name)
         name = "score" if dest == "scorer" else dest.replace("_", "-")
         hint = hints[field.name]
         kind = get_args(hint)[0] if get_origin(hint) is types.UnionType else hint
@@ -156,12 +156,12 @@ def add_fields(parser: Any, settings: type, names: Collection[str] | None = None
 def from_args(settings: type[Settings], args: argparse.Namespace, **values: Any) -> Settings:
     """Builds settings from parsed flags, which validates them; `values` replace fields."""
     names = inspect.signature(settings).parameters
-    dests = {name: _dest(settings, name) for name in names}
+    dests = {name: dest_of(settings, name) for name in names}
     parsed = {name: getattr(args, dest) for name, dest in dests.items() if dest in args}
     return settings(**{**parsed, **values})
 
 
-def _dest(settings: type, field: str) -> str:
+def dest_of(settings: type, field: str) -> str:
     """Returns the name of a field's flag among the parsed flags."""
     return NAMES.get(f"{settings.__name__}.{field}", field)
 

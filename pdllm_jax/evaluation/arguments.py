@@ -31,11 +31,11 @@ _ALIASES = {
     "add_bos_token": "bos",
     "cfg": "guidance",
     "cfg_scale": "guidance",
-    "max_new_tokens": "gen_length",
     "diffusion_steps": "steps",
     "alg_temp": "order_temperature",
     "sample_top_p": "top_p",
 }
+_MODEL_ALIASES = {**_ALIASES, "max_new_tokens": "gen_length"}
 # Requests go one by one, to JAX's device; no code of a checkpoint is ever executed.
 _NO_EFFECT = (
     *("batch_size", "max_batch_size", "device", "trust_remote_code", "use_fast_tokenizer"),
@@ -88,14 +88,14 @@ def read_model_args(given: Mapping[str, Any], allowed: Container[str]) -> dict[s
       ConfigError: a name that is not known, a value that is not implemented, a setting given twice.
     """
     settings: dict[str, Any] = {}
-    names = [*allowed, *_ALIASES, *_NO_EFFECT, *_NEUTRAL_ARGS]  # type: ignore[misc]
+    names = [*allowed, *_MODEL_ALIASES, *_NO_EFFECT, *_NEUTRAL_ARGS]  # type: ignore[misc]
     unknown = ", ".join(sorted(set(given) - set(names)))
     require(not unknown, f"model_args not known: {unknown}; allowed: {', '.join(sorted(names))}")
     for name, value in given.items():
         if name in _NEUTRAL_ARGS:
             _require_neutral("model_args", name, value, _NEUTRAL_ARGS[name])
         elif name not in _NO_EFFECT:
-            setting = _ALIASES.get(name, name)
+            setting = _MODEL_ALIASES.get(name, name)
             require(setting not in settings, f"model_args give {setting} twice, also as {name}")
             settings[setting] = value
     return settings

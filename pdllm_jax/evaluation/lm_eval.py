@@ -120,6 +120,7 @@ class PrefillingLM(LM):
             settings.pop("tokenizer", None)
         settings = read_model_args(settings, {"pretrained", "bos", *configs, *_OWN})
         pretrained = settings.pop("pretrained", pretrained)
+        gen_length = settings.pop("gen_length", gen_length)
         require(pretrained is not None, "model_args need pretrained=FOLDER")
         numbers = {"max_gen_toks": max_gen_toks, "block_length": block_length, "mc_num": mc_num}
         require_positive(numbers | {"mc_batch": mc_batch})

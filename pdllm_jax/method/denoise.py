@@ -184,7 +184,8 @@ class _Step:
             take = jnp.where(state.step[:, None] == 0, alone, take)
         tokens, step = jnp.where(take, predicted, state.tokens), state.step + 1
         unmasked = take & (tokens != mask_id)
-        limit = config.steps_per_block if config.scheduled else config.block_length
+        limit = config.block_length + config.first_slot_alone
+        limit = config.steps_per_block if config.scheduled else limit
         open_slots = ((tokens == mask_id) & self.in_block).any(axis=1)
         finished = self.active & (~open_slots | (step >= limit))
         block, text_blocks = state.block + finished, state.text_blocks

@@ -50,8 +50,8 @@ def predict(
       key: of the request's evaluation. What a slot draws depends on it and on the slot alone.
       first: slot of the first row.
       top_p, top_k: tokens that `filtered` leaves are predicted alone.
-      scaled_confidence: the confidence is that of the distribution that is sampled from; otherwise
-        that of the logits as they are.
+      scaled_confidence: computes the confidence from the scaled, filtered logits, as Dream;
+        otherwise from the logits as they are, as LLaDA.
       order_temperature: of Gumbel noise on the confidences. The best n are then drawn without
         replacement from softmax(confidence / order_temperature), the confidence as Dream has it: a
         probability, a difference of two, or the negative entropy.
@@ -72,7 +72,8 @@ def predict(
     values = confidence(_without(logits, last), tokens, derive(key, Use.ORDER, slots))
     if order_temperature > 0:
         values = values if isinstance(confidence, Entropy) else jnp.exp(values)
-        values = values / order_temperature + _gumbel(derive(key, Use.ORDER_NOISE, slots), ())
+        noise = _gumbel(derive(key, Use.ORDER_NOISE, slots), ())
+        values = jnp.maximum(values / order_temperature + noise, _LEAST)
     if last:
         values = jnp.where(jnp.isin(tokens, jnp.array(last)), _LEAST, values)
     return tokens, values
@@ -103,8 +104,8 @@ def filtered(
         n_equal = n - above.sum(axis=-1, keepdims=True)
         kept = above | (equal & (jnp.cumsum(equal, axis=-1) <= n_equal))
     if top_k is not None:
-        left = jnp.where(kept, logits, -jnp.inf)
-        best = jax.lax.top_k(left, min(top_k, logits.shape[-1]))[0]
+        likeliest = jnp.where(kept, logits, -jnp.inf)
+        best = jax.lax.top_k(likeliest, min(top_k, logits.shape[-1]))[0]
         kept &= logits >= best[:, -1:]
     return kept
 
@@ -229,14 +230,14 @@ class TimeSchedule:
         return np.append(times[1:-1] / times[:-2], np.float32(0))
 
     def __call__(self, confidence: Array, step: Array) -> Array:
-        left = (confidence > -jnp.inf).sum().astype(jnp.float32)
+        masks = (confidence > -jnp.inf).sum().astype(jnp.float32)
         share = jnp.asarray(np.float32(1) - self.remaining())[step]
-        return _rank(confidence) < (left * share).astype(jnp.int32)
+        return _rank(confidence) < (masks * share).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Chance(TimeSchedule):
-    """Dream's "origin": takes each slot with the probability 1 - s / t, whatever the others do.
+    """Dream's "origin": takes each slot with the probability 1 - s / t, independently of others.
 
     The confidence is the logarithm of a uniform random number.
     """

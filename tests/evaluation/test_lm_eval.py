@@ -195,8 +195,14 @@ def test_short_prompts_and_what_tasks_may_ask_for(model, monkeypatch):
     assert ask("short", until="STOP", temperature=1, do_sample=False) == "one\n\ntwo "
     assert ask("short", do_sample=True, temperature=0.5) == "one\n\ntwo STOP three"
     assert seen[-1][2].temperature == 0.5
-    with pytest.raises(ValueError, match=r"generation_kwargs top_p=0.9 is not implemented"):
-        ask("short", do_sample=True, top_p=0.9)
+    ask("short", do_sample=True, top_p=0.9, top_k=-1)
+    assert (seen[-1][2].top_p, seen[-1][2].top_k) == (0.9, None)
+    ask("short", temperature=0.5, top_k=7)
+    assert (seen[-1][2].top_p, seen[-1][2].top_k) == (None, 7)
+    ask("short", top_p=0.9, top_k=7)
+    assert (seen[-1][2].top_p, seen[-1][2].top_k) == (None, None), "greedy"
+    with pytest.raises(ValueError, match=r"generation_kwargs min_p=0.1 is not implemented"):
+        ask("short", do_sample=True, min_p=0.1)
     with pytest.raises(ValueError, match="num_return_sequences=2 is not implemented"):
         ask("short", num_return_sequences=2)
     long = TEMPLATE.format(context=ROWS[0]["context"] + "<|eot_id|>", input="?")

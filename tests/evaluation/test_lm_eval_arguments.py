@@ -209,6 +209,41 @@ def test_the_published_command_s_arguments(folder):
     plan = {"samples": 4, "guidance": 0.5}
     assert value == answer_log_likelihood(model.model, *ids, **plan)
     model.generate_until([instance("Who is", {})], disable_tqdm=True)
-    skipped = ("gen_length", "block_length", "remasking", "unmask", "threshold", "factor", "steps")
+    skipped = ("gen_length", "block_length", "top_k")
     fields = [field.name for field in dataclasses.fields(DecodeConfig)]
-    assert {*fields} - {*skipped} <= {*DECODING}
+    assert {*fields} - {*skipped} | {"sample_top_k"} <= {*DECODING}
+
+
+DREAM = {"max_new_tokens": 16, "diffusion_steps": 8, "add_bos_token": True, "eps": 0.01}
+GIVEN = {"max_new_tokens": 16, "steps": 8, "eps": 0.01}
+SAMPLED = {"temperature": 0.2, "top_p": 0.95, "alg_temp": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "want"),
+    [
+        (
+            "plain",
+            {"alg": "entropy", **SAMPLED, "sample_top_k": 9},
+            DecodeConfig.dream(**GIVEN, alg="entropy", **SAMPLED, top_k=9),
+        ),
+        ("plain", {"alg": "origin"}, DecodeConfig.dream(**GIVEN)),
+        (
+            "prefix-cache",
+            {"alg": "entropy"},
+            DecodeConfig.fast_dllm_dream(**GIVEN, alg="entropy", block_length=8),
+        ),
+        (
+            "dual-cache",
+            {"alg": "confidence_threshold", "threshold": 0.8},
+            DecodeConfig.fast_dllm_dream(**GIVEN, threshold=0.8, block_length=8),
+        ),
+    ],
+)
+def test_arguments_of_dream_s_published_evaluations(folder, method, given, want):
+    model = PrefillingLM(str(folder), method=method, block_length=8, top_k=2, **DREAM, **given)
+    decoding, _ = model._generation({"until": [], "do_sample": False})
+    assert decoding == dataclasses.replace(want, stop_ids=decoding.stop_ids)
+    assert model.engine.selection.top_k == 2
+    with pytest.raises(ValueError, match="alg 'best' is not known"):
+        PrefillingLM("nowhere", method=method, alg="best")

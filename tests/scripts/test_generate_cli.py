@@ -86,15 +86,29 @@ def test_every_setting_has_a_flag_with_a_text_that_sets_it():
     texts = {action.dest: action.help for action in parser._actions}
     for settings in (ChunkConfig, SelectionConfig, DecodeConfig):
         names = {field.name for field in dataclasses.fields(settings)} - set(flags.DERIVED)
-        assert all(texts[name] for name in names)
+        assert all(texts[flags.dest_of(settings, name)] for name in names)
     values = dict(pair.split("=") for pair in VALUES.split())
     argv = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
     argv += ["--keep-first", "--no-anchors", "checkpoint", "--prompt-ids", "F"]
     settings = flags.engine_settings(parser.parse_args(argv))
     flat = dataclasses.asdict(settings["chunking"])
-    flat |= settings["selection"].to_flat() | settings["decoding"].to_flat()
+    flat |= settings["decoding"].to_flat() | settings["selection"].to_flat()
     assert {name: str(flat[name]) for name in values} == values
     assert (flat["keep_first"], flat["anchors"]) == (True, False)
+
+
+def test_flags_of_dream_s_sampling():
+    argv = (
+        "--schedule time --steps 9 --eps 0.01 --remasking origin --temperature 0.2 --gen-length 8"
+    )
+    argv += " --sample-top-p 0.95 --sample-top-k 7"
+    argv += " --scaled-confidence --first-slot-alone"
+    argv = [*argv.split(), "checkpoint", "--prompt-ids", "F"]
+    settings = flags.engine_settings(parser_of("answer", None).parse_args(argv))
+    sampling = {"temperature": 0.2, "top_p": 0.95, "top_k": 7, "first_slot_alone": True}
+    want = DecodeConfig.dream(max_new_tokens=8, steps=9, eps=0.01, **sampling, recompute="block")
+    assert settings["decoding"] == want
+    assert settings["selection"].top_k == SelectionConfig().top_k
 
 
 @pytest.mark.parametrize("method", ["prefilling", "plain"])

@@ -175,7 +175,7 @@ def test_generation_is_the_published_one_everywhere(shape, settings):
 
 def test_predicted_masks_stay_open_as_published():
     """And a later step, or none, fills them."""
-    pair, settings = Pair(1, mask=1.5), OWN_QUICK[0]
+    pair, settings = Pair(mask=2.5), OWN_QUICK[0]
     assert pair.compare(**settings) == len(LENGTHS)
     tokens = pair.denoise(DecodeConfig.dream(**settings)).tokens
     assert (tokens == pair.config["mask_token_id"]).any()

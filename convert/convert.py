@@ -272,6 +272,9 @@ def _match(source: Source, config: ModelConfig) -> dict[str, Target]:
     if config.n_layers > (count := len(source.tensors)):  # before a row is made for every layer
         problem = f"n_layers {config.n_layers}, but the checkpoint holds {count} tensors"
         raise CheckpointError(f"{settings} says {problem}")
+    if source.family not in (None, config.family):
+        problem = f"the names of the tensors are of the family {source.family}"
+        raise CheckpointError(f"{settings} is of the family {config.family}, but {problem}")
     wanted, allowed = targets(config), targets(dataclasses.replace(config, weight_tying=False))
     match(source, wanted, allowed)
     names = {row.path: name for name, row in allowed.items()}

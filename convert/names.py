@@ -63,11 +63,13 @@ class Renaming(NamedTuple):
     names: published name by name in the file; names that do not fit stay as they are.
     note: about the prefix that was replaced; "".
     problem: several prefixes; "".
+    family: whose names they are; None if there are none inside a network, or several prefixes.
     """
 
     names: dict[str, str]
     note: str
     problem: str
+    family: str | None
 
 
 _PARAMETER = layout(r"(?P<kind>weight|bias)")
@@ -78,10 +80,10 @@ def rename(names: Iterable[str]) -> Renaming:
     names = list(names)
     matches = {name: match for name in names if (match := _PARAMETER.fullmatch(name))}
     if problem := several_prefixes(matches.values()):
-        return Renaming({name: name for name in names}, "", problem)
+        return Renaming({name: name for name in names}, "", problem, None)
     inside = next((match for match in matches.values() if not match["outside"]), None)
-    family = next((family for family in NAMES if inside and inside[family]), "llada")
-    network = NAMES[family].network
+    family = next((family for family in NAMES if inside and inside[family]), None)
+    network = NAMES[family or "llada"].network
     prefix = network if inside is None else inside["prefix"]
     renamed = {
         name: f"{module_name(matches[name])}.{matches[name]['kind']}"
@@ -92,4 +94,4 @@ def rename(names: Iterable[str]) -> Renaming:
         for name in names
     }
     note = "" if prefix == network else f"read with the prefix {prefix!r} in place of {network!r}"
-    return Renaming(renamed, note, "")
+    return Renaming(renamed, note, "", family)

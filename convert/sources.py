@@ -105,12 +105,14 @@ class Source:
       tensors: by their published names.
       problems: contradictions between index and files, one line each.
       note: about the prefix of all names, where it is not the published one.
+      family: whose names the tensors have, None if that is not clear.
     """
 
     folder: Path
     tensors: Mapping[str, SourceTensor]
     problems: tuple[str, ...]
     note: str = ""
+    family: str | None = None
 
 
 def open_source(folder: Path, *, follow_links: bool = False) -> Source:
@@ -184,14 +186,14 @@ def open_files(
             for name, held in holders.items()
             if name not in weight_map and not IGNORED.fullmatch(name)
         ]
-    names, note, problem = rename(tensors)
+    names, note, problem, family = rename(tensors)
     problems[:0] = [problem] if problem else []
     renamed: dict[str, SourceTensor] = {}
     for name, tensor in tensors.items():
         if names[name] in renamed:
             problems.append(f"{renamed[names[name]].name!r} and {name!r} are the same tensor")
         renamed[names[name]] = tensor
-    return Source(folder, renamed, tuple(problems), note)
+    return Source(folder, renamed, tuple(problems), note, family)
 
 
 def _check_file(path: Path) -> None:

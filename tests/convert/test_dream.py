@@ -91,6 +91,14 @@ def test_biases_that_contradict_the_family(tmp_path: Path) -> None:
         convert(folder, tmp_path / "out")
 
 
+def test_names_of_another_family(tmp_path: Path) -> None:
+    values = sources.tensors(sources.config())
+    line = (
+        "config.json is of the family dream, but the names of the tensors are of the family llada"
+    )
+    assert line in refusal(tmp_path, values)
+
+
 def test_tied_head(tmp_path: Path) -> None:
     """A tied head that is stored is left out if it is the embedding, else refused."""
     values = sources.tensors(CONFIG)

@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tests.oracles import checkpoints  # noqa: E402
+from tests.oracles import checkpoints, dream  # noqa: E402
 from tests.oracles.generation import Network, Rule, dual_cache, plain, prefix_cache  # noqa: E402
 from tests.oracles.llada import LlamaOracle  # noqa: E402
 from tests.support.models import relative_error  # noqa: E402
@@ -77,6 +77,69 @@ def test_own_layers_agree_with_llama_model(changes):
     want = LlamaOracle(tensors, config)(ids)
     assert relative_error(Network(tensors, config)(ids), want) < 1e-5
     assert relative_error(Network(tensors, config, torch.float64)(ids), want) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_key_value_heads": 1, "tie_word_embeddings": True}], ids=["GQA", "tied"]
+)
+def test_own_layers_with_biases_agree_with_qwen2_model(changes):
+    config = checkpoints.tiny_dream_config(**changes)
+    tensors, ids = checkpoints.random_tensors(config), random_ids(2, 13)
+    want = LlamaOracle(tensors, config)(ids)
+    assert relative_error(dream.Network(tensors, config)(ids), want) < 1e-5
+    without = {name: 0 * x if name.endswith("bias") else x for name, x in tensors.items()}
+    assert relative_error(dream.Network(without, config)(ids), want) > 0.1
+
+
+@pytest.mark.parametrize(("steps", "due"), [(4, [3, 4, 4, 5]), (1, [16]), (20, [0] * 4)])
+def test_dreams_schedule_takes_a_share_of_what_is_left(steps, due):
+    """1 - s / t of 16 masks with t from 1 to 0.001: 0.24975, then 0.33289 of 13, and so on."""
+    times, left = torch.linspace(1, 1e-3, steps + 1), 16
+    for step, count in enumerate(due):
+        assert dream.due(left, times, step) == count
+        left -= count
+
+
+@pytest.mark.parametrize(
+    ("settings", "confidence"),
+    [
+        ({"order": "maskgit_plus"}, 0.5),
+        ({"order": "topk_margin"}, 0.2),
+        ({"order": "entropy"}, sum(p * math.log(p) for p in (0.5, 0.3, 0.15, 0.05))),
+        # What is in front of the third token, 0.8, is too much; so is that of the fourth.
+        ({"order": "maskgit_plus", "top_p": 0.7}, 0.5 / 0.8),
+        ({"order": "maskgit_plus", "top_p": 0.4}, 1.0),
+        ({"order": "topk_margin", "top_k": 3}, 0.2 / 0.95),
+        ({"order": "topk_margin", "top_k": 3, "top_p": 0.7}, 0.2 / 0.8),
+    ],
+)
+def test_dreams_confidences_by_hand(settings, confidence):
+    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
+    tokens, got = dream.Sampler(**settings).predict(logits)
+    assert tokens.tolist() == [1]
+    assert got.item() == pytest.approx(confidence, abs=1e-6)
+
+
+@pytest.mark.parametrize("dual", [False, True])
+def test_fast_dllm_on_dream_sets_the_first_slot_alone(dual, monkeypatch):
+    config = checkpoints.tiny_dream_config()
+    network, seen = dream.Network(checkpoints.random_tensors(config), config), []
+    rows = network.rows
+
+    def recorded(ids, start, cache):
+        seen.append((start, ids.shape[1], (ids == config["mask_token_id"]).sum().item()))
+        return rows(ids, start, cache)
+
+    monkeypatch.setattr(network, "rows", recorded)
+    settings = {"gen_length": 8, "block_length": 4, "steps": 8, "alg": "entropy"}
+    generate = dream.dual_cache if dual else dream.prefix_cache
+    run = generate(network, random_ids(1, 5)[0], mask_id=config["mask_token_id"], **settings)
+    # Of 4 masks the first pass takes 1, then int(0.33 x 3), int(0.5 x 3 or 2), all.
+    ends = (4, 4) if dual else (8, 4)
+    assert [x[:2] for x in seen if x[0] == 0] == [(0, 13)] * 2
+    assert {x[:2] for x in seen if x[0] > 0} == {(5, ends[0]), (9, ends[1])}
+    assert [x[2] for x in seen[:2]] == ([8, 3] if dual else [8, 7])
+    assert run.evaluations == len(seen) <= 8
 
 
 @pytest.mark.parametrize("kind", ["linear", "ntk", "yarn"])

@@ -22,6 +22,7 @@ from tests.support.models import model_from_tensors
 torch = pytest.importorskip("torch")
 
 from tests.oracles import checkpoints, dream  # noqa: E402
+from tests.oracles.checkpoints import is_tied  # noqa: E402
 from tests.oracles.llada import LlamaOracle  # noqa: E402
 
 SLOW = pytest.mark.slow
@@ -38,15 +39,16 @@ SHAPES = {
 class Pair:
     """The same random network twice: in PyTorch, and `model` in JAX; and some prompts.
 
+    mask: factor on the mask's logit. Where masks are predicted, Fast-dLLM's loop never ends.
     qwen: transformers'. network: the one with explicit keys and values.
     """
 
-    def __init__(self, seed: int = 0, **changes):
+    def __init__(self, seed: int = 0, mask: float = 0.3, **changes):
         self.config = checkpoints.tiny_dream_config(**changes)
         tensors = checkpoints.random_tensors(self.config, seed)
-        if changes.get("tie_word_embeddings"):
-            # A random tied head predicts a mask where it sees one.
-            tensors["model.embed_tokens.weight"][self.config["mask_token_id"]] *= 0.3
+        head = tensors[("model.embed_tokens" if is_tied(self.config) else "lm_head") + ".weight"]
+        head[self.config["mask_token_id"]] *= mask
+        self.tensors = tensors
         self.qwen, self.network = (
             kind(tensors, self.config) for kind in (LlamaOracle, dream.Network)
         )
@@ -168,7 +170,15 @@ EVERYWHERE += itertools.product(("MHA", "MQA, tied"), (OWN + FAST)[::4])
 def test_generation_is_the_published_one_everywhere(shape, settings):
     """Of several networks, which share a program."""
     compared = sum(pair_of(shape, seed).compare(**settings) for seed in range(4))
-    assert compared >= 8, f"{compared} of 12 responses have clear decisions"
+    assert compared >= 5, f"{compared} of 12 responses have clear decisions"
+
+
+def test_predicted_masks_stay_open_as_published():
+    """And a later step, or none, fills them."""
+    pair, settings = Pair(mask=2.5), OWN_QUICK[0]
+    assert pair.compare(**settings) == len(LENGTHS)
+    tokens = pair.denoise(DecodeConfig.dream(**settings)).tokens
+    assert (tokens == pair.config["mask_token_id"]).any()
 
 
 class Replayed(dream.Draws):
@@ -279,13 +289,11 @@ def test_draws_do_not_depend_on_the_batch_or_its_padding(pair, rule):
     assert engine.answer(**requests[1]._replace(seed=9)._asdict()).tokens != alone.tokens
 
 
-def test_a_converted_checkpoint_generates_as_published(make_checkpoint, tmp_path):
+def test_a_converted_checkpoint_generates_as_published(pair, tmp_path):
     """By the public way: convert, load, ask."""
-    made = make_checkpoint(seed=3, family="dream", shards=2)
-    convert(made.folder, tmp_path / "converted")
-    model = load_model(tmp_path / "converted")
-    pair = Pair(3)
-    prompt = pair.prompts[0].tolist()
+    checkpoints.write_checkpoint(tmp_path / "source", pair.tensors, pair.config, shards=2)
+    convert(tmp_path / "source", tmp_path / "converted")
+    model, prompt = load_model(tmp_path / "converted"), pair.prompts[0].tolist()
     for method, kind, settings in (
         ("plain", DecodeConfig.dream, OWN_QUICK[0]),
         ("dual-cache", DecodeConfig.fast_dllm_dream, FAST_QUICK[1]),

@@ -134,7 +134,6 @@ def test_fast_dllm_on_dream_sets_the_first_slot_alone(dual, monkeypatch):
     settings = {"gen_length": 8, "block_length": 4, "steps": 8, "alg": "entropy"}
     generate = dream.dual_cache if dual else dream.prefix_cache
     run = generate(network, random_ids(1, 5)[0], mask_id=config["mask_token_id"], **settings)
-    # Of 4 masks the first pass takes 1, then int(0.33 x 3), int(0.5 x 3 or 2), all.
     ends = (4, 4) if dual else (8, 4)
     assert [x[:2] for x in seen if x[0] == 0] == [(0, 13)] * 2
     assert {x[:2] for x in seen if x[0] > 0} == {(5, ends[0]), (9, ends[1])}

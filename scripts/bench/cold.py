@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from bench.record import Record, clock, in_process
-from bench.run import MODEL, cheap_model, model_config
+from bench.run import MODEL, cheap_model, draw, model_config
 from pdllm_jax import ChunkConfig, Engine, compilation, load_model
 
 OPTIONS = MODEL | {
@@ -37,8 +37,8 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
         phases["load"], model = clock(lambda: load_model(args.checkpoint))
     else:
         phases["load"], model = clock(lambda: cheap_model(model_config(args)))
-    rng, vocab = np.random.default_rng(0), model.config.vocab_size - 8
-    prefix, context, query = (rng.integers(3, vocab, n) for n in (16, args.tokens, 24))
+    rng = np.random.default_rng(0)
+    prefix, context, query = (draw(rng, model.config, n) for n in (16, args.tokens, 24))
 
     def ask() -> tuple[float, dict[str, float]]:
         start, firsts = time.perf_counter(), []

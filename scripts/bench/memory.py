@@ -27,7 +27,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from bench.record import command, conditions, in_process, replace
-from bench.run import MODEL, cheap_model, model_config
+from bench.run import MODEL, cheap_model, draw, model_config
 from pallas_kernels import compat
 from pdllm_jax import Engine, MaskPredictor, Request, plan_memory
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
@@ -38,7 +38,10 @@ from pdllm_jax.method.cache_methods import Method
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """An answer to plan and to compute. chunks: of each document, all full."""
+    """An answer to plan and to compute.
+
+    chunks: of each document, all full. shifted: measured for models with a logit shift alone.
+    """
 
     chunks: int
     query: int = 32
@@ -47,6 +50,7 @@ class Setting:
     method: Method = "prefilling"
     select: SelectionConfig = SelectionConfig()
     decode: DecodeConfig = DecodeConfig(steps=1)
+    shifted: bool = False
 
 
 LONG = DecodeConfig(gen_length=128, block_length=32, steps=4)
@@ -71,6 +75,8 @@ SETTINGS = {
     "8 questions on one document": Setting(32, questions=8),
     "plain, 8 chunks": Setting(8, method="plain"),
     "dual-cache, 32 chunks": Setting(32, method="dual-cache", decode=LONG),
+    "causal, 32 chunks": Setting(32, select=_select.paper(), shifted=True),
+    "a draft per chunk": Setting(32, select=_select.paper_retained(), shifted=True),
 }
 
 
@@ -109,15 +115,13 @@ class Measured:
         model, rng = cheap_model(self.config), np.random.default_rng(0)
         engine = Engine(model, decoding=self.setting.decode, **self.settings)
 
-        def draw(n: int) -> np.ndarray:
-            return rng.integers(3, self.config.vocab_size - 8, n)
-
+        words = functools.partial(draw, rng, self.config)
         if self.setting.questions is not None:
-            cache = engine.encode(draw(self.document), prefix=draw(16))
-            engine.ask(cache, [draw(self.setting.query) for _ in range(self.setting.questions)])
+            cache = engine.encode(words(self.document), prefix=words(16))
+            engine.ask(cache, [words(self.setting.query) for _ in range(self.setting.questions)])
         else:
             lengths = [(self.document, self.setting.query)] * (self.setting.batch or 1)
-            engine.answer_batch([Request(draw(n), draw(m), prefix=draw(16)) for n, m in lengths])
+            engine.answer_batch([Request(words(n), words(m), prefix=words(16)) for n, m in lengths])
         stats = jax.devices()[0].memory_stats() or {}
         names = {"measured": "peak_bytes_in_use", "limit": "bytes_limit"}
         names["held_at_end"] = "bytes_in_use"
@@ -198,10 +202,12 @@ def main(args: argparse.Namespace) -> None:
     environment = {"JAX_PLATFORMS": "cpu"} if args.target is not None else {}
     record = {"command": command(), **in_process("where", **environment)}
     record["target"] = None if args.target is None else args.target.stem
-    record["model"] = dataclasses.asdict(Measured(args, Setting(1)).config)
-    record["rows"] = []
+    config = Measured(args, Setting(1)).config
+    record |= {"model": dataclasses.asdict(config), "rows": []}
     kinds = ["compile"] if args.target else ["run"] + ["compile"] * args.compiled
     for name in args.settings:
+        if SETTINGS[name].shifted and not config.logit_shift:
+            continue
         row: dict[str, Any] = {"setting": name, **dataclasses.asdict(SETTINGS[name])}
         for kind in kinds:
             row |= in_process(kind, "--settings", name, **environment)

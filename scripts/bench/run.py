@@ -56,9 +56,8 @@ class Run:
     def prompt(self, chunks: int, query: int = QUERY, seed: int = 0):
         """Returns a random prompt whose chunks are all full."""
         rng, size = np.random.default_rng(seed), self.args.chunk_size
-        vocab = self.model.config.vocab_size - 8
         lengths = (PREFIX, chunks * (size - 1), query)
-        prefix, context, asked = (rng.integers(0, vocab, length) for length in lengths)
+        prefix, context, asked = (draw(rng, self.model.config, length) for length in lengths)
         return chunk_prompt(prefix, context, asked, ChunkConfig(size))
 
     def timed(self, name: str, call: Callable[[], Any], repeats: int | None = None) -> Any:
@@ -115,6 +114,12 @@ class Run:
     def on(self) -> str:
         """What a row's name says of the model's mesh."""
         return "".join(f", mesh {name}" for name in self.of_mesh.values())
+
+
+def draw(rng: np.random.Generator, config: ModelConfig, length: int) -> np.ndarray:
+    """Returns random token ids, none of them the mask token."""
+    ids = rng.integers(0, config.vocab_size - 1, length)
+    return ids + (ids >= config.mask_token_id)
 
 
 def model_config(args: argparse.Namespace) -> ModelConfig:

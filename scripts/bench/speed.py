@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 import pdllm_jax as pdllm
 from bench.record import clock, copy_bandwidth, peak, spread
-from bench.run import BLOCK, MODEL_OPTIONS, PREFIX, QUERY, Run, random_layers
+from bench.run import BLOCK, MODEL_OPTIONS, PREFIX, QUERY, Run, draw, random_layers
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.method.cache import ChunkCache, ChunkPool
 from pdllm_jax.method.scoring import draft_response
@@ -163,7 +163,7 @@ class Requests:
         self.prefix, self.query = self.draw(PREFIX), self.draw(QUERY)
 
     def draw(self, length: int) -> np.ndarray:
-        return self.rng.integers(0, self.run.model.config.vocab_size - 8, length)
+        return draw(self.rng, self.run.model.config, length)
 
     def answer(self, method: str, context: np.ndarray, tokens: int, **select: Any):
         """Answers once; returns the seconds of all its evaluations, and the result.

@@ -112,7 +112,9 @@ def requests_of(row: Row, rng: np.random.Generator) -> list[Request]:
     if row["requests"] == "questions":
         query = rng.integers(0, 250, 11).tolist()
         requests.append(requests[0]._replace(question=query, seed=1))
-    return requests
+    # Of other random scores too: given ones may have no clear order.
+    offset = int(rng.integers(1000))
+    return [request._replace(seed=request.seed + offset) for request in requests]
 
 
 def expected(method: Method, requests, decoding: DecodeConfig, drawn) -> list[Expected]:

@@ -16,7 +16,7 @@ _MOVED = {
     "LLaDA": "network.transformer.MaskPredictor",
     "GenerationResult": "engine.answer.Answer",
     "Prefilled": "engine.request.StartedRequest",
-    "Plan": "engine.memory.Plan",
+    "Plan": "engine.plan.Plan",
     "ChunkPool": "method.cache.ChunkPool",
     "LiveCache": "method.cache.LiveCache",
     "Draft": "method.scorers.Draft",

@@ -33,6 +33,7 @@ from jax.typing import DTypeLike
 from pallas_kernels import Implementation, implementation_name, resolve_implementation
 from pallas_kernels.chunk_attention import dense
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
+from pdllm_jax.engine.plan import Phase, Plan, total
 from pdllm_jax.engine.programs import Program, RecordedModel, Recorder, Shapes, programs
 from pdllm_jax.method.cache import live_rows
 from pdllm_jax.method.cache_methods import Method, cache_method
@@ -57,63 +58,6 @@ _PER_LAYER = re.compile(r"\bblocks\.|(^|[._])[kv](\.0)?$")
 
 class MemoryLimitError(ValueError):
     """An answer that does not fit the device; the message says which settings would."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """One program of an answer, or the time before the first. Bytes of one device, by name.
-
-    held: live before the phase starts; made: its results; scratch: XLA's temporaries.
-    """
-
-    name: str
-    held: Mapping[str, int]
-    made: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    scratch: Mapping[str, int] = dataclasses.field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes while the program runs: XLA allocates results and temporaries before it starts."""
-        return sum(map(_total, (self.held, self.made, self.scratch)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Bytes of one device, phase by phase.
-
-    phases: in the order of an answer. resident: bytes held before it starts: the weights, and for
-    questions about an encoded document its KV. shapes, selection, decode: what the plan is for.
-    """
-
-    phases: tuple[Phase, ...]
-    resident: int
-    shapes: Shapes
-    selection: SelectionConfig
-    decode: DecodeConfig
-
-    @property
-    def peak(self) -> int:
-        """Maximum bytes that the device holds at once."""
-        return self.largest.nbytes
-
-    @property
-    def largest(self) -> Phase:
-        """The phase with the peak, the first of equals."""
-        return max(self.phases, key=lambda phase: phase.nbytes)
-
-    def __getitem__(self, name: str) -> Phase:
-        return {phase.name: phase for phase in self.phases}[name]
-
-    def __str__(self) -> str:
-        """A table, sizes in GB (1e9 bytes)."""
-        lines = []
-        for phase in self.phases:
-            mark = "  <- peak" if phase is self.largest else ""
-            lines.append(f"{phase.name:44}{phase.nbytes / 1e9:10.3f} GB{mark}")
-            for kind in ("held", "made", "scratch"):
-                parts = getattr(phase, kind).items()
-                lines += [f"  {kind:8}{name:34}{n / 1e9:10.3f}" for name, n in parts if n]
-        return "\n".join(lines)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,13 +88,13 @@ class _Case:
         if isinstance(tree, MaskPredictor):
             tree = nnx.to_pure_dict(nnx.state(tree))
         places = [] if self.mesh is None else jax.tree.leaves(shardings(self.mesh, tree))
-        total = 0
+        nbytes = 0
         for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             shape = places[i].shard_shape(leaf.shape) if places else leaf.shape
             layers = self.config.n_layers if _PER_LAYER.search(name) else 1
-            total += layers * math.prod(shape) * leaf.dtype.itemsize
-        return total
+            nbytes += layers * math.prod(shape) * leaf.dtype.itemsize
+        return nbytes
 
     def temporaries(self, program: Program, recorder: Recorder) -> dict[str, int]:
         """Estimates what XLA allocates for the program while it runs."""
@@ -174,7 +118,7 @@ class _Case:
             # A device computes its share of the logits and gathers the others.
             parts = tensor + 1 if tensor > 1 else 1
             last["logits"] = 4 * read * c.embedding_size // tensor * parts
-            widest = max(widest, layer, last, key=_total)
+            widest = max(widest, layer, last, key=total)
         over_chunks, path = 0, implementation_name(self.implementation)
         for batch, slots, rows in recorder.over_chunks:
             nbytes = batch * slots * rows * heads * c.head_dim * item
@@ -218,10 +162,6 @@ class _Case:
             state = program.function.eval_shape(*program.args, **{**program.settings, **whole})
             nbytes += self.nbytes({"pool": state.pool})
         return nbytes
-
-
-def _total(parts: Mapping[str, int]) -> int:
-    return sum(parts.values())
 
 
 @functools.lru_cache(maxsize=256)

@@ -195,20 +195,11 @@ class PrefillingLM(LM):
     # Prompts.
 
     def _split(self, prompt: str, instance: Instance) -> tuple[SplitPrompt | None, str]:
-        """Where the document lies: by the task's fields, by RULER's templates, or by rule."""
-        turn, doc = (
-            self.prompts.turn(prompt),
-            instance.doc if isinstance(instance.doc, Mapping) else {},
-        )
+        """A prompt in three parts, and how it was cut; see `TaskPrompt.cut`."""
+        turn = self.prompts.turn(prompt)
+        doc = instance.doc if isinstance(instance.doc, Mapping) else {}
         task = TaskPrompt(prompt, turn or (0, len(prompt)), doc, instance.task_name or "")
-        if split := task.split(self.document):
-            return split, "context"
-        if turn is None:
-            return None, "whole"
-        if split := task.split_ruler():
-            return split, "ruler"
-        split = task.split_by_rule()
-        return split, "whole" if split is None else "rule"
+        return task.cut(self.document, fields_only=turn is None)
 
     def _request(self, prompt: str, instance: Instance) -> PromptIds | None:
         """A prompt in three parts; None where it goes to the dual cache in one part."""

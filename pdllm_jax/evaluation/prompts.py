@@ -138,6 +138,31 @@ class TaskPrompt:
         places = [find_last(self.text[: self.turn[1]], text) for text in texts]
         return max((place[0] for place in places if place is not None), default=None)
 
+    def cut(
+        self, field: str | None = None, *, fields_only: bool = False
+    ) -> tuple[SplitPrompt | None, str]:
+        """Cuts the prompt by the first of `split`, `split_ruler` and `split_by_rule` that can.
+
+        Args:
+          field: as of `split`.
+          fields_only: tries `split` alone.
+
+        Returns:
+          The parts, None where there is no document; and which way was taken: "context", "ruler",
+          "rule", or "whole" for none.
+
+        Raises:
+          ConfigError: as `split` and `split_by_rule`.
+        """
+        if split := self.split(field):
+            return split, "context"
+        if fields_only:
+            return None, "whole"
+        if split := self.split_ruler():
+            return split, "ruler"
+        split = self.split_by_rule()
+        return split, "whole" if split is None else "rule"
+
     def split(self, field: str | None = None) -> SplitPrompt | None:
         """Cuts the prompt at the field that is its document; None where no field is.
 

@@ -196,8 +196,8 @@ CONFIDENCES: dict[str, Any] = {
 }
 
 
-def _rank(confidence: Array) -> Int[Array, "G"]:
-    """Place of each slot by confidence, 0 the best; ties to the lower slot."""
+def rank(confidence: Float[Array, "*rows G"]) -> Int[Array, "*rows G"]:
+    """Returns the place of each slot by confidence, 0 the best; ties to the lower slot."""
     return jnp.argsort(jnp.argsort(-confidence, stable=True), stable=True)
 
 
@@ -210,7 +210,7 @@ class Schedule:
 
     def __call__(self, confidence: Array, step: Array) -> Array:
         base, remainder = divmod(self.block_length, self.steps)
-        return _rank(confidence) < base + (step < remainder)
+        return rank(confidence) < base + (step < remainder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +232,7 @@ class TimeSchedule:
     def __call__(self, confidence: Array, step: Array) -> Array:
         masks = (confidence > -jnp.inf).sum().astype(jnp.float32)
         share = jnp.asarray(np.float32(1) - self.remaining())[step]
-        return _rank(confidence) < (masks * share).astype(jnp.int32)
+        return rank(confidence) < (masks * share).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +266,7 @@ class Threshold:
 
     def __call__(self, confidence: Array, step: Array) -> Array:
         sure = confidence >= jnp.log(jnp.float32(self.threshold))
-        return (_rank(confidence) == 0) | sure
+        return (rank(confidence) == 0) | sure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,4 +286,4 @@ class Factor:
         index = jnp.arange(confidence.shape[0])
         below = (index > 0) & (index < n) & (best < 1 - self.factor / (index + 2))
         first = jnp.where(below.any(), jnp.argmax(below), n - 1)
-        return _rank(confidence) < first + ((first == 0) | (first == n - 1))
+        return rank(confidence) < first + ((first == 0) | (first == n - 1))

@@ -32,7 +32,7 @@ from pallas_kernels import compat
 from pdllm_jax import Engine, MaskPredictor, Request, plan_memory
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine import programs as engine
-from pdllm_jax.engine.memory import Plan
+from pdllm_jax.engine.plan import Plan
 from pdllm_jax.method.cache_methods import Method
 
 

@@ -129,7 +129,7 @@ def test_alg_temp_draws_slots_by_the_published_confidence(alg, count):
     """Two of four slots from softmax(confidence / alg_temp); within 4.5 standard deviations."""
     logits = jnp.array([[3.0, 0, 0], [1.0, 0.5, 0], [0.2, 0.1, 0], [1.5, 1.4, -2]])
     config = DecodeConfig.dream(max_new_tokens=4, steps=2, alg=alg, alg_temp=0.3, eps=1e-3)
-    take = lambda key: sampling._rank(predict(logits, config, key)[1]) < 2  # noqa: E731
+    take = lambda key: sampling.rank(predict(logits, config, key)[1]) < 2  # noqa: E731
     p = torch.from_numpy(np.array(logits)).double().softmax(-1)
     value = VALUES[alg](p, p.argmax(-1)).numpy()
     want = in_first_two(np.exp(value / 0.3))

@@ -13,7 +13,7 @@ from pdllm_jax.method.cache import ChunkCache, init_live
 from pdllm_jax.method.encodings.base import EncodeRequest
 from pdllm_jax.method.encodings.joint import encode_rows
 from pdllm_jax.method.live_forward import QueryRows, predicting_rows
-from pdllm_jax.method.sampling import log_probability
+from pdllm_jax.method.sampling import log_probability, rank
 from pdllm_jax.method.scorers.base import Draft, Question, ScoreRequest, Scores
 from pdllm_jax.method.scorers.copies import CausalScorer, for_groups, masks
 from pdllm_jax.network.sharding import whole_groups
@@ -103,6 +103,5 @@ class ChunkDraftScorer(CausalScorer):
         logits = model.logits(model.final_norm(hidden))
         guess = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         confidence = log_probability(logits, guess).at[:, 0].set(jnp.inf)
-        rank = jnp.argsort(jnp.argsort(-confidence, axis=-1, stable=True), axis=-1, stable=True)
-        chosen = rank < self.draft_steps
+        chosen = rank(confidence) < self.draft_steps
         return chunks, Draft(jnp.where(chosen, guess, open_slots.tokens), chosen)

@@ -147,9 +147,16 @@ class SelectionConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> SelectionConfig:
-        """Returns the settings of the paper's reference run on Dream-v0-Base-7B, with changes.
+        """Returns the settings of the paper's reference run on Dream-v0-Base-7B.
 
-        The authors' chunks have 1,024 tokens (`ChunkConfig`), BOS among them.
+        Four chunks, scored by "causal" with two of four draft tokens filled in; joint encoding at
+        continuous positions. The chunks have 1,024 tokens (`ChunkConfig`), BOS among them.
+
+        Args:
+          changes: fields that replace these.
+
+        Raises:
+          ConfigError: a value that its field does not allow.
         """
         draft = {"scorer": "causal", "draft_length": 4, "draft_steps": 2}
         encoding = {"encoding": "joint", "positions": "continuous", "keep_tokens": None}
@@ -157,7 +164,10 @@ class SelectionConfig:
 
     @classmethod
     def paper_retained(cls, **changes: Any) -> SelectionConfig:
-        """Returns the settings of the authors' best retained run: `paper`, a draft per chunk."""
+        """Returns the settings of the best run that the authors kept: `paper` with "chunk-draft".
+
+        Args and Raises: as of `paper`.
+        """
         return cls.paper(**{"scorer": "chunk-draft", **changes})
 
     @classmethod

@@ -49,13 +49,15 @@ class DecodeConfig:
     gen_length: response tokens, G; block_length: tokens of a block, divides gen_length.
     steps: evaluations over the whole response, divided among the blocks; None means one per token.
       Not used by the threshold and factor rules, which take what they need.
-    schedule: tokens of a step. "even" spreads a block's tokens over its steps (LLaDA); steps is
-      then a multiple of the number of blocks. "time" is Dream's: times fall evenly from 1 to `eps`
-      over a block's steps, and the step from t to s takes a share 1 - s / t of the masks that are
-      left, rounded down, the last step all; steps over blocks is rounded down.
+    schedule: how many slots a step unmasks. "even" spreads a block's slots over its steps (LLaDA);
+      steps is then a multiple of the number of blocks. "time" is Dream's: times fall evenly from 1
+      to `eps` over a block's steps. The step from t to s takes the share 1 - s / t of the masks
+      that are left, rounded down; the last step takes all. A block has steps // blocks steps.
+    eps: the time after the last step of schedule "time".
     temperature: of sampling; 0 is greedy.
-    top_p, top_k: filters of logits / temperature before a prediction, top_p first: the likeliest
-      tokens, each if those before it have at most the probability top_p together; the k likeliest.
+    top_p, top_k: filters of logits / temperature before a prediction, top_p first. top_p keeps the
+      likeliest tokens, each if those before it have at most the probability top_p together; top_k
+      keeps the k likeliest. None keeps all.
     scaled_confidence: computes the confidence from the scaled, filtered logits (Dream), not from
       the logits as they are (LLaDA).
     remasking: which predictions are kept: the most confident ones, by the token's probability
@@ -64,7 +66,7 @@ class DecodeConfig:
       "time", each with the probability 1 - s / t ("origin"). Or a function
       (logits [T, V], tokens [T], PRNG keys [T]) -> log confidence [T], finite.
     order_temperature: Dream's alg_temp. A schedule's n slots are drawn without replacement from
-      softmax(confidence / order_temperature) instead of being the best; 0: the best.
+      softmax(confidence / order_temperature); 0 takes the n most confident.
     first_slot_alone: a block's first evaluation unmasks the first slot of the block and no other,
       at any confidence (Fast-dLLM on Dream). It counts as the first step of a schedule.
     threshold: unmask every slot with at least this confidence, and always the best one.
@@ -162,10 +164,15 @@ class DecodeConfig:
         The response is one block, and every step recomputes all of it.
 
         Args:
-          max_new_tokens: gen_length.
-          alg: "origin", "maskgit_plus", "topk_margin" or "entropy".
-          alg_temp: order_temperature; not used by "origin".
-          settings: temperature, top_p, top_k and any other field.
+          max_new_tokens: tokens of the response, `gen_length`.
+          steps: evaluations. Where they are more than the tokens, some unmask nothing.
+          alg: "origin", "maskgit_plus", "topk_margin" or "entropy"; see `remasking`.
+          eps: the time after the last step.
+          alg_temp: `order_temperature`, None for 0; not used by "origin".
+          settings: temperature, top_p, top_k and any other field; replace what the others set.
+
+        Raises:
+          ConfigError: an `alg` that is not known, or a value that its field does not allow.
         """
         rule = _by_time(steps, alg, eps, alg_temp, _ALGORITHMS)
         rule |= {"gen_length": max_new_tokens, "block_length": max_new_tokens}
@@ -188,12 +195,19 @@ class DecodeConfig:
         """Returns Fast-dLLM's generation with Dream (arXiv 2505.22618), by its names.
 
         Args:
-          max_new_tokens: gen_length.
+          max_new_tokens: tokens of the response, `gen_length`.
+          block_length: tokens of a block; divides max_new_tokens.
+          steps: evaluations over all blocks, of "entropy".
           alg: "confidence_threshold", which reads neither steps, eps nor alg_temp; or "entropy",
-            which does not read threshold: Dream's schedule over the steps of a block.
-          dual_cache: a step recomputes the block alone, not also what is behind it.
-          alg_temp: order_temperature.
-          settings: temperature, top_p, top_k and any other field.
+            Dream's schedule over the steps of a block, which does not read threshold.
+          threshold: every slot with at least this confidence is unmasked, and the best one.
+          dual_cache: a step recomputes the block alone; otherwise all that is behind it too.
+          eps: the time after a block's last step, of "entropy".
+          alg_temp: `order_temperature` of "entropy", None for 0.
+          settings: temperature, top_p, top_k and any other field; replace what the others set.
+
+        Raises:
+          ConfigError: an `alg` that is not known, or a value that its field does not allow.
         """
         if alg == "confidence_threshold":
             rule: dict[str, Any] = {"threshold": threshold, "scaled_confidence": True}

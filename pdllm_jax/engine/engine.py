@@ -75,7 +75,7 @@ class Engine:
       model: from `load_model`.
       tokenizer: of text; None where requests are token ids.
       chunking, selection, decoding: settings of the method.
-      method: "prefilling", or a baseline on the whole prompt: "plain" (LLaDA's generation),
+      method: "prefilling", or a baseline on the whole prompt: "plain" (published generation),
         "prefix-cache" or "dual-cache" (Fast-dLLM).
       instruction: text before the document.
       system: text of a system turn before it, for a chat template that takes one.

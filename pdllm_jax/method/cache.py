@@ -119,7 +119,7 @@ class ChunkCache:
 
         Positions of chunk j, id n: "continuous" P + j C, "absolute" P + n C, "reuse" P. The query
         starts behind the last slot: at P + K C, P + N C or P + C; K and N count existing chunks.
-        "contiguous": each behind the tokens of the chunks before it, and so is the query.
+        "contiguous": each chunk, and the query, behind the tokens of the kept chunks before it.
         """
         batch, (n, size) = selected.shape[0], self.tokens.shape[1:]
         valid = selected >= 0

@@ -43,7 +43,7 @@ class CacheMethod:
 
 _METHODS = (
     CacheMethod("prefilling", uses_chunks=True),
-    CacheMethod("plain", "response", guides=True),  # LLaDA's generation
+    CacheMethod("plain", "response", guides=True),  # the published generation of LLaDA and of Dream
     CacheMethod("prefix-cache", "suffix"),  # Fast-dLLM's caches
     CacheMethod("dual-cache", "block"),
 )

@@ -6,11 +6,11 @@ ids. A step is one evaluation of the network on the recomputed rows, then the sa
   wide    query and response. When a block starts with stale live KV, or at every step for
           recompute "response".
   narrow  the current block ("block"), or it and all behind it ("suffix"), against the live KV of
-          the other rows as the block's start left it. With a logit shift also the row in front of
-          the block, which predicts the block's first slot; its KV stays.
+          the other rows as the block's start left it. With a logit shift one more row in front:
+          the row in front of the block predicts the block's first slot. Its KV stays.
 
-Without context, with the whole prompt as query: recompute "response" is LLaDA's published
-generation, "suffix" Fast-dLLM's prefix cache, "block" its dual cache.
+Without context, with the whole prompt as query: recompute "response" is the published generation
+of LLaDA and of Dream, "suffix" Fast-dLLM's prefix cache, "block" its dual cache.
 """
 
 from __future__ import annotations

@@ -49,12 +49,12 @@ def predict(
       temperature: samples from softmax(logits / temperature) by the Gumbel trick; 0 is greedy.
       key: of the request's evaluation. What a slot draws depends on it and on the slot alone.
       first: slot of the first row.
-      top_p, top_k: tokens that `filtered` leaves are predicted alone.
+      top_p, top_k: only tokens that `filtered` keeps are predicted.
       scaled_confidence: computes the confidence from the scaled, filtered logits, as Dream;
         otherwise from the logits as they are, as LLaDA.
-      order_temperature: of Gumbel noise on the confidences. The best n are then drawn without
-        replacement from softmax(confidence / order_temperature), the confidence as Dream has it: a
-        probability, a difference of two, or the negative entropy.
+      order_temperature: of Gumbel noise on the confidences. The n best are then n slots drawn
+        without replacement from softmax(confidence / order_temperature), where the confidence is
+        Dream's: a probability, a difference of two, or the negative entropy.
       never: tokens that are not predicted: their logit is -inf.
       last: tokens whose slots have the least confidence. The confidence of other tokens is computed
         without them, as published.
@@ -88,7 +88,7 @@ def _gumbel(keys: Array, shape: tuple[int, ...]) -> Array:
 def filtered(
     logits: Float[Array, "T V"], top_p: float | None, top_k: int | None
 ) -> Bool[Array, "T V"]:
-    """Returns the tokens that Dream's filters leave, at least one in a row.
+    """Returns the tokens that Dream's filters keep, at least one in a row.
 
     top_p: the likeliest tokens, each if those before it have at most this probability together; of
       equals, the lower ids come first. top_k: of these, the k likeliest and those that equal the

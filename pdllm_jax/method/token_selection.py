@@ -15,7 +15,6 @@ same attention reads them.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -68,9 +67,7 @@ class _LastRows(NamedTuple):
         lse = jnp.where(self.counts[:, None], lse, -EMPTY_LSE)
         turned = rotate(rows[:, None], self.by_chunk)
         turned = turned.reshape(*turned.shape[:3], groups, -1, dim)  # [B, K, rows, G, R, D]
-        precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        scores = product("bktgrd,bkgcd->bkgrtc", turned, keys, precision=precision)
+        scores = _float32_product("bktgrd,bkgcd->bkgrtc", turned, keys)
         lse = lse.reshape(lse.shape[0], 1, groups, -1, lse.shape[-1], 1)
         weights = jnp.exp(scores * dim**-0.5 - lse).sum(axis=-2)
         return _pooled(weights, self.valid)
@@ -101,12 +98,16 @@ class _ChunkRows(NamedTuple):
         keys = jnp.take_along_axis(k, self.row[..., None, None], axis=1)
         lse = jnp.take_along_axis(lse, token[:, None], axis=2)  # [B, H, K C]
         lse = lse.reshape(batch, groups, -1, slots, size).transpose(0, 3, 1, 2, 4)
-        precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        scores = product("bkcgrd,btgd->bkgrtc", tokens, keys, precision=precision)
+        scores = _float32_product("bkcgrd,btgd->bkgrtc", tokens, keys)
         weights = jnp.exp(scores * dim**-0.5 - lse[..., None, :])
         counts = self.counts[:, None, None, None, :, None]
         return _pooled(jnp.where(counts, weights, 0.0).sum(axis=-2), self.valid)
+
+
+def _float32_product(subscripts: str, q: Array, k: Array) -> Array:
+    """Returns `jnp.einsum` in float32, with true float32 products of float32 inputs."""
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    return jnp.einsum(subscripts, q, k, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _pooled(
@@ -231,7 +232,7 @@ def keep_tokens(
     Args:
       cache, selected: the document and the ids of the chosen chunks.
       context: their KV. query: query and response.
-      count: at most C. by: see above.
+      count: at most C. by: the attention that ranks tokens, as in this module's docstring.
     """
     pool, chunk_ids = context.pool, context.placement.chunk_ids
     assert pool is not None

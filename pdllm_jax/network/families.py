@@ -47,7 +47,8 @@ class Family:
       was adapted from an autoregressive one; position 0 by its own row. Otherwise by its own row.
     rms_norm_eps: where config.json has none.
     keys: those of config.json by the names of ModelConfig, where they differ.
-    windowed: a sliding_window counts unless use_sliding_window is false; else only if that is true.
+    windowed: a sliding_window is in use unless use_sliding_window is false. If windowed is false,
+      it is in use only if use_sliding_window is true.
     """
 
     name: str
@@ -70,11 +71,12 @@ class Family:
         out of rope_parameters, and fills in keys whose default is another key.
 
         Args:
+          raw: the contents of config.json.
           integers: names of ModelConfig whose values are integers.
 
         Raises:
-          ConfigError: two statements contradict each other; or names every key whose value is not
-            implemented.
+          ConfigError: two keys contradict each other, or a key has a value that is not implemented.
+            The message names every such key.
         """
         values = {key: value for key, value in raw.items() if value is not None}
         aliases = {**_SIZES, **self.keys}

@@ -195,7 +195,7 @@ def test_the_draft_is_read_from_the_rows_in_front(model, parts, prompt):
 @pytest.mark.parametrize("scorer", ["causal", "chunk-draft"])
 def test_a_model_without_the_shift_is_refused(scorer):
     model, config = sharp_model(), SelectionConfig(scorer=scorer)
-    message = f"scorer '{scorer}' needs a model that predicts a token from the row before it"
+    message = f"scorer '{scorer}' needs a model with a logit shift, got the family 'llada'"
     with pytest.raises(ConfigError, match=message):
         Engine(model, selection=config)
     with pytest.raises(ConfigError, match=message):

@@ -229,7 +229,7 @@ BAD_FLAGS = {
     f"{ORACLE} --chunks 9": r"\[9\] are not all inside \[0, 4\)",
     f"{ORACLE} --chunks 2147483648": "not all inside",
     f"{ORACLE} --chunks 0 1 2": "names 3 chunks, top_k is 2",
-    "--score causal": "scorer 'causal' needs a model that predicts a token from the row before it",
+    "--score causal": "scorer 'causal' needs a model with a logit shift, got the family 'llada'",
     "--chunks 1": "for the scorer 'oracle', not for 'draft'",
     "--method plain --chunks 1": "for method 'prefilling'",
     "--gen-length 0": "gen_length must be a positive",

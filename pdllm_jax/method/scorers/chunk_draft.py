@@ -31,11 +31,11 @@ class ChunkDraftScorer(CausalScorer):
 
     This is the authors' run with the highest score. They leave open how many tokens of the draft
     are filled in, whether the network runs again between them, and what re-selection does. Here
-    `draft_steps` tokens are filled in, all from one pass: slot 0, then the most confident ones. The
-    KV is of the pass in which all slots are masks, in re-selection as many as the response has. The
-    query's first token is predicted by the chunk's last row, computed again with attention to
-    prefix and chunk alone. The KV has seen the query, so it serves no other question, and nothing
-    of it is kept: the document can be streamed.
+    `draft_steps` tokens are filled in, all from one pass: slot 0, then the most confident ones.
+    Re-selection scores the response in place of a draft; its pass has a mask for each slot of the
+    response. The query's first token is predicted by the chunk's last row, computed again with
+    attention to prefix and chunk alone. The KV has seen the query, so it serves no other question.
+    None of it is kept: the document can be streamed.
     """
 
     name: ClassVar[str] = "chunk-draft"

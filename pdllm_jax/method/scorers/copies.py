@@ -6,9 +6,9 @@ positions, and no chunk row attends to them. So one pass over a document yields 
 not depend on the question, together with the pseudo-log-likelihood of every scored slot. A later
 question costs its own rows against that KV. R = number of slots is exactly leave-one-out.
 
-A model with a logit shift predicts a slot in the row in front of it: for the query's first token,
-the chunk's last row, which one more row in front of the copies computes again. There, "causal"
-needs no masks: one copy whose rows attend to the rows before them.
+With a logit shift the row in front of a slot predicts it. For the query's first token this is the
+chunk's last row: one more row in front of the copies computes it again. On such a model "causal"
+needs no masks: it has one copy, in which a row attends to itself and the rows before it.
 """
 
 from __future__ import annotations
@@ -244,8 +244,8 @@ class CausalScorer(Drafting):
 
     def check(self, config: ModelConfig) -> None:
         """Raises ConfigError for a model without a logit shift."""
-        shifted = f"scorer {self.name!r} needs a model that predicts a token from the row before it"
-        require(config.logit_shift, f"{shifted} (logit_shift); use 'draft'")
+        needs = f"scorer {self.name!r} needs a model with a logit shift"
+        require(config.logit_shift, f"{needs}, got the family {config.family!r}; use 'draft'")
 
     def query_copies(self, model: MaskPredictor, request: ScoreRequest) -> QueryCopies:
         """Returns one copy without masks in place of tokens, whose rows see what is before them."""

@@ -106,7 +106,7 @@ def load(ref: Any, layout: Any) -> jax.Array:
 def smem_transforms(columns: int, itemsize: int = 2) -> tuple[Any, ...]:
     """Returns the tiling and swizzle of a shared memory tile: rows of at most 128 bytes.
 
-    There is no swizzle of 16 bytes: whole rows, one behind the other, then.
+    Rows of 16 bytes have no swizzle: (), which leaves whole rows one behind the other.
     """
     width = math.gcd(columns, 128 // itemsize)
     if width * itemsize < 32:

@@ -70,7 +70,7 @@ def chunk_attention_hopper(
 
 
 def _pack(q: jax.Array, kv_heads: int) -> jax.Array:
-    """[B, Q, T, G R, D] -> [B, Q, T R, G, D]."""
+    """[B, Q, T, G R, D] -> [B, Q, T R, G, D]: the R query heads of a KV head become rows."""
     batch, places, rows, _, dim = q.shape
     q = q.reshape(batch, places, rows, kv_heads, -1, dim).swapaxes(3, 4)
     return q.reshape(batch, places, -1, kv_heads, dim)

@@ -66,8 +66,8 @@ def matmul(
       x: rows, in the weights' dtype. float32 asks for true float32 products, where the default on
         GPUs would be tf32.
       weights: [O, I] each, with the same inner dimension I.
-      biases: one for each weight, in x's dtype; or none, as with an activation. The kernel adds
-        them before it rounds the products, XLA's path to the rounded products.
+      biases: one for each weight, in x's dtype; () for none, and with an activation. The kernel
+        adds them before it rounds the products; XLA's path adds them to the rounded products.
       activation: "swiglu" makes one result of two weights: silu(x W1^T) * (x W2^T), both products
         rounded to x's dtype first.
       implementation: the code to run. A named one runs or the call fails.

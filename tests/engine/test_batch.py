@@ -79,6 +79,7 @@ SLOW_CHOICES = [
     {"scorer": "attention", "encoding": "independent"},
     {"scorer": "random", "encoding": "independent", "keep_tokens": 8},
     {"reselect": "step"},
+    {"encoding": "independent", "reselect": "block"},
 ]
 
 
@@ -86,7 +87,6 @@ SLOW_CHOICES = [
     "change",
     [
         *(pytest.param(change, marks=pytest.mark.slow) for change in SLOW_CHOICES),
-        {"encoding": "independent", "reselect": "block"},
         {"scorer": "all"},  # identity 1: for one request in tests/method/test_prefill.py
         {"encoding": "independent", "top_k": 11, "keep_tokens": 12},  # identity 6
     ],
@@ -159,8 +159,11 @@ def test_documents_of_a_batch_can_be_asked_again(model):
 @pytest.mark.parametrize(
     "encoding",
     [
-        *("joint", "independent"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("query-conditioned", "bridge")),
+        "independent",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("joint", "query-conditioned", "bridge")
+        ),
     ],
 )
 def test_questions_about_one_document(model, encoding):

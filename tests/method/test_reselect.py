@@ -102,14 +102,10 @@ def test_attention_counts_query_and_unmasked_response(model, prompt):
     assert state.selected[0].tolist() == [int(share.argmax())]
 
 
-LOOPS = {
-    "joint": "block",
-    "query-conditioned": "step",
-    "bridge": "step",
-}
+LOOPS = {"joint": "block", "bridge": "step"}
 SLOW = [
     pytest.param(encoding, when, marks=pytest.mark.slow)
-    for encoding in ("independent", *LOOPS)
+    for encoding in ("independent", "query-conditioned", *LOOPS)
     for when in ("block", "step")
     if LOOPS.get(encoding) != when
 ]

@@ -214,7 +214,11 @@ def test_the_papers_settings():
     assert SelectionConfig.from_flat(**paper.to_flat()) == paper
 
 
-@pytest.mark.parametrize("settings", [SelectionConfig.paper, SelectionConfig.paper_retained])
+# tests/scripts/test_reproduce.py answers with both too.
+@pytest.mark.parametrize(
+    "settings",
+    [SelectionConfig.paper, pytest.param(SelectionConfig.paper_retained, marks=pytest.mark.slow)],
+)
 def test_an_engine_answers_with_the_papers_settings(model, parts, settings):
     """Re-selected and asked later, too."""
     prefix, context, query = parts

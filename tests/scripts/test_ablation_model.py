@@ -112,6 +112,7 @@ def test_other_weights_have_another_name(model):
     assert retrieval.weights_fingerprint(changed) != name
 
 
+@pytest.mark.slow  # `make ablate-quick` is one, of the small model
 def test_a_run_end_to_end(tiny_bench, tmp_path, monkeypatch):
     """Records, summary and checks; dense tokens of a batch equal the tokens of the prompt alone."""
     base = CELL.settings() | {"tasks": PAIR}

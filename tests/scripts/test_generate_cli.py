@@ -180,7 +180,7 @@ def test_choices_of_the_method_together(ask):
     assert result["selection"]["rescored"] == 1
 
 
-@pytest.mark.parametrize("method", ["prefilling", "plain"])
+@pytest.mark.parametrize("method", ["prefilling", pytest.param("plain", marks=pytest.mark.slow)])
 def test_streamed_blocks_make_the_same_output(ask, method):
     settings = (*SMALL, *f"--method {method} --block-length 2 --seed 1 --temperature 1".split())
     plain, streamed = ask(*settings), ask(*settings, "--stream")
@@ -301,7 +301,9 @@ def stdin(monkeypatch):
     return lambda data: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
 
 
-@pytest.mark.parametrize("method", ["prefilling", "dual-cache"])
+@pytest.mark.parametrize(
+    "method", ["prefilling", pytest.param("dual-cache", marks=pytest.mark.slow)]
+)
 def test_lines_of_requests_are_answered_in_order_as_each_alone(run, ask, tmp_path, stdin, method):
     few = {"prefix": [256], "context": [*range(40)], "query": [1, 2], "seed": 1, "id": "b\u2028"}
     lines = [{**PROMPT, "id": 7}, few, TEXT, {**few, "seed": 2}, {**PROMPT, "seed": 3}]

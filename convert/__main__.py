@@ -100,8 +100,8 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def converted(path: str | Path) -> Path:
-    """Returns `convert.converted(path)`, and says on stderr when it converts."""
-    return convert_cached(path, notify=lambda line: print(line, file=sys.stderr))
+    """Returns `convert.converted(path)` for text, and says on stderr when it converts."""
+    return convert_cached(path, text=True, notify=lambda line: print(line, file=sys.stderr))
 
 
 def run() -> NoReturn:

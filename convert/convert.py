@@ -25,12 +25,13 @@ from convert.mapping import Target, targets
 from convert.quantised import refuse_quantised, refuse_quantised_tensors
 from convert.sources import BLOCK, SAFETENSORS_INDEX, Source, SourceTensor, match, open_source
 from pdllm_jax.compilation import cache_folder
-from pdllm_jax.downloads import TOKENIZER_FILES, read_clean
+from pdllm_jax.downloads import TOKENIZER_FILES, read_clean, tokenizer_files
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.rules import ConfigError
 from pdllm_jax.storage.atomic import AtomicFolder
 from pdllm_jax.storage.checkpoint import CHECKPOINT, CONFIG, PARAMS
 from pdllm_jax.storage.manifest import MANIFEST, CheckpointError, read_json, write_manifest
+from pdllm_jax.tokenizer import Tokenizer
 
 OutputDtype = Literal["keep", "bfloat16", "float32"]
 # (stage, bytes done since the last call, bytes in total); stages are "convert" and "verify".
@@ -73,6 +74,7 @@ def convert(
     follow_links: bool = False,
     verify: bool = False,
     overwrite: bool = False,
+    text: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Converts a PyTorch checkpoint to a folder that `pdllm_jax.load_model` reads.
@@ -85,11 +87,14 @@ def convert(
       follow_links: reads files that symbolic links place outside of the folder.
       verify: reads the result back and compares it bit by bit before it gets its name.
       overwrite: replaces a checkpoint at `destination`.
+      text: refuses a tokenizer that `Tokenizer.load` refuses; otherwise its files are copied as
+        they are.
 
     Raises:
       CheckpointError: lists everything that is wrong with the source; or the destination exists,
         or the disk is full. Nothing is left behind.
       ConfigError: config.json describes an architecture that is not implemented.
+      TokenizerError: of `text`.
     """
     folder = snapshot_folder(Path(source))
     if dtype not in get_args(OutputDtype):
@@ -109,6 +114,8 @@ def convert(
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG}: {error}") from None
     wanted = _match(opened, config)
+    if text and tokenizer_files(folder):
+        Tokenizer.load(folder, config)
     tensors = {name: opened.tensors[name] for name in wanted}
     notes = [opened.note] if opened.note else []
     if added is not None:
@@ -146,6 +153,7 @@ def converted(
     path: str | Path,
     cache: Path | None = None,
     *,
+    text: bool = False,
     notify: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Returns a converted checkpoint for `path`: itself, or its conversion, made on first use.
@@ -155,10 +163,11 @@ def converted(
 
     Args:
       cache: folder that keeps conversions; by default below the user's cache folder.
+      text: as of `convert`.
       notify: called with one line when a conversion begins.
 
     Raises:
-      CheckpointError, ConfigError: as `convert`.
+      CheckpointError, ConfigError, TokenizerError: as `convert`.
     """
     source = snapshot_folder(Path(path))
     if not source.is_dir():
@@ -175,7 +184,7 @@ def converted(
     if not (target / MANIFEST).is_file():
         folder.mkdir(parents=True, exist_ok=True)
         notify(f"converting {source} (kept in {target})")
-        convert(source, target)
+        convert(source, target, text=text)
     return target
 
 

@@ -40,7 +40,6 @@ from experiments.runner import run as answer_all
 from convert.__main__ import converted
 from pdllm_jax import (
     ChunkConfig,
-    DecodeConfig,
     Engine,
     SelectionConfig,
     Tokenizer,
@@ -81,8 +80,7 @@ def reproduce(args: argparse.Namespace) -> int:
     tokenizer = Tokenizer.load(folder, config)
     model = load_model(folder, dtype=DTYPES[args.dtype], mesh=mesh_of(args), sums=args.sums)
     engine = Engine(model, tokenizer, chunking=chunking, implementation=args.implementation)
-    fast_dllm = partial(DecodeConfig.fast_dllm_dream, dual_cache=True)
-    ask = Asker(engine, chat=task.chat, decode=fast_dllm if config.logit_shift else DecodeConfig)
+    ask = Asker(engine, chat=task.chat)
     arms = {}
     longest = max(task.examples, key=lambda example: len(example.prompt.context))
     for run in asked.values():

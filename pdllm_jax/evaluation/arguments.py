@@ -40,7 +40,7 @@ _MODEL_ALIASES = {**_ALIASES, "max_new_tokens": "gen_length"}
 _NO_EFFECT = (
     *("batch_size", "max_batch_size", "device", "trust_remote_code", "use_fast_tokenizer"),
     *("logits_cache", "truncation", "low_cpu_mem_usage", "attn_implementation", "offload_folder"),
-    *("gpu_memory_utilization", "tokenizer_mode", "tokenizer_revision"),
+    *("gpu_memory_utilization", "tokenizer_mode", "tokenizer_revision", "show_speed"),
 )
 # The values at which a name changes nothing, None beside them.
 _NEUTRAL_ARGS: dict[str, tuple[Any, ...]] = {
@@ -55,6 +55,7 @@ _NEUTRAL_ARGS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("tokenizer", "prefix_token_id", "softmax_dtype", "mixed_precision_dtype"), ()),
     **dict.fromkeys(("think_end_token", "max_memory_per_gpu", "max_cpu_memory"), ()),
     **dict.fromkeys(("enable_thinking", "chat_template_args"), ()),
+    "escape_until": (False,),  # of Dream's evaluation; if true, stop texts end no response
 }
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -136,7 +137,8 @@ def decode_config(
         settings = {"max_new_tokens": length, "steps": length, "alg": alg, **settings}
         settings["alg_temp"] = settings.pop("order_temperature", None)
         if blocks:
-            return DecodeConfig.fast_dllm_dream(block_length=block, **settings)
+            # The other methods replace the rows that a step recomputes; "prefilling" takes these.
+            return DecodeConfig.fast_dllm_dream(block_length=block, dual_cache=True, **settings)
         return DecodeConfig.dream(**settings)
     if not any(name in settings for name in _UNMASKING):
         settings["threshold"] = 0.9

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from convert import convert
+from convert import convert, converted
 from pdllm_jax.storage.manifest import CheckpointError
+from pdllm_jax.vocabulary import TokenizerError
+from tests.oracles.dream_tokenizer import SPECIAL_TOKENS, write_dream_tokenizer
 from tests.support import convert_sources as sources
 
 CONFIG = sources.dream_config()
@@ -134,3 +136,13 @@ def test_quantised_by_tensors(tmp_path: Path, prefix: str) -> None:
     scales = {f"{Q}.weight_scale": np.zeros((24, 1), np.float32)}
     values = {f"{prefix}{name}": value for name, value in (codes | scales).items()}
     assert "is quantised (compressed-tensors, int8: tensor" in refusal(tmp_path, values)
+
+
+def test_a_tokenizer_without_mask_is_named_before_weights_are_copied(tmp_path: Path) -> None:
+    source, cache = write(tmp_path, sources.tensors(CONFIG)), tmp_path / "cache"
+    (source / "tokenizer.json").unlink()
+    write_dream_tokenizer(source, special=SPECIAL_TOKENS[:-1])
+    with pytest.raises(TokenizerError, match="no mask token"):
+        converted(source, cache, text=True)
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+    assert converted(source, cache).is_dir()  # for token ids

@@ -9,6 +9,7 @@ import pytest
 from pdllm_jax import DecodeConfig
 from pdllm_jax.engine.engine import Engine
 from pdllm_jax.evaluation.arguments import DECODING
+from pdllm_jax.method.cache_methods import cache_method
 from pdllm_jax.method.likelihood import answer_log_likelihood
 from pdllm_jax.storage.checkpoint import load_config
 from tests.evaluation.conftest import ROWS, instance
@@ -233,6 +234,7 @@ def test_the_published_command_s_arguments(folder):
 
 
 DREAM = {"max_new_tokens": 16, "diffusion_steps": 8, "add_bos_token": True, "eps": 0.01}
+DREAM |= {"escape_until": False, "show_speed": True}
 GIVEN = {"max_new_tokens": 16, "steps": 8, "eps": 0.01}
 SAMPLED = {"temperature": 0.2, "top_p": 0.95, "alg_temp": 0.1}
 
@@ -251,16 +253,22 @@ SAMPLED = {"temperature": 0.2, "top_p": 0.95, "alg_temp": 0.1}
             {"alg": "entropy"},
             DecodeConfig.fast_dllm_dream(**GIVEN, alg="entropy", block_length=8),
         ),
-        (
-            "dual-cache",
-            {"alg": "confidence_threshold", "threshold": 0.8},
-            DecodeConfig.fast_dllm_dream(**GIVEN, threshold=0.8, block_length=8),
+        *(
+            (
+                method,
+                {"alg": "confidence_threshold", "threshold": 0.8},
+                DecodeConfig.fast_dllm_dream(
+                    **GIVEN, threshold=0.8, block_length=8, dual_cache=True
+                ),
+            )
+            for method in ("dual-cache", "prefilling")
         ),
     ],
 )
 def test_arguments_of_dream_s_published_evaluations(folder, method, given, want):
     model = PrefillingLM(str(folder), method=method, block_length=8, top_k=2, **DREAM, **given)
     decoding, _ = model._generation({"until": [], "do_sample": False})
+    decoding = cache_method(method).decode_config(decoding)
     assert decoding == dataclasses.replace(want, stop_ids=decoding.stop_ids)
     assert model.engine.selection.top_k == 2
     with pytest.raises(ValueError, match="alg 'best' is not known"):

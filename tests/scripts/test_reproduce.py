@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from pdllm_jax import ModelConfig
 from tests.conftest import ROOT
 from tests.oracles.dream_tokenizer import write_dream_tokenizer
 from tests.support import evals_data
@@ -14,6 +16,7 @@ from tests.support import evals_data
 sys.path.insert(0, str(ROOT / "scripts"))
 import reproduce
 from experiments.benchmarks.reproduction import FULL, PUBLISHED, ROWS
+from experiments.benchmarks.run import Asker
 
 
 @pytest.fixture
@@ -149,3 +152,17 @@ def test_bad_input_is_one_line(make_checkpoint, tmp_path, run, monkeypatch):
         assert (status, stdout, err.count("\n")) == (2, "", 1), err
         assert err.startswith("error: ")
         assert message in err
+
+
+@pytest.mark.parametrize("threshold", [None, 0.9])
+@pytest.mark.parametrize(("model", "alone"), [("dream-7b", True), ("llada-8b", False)])
+def test_every_benchmark_decodes_by_fast_dllm_of_the_family(model, alone, threshold):
+    model, tokenizer = (
+        SimpleNamespace(config=ModelConfig.preset(model)),
+        SimpleNamespace(stop_ids=()),
+    )
+    ask = Asker(SimpleNamespace(model=model, tokenizer=tokenizer), threshold=threshold)
+    decoding = ask.decoding(SimpleNamespace(gen_length=48))
+    assert (decoding.first_slot_alone, decoding.recompute) == (alone, "block")
+    assert (decoding.gen_length, decoding.block_length) == (48, 24)
+    assert decoding.threshold == threshold

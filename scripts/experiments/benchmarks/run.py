@@ -48,7 +48,6 @@ class Asker:
       model's max_sequence_length leaves beside these two.
     block_length: of a response, at most; the largest divisor of its length is taken.
     gen_length: response tokens, instead of the benchmark's.
-    decode: makes the settings of decoding, from lengths, threshold and stop ids.
     """
 
     engine: Engine
@@ -58,14 +57,19 @@ class Asker:
     max_length: int | None = None
     chat: bool = True
     seed: int = 0
-    decode: Callable[..., DecodeConfig] = DecodeConfig
 
     def decoding(self, task: Task) -> DecodeConfig:
-        """Returns greedy decoding that ends with the block in which the text ends."""
+        """Returns greedy decoding that ends with the block in which the text ends.
+
+        It is Fast-dLLM's rule: for a model with a logit shift, that for Dream.
+        """
+        decode: Callable[..., DecodeConfig] = DecodeConfig
+        if self.engine.model.config.logit_shift:
+            decode = partial(DecodeConfig.fast_dllm_dream, dual_cache=True)
         length = self.gen_length or task.gen_length
         lengths = {"gen_length": length, "block_length": fitting_block(length, self.block_length)}
         stop_ids = self.engine.tokenizer.stop_ids
-        return self.decode(**lengths, threshold=self.threshold, stop_ids=stop_ids)
+        return decode(**lengths, threshold=self.threshold, stop_ids=stop_ids)
 
     def request(self, task: Task, example: Example, method: Method) -> tuple[Request, bool]:
         """Returns the request, and whether the middle was dropped.
@@ -105,7 +109,7 @@ class Asker:
         folder: of the converted checkpoint.
         """
         engine = self.engine
-        own = {name: x for name, x in vars(self).items() if name not in ("engine", "decode")}
+        own = {name: x for name, x in vars(self).items() if name != "engine"}
         return {
             **own,
             "implementation": engine.implementation,

@@ -57,7 +57,7 @@ KERNELS := tests/kernels tests/network/test_transformer.py tests/network/test_ro
 	denoise.py::test_a_second_generate_of_the_same_bucket_compiles_nothing \
 	denoise.py::test_the_loop_on_the_device_equals_single_steps \
 	prefill.py::test_scores_are_the_defined_ones prefill.py::test_independent_encoding_is_the_defined_one \
-	encoding.py::test_kept_tokens_are_those_that_the_query_looks_at \
+	encoding.py::test_kept_tokens_are_the_defined_ones \
 	encoding.py::test_query_conditioned_encoding_is_the_defined_one)
 ifeq ($(PYTHON_KERNELS),)
 env-kernels test-kernels test-gpu:

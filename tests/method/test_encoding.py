@@ -161,9 +161,7 @@ BY += [(3, True, "chunk-to-query"), (8, False, "both")]
 
 
 @pytest.mark.parametrize(("count", "anchors", "by"), BY)
-def test_kept_tokens_are_those_between_which_and_the_query_attention_lies(
-    model, parts, count, anchors, by
-):
+def test_kept_tokens_are_the_defined_ones(model, parts, count, anchors, by):
     prefix, _, query = parts
     chunking = dataclasses.replace(CHUNKS, anchors=anchors)
     changes = {"encoding": "independent", "keep_tokens": count, "keep_by": by}

@@ -23,16 +23,19 @@ from pallas_kernels.chunk_attention.api import (
 from pallas_kernels.chunk_attention.dense import attention
 from pallas_kernels.common import EMPTY_LSE, OwnKV, Partial, merge
 from pallas_kernels.matmul.api import matmul, matmul_xla, resolve_matmul
+from pallas_kernels.scaled import EightBits, Scaled, quantise
 
 __all__ = [
     "EMPTY_LSE",
     "AllReduceImplementation",
     "ChunkAttention",
     "ChunkMass",
+    "EightBits",
     "Implementation",
     "Norm",
     "OwnKV",
     "Partial",
+    "Scaled",
     "all_reduce",
     "attention",
     "chunk_attention",
@@ -43,6 +46,7 @@ __all__ = [
     "merge",
     "peer_problem",
     "peer_table",
+    "quantise",
     "require_device",
     "resolve_all_reduce",
     "resolve_implementation",

@@ -14,8 +14,10 @@ from jaxtyping import Array, Float
 from pallas_kernels import compat
 from pallas_kernels.common import resolve
 from pallas_kernels.matmul.hopper_tiling import Activation, Geometry, choose
+from pallas_kernels.scaled import Scaled
 
 MatmulImplementation = Literal["mosaic_gpu", "xla", "interpret"]
+Weight = Float[Array, "O I"] | Scaled
 # Smaller weights do not pay for the kernel's launch.
 LEAST_BYTES = 4 << 20
 
@@ -23,7 +25,7 @@ LEAST_BYTES = 4 << 20
 def resolve_matmul(
     implementation: MatmulImplementation | None,
     rows: int,
-    weights: tuple[jax.ShapeDtypeStruct | Array, ...],
+    weights: tuple[jax.ShapeDtypeStruct | Array | Scaled, ...],
     activation: Activation = "none",
 ) -> MatmulImplementation:
     """Returns what `matmul` uses for this number of rows and weights on JAX's default device.
@@ -43,6 +45,8 @@ def resolve_matmul(
 
 
 def _problem(rows: int, weights: tuple[Any, ...], activation: Activation) -> str | None:
+    if isinstance(weights[0], Scaled):
+        return "the kernel does not take weights of 8 bits"
     outs, inner = tuple(w.shape[0] for w in weights), weights[0].shape[1]
     problem = compat.dtype_problem(weights[0].dtype)
     if problem is None and choose(rows, inner, outs, activation, sms=compat.sm_count()) is None:
@@ -52,7 +56,7 @@ def _problem(rows: int, weights: tuple[Any, ...], activation: Activation) -> str
 
 def matmul(
     x: Float[Array, "*rows I"],
-    *weights: Float[Array, "O I"],
+    *weights: Weight,
     biases: tuple[Float[Array, "O"], ...] = (),
     activation: Activation = "none",
     implementation: MatmulImplementation | None = None,
@@ -65,7 +69,8 @@ def matmul(
     Args:
       x: rows, in the weights' dtype. float32 asks for true float32 products, where the default on
         GPUs would be tf32.
-      weights: [O, I] each, with the same inner dimension I.
+      weights: [O, I] each, with the same inner dimension I; or all of them in 8 bits, with a scale
+        for each row (`Scaled`).
       biases: one for each weight, in x's dtype; () for none, and with an activation. The kernel
         adds them before it rounds the products; XLA's path adds them to the rounded products.
       activation: "swiglu" makes one result of two weights: silu(x W1^T) * (x W2^T), both products
@@ -85,9 +90,11 @@ def matmul(
     """
     if not weights:
         raise ValueError("matmul needs at least one weight")
-    wanted = f"[O, {x.shape[-1]}] {x.dtype} as x"
+    wanted = f"[O, {x.shape[-1]}] {x.dtype} as x, or all of them scaled"
+    scaled = isinstance(weights[0], Scaled)
     for w in weights:
-        if w.ndim != 2 or w.shape[1] != x.shape[-1] or w.dtype != x.dtype:
+        fits = isinstance(w, Scaled) == scaled and (scaled or w.dtype == x.dtype)
+        if not fits or w.ndim != 2 or w.shape[1] != x.shape[-1]:
             raise ValueError(f"weights must be {wanted}, got {w.shape} {w.dtype}")
     shapes = [w.shape for w in weights]
     if activation not in get_args(Activation):
@@ -109,7 +116,7 @@ def matmul(
 
 def matmul_xla(
     x: Float[Array, "*rows I"],
-    *weights: Float[Array, "O I"],
+    *weights: Weight,
     biases: tuple[Float[Array, "O"], ...] = (),
     activation: Activation = "none",
     dtype: DTypeLike | None = None,
@@ -120,12 +127,20 @@ def matmul_xla(
       x, weights, biases, activation: as of `matmul`.
       dtype: of the results, x's by default.
     """
-    product = functools.partial(
+    result = x.dtype if dtype is None else dtype
+    multiply = functools.partial(
         lax.dot_general,
         dimension_numbers=(((x.ndim - 1,), (1,)), ((), ())),
         precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=x.dtype if dtype is None else dtype,
     )
+
+    def product(x: Array, weight: Weight) -> Array:
+        if not isinstance(weight, Scaled):
+            return multiply(x, weight, preferred_element_type=result)
+        values = weight.values.astype(x.dtype)  # exact
+        exact = multiply(x, values, preferred_element_type=jnp.float32)
+        return (exact * weight.scale).astype(result)
+
     products = tuple(product(x, weight) for weight in weights)
     if biases:
         products = tuple(map(jnp.add, products, biases))

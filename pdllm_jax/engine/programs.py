@@ -118,10 +118,16 @@ class RecordedModel(MaskPredictor):
     recorder: Recorder
 
     def run(
-        self, token_ids: Array, attend: Attend, carry: Carry, *, hook: StreamHook | None = None
+        self,
+        token_ids: Array,
+        attend: Attend,
+        carry: Carry,
+        *,
+        hook: StreamHook | None = None,
+        layers: int | None = None,
     ) -> tuple[Array, Carry]:
         self.recorder.forwards.append([*token_ids.shape, 0])
-        return super().run(token_ids, attend, carry, hook=hook)
+        return super().run(token_ids, attend, carry, hook=hook, layers=layers)
 
     def logits(self, hidden: Array) -> Array:
         last = self.recorder.forwards[-1]

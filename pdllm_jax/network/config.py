@@ -31,6 +31,7 @@ from pdllm_jax.rules import (
 from pdllm_jax.text_files import read_text
 
 RopeKind = Literal["linear", "ntk", "yarn"]
+WeightFormat = Literal["full", "fp8", "int8"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +102,8 @@ class ModelConfig:
     vocab_size: number of token ids; embedding_size: rows of the embedding, at least vocab_size.
     weight_tying: the embedding is the LM head too.
     bos_token_id: None if config.json does not have it (LLaDA's does not; its tokenizer does).
+    weight_format: of the layers' products. "full": the model's dtype; "fp8", "int8": 8 bits and a
+      scale for each output channel, while embedding, LM head, norms and biases have the dtype.
     """
 
     d_model: int
@@ -120,11 +123,13 @@ class ModelConfig:
     pad_token_id: int = 126081
     bos_token_id: int | None = None
     family: str = "llada"
+    weight_format: WeightFormat = "full"
 
     def __post_init__(self) -> None:
         validate(self, dict.fromkeys([*_SIZES, "n_kv_heads", "embedding_size"], SIZE))
         validate(self, {"rope_theta": POSITIVE, "rms_norm_eps": POSITIVE, "weight_tying": SWITCH})
-        validate(self, {"family": one_of(FAMILIES)})
+        formats = one_of(get_args(WeightFormat))
+        validate(self, {"family": one_of(FAMILIES), "weight_format": formats})
         for name, divisor in (("d_model", "n_heads"), ("n_heads", "n_kv_heads")):
             a, b = getattr(self, name), getattr(self, divisor)
             require(a % b == 0, f"{name} {a} is not a multiple of {divisor} {b}")

@@ -27,10 +27,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
-from pallas_kernels import ChunkMass, Implementation, Norm, OwnKV, Partial
+from pallas_kernels import ChunkMass, Implementation, Norm, OwnKV, Partial, Scaled
 from pallas_kernels.chunk_attention.api import Rows
 from pallas_kernels.common import rms_norm
-from pallas_kernels.matmul.api import matmul_xla
+from pallas_kernels.matmul.api import Weight, matmul_xla
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.rules import ConfigError
 
@@ -42,6 +42,7 @@ Tree = TypeVar("Tree")
 _TENSOR_AXIS = {
     **{f"{name}_proj.weight": -2 for name in ("q", "k", "v", "gate", "up")},  # [O, I]
     **{f"{name}_proj.bias": -1 for name in ("q", "k", "v")},  # [O]
+    **{f"{name}_proj.scale": -1 for name in ("q", "k", "v", "gate", "up")},  # [O]
     **dict.fromkeys(("attn_out.weight", "down_proj.weight"), -1),  # [O, I]
     **dict.fromkeys(("embedding.weight", "lm_head.weight"), -2),  # [V, M]
     **dict.fromkeys(("pool.k", "pool.v"), -3),  # [L, N, G, C, D]
@@ -259,7 +260,7 @@ def chunk_attention_mass(
 def project_columns(
     mesh: Mesh | None,
     x: Float[Array, "B *rows I"],
-    *weights: Float[Array, "O I"],
+    *weights: Weight,
     biases: tuple[Float[Array, "O"], ...] = (),
     activation: Any = "none",
 ) -> tuple[Float[Array, "B *rows O"], ...]:
@@ -283,7 +284,7 @@ def add_projected(
     mesh: Mesh | None,
     stream: Float[Array, "B *rows O"],
     x: Float[Array, "B *rows I"],
-    weight: Float[Array, "O I"],
+    weight: Weight,
     norm: Norm | None,
     links: Int[Array, "data tensor A"] | None = None,
 ) -> tuple[Float[Array, "B *rows O"], ...]:
@@ -302,7 +303,10 @@ def add_projected(
         return pallas_kernels.all_reduce(part, TENSOR, table=table, residual=stream, norm=by)
 
     rows, columns = PartitionSpec(rows_axis(mesh, len(x))), heads_spec(mesh, len(x), x.ndim - 1)
-    weights, table = PartitionSpec(None, TENSOR), PartitionSpec(DATA, TENSOR)
+    weights: Any = PartitionSpec(None, TENSOR)
+    if isinstance(weight, Scaled):
+        weights = Scaled._make([weights, PartitionSpec()])
+    table = PartitionSpec(DATA, TENSOR)
     sharded = local(mesh, run, (rows, columns, weights, PartitionSpec(), table), rows)
     return sharded(stream, x, weight, None if norm is None else norm.weight, links)
 

@@ -19,9 +19,17 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import AllReduceImplementation, Norm, peer_problem, peer_table
+from pallas_kernels import (
+    AllReduceImplementation,
+    Norm,
+    Scaled,
+    peer_problem,
+    peer_table,
+    quantise,
+)
 from pallas_kernels.common import rms_norm
-from pdllm_jax.network.config import ModelConfig
+from pallas_kernels.matmul.api import Weight
+from pdllm_jax.network.config import ModelConfig, WeightFormat
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import (
     TENSOR,
@@ -55,17 +63,38 @@ class RMSNorm(nnx.Module):
 
 
 class Matrix(nnx.Module):
-    """A weight [rows, columns]: of x W^T, or a row for every token id; perhaps a bias [rows]."""
+    """A weight [rows, columns]: of x W^T, or a row for every token id; perhaps a bias [rows].
+
+    With `weight_format` "fp8" or "int8" the weight has 8 bits, and a scale [rows], float32.
+    """
 
     bias: nnx.Param | None = None
+    scale: nnx.Param | None = None
 
     def __init__(
-        self, rows: int, columns: int, *, dtype: DTypeLike, rngs: nnx.Rngs, bias: bool = False
+        self,
+        rows: int,
+        columns: int,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        bias: bool = False,
+        weight_format: WeightFormat = "full",
     ):
         values = jax.random.normal(rngs.params(), (rows, columns), jnp.float32) * columns**-0.5
-        self.weight = nnx.Param(values.astype(dtype))
+        if weight_format == "full":
+            self.weight = nnx.Param(values.astype(dtype))
+        else:
+            scaled = quantise(values, weight_format)
+            self.weight, self.scale = nnx.Param(scaled.values), nnx.Param(scaled.scale)
         if bias:
             self.bias = nnx.Param(jnp.zeros((rows,), dtype))
+
+    @property
+    def operand(self) -> Weight:
+        """The weight as `pallas_kernels.matmul` takes it."""
+        weight = self.weight[...]
+        return weight if self.scale is None else Scaled(weight, self.scale[...])
 
 
 class Residual(NamedTuple):
@@ -88,7 +117,7 @@ class Residual(NamedTuple):
             return (self.stream,) if norm is None else (self.stream, norm(self.stream))
         x, matrix = self.pending
         by = None if norm is None else Norm(norm.weight[...], norm.eps)
-        return add_projected(self.mesh, self.stream, x, matrix.weight[...], by, self.links)
+        return add_projected(self.mesh, self.stream, x, matrix.operand, by, self.links)
 
 
 class Block(nnx.Module):
@@ -98,6 +127,7 @@ class Block(nnx.Module):
         model, hidden = config.d_model, config.mlp_hidden_size
         kv = config.n_kv_heads * config.head_dim
         matrix = functools.partial(Matrix, dtype=dtype, rngs=rngs)
+        matrix = functools.partial(matrix, weight_format=config.weight_format)
         norm = functools.partial(RMSNorm, model, config.rms_norm_eps, dtype=dtype)
         self.attn_norm = norm()
         q, k, v = (matrix(size, model, bias=config.qkv_bias) for size in (model, kv, kv))
@@ -114,7 +144,7 @@ class Block(nnx.Module):
         """Returns the residual stream behind the layer, and the carry of its attention."""
 
         def project(x: Array, *matrices: Matrix, **settings: Any) -> tuple[Array, ...]:
-            weights = [matrix.weight[...] for matrix in matrices]
+            weights = [matrix.operand for matrix in matrices]
             biases = tuple(matrix.bias[...] for matrix in matrices if matrix.bias is not None)
             return project_columns(residual.mesh, x, *weights, biases=biases, **settings)
 
@@ -170,16 +200,18 @@ class MaskPredictor(nnx.Module):
         carry: Carry,
         *,
         hook: StreamHook | None = None,
+        layers: int | None = None,
     ) -> tuple[Float[Array, "B T M"], Carry]:
         """Returns the residual stream after the last layer, before the final norm, and the carry.
 
         `attend` gets the carry and returns it, layer by layer; `hook` gets the residual stream.
+        layers: the first layers that run, all of them by default.
         """
         links = None if self.links is None else self.links[...]
         ids = divide_rows(self.mesh, token_ids)
         stream = look_up(self.mesh, self.embedding.weight[...], ids)
         residual = Residual(stream, self.mesh, links)
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(list(self.blocks)[:layers]):
             residual, carry = block(layer, residual, attend, carry)
             if hook is not None:
                 residual = residual._replace(stream=residual.add()[0], pending=None)

@@ -63,7 +63,7 @@ def model_identity(model: MaskPredictor) -> ModelIdentity:
 
 
 # Fields that are younger than snapshots, and what a manifest without them means.
-YOUNGER_FIELDS = {"model.family": "llada"}
+YOUNGER_FIELDS = {"model.family": "llada", "model.weight_format": "full"}
 
 
 def model_fields(identity: ModelIdentity) -> dict[str, Any]:

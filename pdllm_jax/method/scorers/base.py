@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -182,6 +183,13 @@ class Scorer(Protocol):
     def check(self, config: ModelConfig) -> None:
         """Raises ConfigError for a model that the scorer cannot score with."""
         return None
+
+    def calibrated(self, checkpoint: Path) -> Scorer:
+        """Returns the scorer with what a calibration has saved in a checkpoint's folder, if any.
+
+        Called wherever a model is read from a folder together with settings.
+        """
+        return self
 
     def draft(self, model: MaskPredictor, question: Question) -> Draft | None:
         """Returns a draft of the response, computed before the pass; None where none is needed."""

@@ -1,0 +1,74 @@
+"""Arrays in 8 bits: values, and the factors that turn them into numbers."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Num
+
+EightBits = Literal["fp8", "int8"]
+_DTYPES = {"fp8": jnp.float8_e4m3fn, "int8": jnp.int8}
+_LARGEST = {"fp8": 448.0, "int8": 127.0}
+
+
+class Scaled(NamedTuple):
+    """An array in 8 bits: values times scale, which has the leading axes of `values`.
+
+    Attributes:
+      values: float8_e4m3fn or int8. A weight is [O, I], a pool of KV [L, N, G, C, D].
+      scale: float32, of a weight [O], of a pool [L, N, G].
+    """
+
+    values: Num[Array, "*axes"]
+    scale: Float[Array, "*leading"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the values."""
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the values."""
+        return self.values.ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the values."""
+        return self.values.dtype
+
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return self.values.size
+
+    def restore(self, dtype: DTypeLike) -> Float[Array, "*axes"]:
+        """Returns values times scale, computed in float32 and rounded once."""
+        scale = self.scale.reshape(*self.scale.shape, *[1] * (self.values.ndim - self.scale.ndim))
+        return (self.values.astype(jnp.float32) * scale).astype(dtype)
+
+
+def quantise(x: Float[Array, "*axes"], bits: EightBits, trailing: int = 1) -> Scaled:
+    """Returns x in 8 bits; a scale is the largest magnitude over the trailing axes, 1 for zeros.
+
+    Rounds to the nearest value. Pure.
+
+    Args:
+      x: floating point, finite.
+      bits: "fp8" is float8_e4m3fn, whose largest value is 448; "int8" uses -127 to 127.
+      trailing: how many of the last axes share a scale.
+
+    Raises:
+      ValueError: another name of `bits`.
+    """
+    if bits not in get_args(EightBits):
+        raise ValueError(f"bits {bits!r} is not known ({', '.join(get_args(EightBits))})")
+    wide, axes, most = x.astype(jnp.float32), tuple(range(-trailing, 0)), _LARGEST[bits]
+    largest = jnp.abs(wide).max(axis=axes, keepdims=True)
+    scale = jnp.where(largest > 0, largest / most, 1.0)
+    values = jnp.clip(wide / scale, -most, most)
+    if bits == "int8":
+        values = jnp.round(values)
+    return Scaled(values.astype(_DTYPES[bits]), scale.reshape(x.shape[: x.ndim - trailing]))

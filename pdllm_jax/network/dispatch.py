@@ -106,12 +106,14 @@ class ModelFunction(Generic[Arguments, Result]):
         @functools.wraps(function)
         def restore_and_call(model: _FlatModel, *args: Any, **kwargs: Any) -> Result:
             module = jax.tree.unflatten(model.structure.tree, model.arrays)
-            return function(module, *args, **kwargs)  # type: ignore[arg-type]
+            return function(module, *args, **kwargs)
 
         functools.update_wrapper(self, function)
-        plain, self._jitted = (jax.jit(f, **settings) for f in (function, restore_and_call))
+        plain: Any = jax.jit(function, **settings)
+        jitted: Any = jax.jit(restore_and_call, **settings)
+        self._jitted, self.clear_cache = jitted, jitted.clear_cache
+        self._cache_size = jitted._cache_size
         self.lower, self.trace, self.eval_shape = plain.lower, plain.trace, plain.eval_shape
-        self.clear_cache, self._cache_size = self._jitted.clear_cache, self._jitted._cache_size
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Result:
         """Calls the function; see `jax.jit`."""

@@ -90,7 +90,8 @@ def test_models_of_one_structure_share_a_program_and_are_freed():
     for model in models * 2:
         x = jnp.float32(1.0)
         assert function(model, x, sign=1) == value(model, 1.0, sign=1)
-        assert x.is_deleted() and not model.parts[0].weight[...].is_deleted()
+        assert x.is_deleted()
+        assert not model.parts[0].weight[...].is_deleted()
     assert function._cache_size() == 1
     compiled = function.lower(models[0], jnp.float32(1.0), sign=1).compile()
     assert compiled(models[1], jnp.float32(1.0)) == value(models[1], 1.0, sign=1)

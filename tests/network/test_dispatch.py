@@ -2,30 +2,13 @@
 
 import functools
 import gc
-import sys
 import weakref
 
 import jax.numpy as jnp
 from flax import nnx
 
 from pdllm_jax.network.dispatch import ModelFunction
-
-
-def flax_flattens(call):
-    """Returns how many of Flax's flatten functions run in a call."""
-    count = 0
-
-    def profile(frame, event, arg):
-        nonlocal count
-        code = frame.f_code
-        count += event == "call" and "flatten" in code.co_name and "/flax/" in code.co_filename
-
-    sys.setprofile(profile)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return count
+from tests.support.method import flax_flattens
 
 
 class Part(nnx.Module):

@@ -38,6 +38,7 @@ from pdllm_jax.method.cache import (
 from pdllm_jax.method.live_forward import Context, live_forward, predicting_rows, query_rows
 from pdllm_jax.method.reselect import reselect_due
 from pdllm_jax.method.sampling import log_probability, predict, transfer
+from pdllm_jax.network.dispatch import ModelFunction
 from pdllm_jax.network.sharding import constrain
 from pdllm_jax.network.transformer import MaskPredictor
 from pdllm_jax.randomness import Use, derive
@@ -218,7 +219,7 @@ def _only_width(state: DenoiseState, config: DecodeConfig) -> Width | None:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "implementation"), donate_argnames=("state",)
+    ModelFunction, static_argnames=("config", "implementation"), donate_argnames=("state",)
 )
 def denoise_step(
     model: MaskPredictor,

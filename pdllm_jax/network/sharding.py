@@ -105,8 +105,13 @@ def mesh_sizes(config: ModelConfig, sizes: Mapping[str, int] | Mesh | None) -> t
 
 
 def rows_axis(mesh: Mesh | None, rows: int) -> str | None:
-    """Returns "data" if it divides this number of chunks or requests evenly, else None."""
-    return DATA if mesh is not None and rows % mesh.shape[DATA] == 0 else None
+    """Returns "data" if it divides this number of chunks or requests evenly, else None.
+
+    None if "data" is 1: jax.jit omits axes of size 1 from the specs of its results, and these are
+    the arguments of the next call, which must look like the first ones.
+    """
+    parts = 1 if mesh is None else mesh.shape[DATA]
+    return DATA if parts > 1 and rows % parts == 0 else None
 
 
 def whole_groups(mesh: Mesh | None, rows: int) -> int:
@@ -121,11 +126,10 @@ def spec_of(mesh: Mesh, name: str, shape: Sequence[int]) -> PartitionSpec:
     axis = _TENSOR_AXIS.get(pair, _TENSOR_AXIS.get(keys[-1]))
     if axis is None:
         return PartitionSpec()
-    axes: list[str | None] = [None] * len(shape)
-    axes[axis] = TENSOR
+    front: list[str | None] = [None] * (len(shape) + axis)
     if pair.startswith("live."):
-        axes[-4] = rows_axis(mesh, shape[-4])
-    return PartitionSpec(*axes)
+        front[len(shape) - 4] = rows_axis(mesh, shape[-4])
+    return PartitionSpec(*front, TENSOR)
 
 
 def sharding_of(mesh: Mesh, name: str, shape: Sequence[int]) -> NamedSharding:

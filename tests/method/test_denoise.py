@@ -20,7 +20,7 @@ from pdllm_jax.method.selection import select_top_k
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.transformer import MaskPredictor
 from pdllm_jax.rules import ConfigError
-from tests.support.method import first_state
+from tests.support.method import first_state, flax_flattens
 
 MASK = ModelConfig.tiny().mask_token_id
 DECODE = DecodeConfig(gen_length=8, block_length=4)
@@ -75,6 +75,7 @@ def test_compiles_once_and_consumes_its_state(model, encoding):
             other = denoise_step(model, other_cache, other, config=config)
         assert len(traces) == traced
         assert denoise_step._cache_size() == before + 1
+        assert flax_flattens(lambda: denoise_step(model, other_cache, other, config=config)) == 0
     finally:
         MaskPredictor.run = original
     assert int((state.tokens != MASK).sum()) == 3

@@ -174,7 +174,10 @@ def _steps(model: MaskPredictor, prompt: Any, decode: DecodeConfig) -> list:
     while int(state.block[0]) < decode.n_blocks:
         if int(state.block[0]) == 1 and int(state.step[0]) == 0:
             state = pdllm.reselect(model, cache, state, settings=INDEPENDENT, config=decode)
+        places = jax.tree.map(lambda x: x.sharding, state)
         state = denoise_step(model, cache, state, config=decode)
+        # The next call gets its arguments as this one did.
+        assert jax.tree.map(lambda x: x.sharding, state) == places
     return np.asarray(state.tokens)[0].tolist()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -124,3 +125,20 @@ def greedy(logits_of, length: int) -> list[int]:
         slot = max((i for i in range(length) if tokens[i] == MASK), key=lambda i: confidence[i])
         tokens[slot] = int(logits[slot].argmax())
     return tokens
+
+
+def flax_flattens(call):
+    """Returns how many of Flax's flatten functions run in a call."""
+    count = 0
+
+    def profile(frame, event, arg):
+        nonlocal count
+        code = frame.f_code
+        count += event == "call" and "flatten" in code.co_name and "/flax/" in code.co_filename
+
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return count

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from experiments.grids import Cell
 from experiments.records import RecordError, read_json, write_json
-from experiments.retrieval import Retrieval, needle_chunks
+from experiments.retrieval import Retrieval
 from pallas_kernels import Implementation, Partial
 from pdllm_jax import (
     DenoiseState,

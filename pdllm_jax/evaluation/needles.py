@@ -1,7 +1,7 @@
 """Needles with random keys in public-domain prose: the examples of a calibration.
 
-A document is a part of a text in which the same sentence stands several times, each time about
-another key. The question asks for the value of one of them.
+A document is a part of a text in which a sentence gives the value that the question asks for. Up to
+eight sentences of the same form give the values of other keys.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _NOUNS = (
     *("piano", "pillow", "planet", "raven", "river", "saddle", "spider", "temple", "tiger"),
     *("tunnel", "valley", "violin"),
 )
-_DISTRACTORS, _TOKENS_EACH = 8, 256  # other needles: at most 8, one for each 256 tokens
+_DISTRACTORS, _TOKENS_EACH = 8, 256  # other needles: up to 8, up to one for each 256 tokens
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s)|[。！？]")
 _SPARE = 4  # tokens for each needle, whose neighbours may be tokenized differently
 
@@ -105,7 +105,7 @@ class Prose:
         """
         rng = np.random.default_rng([length, seed])
         statement, question = _FORMS[rng.integers(len(_FORMS))]
-        keys = _keys(rng, 1 + min(_DISTRACTORS, length // _TOKENS_EACH))
+        keys = _keys(rng, 1 + rng.integers(1 + min(_DISTRACTORS, length // _TOKENS_EACH)))
         values = rng.choice(np.arange(10_000, 100_000), len(keys), replace=False).tolist()
         needles = [
             statement.format(key=key, value=value) for key, value in zip(keys, values, strict=True)

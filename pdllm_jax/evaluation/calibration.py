@@ -22,17 +22,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
-from pallas_kernels import Implementation
 from pdllm_jax.config import ChunkConfig
 from pdllm_jax.engine.engine import Engine
-from pdllm_jax.engine.request import question_prompt
 from pdllm_jax.evaluation.needles import Example, Prose
 from pdllm_jax.method.cache import ChunkCache
-from pdllm_jax.method.chunking import count_chunks, needle_chunks
-from pdllm_jax.method.scorers import Question, ScoreRequest
+from pdllm_jax.method.chunking import ChunkedPrompt, chunk_prompt, count_chunks, needle_chunks
+from pdllm_jax.method.scorers import ScoreRequest
 from pdllm_jax.method.scorers.attention import attention_shares
 from pdllm_jax.method.scorers.calibration import HEADS_FILE
 from pdllm_jax.network.transformer import MaskPredictor
@@ -202,15 +201,18 @@ def _best(shares: Shares, count: int) -> list[Heads]:
     ]
 
 
-@functools.partial(jax.jit, static_argnames=("implementation",))
+@functools.partial(jax.jit, static_argnames=("encode_batch",))
 def _measure(
-    model: MaskPredictor,
-    cache: ChunkCache,
-    question: Question,
-    implementation: Implementation | None,
+    model: MaskPredictor, prompt: ChunkedPrompt, encode_batch: int
 ) -> Float[Array, "L H N"]:
-    request = ScoreRequest(question, cache.lengths > 0, implementation=implementation)
-    return attention_shares(model, cache, request)[:, 0]
+    cache = ChunkCache(
+        *(None, prompt.chunks, prompt.chunk_lengths, prompt.prefix, prompt.prefix_length),
+        *(None, None),
+        anchors=prompt.anchors,
+    )
+    request = ScoreRequest(prompt.question, cache.lengths > 0, encode_batch=encode_batch)
+    heads = np.ones((model.config.n_layers, model.config.n_heads), bool)
+    return jnp.stack(attention_shares(model, cache, request, heads))[:, 0]
 
 
 def measure(
@@ -224,16 +226,16 @@ def measure(
     Raises:
       ValueError: ids outside the vocabulary, a document of one chunk, too little memory.
     """
-    parts = []
+    parts, group = [], engine.selection.encode_batch
     for example in examples:
-        prefix, context, query = engine.token_ids(example.request)
-        count = count_chunks(len(context), engine.chunking)
+        ids = engine.token_ids(example.request)
+        context, bos = ids[1], engine.tokenizer.bos_id if engine.tokenizer else engine.bos_id
+        prompt = chunk_prompt(*ids, engine.chunking, bos_id=bos, tight=True)
+        count = prompt.n_chunks
         require(count > 1, f"a document of {len(context)} tokens is one chunk: nothing to choose")
         needle = np.zeros((1, count), bool)
         needle[0, [i for i in needle_chunks(example.needle, engine.chunking) if i < count]] = True
-        cache = engine.encode(context, prefix=prefix)
-        question = question_prompt(cache, [query], 1).question
-        values = np.asarray(_measure(engine.model, cache, question, engine.implementation))
+        values = np.asarray(_measure(engine.model, prompt, group))
         parts.append(Shares(values[None, ..., :count], needle))
         done()
     return Shares.joined(parts)

@@ -1,31 +1,31 @@
-"""The file in a checkpoint's folder that names its retrieval heads; `pdllm-calibrate` writes it."""
+"""What a calibration of retrieval heads saves in a checkpoint's folder."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from pdllm_jax.rules import ConfigError, is_index
+from pdllm_jax.rules import ConfigError, heads_of
 from pdllm_jax.text_files import read_text
 
 HEADS_FILE = "retrieval_heads.json"
+_VERSION = 1
 
 
 def read_heads(folder: Path) -> tuple[tuple[int, int], ...] | None:
-    """Returns (layer, head) of each retrieval head; None where the folder has no such file.
+    """Returns the retrieval heads saved with a checkpoint, pairs (layer, head); None without.
 
     Raises:
-      ConfigError: the file does not hold them.
+      ConfigError: the file is not JSON of this version, or its `heads` are not pairs.
     """
     path = Path(folder) / HEADS_FILE
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
         content = json.loads(read_text(path))
-        heads = content["heads"]
-        valid = len(heads) > 0 and all(len(pair) == 2 and all(map(is_index, pair)) for pair in heads)
-    except (ValueError, TypeError, KeyError, RecursionError):
-        valid = False
-    if not valid:
-        raise ConfigError(f"{path} holds no pairs [layer, head] under 'heads': calibrate again")
-    return tuple((layer, head) for layer, head in heads)
+        if content["version"] != _VERSION:
+            raise ConfigError(f"version {content['version']!r:.20} is not known")
+        return heads_of(content["heads"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        command = f"make it again with scripts/calibrate.py {folder}"
+        raise ConfigError(f"{path} does not hold retrieval heads ({error}); {command}") from None

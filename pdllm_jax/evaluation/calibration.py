@@ -17,14 +17,14 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Array, Bool, Float
 
 from pdllm_jax.config import ChunkConfig
 from pdllm_jax.engine.engine import Engine
@@ -75,7 +75,7 @@ class Shares(NamedTuple):
         inside = np.where(needle, self.values, -np.inf).max(axis=-1)
         return inside - np.where(needle, -np.inf, self.values).max(axis=-1)
 
-    def recalled(self, heads: Heads) -> Bool[np.ndarray, "E"]:
+    def recalled(self, heads: Heads) -> Bool[np.ndarray, " E"]:
         """Returns on which examples the mean over some heads finds the needle's chunk."""
         layers, numbers = map(list, zip(*heads, strict=True))
         mean = self.values[:, layers, numbers].mean(axis=1)
@@ -114,7 +114,7 @@ class Calibration:
         fields = dataclasses.fields(self)
         return {"version": VERSION, **{f.name: plain(getattr(self, f.name)) for f in fields}}
 
-    def save(self, folder: Path, about: Mapping[str, Any], *, overwrite: bool = False) -> Path:
+    def save(self, folder: Path, about: dict[str, Any], *, overwrite: bool = False) -> Path:
         """Writes HEADS_FILE into a checkpoint's folder, in one step; returns its path.
 
         Args:
@@ -144,6 +144,13 @@ def check_destination(folder: Path, *, overwrite: bool = False) -> Path:
     return path
 
 
+def check_choice(examples: int, count: int) -> None:
+    """Raises ConfigError for fewer than 8 examples, or no head to choose."""
+    few = "to choose heads on some and test them on others"
+    require(examples >= _LEAST_EXAMPLES, f"examples must be at least 8 {few}, got {examples}")
+    size("heads", count)
+
+
 def choose_heads(shares: Shares, count: int = 4, *, seed: int = 0) -> Calibration:
     """Chooses the retrieval heads of a model; the module's docstring says how.
 
@@ -151,12 +158,10 @@ def choose_heads(shares: Shares, count: int = 4, *, seed: int = 0) -> Calibratio
       count: heads to choose. seed: of the division of the examples.
 
     Raises:
-      ConfigError: count is below 1, or there are fewer than 8 examples.
+      ConfigError: as `check_choice`.
     """
-    size("heads", count)
     examples = len(shares.needle)
-    few = f"{examples} examples are too few to choose heads on some and test them on others"
-    require(examples >= _LEAST_EXAMPLES, f"{few}: at least {_LEAST_EXAMPLES}")
+    check_choice(examples, count)
     shares = shares.take(np.random.default_rng(seed).permutation(examples))
     heads, curve = _procedure(shares, count)
     tested = []
@@ -254,7 +259,6 @@ def plan_needles(
     Raises:
       ConfigError: no such pair, or `Prose.example` refuses a length.
     """
-    size("examples", examples)
     pairs = [
         (chunking, length)
         for chunking in map(ChunkConfig, dict.fromkeys(chunk_sizes))

@@ -105,7 +105,7 @@ class Prose:
         """
         rng = np.random.default_rng([length, seed])
         statement, question = _FORMS[rng.integers(len(_FORMS))]
-        keys = _keys(rng, 1 + rng.integers(1 + min(_DISTRACTORS, length // _TOKENS_EACH)))
+        keys = _keys(rng, 1 + int(rng.integers(1 + min(_DISTRACTORS, length // _TOKENS_EACH))))
         values = rng.choice(np.arange(10_000, 100_000), len(keys), replace=False).tolist()
         needles = [
             statement.format(key=key, value=value) for key, value in zip(keys, values, strict=True)

@@ -30,6 +30,7 @@ from pdllm_jax import (
     prefill,
 )
 from pdllm_jax.method.cache import ChunkPool
+from pdllm_jax.method.chunking import needle_chunks
 from pdllm_jax.method.live_forward import (
     Context,
     live_forward,

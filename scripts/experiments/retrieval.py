@@ -19,7 +19,7 @@ from experiments.grids import DENSE, GIVEN, Cell
 from experiments.records import Key, Records
 from experiments.runner import Work
 from pallas_kernels import Implementation
-from pdllm_jax import ChunkConfig, Engine, MaskPredictor, Request, Tokenizer
+from pdllm_jax import Engine, MaskPredictor, Request, Tokenizer
 from pdllm_jax.method.chunking import chunks_of_span, needle_chunks, split_context
 from small_model import tasks
 from small_model.corpus import Corpora, Text, fingerprint

@@ -166,7 +166,7 @@ def attention_shares(
 def _row_mean(
     model: MaskPredictor, shares: Float[Array, "B H T N"], rows: Bool[Array, "B T"]
 ) -> Float[Array, "B H N"]:
-    """Returns the mean over the rows that count; the order of its sum does not depend on padding."""
+    """Returns the mean over the rows that count; its order of sums does not depend on padding."""
     of_rows = jnp.where(rows[:, None, :, None], shares, 0)
     total = constrain(model.mesh, row_sum(of_rows.swapaxes(2, 3)))
     return total / jnp.maximum(rows.sum(axis=1), 1)[:, None, None]

@@ -37,12 +37,11 @@ from pdllm_jax.evaluation.calibration import (
     plan_needles,
 )
 from pdllm_jax.evaluation.needles import Prose
+from pdllm_jax.method.scorers.calibration import SAME
 from pdllm_jax.rules import size
 from pdllm_jax.storage.checkpoint import load_config
-from pdllm_jax.storage.fingerprint import model_fields, model_identity
+from pdllm_jax.storage.fingerprint import model_identity
 from pdllm_jax.tokenizer import Tokenizer
-
-_MODEL = ("family", "n_layers", "n_heads", "d_model", "weights")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -85,7 +84,8 @@ def calibrate(args: argparse.Namespace) -> None:
     prose = Prose.read(tokenizer, args.text)
     sets = plan_needles(prose, args.lengths, args.chunk_sizes, args.examples, args.seed)
     model = load(args, folder)
-    engine = Engine(model, tokenizer, selection=selection)
+    path = args.implementation
+    engine = Engine(model, tokenizer, selection=selection, implementation=path)
     parts = []
     with tqdm(total=args.examples, unit="example", disable=None) as bar:
         for chunking, examples in sets:
@@ -93,11 +93,12 @@ def calibrate(args: argparse.Namespace) -> None:
             parts.append(measure(cut, examples, done=bar.update))
     found = choose_heads(Shares.joined(parts), args.heads, seed=args.seed)
     settings = {name: getattr(args, name) for name in ("lengths", "chunk_sizes", "seed")}
-    fields = model_fields(model_identity(model))
+    identity = model_identity(model)
     about = {
-        "settings": {**settings, "dtype": str(model.dtype)},
+        "settings": {**settings, "dtype": identity.dtype},
         "text": {"name": prose.name, "sha256": prose.digest},
-        "model": {name: fields[f"model.{name}"] for name in _MODEL if f"model.{name}" in fields},
+        "model": {name: getattr(model.config, name) for name in SAME}
+        | {"weights": identity.weights},
     }
     path = found.save(folder, about, overwrite=args.overwrite)
     heads = ", ".join(f"{layer}.{head}" for layer, head in found.heads)

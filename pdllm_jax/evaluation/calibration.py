@@ -234,7 +234,9 @@ def measure(
     parts, group = [], engine.selection.encode_batch
     for example in examples:
         ids = engine.token_ids(example.request)
-        context, bos = ids[1], engine.tokenizer.bos_id if engine.tokenizer else engine.bos_id
+        context, bos = ids[1], engine.bos_id
+        if bos is None and engine.tokenizer is not None:
+            bos = engine.tokenizer.bos_id
         prompt = chunk_prompt(*ids, engine.chunking, bos_id=bos, tight=True)
         count = prompt.n_chunks
         require(count > 1, f"a document of {len(context)} tokens is one chunk: nothing to choose")

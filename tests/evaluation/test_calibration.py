@@ -150,7 +150,11 @@ def test_needles_are_asked_for_as_requests_are(folder):
 
 @pytest.mark.parametrize(
     ("lengths", "chunks", "message"),
-    [([100], [64], "none of the lengths"), ([40], [8], "too short"), ([900], [64], "give a longer")],
+    [
+        ([100], [64], "none of the lengths"),
+        ([40], [8], "too short"),
+        ([900], [64], "give a longer"),
+    ],
 )
 def test_documents_that_cannot_be_made_are_refused(folder, tmp_path, lengths, chunks, message):
     (tmp_path / "short.txt").write_text("It rained. " * 50, encoding="utf-8")
@@ -209,6 +213,11 @@ def test_calibration_makes_the_scorer_work(folder, tmp_path, call_main, monkeypa
     assert SelectionConfig().calibrated(folder) == SelectionConfig()
 
     before = (folder / HEADS_FILE).read_bytes()
+    (folder / HEADS_FILE).write_text(before.decode().replace('"n_layers": 2', '"n_layers": 30'))
+    status, _, err = call_main(generate.main, *lines[generate])
+    assert status == 2
+    assert "they are of a model with n_layers 30, not 2" in err.splitlines()[-1]
+    (folder / HEADS_FILE).write_bytes(before)
     status, _, err = call_main(calibrate.main, folder, *SMALL)
     assert status == 2
     assert "--overwrite" in err

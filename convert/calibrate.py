@@ -1,7 +1,7 @@
 """Finds a checkpoint's retrieval heads, for the scorer "heads", and saves them in its folder.
 
     pdllm-calibrate CHECKPOINT [--lengths N ...] [--chunk-sizes N ...] [--examples N] [--seed N]
-                    [--text FILE ...] [--heads N] [--overwrite] [--picture FILE]
+                    [--text FILE ...] [--heads N] [--layers M] [--overwrite] [--picture FILE]
     scripts/calibrate.py ...    the same, from a clone
 
 CHECKPOINT is a converted folder, or a PyTorch folder, which is converted into a cache folder on
@@ -61,6 +61,10 @@ def parser() -> argparse.ArgumentParser:
     text = "UTF-8 prose for the documents, instead of Northanger Abbey"
     add("--text", nargs="+", type=Path, default=[], metavar="FILE", help=text)
     add("--heads", type=int, default=4, metavar="N", help=f"how many are chosen {default}")
+    text = (
+        "most layers that a score may take; fewer are chosen where they do as well (default: all)"
+    )
+    add("--layers", type=int, metavar="M", help=text)
     add("--overwrite", action="store_true", help="replace an earlier calibration")
     text = "draw the recall of every head (PNG, SVG or PDF; needs matplotlib)"
     add("--picture", type=Path, metavar="FILE", help=text)
@@ -72,9 +76,10 @@ def parser() -> argparse.ArgumentParser:
 def calibrate(args: argparse.Namespace) -> None:
     """Measures, chooses, saves, and prints what was chosen."""
     check_choice(args.examples, args.heads)
-    for name in ("lengths", "chunk_sizes"):
-        for value in getattr(args, name):
-            size(f"--{name.replace('_', '-')}", value)
+    numbers = {"lengths": args.lengths, "chunk-sizes": args.chunk_sizes}
+    for name, values in {**numbers, "layers": [1 if args.layers is None else args.layers]}.items():
+        for value in values:
+            size(f"--{name}", value)
     if args.picture is not None:
         _figure()
     folder = converted(args.checkpoint)
@@ -91,7 +96,8 @@ def calibrate(args: argparse.Namespace) -> None:
         for chunking, examples in sets:
             cut = dataclasses.replace(engine, chunking=chunking)
             parts.append(measure(cut, examples, done=bar.update))
-    found = choose_heads(Shares.joined(parts), args.heads, seed=args.seed)
+    shares = Shares.joined(parts)
+    found = choose_heads(shares, args.heads, layers=args.layers, seed=args.seed)
     settings = {name: getattr(args, name) for name in ("lengths", "chunk_sizes", "seed")}
     identity = model_identity(model)
     about = {
@@ -133,7 +139,7 @@ def draw(found: Calibration, path: Path) -> None:
     marks = [head for _, head in found.heads], [layer for layer, _ in found.heads]
     left.scatter(*marks, s=60, facecolors="none", edgecolors="tab:red", linewidths=1.8)
     left.set(xlabel="head", ylabel="layer", title="recall of each head")
-    right.plot(found.recall_by_layers, range(layers), marker=".")
+    right.plot(found.recall_by_layers, range(len(found.recall_by_layers)), marker=".")
     right.axhline(found.layers - 0.5, color="tab:red", linewidth=1)
     right.set(xlim=(0, 1.03), xlabel="recall", title=f"best {len(found.heads)} up to layer")
     right.grid(alpha=0.3)

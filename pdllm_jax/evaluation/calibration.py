@@ -88,9 +88,9 @@ class Calibration:
 
     heads: (layer, head) of each, the best first. layers: the first layers, which hold them.
     recall: share of examples whose needle's chunk is first, of heads that other examples chose.
-    recall_by_layers [L]: the same for each m, for the choice of m. recall_of_all: of the mean over
-      all layers and heads, the scorer "attention". head_recall, head_margin [L, H]: of each head
-      alone, its recall and its mean margin.
+    recall_by_layers [M]: the same for each m, for the choice of m; M layers were allowed.
+    recall_of_all: of the mean over all layers and heads, the scorer "attention".
+    head_recall, head_margin [L, H]: of each head alone, its recall and its mean margin.
     examples: how many there were.
     """
 
@@ -151,11 +151,14 @@ def check_choice(examples: int, count: int) -> None:
     size("heads", count)
 
 
-def choose_heads(shares: Shares, count: int = 4, *, seed: int = 0) -> Calibration:
+def choose_heads(
+    shares: Shares, count: int = 4, *, layers: int | None = None, seed: int = 0
+) -> Calibration:
     """Chooses the retrieval heads of a model; the module's docstring says how.
 
     Args:
-      count: heads to choose. seed: of the division of the examples.
+      count: heads to choose. layers: most layers that may have to run, all of them by default.
+      seed: of the division of the examples.
 
     Raises:
       ConfigError: as `check_choice`.
@@ -163,10 +166,11 @@ def choose_heads(shares: Shares, count: int = 4, *, seed: int = 0) -> Calibratio
     examples = len(shares.needle)
     check_choice(examples, count)
     shares = shares.take(np.random.default_rng(seed).permutation(examples))
-    heads, curve = _procedure(shares, count)
+    allowed = shares._replace(values=shares.values[:, :layers])
+    heads, curve = _procedure(allowed, count)
     tested = []
     for test in np.array_split(np.arange(examples), _FOLDS):
-        chosen, _ = _procedure(shares.take(np.delete(np.arange(examples), test)), count)
+        chosen, _ = _procedure(allowed.take(np.delete(np.arange(examples), test)), count)
         tested.append(shares.take(test).recalled(chosen))
     margins = shares.margins()
     everything = tuple(np.ndindex(*margins.shape[1:]))

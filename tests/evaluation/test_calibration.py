@@ -50,22 +50,24 @@ def made_shares(rng, examples: int, layers: int = 4, heads: int = 3, n: int = 6,
 
 
 @pytest.mark.parametrize(
-    ("good", "layers"),
+    ("good", "most", "layers"),
     [
-        ({"h2_1": 1.0}, 3),
-        ({"h0_0": 0.995, "h3_2": 1.0}, 1),  # within one point of the best
-        ({"h0_0": 0.95, "h3_2": 1.0}, 4),
+        ({"h2_1": 1.0}, None, 3),
+        ({"h0_0": 0.995, "h3_2": 1.0}, None, 1),  # within one point of the best
+        ({"h0_0": 0.95, "h3_2": 1.0}, None, 4),
+        ({"h0_0": 0.95, "h3_2": 1.0}, 3, 1),
     ],
 )
-def test_the_fewest_layers_with_nearly_the_best_recall(rng, good, layers):
-    found = choose_heads(made_shares(rng, 200, **good), 1)
+def test_the_fewest_layers_with_nearly_the_best_recall(rng, good, most, layers):
+    found = choose_heads(made_shares(rng, 200, **good), 1, layers=most)
     name = next(name for name in good if name.startswith(f"h{layers - 1}"))
     assert found.heads == (tuple(map(int, name.removeprefix("h").split("_"))),)
     assert found.layers == layers
     assert found.recall >= good[name] - 0.01
     assert found.recall_by_layers[layers - 1] >= found.recall_by_layers.max() - 0.01
-    assert found.head_recall[found.heads[0]] == pytest.approx(good[name], abs=0.02)
-    assert found.examples == 200
+    assert found.head_recall[found.heads[0]] == pytest.approx(good[name], abs=0.03)
+    assert (found.examples, len(found.recall_by_layers)) == (200, most or 4)
+    assert found.head_recall.shape == (4, 3)
 
 
 def test_a_set_is_judged_by_the_mean_of_its_shares():
@@ -91,7 +93,7 @@ def test_examples_that_chose_the_heads_do_not_test_them():
 
 @pytest.mark.parametrize(("examples", "count"), [(7, 4), (8, 0)])
 def test_too_little_to_choose_from_is_refused(rng, examples, count):
-    with pytest.raises(ConfigError, match="at least 8|positive integer"):
+    with pytest.raises(ConfigError, match=r"at least 8|positive integer"):
         choose_heads(made_shares(rng, examples), count)
 
 

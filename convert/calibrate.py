@@ -98,7 +98,7 @@ def calibrate(args: argparse.Namespace) -> None:
             parts.append(measure(cut, examples, done=bar.update))
     shares = Shares.joined(parts)
     found = choose_heads(shares, args.heads, layers=args.layers, seed=args.seed)
-    settings = {name: getattr(args, name) for name in ("lengths", "chunk_sizes", "seed")}
+    settings = {name: getattr(args, name) for name in ("lengths", "chunk_sizes", "layers", "seed")}
     identity = model_identity(model)
     about = {
         "settings": {**settings, "dtype": identity.dtype},

@@ -108,7 +108,7 @@ class Calibration:
 
         def plain(value: Any) -> Any:
             if isinstance(value, float | np.ndarray):
-                return np.round(value, _DIGITS).tolist()
+                return np.round(np.asarray(value, float), _DIGITS).tolist()
             return [list(pair) for pair in value] if isinstance(value, tuple) else value
 
         fields = dataclasses.fields(self)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from experiments.grids import DENSE, Cell
 from pdllm_jax.method.scorers import SCORERS
+from pdllm_jax.method.scorers.attention import AttentionScorer
 from pdllm_jax.network.config import ModelConfig
 
 
@@ -27,13 +28,18 @@ class Sizes:
 
 
 class Counter:
-    """Counts the operations of rows of a network. word: of a row's logits."""
+    """Counts the operations of rows of a network, or of its first layers.
 
-    def __init__(self, model: ModelConfig):
+    word: of a row's logits. keys: of a row's keys in one layer.
+    """
+
+    def __init__(self, model: ModelConfig, layers: int | None = None):
         d, kv = model.d_model, model.n_kv_heads * model.head_dim
-        self.row = 2 * model.n_layers * (2 * d * d + 2 * d * kv + 3 * d * model.mlp_hidden_size)
-        self.pair = 4 * model.n_layers * d
+        layers = model.n_layers if layers is None else layers
+        self.row = 2 * layers * (2 * d * d + 2 * d * kv + 3 * d * model.mlp_hidden_size)
+        self.pair = 4 * layers * d
         self.word = 2 * d * model.embedding_size
+        self.keys = 2 * d * kv
 
     def __call__(self, rows: float, keys: float, words: float = 0) -> float:
         """Counts rows that attend to `keys` keys each, with logits of `words` of them."""
@@ -85,26 +91,34 @@ def answer_flops(
     if cell.encoding in ("independent", "query-conditioned"):
         decode += count(sizes.query, view)  # live KV of the query, in the first evaluation
     score = _pass(count, cell, scorer, sizes)
+    if isinstance(config.scorer, AttentionScorer) and scorer == config.scorer.name:
+        layers = len(config.scorer.counted(model))
+        first, short = Counter(model, layers), Counter(model, layers - 1)
+        seen = sizes.prefix + sum(sizes.chunks) + sizes.query
+        score += first(sizes.query, seen) + sum(sizes.chunks) * count.keys
+        score += sum(short(chunk, sizes.prefix + chunk) for chunk in sizes.chunks)
+        if not config.encoding.keeps_prefix:
+            score += first(sizes.prefix, sizes.prefix)
     return {"draft": draft, "score": score, "encode": encode, "decode": decode}
 
 
 def _pass(count: Counter, cell: Cell, scorer: str, sizes: Sizes) -> float:
-    """Counts the pass over all chunks, with the query copies that run with each."""
+    """Counts the pass over all chunks with their query copies, or over the kept ones without."""
     own = sizes.query + (0 if scorer == "query" else cell.draft_length)
     if scorer == "chunk-draft":
         conditioned = [sizes.prefix + chunk + own for chunk in sizes.chunks]
         cost = sum(count(rows, rows, cell.draft_length) for rows in conditioned)
         words = sizes.query + cell.draft_steps
         return cost + sum(count(1 + own, rows, words) for rows in conditioned)
-    pooled = cell.encoding in ("independent", "bridge") or scorer == "attention"
-    if not SCORERS[scorer].needs_pool and not pooled and cell.encoding == "joint":
+    in_pass, encoded = SCORERS[scorer].in_pass, sizes.chunks
+    if not in_pass and cell.encoding == "joint":
         return 0.0
+    if not in_pass:
+        pooled = cell.encoding in ("independent", "bridge")
+        encoded = [sizes.chunks[i] for i in sizes.kept] if pooled else []
     cost = count(sizes.prefix, sizes.prefix)
-    if SCORERS[scorer].in_pass or pooled:
-        cost += sum(count(chunk, sizes.prefix + chunk) for chunk in sizes.chunks)
-    if scorer == "attention":
-        cost += count(sizes.query, sizes.prefix + sum(sizes.chunks) + sizes.query)
-    elif SCORERS[scorer].in_pass:
+    cost += sum(count(chunk, sizes.prefix + chunk) for chunk in encoded)
+    if in_pass:
         drafted = dict.fromkeys(("draft", "causal"), sizes.query + cell.draft_steps)
         scored = {**drafted, "confidence": cell.draft_length}.get(scorer, sizes.query)
         alone = scorer in ("causal", "confidence")

@@ -16,7 +16,7 @@ from pdllm_jax import ConfigError, Engine, plan_memory
 from pdllm_jax.config import ChunkConfig, SelectionConfig
 from pdllm_jax.method.chunking import batch_prompts, chunk_prompt
 from pdllm_jax.method.prefill import prefill, prefill_top_k
-from pdllm_jax.method.scorers import SCORERS, Question, Response, ScoreRequest
+from pdllm_jax.method.scorers import SCORERS, Response, ScoreRequest
 from pdllm_jax.method.scorers.calibration import HEADS_FILE
 from pdllm_jax.method.scoring import score_chunks
 from pdllm_jax.method.selection import select
@@ -35,7 +35,8 @@ def config_of(name: str) -> SelectionConfig:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def scores(scorer, model, cache, request):
+def score(scorer, model, cache, question, response):
+    request = ScoreRequest(question, cache.lengths > 0, response=response)
     return scorer.scores(model, cache, request)
 
 
@@ -111,14 +112,12 @@ def test_response_rows_count_in_reselection(model, parts, prompt):
     method = Method(model, CHUNKS, SELECT, BOS)
     method.read(*parts)
     response = Response(tokens, tokens != MASK, jnp.ones(tokens.shape, bool))
-    question = Question(*prompt.question)
-    request = ScoreRequest(question, prompt.chunk_lengths > 0, response=response)
     for scorer in (SELECT.scorer, SCORERS["bm25"]()):
         method.selection = dataclasses.replace(SELECT, scorer=scorer)
         want = method.scores(tokens[0].tolist(), range(4))
         for pool in (True, False):
             cache = prefill(model, prompt, SELECT, keep_pool=pool)[0]
-            got = scores(scorer, model, cache, request)
+            got = score(scorer, model, cache, prompt.question, response)
             np.testing.assert_allclose(got[0, : len(want)], want, rtol=2e-5)
 
 

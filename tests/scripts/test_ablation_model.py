@@ -28,6 +28,7 @@ from pdllm_jax import (
     denoise_step,
     init_denoise,
     prefill,
+    prefill_top_k,
     select_top_k,
 )
 from pdllm_jax.method.scoring import draft_response
@@ -202,16 +203,17 @@ def test_flops_are_the_products_of_the_traced_programs(model, change):
         counted["draft"] = traced(lambda m, p: draft_response(m, p, config), model, prompt)
         draft = jax.eval_shape(lambda: draft_response(model, prompt, config))
         draft = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), draft)
-    counted["score"] = traced(lambda m, p: prefill(m, p, config, draft=draft), model, prompt)
-    cache, scores = jax.eval_shape(lambda: prefill(model, prompt, config, draft=draft))
-    chosen = jax.eval_shape(lambda s: select_top_k(s, config.top_k), scores)
+    run = prefill_top_k if config.streams() else prefill
+    counted["score"] = traced(lambda m, p: run(m, p, config, draft=draft), model, prompt)
+    cache, *chosen, scores = jax.eval_shape(lambda: run(model, prompt, config, draft=draft))
+    chosen = chosen or [jax.eval_shape(lambda s: select_top_k(s, config.top_k), scores)]
 
     def begin(cache, chosen):
         inputs = model, cache, chosen, prompt.query, decode, jax.random.key(0)
         return init_denoise(*inputs, settings=config)
 
-    counted["encode"] = matmul_flops(jax.make_jaxpr(begin)(cache, chosen).jaxpr)
-    state = jax.eval_shape(begin, cache, chosen)
+    counted["encode"] = matmul_flops(jax.make_jaxpr(begin)(cache, *chosen).jaxpr)
+    state = jax.eval_shape(begin, cache, *chosen)
     counted["decode"] = matmul_flops(
         jax.make_jaxpr(lambda c, s: denoise_step(model, c, s, config=decode))(cache, state).jaxpr
     )

@@ -126,7 +126,8 @@ def test_bm25_is_the_defined_one(model, k1, b, anchors):
     """Words that occur twice, in no chunk, in all; the query's padding and mask tokens do not."""
     texts = [[1, 2, 3, 1, 9], [4, 4, 4, 2, 9], [5, 6, 9]]
     query = [1, 1, 4, 9, 200, BOS]
-    prompt = chunk_prompt([BOS], sum(texts, []), query, ChunkConfig(5 + anchors, anchors=anchors))
+    document = [word for text in texts for word in text]
+    prompt = chunk_prompt([BOS], document, query, ChunkConfig(5 + anchors, anchors=anchors))
     prompt = widened(prompt, chunks=2, query=3)
     mean, want = 13 / 3, []
     for text in texts:

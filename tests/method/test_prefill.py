@@ -333,10 +333,9 @@ def test_a_streamed_cache_refuses_what_it_cannot_answer(model, prompt):
     for cache, chosen in ((streamed, select_top_k(scores, 2)), (whole, kept)):
         with pytest.raises(ValueError, match="not from the same call"):
             first_state(model, cache, chosen, prompt, decode)
-    for refused in (NeedsPool(), config.scorer):
-        reselect = "never" if isinstance(refused, NeedsPool) else "step"
+    for change in ({"scorer": NeedsPool()}, {"reselect": "step"}):
+        reading = dataclasses.replace(config, **change)
         with pytest.raises(ValueError, match="cannot be streamed"):
-            settings = dataclasses.replace(config, scorer=refused, reselect=reselect)
-            prefill_top_k(model, prompt, settings)
+            prefill_top_k(model, prompt, reading)
     with pytest.raises(ValueError, match="keep_pool"):
         score_chunks(model, prefill(model, prompt, SELECT)[0], prompt.query, SELECT)

@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=seed, default=0, metavar="N", help=f"of all randomness {default}")
     text = "UTF-8 prose for the documents, instead of Northanger Abbey"
     add("--text", nargs="+", type=Path, default=[], metavar="FILE", help=text)
-    add("--heads", type=int, default=4, metavar="N", help=f"how many are chosen {default}")
+    add("--heads", type=int, default=4, metavar="N", help=f"most heads chosen {default}")
     text = (
         "most layers that a score may take; fewer are chosen where they do as well (default: all)"
     )
@@ -141,7 +141,7 @@ def draw(found: Calibration, path: Path) -> None:
     left.set(xlabel="head", ylabel="layer", title="recall of each head")
     right.plot(found.recall_by_layers, range(len(found.recall_by_layers)), marker=".")
     right.axhline(found.layers - 0.5, color="tab:red", linewidth=1)
-    right.set(xlim=(0, 1.03), xlabel="recall", title=f"best {len(found.heads)} up to layer")
+    right.set(xlim=(0, 1.03), xlabel="recall", title="best heads up to layer")
     right.grid(alpha=0.3)
     for axis in (left, right):
         axis.title.set_fontsize(9)

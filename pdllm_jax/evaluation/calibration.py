@@ -4,11 +4,12 @@ For each example the share of the query's attention that each head pays to each 
 in one pass over the document. A head recalls an example if the needle's chunk gets the greatest
 share. A set of heads is judged by the mean of their shares, as the scorer "heads" uses it.
 
-    choose    for each m: the best heads within the first m layers, chosen on one half of the
-              examples and tested on the other half; the smallest m whose recall lies within one
-              point of the best; the best heads within these layers, on all examples
-    recall    of that procedure as a whole: it runs on three quarters of the examples, and its heads
-              are tested on the last quarter, for each quarter in turn
+    choose    for each m and n: the best n heads within the first m layers, chosen on one half of
+              the examples and tested on the other half, in several divisions; the smallest m whose
+              recall lies within one point of the best, with its best n; the best n heads within
+              these layers, on all examples
+    recall    of that procedure as a whole: it runs on seven eighths of the examples, and its heads
+              are tested on the last eighth, for each eighth in turn
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from pdllm_jax.rules import require, size
 
 VERSION = 1
 LEAST_CHUNKS = 4  # of a document: among fewer, most heads are right
-_FOLDS = 4
+_FOLDS, _DIVISIONS = 8, 8
 _LEAST_EXAMPLES = 8
 _POINT = 0.01  # by which fewer layers may recall less
 _DIGITS = 4
@@ -88,7 +89,8 @@ class Calibration:
 
     heads: (layer, head) of each, the best first. layers: the first layers, which hold them.
     recall: share of examples whose needle's chunk is first, of heads that other examples chose.
-    recall_by_layers [M]: the same for each m, for the choice of m; M layers were allowed.
+    recall_by_layers [M]: the same for each m, by the best n, for the choice of m; M layers were
+      allowed.
     recall_of_all: of the mean over all layers and heads, the scorer "attention".
     head_recall, head_margin [L, H]: of each head alone, its recall and its mean margin.
     examples: how many there were.
@@ -157,21 +159,21 @@ def choose_heads(
     """Chooses the retrieval heads of a model; the module's docstring says how.
 
     Args:
-      count: heads to choose. layers: most layers that may have to run, all of them by default.
-      seed: of the division of the examples.
+      count: most heads to choose. layers: most layers that may have to run, all of them by default.
+      seed: of the divisions of the examples.
 
     Raises:
       ConfigError: as `check_choice`.
     """
     examples = len(shares.needle)
     check_choice(examples, count)
-    shares = shares.take(np.random.default_rng(seed).permutation(examples))
+    rng = np.random.default_rng(seed)
     allowed = shares._replace(values=shares.values[:, :layers])
-    heads, curve = _procedure(allowed, count)
-    tested = []
-    for test in np.array_split(np.arange(examples), _FOLDS):
-        chosen, _ = _procedure(allowed.take(np.delete(np.arange(examples), test)), count)
-        tested.append(shares.take(test).recalled(chosen))
+    heads, curve = _procedure(allowed, count, rng)
+    order, tested = rng.permutation(examples), []
+    for test in np.array_split(order, _FOLDS):
+        chosen, _ = _procedure(allowed.take(np.setdiff1d(order, test)), count, rng)
+        tested.append(allowed.take(test).recalled(chosen))
     margins = shares.margins()
     everything = tuple(np.ndindex(*margins.shape[1:]))
     return Calibration(
@@ -186,20 +188,24 @@ def choose_heads(
     )
 
 
-def _procedure(shares: Shares, count: int) -> tuple[Heads, np.ndarray]:
+def _procedure(shares: Shares, count: int, rng: np.random.Generator) -> tuple[Heads, np.ndarray]:
     """Returns the chosen heads, and the recall by number of layers that chose the layers."""
-    halves = np.array_split(np.arange(len(shares.needle)), 2)
-    curves = []
-    for fit, test in (halves, halves[::-1]):
-        sets = _best(shares.take(fit), count)
-        tested = shares.take(test)
-        curves += [[tested.recalled(heads) for heads in sets]]
-    curve = np.concatenate(curves, axis=1).mean(axis=1)
-    layers = int(np.argmax(curve >= curve.max() - _POINT - 1e-9))
-    return _best(shares, count)[layers], curve
+    results = []
+    for _ in range(_DIVISIONS):
+        halves = np.array_split(rng.permutation(len(shares.needle)), 2)
+        for fit, test in (halves, halves[::-1]):
+            ranked, tested = _ranked(shares.take(fit), count), shares.take(test)
+            sets = [[heads[: n + 1] for n in range(count)] for heads in ranked]
+            results.append([[tested.recalled(heads).mean() for heads in row] for row in sets])
+    table = np.mean(results, axis=0)  # [M, count]
+    curve = table.max(axis=1)
+    last = int(np.argmax(curve >= curve.max() - _POINT - 1e-9))
+    # Of equally good numbers the largest: more heads vary less from task to task.
+    best = np.flatnonzero(table[last] >= curve[last] - 1e-9)[-1]
+    return _ranked(shares, count)[last][: best + 1], curve
 
 
-def _best(shares: Shares, count: int) -> list[Heads]:
+def _ranked(shares: Shares, count: int) -> list[Heads]:
     """Returns for each m the best heads within the first m layers: by recall, then by margin."""
     margins = shares.margins()
     recall, margin = (margins > 0).mean(axis=0), margins.mean(axis=0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import InitVar
+from pathlib import Path
 from types import EllipsisType
 from typing import Any, Literal, get_args
 
@@ -240,6 +241,16 @@ class SelectionConfig:
             return dataclasses.replace(self, **everything)
         most = None if self.max_k is None else min(self.max_k, n)
         return dataclasses.replace(self, top_k=min(self.top_k, n), max_k=most)
+
+    def calibrated(self, checkpoint: Path) -> SelectionConfig:
+        """Returns the settings with what a calibration has saved in a checkpoint's folder.
+
+        The scorer "heads" gets its heads, which `pdllm-calibrate` finds; no other setting changes.
+
+        Raises:
+          ConfigError: what is saved cannot be read.
+        """
+        return dataclasses.replace(self, scorer=self.scorer.calibrated(checkpoint))
 
     def scoring(self) -> SelectionConfig:
         """Returns the scorer's settings, all others at their defaults."""

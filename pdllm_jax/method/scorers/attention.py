@@ -72,53 +72,12 @@ class AttentionScorer(Scorer):
         """Returns shares that add up to 1 over the chunks."""
         self.check(model.config)
         heads = self.counted(model.config)
-        question, response, layers = request.question, request.response, len(heads)
-        if response is None:
-            counted = jnp.arange(question.query.shape[1]) < question.query_length[:, None]
-        else:
-            query_length = question.query_length
-            question, counted = question.with_tail(response)
-            counted = dynamic_updates(counted, query_length, response.confirmed)
-        if cache.prefix_k is None:
-            prefix = encode_prefix(model, cache.prefix_ids, cache.prefix_length, layers)
-            cache = prefix.placed_in(model, cache)
-        wanted = request.wanted
-        places = cache.places(jnp.where(wanted, jnp.arange(wanted.shape[1]), -1))
-        offset = cache.tokens.shape[-1] + jnp.arange(counted.shape[1])
-        by = rotation(model.config, offset)
-        to_prefix = prefix_attention(model, cache, cache.document_of(len(wanted)), offset)
-        pool, path, streams = cache.pool, request.implementation, None
-        if pool is None or cache.streamed:
-            group = request.encode_batch
-            over_chunks, streams = layer_major(model, cache, wanted, group, layers - 1)
-
-        def to_chunks(layer: int, q: Array, streams: Any) -> tuple[Any, Array | None, Any]:
-            """Attention of the rows, each chunk's share [B, H, T, N] of it, streams."""
-            if streams is not None:
-                parts, streams = over_chunks(layer, q, streams)
-                seen, shares = merge_slots(parts)
-                return seen, shares.transpose(0, 2, 3, 1), streams
-            assert pool is not None
-            place = q, pool.k, pool.v, places, pool.lengths
-            if heads[layer].any():
-                shared = chunk_attention_mass(model.mesh, *place, layer=layer, implementation=path)
-                return *shared, None
-            seen = chunk_attention(model.mesh, *place, layer=layer, implementation=path)
-            return seen, None, None
-
-        def attend(layer: int, q: Array, k: Array, v: Array, carry: Any) -> tuple[Array, Any]:
-            total, streams = carry
-            turned = rotate(q, by)
-            query_kv = rotate(k, by), v
-            itself = attention(model.mesh, turned, *query_kv, question.query_length, need_lse=True)
-            seen, shares, streams = to_chunks(layer, turned, streams)
-            if shares is not None and heads[layer].any():
-                total += _weighted(model, shares, counted, heads[layer])
-            return merge(seen, itself, *to_prefix(layer, q)).out, (total, streams)
-
-        carry = jnp.zeros(wanted.shape, jnp.float32), streams
-        _, (total, _) = model.run(question.query, attend, carry, layers=layers)
-        return total / (jnp.maximum(counted.sum(axis=1), 1) * heads.sum())[:, None]
+        shares = attention_shares(model, cache, request, heads)
+        total = jnp.zeros(request.wanted.shape, jnp.float32)
+        for row, of_heads in zip(heads[heads.any(axis=1)], shares, strict=True):
+            # The order of this sum does not depend on padding.
+            total += row_sum(jnp.where(row[:, None], of_heads, 0).swapaxes(1, 2))
+        return total / heads.sum()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,13 +102,71 @@ class HeadScorer(AttentionScorer):
         return dataclasses.replace(self, heads=read_heads(checkpoint))
 
 
-def _weighted(
-    model: MaskPredictor,
-    shares: Float[Array, "B H T N"],
-    rows: Bool[Array, "B T"],
-    heads: Bool[np.ndarray, " H"],
-) -> Float[Array, "B N"]:
-    """Returns the sum over the rows and heads that count; its order does not depend on padding."""
+def attention_shares(
+    model: MaskPredictor, cache: ChunkCache, request: ScoreRequest, heads: Bool[np.ndarray, "m H"]
+) -> tuple[Float[Array, "B H N"], ...]:
+    """Returns which share of its attention to the document each head pays to each chunk, float32.
+
+    Mean over the query's rows; `AttentionScorer` says how they attend.
+
+    Args:
+      heads: which of them are wanted, of the first m layers, which run.
+
+    Returns:
+      The shares of each layer with such a head, of all its heads.
+    """
+    question, response, layers = request.question, request.response, len(heads)
+    if response is None:
+        counted = jnp.arange(question.query.shape[1]) < question.query_length[:, None]
+    else:
+        query_length = question.query_length
+        question, counted = question.with_tail(response)
+        counted = dynamic_updates(counted, query_length, response.confirmed)
+    if cache.prefix_k is None:
+        prefix = encode_prefix(model, cache.prefix_ids, cache.prefix_length, layers)
+        cache = prefix.placed_in(model, cache)
+    wanted = request.wanted
+    places = cache.places(jnp.where(wanted, jnp.arange(wanted.shape[1]), -1))
+    offset = cache.tokens.shape[-1] + jnp.arange(counted.shape[1])
+    by = rotation(model.config, offset)
+    to_prefix = prefix_attention(model, cache, cache.document_of(len(wanted)), offset)
+    pool, path, streams = cache.pool, request.implementation, None
+    if pool is None or cache.streamed:
+        group = request.encode_batch
+        over_chunks, streams = layer_major(model, cache, wanted, group, layers - 1)
+
+    def to_chunks(layer: int, q: Array, streams: Any) -> tuple[Any, Array | None, Any]:
+        """Attention of the rows, each chunk's share [B, H, T, N] of it, streams."""
+        if streams is not None:
+            parts, streams = over_chunks(layer, q, streams)
+            seen, shares = merge_slots(parts)
+            return seen, shares.transpose(0, 2, 3, 1), streams
+        assert pool is not None
+        place = q, pool.k, pool.v, places, pool.lengths
+        if heads[layer].any():
+            shared = chunk_attention_mass(model.mesh, *place, layer=layer, implementation=path)
+            return *shared, None
+        seen = chunk_attention(model.mesh, *place, layer=layer, implementation=path)
+        return seen, None, None
+
+    def attend(layer: int, q: Array, k: Array, v: Array, carry: Any) -> tuple[Array, Any]:
+        means, streams = carry
+        turned = rotate(q, by)
+        query_kv = rotate(k, by), v
+        itself = attention(model.mesh, turned, *query_kv, question.query_length, need_lse=True)
+        seen, shares, streams = to_chunks(layer, turned, streams)
+        if shares is not None and heads[layer].any():
+            means = (*means, _row_mean(model, shares, counted))
+        return merge(seen, itself, *to_prefix(layer, q)).out, (means, streams)
+
+    _, (means, _) = model.run(question.query, attend, ((), streams), layers=layers)
+    return means
+
+
+def _row_mean(
+    model: MaskPredictor, shares: Float[Array, "B H T N"], rows: Bool[Array, "B T"]
+) -> Float[Array, "B H N"]:
+    """Returns the mean over the rows that count; its order of sums does not depend on padding."""
     of_rows = jnp.where(rows[:, None, :, None], shares, 0)
-    of_heads = constrain(model.mesh, row_sum(of_rows.swapaxes(2, 3)))  # [B, H, N]
-    return row_sum(jnp.where(heads[:, None], of_heads, 0).swapaxes(1, 2))
+    total = constrain(model.mesh, row_sum(of_rows.swapaxes(2, 3)))
+    return total / jnp.maximum(rows.sum(axis=1), 1)[:, None, None]

@@ -18,7 +18,9 @@ HEAD_SIZES = (64, 128)
 CHUNK_MULTIPLE = 64
 
 
-def input_problem(dtype: jnp.dtype, head_size: int, chunk_size: int) -> str | None:
+def input_problem(
+    dtype: jnp.dtype, head_size: int, chunk_size: int, pool_dtype: Any = None
+) -> str | None:
     """Returns why the kernel does not take such inputs on any device; None if it does."""
     if (problem := compat.dtype_problem(dtype)) is not None:
         return problem
@@ -26,6 +28,8 @@ def input_problem(dtype: jnp.dtype, head_size: int, chunk_size: int) -> str | No
         return f"the kernel takes head sizes 64 and 128, got {head_size}"
     if chunk_size % CHUNK_MULTIPLE:
         return f"the kernel takes chunk sizes that are multiples of 64, got {chunk_size}"
+    if pool_dtype is not None:
+        return f"the kernel takes a pool in 16 bits, got {jnp.dtype(pool_dtype).name}"
     return None
 
 

@@ -180,5 +180,5 @@ def test_the_plan_counts_bytes_and_scales():
 
 
 def test_another_format_is_refused():
-    with pytest.raises(ConfigError, match="kv_format .*'int8'"):
+    with pytest.raises(ConfigError, match=r"kv_format .*'int8'"):
         SelectionConfig(kv_format="int8")

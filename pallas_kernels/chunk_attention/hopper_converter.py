@@ -73,8 +73,8 @@ class Converter:
                 if self.cta.dtype != jnp.float16:
                     wide = wide.astype(jnp.float32).astype(self.cta.dtype)
                 tile.at[rows][...] = wide
-            plgpu.barrier_arrive(refs[f"{x}8_empty"].at[stage])
             plgpu.commit_smem()
+            plgpu.barrier_arrive(refs[f"{x}8_empty"].at[stage])
             plgpu.barrier_arrive(ready)
 
         def from_own() -> None:

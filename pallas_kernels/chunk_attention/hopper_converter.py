@@ -19,6 +19,8 @@ from pallas_kernels import compat
 from pallas_kernels.chunk_attention.hopper_producer import Cta, mod
 from pallas_kernels.compat import ROWS
 
+_COLUMNS = 64  # that are converted at once: few registers
+
 
 class Converter:
     """A warpgroup that fills the consumers' tiles: from fp8, or from a request's own keys."""
@@ -66,13 +68,13 @@ class Converter:
             plgpu.barrier_wait(refs[f"{x}8_full"].at[stage])
             for start in range(0, self.keys, ROWS):
                 rows = pl.ds(start, ROWS)
-                layout = plgpu.Layout.WGMMA_UPCAST_2X
-                values = compat.load(refs[f"{x}8_smem"].at[stage, rows], layout)
-                # The conversion that sm_90 has; both are exact.
-                wide = values.astype(jnp.float16)
-                if self.cta.dtype != jnp.float16:
-                    wide = wide.astype(jnp.float32).astype(self.cta.dtype)
-                tile.at[rows][...] = wide
+                values = compat.load(refs[f"{x}8_smem"].at[stage, rows], compat.copy_layout())
+                for column in range(0, geo.dim, _COLUMNS):
+                    # The conversion that sm_90 has; both are exact.
+                    wide = values[:, column : column + _COLUMNS].astype(jnp.float16)
+                    if self.cta.dtype != jnp.float16:
+                        wide = wide.astype(jnp.float32).astype(self.cta.dtype)
+                    tile.at[rows, pl.ds(column, _COLUMNS)][...] = wide
             plgpu.commit_smem()
             plgpu.barrier_arrive(refs[f"{x}8_empty"].at[stage])
             plgpu.barrier_arrive(ready)

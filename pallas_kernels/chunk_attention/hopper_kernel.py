@@ -48,15 +48,16 @@ def build(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
     tables = ("blocks_gmem", "facts_gmem", "units_gmem", "layer_gmem")
     pool = ("k_gmem", "v_gmem", *(("k_scale_gmem", "v_scale_gmem") if geo.narrow else ()))
     names = ("q_gmem", *pool, *live, *tables, "out_gmem", "lse_gmem", *scratch)
-    # Of 65,536, and the warpgroups start with equal shares.
-    consumer, converter = (192, 88) if geo.narrow and geo.consumers > 1 else (232, 120)
+    # At most 512 in all: 65,536 for a thread of each warpgroup.
+    crowded = geo.narrow and geo.consumers > 1
+    consumer, converter, producer = (216, 56, 24) if crowded else (232, 120, 40)
 
     def chunk_attention(*refs: Any) -> None:
         cta = Cta(geo, dtype, SimpleNamespace(**dict(zip(names, refs, strict=True))))
 
         @pl.when(cta.wg == cta.consumers)
         def _producer() -> None:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(producer, action="decrease")
             plgpu.warp_map(lambda warp: pl.when(warp == 0)(lambda: Producer(cta).run()))
 
         if geo.narrow:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_kernels import OwnKV, compat, quantise, restored
+from pallas_kernels import OwnKV, Scaled, compat, quantise, restored
 from pallas_kernels.chunk_attention.hopper import chunk_attention_hopper
 from pallas_kernels.chunk_attention.hopper_schedule import SLOT_SHIFT, VALID_BITS, block_table
 from pallas_kernels.chunk_attention.hopper_tiling import (
@@ -159,21 +159,27 @@ def test_a_denoising_step_through_the_kernel(encoding):
 LLADA = [(5, 200), (32, 0), (32, 128), (32, 200), (64, 128), (100, 0), (100, 200), (128, 128)]
 
 
+CALLS = [
+    (1, 4, 32, 28, 4, 128, jnp.float16, 128),
+    *((1, 4, rows, 32, 32, 128, jnp.bfloat16, keys) for rows, keys in LLADA),
+    (8, 4, 32, 32, 32, 128, jnp.bfloat16, 128),
+    (1, 32, 32, 32, 32, 128, jnp.bfloat16, 128),
+    (2, 8, 32, 9, 3, 64, jnp.bfloat16, 128),
+    (2, 8, 32, 9, 3, 64, jnp.float16, 128),
+]
+
+
 @OLD_JAX
 @pytest.mark.parametrize(
-    ("batch", "slots", "rows", "heads", "kv_heads", "dim", "dtype", "own_keys"),
-    [
-        *((1, 4, rows, 32, 32, 128, jnp.bfloat16, keys) for rows, keys in LLADA),
-        (8, 4, 32, 32, 32, 128, jnp.bfloat16, 128),
-        (1, 4, 32, 28, 4, 128, jnp.float16, 128),
-        (1, 32, 32, 32, 32, 128, jnp.bfloat16, 128),
-        (2, 8, 32, 9, 3, 64, jnp.bfloat16, 128),
-        (2, 8, 32, 9, 3, 64, jnp.float16, 128),
-    ],
+    ("batch", "slots", "rows", "heads", "kv_heads", "dim", "dtype", "own_keys", "narrow"),
+    [*((*call, False) for call in CALLS), *((*call, True) for call in CALLS[::5])],
 )
-def test_lowers_for_hopper(batch, slots, rows, heads, kv_heads, dim, dtype, own_keys):
+def test_lowers_for_hopper(batch, slots, rows, heads, kv_heads, dim, dtype, own_keys, narrow):
     """One kernel for all layers."""
-    pool = spec(4, 64, kv_heads, 1024, dim, dtype=dtype)
+    shape = (4, 64, kv_heads, 1024, dim)
+    pool = spec(*shape, dtype=dtype)
+    if narrow:
+        pool = Scaled(spec(*shape, dtype=jnp.float8_e4m3fn), spec(*shape[:3], dtype=jnp.float32))
     live = spec(batch, own_keys, kv_heads, dim, dtype=dtype)
     own_kv = OwnKV(live, live, integers(batch)) if own_keys else None
     q = spec(batch, slots + 1 if own_keys else 1, rows, heads, dim, dtype=dtype)
@@ -212,13 +218,15 @@ def test_lowers_on_a_mesh_with_a_devices_own_heads_and_columns(monkeypatch):
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("batch", [1, 2, 8, 64])
 @pytest.mark.parametrize("columns", [1, 4, 8, 32])
-def test_the_rule_for_block_sizes_stays_inside_the_device(rows, dim, batch, columns):
+@pytest.mark.parametrize("narrow", [False, True], ids=["16 bits", "fp8"])
+def test_the_rule_for_block_sizes_stays_inside_the_device(rows, dim, batch, columns, narrow):
     for slots in (1, 4, 32):
-        shape = Shape(batch, slots, rows, columns, columns, dim, 1024, 132)
+        shape = Shape(batch, slots, rows, columns, columns, dim, 1024, 132, narrow)
         settings = choose(shape)
         warpgroups = (2 if rows > 64 else 1) * settings.key_groups
         assert warpgroups <= 2
-        used = shared_memory(settings.block_keys, settings.stages, warpgroups, dim)
+        sizes = settings.block_keys, settings.stages, warpgroups, dim, settings.tile_stages
+        used = shared_memory(*sizes)
         assert used <= compat.SHARED_MEMORY
         assert settings.stages * settings.block_keys >= 256
         assert settings.splits <= slots * 1024 // settings.block_keys
@@ -226,7 +234,10 @@ def test_the_rule_for_block_sizes_stays_inside_the_device(rows, dim, batch, colu
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("block_keys", 32), ("stages", 1), ("splits", 0), ("key_groups", 3), ("stages", 3)],
+    [
+        *(("block_keys", 32), ("stages", 1), ("splits", 0), ("key_groups", 3), ("stages", 3)),
+        ("tile_stages", 3),
+    ],
 )
 def test_settings_are_checked(name, value):
     with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):

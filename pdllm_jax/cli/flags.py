@@ -184,7 +184,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 def add_chunking(parser: Any) -> None:
     """Adds the flags of the chunking, and of the selection's most common settings."""
     add_fields(parser, ChunkConfig)
-    add_fields(parser, SelectionConfig, ("top_k", "encode_batch", "encoding", "positions"))
+    names = ("top_k", "encode_batch", "encoding", "positions", "kv_format")
+    add_fields(parser, SelectionConfig, names)
 
 
 def engine_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,10 +11,12 @@ from pallas_kernels import (
     EMPTY_LSE,
     OwnKV,
     Partial,
+    Scaled,
     chunk_attention,
     chunk_attention_mass,
     compat,
     merge,
+    quantise,
     resolve_implementation,
 )
 from tests.support.kernels import OLD_JAX, implementations
@@ -170,6 +172,25 @@ def test_own_keys(implementation, rows, size):
 
 
 @IMPLEMENTATIONS
+def test_a_pool_in_8_bits(implementation):
+    """As the pool that values and scales stand for; own keys are in q's dtype, padding is NaN."""
+    q, k, v = case(implementation, heads=6, layers=2)
+    k, v = (x * jnp.exp2(jnp.arange(6))[:, None, None, None].astype(q.dtype) for x in (k, v))
+    (own,) = normal(1, q.dtype, (2, 128, 2, 64))
+    pool = [quantise(x, "fp8", 2) for x in (k, v)]
+    own_kv, places = OwnKV(own, -own, jnp.array([67, 3])), jnp.concatenate([q, q[:, :1]], axis=1)
+    wide = [x.restore(jnp.float32) for x in pool]
+    behind = nan_behind([128, 128, 70, 0, 1, 128], jnp.float32)
+    dirty = [
+        x._replace(values=(x.values.astype(jnp.float32) + behind).astype(x.dtype)) for x in pool
+    ]
+    got = run(implementation, places, *dirty, layer=1, own_kv=own_kv)
+    full = [x.astype(jnp.float32) for x in (places, own, -own)]
+    want = run("reference", full[0], *wide, layer=1, own_kv=OwnKV(*full[1:], own_kv.lengths))
+    assert_close(got, want, q.dtype.type)
+
+
+@IMPLEMENTATIONS
 def test_own_keys_without_any(implementation):
     q, k, v = case(implementation)
     live = jnp.full((2, 128, 2, 64), jnp.nan, q.dtype)
@@ -255,6 +276,7 @@ def test_the_chosen_chunks_are_not_gathered():
     assert temporary < chosen / 4, (temporary, chosen)
 
 
+NARROW = Scaled(jnp.zeros((6, 2, 128, 64), jnp.float8_e4m3fn), jnp.ones((6, 2)))
 INTEGERS = {"q": (2, 3, 8, 4, 64), "k": (6, 2, 128, 64), "v": (6, 2, 128, 64)}
 
 
@@ -276,6 +298,8 @@ INTEGERS = {"q": (2, 3, 8, 4, 64), "k": (6, 2, 128, 64), "v": (6, 2, 128, 64)}
         ({"chunk_ids": jnp.zeros((2, 0), jnp.int32)}, "at least one chunk, got K = 0"),
         ({"chunk_lengths": jnp.zeros((5,), jnp.int32)}, r"chunk_lengths must be \[N\] with N = 6"),
         ({"implementation": "triton"}, "'triton' is not known"),
+        ({"k": NARROW}, "q, k and v must share .* got float32, float8_e4m3fn, float32"),
+        ({"k": NARROW, "v": NARROW._replace(scale=jnp.zeros((6, 1)))}, r"v.scale must be \[N, G\]"),
         ({"scale": -1.0}, "scale must be a positive number, got -1.0"),
     ],
 )
@@ -307,6 +331,8 @@ def test_the_path_used_can_be_asked_for():
         ("9.0", {}, "mosaic_gpu"),
         ("9.0", {"dtype": jnp.float16, "head_size": 64}, "mosaic_gpu"),
         ("9.0", {"dtype": jnp.float32}, "xla"),
+        ("9.0", {"pool_dtype": jnp.float8_e4m3fn}, "mosaic_gpu"),
+        ("9.0", {"pool_dtype": jnp.int8}, "xla"),
         ("9.0", {"chunk_size": 1000}, "xla"),
         ("8.0", {}, "xla"),
         ("10.0", {}, "xla"),
@@ -325,6 +351,7 @@ def test_the_kernel_is_chosen_where_it_runs(capability, change, path, monkeypatc
         ({"dtype": jnp.float32}, "bfloat16 and float16, got float32"),
         ({"head_size": 96}, "head sizes 64 and 128, got 96"),
         ({"chunk_size": 1000}, "multiples of 64, got 1000"),
+        ({"pool_dtype": jnp.int8}, "16 bits or float8_e4m3fn, got int8"),
     ],
 )
 def test_a_named_kernel_is_not_replaced(change, message):

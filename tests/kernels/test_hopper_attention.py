@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_kernels import OwnKV, compat
+from pallas_kernels import OwnKV, Scaled, compat, quantise, restored
 from pallas_kernels.chunk_attention.hopper import chunk_attention_hopper
 from pallas_kernels.chunk_attention.hopper_schedule import SLOT_SHIFT, VALID_BITS, block_table
 from pallas_kernels.chunk_attention.hopper_tiling import (
@@ -95,9 +95,13 @@ def test_block_table_holds_every_block_with_keys_once_in_order(seed):
         (4, 32, False, Tuning(64, 4, 3, 2), 3),  # two warpgroups take turns
         (2, 64, True, Tuning(64, 2, 1, 2), 1),  # taking turns, shared rows, one CTA for all
         (2, 32, False, Tuning(128, 2, 1, 2), 2),  # taking turns, large blocks
+        (4, 32, False, Tuning(64, 3, 3, 2, 1), 3),  # fp8, taking turns with one tile
+        (14, 32, False, Tuning(64, 2, 2, 1, 2), 2),  # fp8, two tiles of queries share two of keys
         # These join what is above one by one: taking turns, several items; two tiles, large blocks.
         pytest.param(4, 32, False, Tuning(128, 2, 2, 2), 3, marks=pytest.mark.slow),
         pytest.param(2, 128, False, Tuning(128, 2, 2), 2, marks=pytest.mark.slow),
+        pytest.param(2, 64, True, Tuning(128, 2, 1, 1, 1), 5, marks=pytest.mark.slow),
+        pytest.param(2, 8, False, Tuning(64, 3, 10, 2, 2), 4, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -106,7 +110,8 @@ def test_the_interpreter_finds_no_race(heads, rows, shared, tuning, sms, monkeyp
     monkeypatch.setattr(compat, "sm_count", lambda: sms)
     q, k, v = case("interpret", heads=heads, groups=2, rows=rows, layers=2)
     ids, lengths, own_kv = np.array(IDS), LENGTHS, None
-    all_k, all_v = k[1], v[1]
+    pool = [quantise(x, "fp8", 2) if tuning.tile_stages else x for x in (k, v)]
+    all_k, all_v = (restored(x, jnp.float32)[1] for x in pool)
     if shared:
         queries = jnp.broadcast_to(q[:, :1], q.shape)
     else:
@@ -114,9 +119,9 @@ def test_the_interpreter_finds_no_race(heads, rows, shared, tuning, sms, monkeyp
         queries = jnp.concatenate([q, q[:, :1] * 0.5], axis=1)
         own_kv = OwnKV(k[1, 4:].swapaxes(1, 2), v[1, 4:].swapaxes(1, 2), jnp.array([100, 40]))
         ids, lengths = np.concatenate([ids, [[6], [7]]], axis=1), [*LENGTHS, 100, 40]
-        all_k, all_v = (jnp.concatenate([x, x[4:]]) for x in (all_k, all_v))
+        all_k, all_v = (jnp.concatenate([x, y[1, 4:]]) for x, y in ((all_k, k), (all_v, v)))
     given = queries[:, :1] if shared else queries
-    args = given, k, v, 1, jnp.array(IDS), jnp.array(LENGTHS), 64**-0.5, own_kv
+    args = given, *pool, 1, jnp.array(IDS), jnp.array(LENGTHS), 64**-0.5, own_kv
     interpret = compat.interpreter(detect_races=True)
     got = chunk_attention_hopper(*args, tuning=tuning, interpret=interpret)
     out, lse = by_hand(queries, all_k, all_v, ids, lengths)
@@ -154,21 +159,27 @@ def test_a_denoising_step_through_the_kernel(encoding):
 LLADA = [(5, 200), (32, 0), (32, 128), (32, 200), (64, 128), (100, 0), (100, 200), (128, 128)]
 
 
+CALLS = [
+    (1, 4, 32, 28, 4, 128, jnp.float16, 128),
+    *((1, 4, rows, 32, 32, 128, jnp.bfloat16, keys) for rows, keys in LLADA),
+    (8, 4, 32, 32, 32, 128, jnp.bfloat16, 128),
+    (1, 32, 32, 32, 32, 128, jnp.bfloat16, 128),
+    (2, 8, 32, 9, 3, 64, jnp.bfloat16, 128),
+    (2, 8, 32, 9, 3, 64, jnp.float16, 128),
+]
+
+
 @OLD_JAX
 @pytest.mark.parametrize(
-    ("batch", "slots", "rows", "heads", "kv_heads", "dim", "dtype", "own_keys"),
-    [
-        *((1, 4, rows, 32, 32, 128, jnp.bfloat16, keys) for rows, keys in LLADA),
-        (8, 4, 32, 32, 32, 128, jnp.bfloat16, 128),
-        (1, 4, 32, 28, 4, 128, jnp.float16, 128),
-        (1, 32, 32, 32, 32, 128, jnp.bfloat16, 128),
-        (2, 8, 32, 9, 3, 64, jnp.bfloat16, 128),
-        (2, 8, 32, 9, 3, 64, jnp.float16, 128),
-    ],
+    ("batch", "slots", "rows", "heads", "kv_heads", "dim", "dtype", "own_keys", "narrow"),
+    [*((*call, False) for call in CALLS), *((*call, True) for call in CALLS[::5])],
 )
-def test_lowers_for_hopper(batch, slots, rows, heads, kv_heads, dim, dtype, own_keys):
+def test_lowers_for_hopper(batch, slots, rows, heads, kv_heads, dim, dtype, own_keys, narrow):
     """One kernel for all layers."""
-    pool = spec(4, 64, kv_heads, 1024, dim, dtype=dtype)
+    shape = (4, 64, kv_heads, 1024, dim)
+    pool = spec(*shape, dtype=dtype)
+    if narrow:
+        pool = Scaled(spec(*shape, dtype=jnp.float8_e4m3fn), spec(*shape[:3], dtype=jnp.float32))
     live = spec(batch, own_keys, kv_heads, dim, dtype=dtype)
     own_kv = OwnKV(live, live, integers(batch)) if own_keys else None
     q = spec(batch, slots + 1 if own_keys else 1, rows, heads, dim, dtype=dtype)
@@ -207,13 +218,15 @@ def test_lowers_on_a_mesh_with_a_devices_own_heads_and_columns(monkeypatch):
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("batch", [1, 2, 8, 64])
 @pytest.mark.parametrize("columns", [1, 4, 8, 32])
-def test_the_rule_for_block_sizes_stays_inside_the_device(rows, dim, batch, columns):
+@pytest.mark.parametrize("narrow", [False, True], ids=["16 bits", "fp8"])
+def test_the_rule_for_block_sizes_stays_inside_the_device(rows, dim, batch, columns, narrow):
     for slots in (1, 4, 32):
-        shape = Shape(batch, slots, rows, columns, columns, dim, 1024, 132)
+        shape = Shape(batch, slots, rows, columns, columns, dim, 1024, 132, narrow)
         settings = choose(shape)
         warpgroups = (2 if rows > 64 else 1) * settings.key_groups
         assert warpgroups <= 2
-        used = shared_memory(settings.block_keys, settings.stages, warpgroups, dim)
+        sizes = settings.block_keys, settings.stages, warpgroups, dim, settings.tile_stages
+        used = shared_memory(*sizes)
         assert used <= compat.SHARED_MEMORY
         assert settings.stages * settings.block_keys >= 256
         assert settings.splits <= slots * 1024 // settings.block_keys
@@ -221,7 +234,10 @@ def test_the_rule_for_block_sizes_stays_inside_the_device(rows, dim, batch, colu
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("block_keys", 32), ("stages", 1), ("splits", 0), ("key_groups", 3), ("stages", 3)],
+    [
+        *(("block_keys", 32), ("stages", 1), ("splits", 0), ("key_groups", 3), ("stages", 3)),
+        ("tile_stages", 3),
+    ],
 )
 def test_settings_are_checked(name, value):
     with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):

@@ -169,7 +169,7 @@ def convert(
             compare(chosen, stored, read, report)
         write_manifest(partial, CHECKPOINT, settings)
     ignored = tuple(sorted(opened.tensors.keys() - wanted.keys()))
-    return Report(output.destination, len(leaves), nbytes, model_dtype, ignored, tuple(notes))
+    return Report(output.destination, len(chosen), nbytes, model_dtype, ignored, tuple(notes))
 
 
 def converted(

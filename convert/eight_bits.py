@@ -45,16 +45,16 @@ def read(path: str, tensor: SourceTensor, dtype: str, weights: WeightFormat) -> 
     """Reads the arrays of a tensor: itself in `dtype`; or 8 bits, made of it as it is stored."""
     if weights == "full" or not is_quantised(path, tensor.shape, weights):
         return {path: tensor.read(dtype)}
-    return dict(zip((path, scale_path(path)), quantise(tensor.read(tensor.dtype), weights)))
+    values, scales = quantise(tensor.read(tensor.dtype), weights)
+    return {path: values, scale_path(path): scales}
 
 
 def restore(
-    params: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, weights: Any
+    params: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, weights: WeightFormat
 ) -> Arrays:
     """Reads parameters of a checkpoint in the format `weights`: 8 bits as values * scale."""
-    scales = {
-        path: scale_path(path) for path in shapes if is_quantised(path, shapes[path], weights)
-    }
+    quantised = [path for path, shape in shapes.items() if is_quantised(path, shape, weights)]
+    scales = {path: scale_path(path) for path in quantised}
     arrays = orbax_stream.restore(params, [*shapes, *scales.values()])
     for path, scale in scales.items():
         arrays[path] = multiply(arrays[path], arrays.pop(scale), dtype)

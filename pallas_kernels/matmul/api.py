@@ -137,8 +137,8 @@ def matmul_xla(
     def product(x: Array, weight: Weight) -> Array:
         if not isinstance(weight, Scaled):
             return multiply(x, weight, preferred_element_type=result)
-        # The barrier ties the cast to the rows: XLA would cast the weights of all layers at once, in
-        # front of a loop, and keep them.
+        # The barrier ties the cast to the rows: XLA would move it in front of a loop, and keep the
+        # casts of all layers.
         x, values = lax.optimization_barrier((x, weight.values))
         exact = multiply(x, values.astype(x.dtype), preferred_element_type=jnp.float32)
         return (exact * weight.scale).astype(result)

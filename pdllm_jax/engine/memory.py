@@ -145,7 +145,7 @@ class _Case:
             return {"rows in fp8": rows * max(c.d_model, hidden)}
         # One weight is cast at a time; gate and up are float32 before they are rounded.
         sums = 2 * rows * hidden * (4 - item)
-        return {"a weight's cast": c.d_model * hidden * item, "float32 products": sums}
+        return {"cast of a weight": c.d_model * hidden * item, "float32 products": sums}
 
     def in_flight(self, program: Program, recorder: Recorder) -> int:
         """Bytes of KV that a program holds beside its results while it writes them."""

@@ -90,5 +90,8 @@ def quantise_model(model: MaskPredictor, bits: EightBits) -> MaskPredictor:
     graph, state = abstract_state(config, model.dtype)
     nnx.replace_by_pure_dict(state, params)
     result = nnx.merge(graph, state)
-    result.mesh, result.links = model.mesh, model.links
+    if model.mesh is not None:
+        result.mesh = model.mesh
+    if model.links is not None:
+        result.links = model.links
     return result

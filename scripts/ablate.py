@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     add("--first", type=seed, default=100_000, help="seed of the first example")
     dtypes = ("bfloat16", "float16", "float32")
     add("--dtype", choices=dtypes, help="float32 on CPUs, else bfloat16")
+    add("--weights", choices=("full", "fp8", "int8"), help="by default as in CHECKPOINT")
     add("--implementation", choices=("mosaic_gpu", "cudnn", "xla"))
     add("--time-limit", type=float, default=float("inf"), help="seconds")
     add("--processes", type=int, default=1, help="that share the GPUs")
@@ -115,7 +116,7 @@ def load_bench(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     else:
         texts = corpus.from_repository(backend)
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    model = load_model(folder, dtype=dtype)
+    model = load_model(folder, dtype=dtype, weights=args.weights)
     size = sum(leaf.size for leaf in jax.tree.leaves(model))
     bench = Retrieval(model, tokenizer, texts, args.first, args.implementation)
     note = {"processes": args.processes, "encode_batch": bench.encode_batch, "parameters": size}

@@ -99,10 +99,13 @@ def matmul(
       activation: "swiglu" makes one result of two weights: silu(x W1^T) * (x W2^T), both products
         rounded to x's dtype first.
       implementation: the code to run. A named one runs or the call fails.
-        "mosaic_gpu"  the Hopper kernel: bfloat16 or float16, at most 128 rows, sizes that are
-                      multiples of 64 (in) and 8 (out); jax 0.11 or newer.
+        "mosaic_gpu"  the Hopper kernel: x in bfloat16 or float16, at most 128 rows, sizes that are
+                      multiples of 64 (in; 128 if scaled) and of 8, 64 or more (out); jax 0.11
+                      or newer. Scaled weights are read in 8 bits and multiplied in x's dtype.
         "interpret"   the same kernel, interpreted on the CPU; very slow, for tests.
-        "xla"         any backend, dtype and shape.
+        "xla_fp8"     weights scaled in fp8: x is quantised to fp8, a scale for each row, and XLA
+                      multiplies in fp8. For many rows: the reading of weights is a small part then.
+        "xla"         any backend, dtype and shape; scaled weights are multiplied in x's dtype.
         None          see `resolve_matmul`.
 
     Returns:
@@ -132,7 +135,7 @@ def matmul(
     rows = x.size // x.shape[-1]
     implementation = resolve_matmul(implementation, rows, weights, activation, x.dtype)
     if implementation in ("xla", "xla_fp8"):
-        run = matmul_xla if implementation == "xla" else matmul_fp8
+        run: Any = matmul_xla if implementation == "xla" else matmul_fp8
         return run(x, *weights, biases=biases, activation=activation)
     interpret = compat.interpreter() if implementation == "interpret" else None
     return _matmul_kernel(activation, interpret, x, weights, biases)
@@ -173,25 +176,24 @@ def matmul_fp8(
     One quantisation serves all weights. The arguments are those of `matmul`.
     """
     quantised = quantise(x, "fp8")
-    # Half the bytes of float32, which the scales of a product would be read from; a sum of products
-    # of values up to 448 does not fit float16.
+    # bfloat16 is half the bytes for the scaling to read; float16 would overflow.
     kept = jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float32
+    # With the algorithm named, XLA takes cuBLAS at once; else it compiles and times Triton's too.
+    algorithm = lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32_FAST_ACCUM
+    precision = None if compat.compute_capability() is None else algorithm
 
     def product(weight: Scaled) -> Array:
-        raw = _multiply(quantised.values, weight.values, kept).astype(jnp.float32)
+        raw = _multiply(quantised.values, weight.values, kept, precision).astype(jnp.float32)
         return (raw * (quantised.scale[..., None] * weight.scale)).astype(x.dtype)
 
     return _finish(map(product, weights), biases, activation)
 
 
-def _multiply(x: Array, weight: Array, dtype: DTypeLike) -> Array:
-    return lax.dot_general(
-        x,
-        weight,
-        (((x.ndim - 1,), (1,)), ((), ())),
-        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=dtype,
-    )
+def _multiply(x: Array, weight: Array, dtype: DTypeLike, precision: Any = None) -> Array:
+    if x.dtype == jnp.float32:
+        precision = lax.Precision.HIGHEST
+    inner = (((x.ndim - 1,), (1,)), ((), ()))
+    return lax.dot_general(x, weight, inner, precision, preferred_element_type=dtype)
 
 
 def _finish(
@@ -240,7 +242,7 @@ def launch(geo: Geometry, x, weights, biases=(), *, interpret: Any = None) -> tu
     if geo.tuning.splits == 1:
         products = run(x, *values, *scales, *biases)
     else:
-        products = [part.sum(axis=0) for part in run(x, *values, *scales)]
+        products = [part.sum(axis=0).T for part in run(x, *values, *scales)]
         if biases:
             products = map(jnp.add, products, biases)
     return tuple(part[:rows].astype(x.dtype) for part in products)

@@ -28,7 +28,7 @@ from pallas_kernels.matmul.hopper_tiling import Geometry
 def build_matmul(geo: Geometry, dtype: jnp.dtype, values: jnp.dtype, *, interpret: Any) -> Any:
     """Makes the callable: x [R, I], weights [O_i, I], scales [O_i], biases [O_i] -> [R, O_i].
 
-    With splits the results are float32 [splits, R, O_i], to be summed; there are no biases then.
+    With splits the results are float32 [splits, O_i, R], to be summed; there are no biases then.
 
     Args:
       geo: how the work is cut.
@@ -38,9 +38,9 @@ def build_matmul(geo: Geometry, dtype: jnp.dtype, values: jnp.dtype, *, interpre
     """
     cut, tiles, steps, results = geo.tuning, geo.tiles, geo.steps, geo.results
     count, at_once, parts, depth = len(results), geo.at_once, cut.parts, cut.block // cut.parts
-    scaled, biased = values != dtype, geo.biases and cut.splits == 1
-    consumers = tiles * parts
-    by_way = scaled and interpret is not None  # the interpreter takes no operand in registers
+    scaled, split_up, consumers = values != dtype, cut.splits > 1, geo.consumers
+    biased, result = geo.biases and not split_up, jnp.float32 if split_up else dtype
+    staging = scaled and interpret is not None  # the interpreter takes no operand in registers
 
     def stream_matmul(x_gmem, *refs):
         rest = iter(refs)
@@ -54,7 +54,7 @@ def build_matmul(geo: Geometry, dtype: jnp.dtype, values: jnp.dtype, *, interpre
         scale_smem, bias_smem = take(at_once * scaled), take(biased)
         extra = take(scaled or biased)
         sum_smem, summed = take(at_once * (parts > 1)), take(parts > 1)
-        staged = take(by_way)
+        staged = take(staging)
         cta, split, wg = (lax.axis_index(name) for name in ("cta", "split", "wg"))
         part, tile = lax.div(wg, jnp.int32(tiles)), lax.rem(wg, jnp.int32(tiles))
 
@@ -109,6 +109,7 @@ def build_matmul(geo: Geometry, dtype: jnp.dtype, values: jnp.dtype, *, interpre
             if not staged:
                 return converted
             staged[0].at[wg][...] = converted
+            plgpu.commit_smem()
             return staged[0].at[wg]
 
         def multiply(*accs):
@@ -141,13 +142,14 @@ def build_matmul(geo: Geometry, dtype: jnp.dtype, values: jnp.dtype, *, interpre
             (total,) = sums
             if biased:
                 total += by_column(*bias_smem)
-            out_smem.at[tile].transpose((1, 0))[...] = total.astype(out_smem.dtype)
+            out_tile = out_smem.at[tile]
+            (out_tile if split_up else out_tile.transpose((1, 0)))[...] = total.astype(result)
             plgpu.commit_smem()
 
             def send(i, start):
-                place = slice(None), pl.ds(start + tile * ROWS, ROWS)
-                target = out_gmem[i].at[(split, *place) if cut.splits > 1 else place]
-                plgpu.copy_smem_to_gmem(out_smem.at[tile], target)
+                columns = pl.ds(start + tile * ROWS, ROWS)
+                target = out_gmem[i].at[(split, columns) if split_up else (slice(None), columns)]
+                plgpu.copy_smem_to_gmem(out_tile, target)
 
             of_result(send)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -171,32 +173,32 @@ def build_matmul(geo: Geometry, dtype: jnp.dtype, values: jnp.dtype, *, interpre
             @pl.when(part == 0)
             def _():
                 plgpu.barrier_wait(*summed)
-                finish([
-                    sum((compat.load(other.at[p, tile], plgpu.Layout.WGMMA) for p in range(parts - 1)), s)
-                    for s, other in zip(sums, sum_smem, strict=True)
-                ])
-
-    result = jnp.float32 if cut.splits > 1 else dtype
-    lead = (cut.splits,) if cut.splits > 1 else ()
+                totals = list(sums)
+                for i, p in itertools.product(range(at_once), range(parts - 1)):
+                    totals[i] += compat.load(sum_smem[i].at[p, tile], plgpu.Layout.WGMMA)
+                finish(totals)
 
     def smem(*shape, dtype=dtype):
         transforms = compat.smem_transforms(shape[-1], jnp.dtype(dtype).itemsize)
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
-    once = [plgpu.SMEM((tiles, ROWS), jnp.float32)] * (at_once * scaled)
+    once: list[Any] = [plgpu.SMEM((tiles, ROWS), jnp.float32)] * (at_once * scaled)
     once += [plgpu.SMEM((tiles, ROWS), dtype)] * biased
     once += [plgpu.Barrier(num_arrivals=tiles * len(once))] if once else []
     if parts > 1:
         once += [smem(parts - 1, tiles, ROWS, geo.rows, dtype=jnp.float32)] * at_once
         once += [plgpu.Barrier(num_arrivals=tiles * (parts - 1))]
-    once += [smem(consumers, ROWS, depth)] * by_way
+    once += [smem(consumers, ROWS, depth)] * staging
     return plgpu.kernel(
         stream_matmul,
-        out_type=[jax.ShapeDtypeStruct((*lead, geo.rows, n), result) for n in results],
+        out_type=[
+            jax.ShapeDtypeStruct((cut.splits, n, geo.rows) if split_up else (geo.rows, n), result)
+            for n in results
+        ],
         scratch_types=[
             *[smem(cut.stages, parts, tiles, ROWS, depth, dtype=values)] * at_once,
             smem(cut.stages, parts, geo.rows, depth),
-            smem(tiles, geo.rows, ROWS, dtype=result),
+            smem(tiles, *((ROWS, geo.rows) if split_up else (geo.rows, ROWS)), dtype=result),
             plgpu.Barrier(num_barriers=cut.stages, num_arrivals=parts * (at_once * tiles + 1)),
             plgpu.Barrier(num_barriers=cut.stages, num_arrivals=consumers),
             *once,

@@ -14,11 +14,12 @@ Activation = Literal["none", "swiglu"]
 
 _ROWS = 8  # rows are multiples, columns of a CTA multiples of a tile's
 _MOST_ROWS, _MOST_TILES, _MOST_CONSUMERS = 128, 4, 4
-# Bytes of a row of weights in a stage, and the fewest stages; the longest pieces first.
-_BLOCKS = ((512, 2), (256, 3), (128, 3))
-# What the device reads at most, in bytes a microsecond: from memory, into all SMs, into one SM.
-_MEMORY, _ALL_SMS, _ONE_SM = 4.4e6, 8.5e6, 85e3
-_SUM = 2.5  # microseconds that the sum of splits takes at least
+# By bytes of an element: (bytes of a row of weights in a stage, fewest stages), the longest first.
+_BLOCKS = {2: ((512, 2), (256, 2), (128, 2)), 1: ((512, 3), (256, 3), (128, 2))}
+# Bytes a microsecond at most: from memory, into all SMs, into one SM, converted by one SM.
+_MEMORY, _ALL_SMS, _ONE_SM, _CONVERTED = 4.4e6, 8.5e6, 100e3, 40e3
+_SUM = 1.5  # microseconds that the sum of splits takes at least, for each doubling
+_OTHER_REGISTERS = 20  # of a thread, beside accumulators and converted weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +68,16 @@ class Geometry:
     def registers(self) -> int:
         """Registers that a thread of a consumer can have if the producer's have 40."""
         groups = self.consumers + 1
+        if groups == 2:
+            return 255
         at_start = 65536 // (128 * groups) // 8 * 8
         return (at_start * groups - 40) // self.consumers // 8 * 8
+
+    @property
+    def registers_used(self) -> int:
+        """An estimate: accumulators, a tile's part of a block in half precision, others."""
+        converted = self.tuning.block // self.tuning.parts // 2 if self.itemsize == 1 else 0
+        return self.at_once * self.rows // 2 + converted + _OTHER_REGISTERS
 
     @property
     def at_once(self) -> int:
@@ -106,6 +115,7 @@ class Geometry:
             ("outs", any(n % 8 for n in self.results)),
             ("inner", self.inner % (cut.splits * cut.block) or cut.block % (depth * cut.parts)),
             ("consumers", self.consumers > _MOST_CONSUMERS),
+            ("registers", self.registers_used > self.registers),
             ("shared memory", self.shared_memory > SHARED_MEMORY),
         ):
             if found:
@@ -123,14 +133,16 @@ class Geometry:
 
     @property
     def microseconds(self) -> float:
-        """An estimate: what is read from memory, into all SMs and into one, and a sum of splits."""
-        cut, count = self.tuning, self.firsts[-1]
-        weights = self.itemsize * self.inner * sum(self.outs)
-        own = self.itemsize * self.at_once * cut.columns + 2 * self.rows
-        own *= self.inner // cut.splits
-        seconds = max(weights / _MEMORY, own * count * cut.splits / _ALL_SMS, own / _ONE_SM)
+        """An estimate: reading memory, all SMs, one SM and its conversion; a sum of splits."""
+        cut, depth = self.tuning, self.inner // self.tuning.splits
+        memory = self.itemsize * self.inner * sum(self.outs)
+        weights = self.itemsize * self.at_once * cut.columns * depth  # of a CTA
+        own = weights + 2 * self.rows * depth
+        seconds = max(memory / _MEMORY, own * self.ctas / _ALL_SMS, own / _ONE_SM)
+        if self.itemsize == 1:
+            seconds = max(seconds, weights / _CONVERTED)
         partial = 8 * cut.splits * self.rows * sum(self.results) / _ALL_SMS
-        return seconds + (_SUM + partial if cut.splits > 1 else 0)
+        return seconds + (_SUM * math.log2(cut.splits) + partial if cut.splits > 1 else 0)
 
 
 def candidates(
@@ -142,24 +154,26 @@ def candidates(
     sms: int = 132,
     itemsize: int = 2,
 ) -> list[Geometry]:
-    """Returns the ways to cut products that run at once on the device's SMs."""
+    """Returns the ways to cut products: those that run at once on the device's SMs, or else all."""
     found, padded = [], -(-rows // _ROWS) * _ROWS
     splits = (1,) if activation == "swiglu" else (1, 2, 4, 8)
     for tiles, split in itertools.product(range(1, _MOST_TILES + 1), splits):
         # The longest block and the most stages that fit, at most six.
-        for size, least in _BLOCKS:
+        for size, least in _BLOCKS[itemsize]:
+            # More warpgroups convert faster.
+            orders = itertools.product((2, 1) if itemsize == 1 else (1,), range(6, least - 1, -1))
             cuts = [
                 Tuning(tiles * ROWS, split, size // itemsize, stages, parts)
-                for parts, stages in itertools.product((2, 1), range(6, least - 1, -1))
+                for parts, stages in orders
             ]
             geos = [
                 Geometry(padded, inner, outs, cut, activation, biases, itemsize) for cut in cuts
             ]
-            fitting = [geo for geo in geos if geo.problem is None and geo.ctas <= sms]
+            fitting = [geo for geo in geos if geo.problem is None]
             if fitting:
                 found.append(fitting[0])
                 break
-    return found
+    return [geo for geo in found if geo.ctas <= sms] or found
 
 
 @functools.cache

@@ -70,11 +70,11 @@ def _problem(
 ) -> str | None:
     outs, inner = tuple(w.shape[0] for w in weights), weights[0].shape[1]
     itemsize = jnp.dtype(weights[0].dtype).itemsize
-    problem = compat.dtype_problem(dtype)
-    cut = choose(rows, inner, outs, activation, sms=compat.sm_count(), itemsize=itemsize)
-    if problem is None and cut is None:
+    if (problem := compat.dtype_problem(dtype)) is not None:
+        return problem
+    if choose(rows, inner, outs, activation, sms=compat.sm_count(), itemsize=itemsize) is None:
         return f"the kernel does not take {rows} rows of {inner} for results of {outs} columns"
-    return problem
+    return None
 
 
 def matmul(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import jax
@@ -14,12 +15,14 @@ from jaxtyping import Array, Float
 from pallas_kernels import compat
 from pallas_kernels.common import resolve
 from pallas_kernels.matmul.hopper_tiling import Activation, Geometry, choose
-from pallas_kernels.scaled import Scaled
+from pallas_kernels.scaled import Scaled, quantise
 
-MatmulImplementation = Literal["mosaic_gpu", "xla", "interpret"]
+MatmulImplementation = Literal["mosaic_gpu", "xla_fp8", "xla", "interpret"]
 Weight = Float[Array, "O I"] | Scaled
 # Smaller weights do not pay for the kernel's launch.
 LEAST_BYTES = 4 << 20
+# Activations of more rows are quantised; of fewer, reading the weights is what takes the time.
+FEW_ROWS = 128
 
 
 def resolve_matmul(
@@ -27,31 +30,51 @@ def resolve_matmul(
     rows: int,
     weights: tuple[jax.ShapeDtypeStruct | Array | Scaled, ...],
     activation: Activation = "none",
+    dtype: DTypeLike | None = None,
 ) -> MatmulImplementation:
     """Returns what `matmul` uses for this number of rows and weights on JAX's default device.
 
     A name is returned as it is. None gives "mosaic_gpu" if the kernel takes the shapes, the device
-    has compute capability 9.0 and the weights have at least 4 MiB, else "xla".
+    has compute capability 9.0 and the weights have at least 4 MiB; "xla_fp8" for more than 128 rows
+    of 16 bits with weights in fp8 if the compute capability is at least 8.9; else "xla".
+
+    Args:
+      implementation, rows, weights, activation: as of `matmul`.
+      dtype: of the rows; by default the weights', bfloat16 if they are scaled.
 
     Raises:
       ValueError: the name is not known, or that implementation does not take the inputs.
     """
-    problem = _problem(rows, weights, activation)
+    scaled = isinstance(weights[0], Scaled)
+    values = jnp.dtype(weights[0].dtype)
+    x_dtype = jnp.dtype(dtype or (jnp.bfloat16 if scaled else values))
+    capability = compat.compute_capability()
+    problem = _problem(rows, weights, activation, x_dtype)
+    fp8 = scaled and values == jnp.float8_e4m3fn
+    if implementation == "xla_fp8" and fp8:
+        return implementation
     if implementation is None:
-        size = sum(w.size for w in weights) * jnp.dtype(weights[0].dtype).itemsize
-        if compat.compute_capability() != "9.0" or size < LEAST_BYTES:
+        wide = rows > FEW_ROWS and x_dtype in compat.DTYPES
+        if fp8 and wide and capability is not None and float(capability) >= 8.9:
+            return "xla_fp8"
+        size = sum(w.size for w in weights) * values.itemsize
+        if capability != "9.0" or size < LEAST_BYTES:
             problem = "the kernel does not pay"
+    elif implementation == "xla_fp8":
+        problem = f"the weights must be scaled float8_e4m3fn, got {values}"
     return resolve(implementation, get_args(MatmulImplementation), problem)
 
 
-def _problem(rows: int, weights: tuple[Any, ...], activation: Activation) -> str | None:
-    if isinstance(weights[0], Scaled):
-        return "the kernel does not take weights of 8 bits"
+def _problem(
+    rows: int, weights: tuple[Any, ...], activation: Activation, dtype: jnp.dtype
+) -> str | None:
     outs, inner = tuple(w.shape[0] for w in weights), weights[0].shape[1]
-    problem = compat.dtype_problem(weights[0].dtype)
-    if problem is None and choose(rows, inner, outs, activation, sms=compat.sm_count()) is None:
+    itemsize = jnp.dtype(weights[0].dtype).itemsize
+    if (problem := compat.dtype_problem(dtype)) is not None:
+        return problem
+    if choose(rows, inner, outs, activation, sms=compat.sm_count(), itemsize=itemsize) is None:
         return f"the kernel does not take {rows} rows of {inner} for results of {outs} columns"
-    return problem
+    return None
 
 
 def matmul(
@@ -76,10 +99,13 @@ def matmul(
       activation: "swiglu" makes one result of two weights: silu(x W1^T) * (x W2^T), both products
         rounded to x's dtype first.
       implementation: the code to run. A named one runs or the call fails.
-        "mosaic_gpu"  the Hopper kernel: bfloat16 or float16, at most 128 rows, sizes that are
-                      multiples of 64 (in) and 8 (out); jax 0.11 or newer.
+        "mosaic_gpu"  the Hopper kernel: x in bfloat16 or float16, at most 128 rows, sizes that are
+                      multiples of 64 (in; 128 if scaled) and of 8, 64 or more (out); jax 0.11
+                      or newer. Scaled weights are read in 8 bits and multiplied in x's dtype.
         "interpret"   the same kernel, interpreted on the CPU; very slow, for tests.
-        "xla"         any backend, dtype and shape.
+        "xla_fp8"     weights scaled in fp8: x is quantised to fp8, a scale for each row, and XLA
+                      multiplies in fp8. For many rows: the reading of weights is a small part then.
+        "xla"         any backend, dtype and shape; scaled weights are multiplied in x's dtype.
         None          see `resolve_matmul`.
 
     Returns:
@@ -107,9 +133,10 @@ def matmul(
     if any(b.dtype != x.dtype for b in biases):
         raise ValueError(f"biases must be {x.dtype} as x, got {[str(b.dtype) for b in biases]}")
     rows = x.size // x.shape[-1]
-    implementation = resolve_matmul(implementation, rows, weights, activation)
-    if implementation == "xla":
-        return matmul_xla(x, *weights, biases=biases, activation=activation)
+    implementation = resolve_matmul(implementation, rows, weights, activation, x.dtype)
+    if implementation in ("xla", "xla_fp8"):
+        run: Any = matmul_xla if implementation == "xla" else matmul_fp8
+        return run(x, *weights, biases=biases, activation=activation)
     interpret = compat.interpreter() if implementation == "interpret" else None
     return _matmul_kernel(activation, interpret, x, weights, biases)
 
@@ -128,24 +155,54 @@ def matmul_xla(
       dtype: of the results, x's by default.
     """
     result = x.dtype if dtype is None else dtype
-    multiply = functools.partial(
-        lax.dot_general,
-        dimension_numbers=(((x.ndim - 1,), (1,)), ((), ())),
-        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-    )
 
-    def product(x: Array, weight: Weight) -> Array:
+    def product(weight: Weight) -> Array:
         if not isinstance(weight, Scaled):
-            return multiply(x, weight, preferred_element_type=result)
+            return _multiply(x, weight, result)
         # The barrier ties the cast to the rows: XLA would move it in front of a loop, and keep the
         # casts of all layers.
-        x, values = lax.optimization_barrier((x, weight.values))
-        exact = multiply(x, values.astype(x.dtype), preferred_element_type=jnp.float32)
+        rows, values = lax.optimization_barrier((x, weight.values))
+        exact = _multiply(rows, values.astype(x.dtype), jnp.float32)  # the cast is exact
         return (exact * weight.scale).astype(result)
 
-    products = tuple(product(x, weight) for weight in weights)
-    if biases:
-        products = tuple(map(jnp.add, products, biases))
+    return _finish(map(product, weights), biases, activation)
+
+
+def matmul_fp8(
+    x: Float[Array, "*rows I"],
+    *weights: Scaled,
+    biases: tuple[Float[Array, "O"], ...] = (),
+    activation: Activation = "none",
+) -> tuple[Float[Array, "*rows O"], ...]:
+    """Returns the products of `matmul` by XLA, from rows that are quantised to fp8 on the way.
+
+    One quantisation serves all weights. The arguments are those of `matmul`.
+    """
+    quantised = quantise(x, "fp8")
+    # bfloat16 is half the bytes for the scaling to read; float16 would overflow.
+    kept = jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float32
+    # With the algorithm named, XLA takes cuBLAS at once; else it compiles and times Triton's too.
+    algorithm = lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32_FAST_ACCUM
+    precision = None if compat.compute_capability() is None else algorithm
+
+    def product(weight: Scaled) -> Array:
+        raw = _multiply(quantised.values, weight.values, kept, precision).astype(jnp.float32)
+        return (raw * (quantised.scale[..., None] * weight.scale)).astype(x.dtype)
+
+    return _finish(map(product, weights), biases, activation)
+
+
+def _multiply(x: Array, weight: Array, dtype: DTypeLike, precision: Any = None) -> Array:
+    if x.dtype == jnp.float32:
+        precision = lax.Precision.HIGHEST
+    inner = (((x.ndim - 1,), (1,)), ((), ()))
+    return lax.dot_general(x, weight, inner, precision, preferred_element_type=dtype)
+
+
+def _finish(
+    products: Iterable[Array], biases: tuple[Array, ...], activation: Activation
+) -> tuple[Array, ...]:
+    products = tuple(map(jnp.add, products, biases) if biases else products)
     return (jax.nn.silu(products[0]) * products[1],) if activation == "swiglu" else products
 
 
@@ -169,8 +226,8 @@ def _matmul_jvp(activation, interpret, primals, tangents):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _launch(activation: Activation, interpret: Any, x, weights, biases) -> tuple[Array, ...]:
     flat, outs = x.reshape(-1, x.shape[-1]), tuple(w.shape[0] for w in weights)
-    rows, inner = flat.shape
-    geo = choose(rows, inner, outs, activation, bool(biases), compat.sm_count())
+    (rows, inner), itemsize = flat.shape, weights[0].dtype.itemsize
+    geo = choose(rows, inner, outs, activation, bool(biases), compat.sm_count(), itemsize)
     assert geo is not None
     products = launch(geo, flat, weights, biases, interpret=interpret)
     return tuple(part.reshape(*x.shape[:-1], -1) for part in products)
@@ -180,13 +237,15 @@ def launch(geo: Geometry, x, weights, biases=(), *, interpret: Any = None) -> tu
     """Runs the kernel as `geo` says on rows [R, I], and sums its splits."""
     from pallas_kernels.matmul.hopper_kernel import build_matmul
 
+    scales = [w.scale for w in weights if isinstance(w, Scaled)]
+    values = [w.values if isinstance(w, Scaled) else w for w in weights]
     rows = x.shape[0]
-    run = build_matmul(geo, x.dtype, interpret=interpret)
+    run = build_matmul(geo, x.dtype, values[0].dtype, interpret=interpret)
     x = jnp.pad(x, ((0, geo.rows - rows), (0, 0)))
     if geo.tuning.splits == 1:
-        products = run(x, *weights, *biases)
+        products = run(x, *values, *scales, *biases)
     else:
-        products = [part.sum(axis=0) for part in run(x, *weights)]
+        products = [part.sum(axis=0).T for part in run(x, *values, *scales)]
         if biases:
             products = map(jnp.add, products, biases)
     return tuple(part[:rows].astype(x.dtype) for part in products)

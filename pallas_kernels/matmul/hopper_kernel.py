@@ -1,8 +1,10 @@
 """The Hopper kernel for products of few rows: every weight is read once, at memory bandwidth.
 
 A CTA makes some columns of one result, over the whole inner dimension or, with splits, over a part
-of it. One producer warp issues TMA loads of weights and rows, several stages ahead. One warpgroup
-for each 64 rows multiplies.
+of it. One producer warp issues TMA loads of weights and rows, several stages ahead. Each of the
+other warpgroups multiplies a tile of 64 rows of a weight with all rows of x, over its part of a
+stage: the result is transposed, so that few rows fill few of the tensor cores' columns, and the
+tile may come from registers. Weights of 8 bits are turned into x's dtype there.
 """
 
 from __future__ import annotations
@@ -23,27 +25,43 @@ from pallas_kernels.compat import ROWS
 from pallas_kernels.matmul.hopper_tiling import Geometry
 
 
-def build_matmul(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
-    """Makes the callable: x [R, I], weights [O_i, I], biases [O_i] -> results [R, O_i] in `dtype`.
+def build_matmul(geo: Geometry, dtype: jnp.dtype, values: jnp.dtype, *, interpret: Any) -> Any:
+    """Makes the callable: x [R, I], weights [O_i, I], scales [O_i], biases [O_i] -> [R, O_i].
 
-    With splits the results are float32 [splits, R, O_i], to be summed; there are no biases then.
+    With splits the results are float32 [splits, O_i, R], to be summed; there are no biases then.
+
+    Args:
+      geo: how the work is cut.
+      dtype: of x, biases and results.
+      values: of the weights. There are scales, in float32, if it is not `dtype`.
+      interpret: see `compat.interpreter`.
     """
     cut, tiles, steps, results = geo.tuning, geo.tiles, geo.steps, geo.results
-    count, columns, at_once = len(results), cut.columns, geo.at_once
-    biased = geo.biases and cut.splits == 1
+    count, at_once, parts, depth = len(results), geo.at_once, cut.parts, cut.block // cut.parts
+    scaled, split_up, consumers = values != dtype, cut.splits > 1, geo.consumers
+    biased, result = geo.biases and not split_up, jnp.float32 if split_up else dtype
+    staging = scaled and interpret is not None  # the interpreter takes no operand in registers
 
     def stream_matmul(x_gmem, *refs):
         rest = iter(refs)
-        w_gmem, bias_gmem, out_gmem, w_smem = (
-            list(itertools.islice(rest, n)) for n in (len(geo.outs), count * biased, count, at_once)
-        )
-        x_smem, out_smem, full, empty, *bias = rest
+
+        def take(n):
+            return list(itertools.islice(rest, n))
+
+        w_gmem, scale_gmem = take(len(geo.outs)), take(len(geo.outs) * scaled)
+        bias_gmem, out_gmem, w_smem = take(count * biased), take(count), take(at_once)
+        x_smem, out_smem, full, empty = take(4)
+        scale_smem, bias_smem = take(at_once * scaled), take(biased)
+        extra = take(scaled or biased)
+        sum_smem, summed = take(at_once * (parts > 1)), take(parts > 1)
+        staged = take(staging)
         cta, split, wg = (lax.axis_index(name) for name in ("cta", "split", "wg"))
+        part, tile = lax.div(wg, jnp.int32(tiles)), lax.rem(wg, jnp.int32(tiles))
 
         def of_result(run: Callable[[int, Any], None]) -> None:
             """Runs with the CTA's result and its first column of it."""
             for i, (first, end) in enumerate(zip(geo.firsts, geo.firsts[1:], strict=False)):
-                start = jnp.minimum((cta - first) * columns, results[i] - columns)
+                start = jnp.minimum((cta - first) * cut.columns, results[i] - cut.columns)
                 pl.when((first <= cta) & (cta < end))(functools.partial(run, i, start))
 
         def stage_of(step):
@@ -51,19 +69,23 @@ def build_matmul(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
 
         def load(i, start, step):
             stage = stage_of(step)
-            inner = pl.ds((split * steps + step) * cut.block, cut.block)
             arrived = full.at[stage]
             pl.when(step >= cut.stages)(lambda: plgpu.barrier_wait(empty.at[stage]))
-            for weight, target in zip(w_gmem[i:], w_smem, strict=False):
-                source = weight.at[pl.ds(start, columns), inner]
-                plgpu.copy_gmem_to_smem(source, target.at[stage], arrived)
-            for tile, rows in enumerate(geo.loaded):
-                source = x_gmem.at[pl.ds(tile * ROWS, rows), inner]
-                plgpu.copy_gmem_to_smem(source, x_smem.at[stage, tile, pl.ds(0, rows)], arrived)
+            for p in range(parts):
+                inner = pl.ds((split * steps + step) * cut.block + p * depth, depth)
+                for weight, target in zip(w_gmem[i:], w_smem, strict=False):
+                    for t in range(tiles):
+                        source = weight.at[pl.ds(start + t * ROWS, ROWS), inner]
+                        plgpu.copy_gmem_to_smem(source, target.at[stage, p, t], arrived)
+                plgpu.copy_gmem_to_smem(x_gmem.at[:, inner], x_smem.at[stage, p], arrived)
 
         def load_all(i, start):
-            if biased:
-                plgpu.copy_gmem_to_smem(bias_gmem[i].at[pl.ds(start, columns)], *bias)
+            once = [*zip(scale_gmem[i:], scale_smem, strict=False)]
+            once += zip(bias_gmem[i:], bias_smem, strict=False)
+            for source, target in once:
+                for t in range(tiles):
+                    columns = pl.ds(start + t * ROWS, ROWS)
+                    plgpu.copy_gmem_to_smem(source.at[columns], target.at[t], *extra)
             pl.loop(0, steps)(lambda step: load(i, start, step))
 
         def produce():
@@ -74,75 +96,126 @@ def build_matmul(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
             def _drain(step):
                 plgpu.barrier_wait(empty.at[stage_of(step)])
 
-        @pl.when(wg == tiles)
+        @pl.when(wg == consumers)
         def _producer():
-            if tiles > 1:
+            if consumers > 1:
                 plgpu.set_max_registers(40, action="decrease")
             plgpu.warp_map(lambda warp: pl.when(warp == 0)(produce))
+
+        def operand(weight):
+            if not scaled:
+                return weight
+            converted = convert(weight, dtype)
+            if not staged:
+                return converted
+            staged[0].at[wg][...] = converted
+            plgpu.commit_smem()
+            return staged[0].at[wg]
 
         def multiply(*accs):
             @pl.loop(0, steps)
             def _(step):
                 stage = stage_of(step)
                 plgpu.barrier_wait(full.at[stage])
-                for weights, acc in zip(w_smem, accs, strict=True):
-                    plgpu.wgmma(acc, x_smem.at[stage, wg], weights.at[stage].transpose((1, 0)))
+                rows = x_smem.at[stage, part].transpose((1, 0))
+                for weight, acc in zip(w_smem, accs, strict=True):
+                    plgpu.wgmma(acc, operand(weight.at[stage, part, tile]), rows)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(empty.at[stage])
 
             return tuple(acc[...] for acc in accs)
 
-        @pl.when(wg < tiles)
-        def _consumer():
-            if tiles > 1:
-                plgpu.set_max_registers(232, action="increase")
-            sums = pl.run_scoped(multiply, *[plgpu.ACC((ROWS, columns), jnp.float32)] * at_once)
+        def by_column(ref):
+            column = compat.load(ref.at[tile], plgpu.Layout.WGMMA.reduce(1)).astype(jnp.float32)
+            return lax.broadcast_in_dim(column, (ROWS, geo.rows), [0])
+
+        def finish(sums):
+            if scaled or biased:
+                plgpu.barrier_wait(*extra)
+            if scaled:
+                sums = [s * by_column(scale) for s, scale in zip(sums, scale_smem, strict=True)]
             if geo.activation == "swiglu":
                 # Rounded as the two products would be if they were results.
                 gate, up = (s.astype(dtype).astype(jnp.float32) for s in sums)
                 act = (gate / (1 + jnp.exp(-gate))).astype(dtype).astype(jnp.float32)
-                sums = (act * up,)
+                sums = [act * up]
             (total,) = sums
             if biased:
-                plgpu.barrier_wait(bias[1])
-                added = compat.load(bias[0], plgpu.Layout.WGMMA.reduce(0)).astype(jnp.float32)
-                total += lax.broadcast_in_dim(added, total.shape, [1])
-            out_smem.at[wg][...] = total.astype(out_smem.dtype)
+                total += by_column(*bias_smem)
+            out_tile = out_smem.at[tile]
+            (out_tile if split_up else out_tile.transpose((1, 0)))[...] = total.astype(result)
             plgpu.commit_smem()
 
-            def send(tile, rows, i, start):
-                place = pl.ds(tile * ROWS, rows), pl.ds(start, columns)
-                target = out_gmem[i].at[(split, *place) if cut.splits > 1 else place]
-                plgpu.copy_smem_to_gmem(out_smem.at[tile, pl.ds(0, rows)], target)
+            def send(i, start):
+                columns = pl.ds(start + tile * ROWS, ROWS)
+                target = out_gmem[i].at[(split, columns) if split_up else (slice(None), columns)]
+                plgpu.copy_smem_to_gmem(out_tile, target)
 
-            for tile, rows in enumerate(geo.loaded):
-                store = functools.partial(send, tile, rows)
-                pl.when(wg == tile)(functools.partial(of_result, store))
+            of_result(send)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    result = jnp.float32 if cut.splits > 1 else dtype
-    lead = (cut.splits,) if cut.splits > 1 else ()
+        @pl.when(wg < consumers)
+        def _consumer():
+            if consumers > 1:
+                plgpu.set_max_registers(geo.registers, action="increase")
+            acc = plgpu.ACC((ROWS, geo.rows), jnp.float32)
+            sums = pl.run_scoped(multiply, *[acc] * at_once)
+            if parts == 1:
+                finish(sums)
+                return
+
+            @pl.when(part > 0)
+            def _():
+                for s, target in zip(sums, sum_smem, strict=True):
+                    target.at[part - 1, tile][...] = s
+                plgpu.barrier_arrive(*summed)
+
+            @pl.when(part == 0)
+            def _():
+                plgpu.barrier_wait(*summed)
+                totals = list(sums)
+                for i, p in itertools.product(range(at_once), range(parts - 1)):
+                    totals[i] += compat.load(sum_smem[i].at[p, tile], plgpu.Layout.WGMMA)
+                finish(totals)
 
     def smem(*shape, dtype=dtype):
         transforms = compat.smem_transforms(shape[-1], jnp.dtype(dtype).itemsize)
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
-    bias: list[Any] = [plgpu.SMEM((columns,), dtype), plgpu.Barrier()] if biased else []
+    once: list[Any] = [plgpu.SMEM((tiles, ROWS), jnp.float32)] * (at_once * scaled)
+    once += [plgpu.SMEM((tiles, ROWS), dtype)] * biased
+    once += [plgpu.Barrier(num_arrivals=tiles * len(once))] if once else []
+    if parts > 1:
+        once += [smem(parts - 1, tiles, ROWS, geo.rows, dtype=jnp.float32)] * at_once
+        once += [plgpu.Barrier(num_arrivals=tiles * (parts - 1))]
+    once += [smem(consumers, ROWS, depth)] * staging
     return plgpu.kernel(
         stream_matmul,
-        out_type=[jax.ShapeDtypeStruct((*lead, geo.rows, n), result) for n in results],
+        out_type=[
+            jax.ShapeDtypeStruct((cut.splits, n, geo.rows) if split_up else (geo.rows, n), result)
+            for n in results
+        ],
         scratch_types=[
-            *[smem(cut.stages, columns, cut.block)] * at_once,
-            smem(cut.stages, tiles, ROWS, cut.block),
-            smem(tiles, ROWS, columns, dtype=result),
-            plgpu.Barrier(num_barriers=cut.stages, num_arrivals=at_once + tiles),
-            plgpu.Barrier(num_barriers=cut.stages, num_arrivals=tiles),
-            *bias,
+            *[smem(cut.stages, parts, tiles, ROWS, depth, dtype=values)] * at_once,
+            smem(cut.stages, parts, geo.rows, depth),
+            smem(tiles, *((ROWS, geo.rows) if split_up else (geo.rows, ROWS)), dtype=result),
+            plgpu.Barrier(num_barriers=cut.stages, num_arrivals=parts * (at_once * tiles + 1)),
+            plgpu.Barrier(num_barriers=cut.stages, num_arrivals=consumers),
+            *once,
         ],
         grid=(geo.firsts[-1], cut.splits),
         grid_names=("cta", "split"),
-        num_threads=tiles + 1,
+        num_threads=consumers + 1,
         thread_name="wg",
         interpret=interpret,
         compiler_params=compat.compiler_params(),
     )
+
+
+def convert(tile: Any, dtype: jnp.dtype) -> jax.Array:
+    """Returns a tile of weights of 8 bits in the registers from which it is multiplied."""
+    values = plgpu.layout_cast(compat.load(tile, plgpu.Layout.WGMMA_UPCAST_2X), plgpu.Layout.WGMMA)
+    if values.dtype == jnp.float8_e4m3fn and dtype == jnp.bfloat16:
+        # The hardware converts to float16 alone; both steps are exact.
+        values = values.astype(jnp.float16).astype(jnp.float32)
+    return values.astype(dtype)

@@ -12,13 +12,14 @@ from pallas_kernels.compat import ROWS, SHARED_MEMORY
 
 Activation = Literal["none", "swiglu"]
 
-_ROWS, _COLUMNS = 8, 8  # rows and columns of a CTA are multiples
-_MOST_ROWS, _MOST_COLUMNS, _MOST_SUMS = 128, 256, 304  # sums: of all products of a CTA
-# (block, fewest stages), the longest pieces of a row of weights first.
-_BLOCKS = ((256, 2), (128, 3), (64, 3))
-# What the device reads at most, in bytes a microsecond: from memory, into all SMs, into one SM.
-_MEMORY, _ALL_SMS, _ONE_SM = 4.4e6, 8.5e6, 85e3
-_SUM = 2.5  # microseconds that the sum of splits takes at least
+_ROWS = 8  # rows are multiples, columns of a CTA multiples of a tile's
+_MOST_ROWS, _MOST_TILES, _MOST_CONSUMERS = 128, 4, 4
+# By bytes of an element: (bytes of a row of weights in a stage, fewest stages), the longest first.
+_BLOCKS = {2: ((512, 2), (256, 2), (128, 2)), 1: ((512, 3), (256, 3), (128, 2))}
+# Bytes a microsecond at most: from memory, into all SMs, into one SM, converted by one SM.
+_MEMORY, _ALL_SMS, _ONE_SM, _CONVERTED = 4.4e6, 8.5e6, 100e3, 40e3
+_SUM = 1.5  # microseconds that the sum of splits takes at least, for each doubling
+_OTHER_REGISTERS = 20  # of a thread, beside accumulators and converted weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +32,14 @@ class Tuning:
       splits: parts that the inner dimension is cut into; their float32 results are summed.
       block: inner elements of a stage.
       stages: blocks in flight.
+      parts: warpgroups that share a tile, each with its part of every block.
     """
 
     columns: int
     splits: int
     block: int
     stages: int
+    parts: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +52,32 @@ class Geometry:
     tuning: Tuning
     activation: Activation = "none"  # "swiglu": silu(first) * second is the one result
     biases: bool = False
+    itemsize: int = 2  # bytes of a weight's element
 
     @property
     def tiles(self) -> int:
-        """Tiles of 64 rows, one for each warpgroup that multiplies."""
-        return -(-self.rows // ROWS)
+        """Tiles of 64 columns of a CTA."""
+        return self.tuning.columns // ROWS
 
     @property
-    def loaded(self) -> tuple[int, ...]:
-        """Rows of each tile that exist."""
-        return tuple(min(self.rows - i * ROWS, ROWS) for i in range(self.tiles))
+    def consumers(self) -> int:
+        """Warpgroups that multiply."""
+        return self.tiles * self.tuning.parts
+
+    @property
+    def registers(self) -> int:
+        """Registers that a thread of a consumer can have if the producer's have 40."""
+        groups = self.consumers + 1
+        if groups == 2:
+            return 255
+        at_start = 65536 // (128 * groups) // 8 * 8
+        return (at_start * groups - 40) // self.consumers // 8 * 8
+
+    @property
+    def registers_used(self) -> int:
+        """An estimate: accumulators, a tile's part of a block in half precision, others."""
+        converted = self.tuning.block // self.tuning.parts // 2 if self.itemsize == 1 else 0
+        return self.at_once * self.rows // 2 + converted + _OTHER_REGISTERS
 
     @property
     def at_once(self) -> int:
@@ -88,14 +107,15 @@ class Geometry:
     @property
     def problem(self) -> str | None:
         """What the kernel does not take; None if it takes all."""
-        cut, itemsize = self.tuning, 4 if self.tuning.splits > 1 else 2
-        # The last CTA's first column has to be one at which a row of a tile in memory begins.
-        width = math.gcd(cut.columns, 128 // itemsize)
+        cut = self.tuning
+        depth = 128 // self.itemsize  # of a tile in shared memory
         for problem, found in (
             ("rows", self.rows > _MOST_ROWS),
-            ("columns", cut.columns > min(_MOST_COLUMNS, _MOST_SUMS // self.at_once, *self.outs)),
-            ("outs", any(n % width for n in self.results)),
-            ("inner", self.inner % (cut.splits * cut.block)),
+            ("columns", cut.columns % ROWS or cut.columns > min(_MOST_TILES * ROWS, *self.outs)),
+            ("outs", any(n % 8 for n in self.results)),
+            ("inner", self.inner % (cut.splits * cut.block) or cut.block % (depth * cut.parts)),
+            ("consumers", self.consumers > _MOST_CONSUMERS),
+            ("registers", self.registers_used > self.registers),
             ("shared memory", self.shared_memory > SHARED_MEMORY),
         ):
             if found:
@@ -104,21 +124,25 @@ class Geometry:
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of a CTA. Operands are in half precision; with splits results are float32."""
+        """Bytes of a CTA. Rows are in half precision; with splits results are float32."""
         cut = self.tuning
-        stage = 2 * cut.block * (self.tiles * ROWS + self.at_once * cut.columns)
-        result = self.tiles * ROWS * cut.columns * (4 if cut.splits > 1 else 2)
-        return cut.stages * stage + result + 2 * cut.columns + 1024
+        stage = cut.block * (2 * self.rows + self.itemsize * self.at_once * cut.columns)
+        result = self.rows * cut.columns * (4 if cut.splits > 1 else 2)
+        sums = 4 * (cut.parts - 1) * self.at_once * self.rows * cut.columns
+        return cut.stages * stage + result + sums + 10 * cut.columns + 2048
 
     @property
     def microseconds(self) -> float:
-        """An estimate: what is read from memory, into all SMs and into one, and a sum of splits."""
-        cut, count = self.tuning, self.firsts[-1]
-        weights = 2 * self.inner * sum(self.outs)
-        own = 2 * self.inner // cut.splits * (self.at_once * cut.columns + self.rows)
-        seconds = max(weights / _MEMORY, own * count * cut.splits / _ALL_SMS, own / _ONE_SM)
+        """An estimate: reading memory, all SMs, one SM and its conversion; a sum of splits."""
+        cut, depth = self.tuning, self.inner // self.tuning.splits
+        memory = self.itemsize * self.inner * sum(self.outs)
+        weights = self.itemsize * self.at_once * cut.columns * depth  # of a CTA
+        own = weights + 2 * self.rows * depth
+        seconds = max(memory / _MEMORY, own * self.ctas / _ALL_SMS, own / _ONE_SM)
+        if self.itemsize == 1:
+            seconds = max(seconds, weights / _CONVERTED)
         partial = 8 * cut.splits * self.rows * sum(self.results) / _ALL_SMS
-        return seconds + (_SUM + partial if cut.splits > 1 else 0)
+        return seconds + (_SUM * math.log2(cut.splits) + partial if cut.splits > 1 else 0)
 
 
 def candidates(
@@ -128,21 +152,28 @@ def candidates(
     activation: Activation = "none",
     biases: bool = False,
     sms: int = 132,
+    itemsize: int = 2,
 ) -> list[Geometry]:
-    """Returns the ways to cut products that run at once on the device's SMs."""
-    found = []
+    """Returns the ways to cut products: those that run at once on the device's SMs, or else all."""
+    found, padded = [], -(-rows // _ROWS) * _ROWS
     splits = (1,) if activation == "swiglu" else (1, 2, 4, 8)
-    for columns, split in itertools.product(range(_COLUMNS, _MOST_COLUMNS + 1, _COLUMNS), splits):
+    for tiles, split in itertools.product(range(1, _MOST_TILES + 1), splits):
         # The longest block and the most stages that fit, at most six.
-        for block, least in _BLOCKS:
-            cuts = [Tuning(columns, split, block, stages) for stages in range(6, least - 1, -1)]
-            padded = -(-rows // _ROWS) * _ROWS
-            geos = [Geometry(padded, inner, outs, cut, activation, biases) for cut in cuts]
-            fitting = [geo for geo in geos if geo.problem is None and geo.ctas <= sms]
+        for size, least in _BLOCKS[itemsize]:
+            # More warpgroups convert faster.
+            orders = itertools.product((2, 1) if itemsize == 1 else (1,), range(6, least - 1, -1))
+            cuts = [
+                Tuning(tiles * ROWS, split, size // itemsize, stages, parts)
+                for parts, stages in orders
+            ]
+            geos = [
+                Geometry(padded, inner, outs, cut, activation, biases, itemsize) for cut in cuts
+            ]
+            fitting = [geo for geo in geos if geo.problem is None]
             if fitting:
                 found.append(fitting[0])
                 break
-    return found
+    return [geo for geo in found if geo.ctas <= sms] or found
 
 
 @functools.cache
@@ -153,13 +184,14 @@ def choose(
     activation: Activation = "none",
     biases: bool = False,
     sms: int = 132,
+    itemsize: int = 2,
 ) -> Geometry | None:
     """Returns how products of few rows are cut; None if the kernel does not take the shapes.
 
     Of the ways within 5% of the least estimated time: the longest pieces of a row of weights, then
     the fewest splits, then the most CTAs.
     """
-    found = candidates(rows, inner, outs, activation, biases, sms) if rows > 0 else []
+    found = candidates(rows, inner, outs, activation, biases, sms, itemsize) if rows > 0 else []
     least = min((geo.microseconds for geo in found), default=0)
     near = [geo for geo in found if geo.microseconds <= 1.05 * least]
     return max(near, key=lambda geo: (geo.tuning.block, -geo.tuning.splits, geo.ctas), default=None)

@@ -169,7 +169,7 @@ def used_paths(model: MaskPredictor, rows: int, **others: str) -> dict[str, str]
         widest = jax.tree.map(_part, widest)
     return {
         "attention": dense_implementation(model.dtype, model.config.head_dim),
-        "matmul": resolve_matmul(None, rows, widest, "swiglu"),
+        "matmul": resolve_matmul(None, rows, widest, "swiglu", model.dtype),
         **others,
         "device": jax.devices()[0].device_kind,
         "dtype": str(model.dtype),

@@ -42,6 +42,10 @@ def test_a_checkpoint_goes_to_a_mesh_in_parts(tmp_path):
     workers.run(mesh_workers.loaded, make(tmp_path, family="dream", **DIVISIBLE))
 
 
+def test_projections_with_weights_of_8_bits():
+    workers.run(mesh_workers.products)
+
+
 def test_two_processes_are_one_mesh(folder, tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 import pdllm_jax as pdllm
-from pallas_kernels import Norm, all_reduce
+from pallas_kernels import Norm, all_reduce, quantise
 from pallas_kernels.all_reduce.peer_memory import CAPACITY, EMPTY, HEADER, peer_memory
 from pdllm_jax import (
     ChunkConfig,
@@ -36,7 +36,7 @@ from pdllm_jax.deprecated import ask_ids, finish, generate_batch_ids, generate_i
 from pdllm_jax.engine.offload import encode_offloaded, offload, select_offloaded
 from pdllm_jax.engine.request import start_decoding
 from pdllm_jax.method import likelihood
-from pdllm_jax.network.sharding import DATA, TENSOR
+from pdllm_jax.network.sharding import DATA, TENSOR, add_projected, project_columns
 from pdllm_jax.storage import arrays as arrays_module
 from pdllm_jax.storage.fingerprint import model_identity
 from tests.support.method import first_state
@@ -282,6 +282,33 @@ def sums(data: int, tensor: int) -> None:
     scaled = added / np.sqrt((added**2).mean(axis=-1, keepdims=True) + 0.5) * weight
     for got, right in ((plain, want), (total, added), (normed, scaled)):
         np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-5)
+
+
+def products() -> None:
+    """Projections with weights of 8 bits, into a layer and out of it, against one device."""
+    setup()
+    mesh = make_mesh(2, 4)
+    keys = jax.random.split(jax.random.key(0), 6)
+    x, stream, wide = (jax.random.normal(k, (2, 3, n)) for k, n in zip(keys, (16, 16, 32)))
+    biases, norm = (
+        (jax.random.normal(keys[3], (32,)),) * 2,
+        Norm(jax.random.normal(keys[4], (16,)), 1e-5),
+    )
+    for bits in ("fp8", "int8"):
+        into, out = (
+            quantise(jax.random.normal(k, shape), bits)
+            for k, shape in zip(keys[4:], ((32, 16), (16, 32)), strict=True)
+        )
+        runs = [
+            (
+                project_columns(where, x, into, into, biases=biases),
+                project_columns(where, x, into, into, activation="swiglu"),
+                add_projected(where, stream, wide, out, norm),
+            )
+            for where in (mesh, None)
+        ]
+        for got, want in zip(*map(jax.tree.leaves, runs), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5, err_msg=bits)
 
 
 def exchange() -> None:

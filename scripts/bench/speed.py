@@ -188,22 +188,23 @@ def pass_flops(run: Run, chunks: int, scorer: Any) -> float:
 
     Products of every row with the layers' weights, attention of chunk rows over prefix and chunk,
     and the question: each copy over prefix, chunk and itself, and the LM head over its rows; of the
-    scorer "heads" over prefix, all chunks and itself, in the layers that run.
+    scorer "heads" over prefix, all chunks and itself. In its last layer chunks have K and V alone.
     """
-    config, size, layers, head = run.model.config, run.args.chunk_size, run.model.config.n_layers, 0
+    config, size = run.model.config, run.args.chunk_size
     model, kv = config.d_model, config.n_kv_heads * config.head_dim
-    layer = 2 * model * (2 * model + 2 * kv + 3 * config.mlp_hidden_size)
     rows, pairs = PREFIX + chunks * size, PREFIX**2 + chunks * size * (PREFIX + size)
+    layers, rest = config.n_layers, 0
     if scorer.in_pass:
         drafted, filled = (getattr(scorer, f"draft_{x}", 0) for x in ("length", "steps"))
-        copy = QUERY + drafted
-        copies = getattr(scorer, "masked_copies", 1) * copy
-        rows, pairs = rows + chunks * copies, pairs + chunks * copies * (PREFIX + size + copy)
-        head = 2 * model * config.vocab_size * chunks * (QUERY + filled)
+        copies = getattr(scorer, "masked_copies", 1) * (QUERY + drafted)
+        rows += chunks * copies
+        pairs += chunks * copies * (PREFIX + size + QUERY + drafted)
+        rest = 2 * model * config.vocab_size * chunks * (QUERY + filled)
     else:
+        layers, rest = run.args.head_layers - 1, 4 * model * kv * rows
         rows, pairs = rows + QUERY, pairs + QUERY * (PREFIX + chunks * size + QUERY)
-        layers = run.args.head_layers
-    return layers * (rows * layer + 4 * model * pairs) + head
+    layer = 2 * model * (2 * model + 2 * kv + 3 * config.mlp_hidden_size)
+    return layers * (rows * layer + 4 * model * pairs) + rest
 
 
 def score_document(run: Run) -> None:

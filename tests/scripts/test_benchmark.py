@@ -151,7 +151,7 @@ def test_speed_records_the_step_beside_its_floor(tmp_path):
 
 
 def test_requests_compile_nothing_that_was_compiled_ahead(monkeypatch, caplog):
-    words = "speed --tiny --chunk-size 16 --requests 2x32 --scorers first"
+    words = "speed --tiny --chunk-size 16 --requests 4x32 --scorers first"
     monkeypatch.setattr(speed.Run, "say", lambda *_: None)
     running = speed.Run(parsed(*words.split()))
     case, requests = speed.cases(running)[0], speed.Requests(running)
@@ -159,11 +159,15 @@ def test_requests_compile_nothing_that_was_compiled_ahead(monkeypatch, caplog):
     programs.find([functools.partial(requests.answer, case)] * 2)
     assert len(programs) == 4  # draft, pass, encoding, decoding
     named = [f"Compiling jit({name})" for name in ("prefill", "init_denoise", "denoise")]
-    for call, expected in ((programs.compile, True), (lambda: requests.answer(case), False)):
+    jax.config.update("jax_log_compiles", True)  # in all threads
+    try:
+        programs.compile()
+        assert all(name in caplog.text for name in named)
         caplog.clear()
-        with jax.log_compiles():
-            call()
-        assert [name in caplog.text for name in named] == [expected] * 3
+        requests.answer(case)
+        assert not any(name in caplog.text for name in named)
+    finally:
+        jax.config.update("jax_log_compiles", False)
 
 
 def test_requests_are_compared_in_one_precision_and_with_16_bits():
@@ -244,7 +248,7 @@ def test_cheap_weights_have_the_spread_of_random_weights():
     config = dataclasses.replace(ModelConfig.tiny(), weight_format="int8")
     ours, full = (x.blocks[1].down_proj for x in (run.cheap_model(config), model))
     step = np.asarray(ours.scale[...])[:, None]
-    assert (abs(ours.operand.restore(np.float32) - full.weight[...]) <= 0.6 * step).all()
+    assert (abs(ours.operand.restore(np.float32) - full.weight[...]) <= step).all()
 
 
 def test_reports_of_the_compiler_are_parsed():

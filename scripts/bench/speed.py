@@ -51,6 +51,7 @@ def main(args: argparse.Namespace) -> None:
     run.record |= {"profile": []} if args.profile else {}
     if "heads" in selections(run):
         given = f"the first {args.head_layers} of {run.model.config.n_layers} layers"
+        run.record["head_layers"] = args.head_layers
         run.record["notes"] = f"Scorer heads: {given} run. The number is given, not calibrated."
     for _ in run.formats():
         one_device = run.model

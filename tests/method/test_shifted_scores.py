@@ -142,7 +142,7 @@ def test_scores_are_the_defined_ones(model, parts, prompt, scorer, copies):
     assert np.abs(later[1] - later[0])[:n].min() > 1e-3
 
 
-@pytest.mark.parametrize("scorer", ["causal", "chunk-draft"])
+@pytest.mark.parametrize("scorer", [pytest.param("causal", marks=pytest.mark.slow), "chunk-draft"])
 def test_a_prompt_in_a_batch_scores_as_alone(model, parts, scorer):
     """Other prefix, document, query and lengths; without a prefix in front of the first chunk."""
     prefix, context, query = parts

@@ -126,7 +126,8 @@ def beside(
     """Adds to each row the fields of another record's row that agrees with it in some keys."""
     keys, others = (join["keys"], records[join["record"]]["rows"]) if join else ((), ())
     for row in rows:
-        same = [other for other in others if all(other[key] == row[key] for key in keys)]
+        named = {key: row.get(key) for key in keys}
+        same = [other for other in others if named.items() <= other.items()]
         yield {**row, **(same[0] if same else {})}
 
 
@@ -166,10 +167,10 @@ def _requests(record: Record) -> Iterator[Row]:
         ours = [row for row in rows if row["method"] == "prefilling"]
         baselines = {(x.get("weights", "full"), x["method"]): x for x in rows if x not in ours}
         for row in ours:
-            weights, scorer = row.get("weights", "full"), row.get("scorer", DEFAULT_SCORER)
-            if scorer == "heads":
-                scorer += f", {record['head_layers']} of {record['model']['n_layers']} layers"
-            result = {**row, **row["phases"], "weights": WEIGHTS[weights], "scorer": scorer}
+            weights, by = row.get("weights", "full"), row.get("scorer", DEFAULT_SCORER)
+            if by == "heads":
+                by += f", {record['head_layers']} of {record['model']['n_layers']} layers"
+            result = {**row, **row["phases"], "weights": WEIGHTS[weights], "scored by": by}
             for mark, kind in (("", weights), ("16-bit ", "full")):
                 same = {f"{mark}{name}": x for (of, name), x in baselines.items() if of == kind}
                 _versus(result, same, "seconds")

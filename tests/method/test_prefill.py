@@ -188,7 +188,7 @@ def test_independent_block_recompute_starts_from_the_same_logits(model, prompt):
     np.testing.assert_array_equal(first[0], first[2])
 
 
-@pytest.mark.parametrize("encoding", ["joint", "independent"])
+@pytest.mark.parametrize("encoding", ["joint", pytest.param("independent", marks=pytest.mark.slow)])
 def test_top_k_of_all_chunks_is_a_no_op(model, prompt, encoding):
     decode = DecodeConfig(gen_length=8, block_length=8, steps=4)
     runs = []

@@ -214,11 +214,9 @@ def test_the_papers_settings():
     assert SelectionConfig.from_flat(**paper.to_flat()) == paper
 
 
-# tests/scripts/test_reproduce.py answers with both too.
-@pytest.mark.parametrize(
-    "settings",
-    [SelectionConfig.paper, pytest.param(SelectionConfig.paper_retained, marks=pytest.mark.slow)],
-)
+# tests/scripts/test_reproduce.py answers with both; test_combinations.py asks later and re-selects.
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [SelectionConfig.paper, SelectionConfig.paper_retained])
 def test_an_engine_answers_with_the_papers_settings(model, parts, settings):
     """Re-selected and asked later, too."""
     prefix, context, query = parts

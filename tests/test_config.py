@@ -275,50 +275,6 @@ def test_tying_and_grouping_are_read():
         assert (config.weight_tying, config.n_kv_heads) == (tying, 8)
 
 
-YARN = {"rope_type": "yarn", "factor": 2.0}
-
-
-@pytest.mark.parametrize("key", ["rope_type", "type"])
-def test_rope_scaling_kinds(key):
-    assert read(rope_scaling=None).rope_scaling is None
-    assert read(rope_scaling={key: "default"}).rope_scaling is None
-    linear = read(rope_scaling={key: "linear", "factor": 4}).rope_scaling
-    assert (linear.kind, linear.factor) == ("linear", 4)
-    assert read(rope_scaling={key: "ntk", "factor": 8.0}).rope_scaling.kind == "ntk"
-    yarn = {key: "yarn", "factor": 16.0, "original_max_position_embeddings": 2048}
-    yarn |= {"attention_factor": 1.1, "beta_fast": 24, "beta_slow": 2}
-    assert read(rope_scaling=yarn).rope_scaling == RopeScaling("yarn", 16.0, 2048, 1.1, 24, 2)
-    assert read(rope_scaling={key: "linear", "factor": 4, "rope_theta": 5e5}).rope_scaling == linear
-    assert read(rope_scaling={key: "yarn", "factor": 2.0}).rope_scaling == RopeScaling(
-        "yarn", 2.0, 4096
-    )
-
-
-@pytest.mark.parametrize(
-    ("scaling", "message"),
-    [
-        *(({"rope_type": kind, "factor": 2.0}, kind) for kind in ("dynamic", "longrope", "llama3")),
-        *(({"rope_type": "linear", "factor": x}, "factor") for x in (0.5, "2", math.inf, 10**400)),
-        *(({**YARN, key: 1.0}, key) for key in ("mscale", "truncate")),
-        ({"rope_type": "linear"}, "factor"),
-        ({"rope_type": "linear", "factor": 2, "two\nlines": 1}, r"'two\nlines'"),
-        ({"rope_type": "linear", "factor": True}, "factor"),
-        ({**YARN, "beta_fast": 0}, "beta_fast"),
-        ({**YARN, "beta_slow": "1"}, "beta_slow"),
-        ({**YARN, "attention_factor": -1}, "attention_factor"),
-        ({**YARN, "original_max_position_embeddings": -4}, "original"),
-        ({"rope_type": ["linear"], "factor": 2.0}, "linear"),
-        ({"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}, "rope_theta 1000000.0"),
-        ("linear", "rope_scaling"),
-        ([2.0], "rope_scaling"),
-    ],
-)
-def test_rope_scaling_that_is_refused(scaling, message):
-    with pytest.raises(ConfigError) as error:
-        read(rope_scaling=scaling)
-    assert message in str(error.value)
-
-
 def test_ultrallada_base_from_its_formula():
     """Twice 4096 and twice 131,072 tokens through b' = (T' / 2 pi)^(D / d_crit), by hand."""
     config = ModelConfig.ultrallada_8b()

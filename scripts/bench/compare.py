@@ -18,13 +18,14 @@ import numpy as np
 
 from bench.record import ROOT, SPREAD, replace, run_script
 from bench.report import Record, table
+from bench.run import on
 
 _CASE = "{implementation}, batch {batch}, K {slots}, rows {rows}, heads {heads}/{kv_heads}"
 # Of a record's rows: their key, a name for each, its time, and the seconds of the time's unit.
 TIMES = (
     ("step", "step, {cached_tokens} cached", "ms", 1e-3),
     ("step", "step, {cached_tokens} cached, from Python", "ms_from_python", 1e-3),
-    ("end_to_end", "{method}, {chunks} chunks, {tokens} tokens", "seconds", 1.0),
+    ("end_to_end", "{method}{by}, {chunks} chunks, {tokens} tokens", "seconds", 1.0),
     ("stream", "streamed, {document_tokens} tokens", "seconds", 1.0),
     ("rows", _CASE + ", ragged {ragged}", "us", 1e-6),
 )
@@ -64,6 +65,6 @@ def times(record: Record) -> dict[str, float]:
     for key, form, field, unit in TIMES:
         for row in record.get(key, ()):
             if field in row:
-                on = f", mesh {row['mesh']}" if "mesh" in row else ""
-                result[form.format_map(row) + on] = row[field] * unit
+                by = f", {row['scorer']}" if row.get("scorer") else ""
+                result[form.format_map({**row, "by": by}) + on(row)] = row[field] * unit
     return result

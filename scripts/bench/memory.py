@@ -59,6 +59,7 @@ _independent = functools.partial(SelectionConfig, encoding="independent")
 _all_masked = _select(masked_copies=None, encode_batch=4, top_k=2)
 _by_attention = _select(encoding="bridge", bridge_tokens="attention", top_k=8)
 SETTINGS = {
+    "joint, 8 chunks": Setting(8),
     "joint, 32 chunks": Setting(32),
     "joint, K = 16, query of 256": Setting(32, query=256, select=_select(top_k=16)),
     "joint, leave-one-out": Setting(16, select=_all_masked, decode=LONG),
@@ -82,8 +83,8 @@ SETTINGS = {
 
 OPTIONS = MODEL | {
     "--settings": (tuple(SETTINGS), ""),
-    "--weights": ("full", "full, fp8 or int8"),
     "--layers": (int, "of the model, instead of its own number"),
+    "--weights": ("full", "their format: full, fp8 or int8"),
     "--chunk-size": (1024, ""),
     "--compiled": (False, "what the compiler says as well"),
     "--target": (Path, "compile for a device that is not there"),
@@ -95,7 +96,7 @@ class Measured:
 
     def __init__(self, args: argparse.Namespace, setting: Setting):
         self.target, self.setting = args.target, setting
-        self.config = dataclasses.replace(model_config(args), weight_format=args.weights)
+        self.config = model_config(args, args.weights)
         if args.layers is not None:
             self.config = dataclasses.replace(self.config, n_layers=args.layers)
         self.settings: dict[str, Any] = {"chunking": ChunkConfig(args.chunk_size)}

@@ -42,7 +42,9 @@ def main(args: argparse.Namespace) -> None:
     names = list(args.sections)
     if "ask" in names and "scoring" not in names:
         names.insert(names.index("ask"), "scoring")
-    Run(args).sections(SECTIONS, names)
+    run = Run(args)
+    for _ in run.formats():
+        run.sections(SECTIONS, names)
 
 
 def stream(run: Run) -> None:
@@ -64,7 +66,7 @@ def stream(run: Run) -> None:
     for chunks in run.args.stream:
         seconds, tokens = once(chunks), chunks * (run.args.chunk_size - 1)
         row = {"tokens": tokens, "seconds": seconds, "peak_bytes": peak()}
-        run.record["memory"][f"stream {chunks} chunks"] = row
+        run.record["memory"][f"stream {chunks} chunks{run.on}"] = row
         run.say(f"stream {tokens} tokens: {seconds:.2f} s, peak {peak() / 1e9:.2f} GB")
 
 

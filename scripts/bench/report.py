@@ -24,6 +24,9 @@ SECTIONS = tomllib.loads(TABLES)["section"]
 BEGIN, END = "<!-- speed: made by scripts/benchmark.py report -->", "<!-- end of speed -->"
 PAGE = ROOT / "docs" / "performance.md"
 
+DEFAULT_SCORER = "draft"  # of records that do not name it
+WEIGHTS = {"full": "bf16", "fp8": "fp8", "int8": "int8"}
+
 # Picture: its record, and how it is drawn.
 PICTURES: dict[str, tuple[str, Callable[[Record], Any]]] = {
     "kernel": ("kernel_h100", pictures.kernel),
@@ -112,8 +115,20 @@ def section(settings: Mapping[str, Any], records: Mapping[str, Record]) -> Itera
     for name in settings["records"]:
         if name in records:
             rows = ROWS.get(settings["rows"], plain(settings["rows"]))(records[name])
+            rows = beside(rows, settings.get("beside"), records)
             yield from ("", f"`{name}.json`", "")
             yield from table(settings["heads"], settings["cells"], rows)
+
+
+def beside(
+    rows: Iterable[Row], join: Mapping[str, Any] | None, records: Mapping[str, Record]
+) -> Iterator[Row]:
+    """Adds to each row the fields of another record's row that agrees with it in some keys."""
+    keys, others = (join["keys"], records[join["record"]]["rows"]) if join else ((), ())
+    for row in rows:
+        named = {key: row.get(key) for key in keys}
+        same = [other for other in others if named.items() <= other.items()]
+        yield {**row, **(same[0] if same else {})}
 
 
 def conditions(records: Mapping[str, Record]) -> Iterator[str]:
@@ -130,7 +145,10 @@ def conditions(records: Mapping[str, Record]) -> Iterator[str]:
 
 def plain(key: str) -> Callable[[Record], Iterator[Row]]:
     """Returns the rows under a key, each with the record's fields."""
-    return lambda record: ({**record, **row} for row in record[key])
+    return lambda record: (
+        {**record, **row, "weights": WEIGHTS[row.get("weights", "full")]}
+        for row in record.get(key, ())
+    )
 
 
 def _versus(row: dict[str, Any], others: Mapping[str, Row], field: str) -> Row:
@@ -141,12 +159,22 @@ def _versus(row: dict[str, Any], others: Mapping[str, Row], field: str) -> Row:
 
 
 def _requests(record: Record) -> Iterator[Row]:
-    cases: dict[tuple[int, int], dict[str, Row]] = {}
+    """Ours beside the baselines in the same format, and as "16-bit ..." beside those in 16 bits."""
+    cases: dict[tuple[int, int], list[Row]] = {}
     for row in record["end_to_end"]:
-        cases.setdefault((row["prompt_tokens"], row["tokens"]), {})[row["method"]] = row
-    for _, by_method in sorted(cases.items()):
-        ours = by_method.pop("prefilling")
-        yield _versus({**ours, **ours["phases"]}, by_method, "seconds")
+        cases.setdefault((row["prompt_tokens"], row["tokens"]), []).append(row)
+    for _, rows in sorted(cases.items()):
+        ours = [row for row in rows if row["method"] == "prefilling"]
+        baselines = {(x.get("weights", "full"), x["method"]): x for x in rows if x not in ours}
+        for row in ours:
+            weights, by = row.get("weights", "full"), row.get("scorer", DEFAULT_SCORER)
+            if by == "heads":
+                by += f", {record['head_layers']} of {record['model']['n_layers']} layers"
+            result = {**row, **row["phases"], "weights": WEIGHTS[weights], "scored by": by}
+            for mark, kind in (("", weights), ("16-bit ", "full")):
+                same = {f"{mark}{name}": x for (of, name), x in baselines.items() if of == kind}
+                _versus(result, same, "seconds")
+            yield result
 
 
 def _meshes(record: Record) -> Iterator[Row]:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,8 +17,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from bench.record import Record, clock, spread
+from pallas_kernels import Scaled, quantise
+from pallas_kernels.scaled import EightBits
 from pdllm_jax import ChunkConfig, MaskPredictor, ModelConfig, SelectionConfig, chunk_prompt
-from pdllm_jax.network.config import PRESETS
+from pdllm_jax.network.config import PRESETS, WeightFormat
 from pdllm_jax.network.sharding import mesh_name
 
 # The request that benchmarks time: 4 chunks kept, a question of 32 tokens, blocks of 32.
@@ -33,6 +35,7 @@ MODEL_OPTIONS = MODEL | {
     "--chunk-size": (1024, ""),
     "--repeats": (3, ""),
     "--limit": (math.inf, "seconds in all"),
+    "--weights": (["full"], "formats of the weights, full, fp8 or int8: all sections with each"),
 }
 
 
@@ -44,7 +47,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.start = args, time.monotonic()
-        config = model_config(args)
+        config = model_config(args, args.weights[0])
         self.model = cheap_model(config)
         # A model with a logit shift is asked as in the paper: one causal copy of the question.
         self.select = SelectionConfig.paper() if config.logit_shift else SELECT
@@ -52,6 +55,14 @@ class Run:
         self.record |= {name: {} for name in ("seconds", "ratios", "compile_seconds", "memory")}
         self.record["left_out"] = []
         self.say("weights are drawn")
+
+    def formats(self) -> Iterator[WeightFormat]:
+        """Yields the formats of --weights, the same random weights in each of them in turn."""
+        for weights in self.args.weights:
+            if weights != self.model.config.weight_format:
+                del self.model  # frees the weights before
+                self.model = cheap_model(model_config(self.args, weights))
+            yield weights
 
     def prompt(self, chunks: int, query: int = QUERY, seed: int = 0):
         """Returns a random prompt whose chunks are all full."""
@@ -71,15 +82,16 @@ class Run:
         return result
 
     def keep(self, name: str, seconds: list[float]) -> None:
-        """Records median, least and most."""
+        """Records median, least and most, under the name and what it says of the model."""
+        name += self.on
         row = self.record["seconds"][name] = spread(seconds)
         figures = "{:9.1f} ms [{:.1f}, {:.1f}]".format(*(1e3 * value for value in row.values()))
         self.say(f"{name:52} {figures}")
 
     def note(self, name: str, value: float) -> None:
-        """Records a ratio or a rate."""
-        self.record["ratios"][name] = value
-        self.say(f"{name:52} {value:9.3f}")
+        """Records a ratio or a rate, under the name and what it says of the model."""
+        self.record["ratios"][name + self.on] = value
+        self.say(f"{name + self.on:52} {value:9.3f}")
 
     def say(self, text: str) -> None:
         """Prints a line with the time since the start, and writes the record."""
@@ -94,7 +106,7 @@ class Run:
         return late
 
     def median(self, name: str) -> float:
-        return self.record["seconds"][name]["median"]
+        return self.record["seconds"][name + self.on]["median"]
 
     def sections(self, table: dict[str, Callable[[Run], None]], names: list[str]) -> None:
         """Runs sections in order until --limit."""
@@ -103,17 +115,24 @@ class Run:
                 table[name](self)
 
     @property
-    def of_mesh(self) -> dict[str, str]:
-        """{"mesh": its name, with "mosaic_gpu" where that makes the sums}; {} without one."""
-        if self.model.mesh is None:
-            return {}
-        sums = ", mosaic_gpu" if self.model.links is not None else ""
-        return {"mesh": mesh_name(self.model.mesh) + sums}
+    def of_model(self) -> dict[str, str]:
+        """{"weights": their format}; also "mesh": its name, with "mosaic_gpu" for its sums."""
+        of_model = {"weights": self.model.config.weight_format}
+        if self.model.mesh is not None:
+            sums = ", mosaic_gpu" if self.model.links is not None else ""
+            of_model["mesh"] = mesh_name(self.model.mesh) + sums
+        return of_model
 
     @property
     def on(self) -> str:
-        """What a row's name says of the model's mesh."""
-        return "".join(f", mesh {name}" for name in self.of_mesh.values())
+        """What a row's name says of the model."""
+        return on(self.of_model)
+
+
+def on(row: Mapping[str, Any]) -> str:
+    """Returns what a name says of a row's model: weights in 8 bits, and the mesh."""
+    weights, mesh = row.get("weights", "full"), row.get("mesh")
+    return f", {weights}" * (weights != "full") + f", mesh {mesh}" * (mesh is not None)
 
 
 def draw(rng: np.random.Generator, config: ModelConfig, length: int) -> np.ndarray:
@@ -122,9 +141,10 @@ def draw(rng: np.random.Generator, config: ModelConfig, length: int) -> np.ndarr
     return ids + (ids >= config.mask_token_id)
 
 
-def model_config(args: argparse.Namespace) -> ModelConfig:
+def model_config(args: argparse.Namespace, weights: WeightFormat = "full") -> ModelConfig:
     """Returns the config of args.model, or with args.tiny a tiny one."""
-    return ModelConfig.tiny() if args.tiny else ModelConfig.preset(args.model)
+    config = ModelConfig.tiny() if args.tiny else ModelConfig.preset(args.model)
+    return dataclasses.replace(config, weight_format=weights)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -137,11 +157,22 @@ def random_layers(shape: tuple[int, ...], key: jax.Array) -> jax.Array:
 def cheap_model(config: ModelConfig, dtype: DTypeLike = jnp.bfloat16) -> MaskPredictor:
     """Returns a model made without temporaries, so that it does not move the peak of the device.
 
-    Each weight is a hash of its place, with the spread of random weights.
+    Each weight is a hash of its place, with the spread of random weights; in 8 bits it is that
+    weight, rounded.
     """
     model = nnx.eval_shape(lambda: MaskPredictor(config, rngs=nnx.Rngs(0), dtype=dtype))
     graph, state = nnx.split(model)
-    state = jax.tree.map(lambda leaf: _fill(leaf.shape, jnp.dtype(leaf.dtype)), state)
+
+    def fill(part: Any) -> Any:
+        if not isinstance(part, dict):
+            return _fill(part.shape, jnp.dtype(part.dtype))
+        weight, scale = _scaled(part["weight"].shape, config.weight_format)
+        bias = {name: fill(part[name]) for name in part.keys() & {"bias"}}
+        return {**bias, "weight": weight, "scale": scale}
+
+    parts = nnx.to_pure_dict(state)
+    eight_bits = lambda part: isinstance(part, dict) and "scale" in part  # noqa: E731
+    nnx.replace_by_pure_dict(state, jax.tree.map(fill, parts, is_leaf=eight_bits))
     return nnx.merge(graph, jax.block_until_ready(state))
 
 
@@ -154,3 +185,8 @@ def _fill(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     bits = (bits ^ (bits >> 15)) * jnp.uint32(3266489917)
     uniform = (bits >> 8).astype(jnp.float32) / (1 << 24) - 0.5
     return (uniform * (12 / shape[1]) ** 0.5).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "bits"))
+def _scaled(shape: tuple[int, ...], bits: EightBits) -> Scaled:
+    return quantise(_fill(shape, jnp.bfloat16), bits)

@@ -74,7 +74,9 @@ def test_ragged_requests_are_answered_as_if_each_were_alone(model, encoding):
 
 
 # test_combinations.py has more of them, greedy, against the definition.
-SLOW_CHOICES = [
+CHOICES = [
+    {"scorer": "all"},  # identity 1: for one request in tests/method/test_prefill.py
+    {"encoding": "independent", "top_k": 11, "keep_tokens": 12},  # identity 6
     {"scorer": "confidence", "positions": "absolute", "max_k": 4, "margin": 1.0},
     {"scorer": "attention", "encoding": "independent"},
     {"scorer": "random", "encoding": "independent", "keep_tokens": 8},
@@ -83,14 +85,9 @@ SLOW_CHOICES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "change",
-    [
-        *(pytest.param(change, marks=pytest.mark.slow) for change in SLOW_CHOICES),
-        {"scorer": "all"},  # identity 1: for one request in tests/method/test_prefill.py
-        {"encoding": "independent", "top_k": 11, "keep_tokens": 12},  # identity 6
-    ],
-    ids=lambda change: "+".join(f"{k}={v}" for k, v in change.items()),
+    "change", CHOICES, ids=lambda change: "+".join(f"{k}={v}" for k, v in change.items())
 )
 def test_every_choice_is_the_same_in_a_batch(model, change):
     """Of two documents that have to be chosen from; one that is kept whole is above."""
@@ -200,7 +197,8 @@ def test_a_request_that_is_done_reads_no_chunk(model):
     assert got.evaluations.tolist() == [0, 8]
 
 
-@pytest.mark.parametrize("method", ["prefilling", "plain"])
+# test_streaming.py has answers of the method "prefilling" by default.
+@pytest.mark.parametrize("method", [pytest.param("prefilling", marks=pytest.mark.slow), "plain"])
 def test_finished_blocks_are_handed_out(model, method):
     config = DecodeConfig(gen_length=16, block_length=4, temperature=2.0)
     engine = engine_of(model, method=method, decoding=config)
@@ -341,6 +339,7 @@ def test_what_does_not_fit_is_named(model):
             call()
 
 
+@pytest.mark.slow  # for one request in tests/method/test_denoise.py
 def test_a_step_by_hand_serves_a_batch(model):
     prompts = batch_prompts([prompt_of(request) for request in RAGGED[:2]])
     cache, scores = prefill(model, prompts, SELECT)
@@ -354,23 +353,6 @@ def test_a_step_by_hand_serves_a_batch(model):
     np.testing.assert_array_equal(
         state.tokens, denoise(model, cache, begin(), config=DECODE).tokens
     )
-
-
-@pytest.mark.parametrize("recompute", ["response", "suffix", "block"])
-def test_the_baselines_in_a_ragged_batch(model, recompute):
-    """Identity 2 and its cached kin: LLaDA's generation of prompts of different lengths at once."""
-    config = dataclasses.replace(DECODE, recompute=recompute)
-    prompts = [np.concatenate([x.prefix, x.context, x.question]) for x in RAGGED[:3]]
-    rows = np.zeros((3, max(map(len, prompts))), np.int32)
-    for row, prompt in zip(rows, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    key = jax.random.key(0)
-    keys, lengths = jnp.stack([key] * 3), jnp.array([len(prompt) for prompt in prompts])
-    state = init_denoise(model, None, None, jnp.asarray(rows), config, keys, query_length=lengths)
-    together = denoise(model, None, state, config=config)
-    for row, prompt in zip(together.tokens, prompts, strict=True):
-        alone = init_denoise(model, None, None, jnp.asarray(prompt)[None], config, key[None])
-        np.testing.assert_array_equal(row, denoise(model, None, alone, config=config).tokens[0])
 
 
 def test_leave_one_out_in_a_batch(model):

@@ -48,7 +48,7 @@ def answer(model, method, *parts, decode=DECODE, selection=SELECT, seed=0):
     return generate_ids(model, *parts, method=method, seed=seed, **settings)
 
 
-@pytest.mark.parametrize("encoding", ["joint", "independent"])
+@pytest.mark.parametrize("encoding", ["joint", pytest.param("independent", marks=pytest.mark.slow)])
 def test_compiles_once_and_consumes_its_state(model, encoding):
     traces = []
     original = MaskPredictor.run
@@ -84,7 +84,14 @@ def test_compiles_once_and_consumes_its_state(model, encoding):
     assert not jax.tree.leaves(model)[0].is_deleted()
 
 
-@pytest.mark.parametrize("method", ["prefilling", "plain", "prefix-cache", "dual-cache"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "prefilling",
+        "dual-cache",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "prefix-cache")),
+    ],
+)
 def test_a_second_generate_of_the_same_bucket_compiles_nothing(model, method):
     def run(n_context, n_query, seed):
         parts = ids(5), ids(n_context, seed), ids(n_query, seed)
@@ -117,7 +124,7 @@ def test_the_loop_on_the_device_equals_single_steps(model, encoding):
     ("encoding", "rule"),
     [
         ("joint", {}),
-        ("independent", {"threshold": 0.02}),
+        pytest.param("independent", {"threshold": 0.02}, marks=pytest.mark.slow),
         pytest.param("independent", {}, marks=pytest.mark.slow),
         pytest.param("joint", {"threshold": 0.02}, marks=pytest.mark.slow),
     ],
@@ -147,7 +154,9 @@ def test_requests_of_a_batch_do_not_touch_each_other(model, encoding, rule):
     assert together.tokens[0].tolist() != together.tokens[1].tolist()
 
 
-@pytest.mark.parametrize("method", ["prefilling", "plain", "dual-cache"])
+@pytest.mark.parametrize(
+    "method", ["prefilling", "plain", pytest.param("dual-cache", marks=pytest.mark.slow)]
+)
 def test_a_stop_token_ends_the_text_with_its_block(model, method):
     config = DecodeConfig(gen_length=16, block_length=4, temperature=2.0)  # tokens that differ
 

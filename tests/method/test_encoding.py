@@ -16,6 +16,7 @@ from pdllm_jax.config import DecodeConfig, SelectionConfig
 from pdllm_jax.method.cache import Positions
 from pdllm_jax.method.chunking import chunk_prompt
 from pdllm_jax.method.denoise import denoise
+from pdllm_jax.method.encodings import ENCODINGS
 from pdllm_jax.method.live_forward import Context, query_rows
 from pdllm_jax.method.prefill import prefill, prefill_top_k
 from pdllm_jax.method.selection import select
@@ -30,9 +31,14 @@ DECODE = DecodeConfig(gen_length=G, block_length=G, recompute="response")
 ONE_STEP = dataclasses.replace(DECODE, steps=1)
 CACHED = dataclasses.replace(DECODE, recompute="block")
 SELECT = SelectionConfig(top_k=3, scorer="last", encode_batch=2)
-ENCODINGS = pytest.mark.parametrize(
-    "encoding", ["joint", "independent", "query-conditioned", "bridge"]
-)
+
+
+def encodings(*default: str):
+    """All encodings; those that are not named are slow."""
+    return pytest.mark.parametrize(
+        "encoding",
+        [pytest.param(x, marks=[pytest.mark.slow] * (x not in default)) for x in ENCODINGS],
+    )
 
 
 def begun(model, parts, decode=DECODE, chunking=CHUNKS, **changes):
@@ -192,7 +198,7 @@ def test_kept_tokens_are_the_defined_ones(model, parts, count, anchors, by):
     np.testing.assert_array_equal(state.pool.lengths, [min(count, len(c)) for c in chunks])
 
 
-@ENCODINGS
+@encodings("joint", "query-conditioned")
 def test_keeping_all_tokens_is_a_no_op(model, parts, encoding):
     """Identity 6, bit for bit; and one token fewer is not."""
     changes = {"encoding": encoding, "bridge_share": 0.25}
@@ -236,7 +242,7 @@ def test_attention_of_padding_and_empty_slots_is_none(model, parts):
         assert np.isneginf(attention[n:]).all()
 
 
-@ENCODINGS
+@encodings("independent", "bridge")
 def test_positions(model, parts, encoding):
     """Where chunks and query lie; and that a shift of everything alike changes nothing."""
     starts = {}

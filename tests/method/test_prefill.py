@@ -190,7 +190,7 @@ def test_independent_block_recompute_starts_from_the_same_logits(model, prompt):
     np.testing.assert_array_equal(first[0], first[2])
 
 
-@pytest.mark.parametrize("encoding", ["joint", "independent"])
+@pytest.mark.parametrize("encoding", ["joint", pytest.param("independent", marks=pytest.mark.slow)])
 def test_top_k_of_all_chunks_is_a_no_op(model, prompt, encoding):
     decode = DecodeConfig(gen_length=8, block_length=8, steps=4)
     runs = []
@@ -237,7 +237,9 @@ def test_random_scores_follow_the_key_and_not_the_bucket(model, prompt):
     assert np.isneginf(wide[n:]).all()
 
 
-@pytest.mark.parametrize("scorer", ["draft", "query", "confidence"])
+@pytest.mark.parametrize(
+    "scorer", ["draft", "query", pytest.param("confidence", marks=pytest.mark.slow)]
+)
 def test_a_later_question_gets_the_scores_of_the_pass_over_the_document(
     model, parts, prompt, scorer
 ):
@@ -277,8 +279,8 @@ def test_attention_scores_are_shares_of_the_attention_to_the_document(model, pro
     np.testing.assert_allclose(prefill(model, twice, config)[1], 0.5, atol=1e-5)
 
 
-STREAMED = [("draft", True, 3), ("draft", False, 9)]
-STREAMED += [pytest.param("draft", False, 1, marks=pytest.mark.slow)]
+STREAMED = [("draft", True, 3)]
+STREAMED += [pytest.param("draft", False, k, marks=pytest.mark.slow) for k in (1, 9)]
 STREAMED += [("random", True, 3), ("first", False, 3), ("last", True, 1)]
 
 

@@ -142,7 +142,7 @@ def test_scores_are_the_defined_ones(model, parts, prompt, scorer, copies):
     assert np.abs(later[1] - later[0])[:n].min() > 1e-3
 
 
-@pytest.mark.parametrize("scorer", ["causal", "chunk-draft"])
+@pytest.mark.parametrize("scorer", [pytest.param("causal", marks=pytest.mark.slow), "chunk-draft"])
 def test_a_prompt_in_a_batch_scores_as_alone(model, parts, scorer):
     """Other prefix, document, query and lengths; without a prefix in front of the first chunk."""
     prefix, context, query = parts
@@ -214,11 +214,9 @@ def test_the_papers_settings():
     assert SelectionConfig.from_flat(**paper.to_flat()) == paper
 
 
-# tests/scripts/test_reproduce.py answers with both too.
-@pytest.mark.parametrize(
-    "settings",
-    [SelectionConfig.paper, pytest.param(SelectionConfig.paper_retained, marks=pytest.mark.slow)],
-)
+# tests/scripts/test_reproduce.py answers with both; test_combinations.py asks later and re-selects.
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [SelectionConfig.paper, SelectionConfig.paper_retained])
 def test_an_engine_answers_with_the_papers_settings(model, parts, settings):
     """Re-selected and asked later, too."""
     prefix, context, query = parts

@@ -34,9 +34,10 @@ from pdllm_jax.method.prefill import prefill_top_k
 from pdllm_jax.method.scoring import draft_response
 from pdllm_jax.network.rope import rotate, rotation
 from small_model import corpus, tasks
-from tests.small_model.test_training import CONFIG, encode, held_out_side, make_corpora  # noqa: F401
+from tests.small_model.test_training import encode, held_out_side, make_corpora  # noqa: F401
 from tests.support.ablation import answer_all
 from tests.support.method import sharpen
+from tests.support.small_network import CONFIG
 
 PAIR = ("passkey", "number_string")
 CELL = Cell(length=320, chunk_size=64, top_k=2, tasks=PAIR, draft_length=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -14,7 +15,21 @@ import benchmark
 import jax
 import numpy as np
 import pytest
-from bench import cold, compare, compiled, disk, kernel, memory, method, record, report, run, speed
+from bench import (
+    ahead,
+    cold,
+    compare,
+    compiled,
+    disk,
+    kernel,
+    memory,
+    method,
+    profiling,
+    record,
+    report,
+    run,
+    speed,
+)
 from flax import nnx
 
 from convert import convert
@@ -123,13 +138,56 @@ def test_method_times_phases_and_compares_them(tmp_path):
 def test_speed_records_the_step_beside_its_floor(tmp_path):
     out = tmp_path / "speed.json"
     words = "--tiny --chunk-size 16 --cached 2 --documents 2 --repeats 1 --sections step prefill"
+    words += " --weights full fp8 --scorers random"
     speed.main(parsed("speed", *words.split(), "--out", out))
     result = json.loads(out.read_text())
-    (row,) = result["step"]
-    assert row["times_floor"] == pytest.approx(row["ms"] / row["ms_floor"])
+    full, fp8 = result["step"]
+    assert full["times_floor"] == pytest.approx(full["ms"] / full["ms_floor"])
+    assert fp8["ms_floor"] < full["ms_floor"]
     times = compare.times(result)
-    assert times["step, 32 cached"] == pytest.approx(row["ms"] / 1e3)
-    assert {"draft", "score 2 chunks", "step, 32 cached, from Python"} < times.keys()
+    assert times["step, 32 cached"] == pytest.approx(full["ms"] / 1e3)
+    assert {"step, 32 cached, fp8", "score 2 chunks, random, fp8"} < times.keys()
+    assert "step, 32 cached, from Python" in times
+
+
+def test_requests_compile_nothing_that_was_compiled_ahead(monkeypatch, caplog):
+    words = "speed --tiny --chunk-size 16 --requests 4x32 --scorers first"
+    monkeypatch.setattr(speed.Run, "say", lambda *_: None)
+    running = speed.Run(parsed(*words.split()))
+    case, requests = speed.cases(running)[0], speed.Requests(running)
+    programs = ahead.Programs()
+    programs.find([functools.partial(requests.answer, case)] * 2)
+    assert len(programs) == 4  # draft, pass, encoding, decoding
+    named = [f"Compiling jit({name})" for name in ("prefill", "init_denoise", "denoise")]
+    jax.config.update("jax_log_compiles", True)  # in all threads
+    try:
+        programs.compile()
+        assert all(name in caplog.text for name in named)
+        caplog.clear()
+        requests.answer(case)
+        assert not any(name in caplog.text for name in named)
+    finally:
+        jax.config.update("jax_log_compiles", False)
+
+
+def test_requests_are_compared_in_one_precision_and_with_16_bits():
+    times = {("full", "prefilling"): 2, ("full", "plain"): 8}
+    times |= {("fp8", "prefilling"): 1, ("fp8", "plain"): 5}
+    shared = {"prompt_tokens": 32, "tokens": 8, "phases": {}}
+    rows = [
+        {**shared, "weights": weights, "method": method, "seconds": seconds}
+        for (weights, method), seconds in times.items()
+    ]
+    full, fp8 = report.ROWS["requests"]({"end_to_end": rows})
+    assert (full["weights"], full["plain x"], full["16-bit plain x"]) == ("bf16", 4, 4)
+    assert (fp8["weights"], fp8["plain x"], fp8["16-bit plain x"]) == ("fp8", 5, 8)
+
+
+def test_kernels_are_ranked_by_time():
+    events = [(f"gemm_{i}", 1.0) for i in range(3)] + [("copy.1", 2.0)]
+    rows = profiling.table(events, 10.0, 2)
+    assert [row["kernel"] for row in rows] == ["gemm", "copy", "no kernel"]
+    assert [(row["count"], row["ms"]) for row in rows] == [(1.5, 1.5), (0.5, 1.0), (0.5, 2.5)]
 
 
 def test_memory_plans_and_compiles_a_setting():
@@ -187,6 +245,10 @@ def test_cheap_weights_have_the_spread_of_random_weights():
     for ours, theirs in zip(jax.tree.leaves(model), jax.tree.leaves(drawn), strict=True):
         assert ours.shape == theirs.shape
         assert float(ours.std()) == pytest.approx(float(theirs.std()), rel=0.1)
+    config = dataclasses.replace(ModelConfig.tiny(), weight_format="int8")
+    ours, full = (x.blocks[1].down_proj for x in (run.cheap_model(config), model))
+    step = np.asarray(ours.scale[...])[:, None]
+    assert (abs(ours.operand.restore(np.float32) - full.weight[...]) <= step).all()
 
 
 def test_reports_of_the_compiler_are_parsed():

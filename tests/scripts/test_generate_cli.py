@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 
+import generate
 import numpy as np
 import pytest
 
@@ -24,12 +25,7 @@ from pdllm_jax import (
     load_model,
 )
 from pdllm_jax.cli import flags
-from tests.conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import generate
-
-from pdllm_jax.cli.commands import Stream, before_stop, parser_of
+from pdllm_jax.cli.commands import parser_of
 
 PROMPT = {"prefix": [256, 5, 6], "context": list(range(60)), "query": [9, 8, 7]}
 SMALL = ["--gen-length=8", "--chunk-size=16", "--top-k=2", "--draft-length=2", "--encode-batch=2"]
@@ -186,32 +182,6 @@ def test_streamed_blocks_make_the_same_output(ask, method):
     plain, streamed = ask(*settings), ask(*settings, "--stream")
     assert (plain[0], streamed[0]) == (0, 0), streamed[2]
     assert plain[1].split("seconds:")[0] == streamed[1].split("seconds:")[0]
-
-
-class Spelling:
-    """A tokenizer of bytes."""
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(i for i in ids if i < 255).decode(errors="replace")
-
-
-def test_a_stream_writes_whole_characters_and_what_has_changed(capsys):
-    stream = Stream()
-    stream.tokenizer = Spelling()
-    seen = []
-    for piece in ([65, 0xC3], [0xA4, 66], [67]):
-        stream(0, len(seen), piece)
-        seen.append(capsys.readouterr().out)
-    assert seen == ["A", "\u00e4B", "C"]
-    stream.finish("A\u00e4BC and more")
-    assert capsys.readouterr().out == " and more\n"
-    stream.finish("A\u00e4XC")
-    assert capsys.readouterr().out == "\nA\u00e4XC\n"
-    bare = Stream()
-    bare(0, 0, [3, 4])
-    bare(0, 1, [5])
-    bare.finish("3 4 5 6")
-    assert capsys.readouterr().out == "3 4 5 6\n"
 
 
 def test_a_pytorch_folder_is_converted_once(ask, tmp_path):
@@ -427,15 +397,3 @@ def test_stop_texts_cut_the_text_and_nothing_else(ask, monkeypatch):
         assert stopped[name] == complete[name]
     streamed = ask(*settings, "--block-length=32", "--stream", *stops)[1]
     assert streamed.startswith(f"{cut}\nchunks kept")
-
-
-def test_a_stream_holds_back_what_may_begin_a_stop(capsys):
-    stream = Stream(["BCD", "CX"])
-    stream.tokenizer = Spelling()
-    seen = []
-    for piece in (b"AB", b"C", b"E", b"BC", b"DA"):
-        stream(0, len(seen), list(piece))
-        seen.append(capsys.readouterr().out)
-    assert seen == ["A", "", "BCE", "", ""]
-    stream.finish(before_stop("ABCEBCDA", stream.stops))
-    assert capsys.readouterr().out == "\n"

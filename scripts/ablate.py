@@ -4,12 +4,15 @@
   scripts/ablate.py run [CHECKPOINT] --out DIR [--grid main depth ...] [--time-limit SECONDS]
   scripts/ablate.py run --out DIR --quick                on a CPU, in minutes
   scripts/ablate.py report DIR/ablation.json             docs/results.md and pictures
+  scripts/ablate.py report benchmarks/ablation.json --add DIR/ablation.json
 
 `run` answers the same examples under every setting of the grids and records each answer in
 DIR/records.jsonl. The same command goes on where it stopped, even if it was killed. It ends by
 writing DIR/ablation.json: accuracy with intervals, paired tests, checks. CHECKPOINT is a converted
 or a PyTorch folder; the default is the small model (assembled as the quickstart does: pip fetches
-its base once). Without --corpora the texts are the repository's and Python's pydoc.
+its base once). Without --corpora the texts are the repository's and Python's pydoc. The scorer "heads"
+is calibrated first, on the tasks that its cells are not tested on (DIR/calibrations; an existing
+calibration is kept). `report --add` puts another run beside the record's own: same model and dtype.
 
 Exit status: 0, also where the time limit came first; 1 a failed check; 2, one line, for bad input;
 130 when interrupted.
@@ -66,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     add("--processes", type=int, default=1, help="that share the GPUs")
     sub = commands.add_parser("report", help="write up a run")
     sub.add_argument("record", type=Path, help="ablation.json")
+    sub.add_argument("--add", type=Path, help="ablation.json of a run to put into the record")
     sub.add_argument("--results", type=Path, default=ROOT / "docs" / "results.md")
     sub.add_argument("--pictures", type=Path, default=ROOT / "docs" / "pictures")
     return p
@@ -115,9 +119,11 @@ def load_bench(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     else:
         texts = corpus.from_repository(backend)
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    model = load_model(folder, dtype=dtype)
+    load = partial(load_model, folder, dtype=dtype)
+    model = load()
     size = sum(leaf.size for leaf in jax.tree.leaves(model))
-    bench = Retrieval(model, tokenizer, texts, args.first, args.implementation)
+    ways = {"folder": args.out, "load": lambda weights: load(weights=weights)}
+    bench = Retrieval(model, tokenizer, texts, args.first, args.implementation, **ways)
     note = {"processes": args.processes, "encode_batch": bench.encode_batch, "parameters": size}
     return bench, {**conditions(), **note}
 
@@ -137,6 +143,16 @@ def answer_cells(
         run(work, records, **counts, **settings, labels=labels)
 
 
+def calibrate(args: argparse.Namespace, cells: list[Cell], loaded: Any = None) -> None:
+    """Calibrates what the cells need and the run's folder lacks."""
+    from experiments.calibrating import calibrate_heads, missing_calibrations
+
+    if wanted := missing_calibrations(args.out, cells):
+        bench, _ = loaded or load_bench(args)
+        for tested in wanted:
+            calibrate_heads(bench, tested)
+
+
 def prepare(args: argparse.Namespace) -> None:
     """Converts the checkpoint in a process that opens no GPU."""
     import jax
@@ -152,13 +168,20 @@ def answer_share(args: argparse.Namespace, index: int, cells: list[Cell]) -> Non
 
 def answer_in_processes(args: argparse.Namespace, cells: list[Cell]) -> int:
     """Answers what is missing in several processes; returns the worst exit status."""
+    from experiments.calibrating import missing_calibrations
     from experiments.retrieval import share_cells
 
-    converting = start(partial(status, partial(prepare, args)))
-    converting.join()
+    calls = [partial(prepare, args)]
+    if missing_calibrations(args.out, cells):
+        calls.append(partial(calibrate, args, cells))
+    for call in calls:
+        process = start(partial(status, call))
+        process.join()
+        if process.exitcode:
+            return process.exitcode
     shares = enumerate(share_cells(cells, args.processes))
-    calls = [partial(status, partial(answer_share, args, *share)) for share in shares]
-    return converting.exitcode or run_processes(calls, args.out, len(cells) * args.wanted)
+    answers = [partial(status, partial(answer_share, args, *share)) for share in shares]
+    return run_processes(answers, args.out, len(cells) * args.wanted)
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -176,6 +199,7 @@ def run_command(args: argparse.Namespace) -> int:
     args.deadline = begun + args.time_limit
     if cells and args.processes == 1:
         loaded = load_bench(args)
+        calibrate(args, cells, loaded)
         answer_cells(args, *loaded, cells)
     elif cells and (code := answer_in_processes(args, cells)):
         print(f"error: a process ended with status {code}", file=sys.stderr)
@@ -215,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "report":
         from experiments.report import write_report
 
-        return status(lambda: write_report(args.record, args.results, args.pictures))
+        return status(lambda: write_report(args.record, args.results, args.pictures, args.add))
     return status(lambda: run_command(args))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from experiments import statistics
 from experiments.grids import DENSE, Cell
+from experiments.retrieval import holds_needle
 
 CONFIDENCE, QUANTILE = 0.999, 3.29
 Row = Mapping[str, Any]
@@ -64,7 +65,7 @@ def possible(cell: Cell, records: Records) -> Outcome:
     dense, most = cell.selection in DENSE, cell.selection_config().slots
 
     def conditions(record: Row) -> Iterator[bool]:
-        yield 1 <= record["evaluations"] <= len(record["tokens"])
+        yield not cell.selects_only <= record["evaluations"] <= len(record["tokens"])
         yield math.isfinite(record["seconds"]["total"]) and record["seconds"]["total"] > 0
         yield record["flops"] is None or sum(record["flops"].values()) > 0
         if dense:
@@ -148,6 +149,3 @@ def same_tokens(pairs: Sequence[tuple[Row, Row]]) -> Outcome:
     return other <= len(pairs) // 100, len(pairs), f"{other} answers differ"
 
 
-def holds_needle(record: Row) -> bool:
-    """Tells whether all chunks that hold the needle are kept."""
-    return set(record["needle"]) <= set(record["chunks"])

@@ -27,12 +27,13 @@ class Sizes:
 
 
 class Counter:
-    """Counts the operations of rows of a network. word: of a row's logits."""
+    """Counts the operations of rows of a network, or of its first layers. word: of a row's logits."""
 
-    def __init__(self, model: ModelConfig):
+    def __init__(self, model: ModelConfig, layers: int | None = None):
         d, kv = model.d_model, model.n_kv_heads * model.head_dim
-        self.row = 2 * model.n_layers * (2 * d * d + 2 * d * kv + 3 * d * model.mlp_hidden_size)
-        self.pair = 4 * model.n_layers * d
+        n = model.n_layers if layers is None else layers
+        self.row = 2 * n * (2 * d * d + 2 * d * kv + 3 * d * model.mlp_hidden_size)
+        self.pair = 4 * n * d
         self.word = 2 * d * model.embedding_size
 
     def __call__(self, rows: float, keys: float, words: float = 0) -> float:
@@ -41,10 +42,11 @@ class Counter:
 
 
 def answer_flops(
-    model: ModelConfig, cell: Cell, sizes: Sizes, evaluations: int
+    model: ModelConfig, cell: Cell, sizes: Sizes, evaluations: int, layers: int | None = None
 ) -> dict[str, float] | None:
     """Counts by phase: draft, score (the pass over the document), encode, decode.
 
+    layers: that the scorer runs, by default all.
     Returns None for re-selection: records do not say how much was encoded again.
     """
     count, response = Counter(model), sizes.response
@@ -62,10 +64,13 @@ def answer_flops(
     live = sizes.query + response
     view = sizes.prefix + sum(kept) + live
 
+    score = _pass(count, cell, scorer, sizes, Counter(model, layers))
     draft = encode = 0.0
     if scorer in ("draft", "causal"):
         rows = sizes.prefix + sizes.query + cell.draft_length
         draft = cell.draft_steps * count(rows, rows, cell.draft_length)
+    if cell.selects_only:
+        return {"draft": draft, "score": score, "encode": 0.0, "decode": 0.0}
 
     if cell.encoding == "joint":
         encode = count(view, view)
@@ -84,26 +89,29 @@ def answer_flops(
     decode = evaluations * count(response, view, response)
     if cell.encoding in ("independent", "query-conditioned"):
         decode += count(sizes.query, view)  # live KV of the query, in the first evaluation
-    score = _pass(count, cell, scorer, sizes)
     return {"draft": draft, "score": score, "encode": encode, "decode": decode}
 
 
-def _pass(count: Counter, cell: Cell, scorer: str, sizes: Sizes) -> float:
-    """Counts the pass over all chunks, with the query copies that run with each."""
+def _pass(count: Counter, cell: Cell, scorer: str, sizes: Sizes, asks: Counter) -> float:
+    """Counts the pass over all chunks, with the query copies that run with each.
+
+    asks: counts rows of the layers that the scorer runs.
+    """
     own = sizes.query + (0 if scorer == "query" else cell.draft_length)
     if scorer == "chunk-draft":
         conditioned = [sizes.prefix + chunk + own for chunk in sizes.chunks]
         cost = sum(count(rows, rows, cell.draft_length) for rows in conditioned)
         words = sizes.query + cell.draft_steps
         return cost + sum(count(1 + own, rows, words) for rows in conditioned)
-    pooled = cell.encoding in ("independent", "bridge") or scorer == "attention"
+    pooled, attends = cell.encoding in ("independent", "bridge"), scorer in ("attention", "heads")
     if not SCORERS[scorer].needs_pool and not pooled and cell.encoding == "joint":
         return 0.0
-    cost = count(sizes.prefix, sizes.prefix)
-    if SCORERS[scorer].in_pass or pooled:
-        cost += sum(count(chunk, sizes.prefix + chunk) for chunk in sizes.chunks)
-    if scorer == "attention":
-        cost += count(sizes.query, sizes.prefix + sum(sizes.chunks) + sizes.query)
+    passes = asks if attends and not pooled else count
+    cost = passes(sizes.prefix, sizes.prefix)
+    if SCORERS[scorer].in_pass or pooled or attends:
+        cost += sum(passes(chunk, sizes.prefix + chunk) for chunk in sizes.chunks)
+    if attends:
+        cost += asks(sizes.query, sizes.prefix + sum(sizes.chunks) + sizes.query)
     elif SCORERS[scorer].in_pass:
         drafted = dict.fromkeys(("draft", "causal"), sizes.query + cell.draft_steps)
         scored = {**drafted, "confidence": cell.draft_length}.get(scorer, sizes.query)

@@ -27,13 +27,17 @@ class Sizes:
 
 
 class Counter:
-    """Counts the operations of rows of a network, or of its first layers. word: of a row's logits."""
+    """Counts the operations of rows of a network, or of its first layers.
+
+    word: of a row's logits. key: of a row's keys in one layer.
+    """
 
     def __init__(self, model: ModelConfig, layers: int | None = None):
         d, kv = model.d_model, model.n_kv_heads * model.head_dim
         n = model.n_layers if layers is None else layers
         self.row = 2 * n * (2 * d * d + 2 * d * kv + 3 * d * model.mlp_hidden_size)
         self.pair = 4 * n * d
+        self.key = 2 * d * kv
         self.word = 2 * d * model.embedding_size
 
     def __call__(self, rows: float, keys: float, words: float = 0) -> float:
@@ -64,7 +68,7 @@ def answer_flops(
     live = sizes.query + response
     view = sizes.prefix + sum(kept) + live
 
-    score = _pass(count, cell, scorer, sizes, Counter(model, layers))
+    score = _pass(model, cell, scorer, sizes, layers)
     draft = encode = 0.0
     if scorer in ("draft", "causal"):
         rows = sizes.prefix + sizes.query + cell.draft_length
@@ -92,31 +96,36 @@ def answer_flops(
     return {"draft": draft, "score": score, "encode": encode, "decode": decode}
 
 
-def _pass(count: Counter, cell: Cell, scorer: str, sizes: Sizes, asks: Counter) -> float:
-    """Counts the pass over all chunks, with the query copies that run with each.
+def _pass(model: ModelConfig, cell: Cell, scorer: str, sizes: Sizes, layers: int | None) -> float:
+    """Counts the pass over the chunks, with the query copies that run with each.
 
-    asks: counts rows of the layers that the scorer runs.
+    Where scores come before the pass, it has the kept chunks alone, if their KV is read at all.
     """
-    own = sizes.query + (0 if scorer == "query" else cell.draft_length)
+    count, prefix, query = Counter(model), sizes.prefix, sizes.query
+    own = query + (0 if scorer == "query" else cell.draft_length)
     if scorer == "chunk-draft":
-        conditioned = [sizes.prefix + chunk + own for chunk in sizes.chunks]
+        conditioned = [prefix + chunk + own for chunk in sizes.chunks]
         cost = sum(count(rows, rows, cell.draft_length) for rows in conditioned)
-        words = sizes.query + cell.draft_steps
+        words = query + cell.draft_steps
         return cost + sum(count(1 + own, rows, words) for rows in conditioned)
-    pooled, attends = cell.encoding in ("independent", "bridge"), scorer in ("attention", "heads")
-    if not SCORERS[scorer].needs_pool and not pooled and cell.encoding == "joint":
-        return 0.0
-    passes = asks if attends and not pooled else count
-    cost = passes(sizes.prefix, sizes.prefix)
-    if SCORERS[scorer].in_pass or pooled or attends:
-        cost += sum(passes(chunk, sizes.prefix + chunk) for chunk in sizes.chunks)
-    if attends:
-        cost += asks(sizes.query, sizes.prefix + sum(sizes.chunks) + sizes.query)
-    elif SCORERS[scorer].in_pass:
-        drafted = dict.fromkeys(("draft", "causal"), sizes.query + cell.draft_steps)
-        scored = {**drafted, "confidence": cell.draft_length}.get(scorer, sizes.query)
+    cost = 0.0
+    if scorer in ("attention", "heads"):
+        asked, passed = Counter(model, layers), Counter(model, (layers or model.n_layers) - 1)
+        cost += sum(passed(chunk, prefix + chunk) + chunk * passed.key for chunk in sizes.chunks)
+        cost += asked(query, prefix + sum(sizes.chunks) + query)
+        cost += asked(prefix, prefix) if cell.encoding == "joint" else 0.0
+    if SCORERS[scorer].in_pass or cell.encoding != "joint":
+        cost += count(prefix, prefix)
+    if SCORERS[scorer].in_pass or cell.encoding in ("independent", "bridge"):
+        chunks = sizes.chunks
+        if not SCORERS[scorer].in_pass:
+            chunks = [sizes.chunks[i] for i in sizes.kept]
+        cost += sum(count(chunk, prefix + chunk) for chunk in chunks)
+    if SCORERS[scorer].in_pass:
+        drafted = dict.fromkeys(("draft", "causal"), query + cell.draft_steps)
+        scored = {**drafted, "confidence": cell.draft_length}.get(scorer, query)
         alone = scorer in ("causal", "confidence")
         copies = 1 if alone else (cell.masked_copies or scored)
         rows = copies * own + (scorer == "causal")  # and the chunk's last row again
-        cost += sum(count(rows, sizes.prefix + c + own, scored) for c in sizes.chunks)
+        cost += sum(count(rows, prefix + c + own, scored) for c in sizes.chunks)
     return cost

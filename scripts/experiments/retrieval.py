@@ -174,8 +174,8 @@ class Retrieval:
         engine, together = self.engine(cell), not cell.streamed
         run = select_alone if cell.selects_only else partial(answer, together=together)
         rows = zip(examples.items(), run(engine, requests), strict=False)
-        # Of a scorer that stops before the last layer.
-        layers = getattr(engine.selection.scorer, "layers", None)
+        heads = getattr(engine.selection.scorer, "heads", None)
+        layers = None if heads is None else 1 + max(layer for layer, _ in heads)
         return [self._record(cell, *item, answered, layers) for item, answered in rows]
 
     def _record(

@@ -28,6 +28,7 @@ from pdllm_jax import (
     denoise_step,
     init_denoise,
     prefill,
+    prefill_top_k,
     select_top_k,
 )
 from pdllm_jax.method.scoring import draft_response
@@ -175,6 +176,8 @@ PREFIX, QUERY, DRAFT, COUNT, SIZE = 32, 64, 16, 4, 64
         {"encoding": "bridge", "scorer": "query"},
         {"scorer": "confidence"},
         {"scorer": "attention"},
+        {"scorer": "heads", "selects_only": True},
+        {"scorer": "heads", "encoding": "independent"},
         {"masked_copies": None},
         {"selection": "first", "encoding": "independent"},
         {"selection": "all"},
@@ -183,7 +186,9 @@ PREFIX, QUERY, DRAFT, COUNT, SIZE = 32, 64, 16, 4, 64
 )
 def test_flops_are_the_products_of_the_traced_programs(model, change):
     cell = Cell(**{**CELL.settings(), "tasks": PAIR, "draft_length": DRAFT, **change}).canonical()
-    config = cell.selection_config(COUNT)
+    config, layers = cell.selection_config(COUNT), None
+    if cell.scorer == "heads":
+        config, layers = dataclasses.replace(config, heads=((0, 1),)), 1
     if cell.selection == "all":
         config = dataclasses.replace(config, top_k=COUNT)
     decode = DecodeConfig(gen_length=32, block_length=32, threshold=0.9)
@@ -202,9 +207,15 @@ def test_flops_are_the_products_of_the_traced_programs(model, change):
         counted["draft"] = traced(lambda m, p: draft_response(m, p, config), model, prompt)
         draft = jax.eval_shape(lambda: draft_response(model, prompt, config))
         draft = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), draft)
-    counted["score"] = traced(lambda m, p: prefill(m, p, config, draft=draft), model, prompt)
-    cache, scores = jax.eval_shape(lambda: prefill(model, prompt, config, draft=draft))
-    chosen = jax.eval_shape(lambda s: select_top_k(s, config.top_k), scores)
+
+    def choose(model, prompt):
+        if config.streams():
+            return prefill_top_k(model, prompt, config, draft=draft)[:2]
+        cache, scores = prefill(model, prompt, config, draft=draft)
+        return cache, select_top_k(scores, config.top_k)
+
+    counted["score"] = traced(choose, model, prompt)
+    cache, chosen = jax.eval_shape(choose, model, prompt)
 
     def begin(cache, chosen):
         inputs = model, cache, chosen, prompt.query, decode, jax.random.key(0)
@@ -217,7 +228,9 @@ def test_flops_are_the_products_of_the_traced_programs(model, change):
     )
     kept = range(COUNT) if cell.selection == "all" else range(cell.top_k)
     sizes = Sizes(PREFIX, QUERY, 32, COUNT * (SIZE - 1), [SIZE] * COUNT, list(kept))
-    want = answer_flops(model.config, cell, sizes, 1)
+    want = answer_flops(model.config, cell, sizes, 1, layers)
+    if cell.selects_only:
+        assert want.pop("encode") == want.pop("decode") == 0
     for phase, value in want.items():
         assert counted[phase] == pytest.approx(value, rel=0.02), phase
 

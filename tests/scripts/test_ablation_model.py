@@ -28,9 +28,9 @@ from pdllm_jax import (
     denoise_step,
     init_denoise,
     prefill,
-    prefill_top_k,
     select_top_k,
 )
+from pdllm_jax.method.prefill import prefill_top_k
 from pdllm_jax.method.scoring import draft_response
 from pdllm_jax.network.rope import rotate, rotation
 from small_model import corpus, tasks

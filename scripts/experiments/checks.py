@@ -63,11 +63,13 @@ def _none(records: Records, wrong: Callable[[Row], bool], what: str) -> Outcome:
 def possible(cell: Cell, records: Records) -> Outcome:
     """Checks that counts, times and ids of every record are in range."""
     dense, most = cell.selection in DENSE, cell.selection_config().slots
+    least = 0 if cell.selects_only else 1
 
     def conditions(record: Row) -> Iterator[bool]:
-        yield not cell.selects_only <= record["evaluations"] <= len(record["tokens"])
+        yield least <= record["evaluations"] <= len(record["tokens"])
         yield math.isfinite(record["seconds"]["total"]) and record["seconds"]["total"] > 0
-        yield record["flops"] is None or sum(record["flops"].values()) > 0
+        # Selecting alone may take no product.
+        yield record["flops"] is None or sum(record["flops"].values()) > 0 or not least
         if dense:
             return
         n, chunks, needle = record["n_chunks"], record["chunks"], set(record["needle"])

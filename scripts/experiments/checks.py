@@ -43,6 +43,8 @@ def _checks(
     if cell.selection != "top-k" or cell.reselect != "never" or cell.margin is not None:
         return
     yield "best scores are kept", best_kept(cell, records)
+    if cell.selects_only:
+        return
     oracle, everything = (cells.get(cell.selected_by(name), {}) for name in ("oracle", "all"))
     # Where a border cuts the needle, one part may be enough or not: recall cannot tell.
     if both := sorted(i for i in {*records} & {*oracle} if len(records[i]["needle"]) == 1):

@@ -61,6 +61,8 @@ def parser() -> argparse.ArgumentParser:
     add("--examples", type=int, help=counts)
     settings = "settings of all cells, where their grid does not vary them: chunk_size=1024"
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help=settings)
+    only = "answers cells with these settings alone: selection=random"
+    add("--where", nargs="+", default=[], metavar="NAME=VALUE", help=only)
     add("--first", type=seed, default=100_000, help="seed of the first example")
     dtypes = ("bfloat16", "float16", "float32")
     add("--dtype", choices=dtypes, help="float32 on CPUs, else bfloat16")
@@ -75,13 +77,13 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def changes_of(pairs: list[str]) -> dict[str, Any]:
+def changes_of(pairs: list[str], option: str = "--set") -> dict[str, Any]:
     """Returns NAME=VALUE pairs as settings of cells; values are JSON, or strings."""
     changes: dict[str, Any] = {}
     for pair in pairs:
         name, sign, value = pair.partition("=")
         if not sign or name not in Cell.__dataclass_fields__:
-            raise ValueError(f"--set needs NAME=VALUE with a cell's setting, got {pair!r}")
+            raise ValueError(f"{option} needs NAME=VALUE with a cell's setting, got {pair!r}")
         with contextlib.suppress(json.JSONDecodeError):
             value = json.loads(value)
         changes[name] = setting(name, value)
@@ -187,12 +189,14 @@ def answer_in_processes(args: argparse.Namespace, cells: list[Cell]) -> int:
 def run_command(args: argparse.Namespace) -> int:
     """Runs `ablate.py run`."""
     begun, changes, loaded = time.monotonic(), changes_of(args.set), None
+    where = changes_of(args.where, "--where").items()
     names = ["quick"] if args.quick else args.grid
     if "full" in names:
         names = [*(name for name in GRIDS if name != "quick"), *MEASUREMENTS]
     grids = [name for name in dict.fromkeys(names) if name in GRIDS]
     measurements = [name for name in MEASUREMENTS if name in names]
-    cells, quick = all_cells(grids, changes), "quick" in grids
+    asked, quick = all_cells(grids, changes), "quick" in grids
+    cells = [cell for cell in asked if all(getattr(cell, k) == value for k, value in where)]
     if args.examples is not None and args.examples < 1:
         raise ValueError(f"--examples must be at least 1, got {args.examples}")
     args.wanted = args.examples or (QUICK_EXAMPLES if quick else EXAMPLES)
@@ -222,10 +226,10 @@ def run_command(args: argparse.Namespace) -> int:
     record["command"] = " ".join(["scripts/ablate.py", *(words.get(w, w) for w in args.argv)])
     write_json(path, record)
     done = sum(cell["examples"] for cell in record["cells"].values())
-    print(f"{done} of {len(cells) * args.wanted} answers, {path}")
+    print(f"{done} of {len(asked) * args.wanted} answers, {path}")
     measured = all((record[name] or {}).get("complete") for name in measurements)
     if not (record["complete"] and measured):
-        print("stopped by the time limit: the same command goes on")
+        print("not complete: the same command goes on where the time limit stopped it")
     failed = [check["name"] for check in record["checks"] if not check["ok"]]
     for name in failed:
         print(f"check failed: {name}")

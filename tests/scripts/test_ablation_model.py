@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 pytest.importorskip("tokenizers")
-from experiments import measurements, retrieval, summary
+from experiments import calibrating, measurements, retrieval, summary
 from experiments.flops import Sizes, answer_flops
 from experiments.grids import Cell, Grid
 from experiments.records import Records
@@ -33,6 +33,7 @@ from pdllm_jax import (
 from pdllm_jax.method.prefill import prefill_top_k
 from pdllm_jax.method.scoring import draft_response
 from pdllm_jax.network.rope import rotate, rotation
+from pdllm_jax.rules import ConfigError
 from small_model import corpus, tasks
 from tests.small_model.test_training import CONFIG, encode, held_out_side, make_corpora  # noqa: F401
 from tests.support.ablation import answer_all
@@ -137,6 +138,29 @@ def test_a_run_end_to_end(tiny_bench, tmp_path, monkeypatch):
     alone = engine.answer([], ids, prefix=[], seed=2)
     assert row["tokens"] == alone.tokens
     assert row["evaluations"] == alone.evaluations
+
+
+def test_heads_are_calibrated_on_other_tasks_than_they_are_tested_on(tiny_bench, tmp_path):
+    """Selecting alone keeps what an answer keeps, with the heads that the run's folder holds."""
+    cell = dataclasses.replace(CELL, scorer="heads", selects_only=True).canonical()
+    bench = dataclasses.replace(tiny_bench, folder=tmp_path)
+    assert calibrating.missing_calibrations(tmp_path, [CELL, cell]) == [PAIR]
+    with pytest.raises(ConfigError, match="needs the model's retrieval heads"):
+        bench.records(cell, [0])
+    path = calibrating.calibrate_heads(bench, PAIR, [(cell.length, cell.chunk_size)])
+    assert path.parent.name == "magic_number+key_value"
+    assert calibrating.missing_calibrations(tmp_path, [cell]) == []
+    (made,) = calibrating.read_calibrations(tmp_path).values()
+    rows = bench.records(cell, [0, 1])
+    answered = bench.records(dataclasses.replace(cell, selects_only=False), [0, 1])
+    for row, full in zip(rows, answered, strict=True):
+        assert row["chunks"] == full["chunks"]
+        assert row["scores"] == full["scores"]
+        assert row["score"] == float({*row["needle"]} <= {*row["chunks"]})
+        assert row["flops"]["score"] == full["flops"]["score"]
+    assert made["layers"] == 1 + max(layer for layer, _ in made["heads"])
+    with pytest.raises(ConfigError, match="none is left to calibrate"):
+        calibrating.calibrate_heads(bench, tasks.TASKS)
 
 
 # ---- FLOPs, against the products of the traced programs

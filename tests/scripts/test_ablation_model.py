@@ -147,7 +147,7 @@ def test_heads_are_calibrated_on_other_tasks_than_they_are_tested_on(tiny_bench,
     assert calibrating.missing_calibrations(tmp_path, [CELL, cell]) == [PAIR]
     with pytest.raises(ConfigError, match="needs the model's retrieval heads"):
         bench.records(cell, [0])
-    path = calibrating.calibrate_heads(bench, PAIR, [(cell.length, cell.chunk_size)])
+    path = calibrating.calibrate_heads(bench, PAIR, [(1536, 64)])
     assert path.parent.name == "magic_number+key_value"
     assert calibrating.missing_calibrations(tmp_path, [cell]) == []
     (made,) = calibrating.read_calibrations(tmp_path).values()

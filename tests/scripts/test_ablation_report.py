@@ -292,6 +292,9 @@ def test_another_run_stands_beside_the_record(record, tmp_path, monkeypatch):
     note = {"device": "another device", "versions": {"jax": "1"}}
     cells = all_cells(["heads"])
     assert answer_all(Fake(batch=44), cells, 44, tmp_path, note=note)
+    made = {"heads": [[1, 0], [0, 3]], "layers": 2, "recall": 0.9, "recall_of_all": 0.5}
+    made |= {"head_recall": [[0.1], [0.2], [0.3]], "examples": 72}
+    write_json(tmp_path / "calibrations" / "passkey+magic_number" / "retrieval_heads.json", made)
     part = {**summary.summarise(tmp_path, ["heads"], 44), "command": "scripts/ablate.py run heads"}
     assert all(check["ok"] for check in part["checks"])
     twice = report.with_part(report.with_part(record, part), part)
@@ -303,6 +306,7 @@ def test_another_run_stands_beside_the_record(record, tmp_path, monkeypatch):
     reference = part["cells"][cells[0].key]
     assert reference["accuracy"] is None
     assert len(rows) == 1
+    assert "\n| passkey and magic number | 2 of 3 | 1.0, 0.3 | 72 | 90.0 | 50.0 |\n" in own
     assert f"| {tables.percent(reference['recall'])} |" in rows[0]
     assert rows[0].endswith("| 100.0 |"), "cost, of made-up records"
     assert own.split("### Do 8 bits cost accuracy?")[1].lstrip().startswith("Not measured")

@@ -134,7 +134,8 @@ def claim_rows(record: Record, claim: Mapping[str, Any]) -> list[list[str]]:
             row += [percent(x["accuracy"] or x["recall"]) for x in (reference, cell)]
             row += [difference(arm), p_value(arm["p_holm"]), str(arm["examples"]), verdict(arm)]
             if cell["accuracy"] is None:
-                row += [percent(x.get("recall_at_1")) for x in (reference, cell)]
+                names = "recall_uncut", "recall_at_1"
+                row += [percent(x.get(name)) for name in names for x in (reference, cell)]
                 row += [f"{100 * cell['flops']['total'] / reference['flops']['total']:.1f}"]
             if "middle_less_ends" in arm:
                 row += [interval(x.get("middle_less_ends")) for x in (reference, cell, arm)]
@@ -144,7 +145,8 @@ def claim_rows(record: Record, claim: Mapping[str, Any]) -> list[list[str]]:
 
 HEAD = ("setting", "reference, %", "arm, %", "difference, points", "p, Holm", "n", "shown")
 DEPTH = ("middle less ends: reference", "arm", "change")
-CHOICE = ("recall at 1: reference, %", "arm, %", "TFLOP, % of the reference")
+CHOICE = ("uncut needles: reference, %", "arm, %", "recall at 1: reference, %", "arm, %")
+CHOICE += ("TFLOP, % of the reference",)
 
 
 CALIBRATED = ("heads calibrated on", "layers that run", "heads (layer.head)", "examples")

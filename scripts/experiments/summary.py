@@ -74,8 +74,10 @@ def describe(cell: Cell, records: Rows) -> dict[str, Any]:
     if by_depth:
         result["middle_less_ends"] = middle_less_ends(rows, [row["score"] for row in rows])
     if cell.selection not in DENSE:
+        uncut = [row for row in rows if len(row["needle"]) == 1]
         result |= {
             "recall": share([holds_needle(row) for row in rows]),
+            "recall_uncut": share([holds_needle(row) for row in uncut]) if uncut else None,
             "chunks": float(np.mean([row["n_chunks"] for row in rows])),
             "cut": float(np.mean([len(row["needle"]) > 1 for row in rows])),
             "kept": float(np.mean([len(row["chunks"]) for row in rows])),

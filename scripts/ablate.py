@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     add("--first", type=seed, default=100_000, help="seed of the first example")
     dtypes = ("bfloat16", "float16", "float32")
     add("--dtype", choices=dtypes, help="float32 on CPUs, else bfloat16")
+    add("--weights", choices=("full", "fp8", "int8"), help="by default as in CHECKPOINT")
     add("--implementation", choices=("mosaic_gpu", "cudnn", "xla"))
     add("--time-limit", type=float, default=float("inf"), help="seconds")
     add("--processes", type=int, default=1, help="that share the GPUs")
@@ -191,6 +192,8 @@ def answer_in_processes(args: argparse.Namespace, cells: list[Cell]) -> int:
 def run_command(args: argparse.Namespace) -> int:
     """Runs `ablate.py run`."""
     begun, changes, loaded = time.monotonic(), changes_of(args.set), None
+    if args.weights is not None:
+        changes["weight_format"] = args.weights
     where = changes_of(args.where, "--where").items()
     names = ["quick"] if args.quick else args.grid
     if "full" in names:

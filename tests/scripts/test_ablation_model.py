@@ -164,6 +164,14 @@ def test_heads_are_calibrated_on_other_tasks_than_they_are_tested_on(tiny_bench,
         calibrating.calibrate_heads(bench, tasks.TASKS)
 
 
+def test_formats_of_8_bits_reach_the_engine(tiny_bench):
+    loaded = []
+    bench = dataclasses.replace(tiny_bench, load=lambda weights: loaded.append(weights) or "narrow")
+    assert [bench.model_of(Cell(weight_format="fp8")) for _ in range(2)] == ["narrow"] * 2
+    assert loaded == ["fp8"]
+    assert bench.engine(dataclasses.replace(CELL, kv_format="fp8")).selection.kv_format == "fp8"
+
+
 # ---- FLOPs, against the products of the traced programs
 
 

@@ -64,6 +64,22 @@ def merge(*parts: Partial) -> Partial:
     return Partial(out.astype(parts[0].out.dtype), lse)
 
 
+def merge_slots(parts: Partial) -> tuple[Partial, Float[Array, "B K H T"]]:
+    """Returns `merge` of K parts with the axes [B, K, T, H, D] and [B, K, H, T], and their weights.
+
+    The weights are float32. They sum to 1 over the parts, or are all 0 without keys.
+    """
+    top = jnp.maximum(parts.lse.max(axis=1), EMPTY_LSE)
+    weights = jnp.where(parts.lse <= EMPTY_LSE / 2, 0, jnp.exp(parts.lse - top[:, None]))
+    total = row_sum(jnp.moveaxis(weights, 1, -1))
+    divisor = jnp.where(total == 0, 1, total)
+    weights /= divisor[:, None]
+    share = weights.swapaxes(2, 3)[..., None]
+    out = jnp.where(share == 0, 0, parts.out.astype(jnp.float32) * share)
+    out = row_sum(jnp.moveaxis(out, 1, -1)).astype(parts.out.dtype)
+    return Partial(out, jnp.where(total == 0, EMPTY_LSE, top + jnp.log(divisor))), weights
+
+
 def zero_without_keys(part: Partial, lengths: Int[Array, "B"] | None) -> Partial:
     """Returns the part with zeros and EMPTY_LSE for requests that have no keys.
 

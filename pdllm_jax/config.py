@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import InitVar
+from pathlib import Path
 from types import EllipsisType
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,7 @@ from pdllm_jax.decoding import Recompute as Recompute
 from pdllm_jax.method.cache import Positions
 from pdllm_jax.method.encodings import ENCODINGS, BridgeTokens, Encoding
 from pdllm_jax.method.scorers import SCORERS, AllScorer, Scorer
+from pdllm_jax.method.scorers.attention import Heads
 from pdllm_jax.method.token_selection import KeepBy
 from pdllm_jax.rules import (
     AT_LEAST_0,
@@ -59,7 +61,9 @@ _CHOICES: dict[str, tuple[Any, Any]] = {
     "encoding": (ENCODINGS, Encoding),
 }
 # Options that SelectionConfig takes by a flat name: the setting, and the field of its object.
-_OPTIONS = {name: ("scorer", name) for name in ("masked_copies", "draft_length", "draft_steps")}
+_SCORER_OPTIONS = ("masked_copies", "draft_length", "draft_steps", "heads")
+_OPTIONS = {name: ("scorer", name) for name in _SCORER_OPTIONS}
+_OPTIONS |= {f"bm25_{name}": ("scorer", name) for name in ("k1", "b")}
 _OPTIONS |= {f"bridge_{name}": ("encoding", name) for name in ("share", "tokens")}
 
 
@@ -94,10 +98,11 @@ class SelectionConfig:
       reselect: when relevance is computed again from the denoising state (`reselect`): "never", at
         the start of every further "block", or before every further "step".
     How they are scored:
-      scorer: a `Scorer`, or the name of one: "draft", "query", "confidence", "attention"; with a
-        logit shift also "causal" and "chunk-draft"; or a control: "all", "first", "last", "random",
-        "oracle". Its class describes it.
-      masked_copies, draft_length, draft_steps: options of the named scorer.
+      scorer: a `Scorer`, or the name of one: "draft", "query", "confidence", "attention", "heads";
+        with a logit shift also "causal" and "chunk-draft"; or a control: "bm25", "all", "first",
+        "last", "random", "oracle". Its class describes it.
+      masked_copies, draft_length, draft_steps, heads: options of the named scorer.
+      bm25_k1, bm25_b: options `k1` and `b` of the scorer "bm25".
       encode_batch: chunks that go through the network together.
     Their KV:
       encoding: an `Encoding`, or the name of one: "independent", "query-conditioned", "joint",
@@ -110,7 +115,7 @@ class SelectionConfig:
       keep_by: the attention that ranks them: "query-to-chunk", "chunk-to-query" or "both"; see
         `token_selection`.
 
-    The five options may be given where the name is, or to `dataclasses.replace`; they are kept in
+    The options may be given where the name is, or to `dataclasses.replace`; they are kept in
     the scorer or the encoding. A named scorer starts from its defaults.
     """
 
@@ -123,6 +128,9 @@ class SelectionConfig:
     masked_copies: InitVar[int | EllipsisType | None] = ...
     draft_length: InitVar[int | EllipsisType] = ...
     draft_steps: InitVar[int | EllipsisType] = ...
+    heads: InitVar[Heads | EllipsisType | None] = ...
+    bm25_k1: InitVar[float | EllipsisType] = ...
+    bm25_b: InitVar[float | EllipsisType] = ...
     encode_batch: int = 8
     encoding: Any = "joint"
     bridge_share: InitVar[float | EllipsisType] = ...
@@ -172,7 +180,7 @@ class SelectionConfig:
 
     @classmethod
     def from_flat(cls, **settings: Any) -> SelectionConfig:
-        """Returns the settings that `to_flat` gave."""
+        """Returns the settings that `to_flat` gave, also after JSON made lists of tuples."""
         return cls(**settings)
 
     def to_flat(self) -> dict[str, Any]:
@@ -206,9 +214,14 @@ class SelectionConfig:
         return self.encoding.needs_pool or self.reselects
 
     def keeps_pool(self, *, documents: int = 1) -> bool:
-        """Whether answering keeps every chunk's KV; a single document is streamed if it can."""
-        reads_all = self.reselects or (self.scorer.needs_pool and not self.scorer.in_pass)
-        return reads_all or (documents > 1 and self.needs_pool)
+        """Whether answering keeps every chunk's KV.
+
+        A single document is streamed if it can be; several are if their scores come before the KV.
+        """
+        scorer = self.scorer
+        if scorer.in_pass:
+            return self.reselects or (documents > 1 and self.needs_pool)
+        return self.reselects or scorer.needs_pool
 
     def streams(self, *, documents: int = 1) -> bool:
         """Whether only the kept chunks' KV stays in memory."""
@@ -228,6 +241,16 @@ class SelectionConfig:
             return dataclasses.replace(self, **everything)
         most = None if self.max_k is None else min(self.max_k, n)
         return dataclasses.replace(self, top_k=min(self.top_k, n), max_k=most)
+
+    def calibrated(self, checkpoint: Path) -> SelectionConfig:
+        """Returns the settings with what a calibration has saved in a checkpoint's folder.
+
+        The scorer "heads" gets its heads, which `pdllm-calibrate` finds; no other setting changes.
+
+        Raises:
+          ConfigError: what is saved cannot be read.
+        """
+        return dataclasses.replace(self, scorer=self.scorer.calibrated(checkpoint))
 
     def scoring(self) -> SelectionConfig:
         """Returns the scorer's settings, all others at their defaults."""

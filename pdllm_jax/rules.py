@@ -94,6 +94,22 @@ TOKEN = Rule("{} must be a token id, got {!r}", is_index)
 SEED = Rule("{} must be an integer in [0, 2**64), got {!r:.40}", is_seed)
 
 
+def heads_of(value: Any) -> tuple[tuple[int, int], ...]:
+    """Returns pairs (layer, head) as tuples, ascending, each once; lists are taken too.
+
+    Raises:
+      ConfigError: there is no pair, or a value that is not a pair of integers from 0 on.
+    """
+    try:
+        pairs = sorted({(python_value(layer), python_value(head)) for layer, head in value})
+    except (TypeError, ValueError):
+        pairs = []
+    valid = bool(pairs) and all(is_index(x) for pair in pairs for x in pair)
+    message = f"heads must be pairs (layer, head) of integers from 0 on, got {value!r:.60}"
+    require(valid, message)
+    return tuple(pairs)
+
+
 def size(name: str, value: Any) -> None:
     """Raises ConfigError unless value is a positive integer below 2**31."""
     require(SIZE.allows(value), SIZE.message.format(name, value))

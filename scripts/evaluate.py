@@ -135,17 +135,16 @@ def evaluate(args: argparse.Namespace) -> int:
         raise ValueError("--expect must not hold an empty phrase: every answer contains it")
     malformed = Malformed(args.on_malformed, lambda line: print(line, file=sys.stderr))
     selection = from_args(SelectionConfig, args, scorer=args.score)
-    configs = {"chunking": from_args(ChunkConfig, args), "selection": selection}
-    mesh = mesh_of(args)
+    chunking, mesh = from_args(ChunkConfig, args), mesh_of(args)
     folder = converted(args.checkpoint)
-    config = load_config(folder)
+    config, selection = load_config(folder), selection.calibrated(folder)
     selection.scorer.check(config)
     tokenizer = Tokenizer.load(folder, config)
     tasks = load_tasks(args, tokenizer, malformed)
     tasks = [dataclasses.replace(t, examples=t.examples[: args.limit]) for t in tasks]
     model = load_model(folder, dtype=DTYPES[args.dtype], mesh=mesh, sums=args.sums)
     ask = Asker(
-        Engine(model, tokenizer, **configs, implementation=args.implementation),
+        Engine(model, tokenizer, chunking, selection, implementation=args.implementation),
         threshold=args.threshold or None,
         **{name: getattr(args, name) for name in ("block_length", "gen_length", "max_length")},
         chat=not args.no_chat,

@@ -20,10 +20,10 @@ from pallas_kernels.chunk_attention.dense import attention
 from pallas_kernels.chunk_attention.reference import chunk_attention_reference
 from pallas_kernels.chunk_attention.xla import chunk_attention_xla
 from pallas_kernels.common import (
-    EMPTY_LSE,
     OwnKV,
     Partial,
     merge,
+    merge_slots,
     resolve,
     valid_chunks,
     zero_without_keys,
@@ -234,9 +234,7 @@ def chunk_attention_mass(
     rows, ids = q.reshape(batch * slots, *q.shape[2:]), chunk_ids.reshape(-1, 1)
     attend = functools.partial(chunk_attention, layer=layer, scale=scale)
     parts = attend(rows, k, v, ids, chunk_lengths, implementation=implementation)
-    out, lse = (x.reshape(batch, slots, *x.shape[1:]) for x in parts)
-    union = merge(*(Partial(out[:, i], lse[:, i]) for i in range(slots)))
-    mass = jnp.where(lse > EMPTY_LSE / 2, jnp.exp(lse - union.lse[:, None]), 0.0)
+    union, mass = merge_slots(Partial(*(x.reshape(batch, slots, *x.shape[1:]) for x in parts)))
     return ChunkMass(union, mass.transpose(0, 2, 3, 1))
 
 

@@ -119,6 +119,7 @@ class Command:
         if self.stream is not None:
             self.stream.tokenizer = tokenizer
         if settings.get("method") == "prefilling":
+            settings["selection"] = settings["selection"].calibrated(folder)
             settings["selection"].scorer.check(load_config(folder))
         model = load(self.args, folder)
         bos = model.config.bos_token_id if tokenizer is None else tokenizer.bos_id

@@ -10,6 +10,8 @@ XLA's temporaries follow from one formula for every program, of the forward pass
   attention (M + 4 H D + 2 G D). Or the stream of the last layer with the float32 logits.
 - Of the portable attention, float32 scores and weights of one block of rows.
 - Of attention over chunks, the rotated query rows of each slot, and what its implementation copies.
+- The residual stream of a document that goes through the network layer by layer, and the query's
+  attention to each of its chunks.
 - KV that a program holds while it writes its results (`_Case.in_flight`).
 
 Not counted: the CUDA context, fragmentation, compiling.
@@ -126,8 +128,12 @@ class _Case:
                 copied = slots if path == "cudnn" else 1
                 nbytes += batch * size * (copied * 2 * kv * item + 2 * 4 * rows * heads)
             over_chunks = max(over_chunks, nbytes)
+        # Divided by "data" as its groups are; the query's attention is not.
+        streams = recorder.streams * c.d_model // data
+        streams += recorder.streams // size * shapes.query * heads * c.head_dim
         return widest | {
             "attention over chunks": over_chunks,
+            "residual stream of the document": streams * item,
             "cuBLAS workspace": _CUBLAS_WORKSPACE if self.gpu else 0,
             "KV in flight": self.in_flight(program, recorder),
         }
@@ -170,13 +176,14 @@ def _plan(case: _Case) -> Plan:
     model = nnx.eval_shape(lambda: RecordedModel(config, rngs=nnx.Rngs(0), dtype=case.dtype))
     model.recorder, model.mesh = recorder, case.mesh
     phases = [Phase("load", {"weights": case.nbytes(model)})]
-    settings = case.shapes, case.selection, case.decode
-    for program in programs(model, *settings, recorder.chunk_attention):
+    settings, traced = (case.shapes, case.selection, case.decode), case.selection
+    if getattr(traced.scorer, "heads", None):  # of layers that the traced model does not have
+        traced = dataclasses.replace(traced, heads=((0, 0),))
+    for program in programs(model, case.shapes, traced, case.decode, recorder.chunk_attention):
         held = {name: case.nbytes(tree) for name, tree in program.held.items()}
         made = {name: case.nbytes(tree) for name, tree in program.made.items()}
         phases.append(Phase(program.phase, held, made, case.temporaries(program, recorder)))
-        recorder.forwards.clear()
-        recorder.over_chunks.clear()
+        recorder.clear()
     document = phases[1].made["KV of the document"] if case.shapes.encoded else 0
     return Plan(tuple(phases), phases[0].nbytes + document, *settings)
 

@@ -166,7 +166,7 @@ def score_offloaded(
 ) -> Float[Array, "1 N"]:
     """`score_chunks`, up to the order of sums, with `group` chunks on the device at a time.
 
-    One group is scored while the next comes over. The controls read no KV.
+    One group is scored while the next comes over. Scorers that need no KV score the tokens.
     """
     cache, n = document.cache, len(document.k)
     if not config.scorer.needs_pool:
@@ -210,7 +210,7 @@ def select_offloaded(
 
     Raises:
       ValueError: an empty question; ids outside the vocabulary; settings that need the KV of every
-        chunk at once: re-selection and the scorer "attention"; the scorer "oracle".
+        chunk at once, as re-selection does; the scorer "oracle".
     """
     if config.keeps_pool():
         reader = "re-selection" if config.reselects else f"scorer {config.scorer.name!r}"

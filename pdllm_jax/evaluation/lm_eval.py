@@ -140,6 +140,7 @@ class PrefillingLM(LM):
         cache.decode_config(self._decode_config(length, block_length, self.decoding, {}))
         self.folder, dtype = Path(str(pretrained)), read_dtype(dtype)
         config = load_config(self.folder)
+        selection = selection.calibrated(self.folder)
         selection.scorer.check(config)
         same = mask_id is None or mask_id == config.mask_token_id
         require(same, f"mask_id is {mask_id}, the checkpoint's mask token {config.mask_token_id}")

@@ -130,6 +130,27 @@ def count_chunks(tokens: int, config: ChunkConfig) -> int:
     return 1 + max(0, -(-(tokens - span) // config.stride))
 
 
+def chunks_of_span(span: tuple[int, int], config: ChunkConfig) -> dict[int, bool]:
+    """Returns the chunks that hold a part of the context's tokens [start, end).
+
+    The value says whether the chunk holds all of them.
+    """
+    size, stride = config.chunk_size - int(config.anchors), config.stride
+    start, end = span
+    return {
+        i: i * stride <= start and end <= i * stride + size
+        for i in range((end - 1) // stride + 1)
+        if start < i * stride + size
+    }
+
+
+def needle_chunks(span: tuple[int, int], config: ChunkConfig) -> set[int]:
+    """Returns the chunks that hold the whole span; if none does, one set that covers it."""
+    parts = chunks_of_span(span, config)
+    complete = {i for i, is_complete in parts.items() if is_complete}
+    return complete or {i for i in parts if i >= span[0] // config.stride}
+
+
 def split_context(
     context_ids: TokenIds, config: ChunkConfig, bos_id: int | None
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -18,8 +18,10 @@ from pallas_kernels import Partial, merge
 from pdllm_jax.config import SelectionConfig
 from pdllm_jax.method.cache import ChunkCache, ChunkPool, init_pool, write_chunks
 from pdllm_jax.method.chunking import ChunkedPrompt
+from pdllm_jax.method.encodings.base import slot_ids
 from pdllm_jax.method.scorers.base import Draft, QueryCopies, ScoreRequest
 from pdllm_jax.method.scorers.copies import for_groups
+from pdllm_jax.method.scorers.prefix import Prefix, encode_prefix
 from pdllm_jax.method.scoring import run_scorer, scoring_keys
 from pdllm_jax.method.selection import EMPTY_SLOT, Selection, ranking, select
 from pdllm_jax.network.rope import rotate, rotation
@@ -53,19 +55,19 @@ def prefill(
         questions. By default where the config needs it.
 
     Returns:
-      The cache, and the scores [B, N], float32, natural log, -inf for empty chunks. The scorer
-      "attention" reads the pool, so the cache then always has one.
+      The cache, and the scores [B, N], float32, natural log, -inf for empty chunks. A scorer that
+      needs the pool and does not score in the pass keeps it in any case.
     """
     pooling = config.needs_pool if keep_pool is None else keep_pool
     pooling |= config.scorer.needs_pool and not config.scorer.in_pass
     keeps_prefix = pooling or config.encoding.keeps_prefix
     inputs = {"draft": draft, "keys": scoring_keys(key), "oracle": oracle}
     run = _Pass.of(model, prompt, config, keeps_prefix, **inputs)
-    pool, scores = None, jnp.full(prompt.chunks.shape[:2], -jnp.inf, jnp.float32)
+    pool = scores = None
     if pooling or run.copies is not None:
-        pool, scores, _ = run.encode(scores, pooling)
+        pool, scores, _ = run.encode(pooling)
     cache = run.cache(pool, keeps_prefix)
-    if run.copies is None:
+    if scores is None or run.copies is None:
         scores = run_scorer(config.scorer, model, cache, run.request)
     return cache, constrain(model.mesh, scores)
 
@@ -91,21 +93,23 @@ def prefill_top_k(
     *,
     draft: Draft | None = None,
     key: Array | None = None,
-    oracle: Int[Array, "1 M"] | None = None,
-) -> tuple[ChunkCache, Selection, Float[Array, "1 N"]]:
-    """Encodes, scores and selects in one pass that keeps the KV of the running top K alone.
+    oracle: Int[Array, "B M"] | None = None,
+) -> tuple[ChunkCache, Selection, Float[Array, "B N"]]:
+    """Encodes, scores and selects, and keeps the KV of the top K alone.
 
-    The device holds the KV of config.slots + encode_batch chunks for any length of the document.
-    Selection, scores and KV equal `prefill` with encoding "independent" and `select_top_k`, bit
-    for bit.
+    A scorer with copies of the query scores in the pass that encodes the document, which keeps the
+    running top K: the device holds the KV of config.slots + encode_batch chunks for any length of
+    the document. Other scorers run before it, and only the chosen chunks are encoded. Selection,
+    scores and KV equal `prefill` with encoding "independent" and `select_top_k`, bit for bit; of
+    "attention" and "heads" up to the order of sums.
 
     Returns:
       The cache, whose pool holds the kept chunks in any order; the selection, with their places in
-      the pool; the scores [1, N].
+      the pool; the scores [B, N].
 
     Raises:
-      ValueError: a batch of prompts; scorer "attention", which compares all chunks' KV at once;
-        re-selection, which may need a chunk that was not kept.
+      ValueError: a batch of prompts with a scorer that scores in the pass; a scorer that needs the
+        KV of all chunks at once; re-selection, which may need a chunk that was not kept.
     """
     if config.scorer.needs_pool and not config.scorer.in_pass:
         raise ValueError(
@@ -113,18 +117,25 @@ def prefill_top_k(
         )
     if config.reselects:
         raise ValueError("re-selection reads all chunks' KV: the document cannot be streamed")
-    if prompt.chunks.shape[0] > 1:
-        raise ValueError(f"one document is streamed at a time, got {prompt.chunks.shape[0]}")
+    batch, n = prompt.chunks.shape[:2]
+    if batch > 1 and config.scorer.in_pass:
+        raise ValueError(f"one document is streamed at a time, got {batch}")
     inputs = {"draft": draft, "keys": scoring_keys(key), "oracle": oracle}
     run = _Pass.of(model, prompt, config, True, **inputs)
-    scores = jnp.full(prompt.chunks.shape[:2], -jnp.inf, jnp.float32)
     if run.copies is None:
-        scores = run_scorer(config.scorer, model, run.cache(None, False), run.request)
-    n = scores.shape[1]
+        cache = run.cache(None, True)
+        scores = run_scorer(config.scorer, model, cache, run.request)
+        selection = select(scores, config)
+        chunks, lengths = cache.chosen(selection.chunk_ids)
+        chosen = dataclasses.replace(prompt, chunks=chunks, chunk_lengths=lengths)
+        pool, *_ = dataclasses.replace(run, prompt=chosen).encode(True)
+        selection = dataclasses.replace(selection, slots=slot_ids(selection.chunk_ids))
+        cache = dataclasses.replace(cache, pool=pool, streamed=True)
+        return constrain(model.mesh, (cache, selection, scores))
     places = min(config.slots, n) + run.group
     empty = jnp.full((places,), -jnp.inf, jnp.float32)
     kept = _Kept(jnp.full((places,), n, jnp.int32), empty, jnp.arange(places))
-    pool, scores, best = run.encode(scores, True, kept)
+    pool, scores, best = run.encode(True, kept)
     assert best is not None
     scores = constrain(model.mesh, scores)
     selection = select(scores, config)
@@ -132,13 +143,6 @@ def prefill_top_k(
     slots = jnp.where(at.any(axis=-1), best.slots[at.argmax(axis=-1)], EMPTY_SLOT)
     selection = constrain(model.mesh, dataclasses.replace(selection, slots=slots))
     return run.cache(pool, True, streamed=True), selection, scores
-
-
-class _Prefix(NamedTuple):
-    """KV of the prefixes, layer by layer, keys unrotated; no layer where they are empty."""
-
-    k: tuple[Float[Array, "B P G D"], ...] = ()
-    v: tuple[Float[Array, "B P G D"], ...] = ()
 
 
 class _Kept(NamedTuple):
@@ -168,7 +172,7 @@ class _Pass:
     config: SelectionConfig
     request: ScoreRequest
     copies: QueryCopies | None
-    prefix: _Prefix
+    prefix: Prefix
 
     @classmethod
     def of(
@@ -185,7 +189,8 @@ class _Pass:
         in_pass = config.scorer.in_pass
         copies = config.scorer.query_copies(model, request) if in_pass else None
         encodes = keeps_prefix or copies is not None
-        prefix = _encode_prefix(model, prompt) if encodes else _Prefix()
+        question = prompt.prefix, prompt.prefix_length
+        prefix = encode_prefix(model, *question) if encodes else Prefix()
         return cls(model, prompt, config, request, copies, prefix)
 
     @property
@@ -195,9 +200,9 @@ class _Pass:
         return whole_groups(self.model.mesh, min(self.config.encode_batch, pairs))
 
     def encode(
-        self, scores: Float[Array, "B N"], pooling: bool, kept: _Kept | None = None
+        self, pooling: bool, kept: _Kept | None = None
     ) -> tuple[ChunkPool | None, Float[Array, "B N"], _Kept | None]:
-        """Encodes every chunk, and writes scores where there are copies.
+        """Encodes every chunk, and scores it where there are copies; else the scores are -inf.
 
         pooling: the KV is kept, of all chunks or, with `kept`, of the best ones. Their pool then
         has K + group places, and the next group overwrites the free ones.
@@ -229,7 +234,7 @@ class _Pass:
                 kept = kept.merge(new, ids, self.config.keep_first)
             return constrain(model.mesh, pool, "pool"), scores, kept
 
-        carry = pool, scores.reshape(pairs), kept
+        carry = pool, jnp.full((pairs,), -jnp.inf, jnp.float32), kept
         pool, scores, kept = for_groups(lengths > 0, group, step, carry)
         return pool, scores.reshape(batch, n), kept
 
@@ -279,25 +284,9 @@ class _Pass:
         self, pool: ChunkPool | None, keeps_prefix: bool, *, streamed: bool = False
     ) -> ChunkCache:
         """Returns the cache of the pass."""
-        prompt, k, v = self.prompt, None, None
-        if keeps_prefix and self.prefix.k:
-            by = rotation(self.model.config, jnp.arange(prompt.prefix.shape[1]))
-            k, v = rotate(jnp.stack(self.prefix.k), by), jnp.stack(self.prefix.v)
+        prompt = self.prompt
         document = prompt.chunks, prompt.chunk_lengths, prompt.prefix, prompt.prefix_length
-        cache = ChunkCache(pool, *document, k, v, streamed=streamed, anchors=prompt.anchors)
+        cache = ChunkCache(pool, *document, None, None, streamed=streamed, anchors=prompt.anchors)
+        if keeps_prefix:
+            cache = self.prefix.placed_in(self.model, cache)
         return constrain(self.model.mesh, cache)
-
-
-def _encode_prefix(model: MaskPredictor, prompt: ChunkedPrompt) -> _Prefix:
-    rows = prompt.prefix.shape[1]
-    if rows == 0:
-        return _Prefix()
-    by = rotation(model.config, jnp.arange(rows))
-
-    def attend(layer: int, q: Array, k: Array, v: Array, carry: _Prefix) -> tuple[Array, _Prefix]:
-        turned = rotate(q, by), rotate(k, by)
-        out = attention(model.mesh, *turned, v, prompt.prefix_length).out
-        return out, _Prefix((*carry.k, k), (*carry.v, v))
-
-    _, prefix = model.run(prompt.prefix, attend, _Prefix())
-    return prefix

@@ -7,7 +7,8 @@ At step t, with x_t the response so far, U the response slots that hold a token 
 This is the draft score of step 2 with the response in place of the draft, by R masked copies
 against the cached KV of every chunk. "query" scores the query alone, which attends to the response
 so far. "causal" and "chunk-draft" score Q and U under their causal mask. "confidence" reads the
-masked slots of the current block. "attention" counts the rows of Q and U.
+masked slots of the current block. "attention" and "heads" count the rows of Q and U, "bm25" their
+words.
 
 Where the K best chunks change, they are placed and encoded with the current response. Live KV that
 has not attended to them is stale. A request whose selection stays keeps its KV bit for bit.

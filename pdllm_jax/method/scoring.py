@@ -55,13 +55,14 @@ def score_chunks(
 
     Args:
       cache: of `prefill` or `encode_document`, of one document for all questions or one for each.
-        Its pool is needed by all scorers that read the document.
+        Its pool is needed by scorers with copies of the query. "attention" and "heads" read it, and
+        go over the document's tokens again without it.
       query_ids: [B, Q], padded with -1, or with any ids behind query_length where given.
       draft, key, oracle: as in `prefill`.
       implementation: of the attention over chunks, as `chunk_attention` names them.
 
     Returns:
-      Natural log, float32 ("attention": a share of one), -inf for chunks that are padding.
+      Natural log, float32 ("attention", "heads": a share of one), -inf for chunks that are padding.
 
     Raises:
       ValueError: the cache holds no pool, or a streamed document; the number of questions differs

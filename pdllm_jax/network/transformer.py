@@ -142,21 +142,30 @@ class Block(nnx.Module):
         self, layer: int, residual: Residual, attend: Attend, carry: Carry
     ) -> tuple[Residual, Carry]:
         """Returns the residual stream behind the layer, and the carry of its attention."""
-
-        def project(x: Array, *matrices: Matrix, **settings: Any) -> tuple[Array, ...]:
-            weights = [matrix.operand for matrix in matrices]
-            biases = tuple(matrix.bias[...] for matrix in matrices if matrix.bias is not None)
-            return project_columns(residual.mesh, x, *weights, biases=biases, **settings)
-
         x, normed = residual.add(self.attn_norm)
-        q, k, v = project(normed, self.q_proj, self.k_proj, self.v_proj)
-        heads = (*x.shape[:-1], -1, self.head_dim)
-        out, carry = attend(layer, q.reshape(heads), k.reshape(heads), v.reshape(heads), carry)
+        q, k, v = self._heads(residual.mesh, normed, self.q_proj, self.k_proj, self.v_proj)
+        out, carry = attend(layer, q, k, v, carry)
 
         residual = residual._replace(stream=x, pending=(out.reshape(x.shape), self.attn_out))
         x, normed = residual.add(self.ff_norm)
-        (hidden,) = project(normed, self.gate_proj, self.up_proj, activation="swiglu")
+        matrices = self.gate_proj, self.up_proj
+        (hidden,) = _project(residual.mesh, normed, *matrices, activation="swiglu")
         return residual._replace(stream=x, pending=(hidden, self.down_proj)), carry
+
+    def keys(self, residual: Residual) -> Float[Array, "B T G D"]:
+        """Returns the layer's keys alone, unrotated."""
+        _, normed = residual.add(self.attn_norm)
+        return self._heads(residual.mesh, normed, self.k_proj)[0]
+
+    def _heads(self, mesh: Mesh | None, x: Array, *matrices: Matrix) -> list[Array]:
+        projected = _project(mesh, x, *matrices)
+        return [rows.reshape(*x.shape[:-1], -1, self.head_dim) for rows in projected]
+
+
+def _project(mesh: Mesh | None, x: Array, *matrices: Matrix, **settings: Any) -> tuple[Array, ...]:
+    weights = [matrix.operand for matrix in matrices]
+    biases = tuple(matrix.bias[...] for matrix in matrices if matrix.bias is not None)
+    return project_columns(mesh, x, *weights, biases=biases, **settings)
 
 
 class Links(nnx.Variable):
@@ -207,16 +216,37 @@ class MaskPredictor(nnx.Module):
         `attend` gets the carry and returns it, layer by layer; `hook` gets the residual stream.
         layers: the first layers that run, all of them by default.
         """
-        links = None if self.links is None else self.links[...]
-        ids = divide_rows(self.mesh, token_ids)
-        stream = look_up(self.mesh, self.embedding.weight[...], ids)
-        residual = Residual(stream, self.mesh, links)
+        residual = self._residual(self.embed(token_ids))
         for layer, block in enumerate(list(self.blocks)[:layers]):
             residual, carry = block(layer, residual, attend, carry)
             if hook is not None:
                 residual = residual._replace(stream=residual.add()[0], pending=None)
                 hook(layer, residual.stream)
         return residual.add()[0], carry
+
+    def embed(self, token_ids: Int[Array, "B T"]) -> Float[Array, "B T M"]:
+        """Returns the residual stream in front of the first layer."""
+        ids = divide_rows(self.mesh, token_ids)
+        return look_up(self.mesh, self.embedding.weight[...], ids)
+
+    def advance(
+        self, layer: int, stream: Float[Array, "B T M"], attend: Attend, carry: Carry
+    ) -> tuple[Float[Array, "B T M"], Carry]:
+        """Runs one layer of `run`: returns the stream behind it, and the carry of its attention."""
+        residual, carry = self.blocks[layer](layer, self._residual(stream), attend, carry)
+        return residual.add()[0], carry
+
+    def keys(self, layer: int, stream: Float[Array, "B T M"]) -> Float[Array, "B T G D"]:
+        """Returns the keys that `advance` would give to attention, and computes nothing else."""
+        return self.blocks[layer].keys(self._residual(stream))
+
+    def streams(self, *rows: int) -> Float[Array, "*rows M"]:
+        """Returns room for residual streams, zeros; the leading axis is divided as `embed`'s."""
+        zeros = jnp.zeros((*rows, self.config.d_model), self.dtype)
+        return divide_rows(self.mesh, zeros)
+
+    def _residual(self, stream: Array) -> Residual:
+        return Residual(stream, self.mesh, None if self.links is None else self.links[...])
 
     @property
     def lookback(self) -> int:

@@ -68,7 +68,7 @@ SETTINGS = {
     "half of the tokens kept": Setting(16, select=_independent(keep_tokens=512)),
     "query-conditioned": Setting(16, select=_select(encoding="query-conditioned")),
     "bridge by attention": Setting(16, select=_by_attention),
-    "whole pool for scorer attention": Setting(16, select=_independent(scorer="attention")),
+    "layer by layer, scorer attention": Setting(32, select=_select(scorer="attention")),
     "re-selection": Setting(8, select=_independent(reselect="block"), decode=LONG),
     "8 requests, joint": Setting(4, batch=8),
     "4 requests, pool kept": Setting(8, batch=4, select=_independent()),

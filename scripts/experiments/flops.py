@@ -10,7 +10,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from experiments.grids import DENSE, Cell
+from pdllm_jax import SelectionConfig
 from pdllm_jax.method.scorers import SCORERS
+from pdllm_jax.method.scorers.attention import AttentionScorer
 from pdllm_jax.network.config import ModelConfig
 
 
@@ -29,16 +31,16 @@ class Sizes:
 class Counter:
     """Counts the operations of rows of a network, or of its first layers.
 
-    word: of a row's logits. key: of a row's keys in one layer.
+    word: of a row's logits. keys: of a row's keys in one layer.
     """
 
     def __init__(self, model: ModelConfig, layers: int | None = None):
         d, kv = model.d_model, model.n_kv_heads * model.head_dim
-        n = model.n_layers if layers is None else layers
-        self.row = 2 * n * (2 * d * d + 2 * d * kv + 3 * d * model.mlp_hidden_size)
-        self.pair = 4 * n * d
-        self.key = 2 * d * kv
+        layers = model.n_layers if layers is None else layers
+        self.row = 2 * layers * (2 * d * d + 2 * d * kv + 3 * d * model.mlp_hidden_size)
+        self.pair = 4 * layers * d
         self.word = 2 * d * model.embedding_size
+        self.keys = 2 * d * kv
 
     def __call__(self, rows: float, keys: float, words: float = 0) -> float:
         """Counts rows that attend to `keys` keys each, with logits of `words` of them."""
@@ -46,11 +48,15 @@ class Counter:
 
 
 def answer_flops(
-    model: ModelConfig, cell: Cell, sizes: Sizes, evaluations: int, layers: int | None = None
+    model: ModelConfig,
+    cell: Cell,
+    sizes: Sizes,
+    evaluations: int,
+    selection: SelectionConfig | None = None,
 ) -> dict[str, float] | None:
     """Counts by phase: draft, score (the pass over the document), encode, decode.
 
-    layers: that the scorer runs, by default all.
+    selection: the cell's, where a calibration has added to it.
     Returns None for re-selection: records do not say how much was encoded again.
     """
     count, response = Counter(model), sizes.response
@@ -62,19 +68,16 @@ def answer_flops(
         return {"draft": 0.0, "score": 0.0, "encode": 0.0, "decode": decode}
     if cell.reselect != "never":
         return None
-    config, kept = cell.selection_config(), [sizes.chunks[i] for i in sizes.kept]
+    config, kept = selection or cell.selection_config(), [sizes.chunks[i] for i in sizes.kept]
     keeps_all = len(sizes.chunks) <= config.top_k and config.scorer.name != "oracle"
     scorer = "all" if cell.selection == "all" or keeps_all else config.scorer.name
     live = sizes.query + response
     view = sizes.prefix + sum(kept) + live
 
-    score = _pass(model, cell, scorer, sizes, layers)
     draft = encode = 0.0
     if scorer in ("draft", "causal"):
         rows = sizes.prefix + sizes.query + cell.draft_length
         draft = cell.draft_steps * count(rows, rows, cell.draft_length)
-    if cell.selects_only:
-        return {"draft": draft, "score": score, "encode": 0.0, "decode": 0.0}
 
     if cell.encoding == "joint":
         encode = count(view, view)
@@ -93,39 +96,41 @@ def answer_flops(
     decode = evaluations * count(response, view, response)
     if cell.encoding in ("independent", "query-conditioned"):
         decode += count(sizes.query, view)  # live KV of the query, in the first evaluation
+    if cell.selects_only:
+        encode = decode = 0.0
+    score = _pass(count, cell, scorer, sizes)
+    if isinstance(config.scorer, AttentionScorer) and scorer == config.scorer.name:
+        layers = len(config.scorer.counted(model))
+        first, short = Counter(model, layers), Counter(model, layers - 1)
+        seen = sizes.prefix + sum(sizes.chunks) + sizes.query
+        score += first(sizes.query, seen) + sum(sizes.chunks) * count.keys
+        score += sum(short(chunk, sizes.prefix + chunk) for chunk in sizes.chunks)
+        if not config.encoding.keeps_prefix:
+            score += first(sizes.prefix, sizes.prefix)
     return {"draft": draft, "score": score, "encode": encode, "decode": decode}
 
 
-def _pass(model: ModelConfig, cell: Cell, scorer: str, sizes: Sizes, layers: int | None) -> float:
-    """Counts the pass over the chunks, with the query copies that run with each.
-
-    Where scores come before the pass, it has the kept chunks alone, if their KV is read at all.
-    """
-    count, prefix, query = Counter(model), sizes.prefix, sizes.query
-    own = query + (0 if scorer == "query" else cell.draft_length)
+def _pass(count: Counter, cell: Cell, scorer: str, sizes: Sizes) -> float:
+    """Counts the pass over all chunks with their query copies, or over the kept ones without."""
+    own = sizes.query + (0 if scorer == "query" else cell.draft_length)
     if scorer == "chunk-draft":
-        conditioned = [prefix + chunk + own for chunk in sizes.chunks]
+        conditioned = [sizes.prefix + chunk + own for chunk in sizes.chunks]
         cost = sum(count(rows, rows, cell.draft_length) for rows in conditioned)
-        words = query + cell.draft_steps
+        words = sizes.query + cell.draft_steps
         return cost + sum(count(1 + own, rows, words) for rows in conditioned)
-    cost = 0.0
-    if scorer in ("attention", "heads"):
-        asked, passed = Counter(model, layers), Counter(model, (layers or model.n_layers) - 1)
-        cost += sum(passed(chunk, prefix + chunk) + chunk * passed.key for chunk in sizes.chunks)
-        cost += asked(query, prefix + sum(sizes.chunks) + query)
-        cost += asked(prefix, prefix) if cell.encoding == "joint" else 0.0
-    if SCORERS[scorer].in_pass or cell.encoding != "joint":
-        cost += count(prefix, prefix)
-    if SCORERS[scorer].in_pass or cell.encoding in ("independent", "bridge"):
-        chunks = sizes.chunks
-        if not SCORERS[scorer].in_pass:
-            chunks = [sizes.chunks[i] for i in sizes.kept]
-        cost += sum(count(chunk, prefix + chunk) for chunk in chunks)
-    if SCORERS[scorer].in_pass:
-        drafted = dict.fromkeys(("draft", "causal"), query + cell.draft_steps)
-        scored = {**drafted, "confidence": cell.draft_length}.get(scorer, query)
+    in_pass, encoded = SCORERS[scorer].in_pass, sizes.chunks
+    if not in_pass and cell.encoding == "joint":
+        return 0.0
+    if not in_pass:
+        pooled = cell.encoding in ("independent", "bridge")
+        encoded = [sizes.chunks[i] for i in sizes.kept] if pooled else []
+    cost = count(sizes.prefix, sizes.prefix)
+    cost += sum(count(chunk, sizes.prefix + chunk) for chunk in encoded)
+    if in_pass:
+        drafted = dict.fromkeys(("draft", "causal"), sizes.query + cell.draft_steps)
+        scored = {**drafted, "confidence": cell.draft_length}.get(scorer, sizes.query)
         alone = scorer in ("causal", "confidence")
         copies = 1 if alone else (cell.masked_copies or scored)
         rows = copies * own + (scorer == "causal")  # and the chunk's last row again
-        cost += sum(count(rows, prefix + c + own, scored) for c in sizes.chunks)
+        cost += sum(count(rows, sizes.prefix + c + own, scored) for c in sizes.chunks)
     return cost

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from experiments.grids import Cell
 from experiments.records import RecordError, read_json, write_json
-from experiments.retrieval import Retrieval, needle_chunks
+from experiments.retrieval import Retrieval
 from pallas_kernels import Implementation, Partial
 from pdllm_jax import (
     DenoiseState,
@@ -30,6 +30,7 @@ from pdllm_jax import (
     prefill,
 )
 from pdllm_jax.method.cache import ChunkPool
+from pdllm_jax.method.chunking import needle_chunks
 from pdllm_jax.method.live_forward import (
     Context,
     live_forward,

@@ -21,15 +21,8 @@ from experiments.grids import DENSE, GIVEN, Cell
 from experiments.records import Key, Records
 from experiments.runner import Work
 from pallas_kernels import Implementation
-from pdllm_jax import (
-    ChunkConfig,
-    Engine,
-    MaskPredictor,
-    Request,
-    SelectionConfig,
-    Tokenizer,
-)
-from pdllm_jax.method.chunking import split_context
+from pdllm_jax import Engine, MaskPredictor, Request, SelectionConfig, Tokenizer
+from pdllm_jax.method.chunking import chunks_of_span, needle_chunks, split_context
 from small_model import tasks
 from small_model.corpus import Corpora, Text, fingerprint
 
@@ -177,9 +170,8 @@ class Retrieval:
         engine, together = self.engine(cell), not cell.streamed
         run = select_alone if cell.selects_only else partial(answer, together=together)
         rows = zip(examples.items(), run(engine, requests), strict=False)
-        heads = getattr(engine.selection.scorer, "heads", None)
-        layers = None if heads is None else 1 + max(layer for layer, _ in heads)
-        return [self._record(cell, *item, answered, layers) for item, answered in rows]
+        chosen = engine.selection
+        return [self._record(cell, *item, answered, chosen) for item, answered in rows]
 
     def _record(
         self,
@@ -187,7 +179,7 @@ class Retrieval:
         index: int,
         example: tasks.Example,
         answered: Mapping[str, Any],
-        layers: int | None = None,
+        selection: SelectionConfig,
     ) -> dict[str, Any]:
         span, chunking, context = example["needle_span"], cell.chunk_config(), example["context"]
         record = {
@@ -207,7 +199,7 @@ class Retrieval:
             record["score"] = float(holds_needle(record))
         parts = (example["prefix"], example["query"], answered["tokens"], context)
         sizes = Sizes(*map(len, parts), chunks=lengths, kept=answered["chunks"] or ())
-        flops = answer_flops(self.model.config, cell, sizes, answered["evaluations"], layers)
+        flops = answer_flops(self.model.config, cell, sizes, answered["evaluations"], selection)
         return {**record, "flops": flops}
 
 
@@ -242,30 +234,11 @@ def weights_fingerprint(model: MaskPredictor) -> str:
     return digest.hexdigest()[:16]
 
 
-def _overlapping(span: tuple[int, int], chunking: ChunkConfig) -> dict[int, bool]:
-    """Returns the chunks that hold a part of the span, and whether they hold all of it."""
-    size, stride = chunking.chunk_size - int(chunking.anchors), chunking.stride
-    start, end = span
-    return {
-        i: i * stride <= start and end <= i * stride + size
-        for i in range((end - 1) // stride + 1)
-        if start < i * stride + size
-    }
-
-
-def needle_chunks(span: tuple[int, int], chunking: ChunkConfig) -> set[int]:
-    """Returns the chunks that hold the whole needle; if none does, one set that covers it."""
-    parts = _overlapping(span, chunking)
-    first = span[0] // chunking.stride
-    complete = {i for i, is_complete in parts.items() if is_complete}
-    return complete or {i for i in parts if i >= first}
-
-
 def given_chunks(cell: Cell, index: int, example: tasks.Example) -> list[int]:
     """Returns the chunks that the selections of GIVEN keep, at most K of them."""
     span, chunking = example["needle_span"], cell.chunk_config()
     without = cell.selection == "without"
-    avoid = set(_overlapping(span, chunking)) if without else needle_chunks(span, chunking)
+    avoid = set(chunks_of_span(span, chunking)) if without else needle_chunks(span, chunking)
     kept = [] if without else sorted(avoid)[: cell.top_k]
     if cell.selection != "needle":
         n = len(split_context(example["context"], chunking, 0)[1])

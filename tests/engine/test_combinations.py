@@ -86,6 +86,8 @@ def settings_of(row: Row) -> tuple[ChunkConfig, SelectionConfig, DecodeConfig]:
     max_k, margin = row["adaptive"] or (None, 0.0)
     if row["scorer"] in ("draft", "query"):
         options["masked_copies"] = row["masked_copies"]
+    if row["scorer"] == "heads":
+        options["heads"] = ((0, 3), (1, 0), (1, 2))
     names = ("scorer", "positions", "keep_tokens", "keep_by", "keep_first", "reselect")
     options |= {"top_k": 2, "max_k": max_k, "margin": margin, "encode_batch": 3}
     selection = SelectionConfig(encoding=encoding, **options, **{name: row[name] for name in names})

@@ -38,6 +38,7 @@ RECORD = json.loads((Path(__file__).parents[2] / "benchmarks/memory.json").read_
 GPU = {"implementation": "xla", "attention": "cudnn"}
 CHUNKS = ChunkConfig(chunk_size=16)
 SELECT = SelectionConfig(top_k=2, masked_copies=2, encode_batch=2)
+HEADS = ((0, 1), (1, 0), (1, 3))
 DECODE = DecodeConfig(gen_length=8, block_length=4)
 
 
@@ -147,12 +148,13 @@ SETTINGS = {
     "streamed": (dataclasses.replace(SELECT, encoding="independent"), DECODE),
     "query-conditioned": (dataclasses.replace(SELECT, encoding="query-conditioned"), DECODE),
     "tokens kept": (dataclasses.replace(SELECT, encoding="independent", keep_tokens=5), DECODE),
-    "pool kept": (dataclasses.replace(SELECT, scorer="attention", encoding="bridge"), DECODE),
+    "layer by layer": (dataclasses.replace(SELECT, scorer="heads", heads=HEADS), DECODE),
+    "scored before": (dataclasses.replace(SELECT, scorer="bm25", encoding="bridge"), DECODE),
     "no live KV is read": (SELECT, dataclasses.replace(DECODE, recompute="response")),
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "layer by layer"])
 def test_results_are_as_large_as_the_arrays_of_an_answer(model, monkeypatch, name):
     selecting, decode = SETTINGS[name]
     seen = {}
@@ -186,7 +188,10 @@ def test_a_batch_and_questions_hold_what_their_arrays_do(model):
     assert several["score"].made["KV of the document"] == 4 * arrays
 
 
-@pytest.mark.parametrize("name", ["joint", pytest.param("streamed", marks=pytest.mark.slow)])
+SLOW = (pytest.param(name, marks=pytest.mark.slow) for name in ("streamed", "layer by layer"))
+
+
+@pytest.mark.parametrize("name", ["joint", *SLOW])
 def test_the_compiler_takes_what_the_plan_says(name):
     """At a size whose rows outweigh what the CPU's products take for themselves, float32."""
     sizes = {"d_model": 256, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 768}

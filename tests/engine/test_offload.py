@@ -152,7 +152,6 @@ def test_answers_are_those_of_the_device(model, document, cache, encoding):
 def test_what_can_not_be_streamed_is_refused(model, document, cache, prompt):
     for change, message in (
         ({"reselect": "block"}, "re-selection reads all"),
-        ({"scorer": "attention"}, "scorer 'attention' reads all"),
         ({"scorer": "oracle"}, "needs the ids"),
     ):
         selecting = dataclasses.replace(SELECT, **change)

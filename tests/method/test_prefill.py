@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from pdllm_jax.method.denoise import denoise, denoise_step
 from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import encode_document, prefill, prefill_top_k
 from pdllm_jax.method.scorers import Draft
+from pdllm_jax.method.scorers.controls import FirstScorer
 from pdllm_jax.method.scoring import draft_response, score_chunks
 from pdllm_jax.method.selection import select_top_k
 from tests.oracles.definition import Definition
@@ -284,7 +286,7 @@ STREAMED += [("random", True, 3), ("first", False, 3), ("last", True, 1)]
 def test_streaming_keeps_what_scoring_everything_first_keeps(
     model, prompt, scorer, keep_first, top_k
 ):
-    """Selection, scores and KV, bit for bit; the pool holds K chunks and a group."""
+    """Selection, scores and KV, bit for bit; the pool holds K chunks, and a group of the pass."""
     config = dataclasses.replace(
         SELECT, scorer=scorer, keep_first=keep_first, top_k=top_k, encoding="independent"
     )
@@ -295,8 +297,9 @@ def test_streaming_keeps_what_scoring_everything_first_keeps(
     np.testing.assert_array_equal(got.chunk_ids, want.chunk_ids)
     np.testing.assert_array_equal(got.scores, want.scores)
     np.testing.assert_array_equal(streamed_scores, scores)
-    k = min(top_k, prompt.chunks.shape[1])
-    assert streamed.pool.k.shape[1] == k + config.encode_batch
+    k, group = min(top_k, prompt.chunks.shape[1]), config.encode_batch
+    only_chosen = -(-k // group) * min(k, group)
+    assert streamed.pool.k.shape[1] == (k + group if scorer == "draft" else only_chosen)
     chunks, slots = got.chunk_ids[0], got.slots[0]
     valid = chunks >= 0
     np.testing.assert_array_equal(slots >= 0, valid)
@@ -313,6 +316,13 @@ def test_streaming_keeps_what_scoring_everything_first_keeps(
         np.testing.assert_array_equal(*(state.tokens for state in tokens))
 
 
+@dataclasses.dataclass(frozen=True)
+class NeedsPool(FirstScorer):
+    """Reads the KV of all chunks, as a scorer of one's own may."""
+
+    needs_pool: ClassVar[bool] = True
+
+
 def test_a_streamed_cache_refuses_what_it_cannot_answer(model, prompt):
     config = dataclasses.replace(SELECT, encoding="independent")
     decode = DecodeConfig(gen_length=4, block_length=4)
@@ -323,7 +333,9 @@ def test_a_streamed_cache_refuses_what_it_cannot_answer(model, prompt):
     for cache, chosen in ((streamed, select_top_k(scores, 2)), (whole, kept)):
         with pytest.raises(ValueError, match="not from the same call"):
             first_state(model, cache, chosen, prompt, decode)
-    with pytest.raises(ValueError, match="cannot be streamed"):
-        prefill_top_k(model, prompt, dataclasses.replace(config, scorer="attention"))
+    for change in ({"scorer": NeedsPool()}, {"reselect": "step"}):
+        reading = dataclasses.replace(config, **change)
+        with pytest.raises(ValueError, match="cannot be streamed"):
+            prefill_top_k(model, prompt, reading)
     with pytest.raises(ValueError, match="keep_pool"):
         score_chunks(model, prefill(model, prompt, SELECT)[0], prompt.query, SELECT)

@@ -15,8 +15,8 @@ import numpy as np
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from tests.oracles.kv import KV, Cached, join
 
-READERS = ("draft", "query", "confidence", "attention", "causal", "chunk-draft")
-SHIFTED = READERS[4:]  # need a model with a logit shift
+SHIFTED = ("causal", "chunk-draft")  # need a model with a logit shift
+READERS = ("draft", "query", "confidence", "attention", "heads", "bm25", *SHIFTED)
 
 
 @dataclasses.dataclass
@@ -126,13 +126,18 @@ class Method(Cached):
             tail, done = [], []
         slots = [*self.query, *tail]
         scored = [*range(q), *(q + i for i in sorted(done))]
-        if name == "attention":
+        if name == "bm25":
+            return self.bm25([slots[i] for i in scored])
+        if name in ("attention", "heads"):
             position = self.p + self.size + np.arange(len(slots))
             self.rows(slots, position, self.alone, *self.documents)
             ends = np.cumsum([self.p, *map(len, self.documents)])
             counted = self.weights[:, :, scored]
             mass = [counted[..., a:b].sum(-1) for a, b in itertools.pairwise(ends)]
-            return (np.array(mass) / np.sum(mass, axis=0)).mean(axis=(1, 2, 3))
+            shares = (np.array(mass) / np.sum(mass, axis=0)).mean(axis=3)  # [N, L, H]
+            if name == "attention":
+                return shares.mean(axis=(1, 2))
+            return np.mean([shares[:, i, j] for i, j in self.selection.scorer.heads], axis=0)
         if name == "query":
             scored = scored[:q]
         if name == "chunk-draft":
@@ -160,6 +165,18 @@ class Method(Cached):
             total += sum(log[i, slots[i]] for i in hidden)
         return total / len(scored)
 
+    def bm25(self, words) -> np.ndarray:
+        """BM25 with k1 1.2 and b 0.75; the anchor is not a word."""
+        texts = [chunk[int(self.chunking.anchors) :] for chunk in self.chunks]
+        mean, total = np.mean([len(text) for text in texts]), np.zeros(len(texts))
+        for word in words:
+            df = sum(word in text for text in texts)
+            idf = math.log(1 + (len(texts) - df + 0.5) / (df + 0.5))
+            for i, text in enumerate(texts):
+                tf, norm = text.count(word), 1 - 0.75 + 0.75 * len(text) / mean
+                total[i] += idf * tf * 2.2 / (tf + 1.2 * norm)
+        return total
+
     def own_draft_score(self, chunk: int, response) -> float:
         """As "causal", with KV that has seen query and masks, and the draft that they make."""
         ids, p, q, size = self.chunks[chunk], self.p, len(self.query), self.size
@@ -180,7 +197,9 @@ class Method(Cached):
 
     def select(self, scores: np.ndarray) -> list[int]:
         """The top_k best, up to max_k of those within the margin of the last of these."""
-        s, scale = self.selection, 0.02 if self.selection.scorer.name == "attention" else 1.0
+        s, scale = self.selection, 1.0
+        if s.scorer.name in ("attention", "heads"):
+            scale = 0.02
         order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
         if s.keep_first:
             order.remove(0)

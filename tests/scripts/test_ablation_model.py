@@ -219,9 +219,9 @@ PREFIX, QUERY, DRAFT, COUNT, SIZE = 32, 64, 16, 4, 64
 )
 def test_flops_are_the_products_of_the_traced_programs(model, change):
     cell = Cell(**{**CELL.settings(), "tasks": PAIR, "draft_length": DRAFT, **change}).canonical()
-    config, layers = cell.selection_config(COUNT), None
+    config = cell.selection_config(COUNT)
     if cell.scorer == "heads":
-        config, layers = dataclasses.replace(config, heads=((0, 1),)), 1
+        config = dataclasses.replace(config, heads=((0, 1),))
     if cell.selection == "all":
         config = dataclasses.replace(config, top_k=COUNT)
     decode = DecodeConfig(gen_length=32, block_length=32, threshold=0.9)
@@ -240,28 +240,23 @@ def test_flops_are_the_products_of_the_traced_programs(model, change):
         counted["draft"] = traced(lambda m, p: draft_response(m, p, config), model, prompt)
         draft = jax.eval_shape(lambda: draft_response(model, prompt, config))
         draft = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), draft)
-
-    def choose(model, prompt):
-        if config.streams():
-            return prefill_top_k(model, prompt, config, draft=draft)[:2]
-        cache, scores = prefill(model, prompt, config, draft=draft)
-        return cache, select_top_k(scores, config.top_k)
-
-    counted["score"] = traced(choose, model, prompt)
-    cache, chosen = jax.eval_shape(choose, model, prompt)
+    run = prefill_top_k if config.streams() else prefill
+    counted["score"] = traced(lambda m, p: run(m, p, config, draft=draft), model, prompt)
+    cache, *chosen, scores = jax.eval_shape(lambda: run(model, prompt, config, draft=draft))
+    chosen = chosen or [jax.eval_shape(lambda s: select_top_k(s, config.top_k), scores)]
 
     def begin(cache, chosen):
         inputs = model, cache, chosen, prompt.query, decode, jax.random.key(0)
         return init_denoise(*inputs, settings=config)
 
-    counted["encode"] = matmul_flops(jax.make_jaxpr(begin)(cache, chosen).jaxpr)
-    state = jax.eval_shape(begin, cache, chosen)
+    counted["encode"] = matmul_flops(jax.make_jaxpr(begin)(cache, *chosen).jaxpr)
+    state = jax.eval_shape(begin, cache, *chosen)
     counted["decode"] = matmul_flops(
         jax.make_jaxpr(lambda c, s: denoise_step(model, c, s, config=decode))(cache, state).jaxpr
     )
     kept = range(COUNT) if cell.selection == "all" else range(cell.top_k)
     sizes = Sizes(PREFIX, QUERY, 32, COUNT * (SIZE - 1), [SIZE] * COUNT, list(kept))
-    want = answer_flops(model.config, cell, sizes, 1, layers)
+    want = answer_flops(model.config, cell, sizes, 1, config)
     if cell.selects_only:
         assert want.pop("encode") == want.pop("decode") == 0
     for phase, value in want.items():

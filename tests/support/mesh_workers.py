@@ -50,7 +50,9 @@ INDEPENDENT = SelectionConfig(**SELECT, encoding="independent")
 # Settings of a selection, of decoding, or both, each of which must give what one device gives.
 SETTINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     *[({"scorer": name}, {}) for name in ("draft", "query", "confidence", "attention")],
-    *[({"scorer": name}, {}) for name in ("first", "last", "random", "all", "oracle")],
+    ({"scorer": "heads", "heads": ((0, 3), (1, 9)), "encoding": "independent"}, {}),
+    ({"scorer": "heads", "heads": ((0, 3), (1, 9)), "reselect": "block"}, {}),
+    *[({"scorer": name}, {}) for name in ("bm25", "first", "last", "random", "all", "oracle")],
     ({"masked_copies": None}, {}),
     *[({"encoding": name}, {}) for name in ("independent", "query-conditioned", "bridge")],
     ({"encoding": "bridge", "bridge_tokens": "attention"}, {}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdllm_jax.method.scorers import attention, chunk_draft, controls, copies
+from pdllm_jax.method.scorers import attention, bm25, chunk_draft, controls, copies
 from pdllm_jax.method.scorers.base import Draft, Question, Response, Scorer, ScoreRequest
 from pdllm_jax.method.scorers.controls import AllScorer, OracleScorer
 from pdllm_jax.method.scorers.copies import DraftScorer
@@ -14,6 +14,8 @@ _ALL: tuple[type[Scorer], ...] = (
     copies.QueryScorer,
     copies.ConfidenceScorer,
     attention.AttentionScorer,
+    attention.HeadScorer,
+    bm25.BM25Scorer,
     AllScorer,
     controls.FirstScorer,
     controls.LastScorer,

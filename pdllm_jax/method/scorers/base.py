@@ -15,7 +15,6 @@ A scorer's extra pass goes through `model.run` with the attention that it needs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -29,7 +28,6 @@ from pallas_kernels.common import row_sum
 from pdllm_jax.method.cache import ChunkCache, dynamic_updates
 from pdllm_jax.method.sampling import log_probability
 from pdllm_jax.network.config import ModelConfig
-from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import attention, constrain
 from pdllm_jax.network.transformer import MaskPredictor
 
@@ -202,23 +200,3 @@ class Scorer(Protocol):
     def scores(self, model: MaskPredictor, cache: ChunkCache, request: ScoreRequest) -> Scores:
         """Returns a score for each chunk, float32; higher is better."""
         ...
-
-
-def prefix_attention(
-    model: MaskPredictor, cache: ChunkCache, document: Int[Array, "B"], offset: Int[Array, "*B T"]
-) -> Callable[[int, Array], tuple[Partial, ...]]:
-    """Returns a function (layer, unrotated queries) -> attention to the prefix; () without one.
-
-    document: of each request. offset: positions of the rows behind the prefix.
-    """
-    k, v = cache.prefix_k, cache.prefix_v
-    if k is None or v is None:
-        return lambda layer, q: ()
-    length = cache.prefix_length[document]
-    by = rotation(model.config, length[:, None] + offset)
-
-    def attend(layer: int, q: Array) -> tuple[Partial, ...]:
-        kv = k[layer][document], v[layer][document]
-        return (attention(model.mesh, rotate(q, by), *kv, length, need_lse=True),)
-
-    return attend

@@ -33,8 +33,8 @@ from pdllm_jax.method.scorers.base import (
     Scorer,
     ScoreRequest,
     Scores,
-    prefix_attention,
 )
+from pdllm_jax.method.scorers.prefix import prefix_attention
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import chunk_attention, whole_groups
@@ -54,13 +54,17 @@ def for_groups(
 
     The last group may also hold indices that are not wanted, and places that are not valid.
     """
-    order = jnp.argsort(~wanted, stable=True)
+    indices, valid, steps = in_groups(wanted, group)
+    return lax.fori_loop(0, steps, lambda i, carry: body(indices[i], valid[i], carry), carry)
 
-    def step(i: Array, carry: Carry) -> Carry:
-        at = i * group + jnp.arange(group)
-        return body(order[jnp.minimum(at, wanted.size - 1)], at < wanted.size, carry)
 
-    return lax.fori_loop(0, -(-jnp.count_nonzero(wanted) // group), step, carry)
+def in_groups(
+    wanted: Bool[Array, "P"], group: int
+) -> tuple[Int[Array, "n g"], Bool[Array, "n g"], Int[Array, ""]]:
+    """Returns indices and valid of the groups of `for_groups`, and how many groups have wanted."""
+    at = jnp.arange(-(-wanted.size // group) * group).reshape(-1, group)
+    order = jnp.argsort(~wanted, stable=True)[jnp.minimum(at, wanted.size - 1)]
+    return order, at < wanted.size, -(-jnp.count_nonzero(wanted) // group)
 
 
 def make_copies(

@@ -1,0 +1,281 @@
+"""Calibration: which heads of a model find the chunk that answers a question.
+
+For each example the share of the query's attention that each head pays to each chunk is measured,
+in one pass over the document. A head recalls an example if the needle's chunk gets the greatest
+share. A set of heads is judged by the mean of their shares, as the scorer "heads" uses it.
+
+    choose    for each m: the best heads within the first m layers, chosen on one half of the
+              examples and tested on the other half; the smallest m whose recall lies within one
+              point of the best; the best heads within these layers, on all examples
+    recall    of that procedure as a whole: it runs on three quarters of the examples, and its heads
+              are tested on the last quarter, for each quarter in turn
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from pdllm_jax.config import ChunkConfig
+from pdllm_jax.engine.engine import Engine
+from pdllm_jax.evaluation.needles import Example, Prose
+from pdllm_jax.method.cache import ChunkCache
+from pdllm_jax.method.chunking import ChunkedPrompt, chunk_prompt, count_chunks, needle_chunks
+from pdllm_jax.method.scorers import ScoreRequest
+from pdllm_jax.method.scorers.attention import attention_shares
+from pdllm_jax.method.scorers.calibration import HEADS_FILE
+from pdllm_jax.network.transformer import MaskPredictor
+from pdllm_jax.rules import require, size
+
+VERSION = 1
+LEAST_CHUNKS = 4  # of a document: among fewer, most heads are right
+_FOLDS = 4
+_LEAST_EXAMPLES = 8
+_POINT = 0.01  # by which fewer layers may recall less
+_DIGITS = 4
+Heads = tuple[tuple[int, int], ...]
+
+
+class Shares(NamedTuple):
+    """What was measured on E examples: shares of attention, and the chunks that hold the needle.
+
+    Chunks behind a document's last one have share 0.
+    """
+
+    values: Float[np.ndarray, "E L H N"]
+    needle: Bool[np.ndarray, "E N"]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Shares]) -> Shares:
+        """Returns the examples of several measurements as one."""
+        most = max(part.needle.shape[1] for part in parts)
+
+        def pad(x: np.ndarray) -> np.ndarray:
+            return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, most - x.shape[-1])])
+
+        return cls(*(np.concatenate([pad(x) for x in field]) for field in zip(*parts, strict=True)))
+
+    def take(self, index: np.ndarray) -> Shares:
+        """Returns some of the examples."""
+        return Shares(self.values[index], self.needle[index])
+
+    def margins(self) -> Float[np.ndarray, "E L H"]:
+        """Returns by how much each head's share of the needle's chunk exceeds any other chunk's."""
+        needle = self.needle[:, None, None]
+        inside = np.where(needle, self.values, -np.inf).max(axis=-1)
+        return inside - np.where(needle, -np.inf, self.values).max(axis=-1)
+
+    def recalled(self, heads: Heads) -> Bool[np.ndarray, " E"]:
+        """Returns on which examples the mean over some heads finds the needle's chunk."""
+        layers, numbers = map(list, zip(*heads, strict=True))
+        mean = self.values[:, layers, numbers].mean(axis=1)
+        return Shares(mean[:, None, None], self.needle).margins()[:, 0, 0] > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """The chosen heads, and the figures that they were chosen by.
+
+    heads: (layer, head) of each, the best first. layers: the first layers, which hold them.
+    recall: share of examples whose needle's chunk is first, of heads that other examples chose.
+    recall_by_layers [M]: the same for each m, for the choice of m; M layers were allowed.
+    recall_of_all: of the mean over all layers and heads, the scorer "attention".
+    head_recall, head_margin [L, H]: of each head alone, its recall and its mean margin.
+    examples: how many there were.
+    """
+
+    heads: Heads
+    layers: int
+    recall: float
+    recall_by_layers: np.ndarray
+    recall_of_all: float
+    head_recall: np.ndarray
+    head_margin: np.ndarray
+    examples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all figures for JSON."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, float | np.ndarray):
+                return np.round(np.asarray(value, float), _DIGITS).tolist()
+            return [list(pair) for pair in value] if isinstance(value, tuple) else value
+
+        fields = dataclasses.fields(self)
+        return {"version": VERSION, **{f.name: plain(getattr(self, f.name)) for f in fields}}
+
+    def save(self, folder: Path, about: dict[str, Any], *, overwrite: bool = False) -> Path:
+        """Writes HEADS_FILE into a checkpoint's folder, in one step; returns its path.
+
+        Args:
+          about: further fields: settings, text, model.
+
+        Raises:
+          FileExistsError: there is a file, and `overwrite` is False.
+        """
+        path = check_destination(folder, overwrite=overwrite)
+        lines = (f" {json.dumps(k)}: {json.dumps(v)}" for k, v in (self.to_dict() | about).items())
+        partial = path.with_name(f".{path.name}.partial")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write("{\n" + ",\n".join(lines) + "\n}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        return path
+
+
+def check_destination(folder: Path, *, overwrite: bool = False) -> Path:
+    """Returns the path of HEADS_FILE; OSError if it may not be written, before any work."""
+    path = folder / HEADS_FILE
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists (--overwrite replaces it)")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written: copy the checkpoint")
+    return path
+
+
+def check_choice(examples: int, count: int) -> None:
+    """Raises ConfigError for fewer than 8 examples, or no head to choose."""
+    few = "to choose heads on some and test them on others"
+    require(examples >= _LEAST_EXAMPLES, f"examples must be at least 8 {few}, got {examples}")
+    size("heads", count)
+
+
+def choose_heads(
+    shares: Shares, count: int = 4, *, layers: int | None = None, seed: int = 0
+) -> Calibration:
+    """Chooses the retrieval heads of a model; the module's docstring says how.
+
+    Args:
+      count: heads to choose. layers: most layers that may have to run, all of them by default.
+      seed: of the division of the examples.
+
+    Raises:
+      ConfigError: as `check_choice`.
+    """
+    examples = len(shares.needle)
+    check_choice(examples, count)
+    shares = shares.take(np.random.default_rng(seed).permutation(examples))
+    allowed = shares._replace(values=shares.values[:, :layers])
+    heads, curve = _procedure(allowed, count)
+    tested = []
+    for test in np.array_split(np.arange(examples), _FOLDS):
+        chosen, _ = _procedure(allowed.take(np.delete(np.arange(examples), test)), count)
+        tested.append(shares.take(test).recalled(chosen))
+    margins = shares.margins()
+    everything = tuple(np.ndindex(*margins.shape[1:]))
+    return Calibration(
+        heads=heads,
+        layers=1 + max(layer for layer, _ in heads),
+        recall=float(np.concatenate(tested).mean()),
+        recall_by_layers=curve,
+        recall_of_all=float(shares.recalled(everything).mean()),
+        head_recall=(margins > 0).mean(axis=0),
+        head_margin=margins.mean(axis=0),
+        examples=examples,
+    )
+
+
+def _procedure(shares: Shares, count: int) -> tuple[Heads, np.ndarray]:
+    """Returns the chosen heads, and the recall by number of layers that chose the layers."""
+    halves = np.array_split(np.arange(len(shares.needle)), 2)
+    curves = []
+    for fit, test in (halves, halves[::-1]):
+        sets = _best(shares.take(fit), count)
+        tested = shares.take(test)
+        curves += [[tested.recalled(heads) for heads in sets]]
+    curve = np.concatenate(curves, axis=1).mean(axis=1)
+    layers = int(np.argmax(curve >= curve.max() - _POINT - 1e-9))
+    return _best(shares, count)[layers], curve
+
+
+def _best(shares: Shares, count: int) -> list[Heads]:
+    """Returns for each m the best heads within the first m layers: by recall, then by margin."""
+    margins = shares.margins()
+    recall, margin = (margins > 0).mean(axis=0), margins.mean(axis=0)
+    order = np.lexsort((-margin.ravel(), -recall.ravel()))
+    ranked = [divmod(int(i), margin.shape[1]) for i in order]
+    return [
+        tuple([head for head in ranked if head[0] <= last][:count]) for last in range(len(margin))
+    ]
+
+
+@functools.partial(jax.jit, static_argnames=("encode_batch",))
+def _measure(
+    model: MaskPredictor, prompt: ChunkedPrompt, encode_batch: int
+) -> Float[Array, "L H N"]:
+    cache = ChunkCache(
+        *(None, prompt.chunks, prompt.chunk_lengths, prompt.prefix, prompt.prefix_length),
+        *(None, None),
+        anchors=prompt.anchors,
+    )
+    request = ScoreRequest(prompt.question, cache.lengths > 0, encode_batch=encode_batch)
+    heads = np.ones((model.config.n_layers, model.config.n_heads), bool)
+    return jnp.stack(attention_shares(model, cache, request, heads))[:, 0]
+
+
+def measure(
+    engine: Engine, examples: Iterable[Example], *, done: Callable[[], object] = lambda: None
+) -> Shares:
+    """Measures the shares of attention on examples, cut as the engine's `chunking` says.
+
+    Args:
+      engine: with the method "prefilling". done: is called after each example.
+
+    Raises:
+      ValueError: ids outside the vocabulary, a document of one chunk, too little memory.
+    """
+    parts, group = [], engine.selection.encode_batch
+    for example in examples:
+        ids = engine.token_ids(example.request)
+        context, bos = ids[1], engine.bos_id
+        if bos is None and engine.tokenizer is not None:
+            bos = engine.tokenizer.bos_id
+        prompt = chunk_prompt(*ids, engine.chunking, bos_id=bos, tight=True)
+        count = prompt.n_chunks
+        require(count > 1, f"a document of {len(context)} tokens is one chunk: nothing to choose")
+        needle = np.zeros((1, count), bool)
+        needle[0, [i for i in needle_chunks(example.needle, engine.chunking) if i < count]] = True
+        values = np.asarray(_measure(engine.model, prompt, group))
+        parts.append(Shares(values[None, ..., :count], needle))
+        done()
+    return Shares.joined(parts)
+
+
+def plan_needles(
+    prose: Prose, lengths: Sequence[int], chunk_sizes: Sequence[int], examples: int, seed: int
+) -> list[tuple[ChunkConfig, list[Example]]]:
+    """Makes the examples of a calibration, for each chunk size.
+
+    They are divided evenly among the pairs of a length and a chunk size that give 4 chunks or more.
+
+    Args:
+      lengths: tokens of a document. examples: of all pairs together. seed: of all examples.
+
+    Raises:
+      ConfigError: no such pair, or `Prose.example` refuses a length.
+    """
+    pairs = [
+        (chunking, length)
+        for chunking in map(ChunkConfig, dict.fromkeys(chunk_sizes))
+        for length in dict.fromkeys(lengths)
+        if count_chunks(length, chunking) >= LEAST_CHUNKS
+    ]
+    few = f"none of the lengths {list(lengths)} gives {LEAST_CHUNKS} chunks of {list(chunk_sizes)}"
+    require(bool(pairs), f"{few} tokens")
+    seeds = np.random.default_rng(seed).integers(0, 1 << 32, examples).tolist()
+    made: dict[ChunkConfig, list[Example]] = {}
+    for i, (chunking, length) in enumerate(pairs):
+        each = [prose.example(length, number) for number in seeds[i :: len(pairs)]]
+        made.setdefault(chunking, []).extend(each)
+    return list(made.items())

@@ -1,0 +1,71 @@
+"""KV of the prefixes, and attention of rows behind them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import Partial
+from pdllm_jax.method.cache import ChunkCache
+from pdllm_jax.network.rope import rotate, rotation
+from pdllm_jax.network.sharding import attention
+from pdllm_jax.network.transformer import MaskPredictor
+
+
+class Prefix(NamedTuple):
+    """KV of the prefixes, layer by layer, keys unrotated; no layer where they are empty."""
+
+    k: tuple[Float[Array, "B P G D"], ...] = ()
+    v: tuple[Float[Array, "B P G D"], ...] = ()
+
+    def placed_in(self, model: MaskPredictor, cache: ChunkCache) -> ChunkCache:
+        """Returns the cache with this KV, keys rotated at 0..P-1; as it is without layers."""
+        if not self.k:
+            return cache
+        by = rotation(model.config, jnp.arange(self.k[0].shape[1]))
+        k, v = rotate(jnp.stack(self.k), by), jnp.stack(self.v)
+        return dataclasses.replace(cache, prefix_k=k, prefix_v=v)
+
+
+def encode_prefix(
+    model: MaskPredictor,
+    ids: Int[Array, "B P"],
+    length: Int[Array, "B"],
+    layers: int | None = None,
+) -> Prefix:
+    """Returns the KV of prefixes in the first layers, all of them by default."""
+    if ids.shape[1] == 0:
+        return Prefix()
+    by = rotation(model.config, jnp.arange(ids.shape[1]))
+
+    def attend(layer: int, q: Array, k: Array, v: Array, carry: Prefix) -> tuple[Array, Prefix]:
+        turned = rotate(q, by), rotate(k, by)
+        out = attention(model.mesh, *turned, v, length).out
+        return out, Prefix((*carry.k, k), (*carry.v, v))
+
+    _, prefix = model.run(ids, attend, Prefix(), layers=layers)
+    return prefix
+
+
+def prefix_attention(
+    model: MaskPredictor, cache: ChunkCache, document: Int[Array, "B"], offset: Int[Array, "*B T"]
+) -> Callable[[int, Array], tuple[Partial, ...]]:
+    """Returns a function (layer, unrotated queries) -> attention to the prefix; () without one.
+
+    document: of each request. offset: positions of the rows behind the prefix.
+    """
+    k, v = cache.prefix_k, cache.prefix_v
+    if k is None or v is None:
+        return lambda layer, q: ()
+    length = cache.prefix_length[document]
+    by = rotation(model.config, length[:, None] + offset)
+
+    def attend(layer: int, q: Array) -> tuple[Partial, ...]:
+        kv = k[layer][document], v[layer][document]
+        return (attention(model.mesh, rotate(q, by), *kv, length, need_lse=True),)
+
+    return attend

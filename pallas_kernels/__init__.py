@@ -23,7 +23,7 @@ from pallas_kernels.chunk_attention.api import (
 from pallas_kernels.chunk_attention.dense import attention
 from pallas_kernels.common import EMPTY_LSE, OwnKV, Partial, merge, merge_slots
 from pallas_kernels.matmul.api import matmul, matmul_xla, resolve_matmul
-from pallas_kernels.scaled import EightBits, Scaled, quantise
+from pallas_kernels.scaled import EightBits, Scaled, quantise, restored
 
 __all__ = [
     "EMPTY_LSE",
@@ -52,4 +52,5 @@ __all__ = [
     "resolve_all_reduce",
     "resolve_implementation",
     "resolve_matmul",
+    "restored",
 ]

@@ -103,6 +103,17 @@ def load(ref: Any, layout: Any) -> jax.Array:
     return _mosaic_gpu().load(ref, layout=layout)
 
 
+def copy_layout() -> Any:
+    """Returns the layout in registers in which a tile of 8 bits becomes one of 16 bits.
+
+    A thread has 8 values of a row, and neighbouring threads have neighbouring rows: reads of 8 and
+    writes of 16 bytes then meet no bank twice in tiles whose rows of 128 bytes are swizzled.
+    """
+    plgpu = _mosaic_gpu()
+    tiling = plgpu.Tiling(((ROWS, 32), (16, 32), (8, 32), (8,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-7,), lane_dims=(-2, -3), vector_dim=-1)
+
+
 def smem_transforms(columns: int, itemsize: int = 2) -> tuple[Any, ...]:
     """Returns the tiling and swizzle of a shared memory tile: rows of at most 128 bytes.
 

@@ -44,10 +44,20 @@ class Scaled(NamedTuple):
         """The number of values."""
         return self.values.size
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of values and scales."""
+        return self.values.nbytes + self.scale.nbytes
+
     def restore(self, dtype: DTypeLike) -> Float[Array, "*axes"]:
         """Returns values times scale, computed in float32 and rounded once."""
         scale = self.scale.reshape(*self.scale.shape, *[1] * (self.values.ndim - self.scale.ndim))
         return (self.values.astype(jnp.float32) * scale).astype(dtype)
+
+
+def restored(x: Array | Scaled, dtype: DTypeLike) -> Array:
+    """Returns an array as it is, and one in 8 bits restored to `dtype`."""
+    return x.restore(dtype) if isinstance(x, Scaled) else x
 
 
 def quantise(x: Float[Array, "*axes"], bits: EightBits, trailing: int = 1) -> Scaled:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from pdllm_jax.decoding import DecodeConfig as DecodeConfig
 from pdllm_jax.decoding import Recompute as Recompute
-from pdllm_jax.method.cache import Positions
+from pdllm_jax.method.cache import KVFormat, Positions
 from pdllm_jax.method.encodings import ENCODINGS, BridgeTokens, Encoding
 from pdllm_jax.method.scorers import SCORERS, AllScorer, Scorer
 from pdllm_jax.method.scorers.attention import Heads
@@ -114,6 +114,8 @@ class SelectionConfig:
       keep_tokens: B, tokens of a chunk kept per layer and KV head; None, or at least C, keeps all.
       keep_by: the attention that ranks them: "query-to-chunk", "chunk-to-query" or "both"; see
         `token_selection`.
+      kv_format: of the chunks' KV between its passes: "full", the model's dtype; or "fp8",
+        float8_e4m3fn with a scale for each layer, chunk and KV head.
 
     The options may be given where the name is, or to `dataclasses.replace`; they are kept in
     the scorer or the encoding. A named scorer starts from its defaults.
@@ -138,6 +140,7 @@ class SelectionConfig:
     positions: Positions = "continuous"
     keep_tokens: int | None = None
     keep_by: KeepBy = "query-to-chunk"
+    kv_format: KVFormat = "full"
 
     def __post_init__(self, *options: Any) -> None:
         given = dict(zip(_OPTIONS, options, strict=True))
@@ -145,6 +148,7 @@ class SelectionConfig:
             object.__setattr__(self, kind, _choose(kind, getattr(self, kind), given))
         rules = dict.fromkeys(("top_k", "encode_batch", "max_k", "keep_tokens"), SIZE)
         choices = {"positions": Positions, "reselect": Reselect, "keep_by": KeepBy}
+        choices["kv_format"] = KVFormat
         rules |= {name: one_of(get_args(choice)) for name, choice in choices.items()}
         validate(self, {**rules, "margin": AT_LEAST_0, "keep_first": SWITCH})
         k, most, name = self.top_k, self.max_k, self.scorer.name
@@ -260,4 +264,5 @@ class SelectionConfig:
         """Returns what the pass over the documents reads, so that it compiles for few settings."""
         ranking = ("top_k", "max_k", "margin", "keep_first")
         names = ranking if streaming else ("encoding", "reselect")
+        names = (*names, "kv_format")
         return dataclasses.replace(self.scoring(), **{name: getattr(self, name) for name in names})

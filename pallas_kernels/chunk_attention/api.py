@@ -11,7 +11,9 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat
@@ -28,10 +30,12 @@ from pallas_kernels.common import (
     valid_chunks,
     zero_without_keys,
 )
+from pallas_kernels.scaled import Scaled
 
 Layer = int | Int[Array, ""]
 Rows = Float[Array, "B T H D"] | Float[Array, "B K T H D"]
-Pool = Float[Array, "N G C D"] | Float[Array, "L N G C D"]
+# In 8 bits the scales are [N, G], or [L, N, G].
+Pool = Float[Array, "N G C D"] | Float[Array, "L N G C D"] | Scaled
 
 
 class ChunkAttention(Protocol):
@@ -41,12 +45,13 @@ class ChunkAttention(Protocol):
     level; one that is made for each call compiles anew for each call.
 
     Arguments and result are as in `chunk_attention`, always with all axes: q [B, K, T, H, D], k and
-    v [L, N, G, C, D], layer, ids [B, K], lengths [N], scale. Own keys are attended to elsewhere.
+    v [L, N, G, C, D], layer, ids [B, K], lengths [N], scale. k and v are `Scaled` where the pool is
+    in 8 bits (`restored` reads both). Own keys are attended to elsewhere.
     What it returns for a request without keys is not used.
     """
 
     def __call__(
-        self, q: Array, k: Array, v: Array, layer: Layer, ids: Array, lengths: Array, scale: Any, /
+        self, q: Array, k: Any, v: Any, layer: Layer, ids: Array, lengths: Array, scale: Any, /
     ) -> Partial:
         """Returns attention of q over the chosen chunks."""
 
@@ -96,7 +101,7 @@ class _Entry(NamedTuple):
     """
 
     run: Callable[..., Partial]
-    input_problem: Callable[[jnp.dtype, int, int], str | None] = lambda *inputs: None
+    input_problem: Callable[[jnp.dtype, int, int, Any], str | None] = lambda *inputs: None
     device_problem: Callable[[], str | None] = lambda: None
 
 
@@ -124,12 +129,22 @@ def implementation_name(implementation: Implementation) -> str:
 
 
 def resolve_implementation(
-    implementation: Implementation | None, *, dtype: jnp.dtype, head_size: int, chunk_size: int
+    implementation: Implementation | None,
+    *,
+    dtype: jnp.dtype,
+    head_size: int,
+    chunk_size: int,
+    pool_dtype: DTypeLike | None = None,
 ) -> Implementation:
     """Returns the implementation that a call with such inputs uses on JAX's default device.
 
     A name or function is returned as it is. None gives "mosaic_gpu" if the kernel takes the inputs
     and the device has compute capability 9.0, else "xla".
+
+    Args:
+      implementation: a name, a function, or None.
+      dtype: of the query rows. pool_dtype: of K and V if another one: float8_e4m3fn or int8.
+      head_size, chunk_size: D and C.
 
     Raises:
       ValueError: the name is not known, or that implementation does not take the inputs or this
@@ -138,7 +153,7 @@ def resolve_implementation(
     if callable(implementation):
         return implementation
     entry = IMPLEMENTATIONS.get(implementation or "mosaic_gpu", _Entry(chunk_attention_xla))
-    problem = entry.input_problem(dtype, head_size, chunk_size)
+    problem = entry.input_problem(dtype, head_size, chunk_size, pool_dtype)
     if problem is None and (implementation is None or compat.compute_capability() is not None):
         problem = entry.device_problem()
     return resolve(implementation, IMPLEMENTATIONS, problem)
@@ -174,7 +189,8 @@ def chunk_attention(
         it the same rows attend to every chunk. With own_kv the axis has K + 1 places, the last for
         the rows that attend to own keys.
       k, v: the pool, N chunks of C keys for G KV heads (H a multiple of G), with a leading layer
-        axis if `layer` is given. Read in place: the chosen chunks are not copied.
+        axis if `layer` is given. Read in place: the chosen chunks are not copied. Both may be in 8
+        bits: `Scaled`, a scale for each layer, chunk and KV head (`quantise(k, "fp8", 2)`).
       chunk_ids: in any order, repeats allowed. An id outside [0, N) marks an empty slot: it
         contributes nothing, and nothing outside the pool is read.
       chunk_lengths: valid keys of each chunk, clipped to [0, C]. The keys behind may hold NaN.
@@ -199,10 +215,14 @@ def chunk_attention(
     """
     _check(q, k, v, chunk_ids, chunk_lengths, layer, scale, own_kv)
     implementation = resolve_implementation(
-        implementation, dtype=q.dtype, head_size=q.shape[-1], chunk_size=k.shape[-2]
+        implementation,
+        dtype=q.dtype,
+        head_size=q.shape[-1],
+        chunk_size=k.shape[-2],
+        pool_dtype=k.dtype if isinstance(k, Scaled) else None,
     )
     if layer is None:
-        k, v, layer = k[None], v[None], 0
+        (k, v), layer = jax.tree.map(lambda x: x[None], (k, v)), 0
     q = q[:, None] if q.ndim == 4 else q
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if isinstance(implementation, str):
@@ -256,11 +276,16 @@ def _check(q, k, v, chunk_ids, chunk_lengths, layer, scale, own_kv=None) -> None
     pool = "N, G, C, D" if layer is None else "L, N, G, C, D"
     match("k without layer" if layer is None else "k with layer", k, pool)
     match("v", v, pool)
+    for name, x in {"k": k, "v": v}.items():
+        if isinstance(x, Scaled):
+            match(f"{name}.scale", x.scale, pool.removesuffix(", C, D"))
     match("chunk_ids", chunk_ids, "B, K")
     match("chunk_lengths", chunk_lengths, "N")
     if not sizes["K"]:
         raise ValueError("chunk_ids must hold at least one chunk, got K = 0")
-    operands, integers = [q, k, v], {"chunk_ids": chunk_ids, "chunk_lengths": chunk_lengths}
+    narrow = isinstance(k, Scaled) and isinstance(v, Scaled) and k.dtype == v.dtype
+    operands = [q] if narrow else [q, k, v]
+    integers = {"chunk_ids": chunk_ids, "chunk_lengths": chunk_lengths}
     if own_kv is None:
         match("q", q, "B, T, H, D" if q.ndim == 4 else "B, K, T, H, D")
     else:
@@ -278,7 +303,9 @@ def _check(q, k, v, chunk_ids, chunk_lengths, layer, scale, own_kv=None) -> None
         )
     dtypes = [str(x.dtype) for x in operands]
     if len(set(dtypes)) > 1 or not jnp.issubdtype(q.dtype, jnp.floating):
-        names = "q, k and v" if own_kv is None else "q, k, v and own_kv"
+        others = [] if narrow else ["k", "v"]
+        others += [] if own_kv is None else ["own_kv"]
+        names = ", ".join(["q", *others[:-1]]) + "".join(f" and {x}" for x in others[-1:])
         raise ValueError(f"{names} must share a floating dtype, got {', '.join(dtypes)}")
     for name, array in integers.items():
         if not jnp.issubdtype(array.dtype, jnp.integer):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import compat
 from pallas_kernels.common import Partial, merge, valid_chunks, zero_without_keys
+from pallas_kernels.scaled import restored
 
 Layout = Literal["BTNH", "BNTH"]
 
 
-def input_problem(dtype: jnp.dtype, head_size: int, chunk_size: int) -> str | None:
+def input_problem(
+    dtype: jnp.dtype, head_size: int, chunk_size: int, pool_dtype: Any = None
+) -> str | None:
     """Returns why `chunk_attention_cudnn` does not take such inputs; None if it does."""
     if jnp.dtype(dtype).itemsize != 2:
         return f"it takes bfloat16 and float16, got {jnp.dtype(dtype).name}"
@@ -86,7 +90,8 @@ def chunk_attention_cudnn(q, k, v, layer, chunk_ids, chunk_lengths, scale) -> Pa
     b, slots = chunk_ids.shape
     ids, lengths = (x.reshape(-1) for x in valid_chunks(chunk_ids, chunk_lengths, c))
     rows = q.reshape(b * slots, *q.shape[2:]).swapaxes(1, 2)  # [B K, H, T, D]
-    part = attention_with_lse(rows, k[layer, ids], v[layer, ids], lengths, scale, "BNTH")
+    k, v = (restored(jax.tree.map(lambda x: x[layer, ids], x), q.dtype) for x in (k, v))
+    part = attention_with_lse(rows, k, v, lengths, scale, "BNTH")
     out = part.out.reshape(b, slots, *part.out.shape[1:])
     lse = part.lse.reshape(b, slots, *part.lse.shape[1:])
     return merge(*(Partial(out[:, i], lse[:, i]) for i in range(slots)))

@@ -13,12 +13,15 @@ from pallas_kernels import compat
 from pallas_kernels.chunk_attention.hopper_schedule import block_table
 from pallas_kernels.chunk_attention.hopper_tiling import Geometry, Shape, choose
 from pallas_kernels.common import Partial, valid_chunks
+from pallas_kernels.scaled import Scaled
 
 HEAD_SIZES = (64, 128)
 CHUNK_MULTIPLE = 64
 
 
-def input_problem(dtype: jnp.dtype, head_size: int, chunk_size: int) -> str | None:
+def input_problem(
+    dtype: jnp.dtype, head_size: int, chunk_size: int, pool_dtype: Any = None
+) -> str | None:
     """Returns why the kernel does not take such inputs on any device; None if it does."""
     if (problem := compat.dtype_problem(dtype)) is not None:
         return problem
@@ -26,6 +29,8 @@ def input_problem(dtype: jnp.dtype, head_size: int, chunk_size: int) -> str | No
         return f"the kernel takes head sizes 64 and 128, got {head_size}"
     if chunk_size % CHUNK_MULTIPLE:
         return f"the kernel takes chunk sizes that are multiples of 64, got {chunk_size}"
+    if pool_dtype not in (None, jnp.float8_e4m3fn):
+        return f"the kernel takes a pool in 16 bits or float8_e4m3fn, got {jnp.dtype(pool_dtype)}"
     return None
 
 
@@ -46,12 +51,12 @@ def chunk_attention_hopper(
     index: Any = np.array([layer], np.int32) if static else jnp.asarray(layer, jnp.int32)[None]
     batch, places, rows, heads, dim = q.shape
     kv_heads, chunk_size = k.shape[2:4]
-    slots, sms = chunk_ids.shape[1], compat.sm_count()
+    slots, sms, narrow = chunk_ids.shape[1], compat.sm_count(), isinstance(k, Scaled)
 
     def of_rows(rows: int, heads: int) -> Shape:
         # At least 32: a head's log-sum-exps leave shared memory in one copy of whole 128 bytes.
         padded = compat.padded_rows(rows)
-        return Shape(batch, slots, padded, heads, kv_heads, dim, chunk_size, sms)
+        return Shape(batch, slots, padded, heads, kv_heads, dim, chunk_size, sms, narrow)
 
     shape, packed = of_rows(rows, heads), of_rows(rows * (heads // kv_heads), kv_heads)
     # Rows that fill tiles badly: the query heads of a KV head as more rows of one head.
@@ -100,7 +105,8 @@ def _launch(geo: Geometry, interpret: Any, q, k, v, layer, chunk_ids, chunk_leng
     live = [] if own_kv is None else own_kv[:2]
     if padding := geo.own_blocks * geo.tuning.block_keys - geo.own_keys:
         live = [jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in live]
-    out, lse = build(geo, q.dtype, interpret=interpret)(q, k, v, *live, *table, layer)
+    pool = [k.values, v.values, k.scale, v.scale] if geo.narrow else [k, v]
+    out, lse = build(geo, q.dtype, interpret=interpret)(q, *pool, *live, *table, layer)
     if geo.tuning.splits > 1:
         out, lse = build_merge(geo, q.dtype, interpret=interpret)(out, lse)
     used = geo.batch * geo.heads * geo.rows

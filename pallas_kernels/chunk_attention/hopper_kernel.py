@@ -5,6 +5,8 @@ run of key blocks of one request), a KV head and a group of query tiles. A produ
 loads of K and V blocks, several stages ahead and across items. One or two consumer warpgroups
 multiply, 64 packed query rows each, with a running log-sum-exp. Two consumers have a query tile
 each and share the keys, or take turns with the key blocks of one tile and join at the item's end.
+Of a pool in fp8 a converter warpgroup makes the tiles that they multiply; the consumers apply a
+block's scale of K to its scores, and keep the weighted values in units of the scale of V.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
+from pallas_kernels.chunk_attention.hopper_converter import Converter
 from pallas_kernels.chunk_attention.hopper_producer import Cta, Producer, div, mod
 from pallas_kernels.chunk_attention.hopper_schedule import SLOT_SHIFT, VALID_BITS
 from pallas_kernels.chunk_attention.hopper_tiling import Geometry
@@ -36,25 +39,37 @@ def build(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
 
     Its arguments are those of `chunk_attention_hopper` with geo.rows rows; own_k, own_v [B, S, G,
     D] with S whole blocks, left out without own keys; the arrays of the `BlockTable`; layer int32
-    [1]. Its rows are (b, h, t), R of them with padding. It returns with one split out [B, T, H, D]
-    in `dtype` and lse [R] float32 (natural log), with more out [splits, R, D] and lse [splits, R].
+    [1]. Of a pool in fp8 the scales of k and v [L, N, G] come behind v. Its rows are (b, h, t), R
+    of them with padding. It returns with one split out [B, T, H, D] in `dtype` and lse [R] float32
+    (natural log), with more out [splits, R, D] and lse [splits, R].
     """
     scratch = _scratch(geo, dtype)
     live = ("own_k_gmem", "own_v_gmem") if geo.own_blocks else ()
     tables = ("blocks_gmem", "facts_gmem", "units_gmem", "layer_gmem")
-    names = ("q_gmem", "k_gmem", "v_gmem", *live, *tables, "out_gmem", "lse_gmem", *scratch)
+    pool = ("k_gmem", "v_gmem", *(("k_scale_gmem", "v_scale_gmem") if geo.narrow else ()))
+    names = ("q_gmem", *pool, *live, *tables, "out_gmem", "lse_gmem", *scratch)
+    # At most 512 in all: 65,536 for a thread of each warpgroup.
+    crowded = geo.narrow and geo.consumers > 1
+    consumer, converter, producer = (216, 56, 24) if crowded else (232, 120, 40)
 
     def chunk_attention(*refs: Any) -> None:
         cta = Cta(geo, dtype, SimpleNamespace(**dict(zip(names, refs, strict=True))))
 
         @pl.when(cta.wg == cta.consumers)
         def _producer() -> None:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(producer, action="decrease")
             plgpu.warp_map(lambda warp: pl.when(warp == 0)(lambda: Producer(cta).run()))
+
+        if geo.narrow:
+
+            @pl.when(cta.wg == cta.consumers + 1)
+            def _converter() -> None:
+                plgpu.set_max_registers(converter, action="decrease")
+                Converter(cta).run()
 
         @pl.when(cta.wg < cta.consumers)
         def _consumer() -> None:
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(consumer, action="increase")
             _Consumer(cta).run()
 
     splits = geo.tuning.splits
@@ -67,7 +82,7 @@ def build(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
         scratch_types=list(scratch.values()),
         grid=(min(geo.items, geo.sms),),
         grid_names=("cta",),
-        num_threads=geo.consumers + 1,
+        num_threads=geo.consumers + 1 + geo.narrow,
         thread_name="wg",
         interpret=interpret,
         compiler_params=compat.compiler_params(),
@@ -76,13 +91,19 @@ def build(geo: Geometry, dtype: jnp.dtype, *, interpret: Any) -> Any:
 
 def _scratch(geo: Geometry, dtype: jnp.dtype) -> dict[str, Any]:
     """Shared memory and barriers by name. p: weights; x_full and x_empty: TMA loads of x."""
-    wgs, keys, stages = geo.consumers, geo.tuning.block_keys, geo.tuning.stages
+    wgs, keys, stages = geo.consumers, geo.tuning.block_keys, geo.tile_stages
+    in_flight, turns = geo.tuning.stages, geo.tile_turns
 
-    def tile(count: int, rows: int, columns: int) -> Any:
-        transforms = compat.smem_transforms(columns)
+    def tile(count: int, rows: int, columns: int, dtype: Any = dtype) -> Any:
+        transforms = compat.smem_transforms(columns, jnp.dtype(dtype).itemsize)
         return plgpu.SMEM((count, rows, columns), dtype, transforms=transforms)
 
-    return {
+    narrow: dict[str, Any] = {}
+    for x in ("k8", "v8") if geo.narrow else ():
+        narrow[f"{x}_smem"] = tile(in_flight, keys, geo.dim, jnp.float8_e4m3fn)
+        narrow[f"{x}_full"] = plgpu.Barrier(num_barriers=in_flight)
+        narrow[f"{x}_empty"] = plgpu.Barrier(num_barriers=in_flight)
+    return narrow | {
         "q_smem": tile(wgs, ROWS, geo.dim),
         "p_smem": tile(wgs, ROWS, keys),
         # Results leave from where the weights were if the shapes are equal.
@@ -91,11 +112,11 @@ def _scratch(geo: Geometry, dtype: jnp.dtype) -> dict[str, Any]:
         "k_smem": tile(stages, keys, geo.dim),
         "v_smem": tile(stages, keys, geo.dim),
         "q_full": plgpu.Barrier(num_barriers=wgs, num_arrivals=geo.heads_per_tile),
-        "k_full": plgpu.Barrier(num_barriers=stages),
-        "v_full": plgpu.Barrier(num_barriers=stages),
-        "k_empty": plgpu.Barrier(num_barriers=stages, num_arrivals=geo.tiles_per_cta),
-        "v_empty": plgpu.Barrier(num_barriers=stages, num_arrivals=geo.tiles_per_cta),
-        "v_clean": plgpu.Barrier(num_barriers=stages),
+        "k_full": plgpu.Barrier(num_barriers=turns),
+        "v_full": plgpu.Barrier(num_barriers=turns),
+        "k_empty": plgpu.Barrier(num_barriers=turns, num_arrivals=geo.tiles_per_cta),
+        "v_empty": plgpu.Barrier(num_barriers=turns, num_arrivals=geo.tiles_per_cta),
+        "v_clean": plgpu.Barrier(num_barriers=turns),
         "joined": plgpu.Barrier(),
         "released": plgpu.Barrier(),
     }
@@ -104,6 +125,14 @@ def _scratch(geo: Geometry, dtype: jnp.dtype) -> dict[str, Any]:
 def _wait_sent() -> None:
     """Waits until results have left shared memory."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+class _Block(NamedTuple):
+    """What a consumer knows of a key block. fact: see `BlockTable.facts`. Scales: of fp8 alone."""
+
+    fact: jax.Array
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
 
 
 class _Item(NamedTuple):
@@ -116,7 +145,7 @@ class _Item(NamedTuple):
     tile: jax.Array
     begin: jax.Array  # the consumer's first block
     base: jax.Array  # place of the unit's first block in the table
-    fact: jax.Array  # of the consumer's first block, see `BlockTable.facts`
+    block: _Block  # the consumer's first block
 
 
 class _Consumer:
@@ -147,10 +176,20 @@ class _Consumer:
         # Every `turns`th block from `begin` on. A stage always belongs to the same warpgroup, since
         # a warpgroup that waits at a barrier must do so in every phase.
         begin = mod(n + self.turn, self.turns)
-        fact = refs.facts_gmem[unit * most + jnp.minimum(begin, most - 1)]
+        block = self.read_block(unit * most + jnp.minimum(begin, most - 1), head)
         request, split, length = (refs.units_gmem[unit * 3 + field] for field in range(3))
         tile = group * self.tiles + self.local_tile
-        return _Item(request, split, length, head, tile, begin, unit * most, fact)
+        return _Item(request, split, length, head, tile, begin, unit * most, block)
+
+    def read_block(self, i: Any, head: Any) -> _Block:
+        """Reads what the table says of its i-th block, and the block's scales."""
+        refs = self.refs
+        if not self.geo.narrow:
+            return _Block(refs.facts_gmem[i])
+        place = refs.blocks_gmem[i]
+        at = refs.layer_gmem[0], div(jnp.maximum(place, 0), self.geo.per_chunk), head
+        scales = refs.k_scale_gmem[at], refs.v_scale_gmem[at]
+        return _Block(refs.facts_gmem[i], *(jnp.where(place >= 0, x, 1.0) for x in scales))
 
     def slot_of(self, fact: jax.Array) -> Any:
         return fact >> SLOT_SHIFT if self.geo.query_slots else 0
@@ -179,7 +218,7 @@ class _Consumer:
     def prefetch_queries(self, item: _Item, wanted: Any) -> None:
         """Starts to load the query rows that the item begins with."""
         wanted &= item.begin < item.length
-        pl.when(wanted)(lambda: self.load_queries(item, self.slot_of(item.fact)))
+        pl.when(wanted)(lambda: self.load_queries(item, self.slot_of(item.block.fact)))
 
     def attend_item(self, i: jax.Array, carry: tuple[jax.Array, _Item]) -> Any:
         """Attends to the blocks of the i-th item. carry: blocks of the items before, the item."""
@@ -191,14 +230,16 @@ class _Consumer:
             compat.zeros((ROWS,), self.by_row),
             compat.zeros((ROWS, self.geo.dim), plgpu.Layout.WGMMA),
             jnp.int32(0),
-            item.fact,
+            item.block.v_scale,
+            item.block,
         )
         steps = jnp.maximum(div(item.length - item.begin + self.turns - 1, self.turns), 0)
         pl.when(steps == 0)(lambda: self.prefetch_queries(next_item, has_next))
         step = functools.partial(self.attend_block, i, n, item, next_item, has_next)
-        peak, total, acc, _, _ = lax.fori_loop(0, steps, step, start)
+        peak, total, acc, _, unit, _ = lax.fori_loop(0, steps, step, start)
         safe = jnp.maximum(total, 1e-30)
-        acc = acc * lax.broadcast_in_dim(1 / safe, acc.shape, [0])
+        share = (unit if self.geo.narrow else 1) / safe
+        acc = acc * lax.broadcast_in_dim(share, acc.shape, [0])
         lse = (peak + jnp.log(safe) * _LOG2E) * (1 / _LOG2E)
         lse = jnp.where(total > 0, lse, EMPTY_LSE)
         if self.turns > 1:
@@ -214,23 +255,26 @@ class _Consumer:
         """One key block: scores, running maximum and sum, weighted values.
 
         carry: maximum and sum of a row's scores (base 2), weighted values, the slot whose query
-        rows are loaded, the block's fact.
+        rows are loaded, the unit of the values, the block.
         """
-        refs, keys = self.refs, self.keys
-        peak, total, acc, loaded_slot, fact = carry
+        refs, keys, geo = self.refs, self.keys, self.geo
+        peak, total, acc, loaded_slot, unit, block = carry
         j = item.begin + step * self.turns
-        stage = mod(n + j, self.geo.tuning.stages)
-        valid, slot = fact & VALID_BITS, self.slot_of(fact)
+        stage = turn = mod(n + j, geo.tile_stages)
+        if geo.tile_turns != geo.tile_stages:
+            turn = mod(n + j, geo.tile_turns)
+        valid, slot = block.fact & VALID_BITS, self.slot_of(block.fact)
         last = j + self.turns >= item.length
         # Clipped: the block behind a unit's end may lie behind the table's end.
-        fact = refs.facts_gmem[item.base + jnp.minimum(j + self.turns, self.geo.blocks_of_unit - 1)]
+        following = item.base + jnp.minimum(j + self.turns, geo.blocks_of_unit - 1)
+        next_block = self.read_block(following, item.head)
         pl.when((step == 0) | (slot != loaded_slot))(lambda: plgpu.barrier_wait(self.q_ready))
-        plgpu.barrier_wait(refs.k_full.at[stage])
+        plgpu.barrier_wait(refs.k_full.at[turn])
         scores = compat.product(self.q_tile, refs.k_smem.at[stage].transpose((1, 0)), keys)
-        plgpu.barrier_arrive(refs.k_empty.at[stage])
+        plgpu.barrier_arrive(refs.k_empty.at[turn])
         # Load the next query rows while this block is finished.
         if self.geo.query_slots:
-            next_slot = self.slot_of(fact)
+            next_slot = self.slot_of(next_block.fact)
             wanted = jnp.logical_not(last) & (next_slot != slot)
             pl.when(wanted)(lambda: self.load_queries(item, next_slot))
 
@@ -241,23 +285,25 @@ class _Consumer:
             return jnp.where(key < valid, scores, EMPTY_LSE)
 
         scores = lax.cond(valid < keys, masked, lambda x: x, scores)
-        factor = self.geo.scale * _LOG2E
+        factor = geo.scale * _LOG2E * (block.k_scale if geo.narrow else 1)
         new_peak = jnp.maximum(peak, scores.max(axis=1) * factor)
         fade = jnp.exp2(peak - new_peak)
         weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_peak, scores.shape, [0]))
         total = total * fade + weights.sum(axis=1)
+        if geo.narrow:
+            fade = fade * (unit / block.v_scale)
         acc = acc * lax.broadcast_in_dim(fade, acc.shape, [0])
         if self.shares_smem:
             pl.when((step == 0) & (i > 0))(_wait_sent)
         self.p_tile[...] = weights.astype(self.cta.dtype)
         plgpu.commit_smem()
-        plgpu.barrier_wait(refs.v_full.at[stage])
-        pl.when(valid < keys)(lambda: self.zero_padding(stage, valid))
+        plgpu.barrier_wait(refs.v_full.at[turn])
+        pl.when(valid < keys)(lambda: self.zero_padding(stage, turn, valid))
         acc += compat.product(self.p_tile, refs.v_smem.at[stage], self.geo.dim)
-        plgpu.barrier_arrive(refs.v_empty.at[stage])
-        return new_peak, total, acc, slot, fact
+        plgpu.barrier_arrive(refs.v_empty.at[turn])
+        return new_peak, total, acc, slot, block.v_scale, next_block
 
-    def zero_padding(self, stage: Any, valid: Any) -> None:
+    def zero_padding(self, stage: Any, turn: Any, valid: Any) -> None:
         """Zeroes V behind the valid keys: their weight is 0, and 0 * NaN is NaN."""
         wg, dim, layout = self.cta.wg, self.geo.dim, plgpu.Layout.WGMMA
 
@@ -271,10 +317,10 @@ class _Consumer:
                 part[...] = jnp.where(row + start < valid, values, zero)
             plgpu.commit_smem()
             if self.tiles > 1:
-                plgpu.barrier_arrive(self.refs.v_clean.at[stage])
+                plgpu.barrier_arrive(self.refs.v_clean.at[turn])
 
         if self.tiles > 1:
-            pl.when(wg > 0)(lambda: plgpu.barrier_wait(self.refs.v_clean.at[stage]))
+            pl.when(wg > 0)(lambda: plgpu.barrier_wait(self.refs.v_clean.at[turn]))
 
     def store(self, i: Any, acc: jax.Array, lse: jax.Array) -> None:
         """Puts a result into shared memory when the previous one has left it."""

@@ -46,17 +46,18 @@ class Producer:
         self.cta, self.geo, self.refs = cta, cta.geo, cta.refs
         self.keys, self.stages = cta.geo.tuning.block_keys, cta.geo.tuning.stages
         self.layer = self.refs.layer_gmem[0]
+        self.narrow = "8" * cta.geo.narrow  # of the names of tiles and barriers
 
     def run(self) -> None:
-        refs = self.refs
+        refs = vars(self.refs)
         n = lax.fori_loop(0, self.cta.count, self.load_item, jnp.int32(0))
 
         # Wait for the last arrivals: none may be pending when the kernel ends.
         @pl.loop(jnp.maximum(n - self.stages, 0), n)
         def _drain(i: jax.Array) -> None:
             stage = mod(i, self.stages)
-            plgpu.barrier_wait(refs.k_empty.at[stage])
-            plgpu.barrier_wait(refs.v_empty.at[stage])
+            for x in ("k", "v"):
+                plgpu.barrier_wait(refs[f"{x}{self.narrow}_empty"].at[stage])
 
     def load_item(self, i: jax.Array, n: jax.Array) -> jax.Array:
         """Loads the blocks of the i-th item, after n blocks of the items before."""
@@ -69,17 +70,25 @@ class Producer:
             n, place = carry
             following = refs.blocks_gmem[base + jnp.minimum(j + 1, most - 1)]
             stage = mod(n, self.stages)
-            for x in ("k", "v"):
-                self.load_block(x, stage, place, n, head, request)
-            return n + 1, following
+
+            def load() -> None:
+                for x in ("k", "v"):
+                    self.load_block(x, stage, place, n, head, request)
+
+            if not (self.narrow and self.geo.own_blocks):
+                load()
+                return n + 1, following
+            pl.when(place >= 0)(load)  # the converter loads own keys
+            return n + (place >= 0).astype(jnp.int32), following
 
         return lax.fori_loop(0, length, step, (n, refs.blocks_gmem[base]))[0]
 
     def load_block(self, x: str, stage: Any, place: Any, n: Any, head: Any, request: Any) -> None:
         """Loads a block of "k" or "v" when its stage is empty. place: see `BlockTable.blocks`."""
         refs, keys, per_chunk = vars(self.refs), self.keys, self.geo.per_chunk
-        pl.when(n >= self.stages)(lambda: plgpu.barrier_wait(refs[f"{x}_empty"].at[stage]))
-        target, arrived = refs[f"{x}_smem"].at[stage], refs[f"{x}_full"].at[stage]
+        name = x + self.narrow
+        pl.when(n >= self.stages)(lambda: plgpu.barrier_wait(refs[f"{name}_empty"].at[stage]))
+        target, arrived = refs[f"{name}_smem"].at[stage], refs[f"{name}_full"].at[stage]
 
         def from_pool() -> None:
             chunk = div(place, per_chunk)
@@ -92,7 +101,7 @@ class Producer:
             source = refs[f"own_{x}_gmem"].at[request, rows, head]
             plgpu.copy_gmem_to_smem(source, target, arrived)
 
-        if self.geo.own_blocks:
+        if self.geo.own_blocks and not self.narrow:
             pl.when(place >= 0)(from_pool)
             pl.when(place < 0)(from_own)
         else:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
-from pallas_kernels.compat import ROWS
+from pallas_kernels.compat import ROWS, SHARED_MEMORY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,12 +18,15 @@ class Tuning:
       splits: units that a request's blocks are cut into; their partial results are merged.
       key_groups: warpgroups that take turns with the blocks of a unit, 1 or 2. 2 needs a single
         query tile for each CTA.
+      tile_stages: of a pool in fp8, blocks of K and of V in 16 bits at once, 1 or 2; `stages`
+        counts the blocks in fp8 then, in any number. 0 where the pool is in 16 bits.
     """
 
     block_keys: int
     stages: int
     splits: int
     key_groups: int = 1
+    tile_stages: int = 0
 
     def __post_init__(self) -> None:
         for name, valid, allowed in (
@@ -30,7 +34,12 @@ class Tuning:
             ("stages", self.stages >= 2, "at least 2"),
             ("splits", self.splits >= 1, "at least 1"),
             ("key_groups", self.key_groups in (1, 2), "1 or 2"),
-            ("stages", self.key_groups == 1 or self.stages % 2 == 0, "a multiple of key_groups 2"),
+            ("tile_stages", self.tile_stages in (0, 1, 2), "0, 1 or 2"),
+            (
+                "stages",
+                self.key_groups == 1 or self.stages % 2 == 0 or self.tile_stages > 0,
+                "a multiple of key_groups 2",
+            ),
         ):
             if not valid:
                 raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}")
@@ -52,6 +61,7 @@ class Shape:
     dim: int  # head size
     chunk_size: int
     sms: int  # of the device
+    narrow: bool = False  # whether the pool is in fp8
 
     @property
     def heads_per_kv(self) -> int:
@@ -96,11 +106,24 @@ class Geometry(Shape):
                 f"key_groups must be 1 with {self.tiles_per_cta} query tiles for each CTA,"
                 f" got {self.tuning.key_groups}"
             )
+        if self.narrow != (self.tuning.tile_stages > 0):
+            kind = "fp8 needs tile_stages" if self.narrow else "16 bits has no tile_stages"
+            raise ValueError(f"a pool in {kind}, got {self.tuning.tile_stages}")
 
     @property
     def consumers(self) -> int:
         """Warpgroups of a CTA that multiply."""
         return self.tiles_per_cta * self.tuning.key_groups
+
+    @property
+    def tile_stages(self) -> int:
+        """Blocks of K and of V in 16 bits at once."""
+        return self.tuning.tile_stages or self.tuning.stages
+
+    @property
+    def tile_turns(self) -> int:
+        """Barriers of those blocks, in turn: a barrier always belongs to the same warpgroup."""
+        return math.lcm(self.tile_stages, self.tuning.key_groups)
 
     @property
     def flat_rows(self) -> int:
@@ -128,13 +151,17 @@ class Geometry(Shape):
         return self.batch * self.tuning.splits * self.kv_heads * self.groups
 
 
-def shared_memory(block_keys: int, stages: int, warpgroups: int, dim: int) -> int:
+def shared_memory(
+    block_keys: int, stages: int, warpgroups: int, dim: int, tile_stages: int = 0
+) -> int:
     """Returns the bytes of a CTA, for half-precision operands.
 
-    K and V, and for each warpgroup queries, weights, and the result if its shape is another.
+    K and V, and for each warpgroup queries, weights, and the result if its shape is another. With
+    tile_stages the stages are in fp8, and there are tiles in 16 bits beside them.
     """
-    result = dim if block_keys != dim else 0
-    return 2 * (2 * stages * block_keys * dim + warpgroups * ROWS * (dim + block_keys + result))
+    result, block = dim if block_keys != dim else 0, 2 * block_keys * dim
+    kv = stages * block + tile_stages * 2 * block if tile_stages else 2 * stages * block
+    return kv + 2 * warpgroups * ROWS * (dim + block_keys + result)
 
 
 def choose(shape: Shape) -> Tuning:
@@ -145,10 +172,16 @@ def choose(shape: Shape) -> Tuning:
     key_groups = 2 if shape.tiles_per_cta == 1 and not few else 1
     block_keys = 64 if shape.chunk_size % 128 else 128
     # 128 KiB in flight; more was not faster.
-    stages = 256 * 128 // (block_keys * shape.dim)
+    stages, tile_stages = 256 * 128 // (block_keys * shape.dim), 0
+    if shape.narrow:
+        # One tile of K and one of V: while one is multiplied, the other is converted.
+        tile_stages, block = 1, 2 * block_keys * shape.dim
+        sizes = shape.tiles_per_cta * key_groups, shape.dim, tile_stages
+        space = SHARED_MEMORY - 1024 - shared_memory(block_keys, 0, *sizes)
+        stages = min(space, 128 * 1024) // block
     unsplit = shape.batch * shape.kv_heads * shape.groups  # work items with one split
     if shape.batch > 1 and unsplit >= shape.sms // 2:
         # One unit for each chunk: requests that share a chunk read it at the same time.
-        return Tuning(block_keys, stages, shape.slots, key_groups)
+        return Tuning(block_keys, stages, shape.slots, key_groups, tile_stages)
     splits = max(1, min(shape.sms // unsplit, keys // block_keys // 2, 32))
-    return Tuning(block_keys, stages, splits, key_groups)
+    return Tuning(block_keys, stages, splits, key_groups, tile_stages)

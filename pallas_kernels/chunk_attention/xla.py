@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels.common import EMPTY_LSE, Partial, valid_chunks
+from pallas_kernels.scaled import Scaled, restored
 
 
 def chunk_attention_xla(q, k, v, layer, chunk_ids, chunk_lengths, scale) -> Partial:
@@ -23,9 +24,14 @@ def chunk_attention_xla(q, k, v, layer, chunk_ids, chunk_lengths, scale) -> Part
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
 
-    def read(pool: Array, chunk: Array) -> Array:
+    def read(pool: Array | Scaled, chunk: Array) -> Array:
         """Returns a chunk [G, C, D]: a slice of the pool that XLA fuses into its use."""
-        return lax.dynamic_slice(pool, (layer, chunk, 0, 0, 0), (1, 1, g, c, d))[0, 0]
+
+        def cut(x: Array) -> Array:
+            start = (layer, chunk, *[0] * (x.ndim - 2))
+            return lax.dynamic_slice(x, start, (1, 1, *x.shape[2:]))[0, 0]
+
+        return restored(jax.tree.map(cut, pool), q.dtype)
 
     def step(carry, slot):
         peak, total, acc = carry

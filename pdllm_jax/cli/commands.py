@@ -220,6 +220,7 @@ class Command:
                 chunking=engine.chunking,
                 bos_id=engine.bos_id,
                 encode_batch=args.encode_batch,
+                kv_format=engine.selection.kv_format,
                 memory_limit=engine.memory_limit,
             )
         else:

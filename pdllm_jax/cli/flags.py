@@ -36,6 +36,7 @@ NAMES = {
     "Bridge.tokens": "bridge_tokens",
     "DecodeConfig.top_k": "sample_top_k",
     "DecodeConfig.top_p": "sample_top_p",
+    "SelectionConfig.kv_format": "kv",
 }
 DERIVED = ("draft_steps", "stop_ids", "unmask")
 
@@ -108,6 +109,7 @@ HELP = {
     "bridge-tokens": "which: at its start, or with most of the query's attention",
     "positions": "where kept chunks are placed",
     "keep-tokens": "tokens of a kept chunk that are attended to (default: all)",
+    "kv": "format of the chunks' KV; fp8 has half the bytes",
     "keep-by": "attention that ranks a chunk's tokens for --keep-tokens",
     "chunks": "ids of the chunks for scorer oracle",
     "out": "folder to make",

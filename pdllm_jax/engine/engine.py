@@ -37,10 +37,11 @@ from pdllm_jax.engine.request import (
     document_prompt,
     question_prompt,
     request_keys,
+    require_kv_format,
     select_chunks,
     start_decoding,
 )
-from pdllm_jax.method.cache import ChunkCache
+from pdllm_jax.method.cache import ChunkCache, pool_dtype
 from pdllm_jax.method.cache_methods import CacheMethod, Method, cache_method
 from pdllm_jax.method.chunking import (
     ChunkedPrompt,
@@ -175,9 +176,9 @@ class Engine:
         """
         parts = self._reader.document(context, prefix)
         prompt = document_prompt(*parts, self.chunking, self._bos_id)
-        group = self.selection.encode_batch
-        require_document_memory(self.model, prompt, group, limit=self.memory_limit)
-        return encode_document(self.model, prompt, encode_batch=group)
+        group, kind = self.selection.encode_batch, self.selection.kv_format
+        require_document_memory(self.model, prompt, group, kind, limit=self.memory_limit)
+        return encode_document(self.model, prompt, encode_batch=group, kv_format=kind)
 
     def ask(
         self,
@@ -205,6 +206,7 @@ class Engine:
         if not self._method.uses_chunks:
             raise ValueError(f"a document is asked with method 'prefilling', not {self.method!r}")
         check_scorable(document)
+        require_kv_format(document.pool, self.selection)
         if document.documents > 1:
             raise ValueError(f"document must be one, the cache holds {document.documents}")
         for name, values in (("oracle", oracle), ("seeds", seeds)):
@@ -348,6 +350,7 @@ class Engine:
             dtype=self.model.dtype,
             head_size=self.model.config.head_dim,
             chunk_size=min(config.keep_tokens or chunk_size, chunk_size),
+            pool_dtype=pool_dtype(config.kv_format),
         )
         require_device(path)
         return path

@@ -37,7 +37,7 @@ from pallas_kernels.chunk_attention import dense
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine.plan import Phase, Plan, total
 from pdllm_jax.engine.programs import Program, RecordedModel, Recorder, Shapes, programs
-from pdllm_jax.method.cache import live_rows
+from pdllm_jax.method.cache import KVFormat, live_rows, pool_dtype
 from pdllm_jax.method.cache_methods import Method, cache_method
 from pdllm_jax.method.chunking import (
     ChunkedPrompt,
@@ -55,7 +55,7 @@ from pdllm_jax.network.transformer import MaskPredictor
 
 _CUBLAS_WORKSPACE = 32 << 20  # of every cuBLAS call on Hopper (GemmConfig::kHopperWorkspace)
 # Arrays that each layer has: weights of its block, and K and V of pools, prefixes and live rows.
-_PER_LAYER = re.compile(r"\bblocks\.|(^|[._])[kv](\.0)?$")
+_PER_LAYER = re.compile(r"\bblocks\.|(^|[._])[kv](\.(0|values|scale))?$")
 
 
 class MemoryLimitError(ValueError):
@@ -251,6 +251,7 @@ def plan_memory(
         dtype=jnp.dtype(dtype),
         head_size=config.head_dim,
         chunk_size=min(selection.keep_tokens or size, size),
+        pool_dtype=pool_dtype(selection.kv_format),
     )
     attention = attention or dense.dense_implementation(jnp.dtype(dtype), config.head_dim)
     sizes = mesh_sizes(config, mesh)
@@ -264,11 +265,17 @@ def device_stats(model: MaskPredictor) -> dict[str, int]:
 
 
 def require_document_memory(
-    model: MaskPredictor, prompt: ChunkedPrompt, encode_batch: int, *, limit: int | None = None
+    model: MaskPredictor,
+    prompt: ChunkedPrompt,
+    encode_batch: int,
+    kv_format: KVFormat,
+    *,
+    limit: int | None = None,
 ) -> None:
     """`require_memory` for `encode_document` alone."""
     shapes = Shapes.of(prompt)._replace(requests=0, query=1, encoded=True)
-    require_memory(model, shapes, SelectionConfig(encode_batch=encode_batch), limit=limit)
+    settings = SelectionConfig(encode_batch=encode_batch, kv_format=kv_format)
+    require_memory(model, shapes, settings, limit=limit)
 
 
 def require_memory(

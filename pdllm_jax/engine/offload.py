@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import Implementation
+from pallas_kernels import Implementation, Scaled
 from pdllm_jax.config import SelectionConfig
 from pdllm_jax.engine.inputs import oracle_ids
 from pdllm_jax.engine.memory import MemoryLimitError
@@ -31,10 +31,11 @@ from pdllm_jax.engine.request import (
     SelectedRequest,
     question_prompt,
     request_keys,
+    require_kv_format,
     select_chunks,
     with_pool,
 )
-from pdllm_jax.method.cache import ChunkCache, ChunkPool
+from pdllm_jax.method.cache import ChunkCache, ChunkPool, KVFormat, init_pool
 from pdllm_jax.method.chunking import ChunkedPrompt, TokenIds, check_token_ids
 from pdllm_jax.method.prefill import encode_document
 from pdllm_jax.method.scoring import score_chunks
@@ -50,13 +51,14 @@ _RESERVED = 1 << 30  # for other transfers, and what allocating leaves between a
 class OffloadedDocument:
     """One document's KV in host memory; its tokens, and the prefix's KV, on the device.
 
-    k, v: of each chunk that holds tokens, [L, G, C, D], keys rotated at chunk-local positions.
+    k, v: of each chunk that holds tokens, [L, G, C, D], keys rotated at chunk-local positions; in
+      the format "fp8" `Scaled` with scales [L, G].
     cache: the document without a pool.
     device: sharding of a chunk on the device.
     """
 
-    k: tuple[Array, ...]
-    v: tuple[Array, ...]
+    k: tuple[Array | Scaled, ...]
+    v: tuple[Array | Scaled, ...]
     cache: ChunkCache
     device: Sharding
 
@@ -64,6 +66,11 @@ class OffloadedDocument:
     def nbytes(self) -> int:
         """In host memory."""
         return sum(x.nbytes for x in (*self.k, *self.v))
+
+    @property
+    def kv_format(self) -> KVFormat:
+        """The format of k and v."""
+        return "fp8" if isinstance(self.k[0], Scaled) else "full"
 
 
 def host_memory(sharding: Sharding) -> Sharding:
@@ -93,7 +100,12 @@ def check_host_memory(host: Sharding, nbytes: int) -> None:
 
 
 def encode_offloaded(
-    model: MaskPredictor, prompt: ChunkedPrompt, *, encode_batch: int = 8, group: int | None = None
+    model: MaskPredictor,
+    prompt: ChunkedPrompt,
+    *,
+    encode_batch: int = 8,
+    group: int | None = None,
+    kv_format: KVFormat = "full",
 ) -> OffloadedDocument:
     """`encode_document`, with the KV of `group` chunks on the device at a time.
 
@@ -107,16 +119,16 @@ def encode_offloaded(
     if prompt.chunks.shape[0] > 1:
         raise ValueError(f"one document is offloaded at a time, got {prompt.chunks.shape[0]}")
     group = 2 * encode_batch if group is None else group
-    n, device, config = prompt.n_chunks, _device(model.mesh), model.config
-    host = host_memory(device)
-    values = 2 * config.n_layers * config.n_kv_heads * config.head_dim * prompt.chunk_size
-    check_host_memory(host, n * values * model.dtype.itemsize)
-    k: list[Array] = []
-    v: list[Array] = []
+    n, device = prompt.n_chunks, _device(model.mesh)
+    host, sizes = host_memory(device), (n, prompt.chunk_size, model.dtype)
+    shapes = jax.eval_shape(lambda: init_pool(model.config, *sizes, kv_format=kv_format))
+    check_host_memory(host, _nbytes(shapes))
+    k: list[Array | Scaled] = []
+    v: list[Array | Scaled] = []
     for first in range(0, n, group):
         chunks, lengths = (_chunks(x, first, group) for x in (prompt.chunks, prompt.chunk_lengths))
         part = dataclasses.replace(prompt, chunks=chunks, chunk_lengths=lengths)
-        cache = encode_document(model, part, encode_batch=encode_batch)
+        cache = encode_document(model, part, encode_batch=encode_batch, kv_format=kv_format)
         assert cache.pool is not None
         # Asynchronous: the next group is encoded while this one is on its way.
         k += _to_host(cache.pool.k, min(group, n - first), host)
@@ -135,10 +147,10 @@ def offload(cache: ChunkCache) -> OffloadedDocument:
     if cache.pool is None or cache.documents > 1 or cache.streamed:
         raise ValueError("only one document's cache with the KV of every chunk can be offloaded")
     pool, n = cache.pool, int(np.count_nonzero(np.asarray(cache.lengths)))
-    sharding = pool.k.sharding
+    sharding = jax.tree.leaves(pool.k)[0].sharding
     device = _device(sharding.mesh if isinstance(sharding, NamedSharding) else None)
     host = host_memory(device)
-    check_host_memory(host, 2 * n * pool.k.nbytes // pool.k.shape[1])
+    check_host_memory(host, n * _nbytes(pool) // pool.k.shape[1])
     k, v = (tuple(_to_host(x, n, host)) for x in (pool.k, pool.v))
     return OffloadedDocument(k, v, cache.without_pool(), device)
 
@@ -215,6 +227,7 @@ def select_offloaded(
     if config.keeps_pool():
         reader = "re-selection" if config.reselects else f"scorer {config.scorer.name!r}"
         raise ValueError(f"{reader} reads all chunks' KV: the document cannot be offloaded")
+    require_kv_format(document, config)
     oracle_ids(None, config, len(document.k))  # raises for the scorer "oracle"
     vocabulary = model.config.vocab_size, model.config.mask_token_id
     ids = check_token_ids("query", query_ids, *vocabulary)
@@ -241,16 +254,26 @@ def _device(mesh: Any) -> Sharding:
     return NamedSharding(mesh, PartitionSpec(None, TENSOR))
 
 
-def _to_host(x: Array, count: int, host: Sharding) -> list[Array]:
-    """The first chunks of a pool's array, each in host memory."""
-    # An array in host memory is cut up there; an index would be computed on the device.
-    rows = np.asarray(x) if x.sharding.memory_kind == host.memory_kind else x
-    return [jax.device_put(rows[:, i], host) for i in range(count)]
+def _nbytes(pool: ChunkPool) -> int:
+    """The bytes of K and V of a pool, or of its shapes."""
+    leaves = jax.tree.leaves((pool.k, pool.v))
+    return sum(x.size * x.dtype.itemsize for x in leaves)
+
+
+def _to_host(x: Any, count: int, host: Sharding) -> list[Any]:
+    """The first chunks of K or V of a pool, each in host memory."""
+
+    def rows(x: Array) -> Any:
+        # An array in host memory is cut up there; an index would be computed on the device.
+        return np.asarray(x) if x.sharding.memory_kind == host.memory_kind else x
+
+    x = jax.tree.map(rows, x)
+    return [jax.device_put(jax.tree.map(lambda x: x[:, i], x), host) for i in range(count)]  # noqa: B023
 
 
 @jax.jit
-def _stacked(*chunks: Array) -> Array:
-    return jnp.stack(chunks, axis=1)
+def _stacked(*chunks: Any) -> Any:
+    return jax.tree.map(lambda *x: jnp.stack(x, axis=1), *chunks)
 
 
 def _chunks(x: Array, first: int, count: int) -> Array:

@@ -182,8 +182,9 @@ def programs(
         return step
 
     if shapes.encoded:
-        document, group = shapes._replace(requests=1, query=1).prompt(), selection.encode_batch
-        step = program("encode document", encode_document, model, document, encode_batch=group)
+        document = shapes._replace(requests=1, query=1).prompt()
+        how = {name: getattr(selection, name) for name in ("encode_batch", "kv_format")}
+        step = program("encode document", encode_document, model, document, **how)
         cache = step.result
         yield step
     if not batch:

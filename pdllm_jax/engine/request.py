@@ -34,6 +34,7 @@ from pdllm_jax.method.scoring import draft_response, score_chunks
 from pdllm_jax.method.selection import EMPTY_SLOT, Selection, select
 from pdllm_jax.network.transformer import MaskPredictor
 from pdllm_jax.randomness import random_key
+from pdllm_jax.rules import require
 
 _COMPILE_EVENTS = "/jax/core/compile/"
 
@@ -285,8 +286,7 @@ def _gathered(pool: ChunkPool, ids: Int[Array, "B K"]) -> tuple[ChunkPool, Int[A
     at = jnp.maximum(ids, 0).reshape(-1)
     lengths = jnp.where(ids.reshape(-1) >= 0, pool.lengths[at], 0)
     places = jnp.arange(ids.size, dtype=jnp.int32).reshape(ids.shape)
-    gathered = ChunkPool(pool.k[:, at], pool.v[:, at], lengths)
-    return gathered, jnp.where(ids >= 0, places, EMPTY_SLOT)
+    return pool.take(at, lengths), jnp.where(ids >= 0, places, EMPTY_SLOT)
 
 
 def trimmed(selection: Selection) -> Selection:
@@ -312,6 +312,16 @@ def document_prompt(
     prompt = chunk_prompt(prefix_ids, context_ids, [0], config, bos_id=bos_id, tight=True)
     query = jnp.zeros((1, 0), jnp.int32)
     return dataclasses.replace(prompt, query=query, query_length=jnp.zeros((1,), jnp.int32))
+
+
+def require_kv_format(pool: Any, config: SelectionConfig) -> None:
+    """Raises ConfigError where a document's KV has another format than the settings say.
+
+    pool: a `ChunkPool`, or what has its `kv_format`.
+    """
+    has, wanted = pool.kv_format, config.kv_format
+    message = f"the document's KV is in format {has!r}, the selection's kv_format is {wanted!r}"
+    require(has == wanted, f"{message}: encode the document again, or set kv_format={has!r}")
 
 
 def question_prompt(

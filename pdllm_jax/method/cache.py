@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import Scaled, quantise
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.sharding import constrain, heads_spec, local, rows_axis
 
@@ -33,6 +34,7 @@ def dynamic_updates(x: Array, start: Int[Array, "B"], values: Array) -> Array:
 
 
 Positions = Literal["continuous", "absolute", "reuse", "contiguous"]
+KVFormat = Literal["full", "fp8"]
 
 _LIVE_MULTIPLE = 128  # rows of a block of the attention kernel
 # At most this many runs of rows are written by one copy each, in place. More become one scatter:
@@ -47,11 +49,23 @@ class ChunkPool:
 
     k: keys rotated at chunk-local positions 0..C-1, so that a chunk can be placed anywhere.
     lengths: valid rows of each chunk. Nothing attends to rows behind them.
+
+    In the format "fp8" k and v are `Scaled`, a scale for each layer, chunk and head [L, N, G].
     """
 
-    k: Float[Array, "L N G C D"]
-    v: Float[Array, "L N G C D"]
+    k: Float[Array, "L N G C D"] | Scaled
+    v: Float[Array, "L N G C D"] | Scaled
     lengths: Int[Array, "N"]
+
+    @property
+    def kv_format(self) -> KVFormat:
+        """The format of k and v."""
+        return "fp8" if isinstance(self.k, Scaled) else "full"
+
+    def take(self, places: Int[Array, "M"], lengths: Int[Array, "M"]) -> ChunkPool:
+        """Returns a pool of the chunks at these places, of which so many rows are valid."""
+        k, v = jax.tree.map(lambda x: x[:, places], (self.k, self.v))
+        return ChunkPool(k, v, lengths)
 
     def rows_of(self, ids: Int[Array, "B K"]) -> tuple[Int[Array, "B K"], Int[Array, "B K"]]:
         """Returns places and valid rows of chunks; both are 0 for an empty slot."""
@@ -177,13 +191,31 @@ class LiveCache:
         return LiveCache(put(self.k, k), put(self.v, v))
 
 
+def pool_dtype(kv_format: KVFormat) -> Any:
+    """Returns the dtype of a pool in 8 bits, None for the model's."""
+    return None if kv_format == "full" else jnp.float8_e4m3fn
+
+
 def init_pool(
-    config: ModelConfig, chunks: int, size: int, dtype: DTypeLike, mesh: Mesh | None = None
+    config: ModelConfig,
+    chunks: int,
+    size: int,
+    dtype: DTypeLike,
+    mesh: Mesh | None = None,
+    kv_format: KVFormat = "full",
 ) -> ChunkPool:
-    """Returns an empty pool of `chunks` chunks of `size` rows. Call under jit on a mesh."""
+    """Returns an empty pool of `chunks` chunks of `size` rows. Call under jit on a mesh.
+
+    dtype: of the format "full".
+    """
     shape = (config.n_layers, chunks, config.n_kv_heads, size, config.head_dim)
-    k, v = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-    return constrain(mesh, ChunkPool(k, v, jnp.zeros((chunks,), jnp.int32)), "pool")
+
+    def empty() -> Any:
+        if kv_format == "full":
+            return jnp.zeros(shape, dtype)
+        return Scaled(jnp.zeros(shape, jnp.float8_e4m3fn), jnp.ones(shape[:3], jnp.float32))
+
+    return constrain(mesh, ChunkPool(empty(), empty(), jnp.zeros((chunks,), jnp.int32)), "pool")
 
 
 def live_rows(rows: int) -> int:
@@ -219,23 +251,44 @@ def _write_rows(
     return store
 
 
+def stored(
+    rows: Float[Array, "N G C D"], lengths: Int[Array, "N"], like: Array | Scaled
+) -> Array | Scaled:
+    """Returns KV of chunks as the array `like` of a pool holds it.
+
+    In 8 bits rows behind `lengths` become zeros, so that no scale depends on padding.
+    """
+    if not isinstance(like, Scaled):
+        return rows.astype(like.dtype)
+    valid = jnp.arange(rows.shape[2]) < lengths[:, None]
+    return quantise(jnp.where(valid[:, None, :, None], rows, 0), "fp8", trailing=2)
+
+
 def write_chunks(
-    pool: ChunkPool, layer: int, k: Float[Array, "N C G D"], v: Array, where: int | Array
+    pool: ChunkPool,
+    layer: int,
+    k: Float[Array, "N C G D"],
+    v: Float[Array, "N C G D"],
+    lengths: Int[Array, "N"],
+    where: int | Array,
 ) -> ChunkPool:
     """Writes one layer's KV of chunks: at consecutive places from `where` on, or at `where` [N]."""
 
     def put(store: Array, rows: Array) -> Array:
-        rows = rows.transpose(0, 2, 1, 3)[None].astype(store.dtype)
+        rest: list[int] = [0] * (store.ndim - 2)
         if jnp.ndim(where) == 0:
-            return lax.dynamic_update_slice(store, rows, (layer, where, 0, 0, 0))
-        if rows.shape[1] > _ONE_BY_ONE:
-            return store.at[layer, where].set(rows[0], mode="drop")
-        for i in range(rows.shape[1]):
-            place = (layer, jnp.asarray(where)[i], 0, 0, 0)
-            store = lax.dynamic_update_slice(store, rows[:, i : i + 1], place)
+            return lax.dynamic_update_slice(store, rows[None], (layer, where, *rest))
+        if len(rows) > _ONE_BY_ONE:
+            return store.at[layer, where].set(rows, mode="drop")
+        for i in range(len(rows)):
+            at: Any = (layer, jnp.asarray(where)[i], *rest)
+            store = lax.dynamic_update_slice(store, rows[None, i : i + 1], at)
         return store
 
-    return dataclasses.replace(pool, k=put(pool.k, k), v=put(pool.v, v))
+    def write(store: Array | Scaled, rows: Array) -> Any:
+        return jax.tree.map(put, store, stored(rows.transpose(0, 2, 1, 3), lengths, store))
+
+    return dataclasses.replace(pool, k=write(pool.k, k), v=write(pool.v, v))
 
 
 @jax.tree_util.register_dataclass

@@ -66,7 +66,8 @@ def encode_state(
     placement = cache.place(selected, state.prefix_length, total, config.positions)
     if slots is not None:
         placement = dataclasses.replace(placement, chunk_ids=slots)
-    request = EncodeRequest(selected, placement, query_rows(state), state.live, implementation)
+    rows, path = query_rows(state), implementation
+    request = EncodeRequest(selected, placement, rows, state.live, path, config.kv_format)
     pool, placement, live, _ = encode_chosen(model, cache, request, config)
     return dataclasses.replace(
         state,

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import Partial, merge
 from pdllm_jax.config import SelectionConfig
-from pdllm_jax.method.cache import ChunkCache, ChunkPool, init_pool, write_chunks
+from pdllm_jax.method.cache import ChunkCache, ChunkPool, KVFormat, init_pool, write_chunks
 from pdllm_jax.method.chunking import ChunkedPrompt
 from pdllm_jax.method.encodings.base import slot_ids
 from pdllm_jax.method.scorers.base import Draft, QueryCopies, ScoreRequest
@@ -72,16 +72,22 @@ def prefill(
     return cache, constrain(model.mesh, scores)
 
 
-@functools.partial(jax.jit, static_argnames=("encode_batch",))
+@functools.partial(jax.jit, static_argnames=("encode_batch", "kv_format"))
 def encode_document(
-    model: MaskPredictor, prompt: ChunkedPrompt, *, encode_batch: int = 8
+    model: MaskPredictor,
+    prompt: ChunkedPrompt,
+    *,
+    encode_batch: int = 8,
+    kv_format: KVFormat = "full",
 ) -> ChunkCache:
     """Returns the document's cache with KV of every chunk, which no question has changed.
 
     For `score_chunks` and `init_denoise` with any number of questions. Does not read the prompt's
-    query. Compiles once for each shape of the prompt.
+    query. Compiles once for each shape of the prompt. encode_batch, kv_format: as of
+    `SelectionConfig`.
     """
-    config = SelectionConfig(scorer="first", encoding="independent", encode_batch=encode_batch)
+    settings: Any = {"encode_batch": encode_batch, "kv_format": kv_format}
+    config = SelectionConfig(scorer="first", encoding="independent", **settings)
     return prefill(model, prompt, config)[0]
 
 
@@ -213,7 +219,8 @@ class _Pass:
         pool = None
         if pooling:
             places = -(-pairs // group) * group if kept is None else kept.ids.size
-            pool = init_pool(model.config, places, size, model.dtype, model.mesh)
+            kind = self.config.kv_format
+            pool = init_pool(model.config, places, size, model.dtype, model.mesh, kind)
             if kept is None:
                 pool = dataclasses.replace(pool, lengths=jnp.pad(lengths, (0, places - pairs)))
 
@@ -275,7 +282,9 @@ class _Pass:
                 copy_q, copy_k, copy_v = (x[:, size:] for x in (q, k, v))
                 copy_out = copies.attend(model.mesh, seen, copy_q, copy_k, copy_v)
                 out = jnp.concatenate([out[:, :size], copy_out], axis=1)
-            return out, None if pool is None else write_chunks(pool, layer, chunk_k, chunk_v, where)
+            if pool is not None:
+                pool = write_chunks(pool, layer, chunk_k, chunk_v, lengths, where)
+            return out, pool
 
         x, pool = model.run(tokens, attend, pool)
         return None if copies is None else copies.read(model, x[:, size:]), pool

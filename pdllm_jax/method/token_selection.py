@@ -18,12 +18,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import EMPTY_LSE, Partial
+from pallas_kernels import EMPTY_LSE, Partial, restored
 from pdllm_jax.method.cache import ChunkCache, ChunkPool, init_pool
 from pdllm_jax.method.live_forward import (
     Context,
@@ -151,7 +152,8 @@ def _over_layers(
     received = local(model.mesh, _LastRows.received, (batch, heads, by_head, heads), heads)
 
     def hook(layer: int, q: Array, seen: Partial, carry: Any) -> Any:
-        return update(layer, received(rows, q, seen.lse, pool.k[layer, ids]), carry)
+        keys = restored(jax.tree.map(lambda x: x[layer, ids], pool.k), q.dtype)
+        return update(layer, received(rows, q, seen.lse, keys), carry)
 
     return live_forward(model, context, query.ids, hook=hook, hook_carry=carry)[2]
 
@@ -237,26 +239,31 @@ def keep_tokens(
     pool, chunk_ids = context.pool, context.placement.chunk_ids
     assert pool is not None
     ids, lengths = pool.rows_of(chunk_ids)
-    kept = init_pool(model.config, chunk_ids.size, count, pool.k.dtype, model.mesh)
+    kind = pool.k.dtype, model.mesh, pool.kv_format
+    kept = init_pool(model.config, chunk_ids.size, count, *kind)
     kept = dataclasses.replace(kept, lengths=jnp.minimum(lengths, count).reshape(-1))
 
-    def pick(scores: Array, keys: Array, values: Array) -> tuple[Array, Array]:
-        """Returns keys and values [B, K, G, count, D] of each head's best tokens."""
+    def pick(scores: Array, kv: Any) -> Any:
+        """Returns keys and values [B, K, G, count, D] of each head's best tokens; scales stay."""
         places = best_tokens(scores, count, cache.anchors)
         places = jnp.minimum(places, scores.shape[-1] - 1)[..., None]
-        keys, values = (jnp.take_along_axis(x, places, axis=3) for x in (keys, values))
-        return keys, values
+
+        def best(x: Array) -> Array:
+            return jnp.take_along_axis(x, places, axis=3) if x.ndim == places.ndim else x
+
+        return jax.tree.map(best, kv)
 
     heads = heads_spec(model.mesh, len(chunk_ids), 2)
     pick_by_heads = local(model.mesh, pick, heads, heads)
 
     def keep(layer: int, scores: Array, kept: ChunkPool) -> ChunkPool:
-        k, v = pick_by_heads(scores, pool.k[layer, ids], pool.v[layer, ids])
+        kv = pick_by_heads(scores, jax.tree.map(lambda x: x[layer, ids], (pool.k, pool.v)))
 
         def put(store: Array, rows: Array) -> Array:
             return store.at[layer].set(rows.reshape(store.shape[1:]))
 
-        return dataclasses.replace(kept, k=put(kept.k, k), v=put(kept.v, v))
+        k, v = jax.tree.map(put, (kept.k, kept.v), kv)
+        return dataclasses.replace(kept, k=k, v=v)
 
     if by == "query-to-chunk":
         return _over_layers(model, context, query, keep, kept)

@@ -45,7 +45,8 @@ _TENSOR_AXIS = {
     **{f"{name}_proj.scale": -1 for name in ("q", "k", "v", "gate", "up")},  # [O]
     **dict.fromkeys(("attn_out.weight", "down_proj.weight"), -1),  # [O, I]
     **dict.fromkeys(("embedding.weight", "lm_head.weight"), -2),  # [V, M]
-    **dict.fromkeys(("pool.k", "pool.v"), -3),  # [L, N, G, C, D]
+    **dict.fromkeys(("pool.k", "pool.v", "k.values", "v.values"), -3),  # [L, N, G, C, D]
+    **dict.fromkeys(("k.scale", "v.scale"), -1),  # of a pool in 8 bits, [L, N, G]
     **dict.fromkeys(("prefix_k", "prefix_v"), -2),  # [L, B, P, G, D]
     **dict.fromkeys(("live.k", "live.v"), -2),  # [B, S, G, D], or all layers stacked
 }
@@ -214,8 +215,8 @@ def _over_chunks(mesh: Mesh | None, run: Callable[..., Any], outputs: Any, q: Ar
 def chunk_attention(
     mesh: Mesh | None,
     q: Rows,
-    k: Float[Array, "L N G C D"],
-    v: Float[Array, "L N G C D"],
+    k: Float[Array, "L N G C D"] | Scaled,
+    v: Float[Array, "L N G C D"] | Scaled,
     chunk_ids: Int[Array, "B K"],
     chunk_lengths: Int[Array, "N"],
     *,
@@ -241,8 +242,8 @@ def chunk_attention(
 def chunk_attention_mass(
     mesh: Mesh | None,
     q: Rows,
-    k: Float[Array, "L N G C D"],
-    v: Float[Array, "L N G C D"],
+    k: Float[Array, "L N G C D"] | Scaled,
+    v: Float[Array, "L N G C D"] | Scaled,
     chunk_ids: Int[Array, "B K"],
     chunk_lengths: Int[Array, "N"],
     *,

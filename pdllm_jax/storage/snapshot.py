@@ -274,6 +274,10 @@ def _check_heads(folder: Path, arrays: Mapping[str, Array], identity: ModelIdent
     for name, array in arrays.items():
         if (axis := heads_axis(name, array.shape)) is not None:
             heads = array.shape[axis], array.shape[-1], str(array.dtype)
+            if name.endswith(".scale"):  # of values in 8 bits
+                heads = heads[0], *wanted[1:]
+            elif name.endswith(".values") and heads[2] == "float8_e4m3fn":
+                heads = *heads[:2], wanted[2]
             if heads != wanted:
                 raise _mismatch(folder, f"{name} (heads, head size, dtype)", heads, wanted)
 
@@ -303,9 +307,9 @@ def pack(tree: Any, name: str = "") -> tuple[dict[str, Array], Any]:
             raise SnapshotError(f"{path} {problem}", field=path)
         if kind in _classes(hint):
             hints, content = get_type_hints(kind), {"class": kind.__name__}
-            for field in dataclasses.fields(value):
-                where = f"{path}.{field.name}".strip(".")
-                content[field.name] = visit(getattr(value, field.name), hints[field.name], where)
+            for name in _fields(kind):
+                where = f"{path}.{name}".strip(".")
+                content[name] = visit(getattr(value, name), hints[name], where)
             return content
         if isinstance(value, tuple):
             return [visit(x, hint, f"{path}.{i}") for i, x in enumerate(value)]
@@ -339,8 +343,15 @@ def unpack(content: Any, hint: Any, arrays: Mapping[str, Array], path: str = "")
     return content
 
 
+def _fields(kind: Any) -> tuple[str, ...]:
+    """Returns the names of the fields of a dataclass or a NamedTuple, of another class none."""
+    if dataclasses.is_dataclass(kind):
+        return tuple(field.name for field in dataclasses.fields(kind))
+    return getattr(kind, "_fields", ())
+
+
 def _classes(hint: Any) -> list[type]:
-    """Returns the dataclasses that an annotation names."""
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+    """Returns the dataclasses and NamedTuples that an annotation names."""
+    if isinstance(hint, type) and _fields(hint):
         return [hint]
     return [kind for part in get_args(hint) for kind in _classes(part)]

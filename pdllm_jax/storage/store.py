@@ -21,7 +21,7 @@ from typing import Any
 from pdllm_jax.config import ChunkConfig
 from pdllm_jax.engine.memory import require_document_memory
 from pdllm_jax.engine.request import document_prompt
-from pdllm_jax.method.cache import ChunkCache
+from pdllm_jax.method.cache import ChunkCache, KVFormat
 from pdllm_jax.method.chunking import TokenIds, check_bos_id, check_token_ids
 from pdllm_jax.method.prefill import encode_document
 from pdllm_jax.network.transformer import MaskPredictor
@@ -74,6 +74,7 @@ class DocumentStore:
         chunking: ChunkConfig = ChunkConfig(),
         bos_id: int | None = None,
         encode_batch: int = 8,
+        kv_format: KVFormat = "full",
         memory_limit: int | None = None,
     ) -> ChunkCache:
         """Encodes a document of token ids and keeps it, or restores it.
@@ -96,7 +97,7 @@ class DocumentStore:
         document = fingerprint.document_fingerprint(
             prompt.prefix, prompt.prefix_length, prompt.chunks, prompt.chunk_lengths
         )
-        key = self.key(document, chunking)
+        key = self.key(document, chunking, kv_format)
         if (cache := self._restore(key, document, warn=False)) is not None:
             return cache
         # Before the lock: encoding takes all processes of a mesh, of which one would hold it.
@@ -104,21 +105,25 @@ class DocumentStore:
         with self._lock(key):
             if (cache := self._restore(key, document, warn=True)) is not None:
                 return cache
-            require_document_memory(self.model, prompt, encode_batch, limit=memory_limit)
+            how = encode_batch, kv_format
+            require_document_memory(self.model, prompt, *how, limit=memory_limit)
             discard(self.folder / key)  # damaged
-            cache = encode_document(self.model, prompt, encode_batch=encode_batch)
+            group: Any = {"encode_batch": encode_batch, "kv_format": kv_format}
+            cache = encode_document(self.model, prompt, **group)
             options: Any = {"chunking": chunking, "tokenizer": self.tokenizer}
             snapshot.save_document(self.folder / key, self.identity, cache, **options)
             return cache
 
-    def key(self, document: str, chunking: ChunkConfig) -> str:
+    def key(self, document: str, chunking: ChunkConfig, kv_format: KVFormat = "full") -> str:
         """Returns a document's name in the folder.
 
         Args:
           document: its `document_fingerprint`.
           chunking: settings that it is chunked with.
+          kv_format: of its KV.
         """
-        settings = [chunking.chunk_size, chunking.anchors, chunking.overlap]
+        settings: list[Any] = [chunking.chunk_size, chunking.anchors, chunking.overlap]
+        settings += [] if kv_format == "full" else [kv_format]  # which is younger than stores
         tokenizer = self.tokenizer and fingerprint.tokenizer_fingerprint(self.tokenizer)
         model = fingerprint.model_fields(self.identity)
         return fingerprint.digest([snapshot.SNAPSHOT.version, document, settings, tokenizer, model])

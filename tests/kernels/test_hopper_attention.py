@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_kernels import OwnKV, compat
+from pallas_kernels import OwnKV, compat, quantise, restored
 from pallas_kernels.chunk_attention.hopper import chunk_attention_hopper
 from pallas_kernels.chunk_attention.hopper_schedule import SLOT_SHIFT, VALID_BITS, block_table
 from pallas_kernels.chunk_attention.hopper_tiling import (
@@ -95,9 +95,13 @@ def test_block_table_holds_every_block_with_keys_once_in_order(seed):
         (4, 32, False, Tuning(64, 4, 3, 2), 3),  # two warpgroups take turns
         (2, 64, True, Tuning(64, 2, 1, 2), 1),  # taking turns, shared rows, one CTA for all
         (2, 32, False, Tuning(128, 2, 1, 2), 2),  # taking turns, large blocks
+        (4, 32, False, Tuning(64, 3, 3, 2, 1), 3),  # fp8, taking turns with one tile
+        (14, 32, False, Tuning(64, 2, 2, 1, 2), 2),  # fp8, two tiles of queries share two of keys
         # These join what is above one by one: taking turns, several items; two tiles, large blocks.
         pytest.param(4, 32, False, Tuning(128, 2, 2, 2), 3, marks=pytest.mark.slow),
         pytest.param(2, 128, False, Tuning(128, 2, 2), 2, marks=pytest.mark.slow),
+        pytest.param(2, 64, True, Tuning(128, 2, 1, 1, 1), 5, marks=pytest.mark.slow),
+        pytest.param(2, 8, False, Tuning(64, 3, 10, 2, 2), 4, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -106,7 +110,8 @@ def test_the_interpreter_finds_no_race(heads, rows, shared, tuning, sms, monkeyp
     monkeypatch.setattr(compat, "sm_count", lambda: sms)
     q, k, v = case("interpret", heads=heads, groups=2, rows=rows, layers=2)
     ids, lengths, own_kv = np.array(IDS), LENGTHS, None
-    all_k, all_v = k[1], v[1]
+    pool = [quantise(x, "fp8", 2) if tuning.tile_stages else x for x in (k, v)]
+    all_k, all_v = (restored(x, jnp.float32)[1] for x in pool)
     if shared:
         queries = jnp.broadcast_to(q[:, :1], q.shape)
     else:
@@ -114,9 +119,9 @@ def test_the_interpreter_finds_no_race(heads, rows, shared, tuning, sms, monkeyp
         queries = jnp.concatenate([q, q[:, :1] * 0.5], axis=1)
         own_kv = OwnKV(k[1, 4:].swapaxes(1, 2), v[1, 4:].swapaxes(1, 2), jnp.array([100, 40]))
         ids, lengths = np.concatenate([ids, [[6], [7]]], axis=1), [*LENGTHS, 100, 40]
-        all_k, all_v = (jnp.concatenate([x, x[4:]]) for x in (all_k, all_v))
+        all_k, all_v = (jnp.concatenate([x, y[1, 4:]]) for x, y in ((all_k, k), (all_v, v)))
     given = queries[:, :1] if shared else queries
-    args = given, k, v, 1, jnp.array(IDS), jnp.array(LENGTHS), 64**-0.5, own_kv
+    args = given, *pool, 1, jnp.array(IDS), jnp.array(LENGTHS), 64**-0.5, own_kv
     interpret = compat.interpreter(detect_races=True)
     got = chunk_attention_hopper(*args, tuning=tuning, interpret=interpret)
     out, lse = by_hand(queries, all_k, all_v, ids, lengths)

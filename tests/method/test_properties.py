@@ -61,7 +61,8 @@ def test_a_pool_holds_chunks_where_they_were_put(seed, places):
     for where, targets in ((jnp.asarray(places), places), (first, following)):
         want = np.zeros(pool.k.shape, np.float32)
         want[layer, targets] = rows.transpose(0, 2, 1, 3)
-        got = write_chunks(pool, layer, jnp.asarray(rows), -jnp.asarray(rows), where)
+        kv = jnp.asarray(rows), -jnp.asarray(rows)
+        got = write_chunks(pool, layer, *kv, jnp.full(len(places), 4), where)
         np.testing.assert_array_equal(got.k, want)
         np.testing.assert_array_equal(got.v, -want)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels import Implementation
-from pdllm_jax.method.cache import ChunkCache, ChunkPool, LiveCache, Placement
+from pdllm_jax.method.cache import ChunkCache, ChunkPool, KVFormat, LiveCache, Placement
 from pdllm_jax.method.live_forward import QueryRows
 from pdllm_jax.network.transformer import MaskPredictor
 
@@ -25,6 +25,7 @@ class EncodeRequest(NamedTuple):
     rows: query and response.
     live: KV of the live rows, the prefix' written; None where no step reads it.
     implementation: of the attention over chunks, where the encoding has any.
+    kv_format: of the KV that the encoding computes.
     """
 
     selected: Int[Array, "B K"]
@@ -32,6 +33,7 @@ class EncodeRequest(NamedTuple):
     rows: QueryRows
     live: LiveCache | None
     implementation: Implementation | None = None
+    kv_format: KVFormat = "full"
 
 
 class Encoded(NamedTuple):

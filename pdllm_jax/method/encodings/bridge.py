@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pdllm_jax.method.cache import ChunkCache, ChunkPool
+from pallas_kernels import Scaled
+from pdllm_jax.method.cache import ChunkCache, stored
 from pdllm_jax.method.encodings.base import Encoded, EncodeRequest, Encoding, slot_ids
 from pdllm_jax.method.live_forward import Context, row_rotations
 from pdllm_jax.method.token_selection import best_tokens, token_attention
@@ -73,12 +75,17 @@ class Bridge(Encoding):
         slot = (jnp.arange(batch)[:, None] * slots + jnp.arange(slots))[..., None]  # [B, K, 1]
         in_slots = dataclasses.replace(placement, chunk_ids=slot_ids(selected))
         flat = ids.reshape(-1)
-        mixed = ChunkPool(pool.k[:, flat], pool.v[:, flat], lengths.reshape(-1))
+        mixed = pool.take(flat, lengths.reshape(-1))
 
-        def replace(store: Array, layer: int, rows: Array) -> Array:
+        def replace(store: Any, layer: int, rows: Array) -> Any:
             """Writes rows [B, K count, G, D] into store [L, B K, G, C, D]; drops place C."""
             rows = rows.reshape(batch, slots, count, *rows.shape[2:])
-            return store.at[layer, slot, :, places].set(rows.astype(store.dtype), mode="drop")
+            if not isinstance(store, Scaled):
+                return store.at[layer, slot, :, places].set(rows.astype(store.dtype), mode="drop")
+            of_layer = jax.tree.map(lambda x: x[layer], store).restore(jnp.float32)
+            of_layer = of_layer.at[slot, :, places].set(rows.astype(jnp.float32), mode="drop")
+            again = stored(of_layer, mixed.lengths, store)
+            return jax.tree.map(lambda x, new: x.at[layer].set(new), store, again)
 
         def attend(layer: int, q: Array, k: Array, v: Array, context: Context):
             assert context.pool is not None

@@ -88,7 +88,8 @@ def encode_rows(
     def pick(x: Array, index: Array) -> Array:
         return jnp.take_along_axis(x, index[..., None, None], axis=1)
 
-    pool = init_pool(model.config, batch * slots, size, model.dtype, model.mesh)
+    kind = request.kv_format
+    pool = init_pool(model.config, batch * slots, size, model.dtype, model.mesh, kind)
     lengths = cache.chosen(request.selected)[1].reshape(-1)
     pool = dataclasses.replace(pool, lengths=lengths)
 
@@ -99,7 +100,7 @@ def encode_rows(
         shape = (batch * slots, size, *k.shape[2:])
         chunk_k = rotate(pick(k, chunk_from).reshape(shape), chunk_local)
         chunk_v = pick(v, chunk_from).reshape(shape)
-        pool = write_chunks(pool, layer, chunk_k, chunk_v, 0)
+        pool = write_chunks(pool, layer, chunk_k, chunk_v, lengths, 0)
         live_kv = None if live is None else (pick(turned, live_from), pick(v, live_from))
         # Stored before the next layer: otherwise XLA keeps the KV of all layers until the end.
         out, pool, live_kv = lax.optimization_barrier((out, pool, live_kv))

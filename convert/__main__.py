@@ -1,7 +1,7 @@
 """Converts a PyTorch checkpoint (LLaDA, Dream) to Orbax, or back.
 
-    pdllm-convert SRC DST [--dtype keep|bfloat16|float32] [--adapter FOLDER] [--follow-links]
-                  [--verify] [--overwrite]
+    pdllm-convert SRC DST [--dtype keep|bfloat16|float32] [--weights full|fp8|int8]
+                  [--adapter FOLDER] [--follow-links] [--verify] [--overwrite]
     pdllm-convert --reverse SRC DST [--shard-size GB] [--verify] [--overwrite]
     scripts/convert_checkpoint.py ...    the same, from a clone
 
@@ -24,6 +24,7 @@ from convert import converted as convert_cached
 from convert.convert import OutputDtype, Progress, convert
 from convert.export import reverse
 from pdllm_jax.cli.errors import Parser, status
+from pdllm_jax.network.config import WeightFormat
 from pdllm_jax.rules import listed
 
 
@@ -35,6 +36,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("destination", metavar="DST", help="folder to make")
     helped = "of the weights in DST (default: keep)"
     add("--dtype", choices=get_args(OutputDtype), default="keep", help=helped)
+    helped = "of the layers' matrices in DST: 8 bits, or full for --dtype (default: full)"
+    add("--weights", choices=get_args(WeightFormat), default="full", help=helped)
     helped = "LoRA adapter of peft, merged into the weights"
     add("--adapter", metavar="FOLDER", type=Path, help=helped)
     helped = "read files that symbolic links place outside of SRC or FOLDER"
@@ -49,6 +52,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.reverse and options.dtype != "keep":
         parser.error("--reverse keeps the dtypes: --dtype cannot be given with it")
+    if options.reverse and options.weights != "full":
+        parser.error("--reverse writes full weights: --weights cannot be given with it")
     if options.reverse and (options.adapter or options.follow_links):
         parser.error("--adapter and --follow-links cannot be given with --reverse")
     if not 0 < options.shard_size < 1e6:
@@ -82,7 +87,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.reverse:
         run = functools.partial(reverse, shard_bytes=int(options.shard_size * 1e9))
     else:
-        given = {"dtype": options.dtype, "adapter": options.adapter}
+        given = {name: getattr(options, name) for name in ("dtype", "weights", "adapter")}
         run = functools.partial(convert, **given, follow_links=options.follow_links)
     common = {"verify": options.verify, "overwrite": options.overwrite}
     with _bars() as progress:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from convert import orbax_stream
+from convert import eight_bits, orbax_stream
 from convert.adapter import check_adapter_files, merge, refuse_unmerged
 from convert.folders import check_links, snapshot_folder
 from convert.mapping import Target, targets
@@ -27,10 +26,10 @@ from convert.sources import BLOCK, SAFETENSORS_INDEX, Source, SourceTensor, matc
 from pdllm_jax.compilation import cache_folder
 from pdllm_jax.downloads import TOKENIZER_FILES, read_clean, tokenizer_files
 from pdllm_jax.method.scorers.calibration import HEADS_FILE
-from pdllm_jax.network.config import ModelConfig
+from pdllm_jax.network.config import ModelConfig, WeightFormat
 from pdllm_jax.rules import ConfigError
 from pdllm_jax.storage.atomic import AtomicFolder
-from pdllm_jax.storage.checkpoint import CHECKPOINT, CONFIG, PARAMS
+from pdllm_jax.storage.checkpoint import CHECKPOINT, CONFIG, PARAMS, WEIGHTS
 from pdllm_jax.storage.manifest import MANIFEST, CheckpointError, read_json, write_manifest
 from pdllm_jax.tokenizer import Tokenizer
 
@@ -71,6 +70,7 @@ def convert(
     destination: str | Path,
     *,
     dtype: OutputDtype = "keep",
+    weights: WeightFormat = "full",
     adapter: str | Path | None = None,
     follow_links: bool = False,
     verify: bool = False,
@@ -84,6 +84,8 @@ def convert(
       source: folder with config.json and safetensors or .bin files in bfloat16, float16 or float32;
         or the root of its Hugging Face cache.
       dtype: "keep" copies every tensor's bits; the others cast all, rounding to nearest even.
+      weights: "fp8" or "int8" writes the matrices of the layers in 8 bits, made of the tensors as
+        they are stored, with a float32 scale for each output channel. `dtype` is of all others.
       adapter: folder of a LoRA adapter of peft, merged in float32 and rounded once.
       follow_links: reads files that symbolic links place outside of the folder.
       verify: reads the result back and compares it bit by bit before it gets its name.
@@ -101,6 +103,9 @@ def convert(
     if dtype not in get_args(OutputDtype):
         allowed = ", ".join(get_args(OutputDtype))
         raise CheckpointError(f"dtype must be one of {allowed}, got {dtype!r}")
+    if weights not in get_args(WeightFormat):
+        allowed = ", ".join(get_args(WeightFormat))
+        raise CheckpointError(f"weights must be one of {allowed}, got {weights!r}")
     output = output_folder(folder, destination, overwrite)
     added = None if adapter is None else Path(adapter)
     check_adapter_files(folder, added)
@@ -126,28 +131,46 @@ def convert(
     dtypes = {p: tensor.dtype if dtype == "keep" else dtype for p, tensor in chosen.items()}
     report = count(progress, sum(tensor.nbytes for tensor in chosen.values()))
 
-    def leaf(path: str) -> orbax_stream.Leaf:
+    def read(path: str) -> eight_bits.Arrays:
+        return eight_bits.read(path, chosen[path], dtypes[path], weights)
+
+    made: eight_bits.Arrays = {}  # of a tensor whose first array is written
+
+    def leaf(source: str, path: str, nbytes: int) -> orbax_stream.Leaf:
         def load() -> NDArray[Any]:
-            array = tensor.read(dtypes[path])
-            report("convert", tensor.nbytes)
-            return array
+            if path not in made:
+                made.update(read(source))
+                report("convert", chosen[source].nbytes)
+            return made.pop(path)
 
-        tensor = chosen[path]
-        nbytes = math.prod(tensor.shape) * np.dtype(dtypes[path]).itemsize
-        return orbax_stream.Leaf(tensor.order, nbytes, load)
+        return orbax_stream.Leaf((*chosen[source].order, path != source), nbytes, load)
 
-    leaves = {path: leaf(path) for path in chosen}
+    written = {path: eight_bits.parts(path, chosen[path], dtypes[path], weights) for path in chosen}
+    leaves = {
+        path: leaf(source, path, nbytes)
+        for source, sizes in written.items()
+        for path, nbytes in sizes.items()
+    }
     nbytes = sum(leaf.nbytes for leaf in leaves.values())
     kinds = set(dtypes.values())
     model_dtype = kinds.pop() if len(kinds) == 1 else "float32"
+    settings = {"dtype": model_dtype}
+    if weights != "full":
+        settings[WEIGHTS] = weights
+        notes.append(f"weights of the layers in {weights}, with a scale for each output channel")
     with output.write(nbytes) as partial:
         orbax_stream.save(partial / PARAMS, leaves)
         copy_companions(folder, partial)
         if verify:
-            compare(partial / PARAMS, chosen, report)
-        write_manifest(partial, CHECKPOINT, {"dtype": model_dtype})
+
+            def stored(paths: list[str]) -> eight_bits.Arrays:
+                names = [name for path in paths for name in written[path]]
+                return orbax_stream.restore(partial / PARAMS, names)
+
+            compare(chosen, stored, read, report)
+        write_manifest(partial, CHECKPOINT, settings)
     ignored = tuple(sorted(opened.tensors.keys() - wanted.keys()))
-    return Report(output.destination, len(leaves), nbytes, model_dtype, ignored, tuple(notes))
+    return Report(output.destination, len(chosen), nbytes, model_dtype, ignored, tuple(notes))
 
 
 def converted(
@@ -190,23 +213,31 @@ def converted(
 
 
 def compare(
-    params: Path, tensors: Mapping[str, SourceTensor], report: Callable[[str, int], None]
+    tensors: Mapping[str, SourceTensor],
+    stored: Callable[[list[str]], eight_bits.Arrays],
+    expected: Callable[[str], eight_bits.Arrays],
+    report: Callable[[str, int], None],
 ) -> None:
-    """Compares Orbax parameters with tensors cast to their dtypes, bit by bit.
+    """Compares arrays that were written with those that were to be written, bit by bit.
 
     Args:
       tensors: by parameter path.
+      stored: reads the arrays of some of the tensors; expected: makes those of one.
 
     Raises:
       CheckpointError: names the first difference.
     """
     for paths in batches({path: tensors[path].nbytes for path in tensors}, _COMPARE_BYTES):
-        for path, array in orbax_stream.restore(params, paths).items():
-            tensor = tensors[path]
-            expected = tensor.read(array.dtype.name)
-            if array.shape != expected.shape or not _equal(array, expected):
-                raise CheckpointError(f"verification failed: {path} differs from {tensor.file}")
-            report("verify", tensor.nbytes)
+        arrays = stored(paths)
+        for path in paths:
+            for name, wanted in expected(path).items():
+                array = arrays.pop(name)
+                if (array.shape, array.dtype) != (wanted.shape, wanted.dtype) or not _equal(
+                    array, wanted
+                ):
+                    file = tensors[path].file
+                    raise CheckpointError(f"verification failed: {name} differs from {file}")
+            report("verify", tensors[path].nbytes)
 
 
 def batches(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:

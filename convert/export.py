@@ -6,9 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 from safetensors.numpy import save_file
 
-from convert import orbax_stream
+from convert import eight_bits, orbax_stream
 from convert.convert import (
     Progress,
     Report,
@@ -34,6 +35,8 @@ def reverse(
 ) -> Report:
     """Writes a converted checkpoint as safetensors with an index, every tensor's bits unchanged.
 
+    Weights in 8 bits become values * scale in the model's dtype; the report says so.
+
     Args:
       shard_bytes: largest sum of tensor bytes in a file, unless one tensor alone exceeds it. One
         file at a time is held in memory.
@@ -47,8 +50,21 @@ def reverse(
     folder = Path(source).absolute()
     output = output_folder(folder, destination, overwrite)
     manifest = open_checkpoint(folder, verify=verify)
-    rows = {row.path: row.source for row in targets(load_config(folder)).values()}
+    config, dtype = load_config(folder), manifest.settings["dtype"]
+    weights = config.weight_format
+    rows = {row.path: row for row in targets(config).values()}
     sizes = orbax_stream.sizes(folder / PARAMS, rows)
+    notes = []
+    if weights != "full":
+        for path, row in rows.items():
+            if eight_bits.is_quantised(path, row.shape, weights):
+                sizes[path] *= np.dtype(dtype).itemsize
+        notes = [f"weights in {weights} became values * scale in {dtype}, not the source's bits"]
+
+    def stored(paths: list[str]) -> eight_bits.Arrays:
+        shapes = {path: rows[path].shape for path in paths}
+        return eight_bits.restore(folder / PARAMS, shapes, dtype, weights)
+
     nbytes = sum(sizes.values())
     report = count(progress, nbytes)
     shards = list(batches(sizes, shard_bytes))
@@ -56,18 +72,18 @@ def reverse(
     with output.write(nbytes) as partial:
         for number, paths in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            arrays = orbax_stream.restore(folder / PARAMS, paths)
-            tensors = {rows[path]: arrays[path] for path in paths}
+            tensors = {rows[path].source: array for path, array in stored(paths).items()}
             save_file(tensors, partial / file, {"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
             report("convert", sum(sizes[path] for path in paths))
-            del arrays, tensors  # before the next shard is read
+            del tensors  # before the next shard is read
         index = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
         (partial / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
         for file in set(weight_map.values()):  # the library makes its files private
             shutil.copymode(partial / SAFETENSORS_INDEX, partial / file)
         copy_companions(folder, partial)
         if verify:
-            written = open_source(partial).tensors
-            compare(folder / PARAMS, {p: written[name] for p, name in rows.items()}, report)
-    return Report(output.destination, len(rows), nbytes, manifest.settings["dtype"], ())
+            opened = open_source(partial).tensors
+            written = {path: opened[row.source] for path, row in rows.items()}
+            compare(written, stored, lambda path: {path: written[path].load()}, report)
+    return Report(output.destination, len(rows), nbytes, dtype, (), tuple(notes))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
@@ -75,10 +76,32 @@ def quantise(x: Float[Array, "*axes"], bits: EightBits, trailing: int = 1) -> Sc
     """
     if bits not in get_args(EightBits):
         raise ValueError(f"bits {bits!r} is not known ({', '.join(get_args(EightBits))})")
-    wide, axes, most = x.astype(jnp.float32), tuple(range(-trailing, 0)), _LARGEST[bits]
-    largest = jnp.abs(wide).max(axis=axes, keepdims=True)
-    scale = jnp.where(largest > 0, largest / most, 1.0)
-    values = jnp.clip(wide / scale, -most, most)
+    scale, inverse = factors(magnitude(x, trailing), bits)
+    return Scaled(divided(x, inverse, bits), scale)
+
+
+def magnitude(x: Float[Array, "*axes"], trailing: int = 1) -> Float[Array, "*leading"]:
+    """Returns the largest magnitude over the trailing axes, in float32."""
+    return jnp.abs(x.astype(jnp.float32)).max(axis=tuple(range(-trailing, 0)))
+
+
+def factors(largest: Any, bits: EightBits) -> tuple[Any, Any]:
+    """Returns the scale of this largest magnitude and its inverse, for NumPy or JAX arrays.
+
+    GPUs do not round quotients of float32 correctly, NumPy does. All else of `quantise` has the
+    same bits everywhere, for it only multiplies.
+    """
+    scale = largest * np.float32(1 / _LARGEST[bits])
+    small = scale < np.finfo(np.float32).tiny  # the inverse would be infinite
+    scale = scale * ~small + small
+    return scale, np.float32(1) / scale
+
+
+def divided(x: Float[Array, "*axes"], inverse: Float[Array, "*leading"], bits: EightBits) -> Array:
+    """Returns the values of x with the inverse of its scale."""
+    inverse = inverse.reshape(*inverse.shape, *[1] * (x.ndim - inverse.ndim))
+    most = _LARGEST[bits]
+    values = jnp.clip(x.astype(jnp.float32) * inverse, -most, most)
     if bits == "int8":
         values = jnp.round(values)
-    return Scaled(values.astype(_DTYPES[bits]), scale.reshape(x.shape[: x.ndim - trailing]))
+    return values.astype(_DTYPES[bits])

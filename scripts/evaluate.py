@@ -142,7 +142,8 @@ def evaluate(args: argparse.Namespace) -> int:
     tokenizer = Tokenizer.load(folder, config)
     tasks = load_tasks(args, tokenizer, malformed)
     tasks = [dataclasses.replace(t, examples=t.examples[: args.limit]) for t in tasks]
-    model = load_model(folder, dtype=DTYPES[args.dtype], mesh=mesh, sums=args.sums)
+    settings = {"dtype": DTYPES[args.dtype], "weights": args.weights, "sums": args.sums}
+    model = load_model(folder, mesh=mesh, **settings)
     ask = Asker(
         Engine(model, tokenizer, chunking, selection, implementation=args.implementation),
         threshold=args.threshold or None,

@@ -78,7 +78,8 @@ def reproduce(args: argparse.Namespace) -> int:
     runs = plan_runs(config, **common)
     asked = {name: runs[name] for name in args.rows}
     tokenizer = Tokenizer.load(folder, config)
-    model = load_model(folder, dtype=DTYPES[args.dtype], mesh=mesh_of(args), sums=args.sums)
+    settings = {"dtype": DTYPES[args.dtype], "weights": args.weights, "sums": args.sums}
+    model = load_model(folder, mesh=mesh_of(args), **settings)
     engine = Engine(model, tokenizer, chunking=chunking, implementation=args.implementation)
     ask = Asker(engine, chat=task.chat)
     arms = {}

@@ -137,8 +137,10 @@ def matmul_xla(
     def product(x: Array, weight: Weight) -> Array:
         if not isinstance(weight, Scaled):
             return multiply(x, weight, preferred_element_type=result)
-        values = weight.values.astype(x.dtype)  # exact
-        exact = multiply(x, values, preferred_element_type=jnp.float32)
+        # The barrier ties the cast to the rows: XLA would move it in front of a loop, and keep the
+        # casts of all layers.
+        x, values = lax.optimization_barrier((x, weight.values))
+        exact = multiply(x, values.astype(x.dtype), preferred_element_type=jnp.float32)
         return (exact * weight.scale).astype(result)
 
     products = tuple(product(x, weight) for weight in weights)

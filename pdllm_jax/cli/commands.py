@@ -97,7 +97,8 @@ def load(args: argparse.Namespace, folder: Path) -> MaskPredictor:
     """Loads the model that the placement flags describe."""
     mesh = flags.mesh_of(args)
     print(f"loading {folder}", file=sys.stderr)
-    return load_model(folder, dtype=flags.DTYPES[args.dtype], mesh=mesh, sums=args.sums)
+    settings = {"dtype": flags.DTYPES[args.dtype], "weights": args.weights, "sums": args.sums}
+    return load_model(folder, mesh=mesh, **settings)
 
 
 class Command:

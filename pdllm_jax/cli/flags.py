@@ -23,6 +23,7 @@ from pdllm_jax.method.cache_methods import Method, cache_method
 from pdllm_jax.method.encodings import ENCODINGS, Bridge
 from pdllm_jax.method.sampling import CONFIDENCES
 from pdllm_jax.method.scorers import SCORERS, DraftScorer
+from pdllm_jax.network.config import WeightFormat
 from pdllm_jax.network.sharding import make_mesh, parse_mesh
 from pdllm_jax.rules import require
 from pdllm_jax.text_files import read_text
@@ -67,6 +68,7 @@ HELP = {
     "memory-limit": "GB; refuse a request that takes more (default: what the device gives)",
     "implementation": "attention over chosen chunks (default: mosaic_gpu on Hopper GPUs, else xla)",
     "dtype": "of weights and activations (default: the checkpoint's)",
+    "weights": "of the layers; fp8 and int8 take half the memory (default: the checkpoint's)",
     "mesh": "devices that divide chunks and requests, times devices that divide each layer",
     "sums": "on a mesh, what adds up a few rows (default: mosaic_gpu on Hopper GPUs that access "
     "each other's memory, else xla)",
@@ -220,6 +222,7 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of where and in what precision a model runs."""
     add(parser, "implementation", choices=("mosaic_gpu", "cudnn", "xla"))
     add(parser, "dtype", choices=tuple(DTYPES), default="keep")
+    add(parser, "weights", choices=get_args(WeightFormat))
     add(parser, "mesh", metavar="DATAxTENSOR")
     add(parser, "sums", choices=("mosaic_gpu", "xla"))
 

@@ -162,16 +162,21 @@ def denoise_blocks(
 def used_paths(model: MaskPredictor, rows: int, **others: str) -> dict[str, str]:
     """`Answer.paths`. rows: of a narrow step, of all requests of a device together."""
     block = model.blocks[0]
-    widest = [block.gate_proj.weight[...], block.up_proj.weight[...]]
+    widest: Any = (block.gate_proj.operand, block.up_proj.operand)
     if model.mesh is not None:
         others["mesh"] = mesh_name(model.mesh)
         others["sums"] = "xla" if model.links is None else "mosaic_gpu"
-        parts = [x.sharding.shard_shape(x.shape) for x in widest]
-        widest = [jax.ShapeDtypeStruct(shape, model.dtype) for shape in parts]
+        widest = jax.tree.map(_part, widest)
     return {
         "attention": dense_implementation(model.dtype, model.config.head_dim),
-        "matmul": resolve_matmul(None, rows, tuple(widest), "swiglu"),
+        "matmul": resolve_matmul(None, rows, widest, "swiglu"),
         **others,
         "device": jax.devices()[0].device_kind,
         "dtype": str(model.dtype),
+        "weights": model.config.weight_format,
     }
+
+
+def _part(x: Array) -> jax.ShapeDtypeStruct:
+    """Returns the shape of an array's part on one device."""
+    return jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)

@@ -8,6 +8,7 @@ XLA's temporaries follow from one formula for every program, of the forward pass
 
 - The rows of one layer: the residual stream with the MLP (2 M + 2 F values a row), or with
   attention (M + 4 H D + 2 G D). Or the stream of the last layer with the float32 logits.
+- Of weights in 8 bits, the rows in fp8, or one weight in the model's dtype (`_Case.eight_bits`).
 - Of the portable attention, float32 scores and weights of one block of rows.
 - Of attention over chunks, the rotated query rows of each slot, and what its implementation copies.
 - The residual stream of a document that goes through the network layer by layer, and the query's
@@ -53,6 +54,7 @@ from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.sharding import DATA, TENSOR, mesh_sizes, shardings
 from pdllm_jax.network.transformer import MaskPredictor
 
+_FEW_ROWS = 128  # which the kernel multiplies by weights in 8 bits as they are
 _CUBLAS_WORKSPACE = 32 << 20  # of every cuBLAS call on Hopper (GemmConfig::kHopperWorkspace)
 # Arrays that each layer has: weights of its block, and K and V of pools, prefixes and live rows.
 _PER_LAYER = re.compile(r"\bblocks\.|(^|[._])[kv](\.(0|values|scale))?$")
@@ -111,6 +113,7 @@ class _Case:
             divided = data if batch % data == 0 else 1
             batch, read = batch // divided, read // divided
             layer = {"activations of a layer": batch * rows * max(mlp, attention) * item}
+            layer |= self.eight_bits(batch * rows)
             if self.attention == "xla":
                 seen = size if "KV of the document" in program.made else max(rows, live)
                 keys = batch * heads * seen
@@ -137,6 +140,18 @@ class _Case:
             "cuBLAS workspace": _CUBLAS_WORKSPACE if self.gpu else 0,
             "KV in flight": self.in_flight(program, recorder),
         }
+
+    def eight_bits(self, rows: int) -> dict[str, int]:
+        """What the products of this number of rows and weights in 8 bits take in a layer."""
+        c, item = self.config, self.dtype.itemsize
+        hidden, native = c.mlp_hidden_size // self.sizes[1], self.gpu and item == 2
+        if c.weight_format == "full" or (native and rows <= _FEW_ROWS):
+            return {}
+        if native and c.weight_format == "fp8":
+            return {"rows in fp8": rows * max(c.d_model, hidden)}
+        # One weight is cast at a time; gate and up are float32 before they are rounded.
+        sums = 2 * rows * hidden * (4 - item)
+        return {"cast of a weight": c.d_model * hidden * item, "float32 products": sums}
 
     def in_flight(self, program: Program, recorder: Recorder) -> int:
         """Bytes of KV that a program holds beside its results while it writes them."""

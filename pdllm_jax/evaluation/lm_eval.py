@@ -55,6 +55,7 @@ from pdllm_jax.method.likelihood import (
     answer_log_likelihood_kept,
     keep_context,
 )
+from pdllm_jax.network.config import WeightFormat
 from pdllm_jax.randomness import random_key
 from pdllm_jax.rules import ConfigError, require
 from pdllm_jax.storage.checkpoint import load_config, load_model
@@ -81,7 +82,8 @@ class PrefillingLM(LM):
       is_check_greedy: loglikelihood also checks whether greedy decoding, one token a step, gives
         the answer. Without it the result is False, which few metrics read.
       seed: of sampling and of the Monte Carlo samples.
-      dtype: of the weights; None and "auto" keep the checkpoint's.
+      dtype: of weights and activations; None and "auto" keep the checkpoint's.
+      weights: of the layers, "full", "fp8" or "int8"; None keeps the checkpoint's.
       mask_id: must be the checkpoint's mask token.
       implementation: as for `Engine`.
       settings: fields of `ChunkConfig`, `SelectionConfig` and `DecodeConfig`, with their defaults,
@@ -109,6 +111,7 @@ class PrefillingLM(LM):
         is_check_greedy: bool = False,
         seed: int = 0,
         dtype: str | None = None,
+        weights: WeightFormat | None = None,
         mask_id: int | None = None,
         implementation: Implementation | None = None,
         **settings: Any,
@@ -147,7 +150,7 @@ class PrefillingLM(LM):
         self.tokenizer = Tokenizer.load(self.folder, config)
         self.prompts = ChatPrompts(self.tokenizer, bos is None or bool(bos))
         self.decoding.setdefault("stop_ids", self.tokenizer.stop_ids)
-        self.model = load_model(self.folder, dtype=dtype)
+        self.model = load_model(self.folder, dtype=dtype, weights=weights)
         self.engine = Engine(
             self.model,
             self.tokenizer,

@@ -241,7 +241,8 @@ class ModelConfig:
         require(isinstance(raw, Mapping), "config.json must hold an object")
         family = family_of(raw)
         raw = family.read(raw, [*_SIZES, "n_kv_heads", "embedding_size", *_IDS])
-        names = [field.name for field in dataclasses.fields(cls)]
+        # How weights are stored is no part of config.json: manifest.json says it.
+        names = [x.name for x in dataclasses.fields(cls) if x.name != "weight_format"]
         values = {name: raw[name] for name in names if name in raw} | {"family": family.name}
         ratio = raw.get("mlp_ratio")
         if values.get("mlp_hidden_size") is None and ratio is not None:

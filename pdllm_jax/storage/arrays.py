@@ -47,8 +47,11 @@ def write_arrays(folder: Path, arrays: Mapping[str, Array]) -> None:
         checkpointer.save(folder, args=ocp.args.PyTreeSave(stored, save_args=sizes))
 
 
-def read_arrays(folder: Path, targets: Any) -> Any:
-    """Restores a tree of arrays, none of them empty, to the shardings of its ShapeDtypeStructs."""
+def read_arrays(folder: Path, targets: Any, *, partial: bool = False) -> Any:
+    """Restores a tree of arrays, none of them empty, to the shardings of its ShapeDtypeStructs.
+
+    partial: the folder holds others, too.
+    """
     import orbax.checkpoint as ocp
     import tensorstore as ts
 
@@ -62,7 +65,9 @@ def read_arrays(folder: Path, targets: Any) -> Any:
             return await super().deserialize(infos, args)
 
     arguments = ocp.args.PyTreeRestore(
-        item=targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets)
+        item=targets,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(targets),
+        partial_restore=partial,
     )
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, MappedHandler()))
     handler = ocp.PyTreeCheckpointHandler(

@@ -10,8 +10,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +22,14 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from pallas_kernels import AllReduceImplementation
-from pdllm_jax.network.config import ModelConfig
+from pdllm_jax.network.config import ModelConfig, WeightFormat
+from pdllm_jax.network.eight_bits import abstract_state, full_shapes, quantise_layer
 from pdllm_jax.network.sharding import mesh_sizes, shardings
 from pdllm_jax.network.transformer import MaskPredictor, put_on
+from pdllm_jax.rules import require
 from pdllm_jax.storage.arrays import read_arrays
 from pdllm_jax.storage.manifest import (
+    MANIFEST,
     CheckpointError,
     FolderKind,
     Manifest,
@@ -35,6 +40,8 @@ from pdllm_jax.storage.manifest import (
 
 CONFIG = "config.json"
 PARAMS = "params"
+# Of the manifest's settings, beside "dtype": the weight format, where it is not "full".
+WEIGHTS = "weights"
 CHECKPOINT = FolderKind(
     "checkpoint", 2, CheckpointError, "convert it (again): pdllm-convert SOURCE DESTINATION"
 )
@@ -60,11 +67,18 @@ def open_checkpoint(path: str | Path, *, verify: bool = False) -> Manifest:
 def load_config(path: str | Path) -> ModelConfig:
     """Reads the architecture of a checkpoint from its config.json.
 
+    `weight_format` is what manifest.json says, "full" without one.
+
     Raises:
-      CheckpointError: the folder has no readable config.json.
+      CheckpointError: the folder has no readable config.json, or its manifest was changed.
       ConfigError: the architecture is not implemented.
     """
-    return ModelConfig.from_dict(read_json(Path(path) / CONFIG))
+    folder = Path(path)
+    config = ModelConfig.from_dict(read_json(folder / CONFIG))
+    if not (folder / MANIFEST).exists():
+        return config
+    stored = read_manifest(folder, CHECKPOINT).settings.get(WEIGHTS, "full")
+    return dataclasses.replace(config, weight_format=stored)
 
 
 def load_model(
@@ -73,6 +87,7 @@ def load_model(
     *,
     mesh: Mesh | None = None,
     sums: AllReduceImplementation | None = None,
+    weights: WeightFormat | None = None,
     verify: bool = False,
 ) -> MaskPredictor:
     """Restores a converted checkpoint, a few arrays at a time.
@@ -83,11 +98,16 @@ def load_model(
       mesh: of `make_mesh`; every device then reads only its part of the weights. None loads to
         JAX's default device.
       sums: on a mesh, as for `shard_model`.
+      weights: "fp8" or "int8" makes 8 bits of a checkpoint's full weights, as `pdllm-convert
+        --weights` does, one layer at a time; None keeps the checkpoint's. Weights in 8 bits load
+        as such alone.
       verify: also compares the checksums of the weights, which reads them twice.
 
     Raises:
-      CheckpointError: the folder is not a complete converted checkpoint, or was changed.
-      ConfigError: config.json is not implemented, or the mesh does not divide it.
+      CheckpointError: the folder is not a complete converted checkpoint, was changed, or holds
+        8 bits where other weights are wanted.
+      ConfigError: config.json is not implemented, or the mesh does not divide it; or `weights` is
+        not known.
       ValueError: `sums` without a mesh.
     """
     folder = Path(path).resolve()
@@ -100,19 +120,39 @@ def load_model(
     name = manifest.settings["dtype"] if dtype is None else jnp.dtype(dtype).name
     if name not in DTYPES:
         raise CheckpointError(f"dtype {name} is not supported ({', '.join(DTYPES)} are)")
-    # Shapes alone: no weight is drawn.
-    abstract = nnx.eval_shape(
-        lambda: MaskPredictor(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(name))
-    )
-    graph, state = nnx.split(abstract)
-    shapes = nnx.to_pure_dict(state)
+    stored = config.weight_format
+    bits: Any = stored if weights is None else weights
+    allowed = get_args(WeightFormat)
+    require(bits in allowed, f"weights {bits!r} is not known ({', '.join(allowed)})")
+    if stored not in ("full", bits):
+        way = "pdllm-convert --reverse makes full weights of them"
+        raise CheckpointError(f"weights {weights!r}: {folder} holds {stored} weights; {way}")
+    config = dataclasses.replace(config, weight_format=bits)
+    graph, state = abstract_state(config, jnp.dtype(name))
+    params = nnx.to_pure_dict(state)
     # The device that JAX would place a new array on, jax.default_device included.
     default = jax.device_put(0).sharding
-    places = jax.tree.map(lambda _: default, shapes) if mesh is None else shardings(mesh, shapes)
-    targets = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
-    )
+
+    def restored(targets: Any, *, partial: bool = False) -> Any:
+        places = jax.tree.map(lambda _: default, targets)
+        places = places if mesh is None else shardings(mesh, targets)
+        placed = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), targets, places
+        )
+        return read_arrays(folder / PARAMS, placed, partial=partial)
+
+    def quantised(number: int, layer: dict[str, Any]) -> dict[str, Any]:
+        shapes = full_shapes(layer, manifest.settings["dtype"])
+        full = restored({"blocks": {number: shapes}}, partial=True)["blocks"][number]
+        return quantise_layer(full, bits, mesh)
+
     with errors_as(CheckpointError, f"{folder / PARAMS} cannot be restored"):
-        nnx.replace_by_pure_dict(state, read_arrays(folder / PARAMS, targets))
+        if bits == stored:
+            params = restored(params)
+        else:  # a layer at a time: full weights are never whole in memory
+            layers = params.pop("blocks")
+            params = restored(params, partial=True)
+            params["blocks"] = {i: quantised(i, layer) for i, layer in layers.items()}
+        nnx.replace_by_pure_dict(state, params)
     model = nnx.merge(graph, state)
     return model if mesh is None else put_on(model, mesh, sums)

@@ -50,6 +50,7 @@ C = 1024  # chunk length of the snapshot
 OPTIONS = MODEL | {
     "work": (Path, "scratch folder on the disk to measure"),
     "--repeats": (3, ""),
+    "--weights": ("full", "convert: full, fp8 or int8"),
     "--chunks": (4, "snapshot: of the document"),
     "--layers": (int, "convert, load: of the checkpoint that is made, instead of the model's"),
     "--checkpoint": (Path, "load: a converted folder instead of a new one"),
@@ -80,7 +81,7 @@ def make_checkpoint(folder: Path, config: ModelConfig) -> int:
     sizes = {name: 2 * math.prod(row.shape) for name, row in rows.items()}
     family, weight_map = FAMILIES[config.family], {}
     raw = {family.key(name): value for name, value in dataclasses.asdict(config).items()}
-    del raw["family"]
+    del raw["family"], raw["weight_format"]
     raw |= {"model_type": family.model_type, "architectures": [family.architecture]}
     folder.mkdir()
     for number, names in enumerate(batches(sizes, SHARD_BYTES)):
@@ -188,7 +189,7 @@ def convert(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         evict(source)
         copied = copy(source, work / "copy")
         evict(source)
-        converted = convert_command(source, target)
+        converted = convert_command(source, target, "--weights", args.weights)
         seconds = {"copy": copied, "convert": converted["seconds"]}
         run = {f"{name}_seconds": round(s, 2) for name, s in seconds.items()}
         run |= {f"{name}_gb_per_s": round(total / s / 1e9, 3) for name, s in seconds.items()}
@@ -200,6 +201,7 @@ def convert(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     result = {
         "model": args.model,
         "layers": config.n_layers,
+        "weights": args.weights,
         "size_gb": round(total / 1e9, 3),
         "runs": runs,
     }

@@ -135,7 +135,30 @@ def test_figures_worked_out_by_hand():
     assert streamed.scratch["KV in flight"] == (4 + 8 + 8) * 1024 * token // 2
 
 
-@pytest.mark.parametrize("changes", [{}, {"weight_tying": True}, {"family": "dream"}])
+def test_figures_of_weights_in_8_bits_worked_out_by_hand():
+    """A byte for each weight of the layers and 4 for each of their outputs; fits 24 GB."""
+    fp8, int8 = (dataclasses.replace(LLADA, weight_format=name) for name in ("fp8", "int8"))
+    plan, outputs = planned(fp8, query=32), 4 * 4096 + 2 * 12288 + 4096
+    layers = 32 * (4 * 4096**2 + 3 * 4096 * 12288 + 4 * outputs)
+    tables = 2 * (2 * 126464 * 4096 + (2 * 32 + 1) * 4096)
+    assert plan["load"].held["weights"] == layers + tables == 9_057_607_680
+    rows = 8 * (1024 + 4 * 36)
+    assert plan["score"].scratch["rows in fp8"] == rows * 12288  # into the last projection
+    assert "rows in fp8" not in plan["decode"].scratch
+    assert planned(int8)["score"].scratch["cast of a weight"] == 2 * 4096 * 12288
+    half = planned(fp8, mesh={"tensor": 2})
+    whole = 32 * 2 * 4 * 4096 + 2 * 65 * 4096  # scales of projections out of a layer, norms
+    assert half.resident == (plan.resident - whole) // 2 + whole
+    for document in (8 * 1023, 32 * 1023):
+        for config in (fp8, int8):
+            assert planned(config, document).peak < 13e9
+    assert planned(fp8, 8 * 1023, questions=1).peak < 20e9
+
+
+_CHANGES = [{}, {"weight_tying": True}, {"family": "dream", "weight_format": "int8"}]
+
+
+@pytest.mark.parametrize("changes", _CHANGES)
 def test_weights_are_as_large_as_the_model(changes):
     config = dataclasses.replace(ModelConfig.tiny(), **changes)
     for dtype in (jnp.float32, jnp.bfloat16):

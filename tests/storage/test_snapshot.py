@@ -135,6 +135,7 @@ def test_a_manifest_of_before_the_families_fits():
         (identity(n_layers=3), "model.n_layers"),
         (identity(family="dream"), "model.family"),
         (identity(rms_norm_eps=1e-6), "model.rms_norm_eps"),
+        (identity(weight_format="fp8"), "model.weight_format"),
     ],
 )
 def test_another_model_is_refused_by_name(saved, other, field):

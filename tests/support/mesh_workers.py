@@ -230,6 +230,13 @@ def loaded(folder: Path) -> None:
         assert divided(block[name]["weight"], part[name]["weight"]) == [1, 4]
     for name in ("embedding", "lm_head"):
         assert divided(complete[name]["weight"], parts[name]["weight"]) == [4, 1]
+    eight, eights = (pdllm.load_model(folder, mesh=m, weights="fp8") for m in (None, mesh))
+    assert model_identity(eights) == model_identity(eight)
+    for name, count in {"q_proj": 4, "up_proj": 4, "attn_out": 1, "down_proj": 1}.items():
+        matrices = [getattr(m.blocks[0], name) for m in (eight, eights)]
+        assert divided(*(matrix.scale[...] for matrix in matrices)) == [count]
+    ids, forward = np.arange(24).reshape(2, 12), jax.jit(lambda m, ids: m(ids))
+    np.testing.assert_allclose(*(forward(m, ids) for m in (eight, eights)), 1e-4, 1e-4)
     setting = {"scorer": "query", "encoding": "independent", "keep_tokens": 9}, {"temperature": 0.5}
     got = ask(many, *setting)
     same(got, ask(one, *setting), "loaded")

@@ -4,12 +4,17 @@
   scripts/ablate.py run [CHECKPOINT] --out DIR [--grid main depth ...] [--time-limit SECONDS]
   scripts/ablate.py run --out DIR --quick                on a CPU, in minutes
   scripts/ablate.py report DIR/ablation.json             docs/results.md and pictures
+  scripts/ablate.py report benchmarks/ablation.json --add DIR/ablation.json
 
 `run` answers the same examples under every setting of the grids and records each answer in
 DIR/records.jsonl. The same command goes on where it stopped, even if it was killed. It ends by
 writing DIR/ablation.json: accuracy with intervals, paired tests, checks. CHECKPOINT is a converted
 or a PyTorch folder; the default is the small model (assembled as the quickstart does: pip fetches
 its base once). Without --corpora the texts are the repository's and Python's pydoc.
+
+The scorer "heads" is calibrated first, on the tasks that its cells are not tested on. The result is
+in DIR/calibrations; one that exists is kept. `report --add` puts another run of the same model and
+dtype beside the record's own.
 
 Exit status: 0, also where the time limit came first; 1 a failed check; 2, one line, for bad input;
 130 when interrupted.
@@ -58,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
     add("--examples", type=int, help=counts)
     settings = "settings of all cells, where their grid does not vary them: chunk_size=1024"
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help=settings)
+    only = "answers cells with these settings alone: selection=random"
+    add("--where", nargs="+", default=[], metavar="NAME=VALUE", help=only)
     add("--first", type=seed, default=100_000, help="seed of the first example")
     dtypes = ("bfloat16", "float16", "float32")
     add("--dtype", choices=dtypes, help="float32 on CPUs, else bfloat16")
@@ -67,18 +74,19 @@ def parser() -> argparse.ArgumentParser:
     add("--processes", type=int, default=1, help="that share the GPUs")
     sub = commands.add_parser("report", help="write up a run")
     sub.add_argument("record", type=Path, help="ablation.json")
+    sub.add_argument("--add", type=Path, help="ablation.json of a run to put into the record")
     sub.add_argument("--results", type=Path, default=ROOT / "docs" / "results.md")
     sub.add_argument("--pictures", type=Path, default=ROOT / "docs" / "pictures")
     return p
 
 
-def changes_of(pairs: list[str]) -> dict[str, Any]:
+def changes_of(pairs: list[str], option: str = "--set") -> dict[str, Any]:
     """Returns NAME=VALUE pairs as settings of cells; values are JSON, or strings."""
     changes: dict[str, Any] = {}
     for pair in pairs:
         name, sign, value = pair.partition("=")
         if not sign or name not in Cell.__dataclass_fields__:
-            raise ValueError(f"--set needs NAME=VALUE with a cell's setting, got {pair!r}")
+            raise ValueError(f"{option} needs NAME=VALUE with a cell's setting, got {pair!r}")
         with contextlib.suppress(json.JSONDecodeError):
             value = json.loads(value)
         changes[name] = setting(name, value)
@@ -116,9 +124,11 @@ def load_bench(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     else:
         texts = corpus.from_repository(backend)
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    model = load_model(folder, dtype=dtype, weights=args.weights)
+    load = partial(load_model, folder, dtype=dtype)
+    model = load()
     size = sum(leaf.size for leaf in jax.tree.leaves(model))
-    bench = Retrieval(model, tokenizer, texts, args.first, args.implementation)
+    ways = {"folder": args.out, "load": lambda weights: load(weights=weights)}
+    bench = Retrieval(model, tokenizer, texts, args.first, args.implementation, **ways)
     note = {"processes": args.processes, "encode_batch": bench.encode_batch, "parameters": size}
     return bench, {**conditions(), **note}
 
@@ -138,6 +148,16 @@ def answer_cells(
         run(work, records, **counts, **settings, labels=labels)
 
 
+def calibrate(args: argparse.Namespace, cells: list[Cell], loaded: Any = None) -> None:
+    """Calibrates what the cells need and the run's folder lacks."""
+    from experiments.calibrating import calibrate_heads, missing_calibrations
+
+    if wanted := missing_calibrations(args.out, cells):
+        bench, _ = loaded or load_bench(args)
+        for tested in wanted:
+            calibrate_heads(bench, tested)
+
+
 def prepare(args: argparse.Namespace) -> None:
     """Converts the checkpoint in a process that opens no GPU."""
     import jax
@@ -153,30 +173,42 @@ def answer_share(args: argparse.Namespace, index: int, cells: list[Cell]) -> Non
 
 def answer_in_processes(args: argparse.Namespace, cells: list[Cell]) -> int:
     """Answers what is missing in several processes; returns the worst exit status."""
+    from experiments.calibrating import missing_calibrations
     from experiments.retrieval import share_cells
 
-    converting = start(partial(status, partial(prepare, args)))
-    converting.join()
+    calls = [partial(prepare, args)]
+    if missing_calibrations(args.out, cells):
+        calls.append(partial(calibrate, args, cells))
+    for call in calls:
+        process = start(partial(status, call))
+        process.join()
+        if process.exitcode:
+            return process.exitcode
     shares = enumerate(share_cells(cells, args.processes))
-    calls = [partial(status, partial(answer_share, args, *share)) for share in shares]
-    return converting.exitcode or run_processes(calls, args.out, len(cells) * args.wanted)
+    answers = [partial(status, partial(answer_share, args, *share)) for share in shares]
+    return run_processes(answers, args.out, len(cells) * args.wanted)
 
 
 def run_command(args: argparse.Namespace) -> int:
     """Runs `ablate.py run`."""
     begun, changes, loaded = time.monotonic(), changes_of(args.set), None
+    if args.weights is not None:
+        changes["weight_format"] = args.weights
+    where = changes_of(args.where, "--where").items()
     names = ["quick"] if args.quick else args.grid
     if "full" in names:
         names = [*(name for name in GRIDS if name != "quick"), *MEASUREMENTS]
     grids = [name for name in dict.fromkeys(names) if name in GRIDS]
     measurements = [name for name in MEASUREMENTS if name in names]
-    cells, quick = all_cells(grids, changes), "quick" in grids
+    asked, quick = all_cells(grids, changes), "quick" in grids
+    cells = [cell for cell in asked if all(getattr(cell, k) == value for k, value in where)]
     if args.examples is not None and args.examples < 1:
         raise ValueError(f"--examples must be at least 1, got {args.examples}")
     args.wanted = args.examples or (QUICK_EXAMPLES if quick else EXAMPLES)
     args.deadline = begun + args.time_limit
     if cells and args.processes == 1:
         loaded = load_bench(args)
+        calibrate(args, cells, loaded)
         answer_cells(args, *loaded, cells)
     elif cells and (code := answer_in_processes(args, cells)):
         print(f"error: a process ended with status {code}", file=sys.stderr)
@@ -199,10 +231,10 @@ def run_command(args: argparse.Namespace) -> int:
     record["command"] = " ".join(["scripts/ablate.py", *(words.get(w, w) for w in args.argv)])
     write_json(path, record)
     done = sum(cell["examples"] for cell in record["cells"].values())
-    print(f"{done} of {len(cells) * args.wanted} answers, {path}")
+    print(f"{done} of {len(asked) * args.wanted} answers, {path}")
     measured = all((record[name] or {}).get("complete") for name in measurements)
     if not (record["complete"] and measured):
-        print("stopped by the time limit: the same command goes on")
+        print("not complete: the same command goes on where the time limit stopped it")
     failed = [check["name"] for check in record["checks"] if not check["ok"]]
     for name in failed:
         print(f"check failed: {name}")
@@ -216,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "report":
         from experiments.report import write_report
 
-        return status(lambda: write_report(args.record, args.results, args.pictures))
+        return status(lambda: write_report(args.record, args.results, args.pictures, args.add))
     return status(lambda: run_command(args))
 
 

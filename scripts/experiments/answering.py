@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pdllm_jax import Engine, Request, denoise, init_denoise
-from pdllm_jax.engine.request import Timer, request_keys
+from pdllm_jax.engine.request import PreparedRequest, Timer, request_keys, select_chunks
 from pdllm_jax.method.cache_methods import Method, cache_method
-from pdllm_jax.method.chunking import bucket
+from pdllm_jax.method.chunking import batch_prompts, batch_size, bucket, chunk_prompt
+from pdllm_jax.method.selection import EMPTY_SLOT
 
 METHODS: tuple[Method, ...] = ("plain", "prefix-cache", "dual-cache", "prefilling")
 
@@ -45,6 +46,35 @@ def answer(
             "scores": result.selection and result.selection["scores"],
         }
         for result in results
+    ]
+
+
+def select_alone(engine: Engine, requests: Sequence[Request]) -> list[dict[str, Any]]:
+    """Selects chunks for requests of token ids in one batch, and decodes nothing.
+
+    Returns:
+        What `answer` returns, of answers without tokens.
+    """
+    count, size, timer = len(requests), batch_size(len(requests)), Timer()
+    tight = engine.selection.keeps_pool(documents=size)
+    cut = {"bos_id": engine.bos_id, "tight": tight}
+    parts = [engine.token_ids(request) for request in requests]
+    prompt = batch_prompts([chunk_prompt(*x, engine.chunking, **cut) for x in parts], size)
+    keys = request_keys([request.seed for request in requests], size)
+    prepared = PreparedRequest(prompt, engine.selection, keys, count)
+    path = engine.implementation
+    selected = select_chunks(engine.model, prepared, implementation=path, timer=timer)
+    ids, seconds = np.asarray(selected.selection.chunk_ids), _seconds(timer.seconds, count)
+    scores = None if selected.scores is None else np.asarray(selected.scores)
+    return [
+        {
+            "tokens": [],
+            "evaluations": 0,
+            "seconds": seconds,
+            "chunks": ids[b][ids[b] != EMPTY_SLOT].tolist(),
+            "scores": None if scores is None else scores[b, : prepared.counts[b]].tolist(),
+        }
+        for b in range(count)
     ]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from experiments import statistics
 from experiments.grids import DENSE, Cell
+from experiments.retrieval import holds_needle
 
 CONFIDENCE, QUANTILE = 0.999, 3.29
 Row = Mapping[str, Any]
@@ -42,6 +43,8 @@ def _checks(
     if cell.selection != "top-k" or cell.reselect != "never" or cell.margin is not None:
         return
     yield "best scores are kept", best_kept(cell, records)
+    if cell.selects_only:
+        return
     oracle, everything = (cells.get(cell.selected_by(name), {}) for name in ("oracle", "all"))
     # Where a border cuts the needle, one part may be enough or not: recall cannot tell.
     if both := sorted(i for i in {*records} & {*oracle} if len(records[i]["needle"]) == 1):
@@ -62,11 +65,13 @@ def _none(records: Records, wrong: Callable[[Row], bool], what: str) -> Outcome:
 def possible(cell: Cell, records: Records) -> Outcome:
     """Checks that counts, times and ids of every record are in range."""
     dense, most = cell.selection in DENSE, cell.selection_config().slots
+    least = 0 if cell.selects_only else 1
 
     def conditions(record: Row) -> Iterator[bool]:
-        yield 1 <= record["evaluations"] <= len(record["tokens"])
+        yield least <= record["evaluations"] <= len(record["tokens"])
         yield math.isfinite(record["seconds"]["total"]) and record["seconds"]["total"] > 0
-        yield record["flops"] is None or sum(record["flops"].values()) > 0
+        # Selecting alone may take no product.
+        yield record["flops"] is None or sum(record["flops"].values()) > 0 or not least
         if dense:
             return
         n, chunks, needle = record["n_chunks"], record["chunks"], set(record["needle"])
@@ -146,8 +151,3 @@ def same_tokens(pairs: Sequence[tuple[Row, Row]]) -> Outcome:
     """
     other = sum(a["tokens"] != b["tokens"] for a, b in pairs)
     return other <= len(pairs) // 100, len(pairs), f"{other} answers differ"
-
-
-def holds_needle(record: Row) -> bool:
-    """Tells whether all chunks that hold the needle are kept."""
-    return set(record["needle"]) <= set(record["chunks"])

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from experiments.grids import DENSE, Cell
+from pdllm_jax import SelectionConfig
 from pdllm_jax.method.scorers import SCORERS
 from pdllm_jax.method.scorers.attention import AttentionScorer
 from pdllm_jax.network.config import ModelConfig
@@ -47,10 +48,15 @@ class Counter:
 
 
 def answer_flops(
-    model: ModelConfig, cell: Cell, sizes: Sizes, evaluations: int
+    model: ModelConfig,
+    cell: Cell,
+    sizes: Sizes,
+    evaluations: int,
+    selection: SelectionConfig | None = None,
 ) -> dict[str, float] | None:
     """Counts by phase: draft, score (the pass over the document), encode, decode.
 
+    selection: the cell's, where a calibration has added to it.
     Returns None for re-selection: records do not say how much was encoded again.
     """
     count, response = Counter(model), sizes.response
@@ -62,7 +68,7 @@ def answer_flops(
         return {"draft": 0.0, "score": 0.0, "encode": 0.0, "decode": decode}
     if cell.reselect != "never":
         return None
-    config, kept = cell.selection_config(), [sizes.chunks[i] for i in sizes.kept]
+    config, kept = selection or cell.selection_config(), [sizes.chunks[i] for i in sizes.kept]
     keeps_all = len(sizes.chunks) <= config.top_k and config.scorer.name != "oracle"
     scorer = "all" if cell.selection == "all" or keeps_all else config.scorer.name
     live = sizes.query + response
@@ -90,6 +96,8 @@ def answer_flops(
     decode = evaluations * count(response, view, response)
     if cell.encoding in ("independent", "query-conditioned"):
         decode += count(sizes.query, view)  # live KV of the query, in the first evaluation
+    if cell.selects_only:
+        encode = decode = 0.0
     score = _pass(count, cell, scorer, sizes)
     if isinstance(config.scorer, AttentionScorer) and scorer == config.scorer.name:
         layers = len(config.scorer.counted(model))

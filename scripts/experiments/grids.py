@@ -13,12 +13,13 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pdllm_jax import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.method.cache_methods import Method
 from pdllm_jax.method.scorers import SCORERS
-from pdllm_jax.rules import SEED, exact_share, validate
+from pdllm_jax.network.config import WeightFormat
+from pdllm_jax.rules import SEED, exact_share, require, validate
 from small_model.tasks import TASKS
 
 # Baselines without a selection: the whole prompt, recomputed as the method's name says.
@@ -40,7 +41,8 @@ class Cell:
     length: tokens of prompt and response. tasks: in turn. depths: number of evenly spaced depths
     that the needle takes in turn; None: any depth. streamed: one request at a time, the document's
     KV not kept. keep_tokens: share of a kept chunk's tokens. margin: adaptive K, from 1 up to
-    top_k. The others are the library's settings.
+    top_k. selects_only: nothing is decoded, and recall takes the place of accuracy. The others are
+    the library's settings.
     """
 
     selection: str = "top-k"
@@ -65,16 +67,22 @@ class Cell:
     reselect: str = "never"
     threshold: float | None = 0.9
     seed: int = 0
+    selects_only: bool = False
+    weight_format: str = "full"
+    kv_format: str = "full"
 
     def __post_init__(self) -> None:
         for name, got, allowed in (
             ("selection", (self.selection,), SELECTIONS),
             ("tasks", self.tasks, TASKS),
+            ("weight_format", (self.weight_format,), get_args(WeightFormat)),
         ):
             if not got or not set(got) <= set(allowed):
                 got = ", ".join(got) or "none"
                 raise ValueError(f"{name} must be of {', '.join(allowed)}, got {got}")
         validate(self, {"seed": SEED})
+        scored = self.selection not in (*DENSE, *GIVEN)
+        require(scored or not self.selects_only, f"selects_only is not for {self.selection!r}")
         self.chunk_config(), self.selection_config(), self.decode_config()
 
     def depth(self, index: int) -> float | None:
@@ -105,9 +113,11 @@ class Cell:
 
     def used_settings(self) -> set[str]:
         """Returns the names of the settings that change anything of this cell."""
-        names = {"selection", "length", "tasks", "depths", "threshold"}
+        names = {"selection", "length", "tasks", "depths", "weight_format"}
+        names |= set() if self.selects_only else {"threshold"}
         if self.selection in DENSE:
             return names
+        names |= {"selects_only", "kv_format"}
         names |= {"chunk_size", "anchors", "overlap", "encoding", "positions", "keep_tokens"}
         scored = self.selection == "top-k"
         used = {
@@ -128,7 +138,8 @@ class Cell:
         """Returns a key that cells with the same compiled programs share."""
         method = self.selection in DENSE and self.selection
         settings = (self.selection_config(), self.chunk_config(), self.decode_config())
-        return (method, self.length, self.streamed, *settings)
+        own = (self.length, self.streamed, self.selects_only, self.weight_format)
+        return (method, *own, *settings)
 
     def selected_by(self, selection: str) -> Cell:
         """Returns the cell with another selection."""
@@ -157,7 +168,11 @@ class Cell:
     @property
     def key(self) -> str:
         """The cell's name in records: readable, and different for all that differs."""
-        text = json.dumps(self.settings(), sort_keys=True)
+        settings = self.settings()
+        for name in _LATER:
+            if settings[name] == getattr(type(self), name):
+                del settings[name]
+        text = json.dumps(settings, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:10]
         return f"{self.selection}-{self.length}-{digest}"
 
@@ -166,8 +181,10 @@ class Cell:
 _SCORER = ("masked_copies", "draft_length", "draft_steps")
 _SELECTION = (
     *("top_k", "keep_first", "reselect", *_SCORER),
-    *("encoding", "bridge_tokens", "positions"),
+    *("encoding", "bridge_tokens", "positions", "kv_format"),
 )
+# Settings that older records lack: at their defaults they are left out of the cell's key.
+_LATER = ("selects_only", "weight_format", "kv_format")
 # How labels show values, and settings.
 _VALUES: dict[tuple[str, Any], str] = {
     ("anchors", True): "anchors",
@@ -179,6 +196,7 @@ _VALUES: dict[tuple[str, Any], str] = {
     ("masked_copies", None): "leave-one-out",
     ("reselect", "never"): "no re-selection",
     ("threshold", None): "one token a step",
+    ("selects_only", True): "selection alone",
 }
 _FORMS = {
     **dict.fromkeys(("selection", "encoding"), "{}"),
@@ -188,6 +206,8 @@ _FORMS = {
     "chunk_size": "C = {}",
     "top_k": "K = {}",
     "draft_length": "d = {}",
+    "weight_format": "{} weights",
+    "kv_format": "{} KV",
 }
 
 

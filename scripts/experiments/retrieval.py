@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from experiments.answering import answer
+from experiments.answering import answer, select_alone
+from experiments.calibrating import calibration_folder
 from experiments.flops import Sizes, answer_flops
 from experiments.grids import DENSE, GIVEN, Cell
 from experiments.records import Key, Records
 from experiments.runner import Work
 from pallas_kernels import Implementation
-from pdllm_jax import Engine, MaskPredictor, Request, Tokenizer
+from pdllm_jax import Engine, MaskPredictor, Request, SelectionConfig, Tokenizer
 from pdllm_jax.method.chunking import chunks_of_span, needle_chunks, split_context
 from small_model import tasks
 from small_model.corpus import Corpora, Text, fingerprint
@@ -78,7 +80,8 @@ def _on_device(gpu: int, cpu: int) -> Any:
 class Retrieval:
     """A model, the texts that it is asked about, and how it runs.
 
-    first_seed: of the examples. batch_tokens: tokens of a batch.
+    first_seed: of the examples. batch_tokens: tokens of a batch. folder: of the run, where its
+    calibrations are. load: loads the model with weights of another format.
     """
 
     model: MaskPredictor
@@ -88,6 +91,8 @@ class Retrieval:
     implementation: Implementation | None = None
     batch_tokens: int = _on_device(1 << 17, 1 << 11)
     encode_batch: int = _on_device(64, 8)
+    folder: Path | None = None
+    load: Callable[[str], MaskPredictor] | None = None
 
     @cached_property
     def encode(self) -> tasks.Encoder:
@@ -125,12 +130,30 @@ class Retrieval:
             depth=cell.depth(index),
         )
 
+    @cached_property
+    def _models(self) -> dict[str, MaskPredictor]:
+        return {"full": self.model}
+
+    def model_of(self, cell: Cell) -> MaskPredictor:
+        """Returns the model with the cell's format of weights."""
+        if cell.weight_format not in self._models:
+            assert self.load is not None
+            self._models[cell.weight_format] = self.load(cell.weight_format)
+        return self._models[cell.weight_format]
+
+    def selection(self, cell: Cell) -> SelectionConfig:
+        """Returns the cell's selection; its scorer is calibrated if it can be."""
+        config = cell.selection_config(self.encode_batch)
+        if self.folder is None:
+            return config
+        return config.calibrated(calibration_folder(self.folder, cell.tasks))
+
     def engine(self, cell: Cell) -> Engine:
         """Returns the library's engine with the cell's settings."""
         return Engine(
-            self.model,
+            self.model_of(cell),
             chunking=cell.chunk_config(),
-            selection=cell.selection_config(self.encode_batch),
+            selection=self.selection(cell),
             decoding=cell.decode_config(tasks.RESPONSE_LENGTH),
             method=DENSE.get(cell.selection, "prefilling"),
             bos_id=self.tokenizer.bos_id,
@@ -144,12 +167,19 @@ class Retrieval:
         examples = {index: self.example(cell, index) for index in indices}
         requests = [request(cell, *item) for item in examples.items()]
         requests += requests[-1:] * (size - len(indices))
-        answers = answer(self.engine(cell), requests, together=not cell.streamed)
-        rows = zip(examples.items(), answers, strict=False)
-        return [self._record(cell, *item, answered) for item, answered in rows]
+        engine, together = self.engine(cell), not cell.streamed
+        run = select_alone if cell.selects_only else partial(answer, together=together)
+        rows = zip(examples.items(), run(engine, requests), strict=False)
+        chosen = engine.selection
+        return [self._record(cell, *item, answered, chosen) for item, answered in rows]
 
     def _record(
-        self, cell: Cell, index: int, example: tasks.Example, answered: Mapping[str, Any]
+        self,
+        cell: Cell,
+        index: int,
+        example: tasks.Example,
+        answered: Mapping[str, Any],
+        selection: SelectionConfig,
     ) -> dict[str, Any]:
         span, chunking, context = example["needle_span"], cell.chunk_config(), example["context"]
         record = {
@@ -165,9 +195,11 @@ class Retrieval:
         if cell.selection not in DENSE:
             lengths = split_context(context, chunking, example["prefix"][0])[1].tolist()
             record |= {"needle": sorted(needle_chunks(span, chunking)), "n_chunks": len(lengths)}
+        if cell.selects_only:
+            record["score"] = float(holds_needle(record))
         parts = (example["prefix"], example["query"], answered["tokens"], context)
         sizes = Sizes(*map(len, parts), chunks=lengths, kept=answered["chunks"] or ())
-        flops = answer_flops(self.model.config, cell, sizes, answered["evaluations"])
+        flops = answer_flops(self.model.config, cell, sizes, answered["evaluations"], selection)
         return {**record, "flops": flops}
 
 
@@ -176,6 +208,11 @@ def request(cell: Cell, index: int, example: tasks.Example) -> Request:
     given = given_chunks(cell, index, example) if cell.selection in GIVEN else None
     seed = index if cell.selection in DENSE else cell.seed * 1_000_003 + index
     return Request(example["context"], example["query"], example["prefix"], given, seed)
+
+
+def holds_needle(record: Mapping[str, Any]) -> bool:
+    """Tells whether all chunks that hold the needle are kept."""
+    return set(record["needle"]) <= set(record["chunks"])
 
 
 def joined(texts: Iterable[Text]) -> Text:

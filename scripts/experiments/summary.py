@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from experiments import statistics
-from experiments.checks import check_all, holds_needle
+from experiments.calibrating import read_calibrations
+from experiments.checks import check_all
 from experiments.grids import DENSE, GRIDS, MEASUREMENTS, Cell, Grid, all_cells
 from experiments.records import read_folder, read_json
-from experiments.retrieval import records_of
+from experiments.retrieval import holds_needle, records_of
 
 Row = Mapping[str, Any]
 Rows = dict[int, dict[str, Any]]
@@ -37,6 +38,7 @@ def summarise(
         "cells": {cell.key: describe(cell, rows) for cell, rows in cells.items()},
         "grids": {name: compare(GRIDS[name], cells, changes) for name in grids},
         "checks": check_all(cells),
+        "calibrations": read_calibrations(folder),
         "chunk_scores": score_examples(cells),
         **files,
     }
@@ -60,7 +62,7 @@ def describe(cell: Cell, records: Rows) -> dict[str, Any]:
         "settings": cell.settings(),
         "label": cell.label(),
         "examples": len(rows),
-        "accuracy": share([row["score"] for row in rows]),
+        "accuracy": None if cell.selects_only else share([row["score"] for row in rows]),
         "by_task": {task: share(values) for task, values in by_task.items()},
         "by_depth": [[depth, share(values)] for depth, values in sorted(by_depth.items())],
         "evaluations": statistics.bootstrap(np.mean, [row["evaluations"] for row in rows]),
@@ -72,18 +74,22 @@ def describe(cell: Cell, records: Rows) -> dict[str, Any]:
     if by_depth:
         result["middle_less_ends"] = middle_less_ends(rows, [row["score"] for row in rows])
     if cell.selection not in DENSE:
+        uncut = [row for row in rows if len(row["needle"]) == 1]
         result |= {
             "recall": share([holds_needle(row) for row in rows]),
+            "recall_uncut": share([holds_needle(row) for row in uncut]) if uncut else None,
             "chunks": float(np.mean([row["n_chunks"] for row in rows])),
             "cut": float(np.mean([len(row["needle"]) > 1 for row in rows])),
             "kept": float(np.mean([len(row["chunks"]) for row in rows])),
         }
-    scored = [row for row in rows if cell.selection == "top-k" and row["scores"] is not None]
+    ranked = cell.selection in ("top-k", "random")
+    scored = [row for row in rows if ranked and row["scores"] is not None]
+    leads = [lead(row) for row in scored]
     if scored:
-        leads = [lead(row) for row in scored]
+        result["recall_at_1"] = share([x > 0 for x in leads])
+    if scored and cell.selection == "top-k":
         margins = [x for row in scored if (x := margin(row, cell.top_k)) is not None]
         result |= {
-            "recall_at_1": share([x > 0 for x in leads]),
             "lead": statistics.bootstrap(np.mean, leads),
             "margin": statistics.bootstrap(np.mean, margins) if margins else None,
         }

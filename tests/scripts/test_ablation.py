@@ -48,12 +48,14 @@ def test_the_grids_vary_what_the_project_claims_to_compare():
         "top_k": 5,
         "chunk_size": 4,
         "encoding": 4,
-        "scorer": 4,
+        "scorer": 6,
         "draft_length": 4,
         "keep_tokens": 4,
         "seed": 3,
         "masked_copies": 5,
         "positions": 3,
+        "weight_format": 3,
+        "kv_format": 2,
     }
     for field, least in counts.items():
         assert len({getattr(cell, field) for cell in cells}) >= least, field
@@ -70,6 +72,14 @@ def test_what_a_selection_does_not_read_makes_no_other_cell():
     assert Cell(scorer="query", draft_length=9).canonical() == Cell(scorer="query").canonical()
 
 
+def test_recorded_cells_keep_their_keys():
+    cells = json.loads((ROOT / "benchmarks" / "ablation.json").read_text())["cells"]
+    assert {key: Cell.from_settings(x["settings"]).key for key, x in cells.items()} == {
+        key: key for key in cells
+    }
+    assert Cell(selects_only=True).key != Cell().key != Cell(weight_format="fp8").key
+
+
 def test_settings_that_do_not_exist_are_refused():
     with pytest.raises(ValueError, match=r"selection must be of .*, got best"):
         Cell(selection="best")
@@ -77,6 +87,8 @@ def test_settings_that_do_not_exist_are_refused():
         Cell(encoding="both")
     with pytest.raises(ValueError, match="tasks"):
         Cell(tasks=("sums",))
+    with pytest.raises(ValueError, match="selects_only is not for 'dense'"):
+        Cell(selection="dense", selects_only=True)
 
 
 def test_changes_give_way_to_what_a_grid_varies():

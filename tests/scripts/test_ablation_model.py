@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 pytest.importorskip("tokenizers")
-from experiments import measurements, retrieval, summary
+from experiments import calibrating, measurements, retrieval, summary
 from experiments.flops import Sizes, answer_flops
 from experiments.grids import Cell, Grid
 from experiments.records import Records
@@ -33,6 +33,7 @@ from pdllm_jax import (
 from pdllm_jax.method.prefill import prefill_top_k
 from pdllm_jax.method.scoring import draft_response
 from pdllm_jax.network.rope import rotate, rotation
+from pdllm_jax.rules import ConfigError
 from small_model import corpus, tasks
 from tests.small_model.test_training import encode, held_out_side, make_corpora  # noqa: F401
 from tests.support.ablation import answer_all
@@ -140,6 +141,38 @@ def test_a_run_end_to_end(tiny_bench, tmp_path, monkeypatch):
     assert row["evaluations"] == alone.evaluations
 
 
+def test_heads_are_calibrated_on_other_tasks_than_they_are_tested_on(tiny_bench, tmp_path):
+    """Selecting alone keeps what an answer keeps, with the heads that the run's folder holds."""
+    change = {"scorer": "heads", "selects_only": True, "streamed": True}
+    cell = dataclasses.replace(CELL, **change).canonical()
+    bench = dataclasses.replace(tiny_bench, folder=tmp_path)
+    assert calibrating.missing_calibrations(tmp_path, [CELL, cell]) == [PAIR]
+    with pytest.raises(ConfigError, match="needs the model's retrieval heads"):
+        bench.records(cell, [0])
+    path = calibrating.calibrate_heads(bench, PAIR, [(1536, 64)])
+    assert path.parent.name == "magic_number+key_value"
+    assert calibrating.missing_calibrations(tmp_path, [cell]) == []
+    (made,) = calibrating.read_calibrations(tmp_path).values()
+    (row,), example = bench.records(cell, [0]), bench.example(cell, 0)
+    request = example["context"], example["query"]
+    selected = bench.engine(cell).prefill(*request, prefix=example["prefix"], encode=False)
+    assert row["chunks"] == selected.selection.chunk_ids[0].tolist()
+    assert row["scores"] == selected.scores[0, : row["n_chunks"]].tolist()
+    assert row["score"] == float({*row["needle"]} <= {*row["chunks"]})
+    assert row["flops"]["score"] > 0 == row["flops"]["decode"]
+    assert made["layers"] == 1 + max(layer for layer, _ in made["heads"])
+    with pytest.raises(ConfigError, match="none is left to calibrate"):
+        calibrating.calibrate_heads(bench, tasks.TASKS)
+
+
+def test_formats_of_8_bits_reach_the_engine(tiny_bench):
+    loaded = []
+    bench = dataclasses.replace(tiny_bench, load=lambda weights: loaded.append(weights) or "narrow")
+    assert [bench.model_of(Cell(weight_format="fp8")) for _ in range(2)] == ["narrow"] * 2
+    assert loaded == ["fp8"]
+    assert bench.engine(dataclasses.replace(CELL, kv_format="fp8")).selection.kv_format == "fp8"
+
+
 # ---- FLOPs, against the products of the traced programs
 
 
@@ -177,6 +210,8 @@ PREFIX, QUERY, DRAFT, COUNT, SIZE = 32, 64, 16, 4, 64
         {"encoding": "bridge", "scorer": "query"},
         {"scorer": "confidence"},
         {"scorer": "attention"},
+        {"scorer": "heads", "selects_only": True},
+        {"scorer": "heads", "encoding": "independent"},
         {"masked_copies": None},
         {"selection": "first", "encoding": "independent"},
         {"selection": "all"},
@@ -186,6 +221,8 @@ PREFIX, QUERY, DRAFT, COUNT, SIZE = 32, 64, 16, 4, 64
 def test_flops_are_the_products_of_the_traced_programs(model, change):
     cell = Cell(**{**CELL.settings(), "tasks": PAIR, "draft_length": DRAFT, **change}).canonical()
     config = cell.selection_config(COUNT)
+    if cell.scorer == "heads":
+        config = dataclasses.replace(config, heads=((0, 1),))
     if cell.selection == "all":
         config = dataclasses.replace(config, top_k=COUNT)
     decode = DecodeConfig(gen_length=32, block_length=32, threshold=0.9)
@@ -220,7 +257,9 @@ def test_flops_are_the_products_of_the_traced_programs(model, change):
     )
     kept = range(COUNT) if cell.selection == "all" else range(cell.top_k)
     sizes = Sizes(PREFIX, QUERY, 32, COUNT * (SIZE - 1), [SIZE] * COUNT, list(kept))
-    want = answer_flops(model.config, cell, sizes, 1)
+    want = answer_flops(model.config, cell, sizes, 1, config)
+    if cell.selects_only:
+        assert want.pop("encode") == want.pop("decode") == 0
     for phase, value in want.items():
         assert counted[phase] == pytest.approx(value, rel=0.02), phase
 

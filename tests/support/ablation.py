@@ -56,6 +56,8 @@ def fake_record(cell: Cell, index: int, n: int = 8) -> dict:
         "seconds": {"decode": 0.5, "total": 0.5},
         "flops": {"decode": 1e9},
     }
+    if cell.selects_only:
+        record |= {"response": "", "tokens": [], "evaluations": 0}
     if cell.selection in DENSE:
         return record
     scores = (-1 - rng.random(n)).tolist()

@@ -25,9 +25,8 @@ PROGRAMS: tuple[tuple[ModuleType, str], ...] = (
     (answer, "denoise"),
     (pdllm_jax, "init_denoise"),
     (pdllm_jax, "denoise"),
-    (pdllm_jax, "denoise_step"),
 )
-LAST = ("denoise", "denoise_step")
+LAST = "denoise"
 
 
 class _LastError(Exception):
@@ -62,7 +61,7 @@ class Programs(dict[Hashable, Callable[[], Any]]):
             key = (function, tree, *(getattr(leaf, "aval", leaf) for leaf in leaves))
             shapes = jax.tree.map(_shape, (args, settings))
             self[key] = lambda: function.lower(*shapes[0], **shapes[1]).compile()
-            if name in LAST:
+            if name == LAST:
                 raise _LastError
             return jax.tree.map(_zeros, function.eval_shape(*args, **settings))
 

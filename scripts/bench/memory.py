@@ -83,8 +83,8 @@ SETTINGS = {
 
 OPTIONS = MODEL | {
     "--settings": (tuple(SETTINGS), ""),
+    "--weights": ("full", "full, fp8 or int8"),
     "--layers": (int, "of the model, instead of its own number"),
-    "--weights": ("full", "their format: full, fp8 or int8"),
     "--chunk-size": (1024, ""),
     "--compiled": (False, "what the compiler says as well"),
     "--target": (Path, "compile for a device that is not there"),
@@ -96,7 +96,7 @@ class Measured:
 
     def __init__(self, args: argparse.Namespace, setting: Setting):
         self.target, self.setting = args.target, setting
-        self.config = model_config(args, args.weights)
+        self.config = dataclasses.replace(model_config(args), weight_format=args.weights)
         if args.layers is not None:
             self.config = dataclasses.replace(self.config, n_layers=args.layers)
         self.settings: dict[str, Any] = {"chunking": ChunkConfig(args.chunk_size)}

@@ -145,10 +145,13 @@ def conditions(records: Mapping[str, Record]) -> Iterator[str]:
 
 def plain(key: str) -> Callable[[Record], Iterator[Row]]:
     """Returns the rows under a key, each with the record's fields."""
-    return lambda record: (
-        {**record, **row, "weights": WEIGHTS[row.get("weights", "full")]}
-        for row in record.get(key, ())
-    )
+
+    def rows(record: Record) -> Iterator[Row]:
+        for row in record.get(key, ()):
+            merged = {"weights": "full", **record, **row}
+            yield {**merged, "weights": WEIGHTS[merged["weights"]]}
+
+    return rows
 
 
 def _versus(row: dict[str, Any], others: Mapping[str, Row], field: str) -> Row:

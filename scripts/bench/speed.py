@@ -73,9 +73,7 @@ def compile_ahead(run: Run) -> None:
         programs.find(functools.partial(requests.answer, case) for case in cases(run))
     if "step" in sections:
         steps = Steps(run)
-        for k in run.args.cached:
-            calls = steps.loop, steps.from_python
-            programs.find(lambda call=call, k=k: call(steps.start(k)) for call in calls)
+        programs.find(lambda k=k: steps.loop(steps.start(k)) for k in run.args.cached)
     spent, _ = clock(programs.compile)
     run.record["compile_seconds"][f"{len(programs)} programs side by side{run.on}"] = spent
     run.say(f"{len(programs)} programs compiled{run.on}: {spent:.0f} s")

@@ -46,7 +46,10 @@ def defined(model, parts, config: SelectionConfig) -> np.ndarray:
     return method.scores()
 
 
-@pytest.mark.parametrize("name", HEADS)
+ONE = pytest.param("one layer", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["both layers", "all", ONE])
 def test_scores_are_the_defined_ones_with_and_without_kept_kv(model, parts, name):
     """A batch: one document with and one without a prefix, in padding; short last chunks."""
     config = config_of(name)
@@ -64,6 +67,16 @@ def test_scores_are_the_defined_ones_with_and_without_kept_kv(model, parts, name
         for got in (scores, from_pool, again, later):
             np.testing.assert_allclose(got[row, : len(want)], want, rtol=2e-5)
             assert np.isneginf(got[row, len(want) :]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "atol"), [("bfloat16", 0.02), ("float16", 2e-3)])
+def test_scores_in_half_precision(model, parts, prompt, dtype, atol):
+    half = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, model)
+    want = defined(model, parts, SELECT)
+    for keep_pool in (False, True):
+        scores = prefill(half, prompt, SELECT, keep_pool=keep_pool)[1][0]
+        np.testing.assert_allclose(scores[: len(want)], want, atol=atol)
 
 
 def test_padding_and_neighbours_change_no_bit(model, prompt):

@@ -27,6 +27,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import make_small  # noqa: E402
 import numpy as np  # noqa: E402
+from bench.record import replace  # noqa: E402
 from flax import nnx  # noqa: E402
 from jax.stages import Lowered  # noqa: E402
 
@@ -56,6 +57,7 @@ from pdllm_jax.compilation import (  # noqa: E402
 )
 from pdllm_jax.engine.request import document_prompt, question_prompt, request_keys  # noqa: E402
 from pdllm_jax.method.scorers import Question  # noqa: E402
+from pdllm_jax.method.scorers.calibration import HEADS_FILE  # noqa: E402
 from pdllm_jax.method.scoring import draft_response  # noqa: E402
 from pdllm_jax.storage.manifest import MANIFEST  # noqa: E402
 
@@ -63,6 +65,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "examples" / "persuasion.txt"
 CHARACTERS = 28_623  # of it, 6,391 tokens with what is planted
 ADAPTER = ROOT / "small_model" / "adapter.safetensors"
+HEADS = ROOT / "small_model" / HEADS_FILE
 
 log = partial(print, file=sys.stderr, flush=True)
 # (depth, key, value): neither words nor numbers are in the training data.
@@ -80,7 +83,10 @@ LENGTHS = (6391, 20, 20)
 
 
 def checkpoint() -> Path:
-    """Returns the converted small model; assembles and converts it on first use."""
+    """Returns the converted small model with its retrieval heads.
+
+    Assembles and converts it on first use.
+    """
     adapter = ADAPTER.stat()
     name = f"small-{adapter.st_size:x}-{int(adapter.st_mtime):x}"
     pytorch, folder = cache_folder() / "pytorch" / name, cache_folder() / "converted" / name
@@ -92,6 +98,8 @@ def checkpoint() -> Path:
         log(f"converting {pytorch} to Orbax ({clock()})")
         folder.parent.mkdir(parents=True, exist_ok=True)
         convert(pytorch, folder)
+    if not (folder / HEADS_FILE).exists():
+        replace(folder / HEADS_FILE, HEADS.read_text(encoding="utf-8"))
     return folder
 
 

@@ -5,9 +5,9 @@ in one pass over the document. A head recalls an example if the needle's chunk g
 share. A set of heads is judged by the mean of their shares, as the scorer "heads" uses it.
 
     choose    for each m and n: the best n heads within the first m layers, chosen on one half of
-              the examples and tested on the other half, in several divisions; the smallest m whose
-              recall lies within one point of the best, with its best n; the best n heads within
-              these layers, on all examples
+              the examples and tested on the other half, in several divisions; the smallest m, and
+              with it the largest n, whose recall lies within one point of the best; the best n
+              heads within these layers, on all examples
     recall    of that procedure as a whole: it runs on seven eighths of the examples, and its heads
               are tested on the last eighth, for each eighth in turn
 """
@@ -198,11 +198,11 @@ def _procedure(shares: Shares, count: int, rng: np.random.Generator) -> tuple[He
             sets = [[heads[: n + 1] for n in range(count)] for heads in ranked]
             results.append([[tested.recalled(heads).mean() for heads in row] for row in sets])
     table = np.mean(results, axis=0)  # [M, count]
-    curve = table.max(axis=1)
-    last = int(np.argmax(curve >= curve.max() - _POINT - 1e-9))
-    # Of equally good numbers the largest: more heads vary less from task to task.
-    best = np.flatnonzero(table[last] >= curve[last] - 1e-9)[-1]
-    return _ranked(shares, count)[last][: best + 1], curve
+    enough = table >= table.max() - _POINT - 1e-9
+    last = int(np.argmax(enough.any(axis=1)))
+    # The largest number: more heads vary less from task to task.
+    most = 1 + int(np.flatnonzero(enough[last])[-1])
+    return _ranked(shares, count)[last][:most], table.max(axis=1)
 
 
 def _ranked(shares: Shares, count: int) -> list[Heads]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.resources
 import json
+import lzma
 import sys
 from pathlib import Path
 
@@ -248,6 +251,16 @@ def test_a_calibration_is_saved_in_one_step(rng, tmp_path):
     assert read_heads(tmp_path) == ((0, 0),)
     fields = {field.name for field in dataclasses.fields(Calibration)}
     assert fields | {"version"} == json.loads(path.read_text()).keys()
+
+
+def test_the_small_model_has_its_heads():
+    """They fit config.json, and were found in the text of this package."""
+    folder = ROOT / "small_model"
+    heads, record = read_heads(folder), json.loads((folder / HEADS_FILE).read_text())
+    assert max(layer for layer, _ in heads) == record["layers"] - 1 < 30
+    packed = importlib.resources.files("pdllm_jax.evaluation") / record["text"]["name"]
+    text = lzma.decompress(packed.read_bytes())
+    assert hashlib.sha256(text).hexdigest() == record["text"]["sha256"]
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,10 @@ Attend = Callable[[int, Array, Array, Array, Any], tuple[Array, Any]]
 StreamHook = Callable[[int, Array], None]
 
 
+# One operation of a trace: tracing a model takes the square of their number.
+_quantise = jax.jit(quantise, static_argnums=1)
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square norm: float32 inside, cast back, then scaled by the weight [M]."""
 
@@ -85,7 +89,7 @@ class Matrix(nnx.Module):
         if weight_format == "full":
             self.weight = nnx.Param(values.astype(dtype))
         else:
-            scaled = quantise(values, weight_format)
+            scaled = _quantise(values, weight_format)
             self.weight, self.scale = nnx.Param(scaled.values), nnx.Param(scaled.scale)
         if bias:
             self.bias = nnx.Param(jnp.zeros((rows,), dtype))

@@ -46,6 +46,8 @@ CHECKPOINT = FolderKind(
     "checkpoint", 2, CheckpointError, "convert it (again): pdllm-convert SOURCE DESTINATION"
 )
 DTYPES = ("bfloat16", "float16", "float32")
+# Of layers that wait to be quantised: one layer at least, two at the sizes of LLaDA-8B.
+_FULL_BYTES = 1 << 30
 # Files up to this size (JSON, Zarr metadata, most tokenizers) are compared with their checksums
 # whenever a checkpoint is opened.
 _SMALL_BYTES = 8 << 20
@@ -99,7 +101,7 @@ def load_model(
         JAX's default device.
       sums: on a mesh, as for `shard_model`.
       weights: "fp8" or "int8" makes 8 bits of a checkpoint's full weights, as `pdllm-convert
-        --weights` does, one layer at a time; None keeps the checkpoint's. Weights in 8 bits load
+        --weights` does, a few layers at a time; None keeps the checkpoint's. Weights in 8 bits load
         as such alone.
       verify: also compares the checksums of the weights, which reads them twice.
 
@@ -141,18 +143,23 @@ def load_model(
         )
         return read_arrays(folder / PARAMS, placed, partial=partial)
 
-    def quantised(number: int, layer: dict[str, Any]) -> dict[str, Any]:
-        shapes = full_shapes(layer, manifest.settings["dtype"])
-        full = restored({"blocks": {number: shapes}}, partial=True)["blocks"][number]
-        return quantise_layer(full, bits, mesh)
+    def quantised(layers: dict[int, Any]) -> dict[int, Any]:
+        shapes = {i: full_shapes(x, manifest.settings["dtype"]) for i, x in layers.items()}
+        largest = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes[0]))
+        count, result = max(1, _FULL_BYTES // largest), dict[int, Any]()
+        for first in range(0, len(shapes), count):
+            group = {i: shapes[i] for i in range(first, min(first + count, len(shapes)))}
+            full = restored({"blocks": group}, partial=True)["blocks"]
+            result |= {i: quantise_layer(full.pop(i), bits, mesh) for i in group}
+        return result
 
     with errors_as(CheckpointError, f"{folder / PARAMS} cannot be restored"):
         if bits == stored:
             params = restored(params)
-        else:  # a layer at a time: full weights are never whole in memory
+        else:  # a few layers at a time: full weights are never whole in memory
             layers = params.pop("blocks")
             params = restored(params, partial=True)
-            params["blocks"] = {i: quantised(i, layer) for i, layer in layers.items()}
+            params["blocks"] = quantised(layers)
         nnx.replace_by_pure_dict(state, params)
     model = nnx.merge(graph, state)
     return model if mesh is None else put_on(model, mesh, sums)

@@ -111,7 +111,7 @@ def test_conversion_loading_and_the_way_back(
 def test_full_weights_are_never_whole_on_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a layer is quantised, its own gate and up are the only ones with 16 bits."""
+    """Of two layers that are read together, only those that are not quantised have 16 bits."""
     sources.make(tmp_path, "bfloat16", n_layers=4)
     convert(tmp_path / "source", tmp_path / "full")
 
@@ -128,8 +128,9 @@ def test_full_weights_are_never_whole_on_the_device(
         return result
 
     monkeypatch.setattr(checkpoint, "quantise_layer", counted)
+    monkeypatch.setattr(checkpoint, "_FULL_BYTES", 20_000)  # two layers
     model = load_model(tmp_path / "full", weights="int8")
-    assert (counts, live() - before, model.config.n_layers) == ([2, 2, 2, 2], 0, 4)
+    assert (counts, live() - before, model.config.n_layers) == ([4, 2, 4, 2], 0, 4)
 
 
 def test_wrong_formats_and_damage_are_refused_by_name(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from bench.memory import device_for
 from bench.record import command, replace, run_script
-from pallas_kernels import OwnKV, chunk_attention, matmul
+from pallas_kernels import OwnKV, Scaled, chunk_attention, matmul
 
 _MARK = "=== "
 _KERNEL = re.compile(
@@ -42,7 +42,7 @@ ATTENTION = (
     (8, 4, 32, 32, 32, 128),
 )
 # (name, rows, inner size, outer sizes); products of different sizes have biases
-PRODUCTS = (
+_PRODUCTS = (
     ("q, k, v", 32, 4096, (4096,) * 3),
     ("gate, up", 32, 4096, (12288,) * 2),
     ("down", 32, 12288, (4096,)),
@@ -53,6 +53,10 @@ PRODUCTS = (
     ("gate, up", 33, 3584, (18944,) * 2),
     ("down", 33, 18944, (3584,)),
 )
+# The same with weights of 8 bits.
+PRODUCTS = [
+    (*case, dtype) for dtype in (jnp.bfloat16, jnp.float8_e4m3fn, jnp.int8) for case in _PRODUCTS
+]
 OPTIONS = {"--target": (Path, "compile for a device that is not there")}
 
 
@@ -88,9 +92,13 @@ def one(args: argparse.Namespace) -> None:
             nearby = shape(batch, near, kv_heads, 128) if near else None
             name += f", {near} near keys" if near else ""
             report(name, attend, q, *kv, ids, lengths, nearby)
-        for name, rows, inner, outs in PRODUCTS:
+        for name, rows, inner, outs, dtype in PRODUCTS:
             product = functools.partial(multiply, "swiglu" if name == "gate, up" else "none")
-            weights = [shape(out, inner) for out in outs]
+            weights: list[Any] = [shape(out, inner, dtype=dtype) for out in outs]
+            if dtype != jnp.bfloat16:
+                scales = [shape(out, dtype=jnp.float32) for out in outs]
+                weights = list(map(Scaled, weights, scales))
+                name += f", {jnp.dtype(dtype).name}"
             biases = tuple(shape(out) for out in outs if len(set(outs)) > 1)
             report(f"products of {rows} rows, {name}", product, shape(rows, inner), weights, biases)
 

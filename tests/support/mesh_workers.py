@@ -288,22 +288,19 @@ def products() -> None:
     """Projections with weights of 8 bits, into a layer and out of it, against one device."""
     setup()
     mesh = make_mesh(2, 4)
-    keys = jax.random.split(jax.random.key(0), 6)
-    x, stream, wide = (jax.random.normal(k, (2, 3, n)) for k, n in zip(keys, (16, 16, 32)))
-    biases, norm = (
-        (jax.random.normal(keys[3], (32,)),) * 2,
-        Norm(jax.random.normal(keys[4], (16,)), 1e-5),
-    )
+    keys = jax.random.split(jax.random.key(0), 7)
+    shapes = (2, 3, 16), (2, 3, 16), (2, 3, 32), (32,), (16,)
+    x, stream, wide, bias, norm = map(jax.random.normal, keys, shapes)
     for bits in ("fp8", "int8"):
         into, out = (
             quantise(jax.random.normal(k, shape), bits)
-            for k, shape in zip(keys[4:], ((32, 16), (16, 32)), strict=True)
+            for k, shape in zip(keys[5:], ((32, 16), (16, 32)), strict=True)
         )
         runs = [
             (
-                project_columns(where, x, into, into, biases=biases),
+                project_columns(where, x, into, into, biases=(bias, bias)),
                 project_columns(where, x, into, into, activation="swiglu"),
-                add_projected(where, stream, wide, out, norm),
+                add_projected(where, stream, wide, out, Norm(norm, 1e-5)),
             )
             for where in (mesh, None)
         ]

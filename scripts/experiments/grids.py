@@ -41,8 +41,9 @@ class Cell:
     length: tokens of prompt and response. tasks: in turn. depths: number of evenly spaced depths
     that the needle takes in turn; None: any depth. streamed: one request at a time, the document's
     KV not kept. keep_tokens: share of a kept chunk's tokens. margin: adaptive K, from 1 up to
-    top_k. head_layers: first layers that the heads are chosen from, None for all. selects_only: nothing is decoded, and recall takes the place of accuracy. The others are
-    the library's settings.
+    top_k. head_layers: first layers that retrieval heads are chosen from; None: all. selects_only:
+    nothing is decoded, and recall takes the place of accuracy. The others are the library's
+    settings.
     """
 
     selection: str = "top-k"

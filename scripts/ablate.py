@@ -154,8 +154,7 @@ def calibrate(args: argparse.Namespace, cells: list[Cell], loaded: Any = None) -
 
     if wanted := missing_calibrations(args.out, cells):
         bench, _ = loaded or load_bench(args)
-        for tested in wanted:
-            calibrate_heads(bench, tested)
+        calibrate_heads(bench, wanted)
 
 
 def prepare(args: argparse.Namespace) -> None:

@@ -41,8 +41,9 @@ class Cell:
     length: tokens of prompt and response. tasks: in turn. depths: number of evenly spaced depths
     that the needle takes in turn; None: any depth. streamed: one request at a time, the document's
     KV not kept. keep_tokens: share of a kept chunk's tokens. margin: adaptive K, from 1 up to
-    top_k. selects_only: nothing is decoded, and recall takes the place of accuracy. The others are
-    the library's settings.
+    top_k. head_layers: first layers that retrieval heads are chosen from; None: all. selects_only:
+    nothing is decoded, and recall takes the place of accuracy. The others are the library's
+    settings.
     """
 
     selection: str = "top-k"
@@ -67,6 +68,7 @@ class Cell:
     reselect: str = "never"
     threshold: float | None = 0.9
     seed: int = 0
+    head_layers: int | None = None
     selects_only: bool = False
     weight_format: str = "full"
     kv_format: str = "full"
@@ -123,6 +125,7 @@ class Cell:
         used = {
             "streamed": True,
             "bridge_tokens": self.encoding == "bridge",
+            "head_layers": scored and self.scorer == "heads",
             "top_k": self.selection != "all",
             "seed": self.selection in ("random", "oracle", "without"),
             **dict.fromkeys(("scorer", "margin", "keep_first", "reselect"), scored),
@@ -138,7 +141,7 @@ class Cell:
         """Returns a key that cells with the same compiled programs share."""
         method = self.selection in DENSE and self.selection
         settings = (self.selection_config(), self.chunk_config(), self.decode_config())
-        own = (self.length, self.streamed, self.selects_only, self.weight_format)
+        own = (self.length, self.streamed, self.selects_only, self.weight_format, self.head_layers)
         return (method, *own, *settings)
 
     def selected_by(self, selection: str) -> Cell:
@@ -184,7 +187,7 @@ _SELECTION = (
     *("encoding", "bridge_tokens", "positions", "kv_format"),
 )
 # Settings that older records lack: at their defaults they are left out of the cell's key.
-_LATER = ("selects_only", "weight_format", "kv_format")
+_LATER = ("head_layers", "selects_only", "weight_format", "kv_format")
 # How labels show values, and settings.
 _VALUES: dict[tuple[str, Any], str] = {
     ("anchors", True): "anchors",
@@ -196,6 +199,7 @@ _VALUES: dict[tuple[str, Any], str] = {
     ("masked_copies", None): "leave-one-out",
     ("reselect", "never"): "no re-selection",
     ("threshold", None): "one token a step",
+    ("head_layers", None): "heads of all layers",
     ("selects_only", True): "selection alone",
 }
 _FORMS = {
@@ -206,6 +210,7 @@ _FORMS = {
     "chunk_size": "C = {}",
     "top_k": "K = {}",
     "draft_length": "d = {}",
+    "head_layers": "heads of the first {} layers",
     "weight_format": "{} weights",
     "kv_format": "{} KV",
 }

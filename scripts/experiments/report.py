@@ -155,12 +155,14 @@ CALIBRATED += ("needle's chunk first, by heads of other examples, %", "by all he
 
 def calibration_rows(record: Record) -> Iterator[Sequence[str]]:
     """Yields a row for each calibration of a run."""
-    for tasks, made in record.get("calibrations", {}).items():
+    for made in record.get("calibrations", {}).values():
         heads = ", ".join(f"{layer}.{head}" for layer, head in made["heads"])
-        layers = f"{made['layers']} of {len(made['head_recall'])}"
+        allowed, layers = len(made["recall_by_layers"]), len(made["head_recall"])
+        run = f"{made['layers']} of {layers}"
+        run += "" if allowed == layers else f", at most {allowed} allowed"
         shares = (f"{100 * made[name]:.1f}" for name in ("recall", "recall_of_all"))
-        names = tasks.replace("_", " ").replace("+", " and ")
-        yield (names, layers, heads, str(made["examples"]), *shares)
+        names = " and ".join(made["tasks"]).replace("_", " ")
+        yield (names, run, heads, str(made["examples"]), *shares)
 
 
 def claims(record: Record, kind: str) -> Iterator[str]:

@@ -146,7 +146,7 @@ class Retrieval:
         config = cell.selection_config(self.encode_batch)
         if self.folder is None:
             return config
-        return config.calibrated(calibration_folder(self.folder, cell.tasks))
+        return config.calibrated(calibration_folder(self.folder, cell))
 
     def engine(self, cell: Cell) -> Engine:
         """Returns the library's engine with the cell's settings."""

@@ -146,13 +146,16 @@ def test_heads_are_calibrated_on_other_tasks_than_they_are_tested_on(tiny_bench,
     change = {"scorer": "heads", "selects_only": True, "streamed": True}
     cell = dataclasses.replace(CELL, **change).canonical()
     bench = dataclasses.replace(tiny_bench, folder=tmp_path)
-    assert calibrating.missing_calibrations(tmp_path, [CELL, cell]) == [PAIR]
+    limited = dataclasses.replace(cell, head_layers=1)
+    wanted = calibrating.missing_calibrations(tmp_path, [CELL, cell, limited])
+    assert wanted == [cell, limited]
     with pytest.raises(ConfigError, match="needs the model's retrieval heads"):
         bench.records(cell, [0])
-    path = calibrating.calibrate_heads(bench, PAIR, [(1536, 64)])
-    assert path.parent.name == "magic_number+key_value"
-    assert calibrating.missing_calibrations(tmp_path, [cell]) == []
-    (made,) = calibrating.read_calibrations(tmp_path).values()
+    calibrating.calibrate_heads(bench, wanted, [(1536, 64)])
+    assert calibrating.missing_calibrations(tmp_path, [cell, limited]) == []
+    made = calibrating.read_calibrations(tmp_path)
+    assert [*made] == ["magic_number+key_value", "magic_number+key_value-1"]
+    assert {layer for layer, _ in made["magic_number+key_value-1"]["heads"]} == {0}
     (row,), example = bench.records(cell, [0]), bench.example(cell, 0)
     request = example["context"], example["query"]
     selected = bench.engine(cell).prefill(*request, prefix=example["prefix"], encode=False)
@@ -160,9 +163,8 @@ def test_heads_are_calibrated_on_other_tasks_than_they_are_tested_on(tiny_bench,
     assert row["scores"] == selected.scores[0, : row["n_chunks"]].tolist()
     assert row["score"] == float({*row["needle"]} <= {*row["chunks"]})
     assert row["flops"]["score"] > 0 == row["flops"]["decode"]
-    assert made["layers"] == 1 + max(layer for layer, _ in made["heads"])
     with pytest.raises(ConfigError, match="none is left to calibrate"):
-        calibrating.calibrate_heads(bench, tasks.TASKS)
+        calibrating.calibrate_heads(bench, [dataclasses.replace(cell, tasks=tasks.TASKS)])
 
 
 def test_formats_of_8_bits_reach_the_engine(tiny_bench):

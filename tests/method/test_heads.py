@@ -46,7 +46,10 @@ def defined(model, parts, config: SelectionConfig) -> np.ndarray:
     return method.scores()
 
 
-@pytest.mark.parametrize("name", HEADS)
+ONE = pytest.param("one layer", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["both layers", "all", ONE])
 def test_scores_are_the_defined_ones_with_and_without_kept_kv(model, parts, name):
     """A batch: one document with and one without a prefix, in padding; short last chunks."""
     config = config_of(name)
@@ -64,6 +67,16 @@ def test_scores_are_the_defined_ones_with_and_without_kept_kv(model, parts, name
         for got in (scores, from_pool, again, later):
             np.testing.assert_allclose(got[row, : len(want)], want, rtol=2e-5)
             assert np.isneginf(got[row, len(want) :]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "atol"), [("bfloat16", 0.02), ("float16", 2e-3)])
+def test_scores_in_half_precision(model, parts, prompt, dtype, atol):
+    half = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, model)
+    want = defined(model, parts, SELECT)
+    for keep_pool in (False, True):
+        scores = prefill(half, prompt, SELECT, keep_pool=keep_pool)[1][0]
+        np.testing.assert_allclose(scores[: len(want)], want, atol=atol)
 
 
 def test_padding_and_neighbours_change_no_bit(model, prompt):
@@ -88,26 +101,25 @@ def test_only_the_layers_up_to_the_last_head_run(model, prompt):
 
 @pytest.mark.parametrize("scorer", ["heads", pytest.param("bm25", marks=pytest.mark.slow)])
 def test_only_the_chosen_chunks_are_encoded(model, parts, prompt, scorer):
-    """As `prefill` and `select` give it, of one document and of a batch."""
+    """As `prefill` and `select` give it, of a batch; of one document in test_prefill.py."""
     settings = {"encoding": "independent", "keep_first": True, **OPTIONS}
     config = dataclasses.replace(SELECT, scorer=scorer, **settings)
     other = chunk_prompt([], parts[1][:30], parts[2][:4], CHUNKS, bos_id=BOS)
-    key = jax.random.key(1)
-    for given in (prompt, batch_prompts([prompt, other])):
-        whole, scores = prefill(model, given, config, key=key)
-        want = select(scores, config)
-        cache, chosen, streamed = prefill_top_k(model, given, config, key=key)
-        assert cache.pool.k.shape[1] == chosen.chunk_ids.size == given.chunks.shape[0] * 2
-        np.testing.assert_allclose(streamed, scores, rtol=1e-5)
-        np.testing.assert_array_equal(chosen.chunk_ids, want.chunk_ids)
-        places = whole.places(want.chunk_ids).reshape(-1)
-        np.testing.assert_array_equal(chosen.slots.reshape(-1), np.arange(places.size))
-        for mine, theirs in ((cache.pool.k, whole.pool.k), (cache.pool.v, whole.pool.v)):
-            np.testing.assert_array_equal(mine, theirs[:, places])
+    given = batch_prompts([prompt, other])
+    whole, scores = prefill(model, given, config)
+    want = select(scores, config)
+    cache, chosen, streamed = prefill_top_k(model, given, config)
+    assert cache.pool.k.shape[1] == chosen.chunk_ids.size == 4
+    np.testing.assert_allclose(streamed, scores, rtol=1e-5)
+    np.testing.assert_array_equal(chosen.chunk_ids, want.chunk_ids)
+    places = whole.places(want.chunk_ids).reshape(-1)
+    np.testing.assert_array_equal(chosen.slots.reshape(-1), np.arange(places.size))
+    for mine, theirs in ((cache.pool.k, whole.pool.k), (cache.pool.v, whole.pool.v)):
+        np.testing.assert_array_equal(mine, theirs[:, places])
 
 
 def test_response_rows_count_in_reselection(model, parts, prompt):
-    """Unmasked slots alone; what re-selection reads from the pool, and without it."""
+    """Unmasked slots alone; from the pool, as re-selection reads it, and without it."""
     tokens = jnp.array([[5, MASK, 77, MASK]])
     method = Method(model, CHUNKS, SELECT, BOS)
     method.read(*parts)
@@ -115,7 +127,7 @@ def test_response_rows_count_in_reselection(model, parts, prompt):
     for scorer in (SELECT.scorer, SCORERS["bm25"]()):
         method.selection = dataclasses.replace(SELECT, scorer=scorer)
         want = method.scores(tokens[0].tolist(), range(4))
-        for pool in (True, False):
+        for pool in {False, scorer is SELECT.scorer}:
             cache = prefill(model, prompt, SELECT, keep_pool=pool)[0]
             got = score(scorer, model, cache, prompt.question, response)
             np.testing.assert_allclose(got[0, : len(want)], want, rtol=2e-5)
@@ -191,10 +203,10 @@ def test_heads_go_with_settings_and_come_from_a_checkpoint(tmp_path):
 
 
 def test_a_plan_counts_the_residual_stream(model):
-    """At 8 and 16 chunks; that of a scorer with copies does not grow with the document."""
+    """At 8 and 16 chunks; what copies take does not grow with the document."""
     settings = {"query": 32, "chunking": ChunkConfig(64), "dtype": jnp.float32}
     grown = {}
-    for name in ("heads", "attention", "query"):
+    for name in ("heads", "query"):
         config = dataclasses.replace(SELECT, scorer=name, **OPTIONS)
         plans = [
             plan_memory(model.config, n * 63, selection=config, **settings)["score"]
@@ -202,5 +214,4 @@ def test_a_plan_counts_the_residual_stream(model):
         ]
         grown[name] = plans[1].nbytes - plans[0].nbytes
     rows = 8 * (64 + 32) * 64 * 4  # of chunks, and of the query for each of them; 64 wide
-    ids = grown["query"]
-    assert grown["heads"] == grown["attention"] == ids + rows
+    assert grown["heads"] == grown["query"] + rows

@@ -73,8 +73,8 @@ def padded_rows(rows: int) -> int:
 def interpreter(*, detect_races: bool = False) -> Any:
     """Returns the `interpret=` setting that runs a Mosaic GPU kernel on the CPU.
 
-    The kernel's barriers block up to five threads of XLA's pool, which has one for each core, and
-    the interpreter hangs if none is left. With fewer than six cores, set PJRT_NPROC=6 in the
+    The kernel's barriers block up to six threads of XLA's pool, which has one for each core, and
+    the interpreter hangs if none is left. With fewer than seven cores, set PJRT_NPROC=7 in the
     environment before JAX starts.
     """
     return _mosaic_gpu().InterpretGPUParams(detect_races=detect_races)

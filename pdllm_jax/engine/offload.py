@@ -267,8 +267,11 @@ def _to_host(x: Any, count: int, host: Sharding) -> list[Any]:
         # An array in host memory is cut up there; an index would be computed on the device.
         return np.asarray(x) if x.sharding.memory_kind == host.memory_kind else x
 
-    x = jax.tree.map(rows, x)
-    return [jax.device_put(jax.tree.map(lambda x: x[:, i], x), host) for i in range(count)]  # noqa: B023
+    def chunk(i: int) -> Any:
+        return jax.tree.map(lambda x: x[:, i], cut_from)
+
+    cut_from = jax.tree.map(rows, x)
+    return [jax.device_put(chunk(i), host) for i in range(count)]
 
 
 @jax.jit

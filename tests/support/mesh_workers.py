@@ -58,7 +58,7 @@ SETTINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"encoding": "bridge", "bridge_tokens": "attention"}, {}),
     ({"encoding": "independent", "positions": "absolute", "keep_first": True}, {}),
     ({"encoding": "independent", "positions": "reuse", "max_k": 3, "margin": 0.3}, {}),
-    ({"keep_tokens": 5}, {}),
+    ({"keep_tokens": 5, "kv_format": "fp8"}, {}),
     ({"encoding": "independent", "keep_tokens": 5, "reselect": "block"}, {}),
     ({"encoding": "bridge", "reselect": "step", "scorer": "query"}, {}),
     ({"scorer": "first"}, {"recompute": "suffix", "temperature": 0.7}),
@@ -191,22 +191,24 @@ def snapshots(one: MaskPredictor, many: MaskPredictor, folder: Path) -> None:
     prompt = chunk_prompt(PREFIX, DOCUMENT, QUERY, CHUNKS)
 
     def asked(model: MaskPredictor, cache: Any) -> Any:
-        return ask_ids(model, cache, [QUERY], selection=INDEPENDENT, decode=decode)[0]
+        return ask_ids(model, cache, [QUERY], selection=narrow, decode=decode)[0]
 
-    answered = asked(one, encode_document(one, prompt, encode_batch=2))
+    kv: Any = {"kv_format": "fp8"}
+    narrow = dataclasses.replace(INDEPENDENT, **kv)
+    answered = asked(one, encode_document(one, prompt, encode_batch=2, **kv))
     other = shard_model(one, make_mesh(1, DEVICES))
     for name, wrote in (("one", one), ("many", many)):
         prefilled = prefill_request(wrote, PREFIX, DOCUMENT, QUERY, **settings, seed=3)
         request, document = folder / name, folder / f"{name}-document"
         pdllm.save_request(request, wrote, prefilled, chunking=CHUNKS)
-        cache = encode_document(wrote, prompt, encode_batch=2)
+        cache = encode_document(wrote, prompt, encode_batch=2, **kv)
         pdllm.save_document(document, wrote, cache, chunking=CHUNKS)
         for read in [model for model in (one, many, other) if model is not wrote]:
             (got,) = finish(read, pdllm.load_request(request, read))
             same(got, want, name)
             cache = pdllm.load_document(document, read).cache
             devices = jax.devices()[:1] if read.mesh is None else read.mesh.devices.flat
-            assert cache.pool.k.sharding.device_set == set(devices)
+            assert cache.pool.k.scale.sharding.device_set == set(devices)
             same(asked(read, cache), answered, name)
 
 

@@ -134,11 +134,9 @@ def matmul(
         raise ValueError(f"biases must be {x.dtype} as x, got {[str(b.dtype) for b in biases]}")
     rows = x.size // x.shape[-1]
     implementation = resolve_matmul(implementation, rows, weights, activation, x.dtype)
-    if implementation in ("xla", "xla_fp8"):
-        run: Any = matmul_xla if implementation == "xla" else matmul_fp8
-        return run(x, *weights, biases=biases, activation=activation)
-    interpret = compat.interpreter() if implementation == "interpret" else None
-    return _matmul_kernel(activation, interpret, x, weights, biases)
+    if implementation == "xla":
+        return matmul_xla(x, *weights, biases=biases, activation=activation)
+    return _matmul(implementation, activation, x, weights, biases)
 
 
 def matmul_xla(
@@ -207,19 +205,24 @@ def _finish(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _matmul_kernel(activation: Activation, interpret: Any, x, weights, biases) -> tuple[Array, ...]:
+def _matmul(
+    implementation: MatmulImplementation, activation: Activation, x, weights, biases
+) -> tuple[Array, ...]:
+    if implementation == "xla_fp8":
+        return matmul_fp8(x, *weights, biases=biases, activation=activation)
+    interpret = compat.interpreter() if implementation == "interpret" else None
     return _launch(activation, interpret, x, weights, biases)
 
 
-@_matmul_kernel.defjvp
-def _matmul_jvp(activation, interpret, primals, tangents):
-    """The value is the kernel's; the derivative XLA's."""
+@_matmul.defjvp
+def _matmul_jvp(implementation, activation, primals, tangents):
+    """The value is the implementation's; the derivative that of `matmul_xla`."""
 
     def plain(x, weights, biases):
         return matmul_xla(x, *weights, biases=biases, activation=activation)
 
     _, derivative = jax.jvp(plain, primals, tangents)
-    return _matmul_kernel(activation, interpret, *primals), derivative
+    return _matmul(implementation, activation, *primals), derivative
 
 
 # Under jit by itself: lowered once for all layers of a model.

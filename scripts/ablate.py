@@ -149,10 +149,11 @@ def answer_cells(
 
 
 def calibrate(args: argparse.Namespace, cells: list[Cell], loaded: Any = None) -> None:
-    """Calibrates what the cells need and the run's folder lacks."""
+    """Calibrates what the cells need and the run's folder lacks, unless there is no time left."""
     from experiments.calibrating import calibrate_heads, missing_calibrations
 
-    if wanted := missing_calibrations(args.out, cells):
+    wanted = missing_calibrations(args.out, cells)
+    if wanted and time.monotonic() < args.deadline:
         bench, _ = loaded or load_bench(args)
         calibrate_heads(bench, wanted)
 

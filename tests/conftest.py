@@ -26,8 +26,8 @@ for name, value in {
     "OMP_NUM_THREADS": "1",  # the oracles' products are tiny: threads would wait for each other
     # The Pallas interpreter runs a GPU kernel's barriers as callbacks that block, in a pool of as
     # many threads as there are processors: with few of them, all wait for each other. Our kernels
-    # block six at most (two warpgroups, the converter, the copying warp, and the callbacks that wait
-    # for the warps and for the CTA).
+    # block six at most (two warpgroups, the converter, the copying warp, and the callbacks that
+    # wait for the warps and for the CTA).
     "PJRT_NPROC": str(max(16, os.cpu_count() or 1)),
     "HF_HUB_OFFLINE": "1",  # nothing in a test may reach a model hub
     "TOKENIZERS_PARALLELISM": "false",

@@ -16,13 +16,13 @@ from pdllm_jax.decoding import Recompute as Recompute
 from pdllm_jax.method.cache import KVFormat, Positions
 from pdllm_jax.method.encodings import ENCODINGS, BridgeTokens, Encoding
 from pdllm_jax.method.scorers import SCORERS, AllScorer, Scorer
-from pdllm_jax.method.scorers.attention import Heads
 from pdllm_jax.method.token_selection import KeepBy
 from pdllm_jax.rules import (
     AT_LEAST_0,
     COUNT,
     SIZE,
     SWITCH,
+    Heads,
     one_of,
     require,
     validate,

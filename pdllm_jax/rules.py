@@ -94,7 +94,10 @@ TOKEN = Rule("{} must be a token id, got {!r}", is_index)
 SEED = Rule("{} must be an integer in [0, 2**64), got {!r:.40}", is_seed)
 
 
-def heads_of(value: Any) -> tuple[tuple[int, int], ...]:
+Heads = tuple[tuple[int, int], ...]  # pairs (layer, head)
+
+
+def heads_of(value: Any) -> Heads:
     """Returns pairs (layer, head) as tuples, ascending, each once; lists are taken too.
 
     Raises:

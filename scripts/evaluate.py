@@ -39,7 +39,7 @@ from experiments.runner import run
 from convert.__main__ import converted
 from pdllm_jax import ChunkConfig, Engine, SelectionConfig, Tokenizer, load_config, load_model
 from pdllm_jax.cli.errors import Parser, leave, seed, status
-from pdllm_jax.cli.flags import DTYPES, add_chunking, add_placement, from_args, mesh_of
+from pdllm_jax.cli.flags import add_chunking, add_placement, from_args, load_settings
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.method.scorers import SCORERS
 
@@ -135,15 +135,14 @@ def evaluate(args: argparse.Namespace) -> int:
         raise ValueError("--expect must not hold an empty phrase: every answer contains it")
     malformed = Malformed(args.on_malformed, lambda line: print(line, file=sys.stderr))
     selection = from_args(SelectionConfig, args, scorer=args.score)
-    chunking, mesh = from_args(ChunkConfig, args), mesh_of(args)
+    chunking, settings = from_args(ChunkConfig, args), load_settings(args)
     folder = converted(args.checkpoint)
     config, selection = load_config(folder), selection.calibrated(folder)
     selection.scorer.check(config)
     tokenizer = Tokenizer.load(folder, config)
     tasks = load_tasks(args, tokenizer, malformed)
     tasks = [dataclasses.replace(t, examples=t.examples[: args.limit]) for t in tasks]
-    settings = {"dtype": DTYPES[args.dtype], "weights": args.weights, "sums": args.sums}
-    model = load_model(folder, mesh=mesh, **settings)
+    model = load_model(folder, **settings)
     ask = Asker(
         Engine(model, tokenizer, chunking, selection, implementation=args.implementation),
         threshold=args.threshold or None,

@@ -47,7 +47,7 @@ from pdllm_jax import (
     load_model,
 )
 from pdllm_jax.cli.errors import Parser, leave, status
-from pdllm_jax.cli.flags import DTYPES, add_fields, add_placement, from_args, mesh_of
+from pdllm_jax.cli.flags import add_fields, add_placement, from_args, load_settings
 from pdllm_jax.compilation import enable_compilation_cache
 
 
@@ -78,8 +78,7 @@ def reproduce(args: argparse.Namespace) -> int:
     runs = plan_runs(config, **common)
     asked = {name: runs[name] for name in args.rows}
     tokenizer = Tokenizer.load(folder, config)
-    settings = {"dtype": DTYPES[args.dtype], "weights": args.weights, "sums": args.sums}
-    model = load_model(folder, mesh=mesh_of(args), **settings)
+    model = load_model(folder, **load_settings(args))
     engine = Engine(model, tokenizer, chunking=chunking, implementation=args.implementation)
     ask = Asker(engine, chat=task.chat)
     arms = {}

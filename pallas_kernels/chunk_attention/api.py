@@ -143,8 +143,9 @@ def resolve_implementation(
 
     Args:
       implementation: a name, a function, or None.
-      dtype: of the query rows. pool_dtype: of K and V if another one: float8_e4m3fn or int8.
+      dtype: of the query rows.
       head_size, chunk_size: D and C.
+      pool_dtype: of K and V if they are in 8 bits, float8_e4m3fn or int8; None for `dtype`.
 
     Raises:
       ValueError: the name is not known, or that implementation does not take the inputs or this

@@ -1,7 +1,7 @@
 """The converter warpgroup of the Hopper attention kernel: tiles of fp8 become tiles of 16 bits.
 
-wgmma multiplies half precision from shared memory alone. The producer loads half the bytes, and
-this warpgroup turns each block of K and of V into the tile that the consumers read. Values are
+wgmma reads K and V from shared memory, in half precision. The producer loads fp8, half the bytes,
+and this warpgroup turns each block of K and of V into the tile that the consumers read. Values are
 exact in either half precision; the consumers apply the scales.
 """
 
@@ -19,7 +19,7 @@ from pallas_kernels import compat
 from pallas_kernels.chunk_attention.hopper_producer import Cta, mod
 from pallas_kernels.compat import ROWS
 
-_COLUMNS = 64  # that are converted at once: few registers
+_COLUMNS = 64  # that are converted at once, so that few registers are needed
 
 
 class Converter:

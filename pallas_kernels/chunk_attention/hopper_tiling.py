@@ -18,8 +18,8 @@ class Tuning:
       splits: units that a request's blocks are cut into; their partial results are merged.
       key_groups: warpgroups that take turns with the blocks of a unit, 1 or 2. 2 needs a single
         query tile for each CTA.
-      tile_stages: of a pool in fp8, blocks of K and of V in 16 bits at once, 1 or 2; `stages`
-        counts the blocks in fp8 then, in any number. 0 where the pool is in 16 bits.
+      tile_stages: of a pool in fp8, blocks of K and of V in 16 bits at once, 1 or 2. `stages` then
+        counts the blocks in fp8 and may be odd. 0 for a pool in 16 bits.
     """
 
     block_keys: int

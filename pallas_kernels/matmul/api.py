@@ -14,15 +14,13 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import compat
 from pallas_kernels.common import resolve
-from pallas_kernels.matmul.hopper_tiling import Activation, Geometry, choose
+from pallas_kernels.matmul.hopper_tiling import FEW_ROWS, Activation, Geometry, choose
 from pallas_kernels.scaled import Scaled, quantise
 
 MatmulImplementation = Literal["mosaic_gpu", "xla_fp8", "xla", "interpret"]
 Weight = Float[Array, "O I"] | Scaled
 # Smaller weights do not pay for the kernel's launch.
 LEAST_BYTES = 4 << 20
-# Activations of more rows are quantised; of fewer, reading the weights is what takes the time.
-FEW_ROWS = 128
 
 
 def resolve_matmul(
@@ -54,6 +52,7 @@ def resolve_matmul(
     if implementation == "xla_fp8" and fp8:
         return implementation
     if implementation is None:
+        # Of fewer rows, reading the weights takes the time, not the products.
         wide = rows > FEW_ROWS and x_dtype in compat.DTYPES
         if fp8 and wide and capability is not None and float(capability) >= 8.9:
             return "xla_fp8"

@@ -12,8 +12,9 @@ from pallas_kernels.compat import ROWS, SHARED_MEMORY
 
 Activation = Literal["none", "swiglu"]
 
-_ROWS = 8  # rows are multiples, columns of a CTA multiples of a tile's
-_MOST_ROWS, _MOST_TILES, _MOST_CONSUMERS = 128, 4, 4
+FEW_ROWS = 128  # that the kernel takes at most
+_ROWS = 8  # rows are multiples of it; columns of a CTA are multiples of a tile's 64
+_MOST_TILES, _MOST_CONSUMERS = 4, 4
 # By bytes of an element: (bytes of a row of weights in a stage, fewest stages), the longest first.
 _BLOCKS = {2: ((512, 2), (256, 2), (128, 2)), 1: ((512, 3), (256, 3), (128, 2))}
 # Bytes a microsecond at most: from memory, into all SMs, into one SM, converted by one SM.
@@ -110,7 +111,7 @@ class Geometry:
         cut = self.tuning
         depth = 128 // self.itemsize  # of a tile in shared memory
         for problem, found in (
-            ("rows", self.rows > _MOST_ROWS),
+            ("rows", self.rows > FEW_ROWS),
             ("columns", cut.columns % ROWS or cut.columns > min(_MOST_TILES * ROWS, *self.outs)),
             ("outs", any(n % 8 for n in self.results)),
             ("inner", self.inner % (cut.splits * cut.block) or cut.block % (depth * cut.parts)),

@@ -95,10 +95,9 @@ def parser_of(command: str, description: str | None) -> argparse.ArgumentParser:
 
 def load(args: argparse.Namespace, folder: Path) -> MaskPredictor:
     """Loads the model that the placement flags describe."""
-    mesh = flags.mesh_of(args)
+    settings = flags.load_settings(args)
     print(f"loading {folder}", file=sys.stderr)
-    settings = {"dtype": flags.DTYPES[args.dtype], "weights": args.weights, "sums": args.sums}
-    return load_model(folder, mesh=mesh, **settings)
+    return load_model(folder, **settings)
 
 
 class Command:

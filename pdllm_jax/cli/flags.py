@@ -352,6 +352,12 @@ def _id_parts(
     return raw["prefix"], raw["context"], raw["query"]
 
 
+def load_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what `load_model` takes beside the folder, from the flags of `add_placement`."""
+    settings = {"dtype": DTYPES[args.dtype], "weights": args.weights, "sums": args.sums}
+    return settings | {"mesh": mesh_of(args)}
+
+
 def mesh_of(args: argparse.Namespace) -> Mesh | None:
     """The mesh from --mesh."""
     return None if args.mesh is None else make_mesh(*parse_mesh(args.mesh))

@@ -35,6 +35,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import Implementation, implementation_name, resolve_implementation
 from pallas_kernels.chunk_attention import dense
+from pallas_kernels.matmul.hopper_tiling import FEW_ROWS
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine.plan import Phase, Plan, total
 from pdllm_jax.engine.programs import Program, RecordedModel, Recorder, Shapes, programs
@@ -54,7 +55,6 @@ from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.sharding import DATA, TENSOR, mesh_sizes, shardings
 from pdllm_jax.network.transformer import MaskPredictor
 
-_FEW_ROWS = 128  # which the kernel multiplies by weights in 8 bits as they are
 _CUBLAS_WORKSPACE = 32 << 20  # of every cuBLAS call on Hopper (GemmConfig::kHopperWorkspace)
 # Arrays that each layer has: weights of its block, and K and V of pools, prefixes and live rows.
 _PER_LAYER = re.compile(r"\bblocks\.|(^|[._])[kv](\.(0|values|scale))?$")
@@ -145,7 +145,9 @@ class _Case:
         """What the products of this number of rows and weights in 8 bits take in a layer."""
         c, item = self.config, self.dtype.itemsize
         hidden, native = c.mlp_hidden_size // self.sizes[1], self.gpu and item == 2
-        if c.weight_format == "full" or (native and rows <= _FEW_ROWS):
+        if c.weight_format == "full" or (
+            native and rows <= FEW_ROWS
+        ):  # the kernel converts on chip
             return {}
         if native and c.weight_format == "fp8":
             return {"rows in fp8": rows * max(c.d_model, hidden)}

@@ -5,13 +5,14 @@
     (answer,) = engine.decode(selected)
 
 Selection scores groups of chunks that pass through the device, then brings the K chosen ones over.
-Every chunk is two host arrays, so that one transfer each moves exactly what was chosen. They lie in
+Every chunk has host arrays of its own, so that transfers move exactly what was chosen. They lie in
 pinned memory where the backend has it (JAX memory kinds), which a GPU reads by DMA.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -263,15 +264,13 @@ def _nbytes(pool: ChunkPool) -> int:
 def _to_host(x: Any, count: int, host: Sharding) -> list[Any]:
     """The first chunks of K or V of a pool, each in host memory."""
 
-    def rows(x: Array) -> Any:
+    def source(x: Array) -> Any:
         # An array in host memory is cut up there; an index would be computed on the device.
         return np.asarray(x) if x.sharding.memory_kind == host.memory_kind else x
 
-    def chunk(i: int) -> Any:
-        return jax.tree.map(lambda x: x[:, i], cut_from)
-
-    cut_from = jax.tree.map(rows, x)
-    return [jax.device_put(chunk(i), host) for i in range(count)]
+    sources = jax.tree.map(source, x)
+    chunks = (jax.tree.map(operator.itemgetter((slice(None), i)), sources) for i in range(count))
+    return [jax.device_put(chunk, host) for chunk in chunks]
 
 
 @jax.jit

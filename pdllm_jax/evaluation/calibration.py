@@ -34,17 +34,15 @@ from pdllm_jax.method.cache import ChunkCache
 from pdllm_jax.method.chunking import ChunkedPrompt, chunk_prompt, count_chunks, needle_chunks
 from pdllm_jax.method.scorers import ScoreRequest
 from pdllm_jax.method.scorers.attention import attention_shares
-from pdllm_jax.method.scorers.calibration import HEADS_FILE
+from pdllm_jax.method.scorers.calibration import HEADS_FILE, VERSION
 from pdllm_jax.network.transformer import MaskPredictor
-from pdllm_jax.rules import require, size
+from pdllm_jax.rules import Heads, require, size
 
-VERSION = 1
 LEAST_CHUNKS = 4  # of a document: among fewer, most heads are right
 _FOLDS, _DIVISIONS = 8, 8
 _LEAST_EXAMPLES = 8
 _POINT = 0.01  # by which fewer layers may recall less
-_DIGITS = 4
-Heads = tuple[tuple[int, int], ...]
+_DIGITS = 4  # of figures in the file, after the point
 
 
 class Shares(NamedTuple):
@@ -148,8 +146,8 @@ def check_destination(folder: Path, *, overwrite: bool = False) -> Path:
 
 def check_choice(examples: int, count: int) -> None:
     """Raises ConfigError for fewer than 8 examples, or no head to choose."""
-    few = "to choose heads on some and test them on others"
-    require(examples >= _LEAST_EXAMPLES, f"examples must be at least 8 {few}, got {examples}")
+    least = f"at least {_LEAST_EXAMPLES}, to choose heads on some and test them on others"
+    require(examples >= _LEAST_EXAMPLES, f"examples must be {least}, got {examples}")
     size("heads", count)
 
 
@@ -249,7 +247,9 @@ def measure(
             bos = engine.tokenizer.bos_id
         prompt = chunk_prompt(*ids, engine.chunking, bos_id=bos, tight=True)
         count = prompt.n_chunks
-        require(count > 1, f"a document of {len(context)} tokens is one chunk: nothing to choose")
+        require(
+            count > 1, f"a document must have 2 chunks or more, got one of {len(context)} tokens"
+        )
         needle = np.zeros((1, count), bool)
         needle[0, [i for i in needle_chunks(example.needle, engine.chunking) if i < count]] = True
         values = np.asarray(_measure(engine.model, prompt, group))

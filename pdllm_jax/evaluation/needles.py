@@ -112,7 +112,8 @@ class Prose:
         ]
         taken = sum(len(self.tokenizer.encode(f" {needle}")) + _SPARE for needle in needles)
         room, most = length - taken, len(self.starts) - length
-        require(room > 0, f"a document of {length} tokens is too short for its needles ({taken})")
+        short = f"a document of {length} tokens is too short for its needles of {taken} tokens"
+        require(room > 0, short)
         enough = f"{self.name} has {len(self.starts)} tokens: too few for a document of {length}"
         require(most > 0, f"{enough}, give a longer text")
         first = int(rng.integers(most))

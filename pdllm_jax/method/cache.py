@@ -63,7 +63,7 @@ class ChunkPool:
         return "fp8" if isinstance(self.k, Scaled) else "full"
 
     def take(self, places: Int[Array, "M"], lengths: Int[Array, "M"]) -> ChunkPool:
-        """Returns a pool of the chunks at these places, of which so many rows are valid."""
+        """Returns a pool of the chunks at these places, with `lengths` valid rows each."""
         k, v = jax.tree.map(lambda x: x[:, places], (self.k, self.v))
         return ChunkPool(k, v, lengths)
 
@@ -211,9 +211,8 @@ def init_pool(
     shape = (config.n_layers, chunks, config.n_kv_heads, size, config.head_dim)
 
     def empty() -> Any:
-        if kv_format == "full":
-            return jnp.zeros(shape, dtype)
-        return Scaled(jnp.zeros(shape, jnp.float8_e4m3fn), jnp.ones(shape[:3], jnp.float32))
+        values = jnp.zeros(shape, pool_dtype(kv_format) or dtype)
+        return values if kv_format == "full" else Scaled(values, jnp.ones(shape[:3], jnp.float32))
 
     return constrain(mesh, ChunkPool(empty(), empty(), jnp.zeros((chunks,), jnp.int32)), "pool")
 

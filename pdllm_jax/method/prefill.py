@@ -195,8 +195,8 @@ class _Pass:
         in_pass = config.scorer.in_pass
         copies = config.scorer.query_copies(model, request) if in_pass else None
         encodes = keeps_prefix or copies is not None
-        question = prompt.prefix, prompt.prefix_length
-        prefix = encode_prefix(model, *question) if encodes else Prefix()
+        own = prompt.prefix, prompt.prefix_length
+        prefix = encode_prefix(model, *own) if encodes else Prefix()
         return cls(model, prompt, config, request, copies, prefix)
 
     @property

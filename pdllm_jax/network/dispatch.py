@@ -97,8 +97,8 @@ def _flatten(model: nnx.Module) -> _FlatModel:
 class ModelFunction(Generic[Arguments, Result]):
     """`jax.jit` of a function whose first argument, `model`, is an NNX module; same settings.
 
-    A call sees new values of the model's Variables and new attributes of its modules, but not
-    metadata of a Variable that were changed after the first call. `lower`, `trace` and
+    A call sees new values of the model's Variables and new attributes of its modules. It does not
+    see changes of a Variable's metadata after the first call. `lower`, `trace` and
     `eval_shape` are those of `jax.jit`: what they compile takes the module itself.
     """
 

@@ -46,7 +46,7 @@ CHECKPOINT = FolderKind(
     "checkpoint", 2, CheckpointError, "convert it (again): pdllm-convert SOURCE DESTINATION"
 )
 DTYPES = ("bfloat16", "float16", "float32")
-# Of layers that wait to be quantised: one layer at least, two at the sizes of LLaDA-8B.
+# Full weights that wait to be quantised, at most: one layer at least, two of LLaDA-8B.
 _FULL_BYTES = 1 << 30
 # Files up to this size (JSON, Zarr metadata, most tokenizers) are compared with their checksums
 # whenever a checkpoint is opened.
@@ -135,7 +135,7 @@ def load_model(
     # The device that JAX would place a new array on, jax.default_device included.
     default = jax.device_put(0).sharding
 
-    def restored(targets: Any, *, partial: bool = False) -> Any:
+    def restore(targets: Any, *, partial: bool = False) -> Any:
         places = jax.tree.map(lambda _: default, targets)
         places = places if mesh is None else shardings(mesh, targets)
         placed = jax.tree.map(
@@ -149,16 +149,16 @@ def load_model(
         count, result = max(1, _FULL_BYTES // largest), dict[int, Any]()
         for first in range(0, len(shapes), count):
             group = {i: shapes[i] for i in range(first, min(first + count, len(shapes)))}
-            full = restored({"blocks": group}, partial=True)["blocks"]
+            full = restore({"blocks": group}, partial=True)["blocks"]
             result |= {i: quantise_layer(full.pop(i), bits, mesh) for i in group}
         return result
 
     with errors_as(CheckpointError, f"{folder / PARAMS} cannot be restored"):
         if bits == stored:
-            params = restored(params)
+            params = restore(params)
         else:  # a few layers at a time: full weights are never whole in memory
             layers = params.pop("blocks")
-            params = restored(params, partial=True)
+            params = restore(params, partial=True)
             params["blocks"] = quantised(layers)
         nnx.replace_by_pure_dict(state, params)
     model = nnx.merge(graph, state)

@@ -307,9 +307,9 @@ def pack(tree: Any, name: str = "") -> tuple[dict[str, Array], Any]:
             raise SnapshotError(f"{path} {problem}", field=path)
         if kind in _classes(hint):
             hints, content = get_type_hints(kind), {"class": kind.__name__}
-            for name in _fields(kind):
-                where = f"{path}.{name}".strip(".")
-                content[name] = visit(getattr(value, name), hints[name], where)
+            for field in _fields(kind):
+                where = f"{path}.{field}".strip(".")
+                content[field] = visit(getattr(value, field), hints[field], where)
             return content
         if isinstance(value, tuple):
             return [visit(x, hint, f"{path}.{i}") for i, x in enumerate(value)]

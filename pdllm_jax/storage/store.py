@@ -105,11 +105,10 @@ class DocumentStore:
         with self._lock(key):
             if (cache := self._restore(key, document, warn=True)) is not None:
                 return cache
-            how = encode_batch, kv_format
-            require_document_memory(self.model, prompt, *how, limit=memory_limit)
+            how: Any = {"encode_batch": encode_batch, "kv_format": kv_format}
+            require_document_memory(self.model, prompt, **how, limit=memory_limit)
             discard(self.folder / key)  # damaged
-            group: Any = {"encode_batch": encode_batch, "kv_format": kv_format}
-            cache = encode_document(self.model, prompt, **group)
+            cache = encode_document(self.model, prompt, **how)
             options: Any = {"chunking": chunking, "tokenizer": self.tokenizer}
             snapshot.save_document(self.folder / key, self.identity, cache, **options)
             return cache
@@ -123,7 +122,7 @@ class DocumentStore:
           kv_format: of its KV.
         """
         settings: list[Any] = [chunking.chunk_size, chunking.anchors, chunking.overlap]
-        settings += [] if kv_format == "full" else [kv_format]  # which is younger than stores
+        settings += [] if kv_format == "full" else [kv_format]  # keys of older stores lack it
         tokenizer = self.tokenizer and fingerprint.tokenizer_fingerprint(self.tokenizer)
         model = fingerprint.model_fields(self.identity)
         return fingerprint.digest([snapshot.SNAPSHOT.version, document, settings, tokenizer, model])

@@ -21,6 +21,7 @@ from pallas_kernels import Scaled, quantise
 from pallas_kernels.scaled import EightBits
 from pdllm_jax import ChunkConfig, MaskPredictor, ModelConfig, SelectionConfig, chunk_prompt
 from pdllm_jax.network.config import PRESETS, WeightFormat
+from pdllm_jax.network.eight_bits import abstract_state
 from pdllm_jax.network.sharding import mesh_name
 
 # The request that benchmarks time: 4 chunks kept, a question of 32 tokens, blocks of 32.
@@ -160,8 +161,7 @@ def cheap_model(config: ModelConfig, dtype: DTypeLike = jnp.bfloat16) -> MaskPre
     Each weight is a hash of its place, with the spread of random weights; in 8 bits it is that
     weight, rounded.
     """
-    model = nnx.eval_shape(lambda: MaskPredictor(config, rngs=nnx.Rngs(0), dtype=dtype))
-    graph, state = nnx.split(model)
+    graph, state = abstract_state(config, dtype)
 
     def fill(part: Any) -> Any:
         if not isinstance(part, dict):

@@ -26,9 +26,7 @@ from pdllm_jax.network.sharding import (
     constrain,
 )
 from pdllm_jax.network.transformer import MaskPredictor
-from pdllm_jax.rules import heads_of, require
-
-Heads = tuple[tuple[int, int], ...]
+from pdllm_jax.rules import Heads, heads_of, require
 
 
 @dataclasses.dataclass(frozen=True)

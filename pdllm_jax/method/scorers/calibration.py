@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from pdllm_jax.network.config import ModelConfig
-from pdllm_jax.rules import ConfigError, heads_of, require
+from pdllm_jax.rules import ConfigError, Heads, heads_of, require
 from pdllm_jax.text_files import read_text
 
 HEADS_FILE = "retrieval_heads.json"
-_VERSION = 1
-# Of the model that was calibrated, when the file says it: it fits no other model.
+VERSION = 1  # of the file's format
+# Sizes of the calibrated model. Where the file states them, it fits no model with others.
 SAME = ("family", "n_layers", "n_heads", "d_model")
 
 
-def read_heads(folder: Path) -> tuple[tuple[int, int], ...] | None:
+def read_heads(folder: Path) -> Heads | None:
     """Returns the retrieval heads saved with a checkpoint, pairs (layer, head); None without.
 
     Raises:
@@ -28,8 +28,8 @@ def read_heads(folder: Path) -> tuple[tuple[int, int], ...] | None:
         return None
     try:
         content = json.loads(read_text(path))
-        if content["version"] != _VERSION:
-            raise ConfigError(f"version {content['version']!r:.20} is not known")
+        if content["version"] != VERSION:
+            raise ConfigError(f"version must be {VERSION}, got {content['version']!r:.20}")
         _check_model(content.get("model", {}), Path(folder) / "config.json")
         return heads_of(content["heads"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

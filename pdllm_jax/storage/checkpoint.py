@@ -127,7 +127,7 @@ def load_model(
     allowed = get_args(WeightFormat)
     require(bits in allowed, f"weights {bits!r} is not known ({', '.join(allowed)})")
     if stored not in ("full", bits):
-        way = "pdllm-convert --reverse makes full weights of them"
+        way = "pdllm-convert --reverse makes full weights; without weights= they load as they are"
         raise CheckpointError(f"weights {weights!r}: {folder} holds {stored} weights; {way}")
     config = dataclasses.replace(config, weight_format=bits)
     graph, state = abstract_state(config, jnp.dtype(name))

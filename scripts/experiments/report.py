@@ -53,6 +53,7 @@ def conditions(record: Record) -> list[tuple[str, str]]:
     sizes = sorted({run.get("parameters") for run in runs} - {None})
     calls = record.get("calls") or []
     processes = max(run.get("processes", 1) for run in runs)
+    missing = f"not complete: some cells have fewer than {record['wanted']} examples, or none"
     rows = [
         ("device", ", ".join(sorted({run["device"] for run in runs}))),
         ("jax", ", ".join(sorted({run["versions"]["jax"] for run in runs}))),
@@ -60,7 +61,7 @@ def conditions(record: Record) -> list[tuple[str, str]]:
         ("dtype", record["identity"]["dtype"]),
         ("cells", str(len(cells))),
         ("examples a cell", " to ".join(str(n) for n in sorted({counts[0], counts[-1]}))),
-        ("missing", "" if record["complete"] else f"not complete, {record['wanted']} wanted"),
+        ("missing", "" if record["complete"] else missing),
         ("calls", f"{len(calls)}, {sum(calls):,.0f} s in all" if calls else ""),
         ("processes", f"{processes}, so times are no benchmark" if processes > 1 else ""),
         ("notes", record.get("notes", "")),
@@ -89,11 +90,11 @@ def grid_rows(record: Record, name: str) -> Iterator[Sequence[str]]:
     """Yields the rows of a grid's table: reference and arms of every group."""
     for group in record["grids"][name]["groups"]:
         over, reference = over_text(group), record["cells"].get(group["reference"])
-        title = group["reference"]
+        title = ""
         if reference:
             base = Cell.from_settings(reference["settings"])
             title = base.label(Cell.from_settings(group["over"])).replace("default", "top-k")
-        yield _row(f"**{over}{': ' if over else ''}{title}** (reference)", reference, {})
+        yield _row(f"**{over}{': ' if over and title else ''}{title}** (reference)", reference, {})
         for arm in group["arms"]:
             yield _row(arm["label"], record["cells"].get(arm["cell"]), arm)
 

@@ -98,8 +98,8 @@ class SelectionConfig:
       reselect: when relevance is computed again from the denoising state (`reselect`): "never", at
         the start of every further "block", or before every further "step".
     How they are scored:
-      scorer: a `Scorer`, or the name of one: "draft", "query", "confidence", "attention", "heads";
-        with a logit shift also "causal" and "chunk-draft"; or a control: "bm25", "all", "first",
+      scorer: a `Scorer`, or the name of one: "draft", "query", "confidence", "attention", "heads",
+        "bm25"; with a logit shift also "causal" and "chunk-draft"; or a control: "all", "first",
         "last", "random", "oracle". Its class describes it.
       masked_copies, draft_length, draft_steps, heads: options of the named scorer.
       bm25_k1, bm25_b: options `k1` and `b` of the scorer "bm25".
@@ -114,7 +114,7 @@ class SelectionConfig:
       keep_tokens: B, tokens of a chunk kept per layer and KV head; None, or at least C, keeps all.
       keep_by: the attention that ranks them: "query-to-chunk", "chunk-to-query" or "both"; see
         `token_selection`.
-      kv_format: of the chunks' KV between its passes: "full", the model's dtype; or "fp8",
+      kv_format: how the chunks' KV is stored: "full", in the model's dtype; or "fp8", in
         float8_e4m3fn with a scale for each layer, chunk and KV head.
 
     The options may be given where the name is, or to `dataclasses.replace`; they are kept in

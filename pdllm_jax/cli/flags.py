@@ -100,8 +100,8 @@ HELP = {
     "margin": "how close, in units of the scores; needs --max-k",
     "keep-first": "always keep the first chunk",
     "reselect": "score all chunks again while denoising",
-    "score": "how chunks are scored; heads needs scripts/calibrate.py once for a checkpoint; bm25 "
-    "reads token ids alone; causal and chunk-draft need a logit shift (Dream); leave-one-out is "
+    "score": "how chunks are scored; heads needs pdllm-calibrate CHECKPOINT once; bm25 reads "
+    "token ids alone; causal and chunk-draft need a logit shift (Dream); leave-one-out is "
     "draft, every token in its own copy",
     "masked-copies": "masked copies of the query that go along with a chunk",
     "draft-length": "tokens guessed for scorers draft, causal and chunk-draft; two are filled in",

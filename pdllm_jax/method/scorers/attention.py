@@ -89,7 +89,7 @@ class HeadScorer(AttentionScorer):
 
     def check(self, config: ModelConfig) -> None:
         """Raises ConfigError without heads, and for heads that the model does not have."""
-        find = "scripts/calibrate.py CHECKPOINT finds and saves them"
+        find = "scripts/calibrate.py CHECKPOINT (pdllm-calibrate) finds and saves them"
         require(self.heads is not None, f"scorer 'heads' needs the model's retrieval heads: {find}")
         super().check(config)
 

@@ -127,7 +127,8 @@ def run(args: argparse.Namespace) -> None:
     for layer, row in enumerate(errors):
         name = "the LM head" if layer == len(errors) - 1 else f"layer {layer}"
         print(f"| {name} | {' | '.join(f'{error:.2%}' for error in row)} |")
-    heads = "logits apart, mean | most | probability apart, most | same prediction | same slot next"
+    heads = "difference of logits, mean | most | difference of probability, most | "
+    heads += "same prediction | same slot next"
     print(f"\n| steps | form | {heads} |\n|---|---|---|---|---|---|---|")
     steps = drift(models, prompt, config)
     for part in [*np.array_split(np.arange(len(steps)), 4), np.arange(len(steps))]:

@@ -241,7 +241,7 @@ class ModelConfig:
         require(isinstance(raw, Mapping), "config.json must hold an object")
         family = family_of(raw)
         raw = family.read(raw, [*_SIZES, "n_kv_heads", "embedding_size", *_IDS])
-        # How weights are stored is no part of config.json: manifest.json says it.
+        # config.json does not say how weights are stored; manifest.json does.
         names = [x.name for x in dataclasses.fields(cls) if x.name != "weight_format"]
         values = {name: raw[name] for name in names if name in raw} | {"family": family.name}
         ratio = raw.get("mlp_ratio")

@@ -13,7 +13,7 @@ import jax
 
 from bench.record import clock
 
-MOST = 12  # kernels told apart; the others are added up
+MOST = 12  # kernels with rows of their own; one row has the sum of the others
 # Streams of a GPU's plane are lines of kernels; other lines tell the same time by operation.
 _PLANE, _LINE = re.compile(r"^/device:GPU:\d+$"), re.compile(r"^Stream")
 _NUMBER = re.compile(r"[._]\d+$")

@@ -73,7 +73,7 @@ def test_a_degenerate_number_is_refused_by_name_or_works(base, name, kind):
             assert np.isfinite(np.float32(factor))
     assert messages
     for message in messages:
-        assert re.search(rf"\b(bridge_)?{name}\b", message), message
+        assert re.search(rf"\b(bridge_|bm25_)?{name}\b", message), message
         assert re.search(r" (must|is|not|needs|leaves)\b.*", message), message
         assert "\n" not in message
 

@@ -156,9 +156,7 @@ def matmul_xla(
     def product(weight: Weight) -> Array:
         if not isinstance(weight, Scaled):
             return _multiply(x, weight, result)
-        # The barrier ties the cast to the rows: XLA would move it in front of a loop, and keep the
-        # casts of all layers.
-        rows, values = lax.optimization_barrier((x, weight.values))
+        rows, values = _tied(x, weight.values)
         exact = _multiply(rows, values.astype(x.dtype), jnp.float32)  # the cast is exact
         return (exact * weight.scale).astype(result)
 
@@ -187,6 +185,21 @@ def matmul_fp8(
         return (raw * (quantised.scale[..., None] * weight.scale)).astype(x.dtype)
 
     return _finish(map(product, weights), biases, activation)
+
+
+@jax.custom_jvp
+def _tied(x: Array, values: Array) -> tuple[Array, Array]:
+    """Returns both, the values not before the rows.
+
+    Otherwise XLA moves the cast of a weight in front of a loop, and keeps the casts of all layers.
+    """
+    return lax.optimization_barrier((x, values))
+
+
+@_tied.defjvp
+def _tied_jvp(primals, tangents):
+    """JAX 0.12 cannot transpose a barrier that holds a constant."""
+    return _tied(*primals), tangents
 
 
 def _multiply(x: Array, weight: Array, dtype: DTypeLike, precision: Any = None) -> Array:

@@ -1,7 +1,7 @@
 """Finds a checkpoint's retrieval heads, for the scorer "heads", and saves them in its folder.
 
     pdllm-calibrate CHECKPOINT [--lengths N ...] [--chunk-sizes N ...] [--examples N] [--seed N]
-                    [--text FILE ...] [--heads N] [--layers M] [--overwrite] [--picture FILE]
+                    [--text FILE ...] [--heads N] [--layers M] [--overwrite] [--picture FILE] ...
     scripts/calibrate.py ...    the same, from a clone
 
 CHECKPOINT is a converted folder, or a PyTorch folder, which is converted into a cache folder on
@@ -83,9 +83,12 @@ def calibrate(args: argparse.Namespace) -> None:
     if args.picture is not None:
         _figure()
     folder = converted(args.checkpoint)
+    config = load_config(folder)
+    if args.layers is not None and args.layers > config.n_layers:
+        raise ValueError(f"--layers {args.layers}: the model has {config.n_layers}")
     check_destination(folder, overwrite=args.overwrite)
     selection = flags.from_args(flags.SelectionConfig, args)
-    tokenizer = Tokenizer.load(folder, load_config(folder))
+    tokenizer = Tokenizer.load(folder, config)
     prose = Prose.read(tokenizer, args.text)
     sets = plan_needles(prose, args.lengths, args.chunk_sizes, args.examples, args.seed)
     model = load(args, folder)

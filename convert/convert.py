@@ -25,7 +25,7 @@ from convert.quantised import refuse_quantised, refuse_quantised_tensors
 from convert.sources import BLOCK, SAFETENSORS_INDEX, Source, SourceTensor, match, open_source
 from pdllm_jax.compilation import cache_folder
 from pdllm_jax.downloads import TOKENIZER_FILES, read_clean, tokenizer_files
-from pdllm_jax.method.scorers.calibration import HEADS_FILE
+from pdllm_jax.method.scorers.calibration import HEADS_FILE, PARTIAL
 from pdllm_jax.network.config import ModelConfig, WeightFormat
 from pdllm_jax.rules import ConfigError
 from pdllm_jax.storage.atomic import AtomicFolder
@@ -283,7 +283,7 @@ def _is_checkpoint(names: set[str]) -> bool:
     return (
         CONFIG in names
         and bool(names & marks)
-        and names <= marks | {PARAMS, SAFETENSORS_INDEX, HEADS_FILE, *_READ, *_LICENCES}
+        and names <= marks | {PARAMS, SAFETENSORS_INDEX, HEADS_FILE, PARTIAL, *_READ, *_LICENCES}
     )
 
 

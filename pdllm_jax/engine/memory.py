@@ -33,7 +33,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 from jax.typing import DTypeLike
 
-from pallas_kernels import Implementation, implementation_name, resolve_implementation
+from pallas_kernels import Implementation, compat, implementation_name, resolve_implementation
 from pallas_kernels.chunk_attention import dense
 from pallas_kernels.matmul.hopper_tiling import FEW_ROWS
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
@@ -50,6 +50,7 @@ from pdllm_jax.method.chunking import (
     count_chunks,
 )
 from pdllm_jax.method.scorers import AllScorer, OracleScorer
+from pdllm_jax.method.scorers.attention import AttentionScorer
 from pdllm_jax.method.scorers.chunk_draft import ChunkDraftScorer
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.sharding import DATA, TENSOR, mesh_sizes, shardings
@@ -143,13 +144,12 @@ class _Case:
 
     def eight_bits(self, rows: int) -> dict[str, int]:
         """What the products of this number of rows and weights in 8 bits take in a layer."""
-        c, item = self.config, self.dtype.itemsize
+        c, item, few = self.config, self.dtype.itemsize, rows <= FEW_ROWS
         hidden, native = c.mlp_hidden_size // self.sizes[1], self.gpu and item == 2
-        if c.weight_format == "full" or (
-            native and rows <= FEW_ROWS
-        ):  # the kernel converts on chip
-            return {}
-        if native and c.weight_format == "fp8":
+        capability = compat.compute_capability() or "9.0"  # without a GPU: the plan is for a Hopper
+        if c.weight_format == "full" or (native and few and capability == "9.0"):
+            return {}  # the kernel converts on chip
+        if native and not few and c.weight_format == "fp8" and float(capability) >= 8.9:
             return {"rows in fp8": rows * max(c.d_model, hidden)}
         # One weight is cast at a time; gate and up are float32 before they are rounded.
         sums = 2 * rows * hidden * (4 - item)
@@ -194,7 +194,8 @@ def _plan(case: _Case) -> Plan:
     model.recorder, model.mesh = recorder, case.mesh
     phases = [Phase("load", {"weights": case.nbytes(model)})]
     settings, traced = (case.shapes, case.selection, case.decode), case.selection
-    if getattr(traced.scorer, "heads", None):  # of layers that the traced model does not have
+    # Heads of layers that the traced model does not have.
+    if isinstance(traced.scorer, AttentionScorer) and traced.scorer.heads:
         traced = dataclasses.replace(traced, heads=((0, 0),))
     for program in programs(model, case.shapes, traced, case.decode, recorder.chunk_attention):
         held = {name: case.nbytes(tree) for name, tree in program.held.items()}

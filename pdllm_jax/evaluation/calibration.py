@@ -34,7 +34,7 @@ from pdllm_jax.method.cache import ChunkCache
 from pdllm_jax.method.chunking import ChunkedPrompt, chunk_prompt, count_chunks, needle_chunks
 from pdllm_jax.method.scorers import ScoreRequest
 from pdllm_jax.method.scorers.attention import attention_shares
-from pdllm_jax.method.scorers.calibration import HEADS_FILE, VERSION
+from pdllm_jax.method.scorers.calibration import HEADS_FILE, PARTIAL, VERSION
 from pdllm_jax.network.transformer import MaskPredictor
 from pdllm_jax.rules import Heads, require, size
 
@@ -125,7 +125,7 @@ class Calibration:
         """
         path = check_destination(folder, overwrite=overwrite)
         lines = (f" {json.dumps(k)}: {json.dumps(v)}" for k, v in (self.to_dict() | about).items())
-        partial = path.with_name(f".{path.name}.partial")
+        partial = path.with_name(PARTIAL)
         with partial.open("w", encoding="utf-8") as file:
             file.write("{\n" + ",\n".join(lines) + "\n}\n")
             file.flush()

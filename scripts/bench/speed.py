@@ -187,7 +187,7 @@ def pass_flops(run: Run, chunks: int, scorer: Any) -> float:
 
     Products of every row with the layers' weights, attention of chunk rows over prefix and chunk,
     and the question: each copy over prefix, chunk and itself, and the LM head over its rows; of the
-    scorer "heads" over prefix, all chunks and itself. In its last layer chunks have K and V alone.
+    scorer "heads" over prefix, all chunks and itself. In its last layer chunks have keys alone.
     """
     config, size = run.model.config, run.args.chunk_size
     model, kv = config.d_model, config.n_kv_heads * config.head_dim
@@ -200,7 +200,7 @@ def pass_flops(run: Run, chunks: int, scorer: Any) -> float:
         pairs += chunks * copies * (PREFIX + size + QUERY + drafted)
         rest = 2 * model * config.vocab_size * chunks * (QUERY + filled)
     else:
-        layers, rest = run.args.head_layers - 1, 4 * model * kv * rows
+        layers, rest = run.args.head_layers - 1, 2 * model * kv * rows
         rows, pairs = rows + QUERY, pairs + QUERY * (PREFIX + chunks * size + QUERY)
     layer = 2 * model * (2 * model + 2 * kv + 3 * config.mlp_hidden_size)
     return layers * (rows * layer + 4 * model * pairs) + rest

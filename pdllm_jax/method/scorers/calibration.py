@@ -11,6 +11,7 @@ from pdllm_jax.rules import ConfigError, Heads, heads_of, require
 from pdllm_jax.text_files import read_text
 
 HEADS_FILE = "retrieval_heads.json"
+PARTIAL = f".{HEADS_FILE}.partial"  # left where writing it was interrupted
 VERSION = 1  # of the file's format
 # Sizes of the calibrated model. Where the file states them, it fits no model with others.
 SAME = ("family", "n_layers", "n_heads", "d_model")

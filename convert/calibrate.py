@@ -81,7 +81,7 @@ def calibrate(args: argparse.Namespace) -> None:
         for value in values:
             size(f"--{name}", value)
     if args.picture is not None:
-        _figure()
+        _check_picture(args.picture)
     folder = converted(args.checkpoint)
     config = load_config(folder)
     if args.layers is not None and args.layers > config.n_layers:
@@ -117,6 +117,15 @@ def calibrate(args: argparse.Namespace) -> None:
     print(f"needle's chunk first: {found.recall:.1%} of {found.examples} examples, {by}")
     if args.picture is not None:
         draw(found, args.picture)
+
+
+def _check_picture(path: Path) -> None:
+    """Raises ValueError where `draw` could not write the picture, before any work."""
+    _figure()
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--picture must end with .png, .svg or .pdf, got {path}")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--picture {path}: its folder does not exist")
 
 
 def _figure() -> Any:

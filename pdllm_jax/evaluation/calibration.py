@@ -269,7 +269,7 @@ def plan_needles(
       lengths: tokens of a document. examples: of all pairs together. seed: of all examples.
 
     Raises:
-      ConfigError: no such pair, or `Prose.example` refuses a length.
+      ConfigError: no such pair, fewer examples than pairs, or `Prose.example` refuses a length.
     """
     pairs = [
         (chunking, length)
@@ -279,6 +279,8 @@ def plan_needles(
     ]
     few = f"none of the lengths {list(lengths)} gives {LEAST_CHUNKS} chunks of {list(chunk_sizes)}"
     require(bool(pairs), f"{few} tokens")
+    enough = f"examples must be one or more for each of {len(pairs)} pairs of length and chunk size"
+    require(examples >= len(pairs), f"{enough}, got {examples}")
     seeds = np.random.default_rng(seed).integers(0, 1 << 32, examples).tolist()
     made: dict[ChunkConfig, list[Example]] = {}
     for i, (chunking, length) in enumerate(pairs):

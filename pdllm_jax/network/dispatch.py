@@ -73,6 +73,8 @@ _layouts: weakref.WeakKeyDictionary[nnx.Module, _Layout] = weakref.WeakKeyDictio
 
 
 def _flatten(model: nnx.Module) -> _FlatModel:
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model must be an nnx.Module, got {type(model).__name__}")
     layout = _layouts.get(model)
     if layout is not None and layout.valid:
         return _FlatModel([x.get_raw_value() for x in layout.variables], layout.structure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,15 @@ def read_heads(folder: Path) -> Heads | None:
         another model than the folder's config.json.
     """
     path = Path(folder) / HEADS_FILE
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
         content = json.loads(read_text(path))
-        if content["version"] != VERSION:
-            raise ConfigError(f"version must be {VERSION}, got {content['version']!r:.20}")
+        if (version := content.get("version")) != VERSION:
+            raise ConfigError(f"version must be {VERSION}, got {version!r:.20}")
         _check_model(content.get("model", {}), Path(folder) / "config.json")
         return heads_of(content["heads"])
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         command = f"make it again with scripts/calibrate.py {folder} --overwrite"
         raise ConfigError(f"{path} does not hold retrieval heads ({error}); {command}") from None
 

@@ -131,6 +131,7 @@ def upside_down(q, k, v, *rest):
     return gathered(q, k, -v, *rest)
 
 
+@pytest.mark.slow  # docs/research.md runs one too
 def test_an_attention_implementation(model):
     want = answer(model, implementation="xla")
     got = answer(model, implementation=gathered)

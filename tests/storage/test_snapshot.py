@@ -81,7 +81,7 @@ def test_a_document_is_restored_bit_for_bit(tmp_path, dtype):
     "change",
     [
         {"encoding": "joint"},
-        {"encoding": "independent", "scorer": "first"},
+        pytest.param({"encoding": "independent", "scorer": "first"}, marks=pytest.mark.slow),
         pytest.param(
             {"encoding": "independent", "scorer": "query", "reselect": "block", "keep_tokens": 9},
             marks=pytest.mark.slow,

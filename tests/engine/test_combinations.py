@@ -23,7 +23,8 @@ from pdllm_jax import (
     SelectionConfig,
     plan_memory,
 )
-from tests.oracles.method import READERS, SHIFTED, Expected, Method, split
+from tests.oracles.chunks import split
+from tests.oracles.method import READERS, SHIFTED, Expected, Method
 from tests.support.covering import Row, covering_array
 from tests.support.method import BOS, MASK, copy, sharp_model
 

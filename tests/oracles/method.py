@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
+from tests.oracles.chunks import bm25, split
 from tests.oracles.kv import KV, Cached, join
 
 SHIFTED = ("causal", "chunk-draft")  # need a model with a logit shift
@@ -30,17 +31,6 @@ class Expected:
     scores: list[float] | None
     chunks_at_end: list[int] | None = None
     rescored: int | None = None
-
-
-def split(context, config: ChunkConfig, bos: int) -> list[list[int]]:
-    """Chunks of C tokens, each behind its anchor; a neighbour repeats `overlap` tokens."""
-    anchor = [bos] if config.anchors else []
-    span, chunks, start = config.chunk_size - len(anchor), [], 0
-    while True:
-        chunks.append([*anchor, *context[start : start + span]])
-        if start + span >= len(context):
-            return chunks
-        start += span - config.overlap
 
 
 class Method(Cached):
@@ -127,7 +117,8 @@ class Method(Cached):
         slots = [*self.query, *tail]
         scored = [*range(q), *(q + i for i in sorted(done))]
         if name == "bm25":
-            return self.bm25([slots[i] for i in scored])
+            texts = [chunk[int(self.chunking.anchors) :] for chunk in self.chunks]
+            return bm25([slots[i] for i in scored], texts)
         if name in ("attention", "heads"):
             position = self.p + self.size + np.arange(len(slots))
             self.rows(slots, position, self.alone, *self.documents)
@@ -164,18 +155,6 @@ class Method(Cached):
             log = log_p([self.mask if i in hidden else token for i, token in enumerate(slots)])
             total += sum(log[i, slots[i]] for i in hidden)
         return total / len(scored)
-
-    def bm25(self, words) -> np.ndarray:
-        """BM25 with k1 1.2 and b 0.75; the anchor is not a word."""
-        texts = [chunk[int(self.chunking.anchors) :] for chunk in self.chunks]
-        mean, total = np.mean([len(text) for text in texts]), np.zeros(len(texts))
-        for word in words:
-            df = sum(word in text for text in texts)
-            idf = math.log(1 + (len(texts) - df + 0.5) / (df + 0.5))
-            for i, text in enumerate(texts):
-                tf, norm = text.count(word), 1 - 0.75 + 0.75 * len(text) / mean
-                total[i] += idf * tf * 2.2 / (tf + 1.2 * norm)
-        return total
 
     def own_draft_score(self, chunk: int, response) -> float:
         """As "causal", with KV that has seen query and masks, and the draft that they make."""

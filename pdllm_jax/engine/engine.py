@@ -76,8 +76,9 @@ class Engine:
       model: from `load_model`.
       tokenizer: of text; None where requests are token ids.
       chunking, selection, decoding: settings of the method.
-      method: "prefilling", or a baseline on the whole prompt: "plain" (published generation),
-        "prefix-cache" or "dual-cache" (Fast-dLLM).
+      method: "prefilling", or a method on the whole prompt: "plain" (published generation),
+        "dual-cache" and all others of `CACHE_METHODS`. A name, a name with settings
+        ("NAME:SETTING=VALUE") or a `CacheMethod`.
       instruction: text before the document.
       system: text of a system turn before it, for a chat template that takes one.
       chat: text is a user's turn in the checkpoint's chat template; False puts BOS in front alone.
@@ -92,7 +93,7 @@ class Engine:
     chunking: ChunkConfig = ChunkConfig()
     selection: SelectionConfig = SelectionConfig()
     decoding: DecodeConfig = DecodeConfig()
-    method: Method | CacheMethod = "prefilling"
+    method: Method = "prefilling"
     instruction: str = INSTRUCTION
     system: str = ""
     chat: bool = True
@@ -204,7 +205,7 @@ class Engine:
         if not questions:
             raise ValueError("no questions")
         if not self._method.uses_chunks:
-            raise ValueError(f"a document is asked with method 'prefilling', not {self.method!r}")
+            raise ValueError(f"a document is asked with method 'prefilling', not '{self._method}'")
         check_scorable(document)
         require_kv_format(document.pool, self.selection)
         if document.documents > 1:
@@ -246,7 +247,7 @@ class Engine:
           A started request, or with encode=False a selected one.
         """
         if not self._method.uses_chunks:
-            raise ValueError(f"method {self.method!r} has nothing to prefill")
+            raise ValueError(f"method '{self._method}' has nothing to prefill")
         request = self._prepare([Request(context, question, prefix, oracle, seed)])
         selected = self._select(request, Timer())
         if encode:
@@ -357,12 +358,13 @@ class Engine:
 
     def _baseline_prompt(self, request: Request) -> np.ndarray:
         if request.oracle is not None:
-            raise ValueError(f"oracle is for method 'prefilling', not for {self.method!r}")
+            raise ValueError(f"oracle is for method 'prefilling', not for '{self._method}'")
         prompt = np.concatenate(self.token_ids(request))
         if prompt.size == 0:
             raise ValueError("prompt is empty: prefix, context and question have no tokens")
         shapes = Shapes(1, 0, bucket(prompt.size, 8), 0, 1)
         decode = self._method.decode_config(self.decoding)
+        self._method.check(self.model.config, decode, shapes.query + decode.gen_length)
         require_memory(self.model, shapes, decode=decode, limit=self.memory_limit)
         return prompt
 

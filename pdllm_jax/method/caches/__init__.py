@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pdllm_jax.method.caches.base import CacheMethod, Evaluation
+from pdllm_jax.method.caches.naming import read_method
 from pdllm_jax.method.caches.published import DualCache, Plain, Prefilling, PrefixCache
-from pdllm_jax.rules import require
 
 _ALL: tuple[type[CacheMethod], ...] = (Prefilling, Plain, PrefixCache, DualCache)
 Method = str | CacheMethod
@@ -18,15 +18,12 @@ RECOMPUTE: dict[str, CacheMethod] = {
 
 
 def cache_method(method: str | CacheMethod) -> CacheMethod:
-    """Returns a method, which may be given by its name.
+    """Returns a method, which may be given as text: a name, or a name with settings.
 
     Raises:
-      ConfigError: the name is not known.
+      ConfigError: see `naming.read_method`.
     """
-    if not isinstance(method, str):
-        return method
-    require(method in CACHE_METHODS, f"method {method!r} is not known ({', '.join(CACHE_METHODS)})")
-    return CACHE_METHODS[method]()
+    return read_method(method, CACHE_METHODS) if isinstance(method, str) else method
 
 
 __all__ = ["CACHE_METHODS", "RECOMPUTE", "CacheMethod", "Evaluation", "Method", "cache_method"]

@@ -14,6 +14,7 @@ query, response. The rows of `Step.rows` begin with the query.
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -51,6 +52,13 @@ class Evaluation(NamedTuple):
     refreshed: Bool[Array, "B"] | bool = True
 
 
+def value_text(value: Any) -> str:
+    """Returns a setting's value as `cache_method` reads it."""
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 @dataclasses.dataclass(frozen=True)
 class CacheMethod:
     """How an answer is decoded: the base class of every method.
@@ -68,6 +76,13 @@ class CacheMethod:
     guides: ClassVar[bool] = False
     keeps_live: ClassVar[bool] = True
     longest: ClassVar[int | None] = None
+
+    def __str__(self) -> str:
+        """The text that `cache_method` reads: the name, and settings that are not the defaults."""
+        values = {field: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changed = {x.name: value for x, value in values.items() if value != x.default}
+        texts = (f"{name}={value_text(value)}" for name, value in changed.items())
+        return ":".join([self.name, *texts])
 
     def decode_config(self, config: DecodeConfig) -> DecodeConfig:
         """Returns config with this method.

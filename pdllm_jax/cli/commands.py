@@ -109,7 +109,11 @@ class Command:
         self.stops = getattr(args, "stop", None) or []
         require("" not in self.stops, "--stop must not be empty")
         self.stream = Stream(self.stops) if args.stream else None
-        self.cuts = cache_method(args.method).uses_chunks
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the method cuts documents into chunks."""
+        return cache_method(self.args.method).uses_chunks
 
     def engine(self, *, text: bool, **settings: Any) -> Engine:
         """Loads tokenizer and model. text: the request is text, so that a tokenizer is needed."""

@@ -283,7 +283,9 @@ def _arms(table: Change) -> list[Change]:
 
 
 def _grid(table: Mapping[str, Any]) -> Grid:
-    arms = [arm for arms in table["arms"] for arm in _arms(arms)]
+    arms = table["arms"]  # a name: those of this grid
+    arms = _TABLES[arms]["arms"] if isinstance(arms, str) else arms
+    arms = [arm for table in arms for arm in _arms(table)]
     over = {k: [setting(k, value) for value in v] for k, v in table.get("over", {}).items()}
     base = {k: setting(k, v) for k, v in table.get("base", {}).items()}
     return Grid(table["question"], arms, over, base)
@@ -301,4 +303,7 @@ MEASUREMENTS = {
     "attention": "attention on anchors by layer and head",
     "order": "the denoising order of four responses",
     "speed": "seconds against length, one request at a time",
+    "costs": "seconds and device memory of the grids' cells, one request at a time",
 }
+# What "full" leaves out.
+EXTRA = ("quick", "methods", "methods-multi", "methods-quick", "costs")

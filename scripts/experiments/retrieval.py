@@ -198,9 +198,9 @@ class Retrieval:
         run = select_alone if cell.selects_only else partial(answer, together=together)
         rows = zip(examples.items(), run(engine, requests), strict=False)
         chosen = engine.selection
-        return [self._record(cell, *item, answered, chosen) for item, answered in rows]
+        return [self.record(cell, *item, answered, chosen) for item, answered in rows]
 
-    def _record(
+    def record(
         self,
         cell: Cell,
         index: int,
@@ -208,6 +208,7 @@ class Retrieval:
         answered: Mapping[str, Any],
         selection: SelectionConfig,
     ) -> dict[str, Any]:
+        """Returns the record of an answer. selection: that it was made with."""
         chunking, context = cell.chunk_config(), example["context"]
         response, answers = self.encode.decode(answered["tokens"]), answers_of(example)
         right = [tasks.is_right(answers[0], response)]

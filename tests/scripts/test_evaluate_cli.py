@@ -93,7 +93,8 @@ class Answers:
         tokens = self.tokenizer.encode(self.says)[:length]
         tokens += [self.tokenizer.eos_id] * (length - len(tokens))
         chunks = [0] if engine.method.uses_chunks else None
-        return [{"tokens": tokens, "evaluations": 1, "seconds": {"total": 1.0}, "chunks": chunks}]
+        counts = {"evaluations": 1, "rows": 40.0, "seconds": {"total": 1.0}}
+        return [{"tokens": tokens, **counts, "chunks": chunks}]
 
 
 @pytest.fixture

@@ -103,6 +103,18 @@ class CacheMethod:
             message = f"holds at most {self.longest} rows of prompt and response, got {rows}"
             raise ConfigError(f"method {self.name!r} {message}")
 
+    def scratch(self, model: ModelConfig, config: DecodeConfig, rows: int, itemsize: int) -> int:
+        """Returns the bytes that an evaluation needs beside what every forward pass needs.
+
+        For the plan of device memory: arrays of a request that grow with the rows, above all those
+        of attention that is not the library's.
+
+        Args:
+          rows: live rows of a request, padded.
+          itemsize: bytes of an activation.
+        """
+        return 0
+
     def start(self, model: MaskPredictor, state: DenoiseState, config: DecodeConfig) -> Any:
         """Returns the memory before the first evaluation, a pytree of arrays [B, ...].
 

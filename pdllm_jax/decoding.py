@@ -6,15 +6,18 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from pdllm_jax.method.sampling import (
-    CONFIDENCES,
+from pdllm_jax.method.sampling import CONFIDENCES, Origin
+from pdllm_jax.method.unmasking import (
+    OPTIONS,
+    UNMASKING,
     Chance,
+    Custom,
     Factor,
-    Origin,
     Schedule,
     Threshold,
     TimeSchedule,
-    Unmask,
+    Unmasking,
+    unmasking_rule,
 )
 from pdllm_jax.rules import (
     AT_LEAST_0,
@@ -71,11 +74,13 @@ class DecodeConfig:
       at any confidence (Fast-dLLM on Dream). It counts as the first step of a schedule.
     threshold: unmask every slot with at least this confidence, and always the best one.
     factor: Fast-dLLM's factor rule (arXiv 2505.22618); excludes threshold.
-    unmask: a custom rule that replaces steps, threshold and factor: a function (log confidence [G],
-      -inf for slots that are not candidates; evaluations made in the block, int32) -> bool [G]. A
-      block ends when nothing is masked, or after block_length evaluations. Both functions are
-      traced and static under jit: hashable, and the same object for the same rule, or every call
-      compiles anew. A snapshot cannot hold them.
+    unmask: a rule that replaces steps, threshold and factor: an `Unmasking`, or the name of one:
+      "eb", "klass", "wino", "credit". Its class describes it; "klass" takes `steps` too. Or a
+      function (log confidence [G], -inf for slots that are not candidates; evaluations made in the
+      block, int32) -> bool [G]. A block ends when nothing is masked, or after block_length
+      evaluations. This function and that of `remasking` are traced and static under jit: hashable,
+      and the same object for the same rule, or every call compiles anew. A snapshot cannot hold
+      them.
     guidance: classifier-free guidance scale; needs recompute "response" and no context cache.
     logits_eos_inf: EOS is never predicted. Of LLaDA's published evaluation, as the next one.
     confidence_eos_eot_inf: slots where EOS or EOT is predicted are unmasked last, under every rule.
@@ -103,7 +108,7 @@ class DecodeConfig:
     eot_token_id: int | None = None
     stop_ids: tuple[int, ...] = ()
     recompute: Recompute = "block"
-    unmask: Unmask | None = None
+    unmask: Any = None
     schedule: ScheduleName = "even"
     eps: float = 1e-3
     top_p: float | None = None
@@ -134,9 +139,16 @@ class DecodeConfig:
         require(steps >= blocks, f"steps {steps} is less than the number of blocks {blocks}")
         given = [x is not None for x in (self.steps, self.threshold, self.factor)]
         require(not all(given[1:]), "threshold and factor exclude each other")
-        if self.unmask is not None:
-            require(callable(self.unmask), f"unmask must be a function, got {self.unmask!r}")
-            require(not any(given), "unmask excludes steps, threshold and factor")
+        rule = self.unmask
+        if isinstance(rule, str):
+            rule = unmasking_rule(rule, {})
+            object.__setattr__(self, "unmask", rule)
+        if rule is not None:
+            require(callable(rule), f"unmask must be a function, a rule or a name, got {rule!r}")
+            reads_steps = isinstance(rule, Unmasking) and rule.reads_steps
+            require(not any(given[reads_steps:]), "unmask excludes steps, threshold and factor")
+            unguided = self.guidance == 0 or not self.unmasking.verifies
+            require(unguided, f"guidance is not implemented for unmask {self.unmasking.name!r}")
         origin = isinstance(self.remasking, Origin)
         require(by_time or not origin, "remasking 'origin' needs schedule='time'")
         timed = {"remasking 'origin'": origin, "order_temperature": self.order_temperature > 0}
@@ -225,7 +237,8 @@ class DecodeConfig:
     @property
     def has_code(self) -> bool:
         """Whether a rule is a function of the caller's, which JSON cannot hold."""
-        return type(self.remasking) not in CONFIDENCES.values() or self.unmask is not None
+        known = (None.__class__, *UNMASKING.values())
+        return type(self.remasking) not in CONFIDENCES.values() or type(self.unmask) not in known
 
     @property
     def samples(self) -> bool:
@@ -250,10 +263,19 @@ class DecodeConfig:
         return {"confidence": self.remasking} | {name: getattr(self, name) for name in names}
 
     @property
-    def unmasking(self) -> Unmask:
+    def step_limit(self) -> int:
+        """Evaluations after which a block ends."""
+        if self.scheduled or self.unmasking.reads_steps:
+            return self.steps_per_block
+        # A rule that masks slots again ends by itself.
+        slots = self.gen_length if self.unmasking.verifies else self.block_length
+        return slots + self.first_slot_alone
+
+    @property
+    def unmasking(self) -> Unmasking:
         """The rule that takes the slots of a step."""
         if self.unmask is not None:
-            return self.unmask
+            return self.unmask if isinstance(self.unmask, Unmasking) else Custom(self.unmask)
         if self.threshold is not None:
             return Threshold(self.threshold)
         if self.factor is not None:
@@ -264,15 +286,21 @@ class DecodeConfig:
         return Schedule(self.block_length, self.steps_per_block)
 
     def to_flat(self) -> dict[str, Any]:
-        """Returns all settings but code, the confidence rule by name, for JSON."""
+        """Returns all settings but code, rules by name, for JSON."""
         flat = dataclasses.asdict(dataclasses.replace(self, unmask=None))
         del flat["unmask"]
+        if type(self.unmask) in UNMASKING.values():
+            name = self.unmask.name
+            options = {f"{name}_{field}": x for field, x in dataclasses.asdict(self.unmask).items()}
+            flat |= {"unmask": name, **options}
         return flat | {"remasking": getattr(self.remasking, "name", "")}
 
     @classmethod
     def from_flat(cls, **settings: Any) -> DecodeConfig:
         """Returns the settings that `to_flat` gave, also after JSON made lists of tuples."""
-        return cls(**settings | {"stop_ids": tuple(settings.get("stop_ids", ()))})
+        options = {name: settings.pop(name) for name in OPTIONS if name in settings}
+        rule = unmasking_rule(settings.get("unmask"), options)
+        return cls(**settings | {"stop_ids": tuple(settings.get("stop_ids", ())), "unmask": rule})
 
 
 def _by_time(

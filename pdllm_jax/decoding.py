@@ -154,8 +154,13 @@ class DecodeConfig:
             require(callable(rule), f"unmask must be a function, a rule or a name, got {rule!r}")
             reads_steps = isinstance(rule, Unmasking) and rule.reads_steps
             require(not any(given[reads_steps:]), "unmask excludes steps, threshold and factor")
-            unguided = self.guidance == 0 or not self.unmasking.verifies
-            require(unguided, f"guidance is not implemented for unmask {self.unmasking.name!r}")
+            if self.unmasking.verifies:
+                given_too = {"guidance": self.guidance > 0}
+                given_too["first_slot_alone"] = self.first_slot_alone
+                given_too[f"method {self.cache_method.name!r}"] = not self.cache_method.verifies
+                for name, refused in given_too.items():
+                    message = f"{name} is not implemented for unmask {self.unmasking.name!r}"
+                    require(not refused, message)
         origin = isinstance(self.remasking, Origin)
         require(by_time or not origin, "remasking 'origin' needs schedule='time'")
         timed = {"remasking 'origin'": origin, "order_temperature": self.order_temperature > 0}

@@ -88,8 +88,8 @@ HELP = {
     "first-slot-alone": "a block's first evaluation fills its first slot alone (Fast-dLLM)",
     "threshold": "unmask every slot at least this probable",
     "factor": "Fast-dLLM's factor rule",
-    "unmask": "another rule, instead of --steps, --threshold and --factor: EB-Sampler, KLASS, WINO, "
-    "or credit (dInfer)",
+    "unmask": "another rule, instead of --steps, --threshold and --factor: EB-Sampler, KLASS, "
+    "WINO, or dInfer's credit",
     "eb-gamma": "entropy of the slots of a step, less the largest, in nats",
     "klass-threshold": "unmask stable slots more probable than this",
     "klass-kl": "a slot is stable while its prediction diverges by less, in nats",

@@ -39,8 +39,8 @@ def predict(
     order_temperature: float = 0.0,
     never: Ids = (),
     last: Ids = (),
-) -> tuple[Int[Array, "T"], Float[Array, "T"]]:
-    """Returns the predicted token of each row and its log confidence, finite.
+) -> tuple[Int[Array, "T"], Float[Array, "T"], Float[Array, "T V"]]:
+    """Returns each row's predicted token, its log confidence, finite, and the logits of that.
 
     Args:
       temperature: samples from softmax(logits / temperature) by the Gumbel trick; 0 is greedy.
@@ -66,14 +66,15 @@ def predict(
     if temperature > 0:
         scores += temperature * _gumbel(derive(key, Use.NOISE, slots), logits.shape[1:])
     tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    values = confidence(_without(logits, last), tokens, derive(key, Use.ORDER, slots))
+    logits = _without(logits, last)
+    values = confidence(logits, tokens, derive(key, Use.ORDER, slots))
     if order_temperature > 0:
         values = values if isinstance(confidence, Entropy) else jnp.exp(values)
         noise = _gumbel(derive(key, Use.ORDER_NOISE, slots), ())
         values = jnp.maximum(values / order_temperature + noise, _LEAST)
     if last:
         values = jnp.where(jnp.isin(tokens, jnp.array(last)), _LEAST, values)
-    return tokens, values
+    return tokens, values, logits
 
 
 def _gumbel(keys: Array, shape: tuple[int, ...]) -> Array:

@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch")
 
 def predict(logits, config, key=None, **more):
     key = random_key(0) if key is None else key
-    return sampling.predict(logits, key=key, **config.prediction, **more)
+    return sampling.predict(logits, key=key, **config.prediction, **more)[:2]
 
 
 @pytest.mark.parametrize("eps", [1e-3, 0.0, 0.37])

@@ -16,7 +16,7 @@ from pdllm_jax.method.unmasking import transfer as transfer_by
 def predict(logits, key=0, **settings):
     config = DecodeConfig(**settings)
     key = jax.random.key(key) if isinstance(key, int) else key
-    return sampling.predict(logits, key=key, **config.prediction)
+    return sampling.predict(logits, key=key, **config.prediction)[:2]
 
 
 def transfer(confidence, step=0, **settings):

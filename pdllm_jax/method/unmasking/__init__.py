@@ -15,6 +15,7 @@ from pdllm_jax.method.unmasking.published import (
     Schedule,
     Threshold,
     TimeSchedule,
+    due_of,
 )
 from pdllm_jax.method.unmasking.wino import Wino
 from pdllm_jax.rules import require
@@ -62,6 +63,7 @@ __all__ = [
     "TimeSchedule",
     "Unmasking",
     "Wino",
+    "due_of",
     "transfer",
     "unmasking_rule",
 ]

@@ -74,11 +74,11 @@ class Unmasking:
     """The base class of all unmasking rules.
 
     name: in settings and on the command line.
-    reads_response: an evaluation of all rows gives the rule the logits of the whole response, not of
-      the block alone.
-    behind: slots of earlier blocks that are still masked are candidates, where a step evaluates
-      them.
-    steps: the rule reads `DecodeConfig.steps`; a block then ends after its steps.
+    reads_response: an evaluation of all rows gives the rule the logits of the whole response, not
+      those of the block alone.
+    fills_behind: slots of earlier blocks that are still masked are candidates, where a step
+      evaluates them.
+    reads_steps: `DecodeConfig.steps` may be given; a block then ends after its steps.
     verifies: shadow rows go through the network with the block: mask tokens at its positions, which
       see every row but that of their own slot, and each other. No other row sees them.
     """
@@ -118,9 +118,7 @@ class Unmasking:
         """Decides."""
         return Choice(self(seen.confidence, seen.step), memory)
 
-    def __call__(
-        self, confidence: Float[Array, "G"], step: Int[Array, ""]
-    ) -> Bool[Array, "G"]:
+    def __call__(self, confidence: Float[Array, "G"], step: Int[Array, ""]) -> Bool[Array, "G"]:
         """Returns the slots to unmask by their confidences alone."""
         raise NotImplementedError(f"{type(self).__name__} has neither take nor __call__")
 
@@ -131,9 +129,7 @@ class Custom(Unmasking):
 
     function: Callable[[Array, Array], Array]
 
-    def __call__(
-        self, confidence: Float[Array, "G"], step: Int[Array, ""]
-    ) -> Bool[Array, "G"]:
+    def __call__(self, confidence: Float[Array, "G"], step: Int[Array, ""]) -> Bool[Array, "G"]:
         return self.function(confidence, step)
 
 

@@ -10,10 +10,16 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pdllm_jax.method.sampling import rank
 from pdllm_jax.method.unmasking.base import Unmasking
+
+
+def due_of(block_length: int, steps: int, step: Int[Array, "*B"]) -> Int[Array, "*B"]:
+    """Returns how many slots of a block the even schedule unmasks in a step."""
+    base, remainder = divmod(block_length, steps)
+    return base + (step < remainder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +30,7 @@ class Schedule(Unmasking):
     steps: int
 
     def __call__(self, confidence: Array, step: Array) -> Array:
-        base, remainder = divmod(self.block_length, self.steps)
-        return rank(confidence) < base + (step < remainder)
+        return rank(confidence) < due_of(self.block_length, self.steps, step)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ _FIRST_ACCEPTED = 30  # stands for the step before a block's first one
 class Accepted(NamedTuple):
     """Slots that the last step unmasked, and slots filled with the mask token."""
 
-    count: Int[Array, ""]
+    number: Int[Array, ""]
     mask_tokens: Bool[Array, "G"]
 
 
@@ -62,7 +62,7 @@ class Wino(Unmasking):
         take = jnp.where(take.sum() > most, place < most, take | (place == 0))
         take &= seen.confidence > -jnp.inf
         count, first = take.sum(), seen.step == 0
-        before = jnp.where(first, _FIRST_ACCEPTED, memory.count)
+        before = jnp.where(first, _FIRST_ACCEPTED, memory.number)
         belief = jnp.where(seen.filled, seen.reading, jnp.inf)
         remask = belief < jnp.log(jnp.float32(self.threshold_back))
         least = rank(-belief) < before - 1

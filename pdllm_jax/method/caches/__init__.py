@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdllm_jax.method.caches.base import CacheMethod, Evaluation
+from pdllm_jax.method.caches.base import CacheMethod, Evaluation, Prediction
 from pdllm_jax.method.caches.published import DualCache, Plain, Prefilling, PrefixCache
 from pdllm_jax.rules import require
 
@@ -29,4 +29,12 @@ def cache_method(method: str | CacheMethod) -> CacheMethod:
     return CACHE_METHODS[method]()
 
 
-__all__ = ["CACHE_METHODS", "RECOMPUTE", "CacheMethod", "Evaluation", "Method", "cache_method"]
+__all__ = [
+    "CACHE_METHODS",
+    "RECOMPUTE",
+    "CacheMethod",
+    "Evaluation",
+    "Method",
+    "Prediction",
+    "cache_method",
+]

@@ -24,6 +24,7 @@ from pdllm_jax.method.caches.naming import settings_text
 from pdllm_jax.method.encodings import ENCODINGS, Bridge
 from pdllm_jax.method.sampling import CONFIDENCES
 from pdllm_jax.method.scorers import SCORERS, DraftScorer
+from pdllm_jax.method.unmasking import OPTIONS, UNMASKING, unmasking_rule
 from pdllm_jax.network.config import WeightFormat
 from pdllm_jax.network.sharding import make_mesh, parse_mesh
 from pdllm_jax.rules import ConfigError, require
@@ -40,12 +41,13 @@ NAMES = {
     "DecodeConfig.top_p": "sample_top_p",
     "SelectionConfig.kv_format": "kv",
 }
-DERIVED = ("draft_steps", "stop_ids", "unmask")
+DERIVED = ("draft_steps", "stop_ids")
 
 CHOICES = {
     "scorer": ("leave-one-out", *SCORERS),
     "encoding": tuple(ENCODINGS),
     "remasking": tuple(CONFIDENCES),
+    "unmask": tuple(UNMASKING),
 }
 
 
@@ -98,6 +100,18 @@ HELP = {
     "first-slot-alone": "a block's first evaluation fills its first slot alone (Fast-dLLM)",
     "threshold": "unmask every slot at least this probable",
     "factor": "Fast-dLLM's factor rule",
+    "unmask": "another rule, instead of --steps, --threshold and --factor: EB-Sampler, KLASS, "
+    "WINO, or dInfer's credit",
+    "eb-gamma": "entropy of the slots of a step, less the largest, in nats",
+    "klass-threshold": "unmask stable slots more probable than this",
+    "klass-kl": "a slot is stable while its prediction diverges by less, in nats",
+    "klass-history": "for this many evaluations",
+    "wino-threshold": "unmask slots more probable than this",
+    "wino-threshold-back": "mask slots again that are less probable than this",
+    "credit-threshold": "unmask every slot at least this probable, with credit",
+    "credit-alpha": "weight of the credit in the logits",
+    "credit-boost": "a token gains its probability to this power",
+    "credit-decay": "share of the credit that a step keeps",
     "guidance": "classifier-free guidance, for method plain",
     "logits-eos-inf": "never predict EOS, as LLaDA's published evaluation can",
     "confidence-eos-eot-inf": "unmask slots that predict EOS or EOT last, as published",
@@ -134,9 +148,14 @@ HELP = {
 }
 
 
-def add(parser: Any, name: str, kind: Callable[[str], Any] = str, **options: Any) -> None:
-    """Adds a flag of HELP: a switch for `bool`, otherwise an option of this type."""
-    text = HELP[name]
+def add(
+    parser: Any, name: str, kind: Callable[[str], Any] = str, shown: Any = None, **options: Any
+) -> None:
+    """Adds a flag of HELP: a switch for `bool`, otherwise an option of this type.
+
+    shown: the default in the help of a flag that has none, because its absence counts.
+    """
+    text = HELP[name] if shown is None else f"{HELP[name]} (default: {shown})"
     if kind is bool:
         options.setdefault("action", "store_true")
     elif "choices" not in options:
@@ -188,6 +207,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of decoding, chunking and selection."""
     group: Any = parser.add_argument_group("decoding")
     add_fields(group, DecodeConfig)
+    for option, (name, field) in OPTIONS.items():
+        default = getattr(UNMASKING[name](), field)
+        add(group, option.replace("_", "-"), type(default), shown=default)
     parser.set_defaults(block_length=None)
     add(group, "early-stop", bool)
     group = parser.add_argument_group("chunks and their selection (method prefilling)")
@@ -213,9 +235,12 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
     fits = limit is None or 0 < limit < 1e6
     require(fits, f"--memory-limit must be a number of GB, got {limit}")
     chosen = cache_method(args.method)
+    options = {name: getattr(args, name) for name in OPTIONS}
+    given = {name: option for name, option in options.items() if option is not None}
     decoding = from_args(
         DecodeConfig,
         args,
+        unmask=unmasking_rule(args.unmask, given),
         block_length=blocks if args.block_length is None else args.block_length,
         recompute="response" if args.guidance else args.recompute,
     )

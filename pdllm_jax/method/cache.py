@@ -340,6 +340,7 @@ class DenoiseState:
     keys [B]: PRNG key of each request.
     rows: that went through the network in these evaluations, float32.
     memory: what the cache method keeps beside `live`; see `CacheMethod.start`.
+    rule_memory: what the unmasking rule keeps; see `Unmasking.start`.
     live_encoded: the encoding computed the live KV too, so the first block starts with fresh KV.
     """
 
@@ -363,6 +364,7 @@ class DenoiseState:
     keys: Array
     rows: Float[Array, "B"]
     memory: Any = None
+    rule_memory: Any = None
     live_encoded: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property

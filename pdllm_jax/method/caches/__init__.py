@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdllm_jax.method.caches.base import CacheMethod, Evaluation
+from pdllm_jax.method.caches.base import CacheMethod, Evaluation, Prediction
 from pdllm_jax.method.caches.naming import read_method
 from pdllm_jax.method.caches.published import DualCache, Plain, Prefilling, PrefixCache
 
@@ -26,4 +26,12 @@ def cache_method(method: str | CacheMethod) -> CacheMethod:
     return read_method(method, CACHE_METHODS) if isinstance(method, str) else method
 
 
-__all__ = ["CACHE_METHODS", "RECOMPUTE", "CacheMethod", "Evaluation", "Method", "cache_method"]
+__all__ = [
+    "CACHE_METHODS",
+    "RECOMPUTE",
+    "CacheMethod",
+    "Evaluation",
+    "Method",
+    "Prediction",
+    "cache_method",
+]

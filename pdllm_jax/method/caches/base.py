@@ -30,12 +30,22 @@ if TYPE_CHECKING:
     from pdllm_jax.method.step import Step
 
 
+class Prediction(NamedTuple):
+    """What `Step.predict` makes of logits: the first fields of an `Evaluation`."""
+
+    tokens: Int[Array, "B G"]
+    confidence: Float[Array, "B G"]
+    log_p: Float[Array, "B G"]
+    reading: Any
+
+
 class Evaluation(NamedTuple):
     """What one evaluation of the network gives.
 
     tokens, confidence, log_p: of each slot the predicted token, its confidence and its log
       probability, from `Step.predict`. The confidence of a slot that is not to be unmasked is
       -inf; slots of later blocks are not unmasked in any case.
+    reading: what the unmasking rule read of the logits, and its memory; from `Step.predict`.
     rows: that went through the network, of each request; a row that went through a share of the
       layers counts as this share.
     live: KV of the live rows; None where no step reads it.
@@ -46,6 +56,7 @@ class Evaluation(NamedTuple):
     tokens: Int[Array, "B G"]
     confidence: Float[Array, "B G"]
     log_p: Float[Array, "B G"]
+    reading: Any
     rows: Int[Array, "B"] | Float[Array, "B"] | int
     live: LiveCache | None = None
     memory: Any = None
@@ -67,6 +78,7 @@ class CacheMethod:
     uses_chunks: the document is cut into chunks and the best are kept; otherwise prefix, document
       and query are one prompt.
     guides: classifier-free guidance is implemented.
+    verifies: shadow rows are implemented, which the unmasking rule "wino" needs.
     keeps_live: evaluations read and write `DenoiseState.live`, KV of all live rows.
     longest: live rows that the method can hold, None for any number.
     """
@@ -74,6 +86,7 @@ class CacheMethod:
     name: ClassVar[str]
     uses_chunks: ClassVar[bool] = False
     guides: ClassVar[bool] = False
+    verifies: ClassVar[bool] = False
     keeps_live: ClassVar[bool] = True
     longest: ClassVar[int | None] = None
 

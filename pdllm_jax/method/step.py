@@ -54,7 +54,7 @@ class Step:
         placement = state.placement.only(self.active)
         self.context = Context(pool, placement, state.live, implementation)
 
-    @functools.cached_property
+    @property
     def rows(self) -> Int[Array, "B R"]:
         """Tokens of query and response without a gap, then padding."""
         return query_rows(self.state).ids

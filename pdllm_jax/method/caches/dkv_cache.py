@@ -136,15 +136,12 @@ class DKVCacheGreedy(_DKVCache):
 
     def check(self, model: ModelConfig, config: DecodeConfig, rows: int) -> None:
         super().check(model, config, rows)
-        require(
-            not model.logit_shift, f"method {self.name!r} is for LLaDA: no rows for Dream known"
-        )
+        named = f"method {self.name!r}"
+        require(not model.logit_shift, f"{named} is published for LLaDA alone, got a logit shift")
         drawn, even = type(config.remasking) is Random, type(config.unmasking) is Schedule
         given = getattr(config.remasking, "name", config.remasking)
-        require(drawn, f"method {self.name!r} needs remasking='random', got {given!r}")
-        require(
-            even, f"method {self.name!r} needs schedule='even' without threshold, factor, unmask"
-        )
+        require(drawn, f"{named} needs remasking='random', got {given!r}")
+        require(even, f"{named} needs schedule='even', without threshold, factor or unmask")
 
     def start(self, model: MaskPredictor, state: DenoiseState, config: DecodeConfig) -> Any:
         """Returns the slots' priorities, and which are masked before the last evaluation."""

@@ -20,9 +20,9 @@ Reproduced: the public code never refreshes the confidences that "soon" is chose
 mask of those to be replaced is false everywhere and the assignment goes to a copy. They stay as the
 first evaluation gave them (`refresh_confidence` False). With True they are those of the last
 evaluation that predicted the slot. For Dream the prompt's last row is recomputed if, and only if,
-slot 0 is chosen. Not reproduced: zero logits for masks whose row was not recomputed, which older
-versions of the code could unmask (here they are no candidates); rows that top up the shorter
-requests of a batch (every request gets its own).
+slot 0 is chosen. Older versions of the code may also unmask a slot whose row was not recomputed, by
+logits that are zero: `zero_logits`. Not reproduced: rows that top up the shorter requests of a
+batch; every request gets its own.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ class D2Cache(CacheMethod):
     inflate_w: the rows between two chosen ones that are at most this far apart are recomputed too.
     prior_sigma: of the density that the order of unmasking is weighted by; None for no weight.
     refresh_confidence: whether the confidences that choose masks are renewed.
+    zero_logits: whether masks that were not recomputed may be unmasked, with logits of zero: all
+      words are equally likely, and the first one is predicted.
     """
 
     name: ClassVar[str] = "d2-cache"
@@ -72,10 +74,11 @@ class D2Cache(CacheMethod):
     inflate_w: int = 0
     prior_sigma: float | None = 10.0
     refresh_confidence: bool = False
+    zero_logits: bool = False
 
     def __post_init__(self) -> None:
         rules = {"rollout_p": UNIT, "current_k": SIZE, "sigma": POSITIVE, "inflate_w": COUNT}
-        rules |= {"prior_sigma": POSITIVE, "refresh_confidence": SWITCH}
+        rules |= {"prior_sigma": POSITIVE, "refresh_confidence": SWITCH, "zero_logits": SWITCH}
         validate(self, rules)
 
     @classmethod
@@ -120,13 +123,31 @@ class D2Cache(CacheMethod):
         if self.refresh_confidence:
             renewed |= run.confidence > -jnp.inf
         kept = jnp.where(renewed, jnp.exp(run.confidence), kept)
-        confidence = run.confidence
+        predicted = run.tokens, run.confidence, run.log_p
+        if self.zero_logits:
+            predicted = self.with_unread(step, *predicted)
+        tokens, confidence, log_p = predicted
         if self.prior_sigma is not None:
             known = state.tokens != step.model.config.mask_token_id
             confidence += jnp.log(jnp.maximum(density(known, self.prior_sigma), _LEAST))
         count = jnp.count_nonzero(chosen, axis=1)
-        predicted = run.tokens, confidence, run.log_p
-        return Evaluation(*predicted, count, run.live, (chosen, kept, importance))
+        memory = chosen, kept, importance
+        return Evaluation(tokens, confidence, log_p, count, run.live, memory)
+
+    def with_unread(
+        self, step: Step, tokens: Array, confidence: Array, log_p: Array
+    ) -> tuple[Array, Array, Array]:
+        """Returns predictions with those of zero logits for masks that have none."""
+        words = step.model.config.embedding_size
+        zeros, first = jnp.zeros((len(tokens), 1, words)), jnp.zeros_like(step.first)
+        blank = step.masked & (confidence == -jnp.inf)
+        filled = [
+            jnp.where(blank, new[:, :1], old)
+            for new, old in zip(
+                step.predict(zeros, first), (tokens, confidence, log_p), strict=True
+            )
+        ]
+        return filled[0], filled[1], filled[2]
 
     def update(self, step: Step, after: DenoiseState) -> Any:
         """Returns the memory with the rows of the next evaluation."""

@@ -26,6 +26,8 @@ CASES = [
     ("llada", SPARSE | {"refresh_confidence": True, "inflate_w": 2}, {"block_length": 8}),
     ("dream", SPARSE | {"refresh_confidence": True}, {"block_length": 8, "steps": 8}),
     ("llada", SPARSE | {"prior_sigma": None}, {"steps": None, "threshold": 0.4}),
+    ("llada", {"current_k": 2, "prior_sigma": 0.6, "zero_logits": True}, {}),
+    ("dream", {"current_k": 2, "prior_sigma": 0.6, "zero_logits": True}, {"top_p": 0.9}),
     ("llada", {}, {"steps": 8}),
 ]
 
@@ -38,7 +40,8 @@ def test_equals_its_definition(family, method, change):
     shift = family == "dream"
     config = DecodeConfig(**CONFIG | change, recompute=D2Cache(**method), scaled_confidence=shift)
     settings = dataclasses.asdict(config.recompute)
-    settings["refresh"] = settings.pop("refresh_confidence")
+    names = {"refresh": "refresh_confidence", "stale": "zero_logits"}
+    settings |= {name: settings.pop(theirs) for name, theirs in names.items()}
     settings |= {name: getattr(config, name) for name in ("block_length", "threshold", "top_p")}
     settings |= {"steps": config.steps or config.gen_length, "shift": shift}
     assert compare(family, config, d2_cache.generate, **settings) >= 2

@@ -138,9 +138,20 @@ class _Case:
         return widest | {
             "attention over chunks": over_chunks,
             "residual stream of the document": streams * item,
+            "kept by the cache method": self.kept_by_method(program),
             "cuBLAS workspace": _CUBLAS_WORKSPACE if self.gpu else 0,
             "KV in flight": self.in_flight(program, recorder),
         }
+
+    def kept_by_method(self, program: Program) -> int:
+        """Bytes that an evaluation of the cache method keeps from all layers."""
+        if program.phase != "decode":
+            return 0
+        (data, tensor), shapes = self.sizes, self.shapes
+        rows = shapes.prefix + shapes.query + self.decode.gen_length
+        values = self.decode.cache_method.kept_values(self.config, rows) // tensor
+        requests = shapes.requests // (data if shapes.requests % data == 0 else 1)
+        return requests * values * self.dtype.itemsize
 
     def eight_bits(self, rows: int) -> dict[str, int]:
         """What the products of this number of rows and weights in 8 bits take in a layer."""

@@ -88,6 +88,15 @@ class CacheMethod:
             message = f"holds at most {self.longest} rows of prompt and response, got {rows}"
             raise ConfigError(f"method {self.name!r} {message}")
 
+    def kept_values(self, model: ModelConfig, rows: int) -> int:
+        """Returns how many values, per request, an evaluation keeps from every layer to its end.
+
+        Of the model's dtype, divided among devices as heads are. KV and memory do not count.
+
+        rows: live rows of a request, padded.
+        """
+        return 0
+
     def start(self, model: MaskPredictor, state: DenoiseState, config: DecodeConfig) -> Any:
         """Returns the memory before the first evaluation, a pytree of arrays [B, ...].
 

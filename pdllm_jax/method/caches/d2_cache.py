@@ -14,7 +14,8 @@ The density of a slot is the Gaussian-weighted share of known slots around it. S
 the order of confidence x density too (certainty prior), so a block may be the whole response.
 
 The attention rollout is a product of T x T matrices. Only its column sums are read, so a vector is
-carried from the last layer to the first, and no matrix is held: the method has no longest prompt.
+carried from the last layer to the first. Held are the queries of all layers, but no T x T matrix:
+so the method has no longest prompt.
 
 Reproduced: the public code never refreshes the confidences that "soon" is chosen by, because its
 mask of those to be replaced is false everywhere and the assignment goes to a copy. They stay as the
@@ -42,6 +43,7 @@ from pdllm_jax.method.caches.base import CacheMethod, Evaluation
 from pdllm_jax.method.caches.chosen_rows import rows_of_slots, run_rows
 from pdllm_jax.method.live_forward import live_positions
 from pdllm_jax.method.sampling import rank
+from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.rules import COUNT, POSITIVE, SIZE, SWITCH, UNIT, validate
 
@@ -85,6 +87,10 @@ class D2Cache(CacheMethod):
     def in_blocks(cls) -> D2Cache:
         """Returns the method as its authors advise it for blocks of 32 slots."""
         return cls(inflate_w=4)
+
+    def kept_values(self, model: ModelConfig, rows: int) -> int:
+        """Returns the size of the queries of all layers, which the rollout reads."""
+        return model.n_layers * rows * model.n_heads * model.head_dim
 
     def start(self, model: MaskPredictor, state: DenoiseState, config: DecodeConfig) -> Any:
         """Returns which rows are recomputed next, confidences of slots, and importance of rows."""

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Int
 from pdllm_jax.method.cache import DenoiseState
 from pdllm_jax.method.caches.base import CacheMethod, Evaluation
 from pdllm_jax.method.caches.chosen_rows import rows_of_slots, run_rows
-from pdllm_jax.method.sampling import Random, Schedule, rank
+from pdllm_jax.method.sampling import LowConfidence, Random, Schedule, rank
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.randomness import Use, derive
 from pdllm_jax.rules import COUNT, SIZE, require, validate
@@ -120,7 +120,8 @@ class DKVCacheGreedy(_DKVCache):
     """dKV-Cache-Greedy, for LLaDA: the order of decoding is random and known ahead.
 
     A step recomputes what the last one decoded, what it decodes itself, and masks near the latter.
-    Needs remasking "random" and a schedule.
+    Needs remasking "random", which `decode_config` puts in the place of the default, and
+    schedule "even".
 
     interval: steps between two that recompute everything (`cache_reloading_step`); 1 is plain
       generation in this order. 2 is the script's.
@@ -133,6 +134,12 @@ class DKVCacheGreedy(_DKVCache):
 
     def __post_init__(self) -> None:
         validate(self, {"interval": SIZE, "window": COUNT})
+
+    def decode_config(self, config: DecodeConfig) -> DecodeConfig:
+        """Returns config with this method; its random order takes the place of the default one."""
+        if type(config.remasking) is LowConfidence:
+            config = dataclasses.replace(config, remasking="random")
+        return super().decode_config(config)
 
     def check(self, model: ModelConfig, config: DecodeConfig, rows: int) -> None:
         super().check(model, config, rows)

@@ -84,6 +84,10 @@ def test_greedy(interval, window, change):
     assert compare("llada", config, define, **settings) == 3
 
 
+def test_greedy_takes_the_place_of_the_default_order():
+    assert DKVCacheGreedy().decode_config(DecodeConfig()).remasking.name == "random"
+
+
 @pytest.mark.parametrize(
     ("family", "change", "message"),
     [

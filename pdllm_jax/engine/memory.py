@@ -160,11 +160,11 @@ class _Case:
 
     def scratch(self, program: Program) -> int:
         """Bytes of the arrays of an evaluation that only its cache method has."""
-        shapes, decode, data = self.shapes, self.decode, self.sizes[0]
+        shapes, decode, (data, tensor) = self.shapes, self.decode, self.sizes
         rows = shapes.prefix + shapes.query + decode.gen_length
         each = decode.cache_method.scratch(self.config, decode, rows, self.dtype.itemsize)
         requests = shapes.requests // (data if shapes.requests % data == 0 else 1)
-        return requests * each if program.phase == "decode" else 0
+        return requests * each // tensor if program.phase == "decode" else 0
 
     def eight_bits(self, rows: int) -> dict[str, int]:
         """What the products of this number of rows and weights in 8 bits take in a layer."""

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from pdllm_jax.method.caches.base import CacheMethod, Evaluation, Prediction
+from pdllm_jax.method.caches.d2_cache import D2Cache
+from pdllm_jax.method.caches.dkv_cache import DKVCacheDecode, DKVCacheGreedy
 from pdllm_jax.method.caches.naming import read_method
 from pdllm_jax.method.caches.published import DualCache, Plain, Prefilling, PrefixCache
 
-_ALL: tuple[type[CacheMethod], ...] = (Prefilling, Plain, PrefixCache, DualCache)
+_ALL: tuple[type[CacheMethod], ...] = (
+    Prefilling,
+    Plain,
+    PrefixCache,
+    DualCache,
+    D2Cache,
+    DKVCacheDecode,
+    DKVCacheGreedy,
+)
 Method = str | CacheMethod
 CACHE_METHODS = {method.name: method for method in _ALL}
 # `DecodeConfig.recompute` by name.

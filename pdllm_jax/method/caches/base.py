@@ -120,7 +120,7 @@ class CacheMethod:
         """Returns the bytes that an evaluation needs beside what every forward pass needs.
 
         For the plan of device memory: arrays of a request that grow with the rows, above all those
-        of attention that is not the library's.
+        of attention that is not the library's. Devices divide them as they divide heads.
 
         Args:
           rows: live rows of a request, padded.

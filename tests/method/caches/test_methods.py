@@ -22,6 +22,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "plain": {},
     "prefix-cache": {},
     "dual-cache": {},
+    "elastic-cache": {"window": 2, "gamma": 0.97},
+    "sparse-d": {"tile": 4, "select": 0.2, "skip": 0.1},
+    "sparse-dllm": {"keep_ratio": 0.4},
 }
 DECODE = DecodeConfig(gen_length=8, block_length=4)
 SIZES = (13, 9, 15)  # of one bucket

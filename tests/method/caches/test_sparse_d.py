@@ -48,7 +48,7 @@ def test_tokens_and_tiles_are_those_of_the_definition(family, name):
     for b, run in enumerate(runs):
         chosen = next(step.chosen for step in run.steps if step.chosen)
         for lists, want in zip(state.memory, chosen, strict=True):
-            heads, n, keys = want.shape
+            _, n, keys = want.shape
             got = (jnp.arange(keys) == lists[b, :, :n, :, None]).any(axis=2)
             np.testing.assert_array_equal(got, want)
 

@@ -23,13 +23,13 @@ CLEAR = 1e-5  # numbers that decide differ by more
 class Pair:
     """The same random network twice: `network` in PyTorch, `model` in JAX; and some prompts."""
 
-    def __init__(self, family: str) -> None:
+    def __init__(self, family: str, layers: int = 2) -> None:
         self.family = family
         if family == "Dream":
-            config = checkpoints.tiny_dream_config(num_hidden_layers=3)
+            config = checkpoints.tiny_dream_config(num_hidden_layers=layers)
             head = "lm_head.weight"
         else:
-            config = checkpoints.tiny_config(n_kv_heads=2, n_layers=3)
+            config = checkpoints.tiny_config(n_kv_heads=2, n_layers=layers)
             head = "model.transformer.ff_out.weight"
         tensors = checkpoints.random_tensors(config, 1)
         tensors[head][config["mask_token_id"]] *= 0.3  # No masks are predicted.
@@ -39,13 +39,14 @@ class Pair:
         rng = np.random.default_rng(5)
         self.prompts = [rng.integers(0, checkpoints.N_BYTES, n) for n in LENGTHS]
 
-    def state(self, config: DecodeConfig):
-        """The last state of all prompts in one padded batch."""
-        padded = np.zeros((len(LENGTHS), max(LENGTHS) + 2), np.int32)
-        for row, prompt in zip(padded, self.prompts, strict=True):
+    def state(self, config: DecodeConfig, prompts=None):
+        """The last state of all prompts in one padded batch, or of these."""
+        prompts = self.prompts if prompts is None else prompts
+        padded = np.zeros((len(prompts), max(LENGTHS) + 2), np.int32)
+        for row, prompt in zip(padded, prompts, strict=True):
             row[: len(prompt)] = prompt
         inputs = jnp.asarray(padded), config, jax.random.key(0)
-        lengths = jnp.asarray(LENGTHS)
+        lengths = jnp.asarray([len(prompt) for prompt in prompts])
         state = init_denoise(self.model, None, None, *inputs, query_length=lengths)
         return denoise(self.model, None, state, config=config)
 
@@ -53,6 +54,17 @@ class Pair:
         """The run of each prompt by the method's definition."""
         prompts = [torch.from_numpy(prompt) for prompt in self.prompts]
         return [generate(self.network, x, mask_id=self.mask_id, **settings) for x in prompts]
+
+    def published(self, generate, **settings) -> list[list[int]]:
+        """Responses by a published algorithm of `generation` or `dream`."""
+        settings |= {"mask_id": self.mask_id}
+        responses = []
+        for prompt in self.prompts:
+            ids = torch.from_numpy(prompt)
+            batch = ids if self.family == "Dream" else ids[None]
+            tokens = generate(self.network, batch, **settings).tokens.flatten()
+            responses.append(tokens[len(ids) :].tolist())
+        return responses
 
     def check(self, generate, config: DecodeConfig, **settings):
         """Compares responses, evaluations and rows; returns the definition's runs and the state."""

@@ -30,6 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pdllm_jax.method.cache import DenoiseState, LiveCache
 from pdllm_jax.method.caches.base import CacheMethod, Evaluation
+from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import attention
 from pdllm_jax.network.transformer import Attend, MaskPredictor
@@ -77,6 +78,10 @@ class ElasticCache(CacheMethod):
 
     def __post_init__(self) -> None:
         validate(self, {"window": SIZE, "gamma": AT_LEAST_0})
+
+    def scratch(self, model: ModelConfig, config: DecodeConfig, rows: int, itemsize: int) -> int:
+        # Scores and weights of the rows of two windows.
+        return 2 * 4 * model.n_heads * 2 * min(self.window, config.gen_length) * rows
 
     def start(self, model: MaskPredictor, state: DenoiseState, config: DecodeConfig) -> _Memory:
         (batch, rows), layers = state.query.shape, range(model.config.n_layers)
@@ -284,9 +289,11 @@ def _weights(
 ) -> Float[Array, "B n S"]:
     """Returns the softmax weights of a few rows, float32, the mean of the heads."""
     groups = k.shape[2]
-    rows = q.reshape(*q.shape[:2], groups, -1, q.shape[-1]).astype(jnp.float32)
-    keys = k.astype(jnp.float32)
-    scores = jnp.einsum("bngrd,bsgd->bgrns", rows, keys, precision="highest")
+    rows = q.reshape(*q.shape[:2], groups, -1, q.shape[-1])
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    scores = jnp.einsum(
+        "bngrd,bsgd->bgrns", rows, k, precision=precision, preferred_element_type=jnp.float32
+    )
     scores = scores / q.shape[-1] ** 0.5
     valid = (jnp.arange(k.shape[1]) < total[:, None])[:, None, None, None]
     scores = jnp.where(valid, scores, -jnp.inf)

@@ -80,6 +80,15 @@ class SparseD(CacheMethod):
         message = f"needs at most one step per token, got {config.steps} steps"
         require(not more, f"method {self.name!r} {message} for {config.gen_length} tokens")
 
+    def scratch(self, model: ModelConfig, config: DecodeConfig, rows: int, itemsize: int) -> int:
+        if len(self.widths(None, config)) == 1:
+            return 0
+        heads, rows = model.n_heads * self.tile, -(-rows // self.tile) * self.tile
+        seen = self.tile * self._room(rows, config.gen_length)
+        choosing = 3 * 4 * heads * rows  # scores of a tile of queries, and two of their weights
+        gathered = 2 * model.n_heads * seen * model.head_dim * itemsize + 2 * 4 * heads * seen
+        return max(choosing, gathered)
+
     def last_full(self, config: DecodeConfig) -> int:
         """The evaluation, from 0, in which tiles are chosen."""
         return int(config.steps_per_block * config.n_blocks * self.skip) + 1
@@ -91,16 +100,19 @@ class SparseD(CacheMethod):
         if len(self.widths(state, config)) == 1:
             return ()
         batch, rows = state.query.shape
-        tiles = -(-(rows + config.gen_length) // self.tile)
-        of_response = -(-config.gen_length // self.tile)
-        room = self._count(tiles) + self._count(of_response)
-        shape = batch, model.config.n_heads, tiles, room
+        rows += config.gen_length
+        room = self._room(rows, config.gen_length)
+        shape = batch, model.config.n_heads, -(-rows // self.tile), room
         return tuple(jnp.full(shape, -1, jnp.int32) for _ in range(model.config.n_layers))
 
     def _count(self, tiles: int) -> int:
         return min(int(tiles * self.select) + 1, tiles)
 
-    def widths(self, state: DenoiseState, config: DecodeConfig) -> tuple[int, ...]:
+    def _room(self, *rows: int) -> int:
+        """Places for both selections, from the rows of all and of the response."""
+        return sum(self._count(-(-n // self.tile)) for n in rows)
+
+    def widths(self, state: DenoiseState | None, config: DecodeConfig) -> tuple[int, ...]:
         steps = config.steps_per_block * config.n_blocks
         never = config.scheduled and self.last_full(config) >= steps - 1
         return (_FULL,) if never else (_SPARSE, _FULL, _CHOOSING)
@@ -167,6 +179,12 @@ def _by_heads(
     return sharded(*(x for x, _ in arrays), *numbers)
 
 
+def _product(dtype: jnp.dtype) -> Callable[..., Array]:
+    """Returns einsum with float32 results, as exact as the dtype."""
+    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    return functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+
+
 def _tiled(x: Float[Array, "B R N D"], tile: int) -> Float[Array, "B n tile N D"]:
     """Returns rows in tiles; zeros fill the last one."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile), (0, 0), (0, 0)))
@@ -195,7 +213,7 @@ def _choose(
     groups = k.shape[2]
     q, k = (_tiled(x, tile) for x in (q, k))
     n = k.shape[1]
-    keys = k.reshape(batch, n * tile, groups, dim).astype(jnp.float32)
+    keys = k.reshape(batch, n * tile, groups, dim)
     row, j = jnp.arange(n * tile), jnp.arange(n)
     valid = row < total[:, None]
     of_response = row >= first[:, None] * tile
@@ -208,8 +226,8 @@ def _choose(
 
     def of_tile(inputs: tuple[Array, Array]) -> Array:
         rows, i = inputs
-        rows = rows.reshape(batch, tile, groups, -1, dim).astype(jnp.float32)
-        scores = jnp.einsum("btghd,bsgd->bghts", rows, keys, precision="highest") * scale
+        rows = rows.reshape(batch, tile, groups, -1, dim)
+        scores = _product(q.dtype)("btghd,bsgd->bghts", rows, keys) * scale
         scores = scores.reshape(batch, heads, tile, -1)
         there = (i * tile + jnp.arange(tile) < total[:, None])[:, None, :, None]
 
@@ -246,11 +264,7 @@ def _sparse_attention(
     shape = jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None]
     group = shape[1] // (heads // k.shape[3])
     k, v = (x.transpose(0, 3, 1, 2, 4) for x in (k, v))  # [B, G, n, tile, D]
-    product = functools.partial(
-        jnp.einsum,
-        precision=lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
+    product = _product(q.dtype)
 
     def of_tile(inputs: tuple[Array, Array]) -> Array:
         query, chosen = inputs  # [B, tile, H, D], [B, H, L]

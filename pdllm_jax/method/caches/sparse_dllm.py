@@ -28,6 +28,7 @@ from pdllm_jax.method.cache import DenoiseState, LiveCache, dynamic_slices, init
 from pdllm_jax.method.caches.base import CacheMethod, Evaluation
 from pdllm_jax.method.caches.published import predict_block, row_count
 from pdllm_jax.method.live_forward import predicting_rows
+from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import attention
 from pdllm_jax.network.transformer import MaskPredictor
@@ -70,6 +71,10 @@ class SparseDLLM(CacheMethod):
         validate(self, {"keep_ratio": UNIT, "kernel": SIZE, "delay": COUNT})
         odd = self.kernel is None or self.kernel % 2 == 1
         require(odd, f"kernel must be an odd number or None, got {self.kernel}")
+
+    def scratch(self, model: ModelConfig, config: DecodeConfig, rows: int, itemsize: int) -> int:
+        # K and V that a request attends to, those that are kept, and K in float32 for the scores.
+        return rows * model.n_kv_heads * model.head_dim * (4 * itemsize + 4)
 
     def start(self, model: MaskPredictor, state: DenoiseState, config: DecodeConfig) -> _Memory:
         batch, rows = state.query.shape

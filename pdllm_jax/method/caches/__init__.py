@@ -5,8 +5,11 @@ from __future__ import annotations
 from pdllm_jax.method.caches.base import CacheMethod, Evaluation, Prediction
 from pdllm_jax.method.caches.d2_cache import D2Cache
 from pdllm_jax.method.caches.dkv_cache import DKVCacheDecode, DKVCacheGreedy
+from pdllm_jax.method.caches.elastic_cache import ElasticCache
 from pdllm_jax.method.caches.naming import read_method
 from pdllm_jax.method.caches.published import DualCache, Plain, Prefilling, PrefixCache
+from pdllm_jax.method.caches.sparse_d import SparseD
+from pdllm_jax.method.caches.sparse_dllm import SparseDLLM
 
 _ALL: tuple[type[CacheMethod], ...] = (
     Prefilling,
@@ -16,6 +19,9 @@ _ALL: tuple[type[CacheMethod], ...] = (
     D2Cache,
     DKVCacheDecode,
     DKVCacheGreedy,
+    ElasticCache,
+    SparseD,
+    SparseDLLM,
 )
 Method = str | CacheMethod
 CACHE_METHODS = {method.name: method for method in _ALL}

@@ -25,6 +25,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "d2-cache": {"current_k": 2, "rollout_p": 0.2, "sigma": 2.0},
     "dkv-cache-decode": {"interval": 4},
     "dkv-cache-greedy": {"window": 1},
+    "elastic-cache": {"window": 2, "gamma": 0.97},
+    "sparse-d": {"tile": 4, "select": 0.2, "skip": 0.1},
+    "sparse-dllm": {"keep_ratio": 0.4},
 }
 # Rules of decoding that a method needs.
 RULES: dict[str, dict[str, Any]] = {"dkv-cache-greedy": {"remasking": "random", "threshold": None}}

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from pdllm_jax.method.caches import CACHE_METHODS, RECOMPUTE, CacheMethod
 from pdllm_jax.method.sampling import (
     CONFIDENCES,
     Chance,
@@ -88,6 +89,7 @@ class DecodeConfig:
       block, which was left masked, does not end the request. None by default, as published.
     recompute: rows that a step recomputes while the rest of the live KV stays as it was at the
       block's start: "block" (dual cache), "suffix" (prefix cache), or "response" (none is stale).
+      Or any other `CacheMethod` on a whole prompt.
     """
 
     gen_length: int = 32
@@ -102,7 +104,7 @@ class DecodeConfig:
     confidence_eos_eot_inf: bool = False
     eot_token_id: int | None = None
     stop_ids: tuple[int, ...] = ()
-    recompute: Recompute = "block"
+    recompute: Recompute | CacheMethod = "block"
     unmask: Unmask | None = None
     schedule: ScheduleName = "even"
     eps: float = 1e-3
@@ -118,7 +120,12 @@ class DecodeConfig:
         rules |= {"threshold": SHARE, "factor": POSITIVE, "top_p": SHARE, "eps": UNIT}
         rules |= dict.fromkeys(("logits_eos_inf", "confidence_eos_eot_inf"), SWITCH)
         rules |= dict.fromkeys(("scaled_confidence", "first_slot_alone"), SWITCH)
-        rules |= {"eot_token_id": TOKEN, "recompute": one_of(get_args(Recompute))}
+        rules |= {"eot_token_id": TOKEN}
+        if not isinstance(self.recompute, CacheMethod):
+            rules |= {"recompute": one_of(RECOMPUTE)}
+        for name, method in RECOMPUTE.items():
+            if self.recompute == method:
+                object.__setattr__(self, "recompute", name)
         rules |= {"schedule": one_of(get_args(ScheduleName))}
         if not callable(self.remasking):
             validate(self, {"remasking": one_of(CONFIDENCES)})
@@ -145,7 +152,7 @@ class DecodeConfig:
             require(fits, f"{name} excludes threshold, factor and unmask")
         ids = isinstance(stops, tuple) and all(map(is_index, stops))
         require(ids, f"stop_ids must be a tuple of token ids, got {stops!r}")
-        plain = self.guidance == 0 or self.recompute == "response"
+        plain = self.guidance == 0 or self.cache_method.guides
         require(plain, f"guidance needs recompute='response', got {self.recompute!r}")
 
     @classmethod
@@ -223,9 +230,16 @@ class DecodeConfig:
         return self.gen_length // self.block_length
 
     @property
+    def cache_method(self) -> CacheMethod:
+        """The method that `recompute` names."""
+        method = self.recompute
+        return method if isinstance(method, CacheMethod) else RECOMPUTE[method]
+
+    @property
     def has_code(self) -> bool:
-        """Whether a rule is a function of the caller's, which JSON cannot hold."""
-        return type(self.remasking) not in CONFIDENCES.values() or self.unmask is not None
+        """Whether a rule or method is the caller's, which JSON cannot hold."""
+        known = type(self.remasking) in CONFIDENCES.values() and self.unmask is None
+        return not known or type(self.cache_method) not in CACHE_METHODS.values()
 
     @property
     def samples(self) -> bool:
@@ -264,15 +278,21 @@ class DecodeConfig:
         return Schedule(self.block_length, self.steps_per_block)
 
     def to_flat(self) -> dict[str, Any]:
-        """Returns all settings but code, the confidence rule by name, for JSON."""
+        """Returns all settings but code, rule and method by name, for JSON."""
         flat = dataclasses.asdict(dataclasses.replace(self, unmask=None))
         del flat["unmask"]
+        if isinstance(self.recompute, CacheMethod):
+            flat["recompute"]["method"] = self.recompute.name
         return flat | {"remasking": getattr(self.remasking, "name", "")}
 
     @classmethod
     def from_flat(cls, **settings: Any) -> DecodeConfig:
         """Returns the settings that `to_flat` gave, also after JSON made lists of tuples."""
-        return cls(**settings | {"stop_ids": tuple(settings.get("stop_ids", ()))})
+        settings["stop_ids"] = tuple(settings.get("stop_ids", ()))
+        if isinstance(method := settings.get("recompute"), dict):
+            fields = {name: value for name, value in method.items() if name != "method"}
+            settings["recompute"] = CACHE_METHODS[method["method"]](**fields)
+        return cls(**settings)
 
 
 def _by_time(

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from pdllm_jax.cli.errors import seed
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine.inputs import Request
-from pdllm_jax.method.cache_methods import Method, cache_method
+from pdllm_jax.method.caches import CACHE_METHODS, cache_method
 from pdllm_jax.method.encodings import ENCODINGS, Bridge
 from pdllm_jax.method.sampling import CONFIDENCES
 from pdllm_jax.method.scorers import SCORERS, DraftScorer
@@ -250,7 +250,7 @@ def add_request(parser: argparse.ArgumentParser, *, answers: bool) -> None:
         add(parser, "batch-size", int, default=8)
         add(source, "snapshot", Path)
         add(parser, "store", Path)
-        add(parser, "method", choices=get_args(Method), default="prefilling")
+        add(parser, "method", choices=tuple(CACHE_METHODS), default="prefilling")
         add(parser, "check-nan", bool)
         add_output(parser)
     add_settings(parser)

@@ -42,7 +42,7 @@ from pdllm_jax.engine.request import (
     start_decoding,
 )
 from pdllm_jax.method.cache import ChunkCache, pool_dtype
-from pdllm_jax.method.cache_methods import CacheMethod, Method, cache_method
+from pdllm_jax.method.caches import CacheMethod, Method, cache_method
 from pdllm_jax.method.chunking import (
     ChunkedPrompt,
     TokenIds,

@@ -40,7 +40,7 @@ from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine.plan import Phase, Plan, total
 from pdllm_jax.engine.programs import Program, RecordedModel, Recorder, Shapes, programs
 from pdllm_jax.method.cache import KVFormat, live_rows, pool_dtype
-from pdllm_jax.method.cache_methods import Method, cache_method
+from pdllm_jax.method.caches import Method, cache_method
 from pdllm_jax.method.chunking import (
     ChunkedPrompt,
     batch_size,

@@ -47,7 +47,7 @@ from pdllm_jax.evaluation.arguments import (
 )
 from pdllm_jax.evaluation.chat import ChatPrompts
 from pdllm_jax.evaluation.prompts import PromptIds, SplitPrompt, TaskPrompt
-from pdllm_jax.method.cache_methods import Method, cache_method
+from pdllm_jax.method.caches import Method, cache_method
 from pdllm_jax.method.chunking import chunk_prompt
 from pdllm_jax.method.likelihood import (
     KeptContext,

@@ -174,12 +174,15 @@ class LiveCache:
         layer: int,
         k: Float[Array, "B T G D"],
         v: Float[Array, "B T G D"],
-        start: Int[Array, "B"],
+        start: Int[Array, "B"] | Int[Array, "B T"],
         keep: Bool[Array, "B T"] | None = None,
         *,
         mesh: Mesh | None = None,
     ) -> LiveCache:
-        """Returns the cache with rows of a layer written from start[b] on, except where `keep`."""
+        """Returns the cache with a layer's KV of rows written, except where `keep`.
+
+        start: the first of T consecutive rows, or the number of each row.
+        """
         batch = start.shape[0]
         heads, each = heads_spec(mesh, batch, 2), PartitionSpec(rows_axis(mesh, batch))
         write = local(mesh, _write_rows, (heads, heads, each, each), heads)
@@ -234,9 +237,13 @@ def init_live(
 def _write_rows(
     store: Float[Array, "B S G D"],
     rows: Float[Array, "B T G D"],
-    start: Int[Array, "B"],
+    start: Int[Array, "B"] | Int[Array, "B T"],
     keep: Bool[Array, "B T"] | None,
 ) -> Float[Array, "B S G D"]:
+    if start.ndim == 2:
+        places = start if keep is None else jnp.where(keep, store.shape[1], start)
+        rows = rows.astype(store.dtype)
+        return store.at[jnp.arange(len(rows))[:, None], places].set(rows, mode="drop")
     if keep is not None:
         old = dynamic_slices(store, start, rows.shape[1])
         rows = jnp.where(keep[..., None, None], old, rows)
@@ -331,6 +338,8 @@ class DenoiseState:
     evaluations: denoising evaluations so far, without encoding and scoring.
     rescored: how often `reselect` scored the chunks.
     keys [B]: PRNG key of each request.
+    rows: that went through the network in these evaluations, float32.
+    memory: what the cache method keeps beside `live`; see `CacheMethod.start`.
     live_encoded: the encoding computed the live KV too, so the first block starts with fresh KV.
     """
 
@@ -352,6 +361,8 @@ class DenoiseState:
     evaluations: Int[Array, "B"]
     rescored: Int[Array, "B"]
     keys: Array
+    rows: Float[Array, "B"]
+    memory: Any = None
     live_encoded: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property

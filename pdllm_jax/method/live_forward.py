@@ -153,7 +153,7 @@ class Context(NamedTuple):
         k: Float[Array, "B S G D"],
         v: Float[Array, "B S G D"],
         by: RowRotations,
-        start: Int[Array, "B"],
+        start: Int[Array, "B"] | Int[Array, "B S"],
         keep: Bool[Array, "B S"] | None = None,
         *,
         need_lse: bool = False,
@@ -181,7 +181,7 @@ def live_forward(
     model: MaskPredictor,
     context: Context,
     rows: Int[Array, "B T"],
-    start: Int[Array, "B"] | None = None,
+    start: Int[Array, "B"] | Int[Array, "B T"] | None = None,
     keep: Bool[Array, "B T"] | None = None,
     *,
     hook: LayerHook | None = None,
@@ -192,12 +192,15 @@ def live_forward(
     Writes their KV into the live cache, except where `keep`. Requests without chunks in the
     placement read none. The hook is called in every layer.
 
+    start: the first of T consecutive rows, or [B, T] the number of each row, in any order.
+
     Returns:
       The residual stream, the live cache, and the hook's last carry.
     """
     placement = context.placement
     start = placement.prefix_length if start is None else start
-    positions = live_positions(placement, start[:, None] + jnp.arange(rows.shape[1]))
+    row = start if start.ndim == 2 else start[:, None] + jnp.arange(rows.shape[1])
+    positions = live_positions(placement, row)
     by = row_rotations(model.config, placement, positions)
 
     def attend(layer: int, q: Array, k: Array, v: Array, carry):

@@ -34,7 +34,7 @@ def predict(
     confidence: Confidence,
     temperature: float,
     key: Array,
-    first: Int[Array, ""] | int = 0,
+    slots: Int[Array, "T"] | None = None,
     *,
     top_p: float | None = None,
     top_k: int | None = None,
@@ -48,7 +48,7 @@ def predict(
     Args:
       temperature: samples from softmax(logits / temperature) by the Gumbel trick; 0 is greedy.
       key: of the request's evaluation. What a slot draws depends on it and on the slot alone.
-      first: slot of the first row.
+      slots: of the rows, 0 to T - 1 by default.
       top_p, top_k: only tokens that `filtered` keeps are predicted.
       scaled_confidence: computes the confidence from the scaled, filtered logits, as Dream;
         otherwise from the logits as they are, as LLaDA.
@@ -59,7 +59,7 @@ def predict(
       last: tokens whose slots have the least confidence. The confidence of other tokens is computed
         without them, as published.
     """
-    slots = first + jnp.arange(logits.shape[0])
+    slots = jnp.arange(logits.shape[0]) if slots is None else slots
     logits = scores = _without(logits.astype(jnp.float32), never)
     scale = temperature if temperature > 0 else 1.0
     if top_p is not None or top_k is not None:

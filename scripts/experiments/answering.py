@@ -11,7 +11,7 @@ import numpy as np
 
 from pdllm_jax import Engine, Request, denoise, init_denoise
 from pdllm_jax.engine.request import PreparedRequest, Timer, request_keys, select_chunks
-from pdllm_jax.method.cache_methods import Method, cache_method
+from pdllm_jax.method.caches import Method, cache_method
 from pdllm_jax.method.chunking import batch_prompts, batch_size, bucket, chunk_prompt
 from pdllm_jax.method.selection import EMPTY_SLOT
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pdllm_jax import ChunkConfig, DecodeConfig, SelectionConfig
-from pdllm_jax.method.cache_methods import Method
+from pdllm_jax.method.caches import Method
 from pdllm_jax.method.scorers import SCORERS
 from pdllm_jax.network.config import WeightFormat
 from pdllm_jax.rules import SEED, exact_share, require, validate

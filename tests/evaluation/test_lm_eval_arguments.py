@@ -9,7 +9,7 @@ import pytest
 from pdllm_jax import DecodeConfig
 from pdllm_jax.engine.engine import Engine
 from pdllm_jax.evaluation.arguments import DECODING
-from pdllm_jax.method.cache_methods import cache_method
+from pdllm_jax.method.caches import cache_method
 from pdllm_jax.method.likelihood import answer_log_likelihood
 from pdllm_jax.storage.checkpoint import load_config
 from tests.evaluation.conftest import ROWS, instance

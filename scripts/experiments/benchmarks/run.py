@@ -20,7 +20,7 @@ from experiments.tables import table
 from pdllm_jax import DecodeConfig, Engine, Request
 from pdllm_jax.engine.request import Timer
 from pdllm_jax.evaluation.prompts import dense_prompt, fitting_block, split_request, truncate_middle
-from pdllm_jax.method.cache_methods import Method
+from pdllm_jax.method.caches import Method
 from pdllm_jax.storage.manifest import MANIFEST
 
 Ask = Callable[[Task, Example], Sequence[Mapping[str, Any]]]  # returns an example's one record

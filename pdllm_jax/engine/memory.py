@@ -253,16 +253,18 @@ def plan_memory(
             raise ValueError(f"{name} must be an integer >= {least}, got {count!r}")
     if batch is not None and questions is not None:
         raise ValueError("batch and questions exclude each other")
-    if not chunked and (batch is not None or questions is not None):
-        raise ValueError(f"method {method!r} answers one request at a time")
+    if not chunked and questions is not None:
+        raise ValueError(f"method {method!r} encodes no document that questions could share")
+    requests, encoded = batch or questions or 1, questions is not None
+    rows, size = bucket(prefix + document + query, 8), chunking.chunk_size
     decode = cache_method(method).decode_config(decode)
-    shapes, size = Shapes(1, 0, bucket(prefix + document + query, 8), 0, 1), chunking.chunk_size
+    decode.cache_method.check(config, decode, rows + decode.gen_length)
+    shapes = Shapes(batch_size(requests), 0, rows, 0, 1)
     if chunked:
-        requests, encoded = batch or questions or 1, questions is not None
         n = count_chunks(document, chunking)
         tight = encoded or selection.keeps_pool(documents=1 if encoded else requests)
-        rows = batch_size(requests), bucket_rows(prefix), bucket_rows(query)
-        shapes = Shapes(*rows, bucket_chunks(n, tight), size, encoded)
+        padded = batch_size(requests), bucket_rows(prefix), bucket_rows(query)
+        shapes = Shapes(*padded, bucket_chunks(n, tight), size, encoded)
         selection = selection.for_document(n, named=isinstance(selection.scorer, OracleScorer))
     implementation = resolve_implementation(
         implementation,
@@ -329,7 +331,7 @@ def require_memory(
         return
     fitting = _advice(case, lambda changed: _plan(changed).peak + others <= limit)
     advice = f"fits with {', or '.join(fitting)}" if fitting else "no one setting makes it fit"
-    if not shapes.chunks:
+    if not shapes.chunks and not fitting:
         advice = "a shorter prompt needs less, and so does method 'prefilling'"
     phase = plan.largest
     parts = {**phase.scratch, **phase.made, **phase.held}

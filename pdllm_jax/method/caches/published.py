@@ -120,7 +120,7 @@ class Plain(CacheMethod):
             conditional, unconditional = jnp.split(model.logits(hidden), 2)
             return unconditional + (guidance + 1) * (conditional - unconditional)
 
-        predicted = _predict_block(step, logits, everyone)
+        predicted = predict_block(step, logits, everyone)
         return Evaluation(*predicted, 2 * _row_count(step), state.live)
 
 
@@ -147,7 +147,7 @@ def _everything(
         hidden = predicting_rows(model, x, state.query_length + first, size)
         return model.logits(model.final_norm(hidden))
 
-    predicted = _predict_block(step, logits, wide)
+    predicted = predict_block(step, logits, wide)
     return Evaluation(*predicted, _row_count(step), live, refreshed=wide)
 
 
@@ -155,7 +155,7 @@ def _row_count(step: Step) -> Array:
     return step.state.query_length + step.state.tokens.shape[1]
 
 
-def _predict_block(
+def predict_block(
     step: Step, logits: _Logits, wide: Bool[Array, "B"]
 ) -> tuple[Array, Array, Array]:
     """Predicts the block's slots alone, unless an earlier slot is still masked.

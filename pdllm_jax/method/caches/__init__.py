@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pdllm_jax.method.caches.base import CacheMethod, Evaluation
 from pdllm_jax.method.caches.dllm_cache import DLLMCache
+from pdllm_jax.method.caches.mask_kv import MaskKV
 from pdllm_jax.method.caches.published import DualCache, Plain, Prefilling, PrefixCache
 from pdllm_jax.rules import require
 
-_ALL: tuple[type[CacheMethod], ...] = (Prefilling, Plain, PrefixCache, DualCache, DLLMCache)
+_ALL: tuple[type[CacheMethod], ...] = (Prefilling, Plain, PrefixCache, DualCache, DLLMCache, MaskKV)
 Method = str | CacheMethod
 CACHE_METHODS = {method.name: method for method in _ALL}
 # `DecodeConfig.recompute` by name.

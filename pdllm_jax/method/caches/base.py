@@ -45,7 +45,7 @@ class Evaluation(NamedTuple):
     tokens: Int[Array, "B G"]
     confidence: Float[Array, "B G"]
     log_p: Float[Array, "B G"]
-    rows: Int[Array, "B"] | Float[Array, "B"] | int
+    rows: Int[Array, "B"] | Float[Array, "B"] | float
     live: LiveCache | None = None
     memory: Any = None
     refreshed: Bool[Array, "B"] | bool = True

@@ -39,7 +39,7 @@ from pdllm_jax.method.live_forward import predicting_rows
 from pdllm_jax.network.rope import Rotation, rotate, rotation
 from pdllm_jax.network.sharding import attention
 from pdllm_jax.network.transformer import LayerParts, MaskPredictor
-from pdllm_jax.rules import ConfigError, SIZE, SWITCH, UNIT, validate
+from pdllm_jax.rules import SIZE, SWITCH, UNIT, ConfigError, validate
 
 if TYPE_CHECKING:
     from pdllm_jax.decoding import DecodeConfig
@@ -129,9 +129,9 @@ class KV:
         """Returns where rows of the request lie in `live`."""
         return row
 
-    def of_tail(self, rows: tuple[Array, ...], layer: int) -> Float[Array, "B R G D"]:
-        """Returns the tail's rows of `live.k` or `live.v`."""
-        return dynamic_slices(rows[layer], self.tail.start, self.tail.row.shape[1])
+    def of_tail(self, rows: Float[Array, "B S G D"]) -> Float[Array, "B R G D"]:
+        """Returns the tail's rows of an array of `live`."""
+        return dynamic_slices(rows, self.tail.start, self.tail.row.shape[1])
 
     def write(self, layer: int, k: Any, v: Any, row: Array, keep: Array | None) -> None:
         """Writes keys, values or both (None leaves the old ones) of these rows, except `keep`."""
@@ -176,8 +176,8 @@ class DLLMCache(CacheMethod):
         rules = dict.fromkeys(("prompt_interval", "response_interval"), SIZE)
         validate(self, rules | {"ratio": UNIT, "first_layer": SWITCH})
 
-    @classmethod
-    def published(cls, model: str, task: str) -> DLLMCache:
+    @staticmethod
+    def published(model: str, task: str) -> DLLMCache:
         """Returns the settings of the authors' script for a model and a task.
 
         model: "llada-instruct", "llada-base", "dream-instruct" or "dream-base".
@@ -188,7 +188,7 @@ class DLLMCache(CacheMethod):
         for kind, name, known in ("model", model, _SCRIPTS), ("task", task, _SCRIPTS.get(model)):
             if name not in (known or {}):
                 raise ConfigError(f"{kind} {name!r} is not known ({', '.join(known or {})})")
-        return cls(*_SCRIPTS[model][task])
+        return DLLMCache(*_SCRIPTS[model][task])
 
     def start(self, model: MaskPredictor, state: DenoiseState, config: DecodeConfig) -> Any:
         shape = len(state.tokens), tail_rows(model, state)
@@ -261,7 +261,7 @@ class DLLMCache(CacheMethod):
             return x + old[0] + old[1], old
         (v,) = parts.heads(_cut(kv, normed), "v")
         count = int(self.ratio * tail_slots(kv))
-        chosen = _least_alike(v, kv.of_tail(kv.live.v, layer), tail.in_response, count)
+        chosen = _least_alike(v, kv.of_tail(kv.live.v[layer]), tail.in_response, count)
         if kv.due.prompt:
             return self._many_rows(kv, layer, x, normed, by, old, chosen)
         kv.write(layer, None, v, tail.row, ~tail.in_response)
@@ -299,7 +299,7 @@ class DLLMCache(CacheMethod):
         else:
             kv.write(layer, k, v, tail.row, ~tail.in_response)
             seen = kv.attend(layer, q)
-        outputs = []
+        outputs: list[Array] = []
         for output, cached in zip((parts.attention_output, parts.mlp_output), old, strict=True):
             added = output(seen if not outputs else x)
             outputs.append(jnp.where(fresh[..., None], _cut(kv, added), cached))

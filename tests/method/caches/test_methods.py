@@ -22,6 +22,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "plain": {},
     "prefix-cache": {},
     "dual-cache": {},
+    "dllm-cache": {"prompt_interval": 4, "response_interval": 4, "ratio": 0.3},
+    "mask-kv": {"prompt_interval": 4, "response_interval": 4, "ratio": 0.3, "budget": 5},
 }
 DECODE = DecodeConfig(gen_length=8, block_length=4)
 SIZES = (13, 9, 15)  # of one bucket

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pdllm_jax.method.caches.base import CacheMethod, Evaluation, Prediction
 from pdllm_jax.method.caches.d2_cache import D2Cache
 from pdllm_jax.method.caches.dkv_cache import DKVCacheDecode, DKVCacheGreedy
+from pdllm_jax.method.caches.dllm_cache import DLLMCache
 from pdllm_jax.method.caches.elastic_cache import ElasticCache
+from pdllm_jax.method.caches.mask_kv import MaskKV
 from pdllm_jax.method.caches.naming import read_method
 from pdllm_jax.method.caches.published import DualCache, Plain, Prefilling, PrefixCache
 from pdllm_jax.method.caches.sparse_d import SparseD
@@ -19,7 +21,9 @@ _ALL: tuple[type[CacheMethod], ...] = (
     D2Cache,
     DKVCacheDecode,
     DKVCacheGreedy,
+    DLLMCache,
     ElasticCache,
+    MaskKV,
     SparseD,
     SparseDLLM,
 )

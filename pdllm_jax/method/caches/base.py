@@ -57,7 +57,7 @@ class Evaluation(NamedTuple):
     confidence: Float[Array, "B G"]
     log_p: Float[Array, "B G"]
     reading: Any
-    rows: Int[Array, "B"] | Float[Array, "B"] | int
+    rows: Int[Array, "B"] | Float[Array, "B"] | float
     live: LiveCache | None = None
     memory: Any = None
     refreshed: Bool[Array, "B"] | bool = True

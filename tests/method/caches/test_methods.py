@@ -28,6 +28,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "elastic-cache": {"window": 2, "gamma": 0.97},
     "sparse-d": {"tile": 4, "select": 0.2, "skip": 0.1},
     "sparse-dllm": {"keep_ratio": 0.4},
+    "dllm-cache": {"prompt_interval": 4, "response_interval": 4, "ratio": 0.3},
+    "mask-kv": {"prompt_interval": 4, "response_interval": 4, "ratio": 0.3, "budget": 5},
 }
 # Rules of decoding that a method needs.
 RULES: dict[str, dict[str, Any]] = {"dkv-cache-greedy": {"remasking": "random", "threshold": None}}

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from pdllm_jax.method.cache import LiveCache
+from pdllm_jax.method.caches.base import Prediction
 from pdllm_jax.method.live_forward import LayerHook, live_forward
 
 if TYPE_CHECKING:
@@ -21,15 +22,13 @@ if TYPE_CHECKING:
 class RowsPass(NamedTuple):
     """What a pass over chosen rows gives.
 
-    tokens, confidence, log_p: of the masked slots whose predicting row ran; see `Evaluation`.
+    predicted: of the masked slots whose predicting row ran.
     rows: the number of each row of the pass, ascending; numbers of `LiveCache` rows and more where
       there is none.
     live: KV of the live rows. carry: of the hook.
     """
 
-    tokens: Int[Array, "B G"]
-    confidence: Float[Array, "B G"]
-    log_p: Float[Array, "B G"]
+    predicted: Prediction
     rows: Int[Array, "B n"]
     live: LiveCache | None
     carry: Any
@@ -82,4 +81,4 @@ def run_rows(
     place = jnp.take_along_axis(jnp.cumsum(chosen, axis=1) - 1, predicting, axis=1)
     x = jnp.take_along_axis(x, jnp.maximum(place, 0)[..., None], axis=1)
     predicted = step.predict_at(model.logits(model.final_norm(x)), slot)
-    return RowsPass(*predicted, row, live, carry)
+    return RowsPass(predicted, row, live, carry)

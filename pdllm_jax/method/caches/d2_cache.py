@@ -127,18 +127,18 @@ class D2Cache(CacheMethod):
         importance = _rollout(step, run.live, run.rows, run.carry)
         renewed = (state.evaluations == 0)[:, None]
         if self.refresh_confidence:
-            renewed |= run.confidence > -jnp.inf
-        kept = jnp.where(renewed, jnp.exp(run.confidence), kept)
-        predicted = run.tokens, run.confidence, run.log_p
+            renewed |= run.predicted.confidence > -jnp.inf
+        kept = jnp.where(renewed, jnp.exp(run.predicted.confidence), kept)
+        tokens, confidence, log_p, reading = run.predicted
         if self.zero_logits:
-            predicted = self.with_unread(step, *predicted)
-        tokens, confidence, log_p = predicted
+            unread = self.with_unread(step, tokens, confidence, log_p)
+            tokens, confidence, log_p = unread
         if self.prior_sigma is not None:
             known = state.tokens != step.model.config.mask_token_id
             confidence += jnp.log(jnp.maximum(density(known, self.prior_sigma), _LEAST))
         count = jnp.count_nonzero(chosen, axis=1)
         memory = chosen, kept, importance
-        return Evaluation(tokens, confidence, log_p, count, run.live, memory)
+        return Evaluation(tokens, confidence, log_p, reading, count, run.live, memory)
 
     def with_unread(
         self, step: Step, tokens: Array, confidence: Array, log_p: Array
@@ -150,7 +150,7 @@ class D2Cache(CacheMethod):
         filled = [
             jnp.where(blank, new[:, :1], old)
             for new, old in zip(
-                step.predict(zeros, first), (tokens, confidence, log_p), strict=True
+                step.predict(zeros, first)[:3], (tokens, confidence, log_p), strict=True
             )
         ]
         return filled[0], filled[1], filled[2]

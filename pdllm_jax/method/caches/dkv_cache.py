@@ -21,7 +21,8 @@ from jaxtyping import Array, Bool, Int
 from pdllm_jax.method.cache import DenoiseState
 from pdllm_jax.method.caches.base import CacheMethod, Evaluation
 from pdllm_jax.method.caches.chosen_rows import rows_of_slots, run_rows
-from pdllm_jax.method.sampling import LowConfidence, Random, Schedule, rank
+from pdllm_jax.method.sampling import LowConfidence, Random, rank
+from pdllm_jax.method.unmasking import Schedule
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.randomness import Use, derive
 from pdllm_jax.rules import COUNT, SIZE, require, validate
@@ -66,8 +67,7 @@ class _DKVCache(CacheMethod):
         chosen = self.chosen(step)
         run = run_rows(step, chosen, self.sizes(step.state, step.config)[width])
         count = jnp.count_nonzero(chosen, axis=1)
-        predicted = run.tokens, run.confidence, run.log_p
-        return Evaluation(*predicted, count, run.live, step.state.memory)
+        return Evaluation(*run.predicted, count, run.live, step.state.memory)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,11 +25,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "d2-cache": {"current_k": 2, "rollout_p": 0.2, "sigma": 2.0},
     "dkv-cache-decode": {"interval": 4},
     "dkv-cache-greedy": {"window": 1},
+    "dllm-cache": {"prompt_interval": 4, "response_interval": 4, "ratio": 0.3},
     "elastic-cache": {"window": 2, "gamma": 0.97},
+    "mask-kv": {"prompt_interval": 4, "response_interval": 4, "ratio": 0.3, "budget": 5},
     "sparse-d": {"tile": 4, "select": 0.2, "skip": 0.1},
     "sparse-dllm": {"keep_ratio": 0.4},
-    "dllm-cache": {"prompt_interval": 4, "response_interval": 4, "ratio": 0.3},
-    "mask-kv": {"prompt_interval": 4, "response_interval": 4, "ratio": 0.3, "budget": 5},
 }
 # Rules of decoding that a method needs.
 RULES: dict[str, dict[str, Any]] = {"dkv-cache-greedy": {"remasking": "random", "threshold": None}}

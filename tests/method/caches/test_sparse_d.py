@@ -12,6 +12,7 @@ from pdllm_jax.rules import ConfigError
 
 pytest.importorskip("torch")
 
+from tests.oracles import generation
 from tests.oracles.rivals import sparse_d
 from tests.support.sparse import Pair
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from pdllm_jax.cli.errors import seed
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine.inputs import Request
-from pdllm_jax.method.caches import CACHE_METHODS, CacheMethod, cache_method
+from pdllm_jax.method.caches import CACHE_METHODS, RECOMPUTE, CacheMethod, cache_method
 from pdllm_jax.method.caches.naming import settings_text
 from pdllm_jax.method.encodings import ENCODINGS, Bridge
 from pdllm_jax.method.sampling import CONFIDENCES
@@ -48,6 +48,7 @@ CHOICES = {
     "encoding": tuple(ENCODINGS),
     "remasking": tuple(CONFIDENCES),
     "unmask": tuple(UNMASKING),
+    "recompute": tuple(RECOMPUTE),
 }
 
 

@@ -151,6 +151,10 @@ class KV:
         total = self.step.state.placement.total
         return attention(self.mesh, q, self.live.k[layer], self.live.v[layer], total).out
 
+    def kept(self, outputs: Outputs) -> tuple[dict[str, Any], LiveCache | None]:
+        """Returns memory and live KV behind the evaluation."""
+        return {"outputs": outputs}, self.live
+
 
 @dataclasses.dataclass(frozen=True)
 class DLLMCache(CacheMethod):
@@ -191,9 +195,13 @@ class DLLMCache(CacheMethod):
         return DLLMCache(*_SCRIPTS[model][task])
 
     def start(self, model: MaskPredictor, state: DenoiseState, config: DecodeConfig) -> Any:
-        shape = len(state.tokens), tail_rows(model, state)
-        layers = range(model.config.n_layers)
-        return tuple(tuple(model.streams(*shape) for _ in layers) for _ in Outputs._fields)
+        shape = len(state.tokens), tail_rows(model, state), model.config.d_model
+
+        def empty() -> tuple[Array, ...]:
+            layers = range(model.config.n_layers)
+            return tuple(jnp.zeros(shape, model.dtype) for _ in layers)
+
+        return {"outputs": Outputs(empty(), empty())}
 
     def kinds(self, config: DecodeConfig) -> list[Due]:
         """Returns what occurs in the evaluations of a response, in rising order of rows."""
@@ -214,7 +222,7 @@ class DLLMCache(CacheMethod):
     def evaluate(self, step: Step, width: int) -> Evaluation:
         model, state, due = step.model, step.state, self.kinds(step.config)[width]
         kv = self.kv(step, due)
-        tail, outputs = kv.tail, Outputs(*state.memory[: len(Outputs._fields)])
+        tail, outputs = kv.tail, state.memory["outputs"]
         ids, layers = step.rows, model.config.n_layers
         if not due.prompt:
             ids = dynamic_slices(ids, tail.start, tail.row.shape[1])
@@ -232,12 +240,8 @@ class DLLMCache(CacheMethod):
             return model.logits(model.final_norm(hidden))
 
         predicted = predict_block(step, logits, jnp.ones(step.active.shape, bool))
-        memory, live = self.keep(kv, tuple(zip(*new, strict=True)))
+        memory, live = kv.kept(Outputs(*zip(*new, strict=True)))
         return Evaluation(*predicted, self._rows(step, due), live, memory)
-
-    def keep(self, kv: KV, outputs: tuple[tuple[Array, ...], ...]) -> tuple[Any, LiveCache | None]:
-        """Returns memory and live KV behind an evaluation."""
-        return outputs, kv.live
 
     def _rows(self, step: Step, due: Due) -> Array | float:
         length, layers = step.state.tokens.shape[1], step.model.config.n_layers
@@ -250,26 +254,27 @@ class DLLMCache(CacheMethod):
         self, kv: KV, layer: int, x: Array, by: Rotation, old: tuple[Array, Array]
     ) -> tuple[Array, tuple[Array, Array]]:
         """Returns the stream behind a layer, and the tail's outputs in it."""
-        parts, tail, every = kv.step.model.parts(layer), kv.tail, self.first_layer and layer == 0
-        normed = parts.normed(x)
+        tail, every = kv.tail, self.first_layer and layer == 0
+        parts, normed = kv.step.model.parts(layer, x)
         if kv.due.response or every:
-            return self._many_rows(kv, layer, x, normed, by, old, None)
+            return self._many_rows(kv, parts, layer, x, normed, by, old, None)
         if self.ratio == 0:
             if kv.due.prompt:
                 none = jnp.zeros((len(x), 0), jnp.int32)
-                return self._many_rows(kv, layer, x, normed, by, old, none)
+                return self._many_rows(kv, parts, layer, x, normed, by, old, none)
             return x + old[0] + old[1], old
         (v,) = parts.heads(_cut(kv, normed), "v")
         count = int(self.ratio * tail_slots(kv))
         chosen = _least_alike(v, kv.of_tail(kv.live.v[layer]), tail.in_response, count)
         if kv.due.prompt:
-            return self._many_rows(kv, layer, x, normed, by, old, chosen)
+            return self._many_rows(kv, parts, layer, x, normed, by, old, chosen)
         kv.write(layer, None, v, tail.row, ~tail.in_response)
         return _few_rows(kv, parts, layer, x, normed, old, chosen)
 
     def _many_rows(
         self,
         kv: KV,
+        parts: LayerParts,
         layer: int,
         x: Array,
         normed: Array,
@@ -281,8 +286,7 @@ class DLLMCache(CacheMethod):
 
         chosen: the rows of the response that are recomputed, as places in the tail; None for all.
         """
-        parts, tail = kv.step.model.parts(layer), kv.tail
-        fresh = tail.in_response
+        tail, fresh = kv.tail, kv.tail.in_response
         if chosen is not None:
             at = jnp.arange(len(x))[:, None], chosen
             fresh = jnp.zeros_like(fresh).at[at].set(True)

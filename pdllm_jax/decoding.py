@@ -7,15 +7,18 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from pdllm_jax.method.caches import CACHE_METHODS, RECOMPUTE, CacheMethod
-from pdllm_jax.method.sampling import (
-    CONFIDENCES,
+from pdllm_jax.method.sampling import CONFIDENCES, Origin
+from pdllm_jax.method.unmasking import (
+    OPTIONS,
+    UNMASKING,
     Chance,
+    Custom,
     Factor,
-    Origin,
     Schedule,
     Threshold,
     TimeSchedule,
-    Unmask,
+    Unmasking,
+    unmasking_rule,
 )
 from pdllm_jax.rules import (
     AT_LEAST_0,
@@ -72,11 +75,13 @@ class DecodeConfig:
       at any confidence (Fast-dLLM on Dream). It counts as the first step of a schedule.
     threshold: unmask every slot with at least this confidence, and always the best one.
     factor: Fast-dLLM's factor rule (arXiv 2505.22618); excludes threshold.
-    unmask: a custom rule that replaces steps, threshold and factor: a function (log confidence [G],
-      -inf for slots that are not candidates; evaluations made in the block, int32) -> bool [G]. A
-      block ends when nothing is masked, or after block_length evaluations. Both functions are
-      traced and static under jit: hashable, and the same object for the same rule, or every call
-      compiles anew. A snapshot cannot hold them.
+    unmask: a rule that replaces steps, threshold and factor: an `Unmasking`, or the name of one:
+      "eb", "klass", "wino", "credit". Its class describes it; "klass" takes `steps` too. Or a
+      function (log confidence [G], -inf for slots that are not candidates; evaluations made in the
+      block, int32) -> bool [G]. A block ends when nothing is masked, or after block_length
+      evaluations. This function and that of `remasking` are traced and static under jit: hashable,
+      and the same object for the same rule, or every call compiles anew. A snapshot cannot hold
+      them.
     guidance: classifier-free guidance scale; needs recompute "response" and no context cache.
     logits_eos_inf: EOS is never predicted. Of LLaDA's published evaluation, as the next one.
     confidence_eos_eot_inf: slots where EOS or EOT is predicted are unmasked last, under every rule.
@@ -105,7 +110,7 @@ class DecodeConfig:
     eot_token_id: int | None = None
     stop_ids: tuple[int, ...] = ()
     recompute: Recompute | CacheMethod = "block"
-    unmask: Unmask | None = None
+    unmask: Any = None
     schedule: ScheduleName = "even"
     eps: float = 1e-3
     top_p: float | None = None
@@ -141,9 +146,21 @@ class DecodeConfig:
         require(steps >= blocks, f"steps {steps} is less than the number of blocks {blocks}")
         given = [x is not None for x in (self.steps, self.threshold, self.factor)]
         require(not all(given[1:]), "threshold and factor exclude each other")
-        if self.unmask is not None:
-            require(callable(self.unmask), f"unmask must be a function, got {self.unmask!r}")
-            require(not any(given), "unmask excludes steps, threshold and factor")
+        rule = self.unmask
+        if isinstance(rule, str):
+            rule = unmasking_rule(rule, {})
+            object.__setattr__(self, "unmask", rule)
+        if rule is not None:
+            require(callable(rule), f"unmask must be a function, a rule or a name, got {rule!r}")
+            reads_steps = isinstance(rule, Unmasking) and rule.reads_steps
+            require(not any(given[reads_steps:]), "unmask excludes steps, threshold and factor")
+            if self.unmasking.verifies:
+                given_too = {"guidance": self.guidance > 0}
+                given_too["first_slot_alone"] = self.first_slot_alone
+                given_too[f"method {self.cache_method.name!r}"] = not self.cache_method.verifies
+                for name, refused in given_too.items():
+                    message = f"{name} is not implemented for unmask {self.unmasking.name!r}"
+                    require(not refused, message)
         origin = isinstance(self.remasking, Origin)
         require(by_time or not origin, "remasking 'origin' needs schedule='time'")
         timed = {"remasking 'origin'": origin, "order_temperature": self.order_temperature > 0}
@@ -238,8 +255,9 @@ class DecodeConfig:
     @property
     def has_code(self) -> bool:
         """Whether a rule or method is the caller's, which JSON cannot hold."""
-        known = type(self.remasking) in CONFIDENCES.values() and self.unmask is None
-        return not known or type(self.cache_method) not in CACHE_METHODS.values()
+        tables = (CONFIDENCES, self.remasking), (CACHE_METHODS, self.cache_method)
+        known = all(type(value) in table.values() for table, value in tables)
+        return not known or type(self.unmask) not in (type(None), *UNMASKING.values())
 
     @property
     def samples(self) -> bool:
@@ -264,10 +282,19 @@ class DecodeConfig:
         return {"confidence": self.remasking} | {name: getattr(self, name) for name in names}
 
     @property
-    def unmasking(self) -> Unmask:
+    def step_limit(self) -> int:
+        """Evaluations after which a block ends."""
+        if self.scheduled or self.unmasking.reads_steps:
+            return self.steps_per_block
+        # A rule that masks slots again ends by itself.
+        slots = self.gen_length if self.unmasking.verifies else self.block_length
+        return slots + self.first_slot_alone
+
+    @property
+    def unmasking(self) -> Unmasking:
         """The rule that takes the slots of a step."""
         if self.unmask is not None:
-            return self.unmask
+            return self.unmask if isinstance(self.unmask, Unmasking) else Custom(self.unmask)
         if self.threshold is not None:
             return Threshold(self.threshold)
         if self.factor is not None:
@@ -278,11 +305,15 @@ class DecodeConfig:
         return Schedule(self.block_length, self.steps_per_block)
 
     def to_flat(self) -> dict[str, Any]:
-        """Returns all settings but code, rule and method by name, for JSON."""
+        """Returns all settings but code, rules and method by name, for JSON."""
         flat = dataclasses.asdict(dataclasses.replace(self, unmask=None))
         del flat["unmask"]
         if isinstance(self.recompute, CacheMethod):
             flat["recompute"]["method"] = self.recompute.name
+        if type(self.unmask) in UNMASKING.values():
+            name = self.unmask.name
+            options = {f"{name}_{field}": x for field, x in dataclasses.asdict(self.unmask).items()}
+            flat |= {"unmask": name, **options}
         return flat | {"remasking": getattr(self.remasking, "name", "")}
 
     @classmethod
@@ -292,6 +323,8 @@ class DecodeConfig:
         if isinstance(method := settings.get("recompute"), dict):
             fields = {name: value for name, value in method.items() if name != "method"}
             settings["recompute"] = CACHE_METHODS[method["method"]](**fields)
+        options = {name: settings.pop(name) for name in OPTIONS if name in settings}
+        settings["unmask"] = unmasking_rule(settings.get("unmask"), options)
         return cls(**settings)
 
 

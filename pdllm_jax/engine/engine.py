@@ -72,9 +72,9 @@ class Engine:
       model: from `load_model`.
       tokenizer: of text; None where requests are token ids.
       chunking, selection, decoding: settings of the method.
-      method: "prefilling", or a `CacheMethod` on the whole prompt, or the name of one: "plain"
-        (published generation), "prefix-cache" and "dual-cache" (Fast-dLLM), and those of
-        docs/rivals.md.
+      method: "prefilling", or a method on the whole prompt: "plain" (published generation),
+        "prefix-cache" and "dual-cache" (Fast-dLLM), and those of docs/rivals.md. A name, a name
+        with settings ("NAME:SETTING=VALUE"), or a `CacheMethod`.
       instruction: text before the document.
       system: text of a system turn before it, for a chat template that takes one.
       chat: text is a user's turn in the checkpoint's chat template; False puts BOS in front alone.
@@ -89,7 +89,7 @@ class Engine:
     chunking: ChunkConfig = ChunkConfig()
     selection: SelectionConfig = SelectionConfig()
     decoding: DecodeConfig = DecodeConfig()
-    method: Method | CacheMethod = "prefilling"
+    method: Method = "prefilling"
     instruction: str = INSTRUCTION
     system: str = ""
     chat: bool = True
@@ -199,7 +199,7 @@ class Engine:
         if not questions:
             raise ValueError("no questions")
         if not self._method.uses_chunks:
-            raise ValueError(f"a document is asked with method 'prefilling', not {self.method!r}")
+            raise ValueError(f"a document is asked with method 'prefilling', not '{self._method}'")
         check_scorable(document)
         require_kv_format(document.pool, self.selection)
         if document.documents > 1:
@@ -241,7 +241,7 @@ class Engine:
           A started request, or with encode=False a selected one.
         """
         if not self._method.uses_chunks:
-            raise ValueError(f"method {self.method!r} has nothing to prefill")
+            raise ValueError(f"method '{self._method}' has nothing to prefill")
         request = self._prepare([Request(context, question, prefix, oracle, seed)])
         selected = self._select(request, Timer())
         if encode:
@@ -353,7 +353,7 @@ class Engine:
     def _prepare_whole(self, requests: Sequence[Request]) -> WholePrompts:
         def read(request: Request) -> np.ndarray:
             if request.oracle is not None:
-                raise ValueError(f"oracle is for method 'prefilling', not for {self.method!r}")
+                raise ValueError(f"oracle is for method 'prefilling', not for '{self._method}'")
             prompt = np.concatenate(self.token_ids(request))
             if prompt.size == 0:
                 raise ValueError("prompt is empty: prefix, context and question have no tokens")

@@ -172,8 +172,8 @@ class LiveCache:
     def write(
         self,
         layer: int,
-        k: Float[Array, "B T G D"],
-        v: Float[Array, "B T G D"],
+        k: Float[Array, "B T G D"] | None,
+        v: Float[Array, "B T G D"] | None,
         start: Int[Array, "B"] | Int[Array, "B T"],
         keep: Bool[Array, "B T"] | None = None,
         *,
@@ -181,13 +181,16 @@ class LiveCache:
     ) -> LiveCache:
         """Returns the cache with a layer's KV of rows written, except where `keep`.
 
+        k, v: None leaves the old ones.
         start: the first of T consecutive rows, or the number of each row.
         """
         batch = start.shape[0]
         heads, each = heads_spec(mesh, batch, 2), PartitionSpec(rows_axis(mesh, batch))
         write = local(mesh, _write_rows, (heads, heads, each, each), heads)
 
-        def put(stores: tuple[Array, ...], rows: Array) -> tuple[Array, ...]:
+        def put(stores: tuple[Array, ...], rows: Array | None) -> tuple[Array, ...]:
+            if rows is None:
+                return stores
             written = write(stores[layer], rows, start, keep)
             return (*stores[:layer], written, *stores[layer + 1 :])
 
@@ -340,6 +343,7 @@ class DenoiseState:
     keys [B]: PRNG key of each request.
     rows: that went through the network in these evaluations, float32.
     memory: what the cache method keeps beside `live`; see `CacheMethod.start`.
+    rule_memory: what the unmasking rule keeps; see `Unmasking.start`.
     live_encoded: the encoding computed the live KV too, so the first block starts with fresh KV.
     """
 
@@ -363,6 +367,7 @@ class DenoiseState:
     keys: Array
     rows: Float[Array, "B"]
     memory: Any = None
+    rule_memory: Any = None
     live_encoded: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property

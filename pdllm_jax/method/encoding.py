@@ -172,7 +172,12 @@ def init_denoise(
     if method.keeps_live or prefix_rows:
         live = init_live(model.config, batch, rows, model.dtype, model.mesh)
         state = dataclasses.replace(state, live=live)
-    state = dataclasses.replace(state, memory=method.start(model, state, config))
+    rule = config.unmasking
+    rule.check(model.config)
+    kept = rule.start(config.gen_length, config.block_length, model.config.embedding_size)
+    kept = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), kept)
+    memory = method.start(model, state, config)
+    state = dataclasses.replace(state, memory=memory, rule_memory=kept)
     if cache is None or selection is None:
         return constrain(model.mesh, state)
 

@@ -14,7 +14,6 @@ Over a whole prompt as query, `Plain` is the published generation of LLaDA and o
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
@@ -23,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pdllm_jax.method.cache import DenoiseState, dynamic_slices
-from pdllm_jax.method.caches.base import CacheMethod, Evaluation
+from pdllm_jax.method.caches.base import CacheMethod, Evaluation, Prediction
 from pdllm_jax.method.live_forward import live_forward, predicting_rows
 
 if TYPE_CHECKING:
@@ -40,6 +39,7 @@ class PrefixCache(CacheMethod):
     """Fast-dLLM's prefix cache: a step recomputes the block and all behind it."""
 
     name: ClassVar[str] = "prefix-cache"
+    verifies: ClassVar[bool] = True
     only_block: ClassVar[bool] = False
 
     def widths(self, state: DenoiseState, config: DecodeConfig) -> tuple[int, ...]:
@@ -78,10 +78,12 @@ class PrefixCache(CacheMethod):
             if only_block:
                 keep |= row >= first[:, None] + length
         rows = dynamic_slices(rows, start, count)
-        x, live, _ = live_forward(model, step.context, rows, state.prefix_length + start, keep)
-        x = predicting_rows(model, x, first, length, start)
-        predicted = step.predict(model.logits(model.final_norm(x)), step.first)
-        return Evaluation(*predicted, count, live, refreshed=False)
+        start_row = state.prefix_length + start
+        x, live, _ = live_forward(model, step.context, rows, start_row, keep, shadow=step.shadow)
+        block = predicting_rows(model, x, first, length, start)
+        predicted = step.predict(model.logits(model.final_norm(block)), step.first)
+        predicted, shadows = _verified(step, predicted, x)
+        return Evaluation(*predicted, count + shadows, live, refreshed=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Plain(CacheMethod):
 
     name: ClassVar[str] = "plain"
     guides: ClassVar[bool] = True
+    verifies: ClassVar[bool] = True
     keeps_live: ClassVar[bool] = False
 
     def evaluate(self, step: Step, width: int) -> Evaluation:
@@ -130,6 +133,7 @@ class Prefilling(CacheMethod):
 
     name: ClassVar[str] = "prefilling"
     uses_chunks: ClassVar[bool] = True
+    verifies: ClassVar[bool] = True
 
     def decode_config(self, config: DecodeConfig) -> DecodeConfig:
         replaced = super().decode_config(config)  # checks
@@ -141,40 +145,48 @@ def _everything(
 ) -> Evaluation:
     """Recomputes query and response, for requests that are `wide`; others keep rows' KV."""
     model, state = step.model, step.state
-    x, live, _ = live_forward(model, step.context, step.rows, keep=keep)
+    x, live, _ = live_forward(model, step.context, step.rows, keep=keep, shadow=step.shadow)
 
     def logits(first: Array, size: int) -> Array:
         hidden = predicting_rows(model, x, state.query_length + first, size)
         return model.logits(model.final_norm(hidden))
 
-    predicted = predict_block(step, logits, wide)
-    return Evaluation(*predicted, row_count(step), live, refreshed=wide)
+    predicted, shadows = _verified(step, predict_block(step, logits, wide), x)
+    return Evaluation(*predicted, row_count(step) + shadows, live, refreshed=wide)
+
+
+def _verified(step: Step, predicted: Prediction, x: Array) -> tuple[Prediction, int]:
+    """Adds what the shadow rows behind the others in x say, and returns their number."""
+    if step.shadow is None:
+        return predicted, 0
+    count, model = step.config.block_length, step.model
+    return step.verify(predicted, model.logits(model.final_norm(x[:, -count:]))), count
 
 
 def row_count(step: Step) -> Array:
     return step.state.query_length + step.state.tokens.shape[1]
 
 
-def predict_block(
-    step: Step, logits: _Logits, wide: Bool[Array, "B"]
-) -> tuple[Array, Array, Array]:
+def predict_block(step: Step, logits: _Logits, wide: Bool[Array, "B"]) -> Prediction:
     """Predicts the block's slots alone, unless an earlier slot is still masked.
 
     A predicted mask token leaves its slot masked. As published, an evaluation of all rows may
-    unmask such slots of earlier blocks.
+    unmask such slots of earlier blocks. Some rules read, or fill, other slots than that.
     """
     slot = jnp.arange(step.state.tokens.shape[1])
     behind = (slot < step.first[:, None]) & wide[:, None]
 
-    def from_slot(first: Array, slots: int) -> tuple[Array, Array, Array]:
-        return step.predict(logits(first, slots), first)
+    def block() -> Prediction:
+        return step.predict(logits(step.first, step.config.block_length), step.first)
 
-    block = functools.partial(from_slot, step.first, step.config.block_length)
+    def everything() -> Prediction:
+        evaluated = jnp.where(step.in_block | wide[:, None], slot, slot.size)
+        return step.predict_at(logits(jnp.zeros_like(step.first), slot.size), evaluated)
+
     if step.config.n_blocks == 1:
         return block()
-
-    def everything() -> tuple[Array, Array, Array]:
-        tokens, confidence, log_p = from_slot(jnp.zeros_like(step.first), slot.size)
-        return tokens, jnp.where(step.in_block | behind, confidence, -jnp.inf), log_p
-
+    if step.rule.reads_response:
+        return everything()
+    if not step.rule.fills_behind:
+        return block()
     return lax.cond((step.masked & behind).any(), everything, block)

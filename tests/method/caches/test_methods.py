@@ -22,10 +22,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "plain": {},
     "prefix-cache": {},
     "dual-cache": {},
+    "d2-cache": {"current_k": 2, "rollout_p": 0.2, "sigma": 2.0},
+    "dkv-cache-decode": {"interval": 4},
+    "dkv-cache-greedy": {"window": 1},
+    "dllm-cache": {"prompt_interval": 4, "response_interval": 4, "ratio": 0.3},
     "elastic-cache": {"window": 2, "gamma": 0.97},
+    "mask-kv": {"prompt_interval": 4, "response_interval": 4, "ratio": 0.3, "budget": 5},
     "sparse-d": {"tile": 4, "select": 0.2, "skip": 0.1},
     "sparse-dllm": {"keep_ratio": 0.4},
 }
+# Rules of decoding that a method needs.
+RULES: dict[str, dict[str, Any]] = {"dkv-cache-greedy": {"remasking": "random", "threshold": None}}
 DECODE = DecodeConfig(gen_length=8, block_length=4)
 SIZES = (13, 9, 15)  # of one bucket
 each_method = pytest.mark.parametrize("name", METHODS)
@@ -33,6 +40,10 @@ each_method = pytest.mark.parametrize("name", METHODS)
 
 def method_of(name: str) -> CacheMethod:
     return dataclasses.replace(cache_method(name), **METHODS[name])
+
+
+def decoding(name: str, **changes: Any) -> DecodeConfig:
+    return dataclasses.replace(DECODE, **changes | RULES.get(name, {}))
 
 
 def prompt(size: int) -> list[int]:
@@ -46,7 +57,7 @@ def test_every_method_is_tested():
 @each_method
 def test_ragged_requests_are_answered_as_if_each_were_alone(name):
     """Also: a second request of the bucket compiles nothing."""
-    engine = Engine(sharp_model(), decoding=DECODE, method=method_of(name))
+    engine = Engine(sharp_model(), decoding=decoding(name), method=method_of(name))
     pairs = answer_both(engine, [([], prompt(size)) for size in SIZES])
     assert len({tuple(alone.tokens) for alone, _ in pairs}) == len(SIZES)
     assert pairs[1][0].timings["compile"] == 0
@@ -58,7 +69,7 @@ def test_ragged_requests_are_answered_as_if_each_were_alone(name):
 @each_method
 def test_steps_by_hand_equal_the_loop_on_the_device(name):
     """With a rule under which requests finish their blocks at different steps."""
-    config = dataclasses.replace(DECODE, threshold=0.3, recompute=method_of(name))
+    config = decoding(name, threshold=0.3, recompute=method_of(name))
     query = np.full((len(SIZES), max(SIZES)), -1)
     for row, size in zip(query, SIZES, strict=True):
         row[:size] = prompt(size)
@@ -74,7 +85,7 @@ def test_steps_by_hand_equal_the_loop_on_the_device(name):
 
 @each_method
 def test_settings_are_json(name):
-    config = dataclasses.replace(DECODE, recompute=method_of(name))
+    config = decoding(name, recompute=method_of(name))
     assert not config.has_code
     assert DecodeConfig.from_flat(**json.loads(json.dumps(config.to_flat()))) == config
 

@@ -29,6 +29,7 @@ class EntropyBound(Unmasking):
     """
 
     name: ClassVar[str] = "eb"
+    fills_behind: ClassVar[bool] = False
 
     gamma: float = 0.001
 

@@ -3,6 +3,7 @@
 
   scripts/ablate.py run [CHECKPOINT] --out DIR [--grid main depth ...] [--time-limit SECONDS]
   scripts/ablate.py run --out DIR --quick                on a CPU, in minutes
+  scripts/ablate.py run --out DIR --grid methods methods-multi costs
   scripts/ablate.py report DIR/ablation.json             docs/results.md and pictures
   scripts/ablate.py report benchmarks/ablation.json --add DIR/ablation.json
 
@@ -33,7 +34,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # small_model
 
-from experiments.grids import GRIDS, MEASUREMENTS, Cell, all_cells, setting
+from experiments.grids import EXTRA, GRIDS, MEASUREMENTS, Cell, all_cells, setting
 from experiments.records import Records, read_json, write_json
 from experiments.runner import run, run_processes, start
 
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(description=__doc__, formatter_class=raw)
     commands = p.add_subparsers(dest="command", required=True)
     grids = {name: f"{grid.question} ({len(grid.cells())})" for name, grid in GRIDS.items()}
-    grids |= {**MEASUREMENTS, "full": "all but quick"}
+    grids |= {**MEASUREMENTS, "full": f"all but {', '.join(EXTRA)}"}
     lines = [f"  {name:11} {text}" for name, text in grids.items()]
     sub = commands.add_parser("run", help="answer and record", formatter_class=raw)
     add = sub.add_argument
@@ -197,10 +198,10 @@ def run_command(args: argparse.Namespace) -> int:
     where = changes_of(args.where, "--where").items()
     names = ["quick"] if args.quick else args.grid
     if "full" in names:
-        names = [*(name for name in GRIDS if name != "quick"), *MEASUREMENTS]
+        names = [name for name in (*GRIDS, *MEASUREMENTS) if name not in EXTRA]
     grids = [name for name in dict.fromkeys(names) if name in GRIDS]
     measurements = [name for name in MEASUREMENTS if name in names]
-    asked, quick = all_cells(grids, changes), "quick" in grids
+    asked, quick = all_cells(grids, changes), any("quick" in name for name in grids)
     cells = [cell for cell in asked if all(getattr(cell, k) == value for k, value in where)]
     if args.examples is not None and args.examples < 1:
         raise ValueError(f"--examples must be at least 1, got {args.examples}")
@@ -217,7 +218,8 @@ def run_command(args: argparse.Namespace) -> int:
         from experiments.measurements import measure
 
         cell = Cell(**{**(GRIDS["quick"].base if quick else {}), **changes})
-        measure(*(loaded or load_bench(args)), measurements, cell, args.out, args.deadline, quick)
+        limits = args.out, args.deadline, quick, cells
+        measure(*(loaded or load_bench(args)), measurements, cell, *limits)
 
     from experiments.summary import summarise
 

@@ -19,14 +19,15 @@ from jax.sharding import Mesh
 from pdllm_jax.cli.errors import seed
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine.inputs import Request
-from pdllm_jax.method.caches import CACHE_METHODS, cache_method
+from pdllm_jax.method.caches import CACHE_METHODS, RECOMPUTE, CacheMethod, cache_method
+from pdllm_jax.method.caches.naming import settings_text
 from pdllm_jax.method.encodings import ENCODINGS, Bridge
 from pdllm_jax.method.sampling import CONFIDENCES
 from pdllm_jax.method.scorers import SCORERS, DraftScorer
 from pdllm_jax.method.unmasking import OPTIONS, UNMASKING, unmasking_rule
 from pdllm_jax.network.config import WeightFormat
 from pdllm_jax.network.sharding import make_mesh, parse_mesh
-from pdllm_jax.rules import require
+from pdllm_jax.rules import ConfigError, require
 from pdllm_jax.text_files import read_text
 
 DTYPES = {"keep": None, "float32": "float32", "bfloat16": "bfloat16"}
@@ -47,8 +48,20 @@ CHOICES = {
     "encoding": tuple(ENCODINGS),
     "remasking": tuple(CONFIDENCES),
     "unmask": tuple(UNMASKING),
+    "recompute": tuple(RECOMPUTE),
 }
-METAVARS = {int: "N", seed: "N", float: "X", Path: "PATH"}
+
+
+def method(text: str) -> CacheMethod:
+    """Returns a flag's cache method, checked before anything is loaded."""
+    try:
+        return cache_method(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+METAVARS = {int: "N", seed: "N", float: "X", Path: "PATH", method: "NAME[:SETTING=VALUE..]"}
+METHODS = ", ".join(map(settings_text, CACHE_METHODS.values()))
 # What --help says of each flag; a default is added where the text has none.
 HELP = {
     "context-file": "the document, UTF-8 text; - for standard input",
@@ -62,7 +75,7 @@ HELP = {
     "stop": "print the text before this one alone; may be given several times",
     "snapshot": "a document of prefill",
     "store": "keep encoded documents in this folder, to ask again",
-    "method": "plain is the published generation, the caches are Fast-dLLM's",
+    "method": f"the KV that denoising steps reuse; with the defaults of its settings: {METHODS}",
     "check-nan": "compute the answer again, layer by layer, to find NaN or infinity",
     "json": "print one JSON object",
     "stream": "print blocks as they are finished",
@@ -222,7 +235,7 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         selection |= {"scorer": "draft", "masked_copies": None}
     fits = limit is None or 0 < limit < 1e6
     require(fits, f"--memory-limit must be a number of GB, got {limit}")
-    method = cache_method(args.method)
+    chosen = cache_method(args.method)
     options = {name: getattr(args, name) for name in OPTIONS}
     given = {name: option for name, option in options.items() if option is not None}
     decoding = from_args(
@@ -235,8 +248,8 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
     settings = {
         "chunking": from_args(ChunkConfig, args),
         "selection": from_args(SelectionConfig, args, **selection),
-        "decoding": method.decode_config(decoding),
-        "method": method.name,
+        "decoding": chosen.decode_config(decoding),
+        "method": chosen,
         "memory_limit": None if limit is None else int(1e9 * limit),
     }
     texts = {name: getattr(args, name) for name in ("instruction", "system")}
@@ -275,7 +288,7 @@ def add_request(parser: argparse.ArgumentParser, *, answers: bool) -> None:
         add(parser, "batch-size", int, default=8)
         add(source, "snapshot", Path)
         add(parser, "store", Path)
-        add(parser, "method", choices=tuple(CACHE_METHODS), default="prefilling")
+        add(parser, "method", method, default="prefilling")
         add(parser, "check-nan", bool)
         add_output(parser)
     add_settings(parser)
@@ -296,17 +309,20 @@ def read_file(path: Path) -> str:
         raise ValueError(f"standard input is not UTF-8 text: byte {error.start}") from None
 
 
-def read_prompt_ids(path: Path, method: str) -> tuple[list[int], list[int], list[int]]:
-    """Reads (prefix, context, query) of a prompt file; a bare prompt is all query."""
+def read_prompt_ids(path: Path, *, parts: bool) -> tuple[list[int], list[int], list[int]]:
+    """Reads (prefix, context, query) of a prompt file.
+
+    parts: the method cuts documents; without, a bare prompt is all query.
+    """
     several = f"{path} holds several prompts: --prompt-ids takes one prompt, --requests JSON lines"
     raw = _parse(read_text(path), f"{path}", several)
     listed = isinstance(raw, list) and any(isinstance(x, dict | list) for x in raw)
     require(not listed, several)
-    return _id_parts(raw, f"{path}", method)
+    return _id_parts(raw, f"{path}", parts)
 
 
 def read_requests(
-    path: Path, method: str, *, seed: int, oracle: list[int] | None
+    path: Path, *, parts: bool, seed: int, oracle: list[int] | None
 ) -> list[tuple[int, dict[str, Any], Request]]:
     """Reads JSON lines of requests.
 
@@ -333,13 +349,13 @@ def read_requests(
             require(type(chosen["seed"]) is int, f"{where}: seed must be an integer")
             require(ids is None or _are_ids(ids), f"{where}: oracle must be a list of integers")
             if given == {"context", "question"}:
-                parts = raw["context"], raw["question"]
-                text = all(isinstance(part, str) for part in parts)
-                require(text, f"{where}: context and question must be text")
-                request = Request(*parts, **chosen)
+                texts = raw["context"], raw["question"]
+                valid = all(isinstance(text, str) for text in texts)
+                require(valid, f"{where}: context and question must be text")
+                request = Request(*texts, **chosen)
             else:
                 named = {name: raw[name] for name in given}
-                prefix, context, query = _id_parts(named, where, method, " context and question,")
+                prefix, context, query = _id_parts(named, where, parts, " context and question,")
                 request = Request(context, query, prefix, **chosen)
             requests.append((number, name, request))
     require(bool(requests), f"{path} holds no requests")
@@ -361,18 +377,17 @@ def _are_ids(value: Any) -> bool:
 
 
 def _id_parts(
-    raw: Any, where: str, method: str, others: str = ""
+    raw: Any, where: str, parts: bool, others: str = ""
 ) -> tuple[list[int], list[int], list[int]]:
     """(prefix, context, query) of an object of token ids. others: keys that are allowed instead."""
-    parts = ("prefix", "context", "query")
-    require(isinstance(raw, dict), f"{where} must hold a JSON object with the keys {parts}")
+    names = ("prefix", "context", "query")
+    require(isinstance(raw, dict), f"{where} must hold a JSON object with the keys {names}")
     if set(raw) == {"prompt"}:
-        bare = f"{where} holds a bare prompt: method prefilling needs {parts}"
-        require(method != "prefilling", bare)
+        require(not parts, f"{where} holds a bare prompt: method prefilling needs {names}")
         raw = {"prefix": [], "context": [], "query": raw["prompt"]}
-    keys = f"{where} must hold the keys{others} {parts}, or the key prompt; got {tuple(raw)}"
-    require(set(raw) == set(parts), keys)
-    for name in parts:
+    keys = f"{where} must hold the keys{others} {names}, or the key prompt; got {tuple(raw)}"
+    require(set(raw) == set(names), keys)
+    for name in names:
         require(_are_ids(raw[name]), f"{where}: {name} must be a list of integers")
     return raw["prefix"], raw["context"], raw["query"]
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array
 
 from pallas_kernels import Implementation, Partial
@@ -25,6 +26,7 @@ from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import encode_document, prefill, prefill_top_k
 from pdllm_jax.method.scoring import draft_response, score_chunks
 from pdllm_jax.method.selection import select
+from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.transformer import Attend, Carry, MaskPredictor, StreamHook
 
 
@@ -63,6 +65,9 @@ class Shapes(NamedTuple):
         )
 
 
+MEMORY = "memory of the method"  # `DenoiseState.memory`
+
+
 class Program(NamedTuple):
     """One jitted function of an answer: `function(*args, **settings)`.
 
@@ -88,7 +93,8 @@ class Program(NamedTuple):
             elif isinstance(value, DenoiseState):
                 parts["live KV"] = {"live": value.live}
                 parts["KV of the chosen chunks"] = {"pool": value.pool}
-                parts["response"] = dataclasses.replace(value, live=None, pool=None)
+                parts[MEMORY] = {"memory": value.memory}
+                parts["response"] = dataclasses.replace(value, live=None, pool=None, memory=None)
             else:
                 parts.setdefault(f"results of {self.phase}", []).append(value)
         return {name: part for name, part in parts.items() if name not in self.held}
@@ -124,6 +130,13 @@ class RecordedModel(MaskPredictor):
     """Reports its forward passes. The recorder is static under jit, so that no trace is reused."""
 
     recorder: Recorder
+
+    @classmethod
+    def of(cls, config: ModelConfig, dtype: Any, mesh: Any) -> RecordedModel:
+        """Returns a model whose weights are shapes alone."""
+        model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), dtype=dtype))
+        model.recorder, model.mesh = Recorder(), mesh
+        return model
 
     def run(
         self,
@@ -227,6 +240,13 @@ def programs(
                 held.pop("KV of the document")
     settings = {"config": decode, "implementation": implementation, **reselecting}
     yield program("decode", denoise, model, cache, step.result, **settings)
+
+
+def method_memory(model: MaskPredictor, shapes: Shapes, decode: DecodeConfig) -> Any:
+    """Returns the arrays that the cache method keeps for requests of whole prompts."""
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), shapes.requests))
+    query = _ids(shapes.requests, shapes.query)
+    return init_denoise.eval_shape(model, None, None, query, decode, keys).memory
 
 
 def _ids(*shape: int) -> Any:

@@ -172,8 +172,8 @@ class LiveCache:
     def write(
         self,
         layer: int,
-        k: Float[Array, "B T G D"],
-        v: Float[Array, "B T G D"],
+        k: Float[Array, "B T G D"] | None,
+        v: Float[Array, "B T G D"] | None,
         start: Int[Array, "B"] | Int[Array, "B T"],
         keep: Bool[Array, "B T"] | None = None,
         *,
@@ -181,13 +181,16 @@ class LiveCache:
     ) -> LiveCache:
         """Returns the cache with a layer's KV of rows written, except where `keep`.
 
+        k, v: None leaves the old ones.
         start: the first of T consecutive rows, or the number of each row.
         """
         batch = start.shape[0]
         heads, each = heads_spec(mesh, batch, 2), PartitionSpec(rows_axis(mesh, batch))
         write = local(mesh, _write_rows, (heads, heads, each, each), heads)
 
-        def put(stores: tuple[Array, ...], rows: Array) -> tuple[Array, ...]:
+        def put(stores: tuple[Array, ...], rows: Array | None) -> tuple[Array, ...]:
+            if rows is None:
+                return stores
             written = write(stores[layer], rows, start, keep)
             return (*stores[:layer], written, *stores[layer + 1 :])
 

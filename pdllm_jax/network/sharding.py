@@ -287,7 +287,7 @@ def project_columns(
 
 def add_projected(
     mesh: Mesh | None,
-    stream: Float[Array, "B *rows O"],
+    stream: Float[Array, "B *rows O"] | None,
     x: Float[Array, "B *rows I"],
     weight: Weight,
     norm: Norm | None,
@@ -295,14 +295,17 @@ def add_projected(
 ) -> tuple[Float[Array, "B *rows O"], ...]:
     """Returns (stream + x W^T,), or with a norm also its norm: a projection out of a layer.
 
+    stream: None for the projection alone.
+
     Each device multiplies its columns of x, and an all-reduce adds up the products: the kernel's
     with `links` (`pallas_kernels.peer_table`), XLA's without.
     """
     if mesh is None:
-        total = stream + pallas_kernels.matmul(x, weight)[0]
+        (total,) = pallas_kernels.matmul(x, weight)
+        total = total if stream is None else stream + total
         return (total,) if norm is None else (total, rms_norm(total, *norm))
 
-    def run(stream: Array, x: Array, weight: Array, scale: Array | None, table: Array | None):
+    def run(stream: Array | None, x: Array, weight: Array, scale: Array | None, table: Any):
         (part,) = pallas_kernels.matmul(x, weight)
         by = None if norm is None else Norm._make([scale, norm.eps])
         return pallas_kernels.all_reduce(part, TENSOR, table=table, residual=stream, norm=by)

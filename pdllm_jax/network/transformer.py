@@ -166,6 +166,43 @@ class Block(nnx.Module):
         return [rows.reshape(*x.shape[:-1], -1, self.head_dim) for rows in projected]
 
 
+class LayerParts(NamedTuple):
+    """A layer in parts, for methods that keep some of its results: of any rows, alone.
+
+    The layer is x += attention_output(attention), then x += mlp_output(x).
+
+    mesh, links: see `MaskPredictor`.
+    """
+
+    block: Block
+    mesh: Mesh | None
+    links: Array | None
+
+    def normed(self, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
+        """Returns what `heads` takes, of the residual stream in front of the layer."""
+        return self.block.attn_norm(x)
+
+    def heads(
+        self, normed: Float[Array, "B T M"], names: str
+    ) -> tuple[Float[Array, "B T heads D"], ...]:
+        """Returns q, k, v or some of them, unrotated; names: letters of "qkv"."""
+        matrices = (getattr(self.block, f"{name}_proj") for name in names)
+        return tuple(self.block._heads(self.mesh, normed, *matrices))
+
+    def attention_output(self, out: Float[Array, "B T H D"]) -> Float[Array, "B T M"]:
+        """Returns what attention adds to the residual stream."""
+        return self._added(out.reshape(*out.shape[:-2], -1), self.block.attn_out)
+
+    def mlp_output(self, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
+        """Returns what the MLP adds to the residual stream x behind attention."""
+        matrices, normed = (self.block.gate_proj, self.block.up_proj), self.block.ff_norm(x)
+        (hidden,) = _project(self.mesh, normed, *matrices, activation="swiglu")
+        return self._added(hidden, self.block.down_proj)
+
+    def _added(self, x: Array, matrix: Matrix) -> Array:
+        return add_projected(self.mesh, None, x, matrix.operand, None, self.links)[0]
+
+
 def _project(mesh: Mesh | None, x: Array, *matrices: Matrix, **settings: Any) -> tuple[Array, ...]:
     weights = [matrix.operand for matrix in matrices]
     biases = tuple(matrix.bias[...] for matrix in matrices if matrix.bias is not None)
@@ -243,6 +280,11 @@ class MaskPredictor(nnx.Module):
     def keys(self, layer: int, stream: Float[Array, "B T M"]) -> Float[Array, "B T G D"]:
         """Returns the keys that `advance` would give to attention, and computes nothing else."""
         return self.blocks[layer].keys(self._residual(stream))
+
+    def parts(self, layer: int) -> LayerParts:
+        """Returns a layer in parts."""
+        links = None if self.links is None else self.links[...]
+        return LayerParts(self.blocks[layer], self.mesh, links)
 
     def streams(self, *rows: int) -> Float[Array, "*rows M"]:
         """Returns room for residual streams, zeros; the leading axis is divided as `embed`'s."""

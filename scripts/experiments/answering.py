@@ -11,11 +11,9 @@ import numpy as np
 
 from pdllm_jax import Engine, Request, denoise, init_denoise
 from pdllm_jax.engine.request import PreparedRequest, Timer, request_keys, select_chunks
-from pdllm_jax.method.caches import Method, cache_method
+from pdllm_jax.method.caches import cache_method
 from pdllm_jax.method.chunking import batch_prompts, batch_size, bucket, chunk_prompt
 from pdllm_jax.method.selection import EMPTY_SLOT
-
-METHODS: tuple[Method, ...] = ("plain", "prefix-cache", "dual-cache", "prefilling")
 
 
 def answer(
@@ -27,10 +25,10 @@ def answer(
         together: in one batch; False answers one by one and streams documents that allow it.
 
     Returns:
-        For each request tokens, evaluations, seconds by phase (compiling left out), and the kept
-        chunks with the scores of all chunks, both None for a baseline.
+        For each request tokens, evaluations and their network rows, seconds by phase (compiling
+        left out), and the kept chunks with the scores of all chunks, both None for a baseline.
     """
-    if together and engine.method != "prefilling":
+    if together and not cache_method(engine.method).uses_chunks:
         return _answer_dense(engine, requests)
     if together:
         results = engine.answer_batch(requests)
@@ -41,6 +39,7 @@ def answer(
         {
             "tokens": result.tokens,
             "evaluations": result.evaluations,
+            "rows": result.rows,
             "seconds": _seconds(result.timings, share),
             "chunks": result.selection and result.selection["chunks"],
             "scores": result.selection and result.selection["scores"],
@@ -70,6 +69,7 @@ def select_alone(engine: Engine, requests: Sequence[Request]) -> list[dict[str, 
         {
             "tokens": [],
             "evaluations": 0,
+            "rows": 0.0,
             "seconds": seconds,
             "chunks": ids[b][ids[b] != EMPTY_SLOT].tolist(),
             "scores": None if scores is None else scores[b, : prepared.counts[b]].tolist(),
@@ -93,10 +93,11 @@ def _answer_dense(engine: Engine, requests: Sequence[Request]) -> list[dict[str,
             engine.model, None, None, ids, config, keys, query_length=jnp.asarray(lengths)
         )
         state = jax.block_until_ready(denoise(engine.model, None, state, config=config))
-    seconds = _seconds(timer.seconds, len(prompts))
+    same = {"seconds": _seconds(timer.seconds, len(prompts)), "chunks": None, "scores": None}
+    columns = (state.tokens, state.evaluations, state.rows)
     return [
-        {"tokens": tokens, "evaluations": n, "seconds": seconds, "chunks": None, "scores": None}
-        for tokens, n in zip(state.tokens.tolist(), state.evaluations.tolist(), strict=True)
+        {"tokens": tokens, "evaluations": n, "rows": round(count, 2), **same}
+        for tokens, n, count in zip(*(column.tolist() for column in columns), strict=True)
     ]
 
 

@@ -76,7 +76,7 @@ def collect(pieces: list, *piece) -> None:
         pytest.param("prefilling", "suffix", marks=pytest.mark.slow),
         pytest.param("prefilling", "response", marks=pytest.mark.slow),
         ("baseline", "block"),
-        ("baseline", "suffix"),
+        pytest.param("baseline", "suffix", marks=pytest.mark.slow),
         ("baseline", "response"),
     ],
 )

@@ -160,6 +160,7 @@ def test_generation_kwargs_are_refused_by_name(model, kwargs):
         model.generate_until([instance("Q", kwargs)], disable_tqdm=True)
 
 
+@pytest.mark.slow
 def test_samples_of_one_prompt_differ(folder):
     model = PrefillingLM(str(folder), method="dual-cache", gen_length=8)
     kwargs = {"do_sample": True, "temperature": 1.0}

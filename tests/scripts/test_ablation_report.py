@@ -343,7 +343,9 @@ def test_a_summary_on_disk_is_the_same_with_an_entry_a_line(record, tmp_path):
 def test_dense_flops_are_those_of_full_forwards():
     """Two evaluations of plain LLaDA at LLaDA-8B's shapes, by hand: 8.0e9 weights, 2 FLOP each."""
     sizes = flops.Sizes(prefix=16, query=16, response=32, context=4032)
-    phases = flops.answer_flops(ModelConfig.llada_8b(), Cell(selection="dense"), sizes, 2)
+    phases = flops.answer_flops(
+        ModelConfig.llada_8b(), Cell(selection="dense"), sizes, 2, rows=2 * 4096
+    )
     weights = 32 * (4 * 4096**2 + 3 * 4096 * 12288)
     want = 2 * (4096 * 2 * weights + 32 * 4 * 4096 * 4096**2 + 32 * 2 * 4096 * 126464)
     assert sum(phases.values()) == pytest.approx(want)

@@ -162,6 +162,7 @@ def test_scorers_and_encodings(ask):
     assert seen["oracle"] == {"chunks": [0, 2], "scores": None}
 
 
+@pytest.mark.slow
 def test_choices_of_the_method_together(ask):
     settings = (
         "--encoding bridge --bridge-share 0.3 --bridge-tokens attention --positions absolute "

@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 from pdllm_jax.method.caches.base import CacheMethod, Evaluation, Prediction
+from pdllm_jax.method.caches.d2_cache import D2Cache
+from pdllm_jax.method.caches.dkv_cache import DKVCacheDecode, DKVCacheGreedy
+from pdllm_jax.method.caches.dllm_cache import DLLMCache
+from pdllm_jax.method.caches.elastic_cache import ElasticCache
+from pdllm_jax.method.caches.mask_kv import MaskKV
+from pdllm_jax.method.caches.naming import read_method
 from pdllm_jax.method.caches.published import DualCache, Plain, Prefilling, PrefixCache
-from pdllm_jax.rules import require
+from pdllm_jax.method.caches.sparse_d import SparseD
+from pdllm_jax.method.caches.sparse_dllm import SparseDLLM
 
-_ALL: tuple[type[CacheMethod], ...] = (Prefilling, Plain, PrefixCache, DualCache)
+_ALL: tuple[type[CacheMethod], ...] = (
+    Prefilling,
+    Plain,
+    PrefixCache,
+    DualCache,
+    D2Cache,
+    DKVCacheDecode,
+    DKVCacheGreedy,
+    DLLMCache,
+    ElasticCache,
+    MaskKV,
+    SparseD,
+    SparseDLLM,
+)
 Method = str | CacheMethod
 CACHE_METHODS = {method.name: method for method in _ALL}
 # `DecodeConfig.recompute` by name.
@@ -18,15 +38,12 @@ RECOMPUTE: dict[str, CacheMethod] = {
 
 
 def cache_method(method: str | CacheMethod) -> CacheMethod:
-    """Returns a method, which may be given by its name.
+    """Returns a method, which may be given as text: a name, or a name with settings.
 
     Raises:
-      ConfigError: the name is not known.
+      ConfigError: see `naming.read_method`.
     """
-    if not isinstance(method, str):
-        return method
-    require(method in CACHE_METHODS, f"method {method!r} is not known ({', '.join(CACHE_METHODS)})")
-    return CACHE_METHODS[method]()
+    return read_method(method, CACHE_METHODS) if isinstance(method, str) else method
 
 
 __all__ = [

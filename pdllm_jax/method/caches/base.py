@@ -14,6 +14,7 @@ query, response. The rows of `Step.rows` begin with the query.
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -56,10 +57,17 @@ class Evaluation(NamedTuple):
     confidence: Float[Array, "B G"]
     log_p: Float[Array, "B G"]
     reading: Any
-    rows: Int[Array, "B"] | Float[Array, "B"] | int
+    rows: Int[Array, "B"] | Float[Array, "B"] | float
     live: LiveCache | None = None
     memory: Any = None
     refreshed: Bool[Array, "B"] | bool = True
+
+
+def value_text(value: Any) -> str:
+    """Returns a setting's value as `cache_method` reads it."""
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +90,13 @@ class CacheMethod:
     keeps_live: ClassVar[bool] = True
     longest: ClassVar[int | None] = None
 
+    def __str__(self) -> str:
+        """The text that `cache_method` reads: the name, and settings that are not the defaults."""
+        values = {field: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changed = {x.name: value for x, value in values.items() if value != x.default}
+        texts = (f"{name}={value_text(value)}" for name, value in changed.items())
+        return ":".join([self.name, *texts])
+
     def decode_config(self, config: DecodeConfig) -> DecodeConfig:
         """Returns config with this method.
 
@@ -100,6 +115,18 @@ class CacheMethod:
         if self.longest is not None and rows > self.longest:
             message = f"holds at most {self.longest} rows of prompt and response, got {rows}"
             raise ConfigError(f"method {self.name!r} {message}")
+
+    def scratch(self, model: ModelConfig, config: DecodeConfig, rows: int, itemsize: int) -> int:
+        """Returns the bytes that an evaluation needs beside what every forward pass needs.
+
+        For the plan of device memory: arrays of a request that grow with the rows, above all those
+        of attention that is not the library's. Devices divide them as they divide heads.
+
+        Args:
+          rows: live rows of a request, padded.
+          itemsize: bytes of an activation.
+        """
+        return 0
 
     def start(self, model: MaskPredictor, state: DenoiseState, config: DecodeConfig) -> Any:
         """Returns the memory before the first evaluation, a pytree of arrays [B, ...].

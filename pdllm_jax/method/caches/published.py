@@ -123,8 +123,8 @@ class Plain(CacheMethod):
             conditional, unconditional = jnp.split(model.logits(hidden), 2)
             return unconditional + (guidance + 1) * (conditional - unconditional)
 
-        predicted = _predict_block(step, logits, everyone)
-        return Evaluation(*predicted, 2 * _row_count(step), state.live)
+        predicted = predict_block(step, logits, everyone)
+        return Evaluation(*predicted, 2 * row_count(step), state.live)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +151,8 @@ def _everything(
         hidden = predicting_rows(model, x, state.query_length + first, size)
         return model.logits(model.final_norm(hidden))
 
-    predicted, shadows = _verified(step, _predict_block(step, logits, wide), x)
-    return Evaluation(*predicted, _row_count(step) + shadows, live, refreshed=wide)
+    predicted, shadows = _verified(step, predict_block(step, logits, wide), x)
+    return Evaluation(*predicted, row_count(step) + shadows, live, refreshed=wide)
 
 
 def _verified(step: Step, predicted: Prediction, x: Array) -> tuple[Prediction, int]:
@@ -163,11 +163,11 @@ def _verified(step: Step, predicted: Prediction, x: Array) -> tuple[Prediction, 
     return step.verify(predicted, model.logits(model.final_norm(x[:, -count:]))), count
 
 
-def _row_count(step: Step) -> Array:
+def row_count(step: Step) -> Array:
     return step.state.query_length + step.state.tokens.shape[1]
 
 
-def _predict_block(step: Step, logits: _Logits, wide: Bool[Array, "B"]) -> Prediction:
+def predict_block(step: Step, logits: _Logits, wide: Bool[Array, "B"]) -> Prediction:
     """Predicts the block's slots alone, unless an earlier slot is still masked.
 
     A predicted mask token leaves its slot masked. As published, an evaluation of all rows may

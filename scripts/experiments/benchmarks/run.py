@@ -20,7 +20,7 @@ from experiments.tables import table
 from pdllm_jax import DecodeConfig, Engine, Request
 from pdllm_jax.engine.request import Timer
 from pdllm_jax.evaluation.prompts import dense_prompt, fitting_block, split_request, truncate_middle
-from pdllm_jax.method.caches import Method
+from pdllm_jax.method.caches import Method, cache_method
 from pdllm_jax.storage.manifest import MANIFEST
 
 Ask = Callable[[Task, Example], Sequence[Mapping[str, Any]]]  # returns an example's one record
@@ -77,18 +77,19 @@ class Asker:
         A baseline's prompt is all question and tokenised as one text, the method's in three parts.
         """
         tokenizer, max_length = self.engine.tokenizer, self.max_length
+        cuts = cache_method(method).uses_chunks
         shape: dict[str, Any] = {"chat": self.chat and task.chat, "response": example.response}
         positions = self.engine.model.config.max_sequence_length
         room = positions - (self.gen_length or task.gen_length)
         if example.ids is not None:
             prefix, context, query = example.ids
-            if method == "prefilling":
+            if cuts:
                 return Request(context, query, prefix, seed=self.seed), False
             # The same tokens as the method gets; the chat template is among them.
             ids = prefix + context + query
             kept = truncate_middle(ids, max_length or room)
             return Request([], kept, [], seed=self.seed), len(kept) < len(ids)
-        if method == "prefilling":
+        if cuts:
             return split_request(tokenizer, example.prompt, **shape)._replace(seed=self.seed), False
         template, _ = dense_prompt(tokenizer, "", 2, **shape)
         text, length = "".join(example.prompt), max_length or room - len(template)
@@ -138,6 +139,7 @@ class Asker:
             "response": response,
             "answers": example.answers,
             "evaluations": answered["evaluations"],
+            "rows": answered["rows"],
             "seconds": {**phases, "host": round(host, 6), "total": round(total, 6)},
             "compile_seconds": round(timer.seconds["compile"], 6),
             "chunks": answered["chunks"],
@@ -200,6 +202,7 @@ def _row(task: Task, method: str, name: str, records: Sequence[dict[str, Any]]) 
         "interval_kind": "Wilson" if task.binary else "bootstrap",
         "truncated": sum(record["truncated"] for record in records),
         "evaluations": float(np.mean([record["evaluations"] for record in records])),
+        "rows": float(np.mean([record.get("rows", 0) for record in records])),
         "seconds_median": float(np.median([record["seconds"]["total"] for record in records])),
         "seconds_in_all": sum(record["seconds"]["total"] for record in records),
     }

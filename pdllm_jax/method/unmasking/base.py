@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pdllm_jax.naming import text_of
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.rules import require
 
@@ -88,6 +89,10 @@ class Unmasking:
     fills_behind: ClassVar[bool] = True
     reads_steps: ClassVar[bool] = False
     verifies: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        """The text that `DecodeConfig.unmask` reads: the name, and settings that are no defaults."""
+        return text_of(self)
 
     def check(self, config: ModelConfig) -> None:
         """Raises ConfigError for a model that the rule cannot decode."""

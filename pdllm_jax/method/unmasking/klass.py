@@ -54,7 +54,7 @@ class Klass(Unmasking):
     history: int = 2
 
     def __post_init__(self) -> None:
-        validate(self, {"threshold": SHARE, "kl": AT_LEAST_0, "history": SIZE}, "klass_")
+        validate(self, {"threshold": SHARE, "kl": AT_LEAST_0, "history": SIZE}, "klass ")
 
     def start(self, slots: int, block_length: int, vocabulary: int) -> Evaluated:
         return Evaluated(jnp.zeros((slots, vocabulary)), jnp.zeros((slots, self.history)))

@@ -45,7 +45,7 @@ class Wino(Unmasking):
     threshold_back: float = 0.9
 
     def __post_init__(self) -> None:
-        validate(self, {"threshold": SHARE, "threshold_back": SHARE}, "wino_")
+        validate(self, {"threshold": SHARE, "threshold_back": SHARE}, "wino ")
 
     def start(self, slots: int, block_length: int, vocabulary: int) -> Accepted:
         return Accepted(jnp.int32(_FIRST_ACCEPTED), jnp.zeros((slots,), bool))

@@ -75,6 +75,9 @@ class DualForward:
             x = x + mixed.transpose(1, 2).flatten(2) @ net.weights[block + "attn_out"].T
             h = net._norm(x, block + "ff_norm")
             gate = F.silu(h @ net.weights[block + "ff_proj"].T)
-            x = x + (gate * (h @ net.weights[block + "up_proj"].T)) @ net.weights[block + "ff_out"].T
+            x = (
+                x
+                + (gate * (h @ net.weights[block + "up_proj"].T)) @ net.weights[block + "ff_out"].T
+            )
         head = net.weights["wte" if net.config.get("weight_tying") else "ff_out"]
         return net._norm(x, "ln_f") @ head.T, cache

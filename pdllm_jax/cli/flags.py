@@ -111,7 +111,7 @@ HELP = {
     "first-slot-alone": "a block's first evaluation fills its first slot alone (Fast-dLLM)",
     "threshold": "unmask every slot at least this probable",
     "factor": "Fast-dLLM's factor rule",
-    "unmask": "another rule, instead of --steps, --threshold and --factor; with the defaults of its "
+    "unmask": "a rule instead of --steps, --threshold and --factor; with the defaults of its "
     f"settings: {UNMASKS}",
     "guidance": "classifier-free guidance, for method plain",
     "logits-eos-inf": "never predict EOS, as LLaDA's published evaluation can",

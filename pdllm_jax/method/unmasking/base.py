@@ -91,7 +91,7 @@ class Unmasking:
     verifies: ClassVar[bool] = False
 
     def __str__(self) -> str:
-        """The text that `DecodeConfig.unmask` reads: the name, and settings that are no defaults."""
+        """The text that `DecodeConfig.unmask` reads: the name, and changed settings."""
         return text_of(self)
 
     def check(self, config: ModelConfig) -> None:
@@ -101,7 +101,12 @@ class Unmasking:
         require(simple, f"unmask {self.name!r} {message}")
 
     def start(self, slots: int, block_length: int, vocabulary: int) -> Any:
-        """Returns the memory of a request before its first step, a pytree of arrays, or None."""
+        """Returns the memory of a request before its first step: arrays, tuples of them, or None.
+
+        Args:
+          slots: of the response, G.
+          vocabulary: logits of a slot, V.
+        """
         return None
 
     def adjust(self, rows: Rows, memory: Any) -> tuple[Float[Array, "T V"], Any]:

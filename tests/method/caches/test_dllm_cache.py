@@ -23,6 +23,8 @@ SETTINGS = [
     {"prompt_interval": 4, "response_interval": 3, "ratio": 0.05},
     {"prompt_interval": 3, "response_interval": 100, "ratio": 0.4},
     {"prompt_interval": 100, "response_interval": 1, "ratio": 0.25},
+    {"prompt_interval": 5, "response_interval": 100, "ratio": 1.0, "first_layer": False},
+    {"prompt_interval": 4, "response_interval": 3, "ratio": 0.0, "first_layer": False},
 ]
 # By default each family has one of the settings.
 CASES = [

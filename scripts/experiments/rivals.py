@@ -66,7 +66,7 @@ def write_page(
         for title, rows in _tables(run):
             lines += [f"### {title}", "", table(_HEAD, rows), ""]
     lines += _large(large) if large else []
-    write_text(page, "\n".join([*lines, "## Limits", TEXTS["limits"]]).rstrip() + "\n")
+    write_text(page, "\n".join([*lines, "## Limits", TEXTS["notes"]["limits"]]).rstrip() + "\n")
     print(f"{page}")
 
 

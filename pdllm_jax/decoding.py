@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 from pdllm_jax.method.caches import CACHE_METHODS, RECOMPUTE, CacheMethod
 from pdllm_jax.method.sampling import CONFIDENCES, Origin
 from pdllm_jax.method.unmasking import (
-    OPTIONS,
     UNMASKING,
     Chance,
     Custom,
@@ -75,8 +74,9 @@ class DecodeConfig:
       at any confidence (Fast-dLLM on Dream). It counts as the first step of a schedule.
     threshold: unmask every slot with at least this confidence, and always the best one.
     factor: Fast-dLLM's factor rule (arXiv 2505.22618); excludes threshold.
-    unmask: a rule that replaces steps, threshold and factor: an `Unmasking`, or the name of one:
-      "eb", "klass", "wino", "credit". Its class describes it; "klass" takes `steps` too. Or a
+    unmask: a rule that replaces steps, threshold and factor: an `Unmasking`, or a text that names
+      one: "eb", "klass", "wino", "credit", with settings "eb:gamma=0.1". Its class describes it;
+      "klass" takes `steps` too. Or a
       function (log confidence [G], -inf for slots that are not candidates; evaluations made in the
       block, int32) -> bool [G]. A block ends when nothing is masked, or after block_length
       evaluations. This function and that of `remasking` are traced and static under jit: hashable,
@@ -148,7 +148,7 @@ class DecodeConfig:
         require(not all(given[1:]), "threshold and factor exclude each other")
         rule = self.unmask
         if isinstance(rule, str):
-            rule = unmasking_rule(rule, {})
+            rule = unmasking_rule(rule)
             object.__setattr__(self, "unmask", rule)
         if rule is not None:
             require(callable(rule), f"unmask must be a function, a rule or a name, got {rule!r}")
@@ -311,20 +311,18 @@ class DecodeConfig:
         if isinstance(self.recompute, CacheMethod):
             flat["recompute"]["method"] = self.recompute.name
         if type(self.unmask) in UNMASKING.values():
-            name = self.unmask.name
-            options = {f"{name}_{field}": x for field, x in dataclasses.asdict(self.unmask).items()}
-            flat |= {"unmask": name, **options}
+            flat["unmask"] = dataclasses.asdict(self.unmask) | {"rule": self.unmask.name}
         return flat | {"remasking": getattr(self.remasking, "name", "")}
 
     @classmethod
     def from_flat(cls, **settings: Any) -> DecodeConfig:
         """Returns the settings that `to_flat` gave, also after JSON made lists of tuples."""
         settings["stop_ids"] = tuple(settings.get("stop_ids", ()))
-        if isinstance(method := settings.get("recompute"), dict):
-            fields = {name: value for name, value in method.items() if name != "method"}
-            settings["recompute"] = CACHE_METHODS[method["method"]](**fields)
-        options = {name: settings.pop(name) for name in OPTIONS if name in settings}
-        settings["unmask"] = unmasking_rule(settings.get("unmask"), options)
+        tables = ("recompute", "method", CACHE_METHODS), ("unmask", "rule", UNMASKING)
+        for field, key, table in tables:
+            if isinstance(given := settings.get(field), dict):
+                options = {name: value for name, value in given.items() if name != key}
+                settings[field] = table[given[key]](**options)
         return cls(**settings)
 
 

@@ -20,11 +20,11 @@ from pdllm_jax.cli.errors import seed
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine.inputs import Request
 from pdllm_jax.method.caches import CACHE_METHODS, RECOMPUTE, CacheMethod, cache_method
-from pdllm_jax.method.caches.naming import settings_text
 from pdllm_jax.method.encodings import ENCODINGS, Bridge
 from pdllm_jax.method.sampling import CONFIDENCES
 from pdllm_jax.method.scorers import SCORERS, DraftScorer
-from pdllm_jax.method.unmasking import OPTIONS, UNMASKING, unmasking_rule
+from pdllm_jax.method.unmasking import UNMASKING, Unmasking, unmasking_rule
+from pdllm_jax.naming import settings_text
 from pdllm_jax.network.config import WeightFormat
 from pdllm_jax.network.sharding import make_mesh, parse_mesh
 from pdllm_jax.rules import ConfigError, require
@@ -47,7 +47,6 @@ CHOICES = {
     "scorer": ("leave-one-out", *SCORERS),
     "encoding": tuple(ENCODINGS),
     "remasking": tuple(CONFIDENCES),
-    "unmask": tuple(UNMASKING),
     "recompute": tuple(RECOMPUTE),
 }
 
@@ -60,8 +59,19 @@ def method(text: str) -> CacheMethod:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-METAVARS = {int: "N", seed: "N", float: "X", Path: "PATH", method: "NAME[:SETTING=VALUE..]"}
-METHODS = ", ".join(map(settings_text, CACHE_METHODS.values()))
+def unmask(text: str) -> Unmasking:
+    """Returns a flag's unmasking rule, checked before anything is loaded."""
+    try:
+        return unmasking_rule(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+METAVARS = {int: "N", seed: "N", float: "X", Path: "PATH"}
+METAVARS |= dict.fromkeys((method, unmask), "NAME[:SETTING=VALUE..]")
+METHODS, UNMASKS = (
+    ", ".join(map(settings_text, table.values())) for table in (CACHE_METHODS, UNMASKING)
+)
 # What --help says of each flag; a default is added where the text has none.
 HELP = {
     "context-file": "the document, UTF-8 text; - for standard input",
@@ -101,18 +111,8 @@ HELP = {
     "first-slot-alone": "a block's first evaluation fills its first slot alone (Fast-dLLM)",
     "threshold": "unmask every slot at least this probable",
     "factor": "Fast-dLLM's factor rule",
-    "unmask": "another rule, instead of --steps, --threshold and --factor: EB-Sampler, KLASS, "
-    "WINO, or dInfer's credit",
-    "eb-gamma": "entropy of the slots of a step, less the largest, in nats",
-    "klass-threshold": "unmask stable slots more probable than this",
-    "klass-kl": "a slot is stable while its prediction diverges by less, in nats",
-    "klass-history": "for this many evaluations",
-    "wino-threshold": "unmask slots more probable than this",
-    "wino-threshold-back": "mask slots again that are less probable than this",
-    "credit-threshold": "unmask every slot at least this probable, with credit",
-    "credit-alpha": "weight of the credit in the logits",
-    "credit-boost": "a token gains its probability to this power",
-    "credit-decay": "share of the credit that a step keeps",
+    "unmask": "a rule instead of --steps, --threshold and --factor; with the defaults of its "
+    f"settings: {UNMASKS}",
     "guidance": "classifier-free guidance, for method plain",
     "logits-eos-inf": "never predict EOS, as LLaDA's published evaluation can",
     "confidence-eos-eot-inf": "unmask slots that predict EOS or EOT last, as published",
@@ -149,14 +149,9 @@ HELP = {
 }
 
 
-def add(
-    parser: Any, name: str, kind: Callable[[str], Any] = str, shown: Any = None, **options: Any
-) -> None:
-    """Adds a flag of HELP: a switch for `bool`, otherwise an option of this type.
-
-    shown: the default in the help of a flag that has none, because its absence counts.
-    """
-    text = HELP[name] if shown is None else f"{HELP[name]} (default: {shown})"
+def add(parser: Any, name: str, kind: Callable[[str], Any] = str, **options: Any) -> None:
+    """Adds a flag of HELP: a switch for `bool`, otherwise an option of this type."""
+    text = HELP[name]
     if kind is bool:
         options.setdefault("action", "store_true")
     elif "choices" not in options:
@@ -181,6 +176,7 @@ def add_fields(parser: Any, settings: type, names: Collection[str] | None = None
         name = "score" if dest == "scorer" else dest.replace("_", "-")
         hint = hints[field.name]
         kind = get_args(hint)[0] if get_origin(hint) is types.UnionType else hint
+        kind = {"unmask": unmask}.get(field.name, kind)
         if kind is bool:
             action = "store_false" if field.default else "store_true"
             add(parser, f"no-{name}" if field.default else name, bool, dest=dest, action=action)
@@ -208,9 +204,6 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of decoding, chunking and selection."""
     group: Any = parser.add_argument_group("decoding")
     add_fields(group, DecodeConfig)
-    for option, (name, field) in OPTIONS.items():
-        default = getattr(UNMASKING[name](), field)
-        add(group, option.replace("_", "-"), type(default), shown=default)
     parser.set_defaults(block_length=None)
     add(group, "early-stop", bool)
     group = parser.add_argument_group("chunks and their selection (method prefilling)")
@@ -236,12 +229,9 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
     fits = limit is None or 0 < limit < 1e6
     require(fits, f"--memory-limit must be a number of GB, got {limit}")
     chosen = cache_method(args.method)
-    options = {name: getattr(args, name) for name in OPTIONS}
-    given = {name: option for name, option in options.items() if option is not None}
     decoding = from_args(
         DecodeConfig,
         args,
-        unmask=unmasking_rule(args.unmask, given),
         block_length=blocks if args.block_length is None else args.block_length,
         recompute="response" if args.guidance else args.recompute,
     )

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.evaluation.prompts import fitting_block
-from pdllm_jax.method.unmasking import OPTIONS, unmasking_rule
 from pdllm_jax.rules import is_index, require
 
 _LENGTH_SETTINGS = ("gen_length", "block_length")
@@ -23,7 +22,7 @@ CHUNKING, SELECTION, DECODING = (
     for config in (ChunkConfig, SelectionConfig, DecodeConfig)
 )
 # `top_k` is the number of chunks; `alg` chooses a published generation of Dream.
-DECODING = ["sample_top_k" if name == "top_k" else name for name in DECODING] + ["alg", *OPTIONS]
+DECODING = ["sample_top_k" if name == "top_k" else name for name in DECODING] + ["alg"]
 _UNMASKING = ("threshold", "factor", "steps", "unmask")  # one of them says what a step unmasks
 
 # Names of the hf, vllm and API wrappers, of LLaDA's eval_llada.py and of Dream's evaluation.
@@ -129,11 +128,8 @@ def decode_config(
       ConfigError: settings that DecodeConfig refuses, or both steps and threshold.
     """
     if any(name in task for name in _UNMASKING):
-        model = {name: x for name, x in model.items() if name not in (*_UNMASKING, *OPTIONS)}
+        model = {name: value for name, value in model.items() if name not in _UNMASKING}
     settings = {"temperature": 0.0, **model, **task}
-    options = {name: settings.pop(name) for name in OPTIONS if name in settings}
-    if options or "unmask" in settings:
-        settings["unmask"] = unmasking_rule(settings.get("unmask"), options)
     if "sample_top_k" in settings:
         settings["top_k"] = settings.pop("sample_top_k")
     block = fitting_block(length, block_length)

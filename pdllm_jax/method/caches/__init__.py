@@ -8,10 +8,10 @@ from pdllm_jax.method.caches.dkv_cache import DKVCacheDecode, DKVCacheGreedy
 from pdllm_jax.method.caches.dllm_cache import DLLMCache
 from pdllm_jax.method.caches.elastic_cache import ElasticCache
 from pdllm_jax.method.caches.mask_kv import MaskKV
-from pdllm_jax.method.caches.naming import read_method
 from pdllm_jax.method.caches.published import DualCache, Plain, Prefilling, PrefixCache
 from pdllm_jax.method.caches.sparse_d import SparseD
 from pdllm_jax.method.caches.sparse_dllm import SparseDLLM
+from pdllm_jax.naming import read_named
 
 _ALL: tuple[type[CacheMethod], ...] = (
     Prefilling,
@@ -41,9 +41,9 @@ def cache_method(method: str | CacheMethod) -> CacheMethod:
     """Returns a method, which may be given as text: a name, or a name with settings.
 
     Raises:
-      ConfigError: see `naming.read_method`.
+      ConfigError: see `naming.read_named`.
     """
-    return read_method(method, CACHE_METHODS) if isinstance(method, str) else method
+    return read_named("method", method, CACHE_METHODS) if isinstance(method, str) else method
 
 
 __all__ = [

@@ -14,13 +14,13 @@ query, response. The rows of `Step.rows` begin with the query.
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pdllm_jax.method.cache import DenoiseState, LiveCache
+from pdllm_jax.naming import text_of
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.transformer import MaskPredictor
 from pdllm_jax.rules import ConfigError
@@ -63,13 +63,6 @@ class Evaluation(NamedTuple):
     refreshed: Bool[Array, "B"] | bool = True
 
 
-def value_text(value: Any) -> str:
-    """Returns a setting's value as `cache_method` reads it."""
-    if value is None:
-        return "none"
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 @dataclasses.dataclass(frozen=True)
 class CacheMethod:
     """How an answer is decoded: the base class of every method.
@@ -92,10 +85,7 @@ class CacheMethod:
 
     def __str__(self) -> str:
         """The text that `cache_method` reads: the name, and settings that are not the defaults."""
-        values = {field: getattr(self, field.name) for field in dataclasses.fields(self)}
-        changed = {x.name: value for x, value in values.items() if value != x.default}
-        texts = (f"{name}={value_text(value)}" for name, value in changed.items())
-        return ":".join([self.name, *texts])
+        return text_of(self)
 
     def decode_config(self, config: DecodeConfig) -> DecodeConfig:
         """Returns config with this method.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from pdllm_jax.method.unmasking.base import Choice, Custom, Rows, Seen, Unmasking, transfer
@@ -18,36 +17,23 @@ from pdllm_jax.method.unmasking.published import (
     due_of,
 )
 from pdllm_jax.method.unmasking.wino import Wino
-from pdllm_jax.rules import require
+from pdllm_jax.naming import read_named
 
 _ALL: tuple[type[Unmasking], ...] = (EntropyBound, Klass, Wino, Credit)
 # `DecodeConfig.unmask` by name.
 UNMASKING = {rule.name: rule for rule in _ALL}
-# Flat names of the rules' settings, as flags and lm-eval arguments have them: rule and field.
-OPTIONS = {
-    f"{name}_{field.name}": (name, field.name)
-    for name, rule in UNMASKING.items()
-    for field in dataclasses.fields(rule)
-}
 
 
-def unmasking_rule(name: Any, options: dict[str, Any]) -> Any:
-    """Returns the rule of a name, with settings by their flat names; another value as it is.
+def unmasking_rule(rule: Any) -> Any:
+    """Returns a rule, which may be given as text: a name, or a name with settings.
 
     Raises:
-      ConfigError: the name is not known, an option belongs to another rule, or a wrong value.
+      ConfigError: see `naming.read_named`.
     """
-    for option in options:
-        rule, _ = OPTIONS[option]
-        require(rule == name, f"{option} needs unmask={rule!r}, got {name!r:.60}")
-    if not isinstance(name, str):
-        return name
-    require(name in UNMASKING, f"unmask {name!r} is not known ({', '.join(UNMASKING)})")
-    return UNMASKING[name](**{OPTIONS[option][1]: value for option, value in options.items()})
+    return read_named("unmask", rule, UNMASKING) if isinstance(rule, str) else rule
 
 
 __all__ = [
-    "OPTIONS",
     "UNMASKING",
     "Chance",
     "Choice",

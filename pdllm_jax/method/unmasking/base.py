@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pdllm_jax.naming import text_of
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.rules import require
 
@@ -89,6 +90,10 @@ class Unmasking:
     reads_steps: ClassVar[bool] = False
     verifies: ClassVar[bool] = False
 
+    def __str__(self) -> str:
+        """The text that `DecodeConfig.unmask` reads: the name, and changed settings."""
+        return text_of(self)
+
     def check(self, config: ModelConfig) -> None:
         """Raises ConfigError for a model that the rule cannot decode."""
         simple = not (self.verifies and config.logit_shift)
@@ -96,7 +101,12 @@ class Unmasking:
         require(simple, f"unmask {self.name!r} {message}")
 
     def start(self, slots: int, block_length: int, vocabulary: int) -> Any:
-        """Returns the memory of a request before its first step, a pytree of arrays, or None."""
+        """Returns the memory of a request before its first step: arrays, tuples of them, or None.
+
+        Args:
+          slots: of the response, G.
+          vocabulary: logits of a slot, V.
+        """
         return None
 
     def adjust(self, rows: Rows, memory: Any) -> tuple[Float[Array, "T V"], Any]:

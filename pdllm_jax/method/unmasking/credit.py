@@ -38,7 +38,7 @@ class Credit(Unmasking):
 
     def __post_init__(self) -> None:
         rules = {"threshold": SHARE, "alpha": AT_LEAST_0, "boost": AT_LEAST_0, "decay": UNIT}
-        validate(self, rules, "credit_")
+        validate(self, rules, "credit ")
 
     def start(self, slots: int, block_length: int, vocabulary: int) -> Float[Array, "block V"]:
         return jnp.zeros((block_length, vocabulary))

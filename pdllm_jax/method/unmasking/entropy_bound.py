@@ -29,11 +29,12 @@ class EntropyBound(Unmasking):
     """
 
     name: ClassVar[str] = "eb"
+    fills_behind: ClassVar[bool] = False
 
     gamma: float = 0.001
 
     def __post_init__(self) -> None:
-        validate(self, {"gamma": AT_LEAST_0}, "eb_")
+        validate(self, {"gamma": AT_LEAST_0}, "eb ")
 
     def read(self, logits: Float[Array, "T V"], rows: Rows, memory: Any) -> tuple[Array, Any]:
         """Returns the entropy of each prediction, in nats."""

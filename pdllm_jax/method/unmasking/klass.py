@@ -12,7 +12,7 @@ With a cache, a slot's divergence is that of its last two evaluations.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,8 @@ from pdllm_jax.method.unmasking.base import Choice, Rows, Seen, Unmasking
 from pdllm_jax.rules import AT_LEAST_0, SHARE, SIZE, validate
 
 _EPS = 1e-12  # in the logarithms, as published
-
-
-class Evaluated(NamedTuple):
-    """Of each slot the probabilities of its last evaluation, and its last divergences in nats."""
-
-    probability: Float[Array, "G V"]
-    divergence: Float[Array, "G H"]
+# Of each slot the probabilities of its last evaluation, and its last divergences in nats.
+_Memory = tuple[Float[Array, "G V"], Float[Array, "G H"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,25 +49,25 @@ class Klass(Unmasking):
     history: int = 2
 
     def __post_init__(self) -> None:
-        validate(self, {"threshold": SHARE, "kl": AT_LEAST_0, "history": SIZE}, "klass_")
+        validate(self, {"threshold": SHARE, "kl": AT_LEAST_0, "history": SIZE}, "klass ")
 
-    def start(self, slots: int, block_length: int, vocabulary: int) -> Evaluated:
-        return Evaluated(jnp.zeros((slots, vocabulary)), jnp.zeros((slots, self.history)))
+    def start(self, slots: int, block_length: int, vocabulary: int) -> _Memory:
+        return jnp.zeros((slots, vocabulary)), jnp.zeros((slots, self.history))
 
     def read(
-        self, logits: Float[Array, "T V"], rows: Rows, memory: Evaluated
-    ) -> tuple[Bool[Array, "T"], Evaluated]:
+        self, logits: Float[Array, "T V"], rows: Rows, memory: _Memory
+    ) -> tuple[Bool[Array, "T"], _Memory]:
         """Returns which predictions are stable."""
         now = jax.nn.softmax(rows.logits)
         before, divergence = (x.at[rows.slots].get(mode="clip") for x in memory)
         kl = row_sum(now * (jnp.log(now + _EPS) - jnp.log(before + _EPS)))
         divergence = jnp.concatenate([divergence[:, 1:], kl[:, None]], axis=1)
         stable = (divergence < self.kl).all(axis=1) & (rows.step >= self.history - 1)
-        probability, kept = memory
-        probability = probability.at[rows.slots].set(now, mode="drop")
-        return stable, Evaluated(probability, kept.at[rows.slots].set(divergence, mode="drop"))
+        new = zip(memory, (now, divergence), strict=True)
+        kept, divergences = (x.at[rows.slots].set(values, mode="drop") for x, values in new)
+        return stable, (kept, divergences)
 
-    def take(self, seen: Seen, memory: Evaluated) -> Choice:
+    def take(self, seen: Seen, memory: _Memory) -> Choice:
         sure = seen.confidence > jnp.log(jnp.float32(self.threshold))
         ready = sure & seen.reading
         return Choice(jnp.where(ready.any(), ready, rank(seen.confidence) < seen.due), memory)

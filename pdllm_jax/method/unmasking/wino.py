@@ -8,7 +8,7 @@ same step unmasks; a predicted mask token counts as filled until the block ends.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -20,13 +20,8 @@ from pdllm_jax.rules import SHARE, validate
 # A step unmasks at most 7 tenths of the masked slots, and between 5 and 20.
 _TENTHS, _FEWEST, _MOST = 7, 5, 20
 _FIRST_ACCEPTED = 30  # stands for the step before a block's first one
-
-
-class Accepted(NamedTuple):
-    """Slots that the last step unmasked, and slots filled with the mask token."""
-
-    number: Int[Array, ""]
-    mask_tokens: Bool[Array, "G"]
+# The number of slots that the last step unmasked, and the slots filled with the mask token.
+_Memory = tuple[Int[Array, ""], Bool[Array, "G"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +40,17 @@ class Wino(Unmasking):
     threshold_back: float = 0.9
 
     def __post_init__(self) -> None:
-        validate(self, {"threshold": SHARE, "threshold_back": SHARE}, "wino_")
+        validate(self, {"threshold": SHARE, "threshold_back": SHARE}, "wino ")
 
-    def start(self, slots: int, block_length: int, vocabulary: int) -> Accepted:
-        return Accepted(jnp.int32(_FIRST_ACCEPTED), jnp.zeros((slots,), bool))
+    def start(self, slots: int, block_length: int, vocabulary: int) -> _Memory:
+        return jnp.int32(_FIRST_ACCEPTED), jnp.zeros((slots,), bool)
 
-    def masked(self, masked: Array, step: Array, memory: Accepted) -> Array:
+    def masked(self, masked: Array, step: Array, memory: _Memory) -> Array:
         """Leaves out slots that this block's steps filled with the mask token."""
-        return masked & ((step == 0) | ~memory.mask_tokens)
+        return masked & ((step == 0) | ~memory[1])
 
-    def take(self, seen: Seen, memory: Accepted) -> Choice:
+    def take(self, seen: Seen, memory: _Memory) -> Choice:
+        accepted, mask_tokens = memory
         place = rank(seen.confidence)
         candidates = (seen.confidence > -jnp.inf).sum()
         most = jnp.clip(_TENTHS * candidates // 10, _FEWEST, _MOST)
@@ -62,10 +58,10 @@ class Wino(Unmasking):
         take = jnp.where(take.sum() > most, place < most, take | (place == 0))
         take &= seen.confidence > -jnp.inf
         count, first = take.sum(), seen.step == 0
-        before = jnp.where(first, _FIRST_ACCEPTED, memory.number)
+        before = jnp.where(first, _FIRST_ACCEPTED, accepted)
         belief = jnp.where(seen.filled, seen.reading, jnp.inf)
         remask = belief < jnp.log(jnp.float32(self.threshold_back))
         least = rank(-belief) < before - 1
         remask = jnp.where(remask.sum() >= before, least, remask) & (count > 1)
-        mask_tokens = memory.mask_tokens & ~first & ~remask | take & seen.is_mask
-        return Choice(take, Accepted(count, mask_tokens), remask)
+        mask_tokens = mask_tokens & ~first & ~remask | take & seen.is_mask
+        return Choice(take, (count, mask_tokens), remask)

@@ -156,10 +156,6 @@ class RecordedModel(MaskPredictor):
         self.recorder.forwards.append([*stream.shape[:2], 0])
         return super().advance(layer, stream, attend, carry)
 
-    def embed(self, token_ids: Array) -> Array:
-        self.recorder.forwards.append([*token_ids.shape, 0])
-        return super().embed(token_ids)
-
     def keys(self, layer: int, stream: Array) -> Array:
         self.recorder.forwards.append([*stream.shape[:2], 0])
         return super().keys(layer, stream)

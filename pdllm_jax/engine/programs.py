@@ -27,7 +27,7 @@ from pdllm_jax.method.prefill import encode_document, prefill, prefill_top_k
 from pdllm_jax.method.scoring import draft_response, score_chunks
 from pdllm_jax.method.selection import select
 from pdllm_jax.network.config import ModelConfig
-from pdllm_jax.network.transformer import Attend, Carry, MaskPredictor, StreamHook
+from pdllm_jax.network.transformer import Attend, Carry, LayerParts, MaskPredictor, StreamHook
 
 
 class Shapes(NamedTuple):
@@ -159,6 +159,10 @@ class RecordedModel(MaskPredictor):
     def keys(self, layer: int, stream: Array) -> Array:
         self.recorder.forwards.append([*stream.shape[:2], 0])
         return super().keys(layer, stream)
+
+    def parts(self, layer: int, stream: Array) -> tuple[LayerParts, Array]:
+        self.recorder.forwards.append([*stream.shape[:2], 0])
+        return super().parts(layer, stream)
 
     def streams(self, *rows: int) -> Array:
         self.recorder.streams = math.prod(rows)

@@ -178,10 +178,6 @@ class LayerParts(NamedTuple):
     mesh: Mesh | None
     links: Array | None
 
-    def normed(self, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
-        """Returns what `heads` takes, of the residual stream in front of the layer."""
-        return self.block.attn_norm(x)
-
     def heads(
         self, normed: Float[Array, "B T M"], names: str
     ) -> tuple[Float[Array, "B T heads D"], ...]:
@@ -281,10 +277,12 @@ class MaskPredictor(nnx.Module):
         """Returns the keys that `advance` would give to attention, and computes nothing else."""
         return self.blocks[layer].keys(self._residual(stream))
 
-    def parts(self, layer: int) -> LayerParts:
-        """Returns a layer in parts."""
-        links = None if self.links is None else self.links[...]
-        return LayerParts(self.blocks[layer], self.mesh, links)
+    def parts(
+        self, layer: int, stream: Float[Array, "B T M"]
+    ) -> tuple[LayerParts, Float[Array, "B T M"]]:
+        """Returns a layer in parts, and the norm of the stream in front of it."""
+        block, links = self.blocks[layer], None if self.links is None else self.links[...]
+        return LayerParts(block, self.mesh, links), block.attn_norm(stream)
 
     def streams(self, *rows: int) -> Float[Array, "*rows M"]:
         """Returns room for residual streams, zeros; the leading axis is divided as `embed`'s."""

@@ -17,7 +17,8 @@ prompt costs what its K and V cost.
 `first_layer`: layer 0 recomputes all rows at every evaluation, as one version of the code does.
 Without it, V of most slots in layer 0 is the cached one, and rounding says which are recomputed.
 
-Not implemented: guidance, with caches and an interval of its own.
+Not reproduced: guidance, with caches and an interval of its own; evaluations in which nothing is
+due (LLaDA with more steps than tokens), which the authors make and count.
 
 All requests of a batch begin together, so that the active ones have made equally many evaluations.
 """
@@ -25,7 +26,6 @@ All requests of a batch begin together, so that the active ones have made equall
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -119,11 +119,21 @@ class KV:
     def __init__(self, step: Step, due: Due):
         self.step, self.mesh = step, step.model.mesh
         self.tail, self.due = Tail.of(step.model, step.state), due
+        self.slots = step.state.tokens.shape[1]
         self.live = self._live()
 
     def _live(self) -> LiveCache:
         assert self.step.state.live is not None
         return self.step.state.live
+
+    def cut(self, x: Float[Array, "B T M"]) -> Float[Array, "B R M"]:
+        """Returns the tail's rows of the evaluation's rows."""
+        rows = self.tail.row.shape[1]
+        return dynamic_slices(x, self.tail.start, rows) if self.due.prompt else x
+
+    def paste(self, x: Float[Array, "B T M"], tail: Float[Array, "B R M"]) -> Array:
+        """Returns x with other rows of the tail."""
+        return dynamic_updates(x, self.tail.start, tail) if self.due.prompt else tail
 
     def number(self, row: Int[Array, "B T"]) -> Int[Array, "B T"]:
         """Returns where rows of the request lie in `live`."""
@@ -150,6 +160,10 @@ class KV:
         """Attends from rotated queries."""
         total = self.step.state.placement.total
         return attention(self.mesh, q, self.live.k[layer], self.live.v[layer], total).out
+
+    def kept(self, outputs: Outputs) -> tuple[dict[str, Any], LiveCache | None]:
+        """Returns memory and live KV behind the evaluation."""
+        return {"outputs": outputs}, self.live
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,9 +205,13 @@ class DLLMCache(CacheMethod):
         return DLLMCache(*_SCRIPTS[model][task])
 
     def start(self, model: MaskPredictor, state: DenoiseState, config: DecodeConfig) -> Any:
-        shape = len(state.tokens), tail_rows(model, state)
-        layers = range(model.config.n_layers)
-        return tuple(tuple(model.streams(*shape) for _ in layers) for _ in Outputs._fields)
+        shape = len(state.tokens), tail_rows(model, state), model.config.d_model
+
+        def empty() -> tuple[Array, ...]:
+            layers = range(model.config.n_layers)
+            return tuple(jnp.zeros(shape, model.dtype) for _ in layers)
+
+        return {"outputs": Outputs(empty(), empty())}
 
     def kinds(self, config: DecodeConfig) -> list[Due]:
         """Returns what occurs in the evaluations of a response, in rising order of rows."""
@@ -214,30 +232,26 @@ class DLLMCache(CacheMethod):
     def evaluate(self, step: Step, width: int) -> Evaluation:
         model, state, due = step.model, step.state, self.kinds(step.config)[width]
         kv = self.kv(step, due)
-        tail, outputs = kv.tail, Outputs(*state.memory[: len(Outputs._fields)])
-        ids, layers = step.rows, model.config.n_layers
+        tail, outputs = kv.tail, state.memory["outputs"]
+        ids = step.rows
         if not due.prompt:
             ids = dynamic_slices(ids, tail.start, tail.row.shape[1])
         x = model.embed(ids)
         by = rotation(model.config, jnp.arange(ids.shape[1]) if due.prompt else tail.row)
         new: list[tuple[Array, Array]] = []
-        for layer in range(layers):
+        for layer in range(model.config.n_layers):
             old = outputs.attention[layer], outputs.mlp[layer]
-            x, outputs_of_layer = self._layer(kv, layer, x, by, old)
-            new.append(outputs_of_layer)
-        x = _cut(kv, x)
+            x, added = self._run(_Layer(kv, layer, *model.parts(layer, x), x, by, old))
+            new.append(added)
+        x = kv.cut(x)
 
         def logits(first: Array, size: int) -> Array:
             hidden = predicting_rows(model, x, state.query_length + first, size, tail.start)
             return model.logits(model.final_norm(hidden))
 
         predicted = predict_block(step, logits, jnp.ones(step.active.shape, bool))
-        memory, live = self.keep(kv, tuple(zip(*new, strict=True)))
+        memory, live = kv.kept(Outputs(*zip(*new, strict=True)))
         return Evaluation(*predicted, self._rows(step, due), live, memory)
-
-    def keep(self, kv: KV, outputs: tuple[tuple[Array, ...], ...]) -> tuple[Any, LiveCache | None]:
-        """Returns memory and live KV behind an evaluation."""
-        return outputs, kv.live
 
     def _rows(self, step: Step, due: Due) -> Array | float:
         length, layers = step.state.tokens.shape[1], step.model.config.n_layers
@@ -246,108 +260,95 @@ class DLLMCache(CacheMethod):
         rows = (first + (layers - 1) * few) / layers
         return step.state.query_length + rows if due.prompt else rows
 
-    def _layer(
-        self, kv: KV, layer: int, x: Array, by: Rotation, old: tuple[Array, Array]
-    ) -> tuple[Array, tuple[Array, Array]]:
-        """Returns the stream behind a layer, and the tail's outputs in it."""
-        parts, tail, every = kv.step.model.parts(layer), kv.tail, self.first_layer and layer == 0
-        normed = parts.normed(x)
-        if kv.due.response or every:
-            return self._many_rows(kv, layer, x, normed, by, old, None)
-        if self.ratio == 0:
+    def _run(self, layer: _Layer) -> tuple[Array, tuple[Array, Array]]:
+        """Returns the stream behind a layer, and what it added to the tail's rows."""
+        kv, old = layer.kv, layer.old
+        if kv.due.response or (self.first_layer and layer.index == 0):
+            front = self.first_layer_prompt and not layer.index
+            return layer.many_rows(None, front and self.first_layer)
+        if self.ratio > 0:
+            (v,) = layer.parts.heads(kv.cut(layer.normed), "v")
+            count = int(self.ratio * kv.slots)
+            cached = kv.of_tail(kv.live.v[layer.index])
+            chosen = _least_alike(v, cached, kv.tail.in_response, count)
             if kv.due.prompt:
-                none = jnp.zeros((len(x), 0), jnp.int32)
-                return self._many_rows(kv, layer, x, normed, by, old, none)
-            return x + old[0] + old[1], old
-        (v,) = parts.heads(_cut(kv, normed), "v")
-        count = int(self.ratio * tail_slots(kv))
-        chosen = _least_alike(v, kv.of_tail(kv.live.v[layer]), tail.in_response, count)
+                return layer.many_rows(chosen)
+            kv.write(layer.index, None, v, kv.tail.row, ~kv.tail.in_response)
+            return layer.few_rows(chosen)
         if kv.due.prompt:
-            return self._many_rows(kv, layer, x, normed, by, old, chosen)
-        kv.write(layer, None, v, tail.row, ~tail.in_response)
-        return _few_rows(kv, parts, layer, x, normed, old, chosen)
+            none = jnp.zeros((len(layer.x), 0), jnp.int32)
+            return layer.many_rows(none, keep_values=True)
+        return layer.x + old[0] + old[1], old
 
-    def _many_rows(
-        self,
-        kv: KV,
-        layer: int,
-        x: Array,
-        normed: Array,
-        by: Rotation,
-        old: tuple[Array, Array],
-        chosen: Int[Array, "B n"] | None,
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """A layer in an evaluation.
+
+    x, normed: the stream in front of it, and the norm of that. by: rotation of its rows. old: what
+    attention and MLP added to the tail's rows when these were computed last.
+    """
+
+    kv: KV
+    index: int
+    parts: LayerParts
+    normed: Float[Array, "B T M"]
+    x: Float[Array, "B T M"]
+    by: Rotation
+    old: tuple[Float[Array, "B R M"], Float[Array, "B R M"]]
+
+    def many_rows(
+        self, chosen: Int[Array, "B n"] | None, front: bool = False, keep_values: bool = False
     ) -> tuple[Array, tuple[Array, Array]]:
-        """Computes a layer of all rows of x; the tail keeps cached outputs of rows not recomputed.
+        """Computes all rows of x; returns as `few_rows`.
 
-        chosen: the rows of the response that are recomputed, as places in the tail; None for all.
+        chosen: rows of the response that are recomputed, as places in the tail, None for all. The
+          others keep K and the cached outputs, with keep_values also V.
+        front: recomputes the outputs of the row in front of the response.
         """
-        parts, tail = kv.step.model.parts(layer), kv.tail
+        kv, index, tail, x = self.kv, self.index, self.kv.tail, self.x
         fresh = tail.in_response
         if chosen is not None:
-            at = jnp.arange(len(x))[:, None], chosen
-            fresh = jnp.zeros_like(fresh).at[at].set(True)
+            fresh = jnp.zeros_like(fresh).at[jnp.arange(len(x))[:, None], chosen].set(True)
         stale = tail.in_response & ~fresh
-        front = self.first_layer_prompt and self.first_layer and layer == 0
         if kv.due.prompt or front:
             fresh |= ~tail.in_response
-        q, k, v = parts.heads(normed, "qkv")
-        q, k = rotate(q, by), rotate(k, by)
+        q, k, v = self.parts.heads(self.normed, "qkv")
+        q, k = rotate(q, self.by), rotate(k, self.by)
         if kv.due.prompt:
             none = jnp.zeros(x.shape[:2], bool)
             keep = None if chosen is None else dynamic_updates(none, tail.start, stale)
-            seen = kv.attend_all(layer, q, k, v, (keep, keep if self.ratio == 0 else None))
+            seen = kv.attend_all(index, q, k, v, (keep, keep if keep_values else None))
         else:
-            kv.write(layer, k, v, tail.row, ~tail.in_response)
-            seen = kv.attend(layer, q)
-        outputs: list[Array] = []
-        for output, cached in zip((parts.attention_output, parts.mlp_output), old, strict=True):
-            added = output(seen if not outputs else x)
-            outputs.append(jnp.where(fresh[..., None], _cut(kv, added), cached))
-            x = _paste(kv, x + added, _cut(kv, x) + outputs[-1])
-        return x, (outputs[0], outputs[1])
+            kv.write(index, k, v, tail.row, ~tail.in_response)
+            seen = kv.attend(index, q)
 
+        def add(x: Array, output: Array, cached: Array) -> tuple[Array, Array]:
+            output_of_tail = jnp.where(fresh[..., None], kv.cut(output), cached)
+            return kv.paste(x + output, kv.cut(x) + output_of_tail), output_of_tail
 
-def tail_slots(kv: KV) -> int:
-    """Returns G, the slots of the response."""
-    return kv.step.state.tokens.shape[1]
+        x, attended = add(x, self.parts.attention_output(seen), self.old[0])
+        x, transformed = add(x, self.parts.mlp_output(x), self.old[1])
+        return x, (attended, transformed)
 
+    def few_rows(self, chosen: Int[Array, "B n"]) -> tuple[Array, tuple[Array, Array]]:
+        """Computes the chosen rows of the tail; the others add the cached outputs.
 
-def _cut(kv: KV, x: Float[Array, "B T M"]) -> Float[Array, "B R M"]:
-    """Returns the tail's rows of an evaluation's rows."""
-    rows = kv.tail.row.shape[1]
-    return dynamic_slices(x, kv.tail.start, rows) if kv.due.prompt else x
-
-
-def _paste(kv: KV, x: Float[Array, "B T M"], tail: Float[Array, "B R M"]) -> Array:
-    """Returns x with other rows of the tail."""
-    return dynamic_updates(x, kv.tail.start, tail) if kv.due.prompt else tail
-
-
-def _few_rows(
-    kv: KV,
-    parts: LayerParts,
-    layer: int,
-    x: Float[Array, "B R M"],
-    normed: Float[Array, "B R M"],
-    old: tuple[Array, Array],
-    chosen: Int[Array, "B n"],
-) -> tuple[Array, tuple[Array, Array]]:
-    """Computes a layer of the chosen rows of the tail; the others add the cached outputs."""
-    at = jnp.arange(len(x))[:, None], chosen
-
-    def into(cached: Array, compute: Callable[[], Array]) -> Array:
-        return cached.at[at].set(compute()) if chosen.shape[1] else cached
-
-    def attended() -> Array:
-        q, k = parts.heads(normed[at], "qk")
-        by = rotation(kv.step.model.config, kv.tail.row[at])
-        kv.write(layer, rotate(k, by), None, kv.tail.row[at], None)
-        return parts.attention_output(kv.attend(layer, rotate(q, by)))
-
-    attention_output = into(old[0], attended)
-    x = x + attention_output
-    mlp_output = into(old[1], lambda: parts.mlp_output(x[at]))
-    return x + mlp_output, (attention_output, mlp_output)
+        Returns the stream behind the layer, and what the layer added to the tail's rows.
+        """
+        kv, x, (attended, transformed) = self.kv, self.x, self.old
+        at = jnp.arange(len(x))[:, None], chosen
+        if chosen.shape[1]:
+            q, k = self.parts.heads(self.normed[at], "qk")
+            row = kv.tail.row[at]
+            by = rotation(kv.step.model.config, row)
+            kv.write(self.index, rotate(k, by), None, row, None)
+            seen = kv.attend(self.index, rotate(q, by))
+            attended = attended.at[at].set(self.parts.attention_output(seen))
+        x = x + attended
+        if chosen.shape[1]:
+            transformed = transformed.at[at].set(self.parts.mlp_output(x[at]))
+        return x + transformed, (attended, transformed)
 
 
 def _least_alike(

@@ -30,6 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pdllm_jax.method.cache import DenoiseState, LiveCache
 from pdllm_jax.method.caches.base import CacheMethod, Evaluation
+from pdllm_jax.method.caches.chosen_rows import true_numbers
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import attention
@@ -154,7 +155,7 @@ class _Work:
         batch = jnp.arange(len(self.ids))[:, None]
         slot, row = jnp.arange(slots), jnp.arange(size)
         window = self.memory.window.shape[1]
-        self.slots = jnp.sort(jnp.where(step.masked, slot, slots), axis=1)[:, :window]
+        self.slots = true_numbers(step.masked, window, slots)
         there = self.slots < slots
         query = state.query_length[:, None]
         self.window = jnp.where(there, query + self.slots, size)
@@ -166,7 +167,7 @@ class _Work:
         self.active = jnp.zeros(self.ids.shape, bool).at[batch, places].set(True, mode="drop")
         self.none = self.live.k[0].shape[1]
         most = min(size, (2 + model.lookback) * window)
-        self.rows = jnp.sort(jnp.where(self.active, row, self.none), axis=1)[:, :most]
+        self.rows = true_numbers(self.active, most, self.none)
         self.count, self.total = self.active.sum(axis=1), step.context.placement.total
         known = row < self.total[:, None]
         self.watchable = known & (self.ids != model.config.mask_token_id)

@@ -37,7 +37,7 @@ from pdllm_jax.method.cache import (
     dynamic_updates,
     live_rows,
 )
-from pdllm_jax.method.caches.dllm_cache import KV, DLLMCache, Due
+from pdllm_jax.method.caches.dllm_cache import KV, DLLMCache, Due, Outputs
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.sharding import attention, constrain, heads_spec, local, rows_axis
 from pdllm_jax.network.transformer import MaskPredictor
@@ -53,7 +53,7 @@ Budgets = tuple[tuple[int, ...], ...]  # [layer][KV head]
 class KeptKV(KV):
     """K and V of the response, then of the kept tokens of the prompt, then padding.
 
-    kept: of each layer the rows of the prompt that are kept, ascending, [B, G, n]; what is not a
+    places: of each layer the rows of the prompt that are kept, ascending, [B, G, n]; what is not a
       row of the prompt stands behind them.
     """
 
@@ -62,13 +62,14 @@ class KeptKV(KV):
         method = step.method
         assert isinstance(method, MaskKV)
         self.counts = [method.counts(step.model.config, layer) for layer in self._layers()]
-        self.kept = list(step.state.memory[-1])
+        self.places = list(step.state.memory["kept"])
 
     def _layers(self) -> range:
         return range(self.step.model.config.n_layers)
 
     def _live(self) -> LiveCache:
-        return LiveCache(*self.step.state.memory[2:4])
+        live: LiveCache = self.step.state.memory["live"]
+        return live
 
     def number(self, row: Int[Array, "B T"]) -> Int[Array, "B T"]:
         return row - self.step.state.query_length[:, None]
@@ -97,8 +98,8 @@ class KeptKV(KV):
         inputs = (heads, heads, heads, by_head, each, each, by_head)
         keeping = local(mesh, choose, inputs, (heads, heads, by_head))
         first = state.evaluations == 0
-        given = q, k, v, seen.lse, state.query_length, first, self.kept[layer]
-        k, v, self.kept[layer] = keeping(*given)
+        given = q, k, v, seen.lse, state.query_length, first, self.places[layer]
+        k, v, self.places[layer] = keeping(*given)
         put = lambda rows, new: (*rows[:layer], new, *rows[layer + 1 :])  # noqa: E731
         self.live = LiveCache(put(live.k, k), put(live.v, v))
         return seen.out
@@ -116,6 +117,9 @@ class KeptKV(KV):
         out = attention(None, q.reshape(batch * groups, rows, -1, dim), k, v, lengths.ravel()).out
         out = out.reshape(batch, groups, rows, -1, dim).transpose(0, 2, 1, 3, 4)
         return out.reshape(batch, rows, heads, dim)
+
+    def kept(self, outputs: Outputs) -> tuple[dict[str, Any], LiveCache | None]:
+        return {"outputs": outputs, "live": self.live, "kept": tuple(self.places)}, None
 
 
 def _keep(
@@ -217,6 +221,10 @@ class MaskKV(DLLMCache):
         budget = self.budget
         return budget[layer] if isinstance(budget, tuple) else (budget,) * model.n_kv_heads
 
+    def scratch(self, model: ModelConfig, config: DecodeConfig, rows: int, itemsize: int) -> int:
+        # Where kept keys are chosen: scores and weights of a KV head, in float32.
+        return 2 * 4 * (model.n_heads // model.n_kv_heads) * config.gen_length * rows
+
     def start(self, model: MaskPredictor, state: DenoiseState, config: DecodeConfig) -> Any:
         (batch, slots), c = state.tokens.shape, model.config
         heads, kv, kept = c.n_kv_heads, [], []
@@ -227,11 +235,8 @@ class MaskKV(DLLMCache):
             kv.append(jnp.zeros((batch, live_rows(slots + most), heads, c.head_dim), model.dtype))
             kept.append(jnp.zeros((batch, heads, most), jnp.int32))
         live = constrain(model.mesh, LiveCache(tuple(kv), tuple(map(jnp.zeros_like, kv))), "live")
-        return (*super().start(model, state, config), live.k, live.v, tuple(kept))
-
-    def keep(self, kv: KV, outputs: tuple[tuple[Array, ...], ...]) -> tuple[Any, LiveCache | None]:
-        assert isinstance(kv, KeptKV)
-        return (*outputs, kv.live.k, kv.live.v, tuple(kv.kept)), None
+        outputs = super().start(model, state, config)
+        return {**outputs, "live": live, "kept": tuple(kept)}
 
 
 def mask_kv_budgets(

@@ -1,4 +1,4 @@
-"""SparseD: all rows at every evaluation, attention over chosen tiles of keys.
+"""SparseD (Wang et al., 2025): all rows at every evaluation, attention over chosen tiles of keys.
 
 Evaluations 0 to int(steps * skip) + 1 attend to everything. In the last of these each layer, head
 and tile of queries chooses tiles of keys, and all later evaluations use them:
@@ -12,15 +12,15 @@ is the prompt's; the response has at least one tile, the last; for LLaDA the pro
 sqrt(heads) instead of sqrt(head size) where tiles are chosen; evaluations count over all blocks. No
 more tiles are chosen than there are, where the code fails.
 
-Nothing of size rows x rows exists: scores and sparse attention are made a tile of queries at a
-time, from lists of tiles for each head.
+Nothing of size rows x rows exists. Tiles are chosen for one tile of queries at a time. Sparse
+attention is `chunk_attention` from lists of tiles: the Hopper kernel where tiles have a multiple of
+64 rows, else XLA, a tile of keys of each list at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
@@ -30,6 +30,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import chunk_attention
 from pallas_kernels.common import row_sum
 from pdllm_jax.method.cache import DenoiseState
 from pdllm_jax.method.caches.base import CacheMethod, Evaluation
@@ -83,11 +84,14 @@ class SparseD(CacheMethod):
     def scratch(self, model: ModelConfig, config: DecodeConfig, rows: int, itemsize: int) -> int:
         if len(self.widths(None, config)) == 1:
             return 0
-        heads, rows = model.n_heads * self.tile, -(-rows // self.tile) * self.tile
-        seen = self.tile * self._room(rows, config.gen_length)
-        choosing = 3 * 4 * heads * rows  # scores of a tile of queries, and two of their weights
-        gathered = 2 * model.n_heads * seen * model.head_dim * itemsize + 2 * 4 * heads * seen
-        return max(choosing, gathered)
+        rows = -(-rows // self.tile) * self.tile
+        sizes = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
+        # Scores of a tile of queries, and their weights by two selections.
+        choosing = 3 * 4 * model.n_heads * self.tile * rows
+        tiled = rows * 2 * sum(sizes) * itemsize
+        if self.tile % 64 or itemsize > 2:
+            tiled += rows * (2 * sizes[0] * itemsize + 2 * 4 * model.n_heads * self.tile)
+        return max(choosing, tiled)
 
     def last_full(self, config: DecodeConfig) -> int:
         """The evaluation, from 0, in which tiles are chosen."""
@@ -179,12 +183,6 @@ def _by_heads(
     return sharded(*(x for x, _ in arrays), *numbers)
 
 
-def _product(dtype: jnp.dtype) -> Callable[..., Array]:
-    """Returns einsum with float32 results, as exact as the dtype."""
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    return functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _tiled(x: Float[Array, "B R N D"], tile: int) -> Float[Array, "B n tile N D"]:
     """Returns rows in tiles; zeros fill the last one."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile), (0, 0), (0, 0)))
@@ -214,6 +212,8 @@ def _choose(
     q, k = (_tiled(x, tile) for x in (q, k))
     n = k.shape[1]
     keys = k.reshape(batch, n * tile, groups, dim)
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     row, j = jnp.arange(n * tile), jnp.arange(n)
     valid = row < total[:, None]
     of_response = row >= first[:, None] * tile
@@ -227,7 +227,7 @@ def _choose(
     def of_tile(inputs: tuple[Array, Array]) -> Array:
         rows, i = inputs
         rows = rows.reshape(batch, tile, groups, -1, dim)
-        scores = _product(q.dtype)("btghd,bsgd->bghts", rows, keys) * scale
+        scores = product("btghd,bsgd->bghts", rows, keys) * scale
         scores = scores.reshape(batch, heads, tile, -1)
         there = (i * tile + jnp.arange(tile) < total[:, None])[:, None, :, None]
 
@@ -258,26 +258,20 @@ def _sparse_attention(
     *,
     tile: int,
 ) -> Float[Array, "B R H D"]:
-    """Attends from each tile of queries to the rows below `total` in its list of tiles."""
-    batch, rows, heads, dim = q.shape
-    q, k, v = (_tiled(x, tile) for x in (q, k, v))
-    shape = jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None]
-    group = shape[1] // (heads // k.shape[3])
-    k, v = (x.transpose(0, 3, 1, 2, 4) for x in (k, v))  # [B, G, n, tile, D]
-    product = _product(q.dtype)
+    """Attends from each tile of queries to the rows below `total` in its list of tiles.
 
-    def of_tile(inputs: tuple[Array, Array]) -> Array:
-        query, chosen = inputs  # [B, tile, H, D], [B, H, L]
-        place = jnp.maximum(chosen, 0)
-        keys, values = (x[shape[0], group, place].reshape(batch, heads, -1, dim) for x in (k, v))
-        row = place[..., None] * tile + jnp.arange(tile)
-        seen = (chosen[..., None] >= 0) & (row < total[:, None, None, None])
-        seen = seen.reshape(batch, heads, 1, -1)
-        scores = product("bthd,bhsd->bhts", query, keys) / math.sqrt(dim)
-        scores = jnp.where(seen, scores, -jnp.inf)
-        weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-        out = product("bhts,bhsd->bhtd", weights.astype(v.dtype), values)
-        return (out / row_sum(weights)[..., None]).swapaxes(1, 2).astype(q.dtype)
-
-    out = lax.map(of_tile, (q.swapaxes(0, 1), jnp.moveaxis(lists, 2, 0)))
-    return out.swapaxes(0, 1).reshape(batch, -1, heads, dim)[:, :rows]
+    As attention over chunks: a tile of queries of one head is a request, and a tile of keys of one
+    KV head is a chunk of the pool.
+    """
+    (batch, rows, heads, dim), groups = q.shape, k.shape[2]
+    q, k, v = (_tiled(x, tile).transpose(0, 3, 1, 2, 4) for x in (q, k, v))  # [B, H, n, tile, D]
+    n = q.shape[2]
+    k, v = (x.reshape(-1, 1, tile, dim) for x in (k, v))
+    lengths = jnp.clip(total[:, None] - jnp.arange(n) * tile, 0, tile)
+    lengths = jnp.repeat(lengths[:, None], groups, axis=1)
+    head = jnp.repeat(jnp.arange(batch * groups), heads // groups).reshape(batch, heads, 1, 1)
+    ids = jnp.where(lists >= 0, head * n + lists, -1)
+    queries, ids = q.reshape(-1, tile, 1, dim), ids.reshape(-1, lists.shape[-1])
+    out = chunk_attention(queries, k, v, ids, lengths.reshape(-1)).out
+    out = out.reshape(batch, heads, -1, dim)[:, :, :rows]
+    return out.swapaxes(1, 2)

@@ -38,7 +38,7 @@ def test_tokens_are_the_definitions(family, settings):
         oracle = next((one for one in compared if one.prompt_length == size), None)
         for layer, heads in enumerate(oracle.kept if oracle else []):
             for head, kept in enumerate(heads):
-                assert state.memory[-1][layer][b, head, : len(kept)].tolist() == kept
+                assert state.memory["kept"][layer][b, head, : len(kept)].tolist() == kept
 
 
 @pytest.mark.parametrize("family", ["llada", pytest.param("dream", marks=pytest.mark.slow)])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pdllm_jax import DecodeConfig
-from pdllm_jax.method.caches.sparse_d import SparseD
+from pdllm_jax.method.caches.sparse_d import SparseD, _choose, _sparse_attention
 from pdllm_jax.rules import ConfigError
 
 pytest.importorskip("torch")
@@ -65,6 +70,22 @@ def test_with_its_sparsity_off_it_is_plain(changes):
     want = pair.published(generation.plain, gen_length=16, block_length=8, steps=8)
     got = pair.state(config_of("LLaDA", 8, SparseD(tile=8, **changes)))
     assert got.tokens.tolist() == want
+
+
+def test_nothing_has_the_size_of_rows_by_rows():
+    """In neither choosing nor sparse attention, of one head."""
+    rows, tile, q = 1024, 16, jnp.zeros((1, 1024, 1, 4))
+    numbers, one = jnp.array([rows]), jnp.ones((1,), jnp.int32)
+    choose = functools.partial(_choose, tile=tile, scale=1.0, room=4, most=1)
+    lists = jnp.zeros((1, 1, rows // tile, 4), jnp.int32)
+    sparse = functools.partial(_sparse_attention, tile=tile)
+    for program in (
+        jax.make_jaxpr(choose)(q, q, numbers, numbers // tile - 1, one, one),
+        jax.make_jaxpr(sparse)(q, q, q, lists, numbers),
+    ):
+        shapes = re.findall(r"\w\[([\d,]+)\]", str(program))
+        sizes = [math.prod(map(int, shape.split(","))) for shape in shapes]
+        assert tile * rows // 16 <= max(sizes) <= tile * rows
 
 
 def test_steps_that_fill_nothing_are_refused():

@@ -196,12 +196,13 @@ def attention(
     k: Float[Array, "B S G D"],
     v: Float[Array, "B S G D"],
     lengths: Int[Array, "B"] | None = None,
-    *,
-    need_lse: bool = False,
-    causal: bool = False,
+    **settings: bool,
 ) -> Partial:
-    """Returns `pallas_kernels.attention`, made by each device for its own heads."""
-    run = functools.partial(pallas_kernels.attention, need_lse=need_lse, causal=causal)
+    """Returns `pallas_kernels.attention`, made by each device for its own heads.
+
+    settings: need_lse, causal, finite.
+    """
+    run = functools.partial(pallas_kernels.attention, **settings)
     heads, rows = heads_spec(mesh, len(q), 2), PartitionSpec(rows_axis(mesh, len(q)))
     sharded = local(mesh, run, (heads, heads, heads, rows), _partial_specs(mesh, len(q)))
     return sharded(q, k, v, lengths)

@@ -143,11 +143,23 @@ class Block(nnx.Module):
         self.head_dim = config.head_dim
 
     def __call__(
-        self, layer: int, residual: Residual, attend: Attend, carry: Carry
+        self,
+        layer: int,
+        residual: Residual,
+        attend: Attend,
+        carry: Carry,
+        read: slice | None = None,
     ) -> tuple[Residual, Carry]:
-        """Returns the residual stream behind the layer, and the carry of its attention."""
+        """Returns the residual stream behind the layer, and the carry of its attention.
+
+        read: the rows that have queries and go on, all by default.
+        """
         x, normed = residual.add(self.attn_norm)
-        q, k, v = self._heads(residual.mesh, normed, self.q_proj, self.k_proj, self.v_proj)
+        if read is None:
+            q, k, v = self._heads(residual.mesh, normed, self.q_proj, self.k_proj, self.v_proj)
+        else:
+            k, v = self._heads(residual.mesh, normed, self.k_proj, self.v_proj)
+            (q,), x = self._heads(residual.mesh, normed[:, read], self.q_proj), x[:, read]
         out, carry = attend(layer, q, k, v, carry)
 
         residual = residual._replace(stream=x, pending=(out.reshape(x.shape), self.attn_out))
@@ -214,15 +226,21 @@ class MaskPredictor(nnx.Module):
         *,
         hook: StreamHook | None = None,
         layers: int | None = None,
+        read: slice | None = None,
     ) -> tuple[Float[Array, "B T M"], Carry]:
         """Returns the residual stream after the last layer, before the final norm, and the carry.
 
         `attend` gets the carry and returns it, layer by layer; `hook` gets the residual stream.
-        layers: the first layers that run, all of them by default.
+
+        Args:
+          layers: the first layers that run, all of them by default.
+          read: the rows that are returned, all by default. In the last layer only they have
+            queries; all rows have keys and values.
         """
-        residual = self._residual(self.embed(token_ids))
-        for layer, block in enumerate(list(self.blocks)[:layers]):
-            residual, carry = block(layer, residual, attend, carry)
+        residual, blocks = self._residual(self.embed(token_ids)), list(self.blocks)[:layers]
+        for layer, block in enumerate(blocks):
+            last = layer == len(blocks) - 1
+            residual, carry = block(layer, residual, attend, carry, read if last else None)
             if hook is not None:
                 residual = residual._replace(stream=residual.add()[0], pending=None)
                 hook(layer, residual.stream)

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import EMPTY_LSE, Partial, merge
+from pallas_kernels import EMPTY_LSE, Partial
 from pdllm_jax.method.cache import ChunkCache
 from pdllm_jax.method.scorers.copies import in_groups
-from pdllm_jax.method.scorers.prefix import prefix_attention
+from pdllm_jax.method.scorers.prefix import Keys, prefix_keys
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import attention, divide_rows, whole_groups
 from pdllm_jax.network.transformer import MaskPredictor
@@ -62,15 +62,15 @@ def layer_major(
 
         def step(i: Array, carry: tuple[Partial, Array]) -> tuple[Partial, Array]:
             (out, lse), streams = carry
-            to_prefix = prefix_attention(model, cache, at[0][i], offset)
-
-            def seen_by(q: Array, k: Array, v: Array) -> Partial:
-                return attention(model.mesh, q, k, v, lengths[i], need_lse=True)
+            far = prefix_keys(model, cache, at[0][i])
 
             def attend(layer: int, q: Array, k: Array, v: Array, of_query: Any):
-                k = rotate(k, by)
-                seen = merge(seen_by(rotate(q, by), k, v), *to_prefix(layer, q))
-                return seen.out, seen_by(of_query, k, v)
+                near = Keys(rotate(k, by), v, lengths[i])
+                prefix = None if far is None else far(layer)
+                keys, padded = near.and_prefix(prefix), prefix is not None
+                out = attention(model.mesh, rotate(q, by), *keys, finite=padded).out
+                chunk = keys._replace(lengths=lengths[i])
+                return out, attention(model.mesh, of_query, *chunk, need_lse=True, finite=padded)
 
             stream = model.embed(tokens[i]) if layer == 0 else streams[:, i]
             if layer < last:
@@ -80,7 +80,7 @@ def layer_major(
                 out = out.at[target[i]].set(part.out, mode="drop")
             else:
                 k = rotate(model.keys(layer, stream), by)
-                part = seen_by(q[request[i]], k, k)
+                part = attention(model.mesh, q[request[i]], k, k, lengths[i], need_lse=True)
             return Partial(out, lse.at[target[i]].set(part.lse, mode="drop")), streams
 
         parts, streams = lax.fori_loop(0, steps, step, (parts, streams))

@@ -51,6 +51,49 @@ def encode_prefix(
     return prefix
 
 
+class Keys(NamedTuple):
+    """Keys and values of rows, valid up to `lengths`."""
+
+    k: Float[Array, "B S G D"]
+    v: Float[Array, "B S G D"]
+    lengths: Int[Array, "B"]
+
+    def and_prefix(self, prefix: Keys | None) -> Keys:
+        """Returns these keys with a prefix' valid ones behind them, then zeros.
+
+        Attention does not depend on the order of keys. The first `self.lengths` stay these.
+        """
+        if prefix is None:
+            return self
+        count, own = prefix.k.shape[1], self.lengths[:, None]
+        row = jnp.arange(self.k.shape[1] + count)
+        total = self.lengths + prefix.lengths
+        from_prefix = jnp.clip(row - own, 0, count - 1)[..., None, None]
+        is_own, valid = (x[..., None, None] for x in (row < own, row < total[:, None]))
+
+        def join(x: Array, of_prefix: Array) -> Array:
+            x = jnp.pad(x, ((0, 0), (0, count), (0, 0), (0, 0)))
+            behind = jnp.take_along_axis(of_prefix, from_prefix, axis=1)
+            return jnp.where(is_own, x, jnp.where(valid, behind, 0))
+
+        return Keys(join(self.k, prefix.k), join(self.v, prefix.v), total)
+
+
+def prefix_keys(
+    model: MaskPredictor, cache: ChunkCache, document: Int[Array, "B"]
+) -> Callable[[int], Keys] | None:
+    """Returns a function of the layer -> the prefixes' keys as chunks see them; None without one.
+
+    They end at position -1: the first row of a chunk is at 0.
+    """
+    k, v = cache.prefix_k, cache.prefix_v
+    if k is None or v is None:
+        return None
+    length = cache.prefix_length[document]
+    by = rotation(model.config, -length[:, None])
+    return lambda layer: Keys(rotate(k[layer][document], by), v[layer][document], length)
+
+
 def prefix_attention(
     model: MaskPredictor, cache: ChunkCache, document: Int[Array, "B"], offset: Int[Array, "*B T"]
 ) -> Callable[[int, Array], tuple[Partial, ...]]:

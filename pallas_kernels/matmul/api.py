@@ -77,12 +77,14 @@ def _problem(
 
 
 def matmul(
-    x: Float[Array, "*rows I"],
+    x: Float[Array, "*rows I"] | Scaled,
     *weights: Weight,
     biases: tuple[Float[Array, "O"], ...] = (),
     activation: Activation = "none",
     implementation: MatmulImplementation | None = None,
-) -> tuple[Float[Array, "*rows O"], ...]:
+    dtype: DTypeLike | None = None,
+    narrow: bool = False,
+) -> tuple[Any, ...]:
     """Returns x W^T + b for each weight, [out, in] as in checkpoints, with float32 accumulation.
 
     Pure and differentiable; derivatives are XLA's products for every implementation. With few rows
@@ -90,7 +92,7 @@ def matmul(
 
     Args:
       x: rows, in the weights' dtype. float32 asks for true float32 products, where the default on
-        GPUs would be tf32.
+        GPUs would be tf32. Or what an earlier call with `narrow` returned.
       weights: [O, I] each, with the same inner dimension I; or all of them in 8 bits, with a scale
         for each row (`Scaled`).
       biases: one for each weight, in x's dtype; () for none, and with an activation. The kernel
@@ -106,15 +108,23 @@ def matmul(
                       multiplies in fp8. For many rows: the reading of weights is a small part then.
         "xla"         any backend, dtype and shape; scaled weights are multiplied in x's dtype.
         None          see `resolve_matmul`.
+      dtype: of results from scaled rows, bfloat16 by default.
+      narrow: results that go into one more product alone. With "xla_fp8" they are returned as that
+        product takes them: `Scaled`, fp8, a scale for each row. These have no derivative.
 
     Returns:
-      A tuple of results in x's dtype.
+      A tuple of results in x's dtype; see `dtype` and `narrow`.
 
     Raises:
       ValueError: shapes, dtypes or counts that do not fit.
     """
     if not weights:
         raise ValueError("matmul needs at least one weight")
+    if isinstance(x, Scaled):
+        if not all(isinstance(w, Scaled) and w.shape[1:] == x.shape[-1:] for w in weights):
+            raise ValueError(f"scaled rows need scaled weights [O, {x.shape[-1]}]")
+        settings: Any = {"activation": activation, "narrow": narrow}
+        return matmul_fp8(x, *weights, biases=biases, dtype=dtype or jnp.bfloat16, **settings)
     wanted = f"[O, {x.shape[-1]}] {x.dtype} as x, or all of them scaled"
     scaled = isinstance(weights[0], Scaled)
     for w in weights:
@@ -135,6 +145,8 @@ def matmul(
     implementation = resolve_matmul(implementation, rows, weights, activation, x.dtype)
     if implementation == "xla":
         return matmul_xla(x, *weights, biases=biases, activation=activation)
+    if narrow and implementation == "xla_fp8":
+        return matmul_fp8(x, *weights, biases=biases, activation=activation, narrow=True)
     return _matmul(implementation, activation, x, weights, biases)
 
 
@@ -164,27 +176,62 @@ def matmul_xla(
 
 
 def matmul_fp8(
-    x: Float[Array, "*rows I"],
+    x: Float[Array, "*rows I"] | Scaled,
     *weights: Scaled,
     biases: tuple[Float[Array, "O"], ...] = (),
     activation: Activation = "none",
-) -> tuple[Float[Array, "*rows O"], ...]:
+    dtype: DTypeLike | None = None,
+    narrow: bool = False,
+) -> tuple[Any, ...]:
     """Returns the products of `matmul` by XLA, from rows that are quantised to fp8 on the way.
 
     One quantisation serves all weights. The arguments are those of `matmul`.
     """
-    quantised = quantise(x, "fp8")
+    result = jnp.dtype(x.dtype if dtype is None else dtype)
+    rows = x if isinstance(x, Scaled) else _quantised(x)
     # bfloat16 is half the bytes for the scaling to read; float16 would overflow.
-    kept = jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float32
+    kept = jnp.bfloat16 if result == jnp.bfloat16 else jnp.float32
     # With the algorithm named, XLA takes cuBLAS at once; else it compiles and times Triton's too.
     algorithm = lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32_FAST_ACCUM
     precision = None if compat.compute_capability() is None else algorithm
+    raws = [_multiply(rows.values, weight.values, kept, precision) for weight in weights]
+    scales = [weight.scale for weight in weights]
+    if narrow and activation == "swiglu" and _in_one_kernel(raws[0]):
+        return (_swiglu(*raws, rows.scale, *scales),)
 
-    def product(weight: Scaled) -> Array:
-        raw = _multiply(quantised.values, weight.values, kept, precision).astype(jnp.float32)
-        return (raw * (quantised.scale[..., None] * weight.scale)).astype(x.dtype)
+    def product(raw: Array, scale: Array) -> Array:
+        return (raw.astype(jnp.float32) * (rows.scale[..., None] * scale)).astype(result)
 
-    return _finish(map(product, weights), biases, activation)
+    results = _finish(map(product, raws, scales), biases, activation)
+    if activation == "swiglu":
+        # Otherwise XLA computes a row's activations twice: for its scale, and to quantise it.
+        results = lax.optimization_barrier(results)
+    return tuple(map(_quantised, results)) if narrow else results
+
+
+def _quantised(x: Array) -> Scaled:
+    """Quantises rows to fp8. XLA computes the scales once, not again in all that they multiply."""
+    return Scaled(*lax.optimization_barrier(tuple(quantise(x, "fp8"))))
+
+
+def _in_one_kernel(raw: Array) -> bool:
+    """Whether the kernel between two wide products takes the raw products of the first."""
+    from pallas_kernels.matmul.hopper_swiglu import threads
+
+    known = raw.dtype == jnp.bfloat16 and threads(raw.shape[-1]) is not None
+    return known and compat.hopper_problem() is None and compat.mosaic_gpu_problem() is None
+
+
+# Under jit by itself: lowered once for all layers of a model.
+@jax.jit
+def _swiglu(gate, up, row_scale, gate_scale, up_scale) -> Scaled:
+    from pallas_kernels.matmul.hopper_swiglu import build_swiglu
+
+    columns = gate.shape[-1]
+    run = build_swiglu(gate.size // columns, columns)
+    flat = (x.reshape(-1, columns) for x in (gate, up))
+    values, scale = run(*flat, row_scale.reshape(-1), gate_scale, up_scale)
+    return Scaled(values.reshape(gate.shape), scale.reshape(gate.shape[:-1]))
 
 
 @jax.custom_jvp

@@ -21,10 +21,10 @@ from pdllm_jax.method.chunking import ChunkedPrompt
 from pdllm_jax.method.encodings.base import slot_ids
 from pdllm_jax.method.scorers.base import Draft, QueryCopies, ScoreRequest
 from pdllm_jax.method.scorers.copies import for_groups
-from pdllm_jax.method.scorers.prefix import Keys, Prefix, encode_prefix
+from pdllm_jax.method.scorers.prefix import Keys, Prefix, encode_prefix, rotated_keys
 from pdllm_jax.method.scoring import run_scorer, scoring_keys
 from pdllm_jax.method.selection import EMPTY_SLOT, Selection, ranking, select
-from pdllm_jax.network.rope import rotate, rotation
+from pdllm_jax.network.rope import rotate, rotation, rows_of
 from pdllm_jax.network.sharding import attention, constrain, whole_groups
 from pdllm_jax.network.transformer import MaskPredictor
 
@@ -271,25 +271,23 @@ class _Pass:
 
         def attend(layer: int, q: Array, k: Array, v: Array, pool: ChunkPool | None):
             # In the last layer the rows of copies alone have queries.
-            own = jax.tree.map(lambda x: x[..., -q.shape[1] :, :], by)
-            q, k = rotate(q, own), rotate(k, by)
-            chunk_k, chunk_v = k[:, :size], v[:, :size]
+            q = rotate(q, rows_of(by, slice(-q.shape[1], None)))
             far = None
             if prefix.k:
                 far = rotate(prefix.k[layer][request], prefix_by), prefix.v[layer][request]
                 far = Keys(*far, prefix_length)
-            keys = Keys(chunk_k, chunk_v, lengths).and_prefix(far)
-            scoring, padded = copies is not None, far is not None
-            seen = attention(model.mesh, q, *keys, need_lse=scoring, finite=padded)
+            chunk = k[:, :size], v[:, :size], lengths, rows_of(by, slice(size))
+            keys = rotated_keys(*chunk, far)
+            seen = attention(model.mesh, q, *keys, need_lse=copies is not None, finite=True)
             out = seen.out
             if copies is not None:
                 count = copies.rows
                 seen = Partial(out[:, -count:], seen.lse[..., -count:])
-                behind = (x[:, -count:] for x in (q, k, v))
-                copy_out = copies.attend(model.mesh, seen, *behind)
+                copy_k = rotate(k[:, size:], rows_of(by, slice(size, None)))
+                copy_out = copies.attend(model.mesh, seen, q[:, -count:], copy_k, v[:, size:])
                 out = jnp.concatenate([out[:, :-count], copy_out], axis=1)
             if pool is not None:
-                pool = write_chunks(pool, layer, chunk_k, chunk_v, lengths, where)
+                pool = write_chunks(pool, layer, keys.k[:, :size], chunk[1], lengths, where)
             return out, pool
 
         read = None if copies is None else slice(size, None)

@@ -269,11 +269,15 @@ def project_columns(
     *weights: Weight,
     biases: tuple[Float[Array, "O"], ...] = (),
     activation: Any = "none",
-) -> tuple[Float[Array, "B *rows O"], ...]:
+    narrow: bool = False,
+) -> tuple[Float[Array, "B *rows O"] | Scaled, ...]:
     """Runs `pallas_kernels.matmul` into a layer: each device makes its columns, nothing is sent.
 
-    biases: one for each weight, or none.
+    biases: one for each weight, or none. narrow: as there; without effect on a mesh.
     """
+    if mesh is None:
+        settings: Any = {"activation": activation, "narrow": narrow}
+        return pallas_kernels.matmul(x, *weights, biases=biases, **settings)
     count = len(weights)
 
     def run(x: Array, *arrays: Array) -> tuple[Array, ...]:
@@ -289,18 +293,18 @@ def project_columns(
 def add_projected(
     mesh: Mesh | None,
     stream: Float[Array, "B *rows O"],
-    x: Float[Array, "B *rows I"],
+    x: Float[Array, "B *rows I"] | Scaled,
     weight: Weight,
     norm: Norm | None,
     links: Int[Array, "data tensor A"] | None = None,
 ) -> tuple[Float[Array, "B *rows O"], ...]:
     """Returns (stream + x W^T,), or with a norm also its norm: a projection out of a layer.
 
-    Each device multiplies its columns of x, and an all-reduce adds up the products: the kernel's
+    x may be scaled rows without a mesh. Each device multiplies its columns of x, and an all-reduce adds up the products: the kernel's
     with `links` (`pallas_kernels.peer_table`), XLA's without.
     """
     if mesh is None:
-        total = stream + pallas_kernels.matmul(x, weight)[0]
+        total = stream + pallas_kernels.matmul(x, weight, dtype=stream.dtype)[0]
         return (total,) if norm is None else (total, rms_norm(total, *norm))
 
     def run(stream: Array, x: Array, weight: Array, scale: Array | None, table: Array | None):

@@ -113,7 +113,7 @@ class Residual(NamedTuple):
     stream: Array
     mesh: Mesh | None
     links: Array | None
-    pending: tuple[Array, Matrix] | None = None
+    pending: tuple[Array | Scaled, Matrix] | None = None
 
     def add(self, norm: RMSNorm | None = None) -> tuple[Array, ...]:
         """Returns the stream with the projection added and, if there is a norm, the norm of it."""
@@ -165,7 +165,7 @@ class Block(nnx.Module):
         residual = residual._replace(stream=x, pending=(out.reshape(x.shape), self.attn_out))
         x, normed = residual.add(self.ff_norm)
         matrices = self.gate_proj, self.up_proj
-        (hidden,) = _project(residual.mesh, normed, *matrices, activation="swiglu")
+        (hidden,) = _project(residual.mesh, normed, *matrices, activation="swiglu", narrow=True)
         return residual._replace(stream=x, pending=(hidden, self.down_proj)), carry
 
     def keys(self, residual: Residual) -> Float[Array, "B T G D"]:
@@ -178,7 +178,7 @@ class Block(nnx.Module):
         return [rows.reshape(*x.shape[:-1], -1, self.head_dim) for rows in projected]
 
 
-def _project(mesh: Mesh | None, x: Array, *matrices: Matrix, **settings: Any) -> tuple[Array, ...]:
+def _project(mesh: Mesh | None, x: Array, *matrices: Matrix, **settings: Any) -> tuple[Any, ...]:
     weights = [matrix.operand for matrix in matrices]
     biases = tuple(matrix.bias[...] for matrix in matrices if matrix.bias is not None)
     return project_columns(mesh, x, *weights, biases=biases, **settings)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from pallas_kernels import EMPTY_LSE, Partial
 from pdllm_jax.method.cache import ChunkCache
 from pdllm_jax.method.scorers.copies import in_groups
-from pdllm_jax.method.scorers.prefix import Keys, prefix_keys
+from pdllm_jax.method.scorers.prefix import prefix_keys, rotated_keys
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import attention, divide_rows, whole_groups
 from pdllm_jax.network.transformer import MaskPredictor
@@ -65,12 +65,10 @@ def layer_major(
             far = prefix_keys(model, cache, at[0][i])
 
             def attend(layer: int, q: Array, k: Array, v: Array, of_query: Any):
-                near = Keys(rotate(k, by), v, lengths[i])
-                prefix = None if far is None else far(layer)
-                keys, padded = near.and_prefix(prefix), prefix is not None
-                out = attention(model.mesh, rotate(q, by), *keys, finite=padded).out
+                keys = rotated_keys(k, v, lengths[i], by, None if far is None else far(layer))
+                out = attention(model.mesh, rotate(q, by), *keys, finite=True).out
                 chunk = keys._replace(lengths=lengths[i])
-                return out, attention(model.mesh, of_query, *chunk, need_lse=True, finite=padded)
+                return out, attention(model.mesh, of_query, *chunk, need_lse=True, finite=True)
 
             stream = model.embed(tokens[i]) if layer == 0 else streams[:, i]
             if layer < last:
@@ -80,7 +78,8 @@ def layer_major(
                 out = out.at[target[i]].set(part.out, mode="drop")
             else:
                 k = rotate(model.keys(layer, stream), by)
-                part = attention(model.mesh, q[request[i]], k, k, lengths[i], need_lse=True)
+                settings = {"need_lse": True, "finite": True}
+                part = attention(model.mesh, q[request[i]], k, k, lengths[i], **settings)
             return Partial(out, lse.at[target[i]].set(part.lse, mode="drop")), streams
 
         parts, streams = lax.fori_loop(0, steps, step, (parts, streams))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import Partial
 from pdllm_jax.method.cache import ChunkCache
-from pdllm_jax.network.rope import rotate, rotation
+from pdllm_jax.network.rope import Rotation, rotate, rotation
 from pdllm_jax.network.sharding import attention
 from pdllm_jax.network.transformer import MaskPredictor
 
@@ -52,31 +52,38 @@ def encode_prefix(
 
 
 class Keys(NamedTuple):
-    """Keys and values of rows, valid up to `lengths`."""
+    """Keys and values of rows, the first `lengths` of them valid."""
 
     k: Float[Array, "B S G D"]
     v: Float[Array, "B S G D"]
     lengths: Int[Array, "B"]
 
-    def and_prefix(self, prefix: Keys | None) -> Keys:
-        """Returns these keys with a prefix' valid ones behind them, then zeros.
 
-        Attention does not depend on the order of keys. The first `self.lengths` stay these.
-        """
-        if prefix is None:
-            return self
-        count, own = prefix.k.shape[1], self.lengths[:, None]
-        row = jnp.arange(self.k.shape[1] + count)
-        total = self.lengths + prefix.lengths
-        from_prefix = jnp.clip(row - own, 0, count - 1)[..., None, None]
-        is_own, valid = (x[..., None, None] for x in (row < own, row < total[:, None]))
+def rotated_keys(
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G D"],
+    lengths: Int[Array, "B"],
+    by: Rotation,
+    prefix: Keys | None,
+) -> Keys:
+    """Returns rows' keys, which are not rotated, with the valid ones of a prefix behind them.
 
-        def join(x: Array, of_prefix: Array) -> Array:
-            x = jnp.pad(x, ((0, 0), (0, count), (0, 0), (0, 0)))
-            behind = jnp.take_along_axis(of_prefix, from_prefix, axis=1)
-            return jnp.where(is_own, x, jnp.where(valid, behind, 0))
+    Attention does not depend on the order of keys. The first `lengths` are the rows' own.
+    """
+    if prefix is None:
+        return Keys(rotate(k, by), v, lengths)
+    batch, count = prefix.k.shape[:2]
+    place = jnp.arange(batch)[:, None], lengths[:, None] + jnp.arange(count)
 
-        return Keys(join(self.k, prefix.k), join(self.v, prefix.v), total)
+    def pad(x: Array, axis: int) -> Array:
+        return jnp.pad(x, [(0, count * (i == x.ndim + axis)) for i in range(x.ndim)])
+
+    def put(x: Array, rows: Array) -> Array:
+        return x.at[place].set(rows, mode="promise_in_bounds", unique_indices=True)
+
+    # Padded before the rotation: XLA writes a rotation of rows alone at the memory's speed.
+    k = rotate(pad(k, -3), Rotation(*(pad(x, -2) for x in by)))
+    return Keys(put(k, prefix.k), put(pad(v, -3), prefix.v), lengths + prefix.lengths)
 
 
 def prefix_keys(

@@ -29,7 +29,6 @@ from jaxtyping import Array, Float, Int
 import pallas_kernels
 from pallas_kernels import ChunkMass, Implementation, Norm, OwnKV, Partial, Scaled
 from pallas_kernels.chunk_attention.api import Rows
-from pallas_kernels.common import rms_norm
 from pallas_kernels.matmul.api import Weight, matmul_xla
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.rules import ConfigError
@@ -273,16 +272,17 @@ def project_columns(
 ) -> tuple[Float[Array, "B *rows O"] | Scaled, ...]:
     """Runs `pallas_kernels.matmul` into a layer: each device makes its columns, nothing is sent.
 
-    biases: one for each weight, or none. narrow: as there; without effect on a mesh.
+    x: from elementwise operations. biases: one for each weight, or none. narrow: as there; without
+    effect on a mesh.
     """
+    settings: Any = {"activation": activation, "recast": True}
     if mesh is None:
-        settings: Any = {"activation": activation, "narrow": narrow}
-        return pallas_kernels.matmul(x, *weights, biases=biases, **settings)
+        return pallas_kernels.matmul(x, *weights, biases=biases, narrow=narrow, **settings)
     count = len(weights)
 
     def run(x: Array, *arrays: Array) -> tuple[Array, ...]:
         weights, biases = arrays[:count], arrays[count:]
-        return pallas_kernels.matmul(x, *weights, biases=biases, activation=activation)
+        return pallas_kernels.matmul(x, *weights, biases=biases, **settings)
 
     rows = PartitionSpec(rows_axis(mesh, len(x)))
     inputs = (rows, *[PartitionSpec(TENSOR)] * (count + len(biases)))
@@ -298,14 +298,13 @@ def add_projected(
     norm: Norm | None,
     links: Int[Array, "data tensor A"] | None = None,
 ) -> tuple[Float[Array, "B *rows O"], ...]:
-    """Returns (stream + x W^T,), or with a norm also its norm: a projection out of a layer.
+    """Returns `pallas_kernels.add_product`: a projection out of a layer.
 
     x may be scaled rows without a mesh. Each device multiplies its columns of x, and an all-reduce adds up the products: the kernel's
     with `links` (`pallas_kernels.peer_table`), XLA's without.
     """
     if mesh is None:
-        total = stream + pallas_kernels.matmul(x, weight, dtype=stream.dtype)[0]
-        return (total,) if norm is None else (total, rms_norm(total, *norm))
+        return pallas_kernels.add_product(stream, x, weight, norm)
 
     def run(stream: Array, x: Array, weight: Array, scale: Array | None, table: Array | None):
         (part,) = pallas_kernels.matmul(x, weight)

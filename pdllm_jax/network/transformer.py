@@ -159,7 +159,8 @@ class Block(nnx.Module):
             q, k, v = self._heads(residual.mesh, normed, self.q_proj, self.k_proj, self.v_proj)
         else:
             k, v = self._heads(residual.mesh, normed, self.k_proj, self.v_proj)
-            (q,), x = self._heads(residual.mesh, normed[:, read], self.q_proj), x[:, read]
+            normed, x = jax.tree.map(lambda x: x[:, read], (normed, x))
+            (q,) = self._heads(residual.mesh, normed, self.q_proj)
         out, carry = attend(layer, q, k, v, carry)
 
         residual = residual._replace(stream=x, pending=(out.reshape(x.shape), self.attn_out))

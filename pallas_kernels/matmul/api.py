@@ -233,7 +233,7 @@ def add_product(
     if isinstance(weight, Scaled) and not isinstance(x, Scaled):
         rows = x.size // x.shape[-1]
         if resolve_matmul(None, rows, (weight,), dtype=x.dtype) == "xla_fp8":
-            x = _quantised(x, alone=True)
+            x = _quantised(x)
     if norm is None or not isinstance(x, Scaled):
         total = stream + matmul(x, weight, dtype=stream.dtype)[0]
         return (total,) if norm is None else (total, rms_norm(total, *norm))
@@ -247,13 +247,8 @@ def add_product(
     return total, _quantised(rms_norm(total, *norm))
 
 
-def _quantised(x: Array, *, alone: bool = False) -> Scaled:
-    """Quantises rows to fp8. XLA computes the scales once, not again in all that they multiply.
-
-    alone: nothing elementwise makes x, with which XLA could fuse the quantisation.
-    """
-    if alone and x.dtype == jnp.bfloat16 and _in_one_kernel(x):
-        return Scaled(*_to_rows("plain", 0.0, x))
+def _quantised(x: Array) -> Scaled:
+    """Quantises rows to fp8. XLA computes the scales once, not again in all that they multiply."""
     return Scaled(*lax.optimization_barrier(tuple(quantise(x, "fp8"))))
 
 
@@ -269,12 +264,12 @@ def _in_one_kernel(x: Array) -> bool:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _to_rows(kind: Any, eps: float, x: Array, *inputs: Array) -> tuple[Array, ...]:
     """Runs `build_rows` on rows [.., N]."""
-    from pallas_kernels.matmul.hopper_rows import INPUTS, build_rows
+    from pallas_kernels.matmul.hopper_rows import build_rows
 
     (*lead, columns), rows = x.shape, x.size // x.shape[-1]
-    count = 1 + INPUTS[kind][0]  # arrays of rows, and their scale
-    of_rows = [y.reshape(rows, *y.shape[len(lead) :]) for y in (x, *inputs)[:count]]
-    results = build_rows(kind, rows, columns, eps)(*of_rows, *(x, *inputs)[count:])
+    other, scale, *of_columns = inputs
+    run = build_rows(kind, rows, columns, eps)
+    results = run(*(y.reshape(rows, -1) for y in (x, other)), scale.reshape(rows), *of_columns)
     return tuple(y.reshape(*lead, *y.shape[1:]) for y in results)
 
 

@@ -42,13 +42,7 @@ from pallas_kernels.ptx import (
     word_type,
 )
 
-Kind = Literal["swiglu", "add_norm", "plain"]
-# Of each kind: arrays of rows, arrays of columns in float32 and in bfloat16.
-INPUTS: dict[Kind, tuple[int, int, int]] = {
-    "swiglu": (2, 2, 0),
-    "add_norm": (2, 1, 1),
-    "plain": (1, 0, 0),
-}
+Kind = Literal["swiglu", "add_norm"]
 LARGEST = 448.0
 _EACH = PIECE // 2  # values of a piece of 16 bits
 _TO_FP8 = """{ .reg .b16 low, high;
@@ -59,7 +53,7 @@ mov.b32 $0, {low, high}; }"""
 
 def threads(columns: int) -> int | None:
     """Returns the threads of a CTA; None if the kernel does not take rows of so many columns."""
-    for groups in (2, 4, 3, 1):
+    for groups in (2, 4, 1):
         pieces, rest = divmod(columns, groups * WARPGROUP * _EACH)
         if not rest and 0 < pieces <= 3:
             return groups * WARPGROUP
@@ -74,23 +68,20 @@ def build_rows(kind: Kind, rows: int, columns: int, eps: float = 0.0) -> Any:
       swiglu: gate, up [R, N], their scales [R], [N], [N]: silu(gate product) * up product.
       add_norm: raw, stream [R, N], the product's scales [R], [N], a norm's weight [N]: the RMSNorm,
         with `eps`, of stream + product. The sum is the first result, in bfloat16.
-      plain: x [R, N].
     """
     count = threads(columns)
     assert count is not None
     pieces, warps = columns // _EACH // count, count // WARP
-    ctas = min(rows, compat.sm_count() * (1024 // count if count < 512 else 1))
-    arrays, wide, half = INPUTS[kind]
-    scaled, summed = kind != "plain", kind == "add_norm"
+    ctas = min(rows, compat.sm_count() * (512 // count))
+    summed = kind == "add_norm"
 
     def run(_: Any, *refs: Value) -> None:
-        rest = list(map(address, refs))
-        given, rest = rest[:arrays], rest[arrays:]
-        row_scale = rest.pop(0) if scaled else None
-        by_column, rest = rest[:wide], rest[wide:]
-        weight = rest.pop(0) if half else None
-        total_out = rest.pop(0) if summed else None
-        values, scales, scratch = rest
+        # With a sum: raw, stream and weight. Without: both are raw, and have scales.
+        *given, row_scale, scale, other, rest = *map(address, refs[:5]), refs[5:]
+        column_scales = [scale] if summed else [scale, other]
+        total_out, (values, scales, scratch) = None, map(address, rest[-3:])
+        if summed:
+            total_out = address(rest[0])
         element, single = ir.BF16Type.get(), ir.F32Type.get()
         vectors = ir.VectorType.get((_EACH,), single)
         block, thread = index_x(gpu.block_id), index_x(gpu.thread_id)
@@ -102,8 +93,6 @@ def build_rows(kind: Kind, rows: int, columns: int, eps: float = 0.0) -> Any:
         def load_row(row: Value) -> list[Value]:
             ats = [piece_of(row, at) for at in places]
             words = [word for at in ats for x in given for word in load(offset(x, at, PIECE))]
-            if row_scale is None:
-                return words
             of_row = asm("ld.global.b32 $0, [$1];", offset(row_scale, row, 4), result=single)
             return [*words, of_row]
 
@@ -114,15 +103,16 @@ def build_rows(kind: Kind, rows: int, columns: int, eps: float = 0.0) -> Any:
             return arith.mulf(vector.bitcast(vectors, packed), vector.broadcast(vectors, of_row))
 
         def make(row: Value, words: list[Value], of_row: Value, to: Value) -> None:
-            each, inputs = arrays * WORDS, []
+            inputs = []
             for i, at in enumerate(places):
-                of_piece = [unpack(words[k : k + WORDS], element) for k in range(each * i, each * (i + 1), WORDS)]
-                for k, scale in enumerate(by_column):
-                    of_piece[k] = arith.mulf(of_piece[k], column_scale(scale, at, of_row))
+                first, second = (words[WORDS * k : WORDS * (k + 1)] for k in (2 * i, 2 * i + 1))
+                of_piece = [unpack(first, element), unpack(second, element)]
+                for k, by_column in enumerate(column_scales):
+                    of_piece[k] = arith.mulf(of_piece[k], column_scale(by_column, at, of_row))
                 inputs.append(of_piece)
-            if kind == "swiglu":
+            if not summed:
                 made = [silu(*of_piece) for of_piece in inputs]
-            elif kind == "add_norm":
+            else:
                 made = []
                 for (product, stream), at in zip(inputs, places, strict=True):
                     rounded = unpack(pack(product, element), element)
@@ -134,13 +124,11 @@ def build_rows(kind: Kind, rows: int, columns: int, eps: float = 0.0) -> Any:
                 mean = arith.mulf(square, constant(1 / columns))
                 factor = math.rsqrt(arith.addf(mean, constant(eps)))
                 factor = vector.broadcast(vectors, factor)
-                weights = (unpack(load(offset(weight, at, PIECE)), element) for at in places)
+                weights = (unpack(load(offset(other, at, PIECE)), element) for at in places)
                 made = [
                     arith.mulf(arith.mulf(piece, factor), by)
                     for piece, by in zip(made, weights, strict=True)
                 ]
-            else:
-                made = [piece for (piece,) in inputs]
             elements = [parts(piece) for piece in made]
             most = reduce(arith.maximumf, (math.absf(x) for piece in elements for x in piece))
             most = over_cta(arith.maximumf, most, offset(to, i32(1), 4 * warps), warps)
@@ -162,7 +150,7 @@ def build_rows(kind: Kind, rows: int, columns: int, eps: float = 0.0) -> Any:
         with ir.InsertionPoint(loop.body):
             row, (turn, *held) = loop.induction_variable, loop.inner_iter_args
             following = load_row(arith.minsi(add(row, i32(ctas)), i32(rows - 1)))
-            of_row = held.pop() if scaled else constant(1.0)
+            of_row = held.pop()
             make(row, held, of_row, offset(scratch, turn, 2 * warps * 4))
             scf.yield_([arith.xori(turn, i32(1)), *following])
 

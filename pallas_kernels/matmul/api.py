@@ -214,7 +214,9 @@ def matmul_fp8(
 def _raw_product(rows: Array, weight: Array, dtype: DTypeLike) -> Array:
     # With the algorithm named, XLA takes cuBLAS at once; else it compiles and times Triton's too.
     algorithm = lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32_FAST_ACCUM
-    return _multiply(rows, weight, dtype, None if compat.compute_capability() is None else algorithm)
+    return _multiply(
+        rows, weight, dtype, None if compat.compute_capability() is None else algorithm
+    )
 
 
 def add_product(

@@ -13,7 +13,6 @@ from tests.support.kernels import OLD_JAX, launches, lowered, spec
 from tests.support.models import relative_error
 
 
-
 def operands(rows, model, hidden):
     """Rows, a stream, weights of gate, up and down in fp8, a norm."""
     keys = jax.random.split(jax.random.key(0), 6)

@@ -182,7 +182,7 @@ def matmul_xla(
 
 def matmul_fp8(
     x: Float[Array, "*rows I"] | Scaled,
-    *weights: Scaled,
+    *weights: Any,
     biases: tuple[Float[Array, "O"], ...] = (),
     activation: Activation = "none",
     dtype: DTypeLike | None = None,

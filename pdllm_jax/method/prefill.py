@@ -274,8 +274,8 @@ class _Pass:
             q = rotate(q, rows_of(by, slice(-q.shape[1], None)))
             far = None
             if prefix.k:
-                far = rotate(prefix.k[layer][request], prefix_by), prefix.v[layer][request]
-                far = Keys(*far, prefix_length)
+                far_k = rotate(prefix.k[layer][request], prefix_by)
+                far = Keys(far_k, prefix.v[layer][request], prefix_length)
             chunk = k[:, :size], v[:, :size], lengths, rows_of(by, slice(size))
             keys = rotated_keys(*chunk, far)
             seen = attention(model.mesh, q, *keys, need_lse=copies is not None, finite=True)

@@ -195,7 +195,7 @@ def attention(
     k: Float[Array, "B S G D"],
     v: Float[Array, "B S G D"],
     lengths: Int[Array, "B"] | None = None,
-    **settings: bool,
+    **settings: Any,
 ) -> Partial:
     """Returns `pallas_kernels.attention`, made by each device for its own heads.
 
@@ -300,8 +300,8 @@ def add_projected(
 ) -> tuple[Float[Array, "B *rows O"], ...]:
     """Returns `pallas_kernels.add_product`: a projection out of a layer.
 
-    x may be scaled rows without a mesh. Each device multiplies its columns of x, and an all-reduce adds up the products: the kernel's
-    with `links` (`pallas_kernels.peer_table`), XLA's without.
+    x may be scaled rows without a mesh. Each device multiplies its columns of x, and an all-reduce
+    adds up the products: the kernel's with `links` (`pallas_kernels.peer_table`), XLA's without.
     """
     if mesh is None:
         return pallas_kernels.add_product(stream, x, weight, norm)

@@ -214,9 +214,8 @@ def matmul_fp8(
 def _raw_product(rows: Array, weight: Array, dtype: DTypeLike) -> Array:
     # With the algorithm named, XLA takes cuBLAS at once; else it compiles and times Triton's too.
     algorithm = lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32_FAST_ACCUM
-    return _multiply(
-        rows, weight, dtype, None if compat.compute_capability() is None else algorithm
-    )
+    precision = None if compat.compute_capability() is None else algorithm
+    return _multiply(rows, weight, dtype, precision)
 
 
 def add_product(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import Partial
@@ -75,15 +76,13 @@ def rotated_keys(
     batch, count = prefix.k.shape[:2]
     place = jnp.arange(batch)[:, None], lengths[:, None] + jnp.arange(count)
 
-    def pad(x: Array, axis: int) -> Array:
-        return jnp.pad(x, [(0, count * (i == x.ndim + axis)) for i in range(x.ndim)])
-
-    def put(x: Array, rows: Array) -> Array:
+    def join(x: Array, rows: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, count), (0, 0), (0, 0)))
         return x.at[place].set(rows, mode="promise_in_bounds", unique_indices=True)
 
-    # Padded before the rotation: XLA writes a rotation of rows alone at the memory's speed.
-    k = rotate(pad(k, -3), Rotation(*(pad(x, -2) for x in by)))
-    return Keys(put(k, prefix.k), put(pad(v, -3), prefix.v), lengths + prefix.lengths)
+    # XLA writes a rotation at the memory's speed, but not a padded one.
+    k = lax.optimization_barrier(rotate(k, by))
+    return Keys(join(k, prefix.k), join(v, prefix.v), lengths + prefix.lengths)
 
 
 def prefix_keys(

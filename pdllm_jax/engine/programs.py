@@ -27,7 +27,7 @@ from pdllm_jax.method.prefill import encode_document, prefill, prefill_top_k
 from pdllm_jax.method.scoring import draft_response, score_chunks
 from pdllm_jax.method.selection import select
 from pdllm_jax.network.config import ModelConfig
-from pdllm_jax.network.transformer import Attend, Carry, LayerParts, MaskPredictor, StreamHook
+from pdllm_jax.network.transformer import Attend, Carry, LayerParts, MaskPredictor
 
 
 class Shapes(NamedTuple):
@@ -139,16 +139,10 @@ class RecordedModel(MaskPredictor):
         return model
 
     def run(
-        self,
-        token_ids: Array,
-        attend: Attend,
-        carry: Carry,
-        *,
-        hook: StreamHook | None = None,
-        layers: int | None = None,
+        self, token_ids: Array, attend: Attend, carry: Carry, **settings: Any
     ) -> tuple[Array, Carry]:
         self.recorder.forwards.append([*token_ids.shape, 0])
-        return super().run(token_ids, attend, carry, hook=hook, layers=layers)
+        return super().run(token_ids, attend, carry, **settings)
 
     def advance(
         self, layer: int, stream: Array, attend: Attend, carry: Carry

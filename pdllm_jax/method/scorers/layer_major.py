@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import EMPTY_LSE, Partial, merge
+from pallas_kernels import EMPTY_LSE, Partial
 from pdllm_jax.method.cache import ChunkCache
 from pdllm_jax.method.scorers.copies import in_groups
-from pdllm_jax.method.scorers.prefix import prefix_attention
+from pdllm_jax.method.scorers.prefix import prefix_keys, rotated_keys
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import attention, divide_rows, whole_groups
 from pdllm_jax.network.transformer import MaskPredictor
@@ -40,10 +40,11 @@ def layer_major(
 
     Args:
       cache: with the prefix' KV of these layers, if there is a prefix.
-      encode_batch: chunks that go through a layer together.
+      encode_batch: half the chunks that go through a layer together.
     """
     (batch, n), size = wanted.shape, cache.tokens.shape[-1]
-    group = whole_groups(model.mesh, min(encode_batch, batch * n))
+    # Twice the chunks: between two groups the GPU waits for the host, in every layer.
+    group = whole_groups(model.mesh, min(2 * encode_batch, batch * n))
     pairs, inside, steps = in_groups(wanted.reshape(-1), group)
     request = pairs // n
     at = cache.document_of(batch)[request], pairs % n
@@ -62,15 +63,13 @@ def layer_major(
 
         def step(i: Array, carry: tuple[Partial, Array]) -> tuple[Partial, Array]:
             (out, lse), streams = carry
-            to_prefix = prefix_attention(model, cache, at[0][i], offset)
-
-            def seen_by(q: Array, k: Array, v: Array) -> Partial:
-                return attention(model.mesh, q, k, v, lengths[i], need_lse=True)
+            far = prefix_keys(model, cache, at[0][i])
 
             def attend(layer: int, q: Array, k: Array, v: Array, of_query: Any):
-                k = rotate(k, by)
-                seen = merge(seen_by(rotate(q, by), k, v), *to_prefix(layer, q))
-                return seen.out, seen_by(of_query, k, v)
+                keys = rotated_keys(k, v, lengths[i], by, None if far is None else far(layer))
+                out = attention(model.mesh, rotate(q, by), *keys, finite=True).out
+                chunk = keys._replace(lengths=lengths[i])
+                return out, attention(model.mesh, of_query, *chunk, need_lse=True, finite=True)
 
             stream = model.embed(tokens[i]) if layer == 0 else streams[:, i]
             if layer < last:
@@ -80,7 +79,8 @@ def layer_major(
                 out = out.at[target[i]].set(part.out, mode="drop")
             else:
                 k = rotate(model.keys(layer, stream), by)
-                part = seen_by(q[request[i]], k, k)
+                settings = {"need_lse": True, "finite": True}
+                part = attention(model.mesh, q[request[i]], k, k, lengths[i], **settings)
             return Partial(out, lse.at[target[i]].set(part.lse, mode="drop")), streams
 
         parts, streams = lax.fori_loop(0, steps, step, (parts, streams))

@@ -225,7 +225,7 @@ def _measure(
     )
     request = ScoreRequest(prompt.question, cache.lengths > 0, encode_batch=encode_batch)
     heads = np.ones((model.config.n_layers, model.config.n_heads), bool)
-    return jnp.stack(attention_shares(model, cache, request, heads))[:, 0]
+    return jnp.stack(attention_shares(model, cache, request, heads))[:, 0].swapaxes(1, 2)
 
 
 def measure(

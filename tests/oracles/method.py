@@ -121,14 +121,14 @@ class Method(Cached):
             return bm25([slots[i] for i in scored], texts)
         if name in ("attention", "heads"):
             position = self.p + self.size + np.arange(len(slots))
-            self.rows(slots, position, self.alone, *self.documents)
-            ends = np.cumsum([self.p, *map(len, self.documents)])
-            counted = self.weights[:, :, scored]
-            mass = [counted[..., a:b].sum(-1) for a, b in itertools.pairwise(ends)]
-            shares = (np.array(mass) / np.sum(mass, axis=0)).mean(axis=3)  # [N, L, H]
+            shares = []
+            for kv in self.documents:
+                self.rows(slots, position, self.alone, kv)
+                to_chunk = self.weights[:, :, scored, self.p : self.p + len(kv)].sum(axis=-1)
+                shares.append(to_chunk.mean(axis=2))  # [L, H]
             if name == "attention":
-                return shares.mean(axis=(1, 2))
-            return np.mean([shares[:, i, j] for i, j in self.selection.scorer.heads], axis=0)
+                return np.mean(shares, axis=(1, 2))
+            return np.mean([[x[head] for head in self.selection.scorer.heads] for x in shares], 1)
         if name == "query":
             scored = scored[:q]
         if name == "chunk-draft":

@@ -244,11 +244,6 @@ class MaskPredictor(nnx.Module):
         """Returns the keys that `advance` would give to attention, and computes nothing else."""
         return self.blocks[layer].keys(self._residual(stream))
 
-    def streams(self, *rows: int) -> Float[Array, "*rows M"]:
-        """Returns room for residual streams, zeros; the leading axis is divided as `embed`'s."""
-        zeros = jnp.zeros((*rows, self.config.d_model), self.dtype)
-        return divide_rows(self.mesh, zeros)
-
     def _residual(self, stream: Array) -> Residual:
         return Residual(stream, self.mesh, None if self.links is None else self.links[...])
 

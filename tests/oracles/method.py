@@ -16,6 +16,7 @@ from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from tests.oracles.chunks import bm25, split
 from tests.oracles.kv import KV, Cached, join
 
+SHARPNESS = 2  # of the scores of "attention" and "heads"
 SHIFTED = ("causal", "chunk-draft")  # need a model with a logit shift
 READERS = ("draft", "query", "confidence", "attention", "heads", "bm25", *SHIFTED)
 
@@ -121,14 +122,15 @@ class Method(Cached):
             return bm25([slots[i] for i in scored], texts)
         if name in ("attention", "heads"):
             position = self.p + self.size + np.arange(len(slots))
-            shares = []
+            sums = []
             for kv in self.documents:
                 self.rows(slots, position, self.alone, kv)
-                to_chunk = self.weights[:, :, scored, self.p : self.p + len(kv)].sum(axis=-1)
-                shares.append(to_chunk.mean(axis=2))  # [L, H]
+                to_chunk = self.attention_scores[:, :, scored, self.p : self.p + len(kv)]
+                sums.append(np.exp(SHARPNESS * to_chunk).sum(axis=-1))
+            shares = (np.array(sums) / np.sum(sums, axis=0)).mean(axis=3)  # [N, L, H]
             if name == "attention":
-                return np.mean(shares, axis=(1, 2))
-            return np.mean([[x[head] for head in self.selection.scorer.heads] for x in shares], 1)
+                return shares.mean(axis=(1, 2))
+            return np.mean([shares[:, i, j] for i, j in self.selection.scorer.heads], axis=0)
         if name == "query":
             scored = scored[:q]
         if name == "chunk-draft":

@@ -11,10 +11,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import Partial, merge
+from pallas_kernels import EMPTY_LSE, Partial, merge
 from pallas_kernels.common import row_sum
 from pdllm_jax.method.cache import ChunkCache, dynamic_updates
 from pdllm_jax.method.scorers.base import Scorer, ScoreRequest, Scores
@@ -32,8 +31,9 @@ from pdllm_jax.network.sharding import (
 from pdllm_jax.network.transformer import MaskPredictor
 from pdllm_jax.rules import Heads, heads_of, require
 
+SHARPNESS = 2.0
 ToChunk = Callable[[Array], Partial]
-Means = tuple[Float[Array, "B H"], ...]
+Sums = tuple[Float[Array, "P H T"], ...]  # of exp(score) over a chunk's keys, as logarithms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,9 +140,9 @@ def attention_shares(
     inside, behind = jnp.arange(size), size + jnp.arange(rows)
     chunk_by, by = rotation(model.config, inside), rotation(model.config, behind)
 
-    def score_group(pair: Array, valid: Array, shares: tuple[Array, ...]) -> tuple[Array, ...]:
+    def score_group(pair: Array, valid: Array, found: Sums) -> Sums:
         asked, exists = pair // n, valid & wanted[pair]
-        at, counts = (document[asked], pair % n), counted[asked]
+        at = document[asked], pair % n
         ids, own_length = question.query[asked], question.query_length[asked]
         lengths = jnp.where(exists, cache.lengths[at], 0)
         to_prefix = prefix_attention(model, cache, at[0], behind)
@@ -152,54 +152,57 @@ def attention_shares(
             return attention(mesh, q, k, v, lengths, need_lse=True)
 
         def attend(
-            layer: int, q: Array, k: Array, v: Array, means: Means, to_chunk: ToChunk
-        ) -> tuple[Array, Means]:
+            layer: int, q: Array, k: Array, v: Array, sums: Sums, to_chunk: ToChunk
+        ) -> tuple[Array, Sums]:
             """Attention of the query's rows; to_chunk: of rotated queries."""
             turned = rotate(q, by)
             seen = to_chunk(turned)
             rest = merge(see(turned, rotate(k, by), v, own_length), *to_prefix(layer, q))
             if heads[layer].any():
-                share = jax.nn.sigmoid(seen.lse - rest.lse)
-                means = (*means, _row_mean(mesh, share, counts))
-            return merge(seen, rest).out, means
+                sums = (*sums, to_chunk(SHARPNESS * turned).lse)
+            return merge(seen, rest).out, sums
 
-        def attend_all(layer: int, q: Array, k: Array, v: Array, means: Means):
+        def attend_all(layer: int, q: Array, k: Array, v: Array, sums: Sums):
             (chunk_q, q), (chunk_k, k), (chunk_v, v) = (
                 jnp.split(x, [size], axis=1) for x in (q, k, v)
             )
             kv = rotate(chunk_k, chunk_by), chunk_v
             seen = merge(see(rotate(chunk_q, chunk_by), *kv), *chunk_to_prefix(layer, chunk_q))
-            out, means = attend(layer, q, k, v, means, lambda turned: see(turned, *kv))
-            return jnp.concatenate([seen.out, out], axis=1), means
+            out, sums = attend(layer, q, k, v, sums, lambda turned: see(turned, *kv))
+            return jnp.concatenate([seen.out, out], axis=1), sums
 
-        def attend_last(layer: int, q: Array, k: Array, v: Array, means: Means):
-            return attend(layer, q, k, k, means, lambda turned: see(turned, keys, keys))
+        def attend_last(layer: int, q: Array, k: Array, v: Array, sums: Sums):
+            return attend(layer, q, k, k, sums, lambda turned: see(turned, keys, keys))
 
-        def attend_kept(layer: int, q: Array, k: Array, v: Array, means: Means):
+        def attend_kept(layer: int, q: Array, k: Array, v: Array, sums: Sums):
             place = jnp.where(exists, places[pair], -1)[:, None]
             kept = pool.k, pool.v, place, pool.lengths
             to_chunk = functools.partial(chunk_attention, mesh, layer=layer, implementation=path)
-            return attend(layer, q, k, v, means, lambda turned: to_chunk(turned, *kept))
+            return attend(layer, q, k, v, sums, lambda turned: to_chunk(turned, *kept))
 
         if pool is None:
-            rows = jnp.concatenate([cache.tokens[at], ids], axis=1)
-            x, means = model.run(rows, attend_all, (), layers=last)
+            everything = jnp.concatenate([cache.tokens[at], ids], axis=1)
+            x, sums = model.run(everything, attend_all, (), layers=last)
             keys = rotate(model.keys(last, x[:, :size]), chunk_by)  # a chunk's last layer is keys
-            _, means = model.advance(last, x[:, size:], attend_last, means)
+            _, sums = model.advance(last, x[:, size:], attend_last, sums)
         else:
-            _, means = model.run(ids, attend_kept, (), layers=last + 1)
+            _, sums = model.run(ids, attend_kept, (), layers=last + 1)
         target = jnp.where(exists, pair, batch * n)
-        return jax.tree.map(lambda x, mean: x.at[target].set(mean, mode="drop"), shares, means)
+        return jax.tree.map(lambda x, new: x.at[target].set(new, mode="drop"), found, sums)
 
-    zeros = jnp.zeros((batch * n, model.config.n_heads), jnp.float32)
-    none = (zeros,) * int(heads.any(axis=1).sum())
-    shares = for_groups(wanted, group, score_group, none)
-    return tuple(x.reshape(batch, n, -1) for x in shares)
+    empty = jnp.full((batch * n, model.config.n_heads, rows), EMPTY_LSE, jnp.float32)
+    none = (empty,) * int(heads.any(axis=1).sum())
+    sums = constrain(mesh, for_groups(wanted, group, score_group, none))
+    return tuple(_shares(x.reshape(batch, n, *x.shape[1:]), counted) for x in sums)
 
 
-def _row_mean(
-    mesh: Mesh | None, values: Float[Array, "B H T"], rows: Bool[Array, "B T"]
-) -> Float[Array, "B H"]:
-    """Returns the mean over the rows that count; its order of sums does not depend on padding."""
-    total = constrain(mesh, row_sum(jnp.where(rows[:, None], values, 0)))
-    return total / jnp.maximum(rows.sum(axis=1), 1)[:, None]
+def _shares(lse: Float[Array, "B N H T"], rows: Bool[Array, "B T"]) -> Float[Array, "B N H"]:
+    """Returns each chunk's share in the sum over all chunks, mean over the rows that count.
+
+    The order of sums does not depend on padding.
+    """
+    top = jnp.maximum(lse.max(axis=1, keepdims=True), EMPTY_LSE)
+    weights = jnp.where(lse <= EMPTY_LSE / 2, 0, jnp.exp(lse - top))
+    total = row_sum(jnp.moveaxis(weights, 1, -1))[:, None]
+    shares = jnp.where(rows[:, None, None], weights / jnp.where(total == 0, 1, total), 0)
+    return row_sum(shares) / jnp.maximum(rows.sum(axis=1), 1)[:, None, None]

@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     default = "(default: %(default)s)"
     numbers = {"nargs": "+", "type": int, "metavar": "N"}
     text = f"tokens of the documents {default}"
-    add("--lengths", default=[2048, 4096, 8192], help=text, **numbers)
+    add("--lengths", default=[4096, 8192, 16384], help=text, **numbers)
     text = f"tokens of a chunk; pairs with a length of 4 chunks or more are used {default}"
     add("--chunk-sizes", default=[256, 512, 1024], help=text, **numbers)
     add("--examples", type=int, default=96, metavar="N", help=f"of all pairs together {default}")

@@ -124,8 +124,7 @@ class Method(Cached):
             position = self.p + self.size + np.arange(len(slots))
             sums = []
             for kv in self.documents:
-                hidden = KV(kv.k, kv.v, np.zeros_like(kv.seen))
-                self.rows(slots, position, self.alone, hidden)
+                self.rows(slots, position, self.alone, kv)
                 to_chunk = self.attention_scores[:, :, scored, self.p : self.p + len(kv)]
                 sums.append(np.exp(SHARPNESS * to_chunk).sum(axis=-1))
             shares = (np.array(sums) / np.sum(sums, axis=0)).mean(axis=3)  # [N, L, H]

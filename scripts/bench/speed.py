@@ -190,22 +190,24 @@ def pass_flops(run: Run, chunks: int, scorer: Any) -> float:
 
     Products of every row with the layers' weights, attention of chunk rows over prefix and chunk,
     and the question: each copy over prefix, chunk and itself, and the LM head over its rows; of the
-    scorer "heads" over prefix, all chunks and itself. In its last layer chunks have keys alone.
+    scorer "heads" over prefix, all chunks and itself. In the last layer chunks have keys and
+    values alone, with "heads" keys alone.
     """
     config, size = run.model.config, run.args.chunk_size
     model, kv = config.d_model, config.n_kv_heads * config.head_dim
     rows, pairs = PREFIX + chunks * size, PREFIX**2 + chunks * size * (PREFIX + size)
     layers, rest = config.n_layers, 0
+    layer = 2 * model * (2 * model + 2 * kv + 3 * config.mlp_hidden_size)
     if scorer.in_pass:
         drafted, filled = (getattr(scorer, f"draft_{x}", 0) for x in ("length", "steps"))
-        copies = getattr(scorer, "masked_copies", 1) * (QUERY + drafted)
-        rows += chunks * copies
-        pairs += chunks * copies * (PREFIX + size + QUERY + drafted)
+        own = chunks * getattr(scorer, "masked_copies", 1) * (QUERY + drafted)
+        seen = own * (PREFIX + size + QUERY + drafted)
         rest = 2 * model * config.vocab_size * chunks * (QUERY + filled)
+        rest += own * layer + 4 * model * seen + rows * 2 * model * 2 * kv
+        layers, rows, pairs = layers - 1, rows + own, pairs + seen
     else:
         layers, rest = run.args.head_layers - 1, 2 * model * kv * rows
         rows, pairs = rows + QUERY, pairs + QUERY * (PREFIX + chunks * size + QUERY)
-    layer = 2 * model * (2 * model + 2 * kv + 3 * config.mlp_hidden_size)
     return layers * (rows * layer + 4 * model * pairs) + rest
 
 

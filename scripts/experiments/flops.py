@@ -112,9 +112,9 @@ def answer_flops(
     if isinstance(config.scorer, AttentionScorer) and scorer == config.scorer.name:
         layers = len(config.scorer.counted(model))
         first, short = counter(model, layers), counter(model, layers - 1)
-        seen = sizes.prefix + sum(sizes.chunks) + sizes.query
-        score += first(sizes.query, seen) + sum(sizes.chunks) * count.keys
         score += sum(short(chunk, sizes.prefix + chunk) for chunk in sizes.chunks)
+        behind = [sizes.prefix + chunk + sizes.query for chunk in sizes.chunks]
+        score += sum(first(sizes.query, seen) for seen in behind) + sum(sizes.chunks) * count.keys
         if not config.encoding.keeps_prefix:
             score += first(sizes.prefix, sizes.prefix)
     return {"draft": draft, "score": score, "encode": encode, "decode": decode}

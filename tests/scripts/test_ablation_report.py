@@ -295,7 +295,7 @@ def test_another_run_stands_beside_the_record(record, tmp_path, monkeypatch):
     cells = all_cells(["heads"])
     assert answer_all(Fake(batch=44), cells, 44, tmp_path, note=note)
     made = {"heads": [[1, 0], [0, 3]], "layers": 2, "recall": 0.9, "recall_of_all": 0.5}
-    made |= {"head_recall": [[0.1], [0.2], [0.3]], "examples": 72, "recall_by_layers": [0.8, 0.9]}
+    made |= {"head_recall": [[0.1], [0.2], [0.3]], "examples": 72, "clarity_by_layers": [0.8, 0.9]}
     made["tasks"] = ["passkey", "magic_number"]
     write_json(tmp_path / "calibrations" / "passkey+magic_number" / "retrieval_heads.json", made)
     part = {**summary.summarise(tmp_path, ["heads"], 44), "command": "scripts/ablate.py run heads"}

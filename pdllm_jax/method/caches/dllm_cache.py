@@ -273,6 +273,9 @@ class DLLMCache(CacheMethod):
             chosen = _least_alike(v, cached, kv.tail.in_response, count)
             if kv.due.prompt:
                 return layer.many_rows(chosen)
+            if count:
+                # Always true. XLA copies all cached values unless it sees that they are read first.
+                v = jnp.where((chosen[:, 0] >= 0)[:, None, None, None], v, 0)
             kv.write(layer.index, None, v, kv.tail.row, ~kv.tail.in_response)
             return layer.few_rows(chosen)
         if kv.due.prompt:

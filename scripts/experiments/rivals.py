@@ -34,10 +34,10 @@ def write_page(
 ) -> None:
     """Writes the page and its picture.
 
-    add: ablation.json of another run, which is put into the record first. speed: of
-    `benchmark.py speed`.
+    source: ablation.json; without one the page says what each method does. add: that of another
+    run, which is put into the record first. speed: of `benchmark.py speed`.
     """
-    record = read_json(source, ValueError)
+    record = read_json(source, ValueError) if source.exists() else {}
     if add is not None:
         record = with_part(record, read_json(add, ValueError), str(add))
         write_json(source, record)
@@ -46,7 +46,7 @@ def write_page(
         for run in (record, *record.get("parts", ()))
         if any(name.startswith(_GRIDS) for name in run.get("grids", ()))
     ]
-    if not runs:
+    if record and not runs:
         raise ValueError(f"{source} holds no grid {_GRIDS}: run ablate.py run --grid {_GRIDS}")
     pictures.mkdir(parents=True, exist_ok=True)
     drawn = pareto(runs)
@@ -54,12 +54,14 @@ def write_page(
         drawn.savefig(pictures / f"{PICTURE}.png", dpi=110, metadata={"Software": None})
     place = Path(os.path.relpath(pictures.resolve(), page.resolve().parent)).as_posix()
     large = read_json(speed, ValueError) if speed is not None and speed.exists() else None
-    lines = [f"# {TEXTS['title']}", "", _origin(source, speed if large else None), TEXTS["intro"]]
+    made_of = [path for path, there in ((source, record), (speed, large)) if path and there]
+    lines = [f"# {TEXTS['title']}", "", _origin(made_of), TEXTS["intro"]]
     lines += ["## What each method does, and what is reproduced", "", TEXTS["notes"]["methods"]]
     lines += [table(("method", "paper", "what it reuses", "reproduced"), [*_methods()]), ""]
-    lines += ["## Accuracy and cost, small model", "", TEXTS["notes"]["small"]]
+    if runs:
+        lines += ["## Accuracy and cost, small model", "", TEXTS["notes"]["small"]]
     for run in runs:
-        lines += [f"`{run['command']}`", "", table(("condition", "value"), conditions(run)), ""]
+        lines += [f"`{run['command']}`", "", table(("condition", "value"), [*_conditions(run)]), ""]
     if drawn is not None:
         lines += [f"![Accuracy against the seconds of a request]({place}/{PICTURE}.png)", ""]
     for run in runs:
@@ -70,8 +72,8 @@ def write_page(
     print(f"{page}")
 
 
-def _origin(source: Path, speed: Path | None) -> str:
-    names = " and ".join(f"`{path.name}`" for path in (source, speed) if path is not None)
+def _origin(made_of: Sequence[Path]) -> str:
+    names = " and ".join(f"`{path.name}`" for path in made_of) or "no record yet"
     return f"Made by `scripts/ablate.py rivals` from {names}; do not edit."
 
 
@@ -79,6 +81,13 @@ def _methods() -> Iterator[Sequence[str]]:
     for one in TEXTS["method"]:
         names = ", ".join(f"`{name}`" for name in one["names"])
         yield f"{one['title']}: {names}", one["paper"], one["does"], one["reproduced"]
+
+
+def _conditions(run: Record) -> Iterator[tuple[str, str]]:
+    """Yields where the run was made; its costs come from a process of their own."""
+    yield from (row for row in conditions(run) if row[0] != "processes")
+    if costs := run.get("costs"):
+        yield "costs", f"{costs['run']['device']}, one process"
 
 
 def name_of(cell: Record) -> str:

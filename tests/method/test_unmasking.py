@@ -5,21 +5,27 @@ The oracles run one prompt at a time; the library answers ragged prompts in one 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from pdllm_jax import ChunkConfig, ConfigError, DecodeConfig, Engine, ModelConfig, SelectionConfig
+from pdllm_jax.cli import flags
+from pdllm_jax.cli.commands import parser_of
+from pdllm_jax.evaluation.arguments import decode_config
 from pdllm_jax.method.caches import CACHE_METHODS
 from pdllm_jax.method.denoise import denoise, denoise_step
-from pdllm_jax.method.unmasking import UNMASKING, Custom, Wino
+from pdllm_jax.method.unmasking import UNMASKING, Custom, Klass, Wino
+from pdllm_jax.network.transformer import MaskPredictor
 from pdllm_jax.storage.snapshot import pack, unpack
 from tests.method.test_generation_dream import Pair as DreamPair
 from tests.method.test_generation_published import Pair
-from tests.support.method import answer_both, sharp_model
+from tests.support.method import answer_both, sharp_model, sharpen
 
 torch = pytest.importorskip("torch")
 
@@ -213,6 +219,25 @@ def test_wino_refuses_a_logit_shift():
         Wino().check(ModelConfig.dream_7b())
 
 
+def test_flags_and_arguments_of_lm_eval():
+    argv = [
+        "checkpoint",
+        "--prompt-ids",
+        "F",
+        "--unmask",
+        "klass:kl=0.1",
+        "--steps",
+        "8",
+        "--gen-length",
+        "16",
+    ]
+    given = flags.engine_settings(parser_of("answer", None).parse_args(argv))["decoding"]
+    assert given == DecodeConfig(16, 16, steps=8, unmask=Klass(kl=0.1))
+    model = {"unmask": "klass:kl=0.1", "steps": 8}
+    assert decode_config(16, 32, model, {}) == given
+    assert decode_config(16, 32, model, {"unmask": "eb"}) == DecodeConfig(16, 16, unmask="eb")
+
+
 @pytest.mark.parametrize("name", UNMASKING)
 def test_rules_are_settings(name):
     config = DecodeConfig(unmask=name)
@@ -220,3 +245,27 @@ def test_rules_are_settings(name):
     assert DecodeConfig.from_flat(**config.to_flat()) == config
     assert DecodeConfig(unmask=str(config.unmask)) == config
     assert isinstance(DecodeConfig(unmask=max).unmasking, Custom)
+
+
+def test_shadow_rows_see_the_chunks():
+    """With one layer KV depends on token and position alone, so chunks equal a whole prompt."""
+    config = dataclasses.replace(ModelConfig.tiny(), n_layers=1)
+    model = sharpen(MaskPredictor(config, rngs=nnx.Rngs(0)))
+    rule = {"unmask": "wino:threshold=0.05:threshold_back=0.3", "recompute": "block"}
+    selection = SelectionConfig(
+        top_k=4, scorer="all", encoding="independent", positions="contiguous"
+    )
+    engines = [
+        Engine(
+            model,
+            chunking=ChunkConfig(16, anchors=False),
+            selection=selection,
+            decoding=DecodeConfig(16, BLOCK, **rule),
+            method=method,
+        )
+        for method in ("prefilling", "dual-cache")
+    ]
+    rng = np.random.default_rng(0)
+    parts = [rng.integers(0, 250, n).tolist() for n in (60, 7, 3)]
+    chunked, whole = (engine.answer(*parts[:2], prefix=parts[2]) for engine in engines)
+    assert (chunked.tokens, chunked.evaluations) == (whole.tokens, whole.evaluations)

@@ -217,8 +217,7 @@ class DLLMCache(CacheMethod):
 
     def kinds(self, config: DecodeConfig) -> list[Due]:
         """Returns what occurs in the evaluations of a response, in rising order of rows."""
-        limit = config.block_length + config.first_slot_alone
-        counts = range(config.n_blocks * (config.steps_per_block if config.scheduled else limit))
+        counts = range(config.n_blocks * config.step_limit)
         due = {Due(i % self.prompt_interval == 0, i % self.response_interval == 0) for i in counts}
         return sorted(due)
 

@@ -46,6 +46,12 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         {"gamma": 5.0, "order": "entropy"},
         {"remasking": "entropy"},
     ),
+    "eb, d2Cache": (
+        "eb:gamma=3:subtract=last",
+        "entropy_bound",
+        {"gamma": 3.0, "subtract": "last"},
+        {},
+    ),
     "klass": (
         "klass:threshold=0.3:kl=1",
         "klass",

@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     default = "(default: %(default)s)"
     numbers = {"nargs": "+", "type": int, "metavar": "N"}
     text = f"tokens of the documents {default}"
-    add("--lengths", default=[2048, 4096, 8192], help=text, **numbers)
+    add("--lengths", default=[4096, 8192, 16384], help=text, **numbers)
     text = f"tokens of a chunk; pairs with a length of 4 chunks or more are used {default}"
     add("--chunk-sizes", default=[256, 512, 1024], help=text, **numbers)
     add("--examples", type=int, default=96, metavar="N", help=f"of all pairs together {default}")
@@ -151,9 +151,9 @@ def draw(found: Calibration, path: Path) -> None:
     marks = [head for _, head in found.heads], [layer for layer, _ in found.heads]
     left.scatter(*marks, s=60, facecolors="none", edgecolors="tab:red", linewidths=1.8)
     left.set(xlabel="head", ylabel="layer", title="recall of each head")
-    right.plot(found.recall_by_layers, range(len(found.recall_by_layers)), marker=".")
+    right.plot(found.clarity_by_layers, range(len(found.clarity_by_layers)), marker=".")
     right.axhline(found.layers - 0.5, color="tab:red", linewidth=1)
-    right.set(xlim=(0, 1.03), xlabel="recall", title="best heads up to layer")
+    right.set(xlim=(0, 1.03), xlabel="clarity", title="best heads up to layer")
     right.grid(alpha=0.3)
     for axis in (left, right):
         axis.title.set_fontsize(9)

@@ -6,6 +6,7 @@
   scripts/ablate.py run --out DIR --grid methods methods-multi costs
   scripts/ablate.py report DIR/ablation.json             docs/results.md and pictures
   scripts/ablate.py report benchmarks/ablation.json --add DIR/ablation.json
+  scripts/ablate.py rivals benchmarks/rivals.json        docs/rivals.md and its picture
 
 `run` answers the same examples under every setting of the grids and records each answer in
 DIR/records.jsonl. The same command goes on where it stopped, even if it was killed. It ends by
@@ -77,6 +78,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("record", type=Path, help="ablation.json")
     sub.add_argument("--add", type=Path, help="ablation.json of a run to put into the record")
     sub.add_argument("--results", type=Path, default=ROOT / "docs" / "results.md")
+    sub.add_argument("--pictures", type=Path, default=ROOT / "docs" / "pictures")
+    sub = commands.add_parser("rivals", help="write up a run of the grids methods")
+    sub.add_argument("record", type=Path, help="ablation.json")
+    sub.add_argument("--add", type=Path, help="ablation.json of a run to put into the record")
+    speed = ROOT / "benchmarks" / "speed_rivals.json"
+    sub.add_argument("--speed", type=Path, default=speed, help="of benchmark.py speed --methods")
+    sub.add_argument("--page", type=Path, default=ROOT / "docs" / "rivals.md")
     sub.add_argument("--pictures", type=Path, default=ROOT / "docs" / "pictures")
     return p
 
@@ -251,6 +259,11 @@ def main(argv: list[str] | None = None) -> int:
         from experiments.report import write_report
 
         return status(lambda: write_report(args.record, args.results, args.pictures, args.add))
+    if args.command == "rivals":
+        from experiments.rivals import write_page
+
+        paths = args.record, args.page, args.pictures, args.add, args.speed
+        return status(lambda: write_page(*paths))
     return status(lambda: run_command(args))
 
 

@@ -141,12 +141,8 @@ class _Case:
                 copied = slots if path == "cudnn" else 1
                 nbytes += batch * size * (copied * 2 * kv * item + 2 * 4 * rows * heads)
             over_chunks = max(over_chunks, nbytes)
-        # Divided by "data" as its groups are; the query's attention is not.
-        streams = recorder.streams * c.d_model // data
-        streams += recorder.streams // size * shapes.query * heads * c.head_dim
         return widest | {
             "attention over chunks": over_chunks,
-            "residual stream of the document": streams * item,
             "cuBLAS workspace": _CUBLAS_WORKSPACE if self.gpu else 0,
             "KV in flight": self.in_flight(program, recorder),
             "evaluation of the method": self.scratch(program),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from pdllm_jax.method.prefill import encode_document, prefill, prefill_top_k
 from pdllm_jax.method.scoring import draft_response, score_chunks
 from pdllm_jax.method.selection import select
 from pdllm_jax.network.config import ModelConfig
-from pdllm_jax.network.transformer import Attend, Carry, LayerParts, MaskPredictor, StreamHook
+from pdllm_jax.network.transformer import Attend, Carry, LayerParts, MaskPredictor
 
 
 class Shapes(NamedTuple):
@@ -104,19 +103,17 @@ class Recorder:
     """What the trace of one program contains.
 
     forwards: [B, T, rows that get logits] of each forward pass; over_chunks: (B, K, T) of each
-    attention over chunks, of one device; streams: rows of the residual streams held between layers.
+    attention over chunks, of one device.
     """
 
     def __init__(self) -> None:
         self.forwards: list[list[int]] = []
         self.over_chunks: list[tuple[int, int, int]] = []
-        self.streams = 0
 
     def clear(self) -> None:
         """Forgets the program, for the next one."""
         self.forwards.clear()
         self.over_chunks.clear()
-        self.streams = 0
 
     def chunk_attention(self, q: Array, *_: Any) -> Partial:
         """Stands for an implementation of `chunk_attention`."""
@@ -139,16 +136,10 @@ class RecordedModel(MaskPredictor):
         return model
 
     def run(
-        self,
-        token_ids: Array,
-        attend: Attend,
-        carry: Carry,
-        *,
-        hook: StreamHook | None = None,
-        layers: int | None = None,
+        self, token_ids: Array, attend: Attend, carry: Carry, **settings: Any
     ) -> tuple[Array, Carry]:
         self.recorder.forwards.append([*token_ids.shape, 0])
-        return super().run(token_ids, attend, carry, hook=hook, layers=layers)
+        return super().run(token_ids, attend, carry, **settings)
 
     def advance(
         self, layer: int, stream: Array, attend: Attend, carry: Carry
@@ -163,10 +154,6 @@ class RecordedModel(MaskPredictor):
     def parts(self, layer: int, stream: Array) -> tuple[LayerParts, Array]:
         self.recorder.forwards.append([*stream.shape[:2], 0])
         return super().parts(layer, stream)
-
-    def streams(self, *rows: int) -> Array:
-        self.recorder.streams = math.prod(rows)
-        return super().streams(*rows)
 
     def logits(self, hidden: Array) -> Array:
         last = self.recorder.forwards[-1]

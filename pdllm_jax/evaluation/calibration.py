@@ -2,12 +2,15 @@
 
 For each example the share of the query's attention that each head pays to each chunk is measured,
 in one pass over the document. A head recalls an example if the needle's chunk gets the greatest
-share. A set of heads is judged by the mean of their shares, as the scorer "heads" uses it.
+share. A set of heads is judged by the mean of their shares, as the scorer "heads" uses it. Among few
+chunks most heads are right; in a document of many chunks only those whose lead is large. So the
+clarity of a set is the mean, over 1, 2 and 4, of the share of examples in which the needle's chunk
+gets more than that many times the share of any other chunk.
 
-    choose    for each m and n: the best n heads within the first m layers, chosen on one half of
-              the examples and tested on the other half, in several divisions; the smallest m, and
-              with it the largest n, whose recall lies within one point of the best; the best n
-              heads within these layers, on all examples
+    choose    for each m and n: the clearest n heads within the first m layers, chosen on one half
+              of the examples and tested on the other half, in several divisions; the smallest m,
+              and with it the largest n, whose clarity lies within one point of the best; the
+              clearest n heads within these layers, on all examples
     recall    of that procedure as a whole: it runs on seven eighths of the examples, and its heads
               are tested on the last eighth, for each eighth in turn
 """
@@ -41,7 +44,8 @@ from pdllm_jax.rules import Heads, require, size
 LEAST_CHUNKS = 4  # of a document: among fewer, most heads are right
 _FOLDS, _DIVISIONS = 8, 8
 _LEAST_EXAMPLES = 8
-_POINT = 0.01  # by which fewer layers may recall less
+_LEADS = (1, 2, 4)
+_POINT = 0.01  # by which fewer layers may be less clear
 _DIGITS = 4  # of figures in the file, after the point
 
 
@@ -68,17 +72,28 @@ class Shares(NamedTuple):
         """Returns some of the examples."""
         return Shares(self.values[index], self.needle[index])
 
-    def margins(self) -> Float[np.ndarray, "E L H"]:
-        """Returns by how much each head's share of the needle's chunk exceeds any other chunk's."""
+    def margins(self, lead: float = 1) -> Float[np.ndarray, "E L H"]:
+        """Returns by how much each head's share of the needle's chunk exceeds any other chunk's.
+
+        lead: what the other chunk's share is multiplied by.
+        """
         needle = self.needle[:, None, None]
         inside = np.where(needle, self.values, -np.inf).max(axis=-1)
-        return inside - np.where(needle, -np.inf, self.values).max(axis=-1)
+        return inside - lead * np.where(needle, -np.inf, self.values).max(axis=-1)
+
+    def of(self, heads: Heads) -> Shares:
+        """Returns the mean over some heads, as of one head."""
+        layers, numbers = map(list, zip(*heads, strict=True))
+        mean = self.values[:, layers, numbers].mean(axis=1)
+        return Shares(mean[:, None, None], self.needle)
 
     def recalled(self, heads: Heads) -> Bool[np.ndarray, " E"]:
         """Returns on which examples the mean over some heads finds the needle's chunk."""
-        layers, numbers = map(list, zip(*heads, strict=True))
-        mean = self.values[:, layers, numbers].mean(axis=1)
-        return Shares(mean[:, None, None], self.needle).margins()[:, 0, 0] > 0
+        return self.of(heads).margins()[:, 0, 0] > 0
+
+    def clarity(self) -> Float[np.ndarray, "L H"]:
+        """Returns the clarity of each head."""
+        return np.mean([self.margins(lead) > 0 for lead in _LEADS], axis=(0, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +102,8 @@ class Calibration:
 
     heads: (layer, head) of each, the best first. layers: the first layers, which hold them.
     recall: share of examples whose needle's chunk is first, of heads that other examples chose.
-    recall_by_layers [M]: the same for each m, by the best n, for the choice of m; M layers were
-      allowed.
+    clarity_by_layers [M]: the clarity for each m, by the best n, of heads that other examples
+      chose; M layers were allowed.
     recall_of_all: of the mean over all layers and heads, the scorer "attention".
     head_recall, head_margin [L, H]: of each head alone, its recall and its mean margin.
     examples: how many there were.
@@ -97,7 +112,7 @@ class Calibration:
     heads: Heads
     layers: int
     recall: float
-    recall_by_layers: np.ndarray
+    clarity_by_layers: np.ndarray
     recall_of_all: float
     head_recall: np.ndarray
     head_margin: np.ndarray
@@ -178,7 +193,7 @@ def choose_heads(
         heads=heads,
         layers=1 + max(layer for layer, _ in heads),
         recall=float(np.concatenate(tested).mean()),
-        recall_by_layers=curve,
+        clarity_by_layers=curve,
         recall_of_all=float(shares.recalled(everything).mean()),
         head_recall=(margins > 0).mean(axis=0),
         head_margin=margins.mean(axis=0),
@@ -187,14 +202,14 @@ def choose_heads(
 
 
 def _procedure(shares: Shares, count: int, rng: np.random.Generator) -> tuple[Heads, np.ndarray]:
-    """Returns the chosen heads, and the recall by number of layers that chose the layers."""
+    """Returns the chosen heads, and the clarity by number of layers that chose the layers."""
     results = []
     for _ in range(_DIVISIONS):
         halves = np.array_split(rng.permutation(len(shares.needle)), 2)
         for fit, test in (halves, halves[::-1]):
             ranked, tested = _ranked(shares.take(fit), count), shares.take(test)
             sets = [[heads[: n + 1] for n in range(count)] for heads in ranked]
-            results.append([[tested.recalled(heads).mean() for heads in row] for row in sets])
+            results.append([[tested.of(heads).clarity().item() for heads in row] for row in sets])
     table = np.mean(results, axis=0)  # [M, count]
     enough = table >= table.max() - _POINT - 1e-9
     last = int(np.argmax(enough.any(axis=1)))
@@ -204,10 +219,9 @@ def _procedure(shares: Shares, count: int, rng: np.random.Generator) -> tuple[He
 
 
 def _ranked(shares: Shares, count: int) -> list[Heads]:
-    """Returns for each m the best heads within the first m layers: by recall, then by margin."""
-    margins = shares.margins()
-    recall, margin = (margins > 0).mean(axis=0), margins.mean(axis=0)
-    order = np.lexsort((-margin.ravel(), -recall.ravel()))
+    """Returns for each m the best heads within the first m layers: by clarity, then by margin."""
+    clarity, margin = shares.clarity(), shares.margins().mean(axis=0)
+    order = np.lexsort((-margin.ravel(), -clarity.ravel()))
     ranked = [divmod(int(i), margin.shape[1]) for i in order]
     return [
         tuple([head for head in ranked if head[0] <= last][:count]) for last in range(len(margin))
@@ -225,7 +239,7 @@ def _measure(
     )
     request = ScoreRequest(prompt.question, cache.lengths > 0, encode_batch=encode_batch)
     heads = np.ones((model.config.n_layers, model.config.n_heads), bool)
-    return jnp.stack(attention_shares(model, cache, request, heads))[:, 0]
+    return jnp.stack(attention_shares(model, cache, request, heads))[:, 0].swapaxes(1, 2)
 
 
 def measure(

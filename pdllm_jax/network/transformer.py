@@ -113,7 +113,7 @@ class Residual(NamedTuple):
     stream: Array
     mesh: Mesh | None
     links: Array | None
-    pending: tuple[Array, Matrix] | None = None
+    pending: tuple[Array | Scaled, Matrix] | None = None
 
     def add(self, norm: RMSNorm | None = None) -> tuple[Array, ...]:
         """Returns the stream with the projection added and, if there is a norm, the norm of it."""
@@ -143,17 +143,30 @@ class Block(nnx.Module):
         self.head_dim = config.head_dim
 
     def __call__(
-        self, layer: int, residual: Residual, attend: Attend, carry: Carry
+        self,
+        layer: int,
+        residual: Residual,
+        attend: Attend,
+        carry: Carry,
+        read: slice | None = None,
     ) -> tuple[Residual, Carry]:
-        """Returns the residual stream behind the layer, and the carry of its attention."""
+        """Returns the residual stream behind the layer, and the carry of its attention.
+
+        read: the rows that have queries and go on, all by default.
+        """
         x, normed = residual.add(self.attn_norm)
-        q, k, v = self._heads(residual.mesh, normed, self.q_proj, self.k_proj, self.v_proj)
+        if read is None:
+            q, k, v = self._heads(residual.mesh, normed, self.q_proj, self.k_proj, self.v_proj)
+        else:
+            k, v = self._heads(residual.mesh, normed, self.k_proj, self.v_proj)
+            normed, x = jax.tree.map(lambda x: x[:, read], (normed, x))
+            (q,) = self._heads(residual.mesh, normed, self.q_proj)
         out, carry = attend(layer, q, k, v, carry)
 
         residual = residual._replace(stream=x, pending=(out.reshape(x.shape), self.attn_out))
         x, normed = residual.add(self.ff_norm)
         matrices = self.gate_proj, self.up_proj
-        (hidden,) = _project(residual.mesh, normed, *matrices, activation="swiglu")
+        (hidden,) = _project(residual.mesh, normed, *matrices, activation="swiglu", narrow=True)
         return residual._replace(stream=x, pending=(hidden, self.down_proj)), carry
 
     def keys(self, residual: Residual) -> Float[Array, "B T G D"]:
@@ -199,7 +212,7 @@ class LayerParts(NamedTuple):
         return add_projected(self.mesh, None, x, matrix.operand, None, self.links)[0]
 
 
-def _project(mesh: Mesh | None, x: Array, *matrices: Matrix, **settings: Any) -> tuple[Array, ...]:
+def _project(mesh: Mesh | None, x: Array, *matrices: Matrix, **settings: Any) -> tuple[Any, ...]:
     weights = [matrix.operand for matrix in matrices]
     biases = tuple(matrix.bias[...] for matrix in matrices if matrix.bias is not None)
     return project_columns(mesh, x, *weights, biases=biases, **settings)
@@ -247,15 +260,21 @@ class MaskPredictor(nnx.Module):
         *,
         hook: StreamHook | None = None,
         layers: int | None = None,
+        read: slice | None = None,
     ) -> tuple[Float[Array, "B T M"], Carry]:
         """Returns the residual stream after the last layer, before the final norm, and the carry.
 
         `attend` gets the carry and returns it, layer by layer; `hook` gets the residual stream.
-        layers: the first layers that run, all of them by default.
+
+        Args:
+          layers: the first layers that run, all of them by default.
+          read: the rows that are returned, all by default. In the last layer only they have
+            queries; all rows have keys and values.
         """
-        residual = self._residual(self.embed(token_ids))
-        for layer, block in enumerate(list(self.blocks)[:layers]):
-            residual, carry = block(layer, residual, attend, carry)
+        residual, blocks = self._residual(self.embed(token_ids)), list(self.blocks)[:layers]
+        for layer, block in enumerate(blocks):
+            last = layer == len(blocks) - 1
+            residual, carry = block(layer, residual, attend, carry, read if last else None)
             if hook is not None:
                 residual = residual._replace(stream=residual.add()[0], pending=None)
                 hook(layer, residual.stream)

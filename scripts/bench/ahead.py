@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import pdllm_jax
-from pdllm_jax.engine import answer, engine, request
+from pdllm_jax.engine import answer, request
 
 # Where an engine, and then a benchmark, looks up the jitted functions of an answer.
 PROGRAMS: tuple[tuple[ModuleType, str], ...] = (
@@ -21,7 +21,6 @@ PROGRAMS: tuple[tuple[ModuleType, str], ...] = (
     (request, "prefill"),
     (request, "prefill_top_k"),
     (request, "init_denoise"),
-    (engine, "init_denoise"),
     (answer, "denoise"),
     (pdllm_jax, "init_denoise"),
     (pdllm_jax, "denoise"),

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from pdllm_jax import Engine, Request, denoise, init_denoise
+from pdllm_jax import Engine, Request
 from pdllm_jax.engine.request import PreparedRequest, Timer, request_keys, select_chunks
-from pdllm_jax.method.caches import cache_method
-from pdllm_jax.method.chunking import batch_prompts, batch_size, bucket, chunk_prompt
+from pdllm_jax.method.chunking import batch_prompts, batch_size, chunk_prompt
 from pdllm_jax.method.selection import EMPTY_SLOT
 
 
@@ -28,8 +25,6 @@ def answer(
         For each request tokens, evaluations and their network rows, seconds by phase (compiling
         left out), and the kept chunks with the scores of all chunks, both None for a baseline.
     """
-    if together and not cache_method(engine.method).uses_chunks:
-        return _answer_dense(engine, requests)
     if together:
         results = engine.answer_batch(requests)
     else:
@@ -75,29 +70,6 @@ def select_alone(engine: Engine, requests: Sequence[Request]) -> list[dict[str, 
             "scores": None if scores is None else scores[b, : prepared.counts[b]].tolist(),
         }
         for b in range(count)
-    ]
-
-
-def _answer_dense(engine: Engine, requests: Sequence[Request]) -> list[dict[str, Any]]:
-    """Answers whole prompts in one batch; the tokens are the same as one by one."""
-    config, timer = cache_method(engine.method).decode_config(engine.decoding), Timer()
-    prompts = [np.concatenate(engine.token_ids(request)) for request in requests]
-    lengths = [len(prompt) for prompt in prompts]
-    rows = np.zeros((len(prompts), bucket(max(lengths), 8)), np.int32)
-    for row, prompt in zip(rows, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    keys = request_keys([request.seed for request in requests], len(requests))
-    with timer.phase("decode"):
-        ids = jnp.asarray(rows)
-        state = init_denoise(
-            engine.model, None, None, ids, config, keys, query_length=jnp.asarray(lengths)
-        )
-        state = jax.block_until_ready(denoise(engine.model, None, state, config=config))
-    same = {"seconds": _seconds(timer.seconds, len(prompts)), "chunks": None, "scores": None}
-    columns = (state.tokens, state.evaluations, state.rows)
-    return [
-        {"tokens": tokens, "evaluations": n, "rows": round(count, 2), **same}
-        for tokens, n, count in zip(*(column.tolist() for column in columns), strict=True)
     ]
 
 

@@ -16,7 +16,7 @@ from pdllm_jax.rules import require
 from small_model.tasks import TASKS, Task
 
 # (length, chunk size) of the examples, and how many there are of each.
-SHAPES, EXAMPLES = ((1024, 64), (2048, 128), (4096, 128)), 24
+SHAPES, EXAMPLES = ((4096, 256), (8192, 256), (16384, 512)), 24
 _FIRST = 1_000_000  # index of the first example: no cell tests as many
 
 

@@ -158,7 +158,7 @@ def calibration_rows(record: Record) -> Iterator[Sequence[str]]:
     """Yields a row for each calibration of a run."""
     for made in record.get("calibrations", {}).values():
         heads = ", ".join(f"{layer}.{head}" for layer, head in made["heads"])
-        allowed, layers = len(made["recall_by_layers"]), len(made["head_recall"])
+        allowed, layers = len(made["clarity_by_layers"]), len(made["head_recall"])
         run = f"{made['layers']} of {layers}"
         run += "" if allowed == layers else f", at most {allowed} allowed"
         shares = (f"{100 * made[name]:.1f}" for name in ("recall", "recall_of_all"))

@@ -67,9 +67,9 @@ def test_the_fewest_layers_with_nearly_the_best_recall(rng, good, most, layers):
     assert found.heads == (tuple(map(int, name.removeprefix("h").split("_"))),)
     assert found.layers == layers
     assert found.recall >= good[name] - 0.01
-    assert found.recall_by_layers[layers - 1] >= found.recall_by_layers.max() - 0.01
+    assert found.clarity_by_layers[layers - 1] >= found.clarity_by_layers.max() - 0.01
     assert found.head_recall[found.heads[0]] == pytest.approx(good[name], abs=0.03)
-    assert (found.examples, len(found.recall_by_layers)) == (200, most or 4)
+    assert (found.examples, len(found.clarity_by_layers)) == (200, most or 4)
     assert found.head_recall.shape == (4, 3)
 
 
@@ -87,9 +87,9 @@ def test_a_set_is_judged_by_the_mean_of_its_shares():
 def test_examples_that_chose_the_heads_do_not_test_them():
     """Of many heads that know nothing, the luckiest looks good where it was chosen alone."""
     found = [choose_heads(made_shares(np.random.default_rng(i), 40, 8, 12, 4), 1) for i in range(6)]
-    assert np.mean([x.head_recall[x.heads[0]] for x in found]) > 0.4
+    assert np.mean([x.head_recall[x.heads[0]] for x in found]) > 0.35
     assert np.mean([x.recall for x in found]) == pytest.approx(0.25, abs=0.08)
-    assert np.mean([x.recall_by_layers for x in found]) == pytest.approx(0.25, abs=0.06)
+    assert np.mean([x.clarity_by_layers for x in found]) < 0.15
 
 
 def test_the_number_of_heads_is_chosen_too(rng):
@@ -100,6 +100,16 @@ def test_the_number_of_heads_is_chosen_too(rng):
     assert choose_heads(shares, 4).heads == ((1, 1),)
     same = made_shares(rng, 80, n=4, h0_0=1.0, h0_2=1.0)
     assert sorted(choose_heads(same, 2).heads) == [(0, 0), (0, 2)]
+
+
+def test_of_two_right_heads_the_one_with_the_greater_lead_is_chosen(rng):
+    """Among few chunks both are always right; only one would be among many."""
+    shares = made_shares(rng, 80, n=4)
+    for layer, lead in ((0, 1.5), (3, 3)):
+        shares.values[:, layer, 1] = 1 + (lead - 1) * shares.needle
+    found = choose_heads(shares, 1)
+    assert (found.heads, found.recall) == (((3, 1),), 1)
+    assert found.clarity_by_layers == pytest.approx([1 / 3, 1 / 3, 1 / 3, 2 / 3])
 
 
 @pytest.mark.parametrize(("examples", "count"), [(7, 4), (8, 0)])

@@ -188,6 +188,7 @@ def test_log_likelihood_of_an_empty_context(folder, bos):
     ("changes", "message"),
     [
         ({"method": "fast"}, "method 'fast'"),
+        ({"method": "dllm-cache:rho=0.1"}, "method 'dllm-cache' has no setting 'rho'"),
         ({"top_k": 0}, "top_k"),
         ({"top_kk": 2}, "model_args not known: top_kk; allowed: add_bos_token, .*top_k"),
         ({"revision": "v2"}, "revision='v2' is not implemented, only None or 'main'"),

@@ -202,8 +202,8 @@ def test_heads_go_with_settings_and_come_from_a_checkpoint(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_a_plan_counts_the_residual_stream(model):
-    """At 8 and 16 chunks; what copies take does not grow with the document."""
+def test_a_plan_holds_no_chunk_but_those_of_a_group(model):
+    """At 8 and 16 chunks: what scoring takes grows by token ids and scores alone."""
     settings = {"query": 32, "chunking": ChunkConfig(64), "dtype": jnp.float32}
     grown = {}
     for name in ("heads", "query"):
@@ -213,5 +213,4 @@ def test_a_plan_counts_the_residual_stream(model):
             for n in (8, 16)
         ]
         grown[name] = plans[1].nbytes - plans[0].nbytes
-    rows = 8 * (64 + 32) * 64 * 4  # of chunks, and of the query for each of them; 64 wide
-    assert grown["heads"] == grown["query"] + rows
+    assert 8 * 64 * 4 <= grown["heads"] == grown["query"] < 2 * 8 * 64 * 4

@@ -44,12 +44,14 @@ class Cached:
     def rows(self, ids, position, *past: KV, sees=True) -> tuple[np.ndarray, KV]:
         """Logits and KV of rows that attend to `past` and, where `sees` [T, T], to each other.
 
-        Leaves the attention weights, [L, H, T, past + T], in `self.weights`.
+        Leaves the attention weights, [L, H, T, past + T], in `self.weights`, and what the softmax
+        was taken of in `self.attention_scores`.
         """
         c, position = self.config, np.asarray(position)
         turn, before = self.net.turn(position)[:, None], join(self.nothing(), *past)
         keys, values = [], []
         self.weights = np.zeros((c.n_layers, c.n_heads, len(ids), len(before) + len(ids)))
+        self.attention_scores = np.zeros(self.weights.shape)
 
         def attend(i, q, k, v):
             q, k = q * turn, k * turn
@@ -63,6 +65,7 @@ class Cached:
             scores = np.einsum("tgrd,sgd->grts", q.conj(), k).real / np.sqrt(c.head_dim)
             weights = softmax(np.where(seen[:, None], scores, -np.inf))
             self.weights[i] = weights.reshape(self.weights[i].shape)
+            self.attention_scores[i] = scores.reshape(self.weights[i].shape)
             return np.einsum("grts,sgd->tgrd", weights, v)
 
         logits = self.net.network(ids, attend)

@@ -16,6 +16,7 @@ from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from tests.oracles.chunks import bm25, split
 from tests.oracles.kv import KV, Cached, join
 
+SHARPNESS = 2  # of the scores of "attention" and "heads"
 SHIFTED = ("causal", "chunk-draft")  # need a model with a logit shift
 READERS = ("draft", "query", "confidence", "attention", "heads", "bm25", *SHIFTED)
 
@@ -121,11 +122,12 @@ class Method(Cached):
             return bm25([slots[i] for i in scored], texts)
         if name in ("attention", "heads"):
             position = self.p + self.size + np.arange(len(slots))
-            self.rows(slots, position, self.alone, *self.documents)
-            ends = np.cumsum([self.p, *map(len, self.documents)])
-            counted = self.weights[:, :, scored]
-            mass = [counted[..., a:b].sum(-1) for a, b in itertools.pairwise(ends)]
-            shares = (np.array(mass) / np.sum(mass, axis=0)).mean(axis=3)  # [N, L, H]
+            sums = []
+            for kv in self.documents:
+                self.rows(slots, position, self.alone, kv)
+                to_chunk = self.attention_scores[:, :, scored, self.p : self.p + len(kv)]
+                sums.append(np.exp(SHARPNESS * to_chunk).sum(axis=-1))
+            shares = (np.array(sums) / np.sum(sums, axis=0)).mean(axis=3)  # [N, L, H]
             if name == "attention":
                 return shares.mean(axis=(1, 2))
             return np.mean([shares[:, i, j] for i, j in self.selection.scorer.heads], axis=0)

@@ -3,41 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import merge, merge_slots
+from pallas_kernels import EMPTY_LSE, Partial, merge
 from pallas_kernels.common import row_sum
 from pdllm_jax.method.cache import ChunkCache, dynamic_updates
 from pdllm_jax.method.scorers.base import Scorer, ScoreRequest, Scores
 from pdllm_jax.method.scorers.calibration import read_heads
-from pdllm_jax.method.scorers.layer_major import layer_major
+from pdllm_jax.method.scorers.copies import for_groups
 from pdllm_jax.method.scorers.prefix import encode_prefix, prefix_attention
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.network.rope import rotate, rotation
 from pdllm_jax.network.sharding import (
     attention,
     chunk_attention,
-    chunk_attention_mass,
     constrain,
+    whole_groups,
 )
 from pdllm_jax.network.transformer import MaskPredictor
 from pdllm_jax.rules import Heads, heads_of, require
 
+# Factor of a head's scores where its attention to the chunks is compared. A needle is a few tokens:
+# at 1, hundreds of others that get little each outweigh it.
+SHARPNESS = 2.0
+ToChunk = Callable[[Array], Partial]
+Sums = tuple[Float[Array, "P H T"], ...]  # of exp(score) over a chunk's keys, as logarithms
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionScorer(Scorer):
-    """A chunk's share of the attention that the query pays to the document.
+    """A chunk's share of the sharpened attention that the query pays to the document.
 
-    The query goes through the network once, behind the prefix, and attends to every chunk as if
-    the chunk lay directly before it. Mean over `heads` and rows. In re-selection the unmasked slots
-    of the response count too. Reads the chunks' KV where the cache has it. Otherwise the chunks go
-    through the network with the query, layer by layer: what is held is their residual stream, not
-    their KV. The layers behind the last one with such a head do not run.
+    The query goes through the network behind each chunk alone, and attends to prefix, chunk and
+    itself, whatever the document's length. The shares compare, over all chunks, the sum of
+    exp(SHARPNESS * score) over a chunk's keys. Mean over `heads` and rows. In re-selection the
+    unmasked slots of the response count too. Reads the chunks' KV where the cache has it.
+    Otherwise groups of chunks go through the network in front of the query, and nothing of them is
+    held. The layers behind the last one with such a head do not run.
 
     heads: pairs (layer, head); None for all.
     """
@@ -74,7 +84,7 @@ class AttentionScorer(Scorer):
         total = jnp.zeros(request.wanted.shape, jnp.float32)
         for row, of_heads in zip(heads[heads.any(axis=1)], shares, strict=True):
             # The order of this sum does not depend on padding.
-            total += row_sum(jnp.where(row[:, None], of_heads, 0).swapaxes(1, 2))
+            total += row_sum(jnp.where(row, of_heads, 0))
         return total / heads.sum()
 
 
@@ -102,7 +112,7 @@ class HeadScorer(AttentionScorer):
 
 def attention_shares(
     model: MaskPredictor, cache: ChunkCache, request: ScoreRequest, heads: Bool[np.ndarray, "m H"]
-) -> tuple[Float[Array, "B H N"], ...]:
+) -> tuple[Float[Array, "B N H"], ...]:
     """Returns which share of its attention to the document each head pays to each chunk, float32.
 
     Mean over the query's rows; `AttentionScorer` says how they attend.
@@ -113,7 +123,7 @@ def attention_shares(
     Returns:
       The shares of each layer with such a head, of all its heads.
     """
-    question, response, layers = request.question, request.response, len(heads)
+    question, response, last = request.question, request.response, len(heads) - 1
     if response is None:
         counted = jnp.arange(question.query.shape[1]) < question.query_length[:, None]
     else:
@@ -121,50 +131,82 @@ def attention_shares(
         question, counted = question.with_tail(response)
         counted = dynamic_updates(counted, query_length, response.confirmed)
     if cache.prefix_k is None:
-        prefix = encode_prefix(model, cache.prefix_ids, cache.prefix_length, layers)
+        prefix = encode_prefix(model, cache.prefix_ids, cache.prefix_length, last + 1)
         cache = prefix.placed_in(model, cache)
-    wanted = request.wanted
-    places = cache.places(jnp.where(wanted, jnp.arange(wanted.shape[1]), -1))
-    offset = cache.tokens.shape[-1] + jnp.arange(counted.shape[1])
-    by = rotation(model.config, offset)
-    to_prefix = prefix_attention(model, cache, cache.document_of(len(wanted)), offset)
-    pool, path, streams = cache.pool, request.implementation, None
-    if pool is None or cache.streamed:
-        group = request.encode_batch
-        over_chunks, streams = layer_major(model, cache, wanted, group, layers - 1)
+    (batch, n), size, rows = request.wanted.shape, cache.tokens.shape[-1], counted.shape[1]
+    wanted, document, mesh = request.wanted.reshape(-1), cache.document_of(batch), model.mesh
+    pool, path = None if cache.streamed else cache.pool, request.implementation
+    places = cache.places(jnp.where(request.wanted, jnp.arange(n), -1)).reshape(-1)
+    # Of kept KV, as many rows at once as an encoding pass has.
+    group = request.encode_batch * (1 if pool is None else max(1, size // rows))
+    group = whole_groups(mesh, min(group, batch * n))
+    inside, behind = jnp.arange(size), size + jnp.arange(rows)
+    chunk_by, by = rotation(model.config, inside), rotation(model.config, behind)
 
-    def to_chunks(layer: int, q: Array, streams: Any) -> tuple[Any, Array | None, Any]:
-        """Attention of the rows, each chunk's share [B, H, T, N] of it, streams."""
-        if streams is not None:
-            parts, streams = over_chunks(layer, q, streams)
-            seen, shares = merge_slots(parts)
-            return seen, shares.transpose(0, 2, 3, 1), streams
-        assert pool is not None
-        place = q, pool.k, pool.v, places, pool.lengths
-        if heads[layer].any():
-            shared = chunk_attention_mass(model.mesh, *place, layer=layer, implementation=path)
-            return *shared, None
-        seen = chunk_attention(model.mesh, *place, layer=layer, implementation=path)
-        return seen, None, None
+    def score_group(pair: Array, valid: Array, found: Sums) -> Sums:
+        asked, exists = pair // n, valid & wanted[pair]
+        at = document[asked], pair % n
+        ids, own_length = question.query[asked], question.query_length[asked]
+        lengths = jnp.where(exists, cache.lengths[at], 0)
+        to_prefix = prefix_attention(model, cache, at[0], behind)
+        chunk_to_prefix = prefix_attention(model, cache, at[0], inside)
 
-    def attend(layer: int, q: Array, k: Array, v: Array, carry: Any) -> tuple[Array, Any]:
-        means, streams = carry
-        turned = rotate(q, by)
-        query_kv = rotate(k, by), v
-        itself = attention(model.mesh, turned, *query_kv, question.query_length, need_lse=True)
-        seen, shares, streams = to_chunks(layer, turned, streams)
-        if shares is not None and heads[layer].any():
-            means = (*means, _row_mean(model, shares, counted))
-        return merge(seen, itself, *to_prefix(layer, q)).out, (means, streams)
+        def see(q: Array, k: Array, v: Array, lengths: Array = lengths) -> Partial:
+            return attention(mesh, q, k, v, lengths, need_lse=True)
 
-    _, (means, _) = model.run(question.query, attend, ((), streams), layers=layers)
-    return means
+        def attend(
+            layer: int, q: Array, k: Array, v: Array, sums: Sums, to_chunk: ToChunk
+        ) -> tuple[Array, Sums]:
+            """Attention of the query's rows; to_chunk: what rotated queries see of the chunk."""
+            turned = rotate(q, by)
+            seen = to_chunk(turned)
+            rest = merge(see(turned, rotate(k, by), v, own_length), *to_prefix(layer, q))
+            if heads[layer].any():
+                sums = (*sums, to_chunk(SHARPNESS * turned).lse)
+            return merge(seen, rest).out, sums
+
+        def attend_all(layer: int, q: Array, k: Array, v: Array, sums: Sums):
+            (chunk_q, q), (chunk_k, k), (chunk_v, v) = (
+                jnp.split(x, [size], axis=1) for x in (q, k, v)
+            )
+            kv = rotate(chunk_k, chunk_by), chunk_v
+            seen = merge(see(rotate(chunk_q, chunk_by), *kv), *chunk_to_prefix(layer, chunk_q))
+            out, sums = attend(layer, q, k, v, sums, lambda turned: see(turned, *kv))
+            return jnp.concatenate([seen.out, out], axis=1), sums
+
+        def attend_last(layer: int, q: Array, k: Array, v: Array, sums: Sums):
+            return attend(layer, q, k, k, sums, lambda turned: see(turned, keys, keys))
+
+        def attend_kept(layer: int, q: Array, k: Array, v: Array, sums: Sums):
+            assert pool is not None
+            place = jnp.where(exists, places[pair], -1)[:, None]
+            kept = pool.k, pool.v, place, pool.lengths
+            to_chunk = functools.partial(chunk_attention, mesh, layer=layer, implementation=path)
+            return attend(layer, q, k, v, sums, lambda turned: to_chunk(turned, *kept))
+
+        if pool is None:
+            everything = jnp.concatenate([cache.tokens[at], ids], axis=1)
+            x, sums = model.run(everything, attend_all, (), layers=last)
+            keys = rotate(model.keys(last, x[:, :size]), chunk_by)  # a chunk's last layer is keys
+            _, sums = model.advance(last, x[:, size:], attend_last, sums)
+        else:
+            _, sums = model.run(ids, attend_kept, (), layers=last + 1)
+        target = jnp.where(exists, pair, batch * n)
+        return jax.tree.map(lambda x, new: x.at[target].set(new, mode="drop"), found, sums)
+
+    empty = jnp.full((batch * n, model.config.n_heads, rows), EMPTY_LSE, jnp.float32)
+    none = (empty,) * int(heads.any(axis=1).sum())
+    sums = constrain(mesh, for_groups(wanted, group, score_group, none))
+    return tuple(_shares(x.reshape(batch, n, *x.shape[1:]), counted) for x in sums)
 
 
-def _row_mean(
-    model: MaskPredictor, shares: Float[Array, "B H T N"], rows: Bool[Array, "B T"]
-) -> Float[Array, "B H N"]:
-    """Returns the mean over the rows that count; its order of sums does not depend on padding."""
-    of_rows = jnp.where(rows[:, None, :, None], shares, 0)
-    total = constrain(model.mesh, row_sum(of_rows.swapaxes(2, 3)))
-    return total / jnp.maximum(rows.sum(axis=1), 1)[:, None, None]
+def _shares(lse: Float[Array, "B N H T"], rows: Bool[Array, "B T"]) -> Float[Array, "B N H"]:
+    """Returns each chunk's share in the sum over all chunks, mean over the rows that count.
+
+    The order of sums does not depend on padding.
+    """
+    top = jnp.maximum(lse.max(axis=1, keepdims=True), EMPTY_LSE)
+    weights = jnp.where(lse <= EMPTY_LSE / 2, 0, jnp.exp(lse - top))
+    total = row_sum(jnp.moveaxis(weights, 1, -1))[:, None]
+    shares = jnp.where(rows[:, None, None], weights / jnp.where(total == 0, 1, total), 0)
+    return row_sum(shares) / jnp.maximum(rows.sum(axis=1), 1)[:, None, None]

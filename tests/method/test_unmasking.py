@@ -40,6 +40,12 @@ RECOMPUTE = {"plain": "response", "dual": "block", "dream": "response"}
 # `DecodeConfig.unmask`, the oracle and its settings, and further settings of `DecodeConfig`.
 CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "eb": ("eb:gamma=2", "entropy_bound", {"gamma": 2.0}, {}),
+    "eb, the last left out": (
+        "eb:gamma=5:largest=false",
+        "entropy_bound",
+        {"gamma": 5.0, "subtract": "last"},
+        {},
+    ),
     "eb by entropy": (
         "eb:gamma=5",
         "entropy_bound",
@@ -202,7 +208,7 @@ REFUSED = [
     ({"unmask": "wino", "recompute": CACHE_METHODS["sparse-dllm"]()}, "'sparse-dllm' .*'wino'"),
     ({"unmask": "wino", "steps": 32}, "unmask excludes steps"),
     ({"unmask": "klass", "threshold": 0.5}, "unmask excludes steps, threshold"),
-    ({"unmask": "eb:gama=1"}, r"unmask 'eb' has no setting 'gama' \(gamma\)"),
+    ({"unmask": "eb:gama=1"}, r"unmask 'eb' has no setting 'gama' \(gamma, largest\)"),
     ({"unmask": "eb:gamma=-1"}, "eb gamma must be a number from 0"),
     ({"unmask": "dynamic"}, r"unmask 'dynamic' is not known \(eb, klass, wino, credit\)"),
 ]

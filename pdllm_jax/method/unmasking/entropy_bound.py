@@ -1,8 +1,8 @@
 """EB-Sampler (arXiv 2505.24857): unmasks as many slots as an entropy bound allows.
 
 The authors published no code; the rule is from the paper. Its error proxy, by which the slots are
-ordered, is the confidence rule (`DecodeConfig.remasking`): confidence, margin or entropy. Some
-implementations order by entropy alone, or take the running largest over a batch: not reproduced.
+ordered, is the confidence rule (`DecodeConfig.remasking`): confidence, margin or entropy. The code
+of d2Cache takes the running largest over a batch, not over slots: for one request `largest` False.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from pdllm_jax.method.sampling import Entropy, rank
 from pdllm_jax.method.unmasking.base import Choice, Rows, Seen, Unmasking
-from pdllm_jax.rules import AT_LEAST_0, validate
+from pdllm_jax.rules import AT_LEAST_0, SWITCH, validate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,15 +26,18 @@ class EntropyBound(Unmasking):
     That sum bounds the mutual information of the slots. The best slot is always taken.
 
     gamma: in nats.
+    largest: what is left out of the sum: the largest entropy of the slots, as in the paper. False
+      leaves out that of the last slot, as d2Cache's code does for one request.
     """
 
     name: ClassVar[str] = "eb"
     fills_behind: ClassVar[bool] = False
 
     gamma: float = 0.001
+    largest: bool = True
 
     def __post_init__(self) -> None:
-        validate(self, {"gamma": AT_LEAST_0}, "eb ")
+        validate(self, {"gamma": AT_LEAST_0, "largest": SWITCH}, "eb ")
 
     def read(self, logits: Float[Array, "T V"], rows: Rows, memory: Any) -> tuple[Array, Any]:
         """Returns the entropy of each prediction, in nats."""
@@ -44,7 +47,9 @@ class EntropyBound(Unmasking):
         entropy = jnp.where(seen.confidence > -jnp.inf, seen.reading, 0.0)
         order = jnp.argsort(-seen.confidence, stable=True)
         entropy = entropy[order]
-        largest = jnp.pad(lax.cummax(entropy), (1, 0))[:-1]
-        # The sum less the largest, without the rounding of the difference.
-        bound = jnp.cumsum(jnp.minimum(entropy, largest))
+        # The sum less what is left out, without the rounding of the difference.
+        if self.largest:
+            bound = jnp.cumsum(jnp.minimum(entropy, jnp.pad(lax.cummax(entropy), (1, 0))[:-1]))
+        else:
+            bound = jnp.cumsum(jnp.pad(entropy, (1, 0))[:-1])
         return Choice(rank(seen.confidence) < (bound <= self.gamma).sum(), memory)

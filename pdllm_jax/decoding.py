@@ -284,8 +284,10 @@ class DecodeConfig:
     @property
     def step_limit(self) -> int:
         """Evaluations after which a block ends."""
+        even = self.scheduled and self.schedule == "even"
+        lacking = self.block_length if even and self.cache_method.may_lack else 0
         if self.scheduled or self.unmasking.reads_steps:
-            return self.steps_per_block
+            return max(self.steps_per_block, lacking)
         # A rule that masks slots again ends by itself.
         slots = self.gen_length if self.unmasking.verifies else self.block_length
         return slots + self.first_slot_alone

@@ -41,11 +41,13 @@ from pdllm_jax.cli.errors import Parser, leave, seed, status
 from pdllm_jax.cli.flags import (
     METAVARS,
     METHODS,
+    UNMASKS,
     add_chunking,
     add_placement,
     from_args,
     load_settings,
     method,
+    unmask,
 )
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.method.caches import cache_method
@@ -78,6 +80,8 @@ def common() -> argparse.ArgumentParser:
     add("--block-length", type=int, default=32, help=f"at most {default}")
     text = f"unmask every slot at least this probable; 0: one token a step {default}"
     add("--threshold", type=float, default=0.9, help=text)
+    text = f"a rule instead of --threshold: {UNMASKS}"
+    add("--unmask", type=unmask, metavar=METAVARS[unmask], help=text)
     add("--no-chat", action="store_true", help="no chat template around prompts")
     add_chunking(p)
     scorers = [name for name in SCORERS if name != "oracle"]
@@ -156,6 +160,7 @@ def evaluate(args: argparse.Namespace) -> int:
     ask = Asker(
         Engine(model, tokenizer, chunking, selection, implementation=args.implementation),
         threshold=args.threshold or None,
+        unmask=args.unmask,
         **{name: getattr(args, name) for name in ("block_length", "gen_length", "max_length")},
         chat=not args.no_chat,
         seed=args.seed,

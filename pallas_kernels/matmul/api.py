@@ -349,7 +349,7 @@ def launch(
     rows, dtype = x.shape[0], x.dtype
     if recast and values[0].dtype == jnp.float8_e4m3fn:
         most = float(jnp.finfo(jnp.float16).max)
-        x = jnp.clip(x, -most, most).astype(jnp.float16)
+        x = jnp.clip(x.astype(jnp.float32), -most, most).astype(jnp.float16)
     run = build_matmul(geo, dtype, values[0].dtype, x.dtype, interpret=interpret)
     x = jnp.pad(x, ((0, geo.rows - rows), (0, 0)))
     if geo.tuning.splits == 1:

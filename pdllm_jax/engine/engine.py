@@ -362,8 +362,8 @@ class Engine:
         ids: list[np.ndarray] = map_named("request", read, requests)
         prompts = WholePrompts.of(ids, [request.seed for request in requests])
         (size, rows), method = prompts.ids.shape, self._method
-        method.check(self.model.config, self.decoding, rows + self.decoding.gen_length)
         decode, shapes = method.decode_config(self.decoding), Shapes(size, 0, rows, 0, 1)
+        method.check(self.model.config, decode, rows + decode.gen_length)
         require_memory(self.model, shapes, decode=decode, limit=self.memory_limit)
         return prompts
 

@@ -110,11 +110,14 @@ def answer_flops(
         encode = decode = 0.0
     score = _pass(count, cell, scorer, sizes)
     if isinstance(config.scorer, AttentionScorer) and scorer == config.scorer.name:
-        layers = len(config.scorer.counted(model))
+        heads = config.scorer.counted(model)
+        layers = len(heads)
         first, short = counter(model, layers), counter(model, layers - 1)
         score += sum(short(chunk, sizes.prefix + chunk) for chunk in sizes.chunks)
         behind = [sizes.prefix + chunk + sizes.query for chunk in sizes.chunks]
         score += sum(first(sizes.query, seen) for seen in behind) + sum(sizes.chunks) * count.keys
+        sharpened = int(heads.any(axis=1).sum()) * counter(model, 1).pair
+        score += sharpened * sizes.query * sum(sizes.chunks)
         if not config.encoding.keeps_prefix:
             score += first(sizes.prefix, sizes.prefix)
     return {"draft": draft, "score": score, "encode": encode, "decode": decode}

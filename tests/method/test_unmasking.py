@@ -15,9 +15,12 @@ import pytest
 from flax import nnx
 
 from pdllm_jax import ChunkConfig, ConfigError, DecodeConfig, Engine, ModelConfig, SelectionConfig
+from pdllm_jax.cli import flags
+from pdllm_jax.cli.commands import parser_of
+from pdllm_jax.evaluation.arguments import decode_config
 from pdllm_jax.method.caches import CACHE_METHODS
 from pdllm_jax.method.denoise import denoise, denoise_step
-from pdllm_jax.method.unmasking import UNMASKING, Custom, Wino
+from pdllm_jax.method.unmasking import UNMASKING, Custom, Klass, Wino
 from pdllm_jax.network.transformer import MaskPredictor
 from pdllm_jax.storage.snapshot import pack, unpack
 from tests.method.test_generation_dream import Pair as DreamPair
@@ -214,6 +217,25 @@ def test_what_is_refused(settings, message):
 def test_wino_refuses_a_logit_shift():
     with pytest.raises(ConfigError, match=r"unmask 'wino' needs .*, without a logit shift"):
         Wino().check(ModelConfig.dream_7b())
+
+
+def test_flags_and_arguments_of_lm_eval():
+    argv = [
+        "checkpoint",
+        "--prompt-ids",
+        "F",
+        "--unmask",
+        "klass:kl=0.1",
+        "--steps",
+        "8",
+        "--gen-length",
+        "16",
+    ]
+    given = flags.engine_settings(parser_of("answer", None).parse_args(argv))["decoding"]
+    assert given == DecodeConfig(16, 16, steps=8, unmask=Klass(kl=0.1))
+    model = {"unmask": "klass:kl=0.1", "steps": 8}
+    assert decode_config(16, 32, model, {}) == given
+    assert decode_config(16, 32, model, {"unmask": "eb"}) == DecodeConfig(16, 16, unmask="eb")
 
 
 @pytest.mark.parametrize("name", UNMASKING)

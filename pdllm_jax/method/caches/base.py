@@ -72,6 +72,8 @@ class CacheMethod:
       and query are one prompt.
     guides: classifier-free guidance is implemented.
     verifies: shadow rows are implemented, which the unmasking rule "wino" needs.
+    may_lack: a step may predict fewer slots than the even schedule unmasks. A block then goes on
+      after its steps, until it is full.
     keeps_live: evaluations read and write `DenoiseState.live`, KV of all live rows.
     longest: live rows that the method can hold, None for any number.
     """
@@ -80,6 +82,7 @@ class CacheMethod:
     uses_chunks: ClassVar[bool] = False
     guides: ClassVar[bool] = False
     verifies: ClassVar[bool] = False
+    may_lack: ClassVar[bool] = False
     keeps_live: ClassVar[bool] = True
     longest: ClassVar[int | None] = None
 

@@ -70,6 +70,7 @@ class D2Cache(CacheMethod):
     """
 
     name: ClassVar[str] = "d2-cache"
+    may_lack: ClassVar[bool] = True
     rollout_p: float = 0.1
     current_k: int = 32
     sigma: float = 10.0

@@ -14,8 +14,10 @@ The outputs of prompt rows are cached here for one row alone, the one in front o
 only where it predicts (Dream): no other row of the prompt is read between two refreshes. So a
 prompt costs what its K and V cost.
 
-`first_layer`: layer 0 recomputes all rows at every evaluation, as one version of the code does.
-Without it, V of most slots in layer 0 is the cached one, and rounding says which are recomputed.
+`first_layer`: layer 0 recomputes all rows at every evaluation, as d2Cache's code of this method
+does. The authors' own code does not (False). Then V of most slots in layer 0 is the cached one, and
+rounding says which of them are recomputed: its tokens are comparable where that changes nothing,
+with a ratio of 0 or 1, or of as many rows as a step unmasks.
 
 Not reproduced: guidance, with caches and an interval of its own; evaluations in which nothing is
 due (LLaDA with more steps than tokens), which the authors make and count.
@@ -173,7 +175,7 @@ class DLLMCache(CacheMethod):
     prompt_interval, response_interval: evaluations from one refresh to the next. By default those
       of the authors' demo; `published` has those of their scripts.
     ratio: share of the response's rows that is recomputed where the response is not refreshed.
-    first_layer: layer 0 recomputes all rows.
+    first_layer: layer 0 recomputes all rows; False is the authors' code, see above.
     """
 
     name: ClassVar[str] = "dllm-cache"

@@ -29,6 +29,8 @@ CASES = [
     ("llada", {"current_k": 2, "prior_sigma": 0.6, "zero_logits": True}, {}),
     ("dream", {"current_k": 2, "prior_sigma": 0.6, "zero_logits": True}, {"top_p": 0.9}),
     ("llada", {}, {"steps": 8}),
+    ("llada", SPARSE, {"steps": 2}),
+    ("dream", SPARSE, {"block_length": 8, "steps": 2, "top_p": 0.9}),
 ]
 
 

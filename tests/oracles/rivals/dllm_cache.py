@@ -9,8 +9,9 @@ their new stream. Which rows, with evaluations counted from 0:
             rows whose new values are least like the cached ones, by the cosine over all KV heads.
             The values of all response rows are replaced; ratio 0 leaves them and all else.
 
-Layer 0 recomputes all rows at every step (`first_layer`). A published version of the code lacks
-this. Then most values of layer 0 are bitwise the cached ones, and rounding breaks the tie.
+Layer 0 recomputes all rows at every step (`first_layer`), as in d2Cache's code of this method. The
+authors' own code lacks this. Then most values of layer 0 are bitwise the cached ones, and rounding
+breaks the tie.
 """
 
 from __future__ import annotations

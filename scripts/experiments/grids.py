@@ -44,8 +44,8 @@ class Cell:
     that the needle takes in turn; None: any depth. streamed: one request at a time, the document's
     KV not kept. keep_tokens: share of a kept chunk's tokens. margin: adaptive K, from 1 up to
     top_k. head_layers: first layers that retrieval heads are chosen from; None: all. selects_only:
-    nothing is decoded, and recall takes the place of accuracy. The others are the library's
-    settings.
+    nothing is decoded, and recall takes the place of accuracy. unmask: a rule by its name and
+    settings, in the place of the threshold. The others are the library's settings.
     """
 
     selection: str = "top-k"
@@ -74,6 +74,7 @@ class Cell:
     selects_only: bool = False
     weight_format: str = "full"
     kv_format: str = "full"
+    unmask: str | None = None
 
     def __post_init__(self) -> None:
         for name, got, allowed in (
@@ -124,13 +125,15 @@ class Cell:
         return SelectionConfig.from_flat(encode_batch=encode_batch, **settings)
 
     def decode_config(self, length: int = RESPONSE_LENGTH) -> DecodeConfig:
-        block = min(length, RESPONSE_LENGTH)
-        return DecodeConfig(gen_length=length, block_length=block, threshold=self.threshold)
+        rule: dict[str, Any] = {"threshold": self.threshold}
+        if self.unmask is not None:
+            rule = {"unmask": self.unmask}
+        return DecodeConfig(gen_length=length, block_length=min(length, RESPONSE_LENGTH), **rule)
 
     def used_settings(self) -> set[str]:
         """Returns the names of the settings that change anything of this cell."""
         names = {"selection", "length", "tasks", "depths", "weight_format"}
-        names |= set() if self.selects_only else {"threshold"}
+        names |= set() if self.selects_only else {"unmask" if self.unmask else "threshold"}
         if not self.method.uses_chunks:
             return names
         names |= {"selects_only", "kv_format"}
@@ -200,7 +203,7 @@ _SELECTION = (
     *("encoding", "bridge_tokens", "positions", "kv_format"),
 )
 # Settings that older records lack: at their defaults they are left out of the cell's key.
-_LATER = ("head_layers", "selects_only", "weight_format", "kv_format")
+_LATER = ("head_layers", "selects_only", "weight_format", "kv_format", "unmask")
 # How labels show values, and settings.
 _VALUES: dict[tuple[str, Any], str] = {
     ("anchors", True): "anchors",
@@ -216,7 +219,7 @@ _VALUES: dict[tuple[str, Any], str] = {
     ("selects_only", True): "selection alone",
 }
 _FORMS = {
-    **dict.fromkeys(("selection", "encoding"), "{}"),
+    **dict.fromkeys(("selection", "encoding", "unmask"), "{}"),
     "depths": "{} depths",
     "keep_tokens": "{:.3g} of the tokens",
     "reselect": "re-selection every {}",
@@ -306,4 +309,4 @@ MEASUREMENTS = {
     "costs": "seconds and device memory of the grids' cells, one request at a time",
 }
 # What "full" leaves out.
-EXTRA = ("quick", "methods", "methods-multi", "methods-quick", "costs")
+EXTRA = ("quick", "methods", "methods-multi", "methods-quick", "rules", "costs")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.pictures import figure
 
-from experiments.grids import Cell
+from experiments.grids import MULTI, Cell
 from experiments.records import read_json, write_json, write_text
 from experiments.report import Record, conditions, over_text, with_part
 from experiments.tables import difference, p_value, percent, table
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 TEXTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 PICTURE = "cache_methods"
-_GRIDS = "methods"  # the first part of their names
+_GRIDS = ("methods", "rules")  # the first part of their names
 _HEAD = ("method", "accuracy, %", "difference, points", "p, Holm", "evaluations", "rows", "TFLOP")
 _HEAD += ("seconds", "times faster than plain", "GB", "on the front")
 
@@ -47,7 +47,8 @@ def write_page(
         if any(name.startswith(_GRIDS) for name in run.get("grids", ()))
     ]
     if record and not runs:
-        raise ValueError(f"{source} holds no grid {_GRIDS}: run ablate.py run --grid {_GRIDS}")
+        grids = " or ".join(_GRIDS)
+        raise ValueError(f"{source} holds no grid {grids}: run ablate.py run --grid methods")
     pictures.mkdir(parents=True, exist_ok=True)
     drawn = pareto(runs)
     if drawn is not None:
@@ -93,7 +94,9 @@ def _conditions(run: Record) -> Iterator[tuple[str, str]]:
 def name_of(cell: Record) -> str:
     """Returns a cell's method as the page calls it."""
     one = Cell.from_settings(cell["settings"])
-    return f"prefilling, {one.encoding}" if one.method.uses_chunks else str(one.method)
+    name = f"prefilling, {one.encoding}" if one.method.uses_chunks else str(one.method)
+    rule = one.unmask or (f"threshold {one.threshold}" if one.threshold is not None else None)
+    return f"{name}, {rule}" if rule else name
 
 
 def _groups(run: Record) -> Iterator[tuple[str, list[tuple[Record, Record | None, Record]]]]:
@@ -110,9 +113,10 @@ def _groups(run: Record) -> Iterator[tuple[str, list[tuple[Record, Record | None
                 if (cell := run["cells"].get(arm["cell"])) is not None
             ]
             if found:
-                tasks = "two numbers" if "multi_needle" in found[0][0]["settings"]["tasks"] else ""
-                title = over_text({"over": {"length": found[0][0]["settings"]["length"]}})
-                yield f"{title}{', ' if tasks else ', four tasks'}{tasks}", found
+                settings = found[0][0]["settings"]
+                title = over_text({"over": {"length": settings["length"]}})
+                tasks = "two numbers" if MULTI in settings["tasks"] else "one number"
+                yield f"{title}, {tasks}" + ", rules" * name.startswith("rules"), found
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[bool]:

@@ -308,7 +308,7 @@ def test_another_run_stands_beside_the_record(record, tmp_path, monkeypatch):
     rows = [line for line in own.splitlines() if line.startswith("| 4,096 tokens, scorer heads")]
     reference = part["cells"][cells[0].key]
     assert reference["accuracy"] is None
-    assert len(rows) == 2
+    assert len(rows) == 3
     assert (
         "\n| passkey and magic number | 2 of 3, at most 2 allowed | 1.0, 0.3 | 72 | 90.0 | 50.0 |\n"
         in own

@@ -36,7 +36,7 @@ class Counter:
 
     def __init__(self, model: ModelConfig, layers: int | None = None):
         d, kv = model.d_model, model.n_kv_heads * model.head_dim
-        layers = model.n_layers if layers is None else layers
+        self.layers = layers = model.n_layers if layers is None else layers
         self.row = 2 * layers * (2 * d * d + 2 * d * kv + 3 * d * model.mlp_hidden_size)
         self.pair = 4 * layers * d
         self.word = 2 * d * model.embedding_size
@@ -140,6 +140,9 @@ def _pass(count: Counter, cell: Cell, scorer: str, sizes: Sizes) -> float:
     cost = count(sizes.prefix, sizes.prefix)
     cost += sum(count(chunk, sizes.prefix + chunk) for chunk in encoded)
     if in_pass:
+        # In the last layer chunks have keys and values alone.
+        cost -= sum(count(chunk, sizes.prefix + chunk) / count.layers for chunk in encoded)
+        cost += 2 * count.keys * sum(encoded)
         drafted = dict.fromkeys(("draft", "causal"), sizes.query + cell.draft_steps)
         scored = {**drafted, "confidence": cell.draft_length}.get(scorer, sizes.query)
         alone = scorer in ("causal", "confidence")

@@ -178,6 +178,7 @@ def attention_shares(
             return attend(layer, q, k, k, sums, lambda turned: see(turned, keys, keys))
 
         def attend_kept(layer: int, q: Array, k: Array, v: Array, sums: Sums):
+            assert pool is not None
             place = jnp.where(exists, places[pair], -1)[:, None]
             kept = pool.k, pool.v, place, pool.lengths
             to_chunk = functools.partial(chunk_attention, mesh, layer=layer, implementation=path)

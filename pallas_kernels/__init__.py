@@ -22,7 +22,7 @@ from pallas_kernels.chunk_attention.api import (
 )
 from pallas_kernels.chunk_attention.dense import attention
 from pallas_kernels.common import EMPTY_LSE, OwnKV, Partial, merge
-from pallas_kernels.matmul.api import matmul, matmul_xla, resolve_matmul
+from pallas_kernels.matmul.api import add_product, matmul, matmul_xla, resolve_matmul
 from pallas_kernels.scaled import EightBits, Scaled, quantise, restored
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "OwnKV",
     "Partial",
     "Scaled",
+    "add_product",
     "all_reduce",
     "attention",
     "chunk_attention",

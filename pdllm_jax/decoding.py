@@ -6,15 +6,18 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from pdllm_jax.method.sampling import (
-    CONFIDENCES,
+from pdllm_jax.method.caches import CACHE_METHODS, RECOMPUTE, CacheMethod
+from pdllm_jax.method.sampling import CONFIDENCES, Origin
+from pdllm_jax.method.unmasking import (
+    UNMASKING,
     Chance,
+    Custom,
     Factor,
-    Origin,
     Schedule,
     Threshold,
     TimeSchedule,
-    Unmask,
+    Unmasking,
+    unmasking_rule,
 )
 from pdllm_jax.rules import (
     AT_LEAST_0,
@@ -71,11 +74,14 @@ class DecodeConfig:
       at any confidence (Fast-dLLM on Dream). It counts as the first step of a schedule.
     threshold: unmask every slot with at least this confidence, and always the best one.
     factor: Fast-dLLM's factor rule (arXiv 2505.22618); excludes threshold.
-    unmask: a custom rule that replaces steps, threshold and factor: a function (log confidence [G],
-      -inf for slots that are not candidates; evaluations made in the block, int32) -> bool [G]. A
-      block ends when nothing is masked, or after block_length evaluations. Both functions are
-      traced and static under jit: hashable, and the same object for the same rule, or every call
-      compiles anew. A snapshot cannot hold them.
+    unmask: a rule that replaces steps, threshold and factor: an `Unmasking`, or a text that names
+      one: "eb", "klass", "wino", "credit", with settings "eb:gamma=0.1". Its class describes it;
+      "klass" takes `steps` too. Or a
+      function (log confidence [G], -inf for slots that are not candidates; evaluations made in the
+      block, int32) -> bool [G]. A block ends when nothing is masked, or after block_length
+      evaluations. This function and that of `remasking` are traced and static under jit: hashable,
+      and the same object for the same rule, or every call compiles anew. A snapshot cannot hold
+      them.
     guidance: classifier-free guidance scale; needs recompute "response" and no context cache.
     logits_eos_inf: EOS is never predicted. Of LLaDA's published evaluation, as the next one.
     confidence_eos_eot_inf: slots where EOS or EOT is predicted are unmasked last, under every rule.
@@ -88,6 +94,7 @@ class DecodeConfig:
       block, which was left masked, does not end the request. None by default, as published.
     recompute: rows that a step recomputes while the rest of the live KV stays as it was at the
       block's start: "block" (dual cache), "suffix" (prefix cache), or "response" (none is stale).
+      Or any other `CacheMethod` on a whole prompt.
     """
 
     gen_length: int = 32
@@ -102,8 +109,8 @@ class DecodeConfig:
     confidence_eos_eot_inf: bool = False
     eot_token_id: int | None = None
     stop_ids: tuple[int, ...] = ()
-    recompute: Recompute = "block"
-    unmask: Unmask | None = None
+    recompute: Recompute | CacheMethod = "block"
+    unmask: Any = None
     schedule: ScheduleName = "even"
     eps: float = 1e-3
     top_p: float | None = None
@@ -118,7 +125,12 @@ class DecodeConfig:
         rules |= {"threshold": SHARE, "factor": POSITIVE, "top_p": SHARE, "eps": UNIT}
         rules |= dict.fromkeys(("logits_eos_inf", "confidence_eos_eot_inf"), SWITCH)
         rules |= dict.fromkeys(("scaled_confidence", "first_slot_alone"), SWITCH)
-        rules |= {"eot_token_id": TOKEN, "recompute": one_of(get_args(Recompute))}
+        rules |= {"eot_token_id": TOKEN}
+        if not isinstance(self.recompute, CacheMethod):
+            rules |= {"recompute": one_of(RECOMPUTE)}
+        for name, method in RECOMPUTE.items():
+            if self.recompute == method:
+                object.__setattr__(self, "recompute", name)
         rules |= {"schedule": one_of(get_args(ScheduleName))}
         if not callable(self.remasking):
             validate(self, {"remasking": one_of(CONFIDENCES)})
@@ -134,9 +146,21 @@ class DecodeConfig:
         require(steps >= blocks, f"steps {steps} is less than the number of blocks {blocks}")
         given = [x is not None for x in (self.steps, self.threshold, self.factor)]
         require(not all(given[1:]), "threshold and factor exclude each other")
-        if self.unmask is not None:
-            require(callable(self.unmask), f"unmask must be a function, got {self.unmask!r}")
-            require(not any(given), "unmask excludes steps, threshold and factor")
+        rule = self.unmask
+        if isinstance(rule, str):
+            rule = unmasking_rule(rule)
+            object.__setattr__(self, "unmask", rule)
+        if rule is not None:
+            require(callable(rule), f"unmask must be a function, a rule or a name, got {rule!r}")
+            reads_steps = isinstance(rule, Unmasking) and rule.reads_steps
+            require(not any(given[reads_steps:]), "unmask excludes steps, threshold and factor")
+            if self.unmasking.verifies:
+                given_too = {"guidance": self.guidance > 0}
+                given_too["first_slot_alone"] = self.first_slot_alone
+                given_too[f"method {self.cache_method.name!r}"] = not self.cache_method.verifies
+                for name, refused in given_too.items():
+                    message = f"{name} is not implemented for unmask {self.unmasking.name!r}"
+                    require(not refused, message)
         origin = isinstance(self.remasking, Origin)
         require(by_time or not origin, "remasking 'origin' needs schedule='time'")
         timed = {"remasking 'origin'": origin, "order_temperature": self.order_temperature > 0}
@@ -145,7 +169,7 @@ class DecodeConfig:
             require(fits, f"{name} excludes threshold, factor and unmask")
         ids = isinstance(stops, tuple) and all(map(is_index, stops))
         require(ids, f"stop_ids must be a tuple of token ids, got {stops!r}")
-        plain = self.guidance == 0 or self.recompute == "response"
+        plain = self.guidance == 0 or self.cache_method.guides
         require(plain, f"guidance needs recompute='response', got {self.recompute!r}")
 
     @classmethod
@@ -223,9 +247,17 @@ class DecodeConfig:
         return self.gen_length // self.block_length
 
     @property
+    def cache_method(self) -> CacheMethod:
+        """The method that `recompute` names."""
+        method = self.recompute
+        return method if isinstance(method, CacheMethod) else RECOMPUTE[method]
+
+    @property
     def has_code(self) -> bool:
-        """Whether a rule is a function of the caller's, which JSON cannot hold."""
-        return type(self.remasking) not in CONFIDENCES.values() or self.unmask is not None
+        """Whether a rule or method is the caller's, which JSON cannot hold."""
+        tables = (CONFIDENCES, self.remasking), (CACHE_METHODS, self.cache_method)
+        known = all(type(value) in table.values() for table, value in tables)
+        return not known or type(self.unmask) not in (type(None), *UNMASKING.values())
 
     @property
     def samples(self) -> bool:
@@ -250,10 +282,21 @@ class DecodeConfig:
         return {"confidence": self.remasking} | {name: getattr(self, name) for name in names}
 
     @property
-    def unmasking(self) -> Unmask:
+    def step_limit(self) -> int:
+        """Evaluations after which a block ends."""
+        even = self.scheduled and self.schedule == "even"
+        lacking = self.block_length if even and self.cache_method.may_lack else 0
+        if self.scheduled or self.unmasking.reads_steps:
+            return max(self.steps_per_block, lacking)
+        # A rule that masks slots again ends by itself.
+        slots = self.gen_length if self.unmasking.verifies else self.block_length
+        return slots + self.first_slot_alone
+
+    @property
+    def unmasking(self) -> Unmasking:
         """The rule that takes the slots of a step."""
         if self.unmask is not None:
-            return self.unmask
+            return self.unmask if isinstance(self.unmask, Unmasking) else Custom(self.unmask)
         if self.threshold is not None:
             return Threshold(self.threshold)
         if self.factor is not None:
@@ -264,15 +307,25 @@ class DecodeConfig:
         return Schedule(self.block_length, self.steps_per_block)
 
     def to_flat(self) -> dict[str, Any]:
-        """Returns all settings but code, the confidence rule by name, for JSON."""
+        """Returns all settings but code, rules and method by name, for JSON."""
         flat = dataclasses.asdict(dataclasses.replace(self, unmask=None))
         del flat["unmask"]
+        if isinstance(self.recompute, CacheMethod):
+            flat["recompute"]["method"] = self.recompute.name
+        if type(self.unmask) in UNMASKING.values():
+            flat["unmask"] = dataclasses.asdict(self.unmask) | {"rule": self.unmask.name}
         return flat | {"remasking": getattr(self.remasking, "name", "")}
 
     @classmethod
     def from_flat(cls, **settings: Any) -> DecodeConfig:
         """Returns the settings that `to_flat` gave, also after JSON made lists of tuples."""
-        return cls(**settings | {"stop_ids": tuple(settings.get("stop_ids", ()))})
+        settings["stop_ids"] = tuple(settings.get("stop_ids", ()))
+        tables = ("recompute", "method", CACHE_METHODS), ("unmask", "rule", UNMASKING)
+        for field, key, table in tables:
+            if isinstance(given := settings.get(field), dict):
+                options = {name: value for name, value in given.items() if name != key}
+                settings[field] = table[given[key]](**options)
+        return cls(**settings)
 
 
 def _by_time(

@@ -3,8 +3,10 @@
 
   scripts/ablate.py run [CHECKPOINT] --out DIR [--grid main depth ...] [--time-limit SECONDS]
   scripts/ablate.py run --out DIR --quick                on a CPU, in minutes
+  scripts/ablate.py run --out DIR --grid methods methods-multi costs
   scripts/ablate.py report DIR/ablation.json             docs/results.md and pictures
   scripts/ablate.py report benchmarks/ablation.json --add DIR/ablation.json
+  scripts/ablate.py rivals benchmarks/rivals.json        docs/rivals.md and its picture
 
 `run` answers the same examples under every setting of the grids and records each answer in
 DIR/records.jsonl. The same command goes on where it stopped, even if it was killed. It ends by
@@ -33,7 +35,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # small_model
 
-from experiments.grids import GRIDS, MEASUREMENTS, Cell, all_cells, setting
+from experiments.grids import EXTRA, GRIDS, MEASUREMENTS, Cell, all_cells, setting
 from experiments.records import Records, read_json, write_json
 from experiments.runner import run, run_processes, start
 
@@ -49,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(description=__doc__, formatter_class=raw)
     commands = p.add_subparsers(dest="command", required=True)
     grids = {name: f"{grid.question} ({len(grid.cells())})" for name, grid in GRIDS.items()}
-    grids |= {**MEASUREMENTS, "full": "all but quick"}
+    grids |= {**MEASUREMENTS, "full": f"all but {', '.join(EXTRA)}"}
     lines = [f"  {name:11} {text}" for name, text in grids.items()]
     sub = commands.add_parser("run", help="answer and record", formatter_class=raw)
     add = sub.add_argument
@@ -76,6 +78,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("record", type=Path, help="ablation.json")
     sub.add_argument("--add", type=Path, help="ablation.json of a run to put into the record")
     sub.add_argument("--results", type=Path, default=ROOT / "docs" / "results.md")
+    sub.add_argument("--pictures", type=Path, default=ROOT / "docs" / "pictures")
+    sub = commands.add_parser("rivals", help="write up a run of the grids methods")
+    sub.add_argument("record", type=Path, help="ablation.json")
+    sub.add_argument("--add", type=Path, help="ablation.json of a run to put into the record")
+    speed = ROOT / "benchmarks" / "speed_rivals.json"
+    sub.add_argument("--speed", type=Path, default=speed, help="of benchmark.py speed --methods")
+    sub.add_argument("--page", type=Path, default=ROOT / "docs" / "rivals.md")
     sub.add_argument("--pictures", type=Path, default=ROOT / "docs" / "pictures")
     return p
 
@@ -197,10 +206,10 @@ def run_command(args: argparse.Namespace) -> int:
     where = changes_of(args.where, "--where").items()
     names = ["quick"] if args.quick else args.grid
     if "full" in names:
-        names = [*(name for name in GRIDS if name != "quick"), *MEASUREMENTS]
+        names = [name for name in (*GRIDS, *MEASUREMENTS) if name not in EXTRA]
     grids = [name for name in dict.fromkeys(names) if name in GRIDS]
     measurements = [name for name in MEASUREMENTS if name in names]
-    asked, quick = all_cells(grids, changes), "quick" in grids
+    asked, quick = all_cells(grids, changes), any("quick" in name for name in grids)
     cells = [cell for cell in asked if all(getattr(cell, k) == value for k, value in where)]
     if args.examples is not None and args.examples < 1:
         raise ValueError(f"--examples must be at least 1, got {args.examples}")
@@ -217,7 +226,8 @@ def run_command(args: argparse.Namespace) -> int:
         from experiments.measurements import measure
 
         cell = Cell(**{**(GRIDS["quick"].base if quick else {}), **changes})
-        measure(*(loaded or load_bench(args)), measurements, cell, args.out, args.deadline, quick)
+        limits = args.out, args.deadline, quick, cells
+        measure(*(loaded or load_bench(args)), measurements, cell, *limits)
 
     from experiments.summary import summarise
 
@@ -249,6 +259,11 @@ def main(argv: list[str] | None = None) -> int:
         from experiments.report import write_report
 
         return status(lambda: write_report(args.record, args.results, args.pictures, args.add))
+    if args.command == "rivals":
+        from experiments.rivals import write_page
+
+        paths = args.record, args.page, args.pictures, args.add, args.speed
+        return status(lambda: write_page(*paths))
     return status(lambda: run_command(args))
 
 

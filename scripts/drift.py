@@ -36,7 +36,7 @@ from pdllm_jax import (
 )
 from pdllm_jax.cli.errors import Parser, status
 from pdllm_jax.compilation import enable_compilation_cache
-from pdllm_jax.method.cache_methods import cache_method
+from pdllm_jax.method.caches import cache_method
 from pdllm_jax.text_files import read_text
 
 FORMS = {"bfloat16": {"dtype": "bfloat16"}}  # besides weights in 8 bits

@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # small_model
 
 import jax
 from bench.record import conditions
-from experiments.answering import METHODS
 from experiments.benchmarks import generated, needle, published
 from experiments.benchmarks.example import DataError, Malformed, OnMalformed, Task
 from experiments.benchmarks.metrics import RULES
@@ -39,8 +38,19 @@ from experiments.runner import run
 from convert.__main__ import converted
 from pdllm_jax import ChunkConfig, Engine, SelectionConfig, Tokenizer, load_config, load_model
 from pdllm_jax.cli.errors import Parser, leave, seed, status
-from pdllm_jax.cli.flags import add_chunking, add_placement, from_args, load_settings
+from pdllm_jax.cli.flags import (
+    METAVARS,
+    METHODS,
+    UNMASKS,
+    add_chunking,
+    add_placement,
+    from_args,
+    load_settings,
+    method,
+    unmask,
+)
 from pdllm_jax.compilation import enable_compilation_cache
+from pdllm_jax.method.caches import cache_method
 from pdllm_jax.method.scorers import SCORERS
 
 BENCHMARKS = {
@@ -57,8 +67,10 @@ def common() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(add_help=False)
     add, default = p.add_argument, "(default: %(default)s)"
     add("--out", type=Path, required=True, metavar="DIR")
-    methods = ("plain", "dual-cache", "prefilling")
-    add("--methods", nargs="+", choices=METHODS, default=methods)
+    text = f"{METHODS} (default: plain dual-cache prefilling)"
+    methods = [cache_method(name) for name in ("plain", "dual-cache", "prefilling")]
+    metavar = METAVARS[method]
+    add("--methods", nargs="+", type=method, default=methods, metavar=metavar, help=text)
     add("--limit", type=int, metavar="N", help="the first N examples of every task")
     text = f"a malformed line ends the run, or is reported and left out {default}"
     add("--on-malformed", choices=get_args(OnMalformed), default="stop", help=text)
@@ -68,6 +80,8 @@ def common() -> argparse.ArgumentParser:
     add("--block-length", type=int, default=32, help=f"at most {default}")
     text = f"unmask every slot at least this probable; 0: one token a step {default}"
     add("--threshold", type=float, default=0.9, help=text)
+    text = f"a rule instead of --threshold: {UNMASKS}"
+    add("--unmask", type=unmask, metavar=METAVARS[unmask], help=text)
     add("--no-chat", action="store_true", help="no chat template around prompts")
     add_chunking(p)
     scorers = [name for name in SCORERS if name != "oracle"]
@@ -146,13 +160,17 @@ def evaluate(args: argparse.Namespace) -> int:
     ask = Asker(
         Engine(model, tokenizer, chunking, selection, implementation=args.implementation),
         threshold=args.threshold or None,
+        unmask=args.unmask,
         **{name: getattr(args, name) for name in ("block_length", "gen_length", "max_length")},
         chat=not args.no_chat,
         seed=args.seed,
     )
-    arms = {method: partial(ask, method=method) for method in args.methods}
-    for task in tasks:
-        ask.decoding(task)  # refuses bad settings before anything is computed
+    arms = {str(one): partial(ask, method=one) for one in args.methods}
+    for task in tasks:  # refuses what cannot be answered before anything is computed
+        ask.decoding(task)
+        for one in (one for one in args.methods if one.longest is not None):
+            for example in task.examples:
+                ask.check(task, example, one)
     where = {**conditions(), "platform": jax.default_backend()}
     rules = {"rules": args.rules} if args.benchmark == "infinitebench" else {}
     with Records(args.out, {**ask.settings(folder), **rules}) as records:
@@ -160,9 +178,9 @@ def evaluate(args: argparse.Namespace) -> int:
             dropped = f"the last line was cut off ({records.dropped} bytes dropped)"
             print(f"{records.path}: {dropped}", file=sys.stderr)
         work = list(missing_work(arms, tasks, records))
-        total = sum(len(task.examples) for task in tasks) * len(args.methods)
+        total = sum(len(task.examples) for task in tasks) * len(arms)
         run(work, records, total=total, started=total - len(work), note=where)
-        rows = summarise(tasks, args.methods, records)
+        rows = summarise(tasks, arms, records)
     summary = {
         "command": " ".join(["scripts/evaluate.py", *sys.argv[1:]]),
         "conditions": where,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TypedDict, get_args
+from typing import Literal, NamedTuple, NotRequired, TypedDict, get_args
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -199,7 +199,7 @@ class Example(TypedDict):
     """An evaluation example.
 
     answer: the value that must be the first number of the response. needle_span: start and end of
-    the asked fact's tokens in `context`.
+    the asked fact's tokens in `context`. others: of further facts that are asked for, the same two.
     """
 
     prefix: list[int]
@@ -207,6 +207,7 @@ class Example(TypedDict):
     query: list[int]
     answer: str
     needle_span: tuple[int, int]
+    others: NotRequired[list[tuple[str, tuple[int, int]]]]
 
 
 Haystack = Literal["auto", "text", "noise"]

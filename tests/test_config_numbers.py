@@ -13,6 +13,7 @@ import pytest
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.method.encodings import ENCODINGS, Bridge
 from pdllm_jax.method.scorers import SCORERS
+from pdllm_jax.method.unmasking import UNMASKING
 from pdllm_jax.network.config import ModelConfig, RopeScaling
 from pdllm_jax.network.rope import inverse_frequencies
 from pdllm_jax.rules import ConfigError
@@ -31,7 +32,7 @@ MODELS += [scaled(kind, **NARROW) for kind in (None, "linear", "yarn")]
 GUIDED = DecodeConfig(recompute="response")
 BASES = [*MODELS, *(RopeScaling(kind, 2.0, 64) for kind in ("linear", "ntk", "yarn"))]
 BASES += [ChunkConfig(), SelectionConfig(), SelectionConfig(max_k=5), DecodeConfig(), GUIDED]
-BASES += [make() for table in (SCORERS, ENCODINGS) for make in table.values()]
+BASES += [make() for table in (SCORERS, ENCODINGS, UNMASKING) for make in table.values()]
 DEGENERATE = [0, 1, -1, 0.5, 2**31 - 1, 2**31, 10**400, 1e30, 1e300, 5e-324, math.inf, math.nan]
 DEGENERATE += [True, False, np.bool_(True), np.int64(1), np.uint8(2), np.float32(0.07)]
 DEGENERATE += [np.float64("nan"), "1", "", None, [1], np.ones(2)]

@@ -13,7 +13,7 @@ from pdllm_jax import cli
 from tests.conftest import ROOT
 
 # Made of records by scripts, without code.
-MADE = ("performance", "results")
+MADE = ("performance", "results", "rivals")
 DOCS = sorted(path for path in (ROOT / "docs").glob("*.md") if path.stem not in MADE)
 
 

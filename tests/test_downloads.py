@@ -69,4 +69,4 @@ def test_the_byte_order_mark_of_a_document(tmp_path: Path) -> None:
 def test_the_byte_order_mark_of_a_prompt_file(tmp_path: Path) -> None:
     path = tmp_path / "prompt.json"
     path.write_bytes(MARK + b'{"prefix": [1], "context": [2], "query": [3]}')
-    assert read_prompt_ids(path, "prefilling") == ([1], [2], [3])
+    assert read_prompt_ids(path, parts=True) == ([1], [2], [3])

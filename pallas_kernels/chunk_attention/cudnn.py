@@ -51,7 +51,7 @@ def attention_with_lse(
     *,
     causal: bool = False,
 ) -> Partial:
-    """Returns `dense.attention` with its log-sum-exp; keys behind `lengths` may hold NaN.
+    """Returns `dense.attention` with its log-sum-exp; keys behind `lengths` are finite.
 
     With layout "BNTH" the inputs' heads come before their rows; the result is [B, T, H, D] in
     either layout. jax.nn.dot_product_attention(return_residual=True) rounds the residual to q's
@@ -63,7 +63,6 @@ def attention_with_lse(
     batch, (rows, heads) = len(q), q.shape[1:3] if layout == "BTNH" else q.shape[2:0:-1]
     q_lengths = kv_lengths = None
     if lengths is not None:
-        k, v = (zero_padding(x, lengths, layout) for x in (k, v))
         q_lengths = jnp.full((batch,), rows, jnp.int32)
         kv_lengths = at_least_one_key(lengths)
     mask = "_".join(["PADDING"] * (lengths is not None) + ["CAUSAL"] * causal) or "NO_MASK"
@@ -91,6 +90,7 @@ def chunk_attention_cudnn(q, k, v, layer, chunk_ids, chunk_lengths, scale) -> Pa
     ids, lengths = (x.reshape(-1) for x in valid_chunks(chunk_ids, chunk_lengths, c))
     rows = q.reshape(b * slots, *q.shape[2:]).swapaxes(1, 2)  # [B K, H, T, D]
     k, v = (restored(jax.tree.map(lambda x: x[layer, ids], x), q.dtype) for x in (k, v))
+    k, v = (zero_padding(x, lengths, "BNTH") for x in (k, v))
     part = attention_with_lse(rows, k, v, lengths, scale, "BNTH")
     out = part.out.reshape(b, slots, *part.out.shape[1:])
     lse = part.lse.reshape(b, slots, *part.lse.shape[1:])

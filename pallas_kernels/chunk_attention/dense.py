@@ -46,6 +46,7 @@ def attention(
     need_lse: bool = False,
     scale: float | None = None,
     causal: bool = False,
+    finite: bool = False,
 ) -> Partial:
     """Attends with every query row to the first lengths[b] keys. Softmax in float32.
 
@@ -56,14 +57,15 @@ def attention(
         differentiable function is used.
       scale: factor of the scores, 1/sqrt(D) by default.
       causal: row t attends to keys 0 to t alone; T = S.
+      finite: keys and values behind the lengths are finite, so that they need not be zeroed.
     """
     if dense_implementation(q.dtype, q.shape[-1]) == "xla":
         return attention_xla(q, k, v, lengths, scale, causal)
+    if lengths is not None and not finite:
+        k, v = zero_padding(k, lengths), zero_padding(v, lengths)
     if need_lse or causal:
         return attention_with_lse(q, k, v, lengths, scale or q.shape[-1] ** -0.5, causal=causal)
-    given = None
-    if lengths is not None:
-        given, k, v = at_least_one_key(lengths), zero_padding(k, lengths), zero_padding(v, lengths)
+    given = None if lengths is None else at_least_one_key(lengths)
     out = jax.nn.dot_product_attention(
         q, k, v, key_value_seq_lengths=given, implementation="cudnn", scale=scale
     )

@@ -13,7 +13,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat
-from pallas_kernels.common import resolve
+from pallas_kernels.all_reduce.api import Norm
+from pallas_kernels.common import resolve, rms_norm
 from pallas_kernels.matmul.hopper_tiling import FEW_ROWS, Activation, Geometry, choose
 from pallas_kernels.scaled import Scaled, quantise
 
@@ -77,12 +78,15 @@ def _problem(
 
 
 def matmul(
-    x: Float[Array, "*rows I"],
+    x: Float[Array, "*rows I"] | Scaled,
     *weights: Weight,
     biases: tuple[Float[Array, "O"], ...] = (),
     activation: Activation = "none",
     implementation: MatmulImplementation | None = None,
-) -> tuple[Float[Array, "*rows O"], ...]:
+    dtype: DTypeLike | None = None,
+    narrow: bool = False,
+    recast: bool = False,
+) -> tuple[Any, ...]:
     """Returns x W^T + b for each weight, [out, in] as in checkpoints, with float32 accumulation.
 
     Pure and differentiable; derivatives are XLA's products for every implementation. With few rows
@@ -90,7 +94,7 @@ def matmul(
 
     Args:
       x: rows, in the weights' dtype. float32 asks for true float32 products, where the default on
-        GPUs would be tf32.
+        GPUs would be tf32. Or what an earlier call with `narrow` returned.
       weights: [O, I] each, with the same inner dimension I; or all of them in 8 bits, with a scale
         for each row (`Scaled`).
       biases: one for each weight, in x's dtype; () for none, and with an activation. The kernel
@@ -106,15 +110,26 @@ def matmul(
                       multiplies in fp8. For many rows: the reading of weights is a small part then.
         "xla"         any backend, dtype and shape; scaled weights are multiplied in x's dtype.
         None          see `resolve_matmul`.
+      dtype: of results from scaled rows, bfloat16 by default.
+      narrow: results that go into one more product alone. With "xla_fp8" they are returned as that
+        product takes them: `Scaled`, fp8, a scale for each row. These have no derivative.
+      recast: for x from elementwise operations. The kernel with weights in fp8 then multiplies in
+        float16, in half the instructions for a weight; rows in bfloat16 are cast as they are made.
+        Exact between 2^-14 and 65504; beyond, values saturate.
 
     Returns:
-      A tuple of results in x's dtype.
+      A tuple of results in x's dtype; see `dtype` and `narrow`.
 
     Raises:
       ValueError: shapes, dtypes or counts that do not fit.
     """
     if not weights:
         raise ValueError("matmul needs at least one weight")
+    if isinstance(x, Scaled):
+        if not all(isinstance(w, Scaled) and w.shape[1:] == x.shape[-1:] for w in weights):
+            raise ValueError(f"scaled rows need scaled weights [O, {x.shape[-1]}]")
+        settings: Any = {"activation": activation, "narrow": narrow}
+        return matmul_fp8(x, *weights, biases=biases, dtype=dtype or jnp.bfloat16, **settings)
     wanted = f"[O, {x.shape[-1]}] {x.dtype} as x, or all of them scaled"
     scaled = isinstance(weights[0], Scaled)
     for w in weights:
@@ -135,7 +150,9 @@ def matmul(
     implementation = resolve_matmul(implementation, rows, weights, activation, x.dtype)
     if implementation == "xla":
         return matmul_xla(x, *weights, biases=biases, activation=activation)
-    return _matmul(implementation, activation, x, weights, biases)
+    if narrow and implementation == "xla_fp8":
+        return matmul_fp8(x, *weights, biases=biases, activation=activation, narrow=True)
+    return _matmul((implementation, recast), activation, x, weights, biases)
 
 
 def matmul_xla(
@@ -164,27 +181,97 @@ def matmul_xla(
 
 
 def matmul_fp8(
-    x: Float[Array, "*rows I"],
-    *weights: Scaled,
+    x: Float[Array, "*rows I"] | Scaled,
+    *weights: Any,
     biases: tuple[Float[Array, "O"], ...] = (),
     activation: Activation = "none",
-) -> tuple[Float[Array, "*rows O"], ...]:
+    dtype: DTypeLike | None = None,
+    narrow: bool = False,
+) -> tuple[Any, ...]:
     """Returns the products of `matmul` by XLA, from rows that are quantised to fp8 on the way.
 
     One quantisation serves all weights. The arguments are those of `matmul`.
     """
-    quantised = quantise(x, "fp8")
+    result = jnp.dtype(x.dtype if dtype is None else dtype)
+    rows = x if isinstance(x, Scaled) else _quantised(x)
     # bfloat16 is half the bytes for the scaling to read; float16 would overflow.
-    kept = jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float32
+    kept = jnp.bfloat16 if result == jnp.bfloat16 else jnp.float32
+    raws = [_raw_product(rows.values, weight.values, kept) for weight in weights]
+    scales = [weight.scale for weight in weights]
+    if narrow and activation == "swiglu" and kept == jnp.bfloat16 and _in_one_kernel(raws[0]):
+        return (Scaled(*_to_rows("swiglu", 0.0, *raws, rows.scale, *scales)),)
+
+    def product(raw: Array, scale: Array) -> Array:
+        return (raw.astype(jnp.float32) * (rows.scale[..., None] * scale)).astype(result)
+
+    results = _finish(map(product, raws, scales), biases, activation)
+    if activation == "swiglu":
+        # Otherwise XLA computes a row's activations twice: for its scale, and to quantise it.
+        results = lax.optimization_barrier(results)
+    return tuple(map(_quantised, results)) if narrow else results
+
+
+def _raw_product(rows: Array, weight: Array, dtype: DTypeLike) -> Array:
     # With the algorithm named, XLA takes cuBLAS at once; else it compiles and times Triton's too.
     algorithm = lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32_FAST_ACCUM
     precision = None if compat.compute_capability() is None else algorithm
+    return _multiply(rows, weight, dtype, precision)
 
-    def product(weight: Scaled) -> Array:
-        raw = _multiply(quantised.values, weight.values, kept, precision).astype(jnp.float32)
-        return (raw * (quantised.scale[..., None] * weight.scale)).astype(x.dtype)
 
-    return _finish(map(product, weights), biases, activation)
+def add_product(
+    stream: Float[Array, "*rows O"],
+    x: Float[Array, "*rows I"] | Scaled,
+    weight: Weight,
+    norm: Norm | None = None,
+) -> tuple[Any, ...]:
+    """Returns (stream + x W^T,), or with a norm also its RMSNorm, for products alone.
+
+    Args:
+      x, weight: as of `matmul`; the product is rounded to the stream's dtype first.
+      norm: where `matmul` would quantise rows for such a weight, the norm is returned as `Scaled`
+        rows, as with `narrow`.
+    """
+    if isinstance(weight, Scaled) and not isinstance(x, Scaled):
+        rows = x.size // x.shape[-1]
+        if resolve_matmul(None, rows, (weight,), dtype=x.dtype) == "xla_fp8":
+            x = _quantised(x)
+    if norm is None or not isinstance(x, Scaled):
+        total = stream + matmul(x, weight, dtype=stream.dtype)[0]
+        return (total,) if norm is None else (total, rms_norm(total, *norm))
+    assert isinstance(weight, Scaled)
+    if stream.dtype == jnp.bfloat16 and _in_one_kernel(stream):
+        raw = _raw_product(x.values, weight.values, jnp.bfloat16)
+        scales = x.scale, weight.scale, norm.weight
+        total, *normed = _to_rows("add_norm", norm.eps, raw, stream, *scales)
+        return total, Scaled(*normed)
+    total = stream + matmul(x, weight, dtype=stream.dtype)[0]
+    return total, _quantised(rms_norm(total, *norm))
+
+
+def _quantised(x: Array) -> Scaled:
+    """Quantises rows to fp8. XLA computes the scales once, not again in all that they multiply."""
+    return Scaled(*lax.optimization_barrier(tuple(quantise(x, "fp8"))))
+
+
+def _in_one_kernel(x: Array) -> bool:
+    """Whether the kernel that quantises rows takes rows of this size, on this device."""
+    from pallas_kernels.matmul.hopper_rows import threads
+
+    problem = compat.hopper_problem() or compat.mosaic_gpu_problem()
+    return problem is None and threads(x.shape[-1]) is not None
+
+
+# Under jit by itself: lowered once for all layers of a model.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _to_rows(kind: Any, eps: float, x: Array, *inputs: Array) -> tuple[Array, ...]:
+    """Runs `build_rows` on rows [.., N]."""
+    from pallas_kernels.matmul.hopper_rows import build_rows
+
+    (*lead, columns), rows = x.shape, x.size // x.shape[-1]
+    other, scale, *of_columns = inputs
+    run = build_rows(kind, rows, columns, eps)
+    results = run(*(y.reshape(rows, -1) for y in (x, other)), scale.reshape(rows), *of_columns)
+    return tuple(y.reshape(*lead, *y.shape[1:]) for y in results)
 
 
 @jax.custom_jvp
@@ -218,44 +305,52 @@ def _finish(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _matmul(
-    implementation: MatmulImplementation, activation: Activation, x, weights, biases
+    how: tuple[MatmulImplementation, bool], activation: Activation, x, weights, biases
 ) -> tuple[Array, ...]:
+    implementation, recast = how
     if implementation == "xla_fp8":
         return matmul_fp8(x, *weights, biases=biases, activation=activation)
     interpret = compat.interpreter() if implementation == "interpret" else None
-    return _launch(activation, interpret, x, weights, biases)
+    return _launch(activation, interpret, recast, x, weights, biases)
 
 
 @_matmul.defjvp
-def _matmul_jvp(implementation, activation, primals, tangents):
+def _matmul_jvp(how, activation, primals, tangents):
     """The value is the implementation's; the derivative that of `matmul_xla`."""
 
     def plain(x, weights, biases):
         return matmul_xla(x, *weights, biases=biases, activation=activation)
 
     _, derivative = jax.jvp(plain, primals, tangents)
-    return _matmul(implementation, activation, *primals), derivative
+    return _matmul(how, activation, *primals), derivative
 
 
 # Under jit by itself: lowered once for all layers of a model.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _launch(activation: Activation, interpret: Any, x, weights, biases) -> tuple[Array, ...]:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _launch(
+    activation: Activation, interpret: Any, recast: bool, x, weights, biases
+) -> tuple[Array, ...]:
     flat, outs = x.reshape(-1, x.shape[-1]), tuple(w.shape[0] for w in weights)
     (rows, inner), itemsize = flat.shape, weights[0].dtype.itemsize
     geo = choose(rows, inner, outs, activation, bool(biases), compat.sm_count(), itemsize)
     assert geo is not None
-    products = launch(geo, flat, weights, biases, interpret=interpret)
+    products = launch(geo, flat, weights, biases, interpret=interpret, recast=recast)
     return tuple(part.reshape(*x.shape[:-1], -1) for part in products)
 
 
-def launch(geo: Geometry, x, weights, biases=(), *, interpret: Any = None) -> tuple[Array, ...]:
+def launch(
+    geo: Geometry, x, weights, biases=(), *, interpret: Any = None, recast: bool = False
+) -> tuple[Array, ...]:
     """Runs the kernel as `geo` says on rows [R, I], and sums its splits."""
     from pallas_kernels.matmul.hopper_kernel import build_matmul
 
     scales = [w.scale for w in weights if isinstance(w, Scaled)]
     values = [w.values if isinstance(w, Scaled) else w for w in weights]
-    rows = x.shape[0]
-    run = build_matmul(geo, x.dtype, values[0].dtype, interpret=interpret)
+    rows, dtype = x.shape[0], x.dtype
+    if recast and values[0].dtype == jnp.float8_e4m3fn:
+        most = float(jnp.finfo(jnp.float16).max)
+        x = jnp.clip(x.astype(jnp.float32), -most, most).astype(jnp.float16)
+    run = build_matmul(geo, dtype, values[0].dtype, x.dtype, interpret=interpret)
     x = jnp.pad(x, ((0, geo.rows - rows), (0, 0)))
     if geo.tuning.splits == 1:
         products = run(x, *values, *scales, *biases)
@@ -263,4 +358,4 @@ def launch(geo: Geometry, x, weights, biases=(), *, interpret: Any = None) -> tu
         products = [part.sum(axis=0).T for part in run(x, *values, *scales)]
         if biases:
             products = map(jnp.add, products, biases)
-    return tuple(part[:rows].astype(x.dtype) for part in products)
+    return tuple(part[:rows].astype(dtype) for part in products)

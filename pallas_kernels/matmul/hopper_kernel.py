@@ -25,20 +25,23 @@ from pallas_kernels.compat import ROWS
 from pallas_kernels.matmul.hopper_tiling import Geometry
 
 
-def build_matmul(geo: Geometry, dtype: jnp.dtype, values: jnp.dtype, *, interpret: Any) -> Any:
+def build_matmul(
+    geo: Geometry, dtype: jnp.dtype, values: jnp.dtype, rows: jnp.dtype, *, interpret: Any
+) -> Any:
     """Makes the callable: x [R, I], weights [O_i, I], scales [O_i], biases [O_i] -> [R, O_i].
 
     With splits the results are float32 [splits, O_i, R], to be summed; there are no biases then.
 
     Args:
       geo: how the work is cut.
-      dtype: of x, biases and results.
-      values: of the weights. There are scales, in float32, if it is not `dtype`.
+      dtype: of biases and results.
+      values: of the weights. There are scales, in float32, if it is not `rows`.
+      rows: the dtype of x, in which it is multiplied.
       interpret: see `compat.interpreter`.
     """
     cut, tiles, steps, results = geo.tuning, geo.tiles, geo.steps, geo.results
     count, at_once, parts, depth = len(results), geo.at_once, cut.parts, cut.block // cut.parts
-    scaled, split_up, consumers = values != dtype, cut.splits > 1, geo.consumers
+    scaled, split_up, consumers = values != rows, cut.splits > 1, geo.consumers
     biased, result = geo.biases and not split_up, jnp.float32 if split_up else dtype
     staging = scaled and interpret is not None  # the interpreter takes no operand in registers
 
@@ -105,7 +108,7 @@ def build_matmul(geo: Geometry, dtype: jnp.dtype, values: jnp.dtype, *, interpre
         def operand(weight):
             if not scaled:
                 return weight
-            converted = convert(weight, dtype)
+            converted = convert(weight, rows)
             if not staged:
                 return converted
             staged[0].at[wg][...] = converted
@@ -117,9 +120,9 @@ def build_matmul(geo: Geometry, dtype: jnp.dtype, values: jnp.dtype, *, interpre
             def _(step):
                 stage = stage_of(step)
                 plgpu.barrier_wait(full.at[stage])
-                rows = x_smem.at[stage, part].transpose((1, 0))
+                x = x_smem.at[stage, part].transpose((1, 0))
                 for weight, acc in zip(w_smem, accs, strict=True):
-                    plgpu.wgmma(acc, operand(weight.at[stage, part, tile]), rows)
+                    plgpu.wgmma(acc, operand(weight.at[stage, part, tile]), x)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(empty.at[stage])
 
@@ -188,7 +191,7 @@ def build_matmul(geo: Geometry, dtype: jnp.dtype, values: jnp.dtype, *, interpre
     if parts > 1:
         once += [smem(parts - 1, tiles, ROWS, geo.rows, dtype=jnp.float32)] * at_once
         once += [plgpu.Barrier(num_arrivals=tiles * (parts - 1))]
-    once += [smem(consumers, ROWS, depth)] * staging
+    once += [smem(consumers, ROWS, depth, dtype=rows)] * staging
     return plgpu.kernel(
         stream_matmul,
         out_type=[
@@ -197,7 +200,7 @@ def build_matmul(geo: Geometry, dtype: jnp.dtype, values: jnp.dtype, *, interpre
         ],
         scratch_types=[
             *[smem(cut.stages, parts, tiles, ROWS, depth, dtype=values)] * at_once,
-            smem(cut.stages, parts, geo.rows, depth),
+            smem(cut.stages, parts, geo.rows, depth, dtype=rows),
             smem(tiles, *((ROWS, geo.rows) if split_up else (geo.rows, ROWS)), dtype=result),
             plgpu.Barrier(num_barriers=cut.stages, num_arrivals=parts * (at_once * tiles + 1)),
             plgpu.Barrier(num_barriers=cut.stages, num_arrivals=consumers),

@@ -26,6 +26,7 @@ from pdllm_jax.downloads import tokenizer_files
 from pdllm_jax.engine.answer import Answer
 from pdllm_jax.engine.engine import Engine, Request
 from pdllm_jax.engine.request import drop_other_chunks
+from pdllm_jax.method.caches import cache_method
 from pdllm_jax.network.transformer import MaskPredictor
 from pdllm_jax.rules import require
 from pdllm_jax.storage import snapshot
@@ -109,6 +110,11 @@ class Command:
         require("" not in self.stops, "--stop must not be empty")
         self.stream = Stream(self.stops) if args.stream else None
 
+    @property
+    def cuts(self) -> bool:
+        """Whether the method cuts documents into chunks."""
+        return cache_method(self.args.method).uses_chunks
+
     def engine(self, *, text: bool, **settings: Any) -> Engine:
         """Loads tokenizer and model. text: the request is text, so that a tokenizer is needed."""
         folder = self.resolve(self.args.checkpoint)
@@ -118,7 +124,7 @@ class Command:
         require(not self.stops or tokenizer is not None, "--stop needs a tokenizer, for text")
         if self.stream is not None:
             self.stream.tokenizer = tokenizer
-        if settings.get("method") == "prefilling":
+        if "method" in settings and settings["method"].uses_chunks:
             settings["selection"] = settings["selection"].calibrated(folder)
             settings["selection"].scorer.check(load_config(folder))
         model = load(self.args, folder)
@@ -137,7 +143,7 @@ class Command:
                 given = getattr(args, name) is not None
                 require(not given, f"--{name} is part of the ids that --prompt-ids names")
             require(args.chat, "--no-chat-template is for text, --prompt-ids names ids")
-            prefix, context, query = flags.read_prompt_ids(args.prompt_ids, args.method)
+            prefix, context, query = flags.read_prompt_ids(args.prompt_ids, parts=self.cuts)
             return Request(context, query, prefix=prefix, **chosen)
         require(not question or args.question is not None, "--context-file needs --question")
         document = flags.read_file(args.context_file)
@@ -170,7 +176,7 @@ class Command:
             require(not refused, f"--{name.replace('_', '-')} is not for the lines of --requests")
         require(size > 0, f"--batch-size must be at least 1, got {size}")
         chosen: dict[str, Any] = {"seed": args.seed, "oracle": args.chunks}
-        lines = flags.read_requests(args.requests, args.method, **chosen)
+        lines = flags.read_requests(args.requests, parts=self.cuts, **chosen)
         text = any(isinstance(request.context, str) for _, _, request in lines)
         engine = self.engine(text=text, **settings)
         batches = [lines[i : i + size] for i in range(0, len(lines), size)]
@@ -200,7 +206,7 @@ class Command:
         """Asks about a document whose KV comes from a snapshot or a store."""
         args, method, folder = self.args, settings["method"], self.args.snapshot
         require(not args.check_nan, "--check-nan is for a document that is encoded here")
-        require(method == "prefilling", f"--snapshot and --store need prefilling, not {method}")
+        require(method.uses_chunks, f"--snapshot and --store need prefilling, not {method}")
         if folder is None:
             request = self.request()
         else:

@@ -19,13 +19,15 @@ from jax.sharding import Mesh
 from pdllm_jax.cli.errors import seed
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine.inputs import Request
-from pdllm_jax.method.cache_methods import Method, cache_method
+from pdllm_jax.method.caches import CACHE_METHODS, RECOMPUTE, CacheMethod, cache_method
 from pdllm_jax.method.encodings import ENCODINGS, Bridge
 from pdllm_jax.method.sampling import CONFIDENCES
 from pdllm_jax.method.scorers import SCORERS, DraftScorer
+from pdllm_jax.method.unmasking import UNMASKING, Unmasking, unmasking_rule
+from pdllm_jax.naming import settings_text
 from pdllm_jax.network.config import WeightFormat
 from pdllm_jax.network.sharding import make_mesh, parse_mesh
-from pdllm_jax.rules import require
+from pdllm_jax.rules import ConfigError, require
 from pdllm_jax.text_files import read_text
 
 DTYPES = {"keep": None, "float32": "float32", "bfloat16": "bfloat16"}
@@ -39,14 +41,37 @@ NAMES = {
     "DecodeConfig.top_p": "sample_top_p",
     "SelectionConfig.kv_format": "kv",
 }
-DERIVED = ("draft_steps", "stop_ids", "unmask")
+DERIVED = ("draft_steps", "stop_ids")
 
 CHOICES = {
     "scorer": ("leave-one-out", *SCORERS),
     "encoding": tuple(ENCODINGS),
     "remasking": tuple(CONFIDENCES),
+    "recompute": tuple(RECOMPUTE),
 }
+
+
+def method(text: str) -> CacheMethod:
+    """Returns a flag's cache method, checked before anything is loaded."""
+    try:
+        return cache_method(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def unmask(text: str) -> Unmasking:
+    """Returns a flag's unmasking rule, checked before anything is loaded."""
+    try:
+        return unmasking_rule(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 METAVARS = {int: "N", seed: "N", float: "X", Path: "PATH"}
+METAVARS |= dict.fromkeys((method, unmask), "NAME[:SETTING=VALUE..]")
+METHODS, UNMASKS = (
+    ", ".join(map(settings_text, table.values())) for table in (CACHE_METHODS, UNMASKING)
+)
 # What --help says of each flag; a default is added where the text has none.
 HELP = {
     "context-file": "the document, UTF-8 text; - for standard input",
@@ -60,7 +85,7 @@ HELP = {
     "stop": "print the text before this one alone; may be given several times",
     "snapshot": "a document of prefill",
     "store": "keep encoded documents in this folder, to ask again",
-    "method": "plain is the published generation, the caches are Fast-dLLM's",
+    "method": f"the KV that denoising steps reuse; with the defaults of its settings: {METHODS}",
     "check-nan": "compute the answer again, layer by layer, to find NaN or infinity",
     "json": "print one JSON object",
     "stream": "print blocks as they are finished",
@@ -86,6 +111,8 @@ HELP = {
     "first-slot-alone": "a block's first evaluation fills its first slot alone (Fast-dLLM)",
     "threshold": "unmask every slot at least this probable",
     "factor": "Fast-dLLM's factor rule",
+    "unmask": "a rule instead of --steps, --threshold and --factor; with the defaults of its "
+    f"settings: {UNMASKS}",
     "guidance": "classifier-free guidance, for method plain",
     "logits-eos-inf": "never predict EOS, as LLaDA's published evaluation can",
     "confidence-eos-eot-inf": "unmask slots that predict EOS or EOT last, as published",
@@ -149,6 +176,7 @@ def add_fields(parser: Any, settings: type, names: Collection[str] | None = None
         name = "score" if dest == "scorer" else dest.replace("_", "-")
         hint = hints[field.name]
         kind = get_args(hint)[0] if get_origin(hint) is types.UnionType else hint
+        kind = {"unmask": unmask}.get(field.name, kind)
         if kind is bool:
             action = "store_false" if field.default else "store_true"
             add(parser, f"no-{name}" if field.default else name, bool, dest=dest, action=action)
@@ -200,7 +228,7 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         selection |= {"scorer": "draft", "masked_copies": None}
     fits = limit is None or 0 < limit < 1e6
     require(fits, f"--memory-limit must be a number of GB, got {limit}")
-    method = cache_method(args.method)
+    chosen = cache_method(args.method)
     decoding = from_args(
         DecodeConfig,
         args,
@@ -210,8 +238,8 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
     settings = {
         "chunking": from_args(ChunkConfig, args),
         "selection": from_args(SelectionConfig, args, **selection),
-        "decoding": method.decode_config(decoding),
-        "method": method.name,
+        "decoding": chosen.decode_config(decoding),
+        "method": chosen,
         "memory_limit": None if limit is None else int(1e9 * limit),
     }
     texts = {name: getattr(args, name) for name in ("instruction", "system")}
@@ -250,7 +278,7 @@ def add_request(parser: argparse.ArgumentParser, *, answers: bool) -> None:
         add(parser, "batch-size", int, default=8)
         add(source, "snapshot", Path)
         add(parser, "store", Path)
-        add(parser, "method", choices=get_args(Method), default="prefilling")
+        add(parser, "method", method, default="prefilling")
         add(parser, "check-nan", bool)
         add_output(parser)
     add_settings(parser)
@@ -271,17 +299,20 @@ def read_file(path: Path) -> str:
         raise ValueError(f"standard input is not UTF-8 text: byte {error.start}") from None
 
 
-def read_prompt_ids(path: Path, method: str) -> tuple[list[int], list[int], list[int]]:
-    """Reads (prefix, context, query) of a prompt file; a bare prompt is all query."""
+def read_prompt_ids(path: Path, *, parts: bool) -> tuple[list[int], list[int], list[int]]:
+    """Reads (prefix, context, query) of a prompt file.
+
+    parts: the method cuts documents; without, a bare prompt is all query.
+    """
     several = f"{path} holds several prompts: --prompt-ids takes one prompt, --requests JSON lines"
     raw = _parse(read_text(path), f"{path}", several)
     listed = isinstance(raw, list) and any(isinstance(x, dict | list) for x in raw)
     require(not listed, several)
-    return _id_parts(raw, f"{path}", method)
+    return _id_parts(raw, f"{path}", parts)
 
 
 def read_requests(
-    path: Path, method: str, *, seed: int, oracle: list[int] | None
+    path: Path, *, parts: bool, seed: int, oracle: list[int] | None
 ) -> list[tuple[int, dict[str, Any], Request]]:
     """Reads JSON lines of requests.
 
@@ -308,13 +339,13 @@ def read_requests(
             require(type(chosen["seed"]) is int, f"{where}: seed must be an integer")
             require(ids is None or _are_ids(ids), f"{where}: oracle must be a list of integers")
             if given == {"context", "question"}:
-                parts = raw["context"], raw["question"]
-                text = all(isinstance(part, str) for part in parts)
-                require(text, f"{where}: context and question must be text")
-                request = Request(*parts, **chosen)
+                texts = raw["context"], raw["question"]
+                valid = all(isinstance(text, str) for text in texts)
+                require(valid, f"{where}: context and question must be text")
+                request = Request(*texts, **chosen)
             else:
                 named = {name: raw[name] for name in given}
-                prefix, context, query = _id_parts(named, where, method, " context and question,")
+                prefix, context, query = _id_parts(named, where, parts, " context and question,")
                 request = Request(context, query, prefix, **chosen)
             requests.append((number, name, request))
     require(bool(requests), f"{path} holds no requests")
@@ -336,18 +367,17 @@ def _are_ids(value: Any) -> bool:
 
 
 def _id_parts(
-    raw: Any, where: str, method: str, others: str = ""
+    raw: Any, where: str, parts: bool, others: str = ""
 ) -> tuple[list[int], list[int], list[int]]:
     """(prefix, context, query) of an object of token ids. others: keys that are allowed instead."""
-    parts = ("prefix", "context", "query")
-    require(isinstance(raw, dict), f"{where} must hold a JSON object with the keys {parts}")
+    names = ("prefix", "context", "query")
+    require(isinstance(raw, dict), f"{where} must hold a JSON object with the keys {names}")
     if set(raw) == {"prompt"}:
-        bare = f"{where} holds a bare prompt: method prefilling needs {parts}"
-        require(method != "prefilling", bare)
+        require(not parts, f"{where} holds a bare prompt: method prefilling needs {names}")
         raw = {"prefix": [], "context": [], "query": raw["prompt"]}
-    keys = f"{where} must hold the keys{others} {parts}, or the key prompt; got {tuple(raw)}"
-    require(set(raw) == set(parts), keys)
-    for name in parts:
+    keys = f"{where} must hold the keys{others} {names}, or the key prompt; got {tuple(raw)}"
+    require(set(raw) == set(names), keys)
+    for name in names:
         require(_are_ids(raw[name]), f"{where}: {name} must be a list of integers")
     return raw["prefix"], raw["context"], raw["query"]
 

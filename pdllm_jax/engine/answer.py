@@ -39,6 +39,8 @@ class Answer:
     confidence: probability of each token, before temperature, when it was unmasked; None for a slot
       that stayed masked, or lies in a block after the end of the text. None instead of the list for
       a request that an older version started.
+    rows: of the request that went through the network in these evaluations; a row that went through
+      a share of the layers counts as this share.
     """
 
     tokens: list[int]
@@ -48,6 +50,7 @@ class Answer:
     timings: dict[str, float]
     paths: dict[str, str]
     confidence: list[float | None] | None = None
+    rows: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, ready for JSON."""
@@ -113,6 +116,7 @@ def read_answer(
         timings={**timings, "total": sum(timings.values())},
         paths=paths,
         confidence=[None if p < 0 else p for p in probability],
+        rows=round(float(state.rows[row]), 2),
     )
 
 

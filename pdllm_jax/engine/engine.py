@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from pallas_kernels import Implementation, require_device, resolve_implementation
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
@@ -34,6 +32,7 @@ from pdllm_jax.engine.request import (
     SelectedRequest,
     StartedRequest,
     Timer,
+    WholePrompts,
     document_prompt,
     question_prompt,
     request_keys,
@@ -42,18 +41,15 @@ from pdllm_jax.engine.request import (
     start_decoding,
 )
 from pdllm_jax.method.cache import ChunkCache, pool_dtype
-from pdllm_jax.method.cache_methods import CacheMethod, Method, cache_method
+from pdllm_jax.method.caches import CacheMethod, Method, cache_method
 from pdllm_jax.method.chunking import (
     ChunkedPrompt,
     TokenIds,
     batch_prompts,
     batch_size,
-    bucket,
     check_bos_id,
     chunk_prompt,
-    pad_to,
 )
-from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import encode_document
 from pdllm_jax.method.scoring import check_scorable
 from pdllm_jax.network.transformer import MaskPredictor
@@ -76,8 +72,9 @@ class Engine:
       model: from `load_model`.
       tokenizer: of text; None where requests are token ids.
       chunking, selection, decoding: settings of the method.
-      method: "prefilling", or a baseline on the whole prompt: "plain" (published generation),
-        "prefix-cache" or "dual-cache" (Fast-dLLM).
+      method: "prefilling", or a method on the whole prompt: "plain" (published generation),
+        "prefix-cache" and "dual-cache" (Fast-dLLM), and those of docs/rivals.md. A name, a name
+        with settings ("NAME:SETTING=VALUE"), or a `CacheMethod`.
       instruction: text before the document.
       system: text of a system turn before it, for a chat template that takes one.
       chat: text is a user's turn in the checkpoint's chat template; False puts BOS in front alone.
@@ -92,7 +89,7 @@ class Engine:
     chunking: ChunkConfig = ChunkConfig()
     selection: SelectionConfig = SelectionConfig()
     decoding: DecodeConfig = DecodeConfig()
-    method: Method | CacheMethod = "prefilling"
+    method: Method = "prefilling"
     instruction: str = INSTRUCTION
     system: str = ""
     chat: bool = True
@@ -125,8 +122,9 @@ class Engine:
         """Answers a question about a document.
 
         Args:
-          context, question, prefix, oracle, seed: the fields of `Request`. A baseline's prompt is
-            prefix, context and question one after the other; on ids any of them may be empty.
+          context, question, prefix, oracle, seed: the fields of `Request`. The prompt of a method
+            on the whole prompt is prefix, context and question one after the other; on ids any of
+            them may be empty.
           on_block: see `Engine`.
         """
         request = Request(context, question, prefix, oracle, seed)
@@ -138,7 +136,7 @@ class Engine:
         """Answers many requests in one batch, each as `answer` would answer it alone.
 
         Documents, questions and the number of evaluations may differ. The batch is padded to a
-        power of two. Baselines are answered one after another.
+        power of two.
 
         Args:
           requests: requests, or tuples of their first fields. on_block: see `Engine`.
@@ -152,9 +150,7 @@ class Engine:
         given = [Request(*request) for request in requests]
         if self._method.uses_chunks:
             return self._run(self._prepare(given), on_block)
-        prompts = map_named("request", self._baseline_prompt, given)
-        keys = request_keys([request.seed for request in given], len(given))
-        return [self._baseline(i, x, keys[i : i + 1], on_block) for i, x in enumerate(prompts)]
+        return self._whole(self._prepare_whole(given), on_block)
 
     def check(self, requests: Sequence[Request | tuple[Text, Text]]) -> None:
         """Raises what `answer_batch` would raise for these requests, and computes nothing."""
@@ -162,8 +158,7 @@ class Engine:
         if self._method.uses_chunks:
             self._require_memory(self._prepare(given))
         else:
-            map_named("request", self._baseline_prompt, given)
-            request_keys([request.seed for request in given], len(given))
+            self._prepare_whole(given)
 
     def encode(self, context: Text, *, prefix: TokenIds | None = None) -> ChunkCache:
         """Encodes a document for `ask`, independently of any question.
@@ -204,7 +199,7 @@ class Engine:
         if not questions:
             raise ValueError("no questions")
         if not self._method.uses_chunks:
-            raise ValueError(f"a document is asked with method 'prefilling', not {self.method!r}")
+            raise ValueError(f"a document is asked with method 'prefilling', not '{self._method}'")
         check_scorable(document)
         require_kv_format(document.pool, self.selection)
         if document.documents > 1:
@@ -246,7 +241,7 @@ class Engine:
           A started request, or with encode=False a selected one.
         """
         if not self._method.uses_chunks:
-            raise ValueError(f"method {self.method!r} has nothing to prefill")
+            raise ValueError(f"method '{self._method}' has nothing to prefill")
         request = self._prepare([Request(context, question, prefix, oracle, seed)])
         selected = self._select(request, Timer())
         if encode:
@@ -294,7 +289,7 @@ class Engine:
     def token_ids(self, request: Request) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the checked token ids of a request: (prefix, context, question), int32.
 
-        A baseline's text is tokenized in one part, and all of it is the question.
+        For a method on the whole prompt the text is tokenized in one part, the question.
         """
         return self._reader.request(request)
 
@@ -355,30 +350,31 @@ class Engine:
         require_device(path)
         return path
 
-    def _baseline_prompt(self, request: Request) -> np.ndarray:
-        if request.oracle is not None:
-            raise ValueError(f"oracle is for method 'prefilling', not for {self.method!r}")
-        prompt = np.concatenate(self.token_ids(request))
-        if prompt.size == 0:
-            raise ValueError("prompt is empty: prefix, context and question have no tokens")
-        shapes = Shapes(1, 0, bucket(prompt.size, 8), 0, 1)
-        decode = self._method.decode_config(self.decoding)
-        require_memory(self.model, shapes, decode=decode, limit=self.memory_limit)
-        return prompt
+    def _prepare_whole(self, requests: Sequence[Request]) -> WholePrompts:
+        def read(request: Request) -> np.ndarray:
+            if request.oracle is not None:
+                raise ValueError(f"oracle is for method 'prefilling', not for '{self._method}'")
+            prompt = np.concatenate(self.token_ids(request))
+            if prompt.size == 0:
+                raise ValueError("prompt is empty: prefix, context and question have no tokens")
+            return prompt
 
-    def _baseline(
-        self, number: int, prompt: np.ndarray, keys: Array, on_block: OnBlock | None
-    ) -> Answer:
-        config, timer, numbered = self._method.decode_config(self.decoding), Timer(), None
-        if on_block is not None:
-            numbered = lambda _, block, tokens: on_block(number, block, tokens)  # noqa: E731
+        ids: list[np.ndarray] = map_named("request", read, requests)
+        prompts = WholePrompts.of(ids, [request.seed for request in requests])
+        (size, rows), method = prompts.ids.shape, self._method
+        decode, shapes = method.decode_config(self.decoding), Shapes(size, 0, rows, 0, 1)
+        method.check(self.model.config, decode, rows + decode.gen_length)
+        require_memory(self.model, shapes, decode=decode, limit=self.memory_limit)
+        return prompts
+
+    def _whole(self, prompts: WholePrompts, on_block: OnBlock | None) -> list[Answer]:
+        config, timer = self._method.decode_config(self.decoding), Timer()
         with timer.phase("decode"):
-            ids = jnp.asarray(pad_to(prompt, bucket(prompt.size, 8))[None])
-            length = jnp.asarray([prompt.size], jnp.int32)
-            state = init_denoise(self.model, None, None, ids, config, keys, query_length=length)
-            state = denoise_blocks(self.model, None, state, numbered, config=config)
-        paths = used_paths(self.model, config.block_length)
-        return self._with_text(read_answer(state, 0, None, timer, paths))
+            state = prompts.start(self.model, config)
+            state = denoise_blocks(self.model, None, state, on_block, config=config)
+        paths = used_paths(self.model, len(prompts.ids) * config.block_length)
+        answers = [read_answer(state, i, None, timer, paths) for i in range(prompts.requests)]
+        return [self._with_text(answer) for answer in answers]
 
     def _with_text(self, answer: Answer) -> Answer:
         if self.tokenizer is None:

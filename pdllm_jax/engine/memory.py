@@ -11,9 +11,8 @@ XLA's temporaries follow from one formula for every program, of the forward pass
 - Of weights in 8 bits, the rows in fp8, or one weight in the model's dtype (`_Case.eight_bits`).
 - Of the portable attention, float32 scores and weights of one block of rows.
 - Of attention over chunks, the rotated query rows of each slot, and what its implementation copies.
-- The residual stream of a document that goes through the network layer by layer, and the query's
-  attention to each of its chunks.
 - KV that a program holds while it writes its results (`_Case.in_flight`).
+- What the cache method says that its widest evaluation takes (`CacheMethod.scratch`).
 
 Not counted: the CUDA context, fragmentation, compiling.
 """
@@ -38,9 +37,17 @@ from pallas_kernels.chunk_attention import dense
 from pallas_kernels.matmul.hopper_tiling import FEW_ROWS
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine.plan import Phase, Plan, total
-from pdllm_jax.engine.programs import Program, RecordedModel, Recorder, Shapes, programs
+from pdllm_jax.engine.programs import (
+    MEMORY,
+    Program,
+    RecordedModel,
+    Recorder,
+    Shapes,
+    method_memory,
+    programs,
+)
 from pdllm_jax.method.cache import KVFormat, live_rows, pool_dtype
-from pdllm_jax.method.cache_methods import Method, cache_method
+from pdllm_jax.method.caches import Method, cache_method
 from pdllm_jax.method.chunking import (
     ChunkedPrompt,
     batch_size,
@@ -88,8 +95,8 @@ class _Case:
             return None
         return AbstractMesh(self.sizes, (DATA, TENSOR), axis_types=(AxisType.Auto, AxisType.Auto))
 
-    def nbytes(self, tree: Any) -> int:
-        """Bytes on this device of a pytree that was traced with one layer."""
+    def nbytes(self, tree: Any, layers: int | None = None) -> int:
+        """Bytes on this device of a pytree that was traced with one layer of all, or of so many."""
         if isinstance(tree, MaskPredictor):
             tree = nnx.to_pure_dict(nnx.state(tree))
         places = [] if self.mesh is None else jax.tree.leaves(shardings(self.mesh, tree))
@@ -97,8 +104,8 @@ class _Case:
         for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             shape = places[i].shard_shape(leaf.shape) if places else leaf.shape
-            layers = self.config.n_layers if _PER_LAYER.search(name) else 1
-            nbytes += layers * math.prod(shape) * leaf.dtype.itemsize
+            copies = (layers or self.config.n_layers) if _PER_LAYER.search(name) else 1
+            nbytes += copies * math.prod(shape) * leaf.dtype.itemsize
         return nbytes
 
     def temporaries(self, program: Program, recorder: Recorder) -> dict[str, int]:
@@ -136,7 +143,22 @@ class _Case:
             "attention over chunks": over_chunks,
             "cuBLAS workspace": _CUBLAS_WORKSPACE if self.gpu else 0,
             "KV in flight": self.in_flight(program, recorder),
+            "evaluation of the method": self.scratch(program),
         }
+
+    @functools.cached_property
+    def memory(self) -> int:
+        """Bytes of the cache method's memory; its settings may differ between layers."""
+        full = RecordedModel.of(self.config, self.dtype, self.mesh)
+        return self.nbytes({"memory": method_memory(full, self.shapes, self.decode)}, layers=1)
+
+    def scratch(self, program: Program) -> int:
+        """Bytes of the arrays of an evaluation that only its cache method has."""
+        shapes, decode, (data, tensor) = self.shapes, self.decode, self.sizes
+        rows = shapes.prefix + shapes.query + decode.gen_length
+        each = decode.cache_method.scratch(self.config, decode, rows, self.dtype.itemsize)
+        requests = shapes.requests // (data if shapes.requests % data == 0 else 1)
+        return requests * each // tensor if program.phase == "decode" else 0
 
     def eight_bits(self, rows: int) -> dict[str, int]:
         """What the products of this number of rows and weights in 8 bits take in a layer."""
@@ -185,17 +207,21 @@ class _Case:
 
 @functools.lru_cache(maxsize=256)
 def _plan(case: _Case) -> Plan:
-    config, recorder = dataclasses.replace(case.config, n_layers=1), Recorder()
-    model = nnx.eval_shape(lambda: RecordedModel(config, rngs=nnx.Rngs(0), dtype=case.dtype))
-    model.recorder, model.mesh = recorder, case.mesh
+    config = dataclasses.replace(case.config, n_layers=1)
+    model = RecordedModel.of(config, case.dtype, case.mesh)
+    recorder = model.recorder
     phases = [Phase("load", {"weights": case.nbytes(model)})]
+
+    def nbytes(name: str, tree: Any) -> int:
+        return case.memory if name == MEMORY and jax.tree.leaves(tree) else case.nbytes(tree)
+
     settings, traced = (case.shapes, case.selection, case.decode), case.selection
     # Heads of layers that the traced model does not have.
     if isinstance(traced.scorer, AttentionScorer) and traced.scorer.heads:
         traced = dataclasses.replace(traced, heads=((0, 0),))
     for program in programs(model, case.shapes, traced, case.decode, recorder.chunk_attention):
-        held = {name: case.nbytes(tree) for name, tree in program.held.items()}
-        made = {name: case.nbytes(tree) for name, tree in program.made.items()}
+        held = {name: nbytes(name, tree) for name, tree in program.held.items()}
+        made = {name: nbytes(name, tree) for name, tree in program.made.items()}
         phases.append(Phase(program.phase, held, made, case.temporaries(program, recorder)))
         recorder.clear()
     document = phases[1].made["KV of the document"] if case.shapes.encoded else 0
@@ -249,16 +275,18 @@ def plan_memory(
             raise ValueError(f"{name} must be an integer >= {least}, got {count!r}")
     if batch is not None and questions is not None:
         raise ValueError("batch and questions exclude each other")
-    if not chunked and (batch is not None or questions is not None):
-        raise ValueError(f"method {method!r} answers one request at a time")
+    if not chunked and questions is not None:
+        raise ValueError(f"method {method!r} encodes no document that questions could share")
+    requests, encoded = batch or questions or 1, questions is not None
+    rows, size = bucket(prefix + document + query, 8), chunking.chunk_size
     decode = cache_method(method).decode_config(decode)
-    shapes, size = Shapes(1, 0, bucket(prefix + document + query, 8), 0, 1), chunking.chunk_size
+    decode.cache_method.check(config, decode, rows + decode.gen_length)
+    shapes = Shapes(batch_size(requests), 0, rows, 0, 1)
     if chunked:
-        requests, encoded = batch or questions or 1, questions is not None
         n = count_chunks(document, chunking)
         tight = encoded or selection.keeps_pool(documents=1 if encoded else requests)
-        rows = batch_size(requests), bucket_rows(prefix), bucket_rows(query)
-        shapes = Shapes(*rows, bucket_chunks(n, tight), size, encoded)
+        padded = batch_size(requests), bucket_rows(prefix), bucket_rows(query)
+        shapes = Shapes(*padded, bucket_chunks(n, tight), size, encoded)
         selection = selection.for_document(n, named=isinstance(selection.scorer, OracleScorer))
     implementation = resolve_implementation(
         implementation,
@@ -325,7 +353,7 @@ def require_memory(
         return
     fitting = _advice(case, lambda changed: _plan(changed).peak + others <= limit)
     advice = f"fits with {', or '.join(fitting)}" if fitting else "no one setting makes it fit"
-    if not shapes.chunks:
+    if not shapes.chunks and not fitting:
         advice = "a shorter prompt needs less, and so does method 'prefilling'"
     phase = plan.largest
     parts = {**phase.scratch, **phase.made, **phase.held}

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array
 
 from pallas_kernels import Implementation, Partial
@@ -24,7 +25,8 @@ from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import encode_document, prefill, prefill_top_k
 from pdllm_jax.method.scoring import draft_response, score_chunks
 from pdllm_jax.method.selection import select
-from pdllm_jax.network.transformer import Attend, Carry, MaskPredictor, StreamHook
+from pdllm_jax.network.config import ModelConfig
+from pdllm_jax.network.transformer import Attend, Carry, LayerParts, MaskPredictor
 
 
 class Shapes(NamedTuple):
@@ -62,6 +64,9 @@ class Shapes(NamedTuple):
         )
 
 
+MEMORY = "memory of the method"  # `DenoiseState.memory`
+
+
 class Program(NamedTuple):
     """One jitted function of an answer: `function(*args, **settings)`.
 
@@ -87,7 +92,8 @@ class Program(NamedTuple):
             elif isinstance(value, DenoiseState):
                 parts["live KV"] = {"live": value.live}
                 parts["KV of the chosen chunks"] = {"pool": value.pool}
-                parts["response"] = dataclasses.replace(value, live=None, pool=None)
+                parts[MEMORY] = {"memory": value.memory}
+                parts["response"] = dataclasses.replace(value, live=None, pool=None, memory=None)
             else:
                 parts.setdefault(f"results of {self.phase}", []).append(value)
         return {name: part for name, part in parts.items() if name not in self.held}
@@ -122,17 +128,18 @@ class RecordedModel(MaskPredictor):
 
     recorder: Recorder
 
+    @classmethod
+    def of(cls, config: ModelConfig, dtype: Any, mesh: Any) -> RecordedModel:
+        """Returns a model whose weights are shapes alone."""
+        model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), dtype=dtype))
+        model.recorder, model.mesh = Recorder(), mesh
+        return model
+
     def run(
-        self,
-        token_ids: Array,
-        attend: Attend,
-        carry: Carry,
-        *,
-        hook: StreamHook | None = None,
-        layers: int | None = None,
+        self, token_ids: Array, attend: Attend, carry: Carry, **settings: Any
     ) -> tuple[Array, Carry]:
         self.recorder.forwards.append([*token_ids.shape, 0])
-        return super().run(token_ids, attend, carry, hook=hook, layers=layers)
+        return super().run(token_ids, attend, carry, **settings)
 
     def advance(
         self, layer: int, stream: Array, attend: Attend, carry: Carry
@@ -143,6 +150,10 @@ class RecordedModel(MaskPredictor):
     def keys(self, layer: int, stream: Array) -> Array:
         self.recorder.forwards.append([*stream.shape[:2], 0])
         return super().keys(layer, stream)
+
+    def parts(self, layer: int, stream: Array) -> tuple[LayerParts, Array]:
+        self.recorder.forwards.append([*stream.shape[:2], 0])
+        return super().parts(layer, stream)
 
     def logits(self, hidden: Array) -> Array:
         last = self.recorder.forwards[-1]
@@ -220,6 +231,13 @@ def programs(
                 held.pop("KV of the document")
     settings = {"config": decode, "implementation": implementation, **reselecting}
     yield program("decode", denoise, model, cache, step.result, **settings)
+
+
+def method_memory(model: MaskPredictor, shapes: Shapes, decode: DecodeConfig) -> Any:
+    """Returns the arrays that the cache method keeps for requests of whole prompts."""
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), shapes.requests))
+    query = _ids(shapes.requests, shapes.query)
+    return init_denoise.eval_shape(model, None, None, query, decode, keys).memory
 
 
 def _ids(*shape: int) -> Any:

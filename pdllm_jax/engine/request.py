@@ -15,7 +15,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,15 @@ from pallas_kernels import Implementation
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine.inputs import map_named
 from pdllm_jax.method.cache import ChunkCache, ChunkPool, DenoiseState
-from pdllm_jax.method.chunking import ChunkedPrompt, TokenIds, bucket_rows, chunk_prompt, pad_to
+from pdllm_jax.method.chunking import (
+    ChunkedPrompt,
+    TokenIds,
+    batch_size,
+    bucket,
+    bucket_rows,
+    chunk_prompt,
+    pad_to,
+)
 from pdllm_jax.method.encoding import init_denoise
 from pdllm_jax.method.prefill import prefill, prefill_top_k
 from pdllm_jax.method.scorers import AllScorer, OracleScorer
@@ -154,6 +162,37 @@ class StartedRequest:
         return pool
 
 
+class WholePrompts(NamedTuple):
+    """Prompts [B, Q] without chunks, padded behind their lengths; the first `requests` count."""
+
+    ids: Int[Array, "B Q"]
+    lengths: Int[Array, "B"]
+    keys: Array
+    requests: int
+
+    @classmethod
+    def of(cls, prompts: Sequence[np.ndarray], seeds: Sequence[int]) -> WholePrompts:
+        """Pads prompts of one token or more to a batch."""
+        size, rows = batch_size(len(prompts)), bucket(max(x.size for x in prompts), 8)
+        ids = [*prompts, *[np.zeros((0,), np.int32)] * (size - len(prompts))]
+        table, lengths = np.stack([pad_to(x, rows) for x in ids]), [x.size for x in ids]
+        keys = request_keys(seeds, size)
+        return cls(jnp.asarray(table), jnp.asarray(lengths, jnp.int32), keys, len(prompts))
+
+    def start(self, model: MaskPredictor, decoding: DecodeConfig) -> DenoiseState:
+        """Returns the state before the first step."""
+        inputs = None, None, self.ids, decoding, self.keys
+        state = init_denoise(model, *inputs, query_length=self.lengths)
+        return _without_padding(state, self.requests, decoding)
+
+
+def _without_padding(state: DenoiseState, requests: int, decoding: DecodeConfig) -> DenoiseState:
+    """Returns the state in which the requests that pad the batch are done."""
+    padding = jnp.arange(state.block.shape[0]) >= requests
+    block = jnp.where(padding, decoding.n_blocks, state.block)
+    return dataclasses.replace(state, block=block)
+
+
 def select_chunks(
     model: MaskPredictor,
     request: PreparedRequest,
@@ -232,9 +271,7 @@ def start_decoding(
             settings=request.config,
             implementation=implementation,
         )
-        padding = jnp.arange(state.block.shape[0]) >= request.requests
-        state = dataclasses.replace(state, block=jnp.where(padding, decoding.n_blocks, state.block))
-        jax.block_until_ready(state)
+        state = jax.block_until_ready(_without_padding(state, request.requests, decoding))
     unread = state.pool is not None and not request.config.reselects
     selection = request.selection
     if unread:  # places in the pool of the cache go with it

@@ -47,7 +47,7 @@ from pdllm_jax.evaluation.arguments import (
 )
 from pdllm_jax.evaluation.chat import ChatPrompts
 from pdllm_jax.evaluation.prompts import PromptIds, SplitPrompt, TaskPrompt
-from pdllm_jax.method.cache_methods import Method, cache_method
+from pdllm_jax.method.caches import Method, cache_method
 from pdllm_jax.method.chunking import chunk_prompt
 from pdllm_jax.method.likelihood import (
     KeptContext,
@@ -70,7 +70,8 @@ class PrefillingLM(LM):
 
     The arguments come from `--model_args`:
       pretrained: a converted checkpoint's folder.
-      method: "prefilling", or a baseline on the full prompt: "plain", "prefix-cache", "dual-cache".
+      method: "prefilling", or a method on the full prompt: "plain", "dual-cache" and the others of
+        `CACHE_METHODS`. NAME, or NAME:SETTING=VALUE:SETTING=VALUE.
       document: field of a task's examples that is the document, for tasks where it is not clear.
       gen_length: response tokens, instead of the task's; max_gen_toks: where the task says nothing.
       block_length: longest block; blocks divide the response.
@@ -266,7 +267,10 @@ class PrefillingLM(LM):
     def _check(self, instance: Instance, prompt: str, asked: str | Mapping[str, Any]) -> None:
         """Raises ConfigError for what a task asks, before anything is computed."""
         if isinstance(asked, Mapping):
-            self._generation(asked)
+            decoding, _ = self._generation(asked)
+            if cache_method(self.engine.method).longest is not None:
+                engine = dataclasses.replace(self.engine, decoding=decoding)
+                engine.check([Request([], self._dense(prompt, decoding.gen_length), [])])
         if self._uses_chunks:
             try:
                 self._split(prompt, instance)

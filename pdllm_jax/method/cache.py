@@ -172,19 +172,25 @@ class LiveCache:
     def write(
         self,
         layer: int,
-        k: Float[Array, "B T G D"],
-        v: Float[Array, "B T G D"],
-        start: Int[Array, "B"],
+        k: Float[Array, "B T G D"] | None,
+        v: Float[Array, "B T G D"] | None,
+        start: Int[Array, "B"] | Int[Array, "B T"],
         keep: Bool[Array, "B T"] | None = None,
         *,
         mesh: Mesh | None = None,
     ) -> LiveCache:
-        """Returns the cache with rows of a layer written from start[b] on, except where `keep`."""
+        """Returns the cache with a layer's KV of rows written, except where `keep`.
+
+        k, v: None leaves the old ones.
+        start: the first of T consecutive rows, or the number of each row.
+        """
         batch = start.shape[0]
         heads, each = heads_spec(mesh, batch, 2), PartitionSpec(rows_axis(mesh, batch))
         write = local(mesh, _write_rows, (heads, heads, each, each), heads)
 
-        def put(stores: tuple[Array, ...], rows: Array) -> tuple[Array, ...]:
+        def put(stores: tuple[Array, ...], rows: Array | None) -> tuple[Array, ...]:
+            if rows is None:
+                return stores
             written = write(stores[layer], rows, start, keep)
             return (*stores[:layer], written, *stores[layer + 1 :])
 
@@ -234,9 +240,13 @@ def init_live(
 def _write_rows(
     store: Float[Array, "B S G D"],
     rows: Float[Array, "B T G D"],
-    start: Int[Array, "B"],
+    start: Int[Array, "B"] | Int[Array, "B T"],
     keep: Bool[Array, "B T"] | None,
 ) -> Float[Array, "B S G D"]:
+    if start.ndim == 2:
+        places = start if keep is None else jnp.where(keep, store.shape[1], start)
+        rows = rows.astype(store.dtype)
+        return store.at[jnp.arange(len(rows))[:, None], places].set(rows, mode="drop")
     if keep is not None:
         old = dynamic_slices(store, start, rows.shape[1])
         rows = jnp.where(keep[..., None, None], old, rows)
@@ -331,6 +341,9 @@ class DenoiseState:
     evaluations: denoising evaluations so far, without encoding and scoring.
     rescored: how often `reselect` scored the chunks.
     keys [B]: PRNG key of each request.
+    rows: that went through the network in these evaluations, float32.
+    memory: what the cache method keeps beside `live`; see `CacheMethod.start`.
+    rule_memory: what the unmasking rule keeps; see `Unmasking.start`.
     live_encoded: the encoding computed the live KV too, so the first block starts with fresh KV.
     """
 
@@ -352,6 +365,9 @@ class DenoiseState:
     evaluations: Int[Array, "B"]
     rescored: Int[Array, "B"]
     keys: Array
+    rows: Float[Array, "B"]
+    memory: Any = None
+    rule_memory: Any = None
     live_encoded: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property

@@ -164,12 +164,20 @@ def init_denoise(
         rescored=zeros,
         keys=key if key.ndim else derive(key, Use.REQUEST, jnp.arange(batch)),
         probability=jnp.full((batch, config.gen_length), -1.0, jnp.float32),
+        rows=jnp.zeros((batch,), jnp.float32),
     )
     prefix_rows = 0 if cache is None else cache.prefix_ids.shape[-1]
-    if config.recompute != "response" or prefix_rows:
-        rows = prefix_rows + q_rows + config.gen_length
+    method, rows = config.cache_method, prefix_rows + q_rows + config.gen_length
+    method.check(model.config, config, rows)
+    if method.keeps_live or prefix_rows:
         live = init_live(model.config, batch, rows, model.dtype, model.mesh)
         state = dataclasses.replace(state, live=live)
+    rule = config.unmasking
+    rule.check(model.config)
+    kept = rule.start(config.gen_length, config.block_length, model.config.embedding_size)
+    kept = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), kept)
+    memory = method.start(model, state, config)
+    state = dataclasses.replace(state, memory=memory, rule_memory=kept)
     if cache is None or selection is None:
         return constrain(model.mesh, state)
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import Implementation, OwnKV, Partial
+from pallas_kernels import Implementation, OwnKV, Partial, merge
+from pallas_kernels.common import row_sum
 from pdllm_jax.method.cache import (
     ChunkCache,
     ChunkPool,
@@ -133,6 +134,21 @@ def joint_rows(
     return JointRows(rows, positions, placement.total + ends[:, -1], chunk_row, own_start)
 
 
+class Shadow(NamedTuple):
+    """Rows beside the live rows: each stands for one of them, at its position.
+
+    A shadow row attends to all that there is but the live row that it stands for, and to the shadow
+    rows. No live row attends to a shadow row, whose KV is not kept.
+
+    ids: their tokens. start: the live row that the first of them stands for.
+    behind: live rows from there on that there may be, their own among them.
+    """
+
+    ids: Int[Array, "B T"]
+    start: Int[Array, "B"]
+    behind: int
+
+
 class Context(NamedTuple):
     """What live rows attend to, and the implementation of attention over chunks.
 
@@ -153,20 +169,34 @@ class Context(NamedTuple):
         k: Float[Array, "B S G D"],
         v: Float[Array, "B S G D"],
         by: RowRotations,
-        start: Int[Array, "B"],
+        start: Int[Array, "B"] | Int[Array, "B S"],
         keep: Bool[Array, "B S"] | None = None,
         *,
         need_lse: bool = False,
     ) -> tuple[Partial, LiveCache | None]:
         """Writes live rows, keys rotated; attends from unrotated queries to all that there is."""
-        pool, live, chunk_ids = self.pool, self.live, self.placement.chunk_ids
-        total = self.placement.total
+        live = self.live
         if live is not None:
             live = live.write(layer, k, v, start, keep, mesh=model.mesh)
             k, v = live.k[layer], live.v[layer]
+        return self.over(model, layer, q, k, v, by, self.placement.total, need_lse), live
+
+    def over(
+        self,
+        model: MaskPredictor,
+        layer: int,
+        q: Float[Array, "B T H D"],
+        k: Float[Array, "B S G D"],
+        v: Float[Array, "B S G D"],
+        by: RowRotations,
+        total: Int[Array, "B"],
+        need_lse: bool,
+    ) -> Partial:
+        """Attends from unrotated queries to the chunks and the first `total` live rows, k and v."""
+        pool, chunk_ids = self.pool, self.placement.chunk_ids
         if pool is None or not chunk_ids.shape[1]:
-            return attention(model.mesh, rotate(q, by.live), k, v, total, need_lse=need_lse), live
-        seen = chunk_attention(
+            return attention(model.mesh, rotate(q, by.live), k, v, total, need_lse=need_lse)
+        return chunk_attention(
             model.mesh,
             rotate(q[:, None], by.per_chunk),
             *(pool.k, pool.v, chunk_ids, pool.lengths),
@@ -174,40 +204,99 @@ class Context(NamedTuple):
             own_kv=OwnKV(k, v, total),
             implementation=self.implementation,
         )
-        return seen, live
 
 
 def live_forward(
     model: MaskPredictor,
     context: Context,
     rows: Int[Array, "B T"],
-    start: Int[Array, "B"] | None = None,
+    start: Int[Array, "B"] | Int[Array, "B T"] | None = None,
     keep: Bool[Array, "B T"] | None = None,
     *,
     hook: LayerHook | None = None,
     hook_carry: Any = None,
+    shadow: Shadow | None = None,
 ) -> tuple[Float[Array, "B T M"], LiveCache | None, Any]:
     """Runs the network on tokens `rows`, which are live rows start[b] and on, else the query's.
 
     Writes their KV into the live cache, except where `keep`. Requests without chunks in the
     placement read none. The hook is called in every layer.
 
+    start: the first of T consecutive rows, or [B, T] the number of each row, in any order.
+    shadow: rows that go through the network behind `rows`.
+
     Returns:
       The residual stream, the live cache, and the hook's last carry.
     """
     placement = context.placement
     start = placement.prefix_length if start is None else start
-    positions = live_positions(placement, start[:, None] + jnp.arange(rows.shape[1]))
+    row = start if start.ndim == 2 else start[:, None] + jnp.arange(rows.shape[1])
+    positions = live_positions(placement, row)
     by = row_rotations(model.config, placement, positions)
+    count = rows.shape[1]
 
     def attend(layer: int, q: Array, k: Array, v: Array, carry):
         live, hook_carry = carry
+        shadow_qkv = [x[:, count:] for x in (q, k, v)]
+        if shadow is not None:
+            q, k, v = (x[:, :count] for x in (q, k, v))
+        k = rotate(k, by.live)
         seen, live = context._replace(live=live).attend(
-            model, layer, q, rotate(k, by.live), v, by, start, keep, need_lse=hook is not None
+            model, layer, q, k, v, by, start, keep, need_lse=hook is not None
         )
         if hook is not None:
             hook_carry = hook(layer, q, seen, hook_carry)
-        return seen.out, (live, hook_carry)
+        if shadow is None:
+            return seen.out, (live, hook_carry)
+        k, v = (k, v) if live is None else (live.k[layer], live.v[layer])
+        own = beside(layer, *shadow_qkv, k, v)
+        return jnp.concatenate([seen.out, own], axis=1), (live, hook_carry)
 
+    if shadow is not None:
+        beside = _beside(model, context, shadow)
+        rows = jnp.concatenate([rows, shadow.ids], axis=1)
     x, (live, hook_carry) = model.run(rows, attend, (context.live, hook_carry))
     return x, live, hook_carry
+
+
+def _beside(model: MaskPredictor, context: Context, shadow: Shadow) -> Callable[..., Array]:
+    """Returns the attention of shadow rows: (layer, their q, k, v, live k, v) -> [B, T, H, D]."""
+    placement, count = context.placement, shadow.ids.shape[1]
+    positions = live_positions(placement, shadow.start[:, None] + jnp.arange(count))
+    by = row_rotations(model.config, placement, positions)
+    row = shadow.start[:, None] + jnp.arange(shadow.behind)
+    at = jnp.arange(len(row))[:, None], row
+    exists = jnp.pad(row < placement.total[:, None], ((0, 0), (0, count)), constant_values=True)
+    another = jnp.arange(shadow.behind + count) != jnp.arange(count)[:, None]
+    seen = exists[:, None] & another
+
+    def attend(layer: int, q: Array, k: Array, v: Array, live_k: Array, live_v: Array) -> Array:
+        in_front = context.over(model, layer, q, live_k, live_v, by, shadow.start, need_lse=True)
+        q, k = rotate(q, by.live), rotate(k, by.live)
+        k, v = (
+            jnp.concatenate([live.at[at].get(mode="clip"), own], axis=1)
+            for live, own in ((live_k, k), (live_v, v))
+        )
+        return merge(in_front, _masked_attention(q, k, v, seen)).out
+
+    return attend
+
+
+def _masked_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    v: Float[Array, "B S G D"],
+    seen: Bool[Array, "B T S"],
+) -> Partial:
+    """Returns attention of few rows to few keys: those that each row sees, at least one."""
+    b, t, h, d = q.shape
+    q = q.reshape(b, t, k.shape[2], -1, d)
+    scores = jnp.einsum("btgrd,bsgd->bgrts", q, k, preferred_element_type=jnp.float32) * d**-0.5
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    top = scores.max(axis=-1)
+    weights = jnp.exp(scores - top[..., None])
+    total = row_sum(weights)
+    shares = (weights / total[..., None]).astype(v.dtype)
+    out = jnp.einsum("bgrts,bsgd->btgrd", shares, v, preferred_element_type=jnp.float32)
+    lse = (top + jnp.log(total)).reshape(b, h, t)
+    return Partial(out.astype(v.dtype).reshape(b, t, h, d), lse)

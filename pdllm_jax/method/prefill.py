@@ -14,17 +14,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import Partial, merge
+from pallas_kernels import Partial
 from pdllm_jax.config import SelectionConfig
 from pdllm_jax.method.cache import ChunkCache, ChunkPool, KVFormat, init_pool, write_chunks
 from pdllm_jax.method.chunking import ChunkedPrompt
 from pdllm_jax.method.encodings.base import slot_ids
 from pdllm_jax.method.scorers.base import Draft, QueryCopies, ScoreRequest
 from pdllm_jax.method.scorers.copies import for_groups
-from pdllm_jax.method.scorers.prefix import Prefix, encode_prefix
+from pdllm_jax.method.scorers.prefix import Keys, Prefix, encode_prefix, rotated_keys
 from pdllm_jax.method.scoring import run_scorer, scoring_keys
 from pdllm_jax.method.selection import EMPTY_SLOT, Selection, ranking, select
-from pdllm_jax.network.rope import rotate, rotation
+from pdllm_jax.network.rope import rotate, rotation, rows_of
 from pdllm_jax.network.sharding import attention, constrain, whole_groups
 from pdllm_jax.network.transformer import MaskPredictor
 
@@ -270,24 +270,29 @@ class _Pass:
             prefix_by = rotation(model.config, row - prefix_length[:, None])
 
         def attend(layer: int, q: Array, k: Array, v: Array, pool: ChunkPool | None):
-            q, k = rotate(q, by), rotate(k, by)
-            chunk_k, chunk_v = k[:, :size], v[:, :size]
-            seen = attention(model.mesh, q, chunk_k, chunk_v, lengths, need_lse=True)
+            # In the last layer the rows of copies alone have queries.
+            q = rotate(q, rows_of(by, slice(-q.shape[1], None)))
+            far = None
             if prefix.k:
-                kv = rotate(prefix.k[layer][request], prefix_by), prefix.v[layer][request]
-                seen = merge(seen, attention(model.mesh, q, *kv, prefix_length, need_lse=True))
+                far_k = rotate(prefix.k[layer][request], prefix_by)
+                far = Keys(far_k, prefix.v[layer][request], prefix_length)
+            chunk = k[:, :size], v[:, :size], lengths, rows_of(by, slice(size))
+            keys = rotated_keys(*chunk, far)
+            seen = attention(model.mesh, q, *keys, need_lse=copies is not None, finite=True)
             out = seen.out
             if copies is not None:
-                seen = Partial(out[:, size:], seen.lse[..., size:])
-                copy_q, copy_k, copy_v = (x[:, size:] for x in (q, k, v))
-                copy_out = copies.attend(model.mesh, seen, copy_q, copy_k, copy_v)
-                out = jnp.concatenate([out[:, :size], copy_out], axis=1)
+                count = copies.rows
+                seen = Partial(out[:, -count:], seen.lse[..., -count:])
+                copy_k = rotate(k[:, size:], rows_of(by, slice(size, None)))
+                copy_out = copies.attend(model.mesh, seen, q[:, -count:], copy_k, v[:, size:])
+                out = jnp.concatenate([out[:, :-count], copy_out], axis=1)
             if pool is not None:
-                pool = write_chunks(pool, layer, chunk_k, chunk_v, lengths, where)
+                pool = write_chunks(pool, layer, keys.k[:, :size], chunk[1], lengths, where)
             return out, pool
 
-        x, pool = model.run(tokens, attend, pool)
-        return None if copies is None else copies.read(model, x[:, size:]), pool
+        read = None if copies is None else slice(size, None)
+        x, pool = model.run(tokens, attend, pool, read=read)
+        return None if copies is None else copies.read(model, x), pool
 
     def cache(
         self, pool: ChunkPool | None, keeps_prefix: bool, *, streamed: bool = False

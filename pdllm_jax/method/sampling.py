@@ -1,11 +1,10 @@
-"""The sampling rule of a denoising step: what masked slots predict, and which of them are unmasked.
+"""The first half of a step's sampling rule: what masked slots predict, and how surely.
 
 A confidence rule ranks the predictions: a function (logits [T, V] float32, predicted tokens [T],
-PRNG keys [T], one for each slot) -> log confidence [T], finite. An unmasking rule takes slots: a
-function (log confidence [G], -inf where a slot is not a candidate; evaluations made in the block,
-int32) -> bool [G]. Both are static under jit, so they must be hashable. Sources: LLaDA (arXiv
-2502.09992: low-confidence and random remasking, even schedule), Dream (arXiv 2508.15487: margin,
-entropy, origin, schedule by time, filters), Fast-dLLM (arXiv 2505.22618: threshold, factor).
+PRNG keys [T], one for each slot) -> log confidence [T], finite. It is static under jit, so it must
+be hashable. `unmasking/` has the second half: the slots that are unmasked. Sources: LLaDA (arXiv
+2502.09992: low-confidence and random remasking), Dream (arXiv 2508.15487: margin, entropy, origin,
+filters).
 """
 
 from __future__ import annotations
@@ -16,14 +15,12 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.common import row_sum
 from pdllm_jax.randomness import Use, derive
 
 Confidence = Callable[[Array, Array, Array], Array]
-Unmask = Callable[[Array, Array], Array]
 Ids = tuple[int, ...]
 
 _LEAST = -1e30  # finite: -inf means that a slot is not a candidate
@@ -34,7 +31,7 @@ def predict(
     confidence: Confidence,
     temperature: float,
     key: Array,
-    first: Int[Array, ""] | int = 0,
+    slots: Int[Array, "T"] | None = None,
     *,
     top_p: float | None = None,
     top_k: int | None = None,
@@ -42,13 +39,13 @@ def predict(
     order_temperature: float = 0.0,
     never: Ids = (),
     last: Ids = (),
-) -> tuple[Int[Array, "T"], Float[Array, "T"]]:
-    """Returns the predicted token of each row and its log confidence, finite.
+) -> tuple[Int[Array, "T"], Float[Array, "T"], Float[Array, "T V"]]:
+    """Returns each row's predicted token, its log confidence, finite, and the logits of that.
 
     Args:
       temperature: samples from softmax(logits / temperature) by the Gumbel trick; 0 is greedy.
       key: of the request's evaluation. What a slot draws depends on it and on the slot alone.
-      first: slot of the first row.
+      slots: of the rows, 0 to T - 1 by default.
       top_p, top_k: only tokens that `filtered` keeps are predicted.
       scaled_confidence: computes the confidence from the scaled, filtered logits, as Dream;
         otherwise from the logits as they are, as LLaDA.
@@ -59,7 +56,7 @@ def predict(
       last: tokens whose slots have the least confidence. The confidence of other tokens is computed
         without them, as published.
     """
-    slots = first + jnp.arange(logits.shape[0])
+    slots = jnp.arange(logits.shape[0]) if slots is None else slots
     logits = scores = _without(logits.astype(jnp.float32), never)
     scale = temperature if temperature > 0 else 1.0
     if top_p is not None or top_k is not None:
@@ -69,14 +66,15 @@ def predict(
     if temperature > 0:
         scores += temperature * _gumbel(derive(key, Use.NOISE, slots), logits.shape[1:])
     tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    values = confidence(_without(logits, last), tokens, derive(key, Use.ORDER, slots))
+    logits = _without(logits, last)
+    values = confidence(logits, tokens, derive(key, Use.ORDER, slots))
     if order_temperature > 0:
         values = values if isinstance(confidence, Entropy) else jnp.exp(values)
         noise = _gumbel(derive(key, Use.ORDER_NOISE, slots), ())
         values = jnp.maximum(values / order_temperature + noise, _LEAST)
     if last:
         values = jnp.where(jnp.isin(tokens, jnp.array(last)), _LEAST, values)
-    return tokens, values
+    return tokens, values, logits
 
 
 def _gumbel(keys: Array, shape: tuple[int, ...]) -> Array:
@@ -112,11 +110,6 @@ def filtered(
 
 def _without(logits: Float[Array, "T V"], ids: Ids) -> Float[Array, "T V"]:
     return logits.at[:, jnp.array(ids)].set(-jnp.inf) if ids else logits
-
-
-def transfer(confidence: Float[Array, "G"], step: Int[Array, ""], rule: Unmask) -> Bool[Array, "G"]:
-    """Returns the slots to unmask: of the rule's, those that are candidates."""
-    return rule(confidence, step) & (confidence > -jnp.inf)
 
 
 def log_probability(
@@ -199,91 +192,3 @@ CONFIDENCES: dict[str, Any] = {
 def rank(confidence: Float[Array, "*rows G"]) -> Int[Array, "*rows G"]:
     """Returns the place of each slot by confidence, 0 the best; ties to the lower slot."""
     return jnp.argsort(jnp.argsort(-confidence, stable=True), stable=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """Spreads a block's slots evenly over its steps, the remainder first."""
-
-    block_length: int
-    steps: int
-
-    def __call__(self, confidence: Array, step: Array) -> Array:
-        base, remainder = divmod(self.block_length, self.steps)
-        return rank(confidence) < base + (step < remainder)
-
-
-@dataclasses.dataclass(frozen=True)
-class TimeSchedule:
-    """Dream's schedule: of the masks that are left, a step from time t to s takes 1 - s / t.
-
-    Times fall evenly from 1 to eps. The number is rounded down and may be 0; the last step takes
-    all. Everything is float32, as published.
-    """
-
-    steps: int
-    eps: float
-
-    def remaining(self) -> Float[np.ndarray, "n"]:
-        """Returns the share of the masks that each step leaves, s / t, and 0 for the last."""
-        times = float32_linspace(1.0, self.eps, self.steps + 1)
-        return np.append(times[1:-1] / times[:-2], np.float32(0))
-
-    def __call__(self, confidence: Array, step: Array) -> Array:
-        masks = (confidence > -jnp.inf).sum().astype(jnp.float32)
-        share = jnp.asarray(np.float32(1) - self.remaining())[step]
-        return rank(confidence) < (masks * share).astype(jnp.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Chance(TimeSchedule):
-    """Dream's "origin": takes each slot with the probability 1 - s / t, independently of others.
-
-    The confidence is the logarithm of a uniform random number.
-    """
-
-    def __call__(self, confidence: Array, step: Array) -> Array:
-        return confidence >= jnp.log(jnp.asarray(self.remaining()))[step]
-
-
-def float32_linspace(start: float, stop: float, n: int) -> Float[np.ndarray, "n"]:
-    """Returns the values of PyTorch's float32 `linspace`, bit for bit; n is at least 2.
-
-    Each half counts from its own end, with one rounding for product and sum.
-    """
-    ends = np.array([start, stop], np.float32)
-    step = np.float64((ends[1] - ends[0]) / np.float32(n - 1))
-    index = np.arange(n)
-    low, high = ends[0] + step * index, ends[1] - step * (n - 1 - index)
-    return np.where(index < n // 2, low, high).astype(np.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Threshold:
-    """Takes every slot with at least this confidence, and always the best one."""
-
-    threshold: float
-
-    def __call__(self, confidence: Array, step: Array) -> Array:
-        sure = confidence >= jnp.log(jnp.float32(self.threshold))
-        return (rank(confidence) == 0) | sure
-
-
-@dataclasses.dataclass(frozen=True)
-class Factor:
-    """Fast-dLLM's factor rule.
-
-    With confidences sorted downwards and bounds 1 - factor / (i + 2), i from 0, where the first
-    bound always holds: the count is the index of the first slot under its bound, or the last index
-    if every bound holds; one more where that is the first or the last index, as published.
-    """
-
-    factor: float
-
-    def __call__(self, confidence: Array, step: Array) -> Array:
-        n = (confidence > -jnp.inf).sum()
-        best = jnp.exp(jnp.sort(confidence)[::-1])
-        index = jnp.arange(confidence.shape[0])
-        below = (index > 0) & (index < n) & (best < 1 - self.factor / (index + 2))
-        first = jnp.where(below.any(), jnp.argmax(below), n - 1)
-        return rank(confidence) < first + ((first == 0) | (first == n - 1))

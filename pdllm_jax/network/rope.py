@@ -63,6 +63,11 @@ def rotation(config: ModelConfig, positions: Int[Array, "*rows T"]) -> Rotation:
     return Rotation(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
 
 
+def rows_of(by: Rotation, rows: slice) -> Rotation:
+    """Returns the rotations of some of the rows."""
+    return Rotation(by.cos[..., rows, :], by.sin[..., rows, :])
+
+
 def rotate(x: Float[Array, "*rows T H D"], by: Rotation) -> Float[Array, "*rows T H D"]:
     """Rotates every head of every row; float32 inside, x's dtype outside."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

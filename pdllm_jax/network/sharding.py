@@ -29,7 +29,6 @@ from jaxtyping import Array, Float, Int
 import pallas_kernels
 from pallas_kernels import Implementation, Norm, OwnKV, Partial, Scaled
 from pallas_kernels.chunk_attention.api import Rows
-from pallas_kernels.common import rms_norm
 from pallas_kernels.matmul.api import Weight, matmul_xla
 from pdllm_jax.network.config import ModelConfig
 from pdllm_jax.rules import ConfigError
@@ -196,12 +195,13 @@ def attention(
     k: Float[Array, "B S G D"],
     v: Float[Array, "B S G D"],
     lengths: Int[Array, "B"] | None = None,
-    *,
-    need_lse: bool = False,
-    causal: bool = False,
+    **settings: Any,
 ) -> Partial:
-    """Returns `pallas_kernels.attention`, made by each device for its own heads."""
-    run = functools.partial(pallas_kernels.attention, need_lse=need_lse, causal=causal)
+    """Returns `pallas_kernels.attention`, made by each device for its own heads.
+
+    settings: need_lse, causal, finite.
+    """
+    run = functools.partial(pallas_kernels.attention, **settings)
     heads, rows = heads_spec(mesh, len(q), 2), PartitionSpec(rows_axis(mesh, len(q)))
     sharded = local(mesh, run, (heads, heads, heads, rows), _partial_specs(mesh, len(q)))
     return sharded(q, k, v, lengths)
@@ -249,16 +249,21 @@ def project_columns(
     *weights: Weight,
     biases: tuple[Float[Array, "O"], ...] = (),
     activation: Any = "none",
-) -> tuple[Float[Array, "B *rows O"], ...]:
+    narrow: bool = False,
+) -> tuple[Float[Array, "B *rows O"] | Scaled, ...]:
     """Runs `pallas_kernels.matmul` into a layer: each device makes its columns, nothing is sent.
 
-    biases: one for each weight, or none.
+    x: from elementwise operations. biases: one for each weight, or none. narrow: as there; without
+    effect on a mesh.
     """
+    settings: Any = {"activation": activation, "recast": True}
+    if mesh is None:
+        return pallas_kernels.matmul(x, *weights, biases=biases, narrow=narrow, **settings)
     count = len(weights)
 
     def run(x: Array, *arrays: Array) -> tuple[Array, ...]:
         weights, biases = arrays[:count], arrays[count:]
-        return pallas_kernels.matmul(x, *weights, biases=biases, activation=activation)
+        return pallas_kernels.matmul(x, *weights, biases=biases, **settings)
 
     rows = PartitionSpec(rows_axis(mesh, len(x)))
     inputs = (rows, *[PartitionSpec(TENSOR)] * (count + len(biases)))
@@ -268,22 +273,24 @@ def project_columns(
 
 def add_projected(
     mesh: Mesh | None,
-    stream: Float[Array, "B *rows O"],
-    x: Float[Array, "B *rows I"],
+    stream: Float[Array, "B *rows O"] | None,
+    x: Float[Array, "B *rows I"] | Scaled,
     weight: Weight,
     norm: Norm | None,
     links: Int[Array, "data tensor A"] | None = None,
 ) -> tuple[Float[Array, "B *rows O"], ...]:
-    """Returns (stream + x W^T,), or with a norm also its norm: a projection out of a layer.
+    """Returns `pallas_kernels.add_product`: a projection out of a layer.
 
+    stream: None for the projection alone, without a norm. x may be scaled rows without a mesh.
     Each device multiplies its columns of x, and an all-reduce adds up the products: the kernel's
     with `links` (`pallas_kernels.peer_table`), XLA's without.
     """
     if mesh is None:
-        total = stream + pallas_kernels.matmul(x, weight)[0]
-        return (total,) if norm is None else (total, rms_norm(total, *norm))
+        if stream is None:
+            return pallas_kernels.matmul(x, weight)
+        return pallas_kernels.add_product(stream, x, weight, norm)
 
-    def run(stream: Array, x: Array, weight: Array, scale: Array | None, table: Array | None):
+    def run(stream: Array | None, x: Array, weight: Array, scale: Array | None, table: Any):
         (part,) = pallas_kernels.matmul(x, weight)
         by = None if norm is None else Norm._make([scale, norm.eps])
         return pallas_kernels.all_reduce(part, TENSOR, table=table, residual=stream, norm=by)

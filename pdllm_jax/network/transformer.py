@@ -113,7 +113,7 @@ class Residual(NamedTuple):
     stream: Array
     mesh: Mesh | None
     links: Array | None
-    pending: tuple[Array, Matrix] | None = None
+    pending: tuple[Array | Scaled, Matrix] | None = None
 
     def add(self, norm: RMSNorm | None = None) -> tuple[Array, ...]:
         """Returns the stream with the projection added and, if there is a norm, the norm of it."""
@@ -143,17 +143,30 @@ class Block(nnx.Module):
         self.head_dim = config.head_dim
 
     def __call__(
-        self, layer: int, residual: Residual, attend: Attend, carry: Carry
+        self,
+        layer: int,
+        residual: Residual,
+        attend: Attend,
+        carry: Carry,
+        read: slice | None = None,
     ) -> tuple[Residual, Carry]:
-        """Returns the residual stream behind the layer, and the carry of its attention."""
+        """Returns the residual stream behind the layer, and the carry of its attention.
+
+        read: the rows that have queries and go on, all by default.
+        """
         x, normed = residual.add(self.attn_norm)
-        q, k, v = self._heads(residual.mesh, normed, self.q_proj, self.k_proj, self.v_proj)
+        if read is None:
+            q, k, v = self._heads(residual.mesh, normed, self.q_proj, self.k_proj, self.v_proj)
+        else:
+            k, v = self._heads(residual.mesh, normed, self.k_proj, self.v_proj)
+            normed, x = jax.tree.map(lambda x: x[:, read], (normed, x))
+            (q,) = self._heads(residual.mesh, normed, self.q_proj)
         out, carry = attend(layer, q, k, v, carry)
 
         residual = residual._replace(stream=x, pending=(out.reshape(x.shape), self.attn_out))
         x, normed = residual.add(self.ff_norm)
         matrices = self.gate_proj, self.up_proj
-        (hidden,) = _project(residual.mesh, normed, *matrices, activation="swiglu")
+        (hidden,) = _project(residual.mesh, normed, *matrices, activation="swiglu", narrow=True)
         return residual._replace(stream=x, pending=(hidden, self.down_proj)), carry
 
     def keys(self, residual: Residual) -> Float[Array, "B T G D"]:
@@ -166,7 +179,40 @@ class Block(nnx.Module):
         return [rows.reshape(*x.shape[:-1], -1, self.head_dim) for rows in projected]
 
 
-def _project(mesh: Mesh | None, x: Array, *matrices: Matrix, **settings: Any) -> tuple[Array, ...]:
+class LayerParts(NamedTuple):
+    """A layer in parts, for methods that keep some of its results: of any rows, alone.
+
+    The layer is x += attention_output(attention), then x += mlp_output(x).
+
+    mesh, links: see `MaskPredictor`.
+    """
+
+    block: Block
+    mesh: Mesh | None
+    links: Array | None
+
+    def heads(
+        self, normed: Float[Array, "B T M"], names: str
+    ) -> tuple[Float[Array, "B T heads D"], ...]:
+        """Returns q, k, v or some of them, unrotated; names: letters of "qkv"."""
+        matrices = (getattr(self.block, f"{name}_proj") for name in names)
+        return tuple(self.block._heads(self.mesh, normed, *matrices))
+
+    def attention_output(self, out: Float[Array, "B T H D"]) -> Float[Array, "B T M"]:
+        """Returns what attention adds to the residual stream."""
+        return self._added(out.reshape(*out.shape[:-2], -1), self.block.attn_out)
+
+    def mlp_output(self, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
+        """Returns what the MLP adds to the residual stream x behind attention."""
+        matrices, normed = (self.block.gate_proj, self.block.up_proj), self.block.ff_norm(x)
+        (hidden,) = _project(self.mesh, normed, *matrices, activation="swiglu")
+        return self._added(hidden, self.block.down_proj)
+
+    def _added(self, x: Array, matrix: Matrix) -> Array:
+        return add_projected(self.mesh, None, x, matrix.operand, None, self.links)[0]
+
+
+def _project(mesh: Mesh | None, x: Array, *matrices: Matrix, **settings: Any) -> tuple[Any, ...]:
     weights = [matrix.operand for matrix in matrices]
     biases = tuple(matrix.bias[...] for matrix in matrices if matrix.bias is not None)
     return project_columns(mesh, x, *weights, biases=biases, **settings)
@@ -214,15 +260,21 @@ class MaskPredictor(nnx.Module):
         *,
         hook: StreamHook | None = None,
         layers: int | None = None,
+        read: slice | None = None,
     ) -> tuple[Float[Array, "B T M"], Carry]:
         """Returns the residual stream after the last layer, before the final norm, and the carry.
 
         `attend` gets the carry and returns it, layer by layer; `hook` gets the residual stream.
-        layers: the first layers that run, all of them by default.
+
+        Args:
+          layers: the first layers that run, all of them by default.
+          read: the rows that are returned, all by default. In the last layer only they have
+            queries; all rows have keys and values.
         """
-        residual = self._residual(self.embed(token_ids))
-        for layer, block in enumerate(list(self.blocks)[:layers]):
-            residual, carry = block(layer, residual, attend, carry)
+        residual, blocks = self._residual(self.embed(token_ids)), list(self.blocks)[:layers]
+        for layer, block in enumerate(blocks):
+            last = layer == len(blocks) - 1
+            residual, carry = block(layer, residual, attend, carry, read if last else None)
             if hook is not None:
                 residual = residual._replace(stream=residual.add()[0], pending=None)
                 hook(layer, residual.stream)
@@ -243,6 +295,18 @@ class MaskPredictor(nnx.Module):
     def keys(self, layer: int, stream: Float[Array, "B T M"]) -> Float[Array, "B T G D"]:
         """Returns the keys that `advance` would give to attention, and computes nothing else."""
         return self.blocks[layer].keys(self._residual(stream))
+
+    def parts(
+        self, layer: int, stream: Float[Array, "B T M"]
+    ) -> tuple[LayerParts, Float[Array, "B T M"]]:
+        """Returns a layer in parts, and the norm of the stream in front of it."""
+        block, links = self.blocks[layer], None if self.links is None else self.links[...]
+        return LayerParts(block, self.mesh, links), block.attn_norm(stream)
+
+    def streams(self, *rows: int) -> Float[Array, "*rows M"]:
+        """Returns room for residual streams, zeros; the leading axis is divided as `embed`'s."""
+        zeros = jnp.zeros((*rows, self.config.d_model), self.dtype)
+        return divide_rows(self.mesh, zeros)
 
     def _residual(self, stream: Array) -> Residual:
         return Residual(stream, self.mesh, None if self.links is None else self.links[...])

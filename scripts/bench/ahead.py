@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import pdllm_jax
-from pdllm_jax.engine import answer, engine, request
+from pdllm_jax.engine import answer, request
 
 # Where an engine, and then a benchmark, looks up the jitted functions of an answer.
 PROGRAMS: tuple[tuple[ModuleType, str], ...] = (
@@ -21,7 +21,6 @@ PROGRAMS: tuple[tuple[ModuleType, str], ...] = (
     (request, "prefill"),
     (request, "prefill_top_k"),
     (request, "init_denoise"),
-    (engine, "init_denoise"),
     (answer, "denoise"),
     (pdllm_jax, "init_denoise"),
     (pdllm_jax, "denoise"),
@@ -38,22 +37,46 @@ class Programs(dict[Hashable, Callable[[], Any]]):
 
     Nothing runs while programs compile: a CUDA graph that one thread records fails on what another
     thread does to the device.
+
+    nbytes: by program, what it takes on the device: weights and other arguments, results and
+    temporaries, as the compiler says.
     """
 
-    def find(self, answers: Iterable[Callable[[], Any]]) -> None:
-        """Adds the programs of answers. They get zeros instead of computing, and are not ended."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes: dict[Hashable, int] = {}
+        self._answer: list[Hashable] = []
+
+    def find(self, answers: Iterable[Callable[[], Any]]) -> list[list[Hashable]]:
+        """Adds the programs of answers. They get zeros instead of computing, and are not ended.
+
+        Returns:
+          The programs of each answer.
+        """
+        found = []
         with contextlib.ExitStack() as patches:
             for module, name in PROGRAMS:
                 recorded = self._recorded(name, getattr(module, name))
                 patches.enter_context(mock.patch.object(module, name, recorded))
             for one in answers:
+                self._answer = []
                 with contextlib.suppress(_LastError):
                     one()
+                found.append(self._answer)
+        return found
 
     def compile(self) -> None:
         """Compiles all programs, as many at a time as there are processors."""
         with ThreadPoolExecutor() as threads:
-            list(threads.map(lambda build: build(), self.values()))
+            built = list(threads.map(lambda build: build(), self.values()))
+        for key, program in zip(self, built, strict=True):
+            if (sizes := program.memory_analysis()) is not None:
+                parts = sizes.argument_size_in_bytes, sizes.output_size_in_bytes
+                self.nbytes[key] = sum(parts) - sizes.alias_size_in_bytes + sizes.temp_size_in_bytes
+
+    def peak(self, programs: Iterable[Hashable]) -> int:
+        """Returns the most bytes that one of these programs takes."""
+        return max(self.nbytes.get(key, 0) for key in programs)
 
     def _recorded(self, name: str, function: Any) -> Callable[..., Any]:
         def call(*args: Any, **settings: Any) -> Any:
@@ -61,6 +84,7 @@ class Programs(dict[Hashable, Callable[[], Any]]):
             key = (function, tree, *(getattr(leaf, "aval", leaf) for leaf in leaves))
             shapes = jax.tree.map(_shape, (args, settings))
             self[key] = lambda: function.lower(*shapes[0], **shapes[1]).compile()
+            self._answer.append(key)
             if name == LAST:
                 raise _LastError
             return jax.tree.map(_zeros, function.eval_shape(*args, **settings))

@@ -57,11 +57,14 @@ _PRODUCTS = (
 PRODUCTS = [
     (*case, dtype) for dtype in (jnp.bfloat16, jnp.float8_e4m3fn, jnp.int8) for case in _PRODUCTS
 ]
+WIDE_ROWS: tuple[tuple[Any, int], ...] = (("swiglu", 12288), ("add_norm", 4096))
 OPTIONS = {"--target": (Path, "compile for a device that is not there")}
 
 
 def one(args: argparse.Namespace) -> None:
     """Compiles every case; prints name and bytes of temporaries around the compiler's report."""
+    from pallas_kernels.matmul.hopper_rows import build_rows
+
     c_library = ctypes.CDLL(None)
 
     def attend(q: Any, k: Any, v: Any, ids: Any, lengths: Any, near: Any) -> Any:
@@ -101,6 +104,12 @@ def one(args: argparse.Namespace) -> None:
                 name += f", {jnp.dtype(dtype).name}"
             biases = tuple(shape(out) for out in outs if len(set(outs)) > 1)
             report(f"products of {rows} rows, {name}", product, shape(rows, inner), weights, biases)
+        for kind, columns in WIDE_ROWS:
+            rows_and_scale = *[shape(9344, columns)] * 2, shape(9344, dtype=jnp.float32)
+            kinds = jnp.float32, jnp.float32 if kind == "swiglu" else jnp.bfloat16
+            by_column = (shape(columns, dtype=dtype) for dtype in kinds)
+            run = build_rows(kind, 9344, columns)
+            report(f"9344 rows in fp8, {kind}", run, *rows_and_scale, *by_column)
 
 
 def parse(text: str) -> list[dict[str, Any]]:

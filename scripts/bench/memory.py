@@ -33,7 +33,7 @@ from pdllm_jax import Engine, MaskPredictor, Request, plan_memory
 from pdllm_jax.config import ChunkConfig, DecodeConfig, SelectionConfig
 from pdllm_jax.engine import programs as engine
 from pdllm_jax.engine.plan import Plan
-from pdllm_jax.method.cache_methods import Method
+from pdllm_jax.method.caches import Method
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,6 +55,9 @@ class Run:
         self.record = Record(args.out, model=dataclasses.asdict(config))
         self.record |= {name: {} for name in ("seconds", "ratios", "compile_seconds", "memory")}
         self.record["left_out"] = []
+        self.fitting: dict[str, list[Any]] = {}  # requests that the device can hold, by `on`
+        # Compiled ahead: all of them, and those of each request.
+        self.programs: tuple[Any, dict[Any, Any]] | None = None
         self.say("weights are drawn")
 
     def formats(self) -> Iterator[WeightFormat]:

@@ -32,14 +32,16 @@ from bench.run import BLOCK, MODEL_OPTIONS, PREFIX, QUERY, Run, draw, random_lay
 from pdllm_jax.compilation import enable_compilation_cache
 from pdllm_jax.engine.request import request_keys
 from pdllm_jax.method.cache import ChunkCache, ChunkPool
+from pdllm_jax.method.caches import cache_method
 from pdllm_jax.method.scorers import SCORERS
 from pdllm_jax.method.scoring import draft_response
 from pdllm_jax.network.sharding import TENSOR, parse_mesh, place
 
 BASELINES = ("dual-cache", "plain")
-# Evaluations of "plain" that are timed, at least one a block. All are the same work: the others
-# count as much as these.
-PLAIN_EVALUATIONS = 2
+# Evaluations that are timed, at least one a block. All of "plain" are the same work, and a fixed
+# share of sparse-d's is: the others count as much as these.
+EVALUATIONS = {"plain": 2, "sparse-d": 8}
+SLOW = 3.0  # seconds; of a request that was compiled ahead the first call then counts
 
 
 def main(args: argparse.Namespace) -> None:
@@ -69,8 +71,9 @@ def compile_ahead(run: Run) -> None:
     """Compiles the programs of steps and requests side by side; the scoring pass is in these."""
     programs, sections = Programs(), run.args.sections
     if "end-to-end" in sections:
-        requests = Requests(run)
-        programs.find(functools.partial(requests.answer, case) for case in cases(run))
+        requests, fitting = Requests(run), cases(run)
+        found = programs.find(functools.partial(requests.answer, case) for case in fitting)
+        run.programs = programs, dict(zip(fitting, found, strict=True))
     if "step" in sections:
         steps = Steps(run)
         programs.find(lambda k=k: steps.loop(steps.start(k)) for k in run.args.cached)
@@ -187,22 +190,24 @@ def pass_flops(run: Run, chunks: int, scorer: Any) -> float:
 
     Products of every row with the layers' weights, attention of chunk rows over prefix and chunk,
     and the question: each copy over prefix, chunk and itself, and the LM head over its rows; of the
-    scorer "heads" over prefix, all chunks and itself. In its last layer chunks have keys alone.
+    scorer "heads" over prefix, all chunks and itself. In the last layer chunks have keys and
+    values alone, with "heads" keys alone.
     """
     config, size = run.model.config, run.args.chunk_size
     model, kv = config.d_model, config.n_kv_heads * config.head_dim
     rows, pairs = PREFIX + chunks * size, PREFIX**2 + chunks * size * (PREFIX + size)
     layers, rest = config.n_layers, 0
+    layer = 2 * model * (2 * model + 2 * kv + 3 * config.mlp_hidden_size)
     if scorer.in_pass:
         drafted, filled = (getattr(scorer, f"draft_{x}", 0) for x in ("length", "steps"))
-        copies = getattr(scorer, "masked_copies", 1) * (QUERY + drafted)
-        rows += chunks * copies
-        pairs += chunks * copies * (PREFIX + size + QUERY + drafted)
+        own = chunks * getattr(scorer, "masked_copies", 1) * (QUERY + drafted)
+        seen = own * (PREFIX + size + QUERY + drafted)
         rest = 2 * model * config.vocab_size * chunks * (QUERY + filled)
+        rest += own * layer + 4 * model * seen + rows * 2 * model * 2 * kv
+        layers, rows, pairs = layers - 1, rows + own, pairs + seen
     else:
         layers, rest = run.args.head_layers - 1, 2 * model * kv * rows
         rows, pairs = rows + QUERY, pairs + QUERY * (PREFIX + chunks * size + QUERY)
-    layer = 2 * model * (2 * model + 2 * kv + 3 * config.mlp_hidden_size)
     return layers * (rows * layer + 4 * model * pairs) + rest
 
 
@@ -253,15 +258,40 @@ class Case(NamedTuple):
         """The prompt and the response."""
         return f"{self.chunks} chunks, {self.tokens} tokens"
 
+    @property
+    def steps(self) -> int:
+        """Evaluations that are timed."""
+        few = EVALUATIONS.get(self.method.partition(":")[0])
+        return self.tokens if few is None else max(few, self.tokens // BLOCK)
+
 
 def cases(run: Run) -> list[Case]:
-    """Returns the requests of the command line: for each length ours, then the baselines."""
+    """Returns the requests of the command line: for each length ours, then the baselines.
+
+    What the device cannot hold is noted in the record and left out.
+    """
+    if run.on in run.fitting:
+        return run.fitting[run.on]
+    requests, fitting = Requests(run), run.fitting.setdefault(run.on, [])
+    for case in asked(run):
+        try:
+            engine, request = requests.engine(case)
+            engine.check([request])
+            fitting.append(case)
+        except ValueError as reason:
+            run.record["left_out"].append(f"{case.name}, {case.length}: {reason}")
+            run.say(run.record["left_out"][-1])
+    return fitting
+
+
+def asked(run: Run) -> list[Case]:
+    """Returns the requests of the command line, whether the device can hold them or not."""
     args = run.args
     lengths = [(n, tokens) for n in args.documents for tokens in args.tokens]
     if args.requests:
         lengths = [(int(n), int(tokens)) for n, tokens in (x.split("x") for x in args.requests)]
     methods = [("prefilling", scorer) for scorer in selections(run)]
-    methods += [(method, None) for method in BASELINES]
+    methods += [(str(cache_method(name)), None) for name in args.methods or BASELINES]
     return [Case(*length, *method) for length in lengths for method in methods]
 
 
@@ -274,21 +304,22 @@ class Requests:
         size = run.args.chunk_size
         self.contexts = {
             n: self.draw(n * size - PREFIX - QUERY)
-            for n in dict.fromkeys(case.chunks for case in cases(run))
+            for n in dict.fromkeys(case.chunks for case in asked(run))
         }
 
     def draw(self, length: int) -> np.ndarray:
         return draw(self.rng, self.run.model.config, length)
 
-    def answer(self, case: Case, context: np.ndarray | None = None, **select: Any):
-        """Answers once; returns the seconds of all its evaluations, and the result.
+    def engine(
+        self, case: Case, context: np.ndarray | None = None, **select: Any
+    ) -> tuple[pdllm.Engine, pdllm.Request]:
+        """Returns what answers the case, and the request.
 
-        One token a step; for "plain" the fewest steps. context: instead of the case's. select:
-        changes of the settings.
+        One token a step; for methods of EVALUATIONS fewer steps. context: instead of the case's.
+        select: changes of the settings.
         """
         context, tokens = self.contexts[case.chunks] if context is None else context, case.tokens
-        steps = max(PLAIN_EVALUATIONS, tokens // BLOCK) if case.method == "plain" else tokens
-        decode = pdllm.DecodeConfig(gen_length=tokens, block_length=BLOCK, steps=steps)
+        decode = pdllm.DecodeConfig(gen_length=tokens, block_length=BLOCK, steps=case.steps)
         settings: dict[str, Any] = {"decoding": decode, "method": case.method}
         request = [[], np.concatenate([self.prefix, context, self.query])]
         prefix = self.prefix[:0]
@@ -296,11 +327,15 @@ class Requests:
             settings["selection"] = dataclasses.replace(self.select[case.scorer], **select)
             settings["chunking"] = pdllm.ChunkConfig(self.run.args.chunk_size)
             request, prefix = [context, self.query], self.prefix
-        engine = pdllm.Engine(self.run.model, **settings)
-        seconds, result = clock(lambda: engine.answer(*request, prefix=prefix))
-        if result.evaluations != steps:
-            raise AssertionError(f"{result.evaluations} evaluations instead of {steps}")
-        return seconds + result.timings["decode"] * (tokens / steps - 1), result
+        return pdllm.Engine(self.run.model, **settings), pdllm.Request(*request, prefix)
+
+    def answer(self, case: Case, context: np.ndarray | None = None, **select: Any):
+        """Answers once, see `engine`; returns the seconds of all evaluations, and the result."""
+        engine, request = self.engine(case, context, **select)
+        seconds, result = clock(lambda: engine.answer(**request._asdict()))
+        if result.evaluations != case.steps:
+            raise AssertionError(f"{result.evaluations} evaluations instead of {case.steps}")
+        return seconds + result.timings["decode"] * (case.tokens / case.steps - 1), result
 
 
 def end_to_end(run: Run) -> None:
@@ -310,17 +345,22 @@ def end_to_end(run: Run) -> None:
         if run.late(length):
             continue
         same = list(group)
-        spent, _ = clock(lambda same=same: [requests.answer(case) for case in same])
+        spent, first = clock(lambda same=same: {case: requests.answer(case) for case in same})
         run.record["compile_seconds"][f"{length}, first calls{run.on}"] = spent
         run.say(f"first calls, {length}: {spent:.0f} s")
         ours: dict[str, float] = {}
         for case in same:
             repeats = run.args.repeats if case.scorer else 1  # baselines take longest
-            answers = [requests.answer(case) for _ in range(repeats)]
+            slow = run.programs is not None and first[case][0] > SLOW
+            answers = [first[case] if slow else requests.answer(case) for _ in range(repeats)]
             result, prompt = answers[-1][1], case.chunks * run.args.chunk_size
             row = {**run.of_model, **case._asdict(), "prompt_tokens": prompt}
             row |= spread([spent for spent, _ in answers], ("seconds", "least", "most"))
             row |= {"phases": result.timings, "paths": result.paths}
+            row |= {"rows": result.rows * case.tokens / case.steps}
+            if run.programs is not None:
+                programs, of_case = run.programs
+                row["bytes"] = programs.peak(of_case[case])
             run.record["end_to_end"].append({**row, "evaluations_timed": result.evaluations})
             run.say(f"{case.name:24} {length}{run.on} {row['seconds']:8.3f} s")
             if case.scorer:
@@ -354,6 +394,7 @@ OPTIONS = MODEL_OPTIONS | {
     "--requests": ([str], "CHUNKSxTOKENS, instead of every document with every response"),
     "--scorers": ([str], "of our requests and of the scoring pass (default: the model's)"),
     "--head-layers": (int, 'layers that the scorer "heads" is given'),
+    "--methods": ([str], "on the whole prompt, NAME[:SETTING=VALUE..] (default: dual-cache plain)"),
     "--compile-ahead": (False, "compile all requests' programs side by side, then time"),
     "--profile": (False, "record the kernels that a step and a scoring pass spend their time in"),
     "--mesh": ([str], "meshes DATAxTENSOR, e.g. 1x1 1x2 2x1"),

@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from pdllm_jax import Engine, Request, denoise, init_denoise
+from pdllm_jax import Engine, Request
 from pdllm_jax.engine.request import PreparedRequest, Timer, request_keys, select_chunks
-from pdllm_jax.method.cache_methods import Method, cache_method
-from pdllm_jax.method.chunking import batch_prompts, batch_size, bucket, chunk_prompt
+from pdllm_jax.method.chunking import batch_prompts, batch_size, chunk_prompt
 from pdllm_jax.method.selection import EMPTY_SLOT
-
-METHODS: tuple[Method, ...] = ("plain", "prefix-cache", "dual-cache", "prefilling")
 
 
 def answer(
@@ -27,11 +22,9 @@ def answer(
         together: in one batch; False answers one by one and streams documents that allow it.
 
     Returns:
-        For each request tokens, evaluations, seconds by phase (compiling left out), and the kept
-        chunks with the scores of all chunks, both None for a baseline.
+        For each request tokens, evaluations and their network rows, seconds by phase (compiling
+        left out), and the kept chunks with the scores of all chunks, both None for a baseline.
     """
-    if together and engine.method != "prefilling":
-        return _answer_dense(engine, requests)
     if together:
         results = engine.answer_batch(requests)
     else:
@@ -41,6 +34,7 @@ def answer(
         {
             "tokens": result.tokens,
             "evaluations": result.evaluations,
+            "rows": result.rows,
             "seconds": _seconds(result.timings, share),
             "chunks": result.selection and result.selection["chunks"],
             "scores": result.selection and result.selection["scores"],
@@ -70,33 +64,12 @@ def select_alone(engine: Engine, requests: Sequence[Request]) -> list[dict[str, 
         {
             "tokens": [],
             "evaluations": 0,
+            "rows": 0.0,
             "seconds": seconds,
             "chunks": ids[b][ids[b] != EMPTY_SLOT].tolist(),
             "scores": None if scores is None else scores[b, : prepared.counts[b]].tolist(),
         }
         for b in range(count)
-    ]
-
-
-def _answer_dense(engine: Engine, requests: Sequence[Request]) -> list[dict[str, Any]]:
-    """Answers whole prompts in one batch; the tokens are the same as one by one."""
-    config, timer = cache_method(engine.method).decode_config(engine.decoding), Timer()
-    prompts = [np.concatenate(engine.token_ids(request)) for request in requests]
-    lengths = [len(prompt) for prompt in prompts]
-    rows = np.zeros((len(prompts), bucket(max(lengths), 8)), np.int32)
-    for row, prompt in zip(rows, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    keys = request_keys([request.seed for request in requests], len(requests))
-    with timer.phase("decode"):
-        ids = jnp.asarray(rows)
-        state = init_denoise(
-            engine.model, None, None, ids, config, keys, query_length=jnp.asarray(lengths)
-        )
-        state = jax.block_until_ready(denoise(engine.model, None, state, config=config))
-    seconds = _seconds(timer.seconds, len(prompts))
-    return [
-        {"tokens": tokens, "evaluations": n, "seconds": seconds, "chunks": None, "scores": None}
-        for tokens, n in zip(state.tokens.tolist(), state.evaluations.tolist(), strict=True)
     ]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from experiments import statistics
-from experiments.grids import DENSE, Cell
+from experiments.grids import Cell
 from experiments.retrieval import holds_needle
 
 CONFIDENCE, QUANTILE = 0.999, 3.29
@@ -64,7 +64,7 @@ def _none(records: Records, wrong: Callable[[Row], bool], what: str) -> Outcome:
 
 def possible(cell: Cell, records: Records) -> Outcome:
     """Checks that counts, times and ids of every record are in range."""
-    dense, most = cell.selection in DENSE, cell.selection_config().slots
+    dense, most = not cell.method.uses_chunks, cell.selection_config().slots
     least = 0 if cell.selects_only else 1
 
     def conditions(record: Row) -> Iterator[bool]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from experiments.grids import DENSE, Cell
+from experiments.grids import Cell
 from pdllm_jax import SelectionConfig
 from pdllm_jax.method.scorers import SCORERS
 from pdllm_jax.method.scorers.attention import AttentionScorer
@@ -47,24 +47,34 @@ class Counter:
         return rows * (self.row + self.pair * keys) + words * self.word
 
 
+class RowCounter(Counter):
+    """Counts the rows themselves; one that runs a share of the layers counts as this share."""
+
+    def __init__(self, model: ModelConfig, layers: int | None = None):
+        self.row = (model.n_layers if layers is None else layers) / model.n_layers
+        self.pair = self.word = self.keys = 0
+
+
 def answer_flops(
     model: ModelConfig,
     cell: Cell,
     sizes: Sizes,
     evaluations: int,
     selection: SelectionConfig | None = None,
+    *,
+    rows: float = 0.0,
+    counter: type[Counter] = Counter,
 ) -> dict[str, float] | None:
     """Counts by phase: draft, score (the pass over the document), encode, decode.
 
-    selection: the cell's, where a calibration has added to it.
+    selection: the cell's, where a calibration has added to it. rows: that a method on the whole
+    prompt computed; each counts as if it attended to everything. counter: what is counted.
     Returns None for re-selection: records do not say how much was encoded again.
     """
-    count, response = Counter(model), sizes.response
-    if cell.selection in DENSE:
+    count, response = counter(model), sizes.response
+    if not cell.method.uses_chunks:
         total = sizes.prefix + sizes.context + sizes.query + response
-        wide = evaluations if cell.selection == "dense" else 1
-        decode = count(wide * total, total, evaluations * response)
-        decode += count((evaluations - wide) * response, total)
+        decode = count(rows, total, evaluations * response)
         return {"draft": 0.0, "score": 0.0, "encode": 0.0, "decode": decode}
     if cell.reselect != "never":
         return None
@@ -102,11 +112,11 @@ def answer_flops(
     if isinstance(config.scorer, AttentionScorer) and scorer == config.scorer.name:
         heads = config.scorer.counted(model)
         layers = len(heads)
-        first, short = Counter(model, layers), Counter(model, layers - 1)
+        first, short = counter(model, layers), counter(model, layers - 1)
         score += sum(short(chunk, sizes.prefix + chunk) for chunk in sizes.chunks)
         behind = [sizes.prefix + chunk + sizes.query for chunk in sizes.chunks]
         score += sum(first(sizes.query, seen) for seen in behind) + sum(sizes.chunks) * count.keys
-        sharpened = int(heads.any(axis=1).sum()) * Counter(model, 1).pair
+        sharpened = int(heads.any(axis=1).sum()) * counter(model, 1).pair
         score += sharpened * sizes.query * sum(sizes.chunks)
         if not config.encoding.keeps_prefix:
             score += first(sizes.prefix, sizes.prefix)

@@ -16,28 +16,30 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pdllm_jax import ChunkConfig, DecodeConfig, SelectionConfig
-from pdllm_jax.method.cache_methods import Method
+from pdllm_jax.method.caches import CACHE_METHODS, CacheMethod, cache_method
 from pdllm_jax.method.scorers import SCORERS
 from pdllm_jax.network.config import WeightFormat
 from pdllm_jax.rules import SEED, exact_share, require, validate
-from small_model.tasks import TASKS
+from small_model.tasks import RESPONSE_LENGTH, TASKS
 
-# Baselines without a selection: the whole prompt, recomputed as the method's name says.
-DENSE: dict[str, Method] = {
-    "dense": "plain",
-    "prefix-cache": "prefix-cache",
-    "dual-cache": "dual-cache",
+# Methods on the whole prompt, without a selection. Records call plain generation "dense".
+DENSE = {
+    {"plain": "dense"}.get(name, name): name
+    for name, method in CACHE_METHODS.items()
+    if not method.uses_chunks
 }
 # Chunk ids that the experiment gives. oracle: the needle's chunks and random others, K in all;
 # needle: the needle's alone; without: K random ones that hold nothing of the needle.
 GIVEN = ("oracle", "needle", "without")
 SELECTIONS = (*DENSE, "all", "top-k", "random", "first", "last", *GIVEN)
+MULTI = "multi_needle"  # a task whose question asks for two numbers; its responses are longer
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """One setting; every factor is varied from these defaults.
 
+    selection: of chunks, or a method on the whole prompt, with its settings: "NAME:SETTING=VALUE".
     length: tokens of prompt and response. tasks: in turn. depths: number of evenly spaced depths
     that the needle takes in turn; None: any depth. streamed: one request at a time, the document's
     KV not kept. keep_tokens: share of a kept chunk's tokens. margin: adaptive K, from 1 up to
@@ -75,17 +77,28 @@ class Cell:
 
     def __post_init__(self) -> None:
         for name, got, allowed in (
-            ("selection", (self.selection,), SELECTIONS),
-            ("tasks", self.tasks, TASKS),
+            ("selection", (self.selection.partition(":")[0],), SELECTIONS),
+            ("tasks", self.tasks, TASKS if MULTI not in self.tasks else (MULTI,)),
             ("weight_format", (self.weight_format,), get_args(WeightFormat)),
         ):
             if not got or not set(got) <= set(allowed):
                 got = ", ".join(got) or "none"
                 raise ValueError(f"{name} must be of {', '.join(allowed)}, got {got}")
         validate(self, {"seed": SEED})
-        scored = self.selection not in (*DENSE, *GIVEN)
+        scored = self.method.uses_chunks and self.selection not in GIVEN
         require(scored or not self.selects_only, f"selects_only is not for {self.selection!r}")
         self.chunk_config(), self.selection_config(), self.decode_config()
+
+    @property
+    def method(self) -> CacheMethod:
+        """The method that answers: a whole prompt's, or prefilling."""
+        name, colon, settings = self.selection.partition(":")
+        return cache_method(f"{DENSE.get(name, 'prefilling')}{colon}{settings}")
+
+    @property
+    def response_length(self) -> int:
+        """Tokens of a response."""
+        return (2 if MULTI in self.tasks else 1) * RESPONSE_LENGTH
 
     def depth(self, index: int) -> float | None:
         """Returns the depth that an example's needle is put at; every depth gets every task."""
@@ -98,7 +111,7 @@ class Cell:
 
     def selection_config(self, encode_batch: int = 8) -> SelectionConfig:
         """Returns the library's settings; a baseline has the default ones and ignores them."""
-        if self.selection in DENSE:
+        if not self.method.uses_chunks:
             return SelectionConfig()
         settings = {name: getattr(self, name) for name in _SELECTION}
         settings["scorer"] = "oracle" if self.selection in GIVEN else self.selection
@@ -110,14 +123,15 @@ class Cell:
             settings |= {"top_k": 1, "max_k": self.top_k, "margin": self.margin}
         return SelectionConfig.from_flat(encode_batch=encode_batch, **settings)
 
-    def decode_config(self, length: int = 32) -> DecodeConfig:
-        return DecodeConfig(gen_length=length, block_length=length, threshold=self.threshold)
+    def decode_config(self, length: int = RESPONSE_LENGTH) -> DecodeConfig:
+        block = min(length, RESPONSE_LENGTH)
+        return DecodeConfig(gen_length=length, block_length=block, threshold=self.threshold)
 
     def used_settings(self) -> set[str]:
         """Returns the names of the settings that change anything of this cell."""
         names = {"selection", "length", "tasks", "depths", "weight_format"}
         names |= set() if self.selects_only else {"threshold"}
-        if self.selection in DENSE:
+        if not self.method.uses_chunks:
             return names
         names |= {"selects_only", "kv_format"}
         names |= {"chunk_size", "anchors", "overlap", "encoding", "positions", "keep_tokens"}
@@ -139,10 +153,9 @@ class Cell:
 
     def programs(self) -> tuple[Any, ...]:
         """Returns a key that cells with the same compiled programs share."""
-        method = self.selection in DENSE and self.selection
         settings = (self.selection_config(), self.chunk_config(), self.decode_config())
         own = (self.length, self.streamed, self.selects_only, self.weight_format, self.head_layers)
-        return (method, *own, *settings)
+        return (str(self.method), *own, *settings)
 
     def selected_by(self, selection: str) -> Cell:
         """Returns the cell with another selection."""
@@ -270,7 +283,9 @@ def _arms(table: Change) -> list[Change]:
 
 
 def _grid(table: Mapping[str, Any]) -> Grid:
-    arms = [arm for arms in table["arms"] for arm in _arms(arms)]
+    arms = table["arms"]  # a name: those of this grid
+    arms = _TABLES[arms]["arms"] if isinstance(arms, str) else arms
+    arms = [arm for table in arms for arm in _arms(table)]
     over = {k: [setting(k, value) for value in v] for k, v in table.get("over", {}).items()}
     base = {k: setting(k, v) for k, v in table.get("base", {}).items()}
     return Grid(table["question"], arms, over, base)
@@ -288,4 +303,7 @@ MEASUREMENTS = {
     "attention": "attention on anchors by layer and head",
     "order": "the denoising order of four responses",
     "speed": "seconds against length, one request at a time",
+    "costs": "seconds and device memory of the grids' cells, one request at a time",
 }
+# What "full" leaves out.
+EXTRA = ("quick", "methods", "methods-multi", "methods-quick", "costs")

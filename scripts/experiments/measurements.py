@@ -7,7 +7,7 @@ import functools
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from experiments.costs import measure_costs
 from experiments.grids import Cell
 from experiments.records import RecordError, read_json, write_json
 from experiments.retrieval import Retrieval
@@ -252,20 +253,27 @@ def measure(
     folder: Path,
     deadline: float,
     tiny: bool,
+    cells: Sequence[Cell] = (),
 ) -> None:
-    """Makes the measurements that are missing, until the deadline. note: on where it runs."""
+    """Makes the measurements that are missing, until the deadline.
+
+    note: on where it runs. cells: that "costs" are measured of.
+    """
     for name in names:
         path = folder / f"{name}.json"
         record = read_json(path) if path.exists() else {}
         if record and any(record.get(key) != value for key, value in bench.identity.items()):
             raise RecordError(f"{path} is of another model or other texts: give another folder")
-        if record.get("complete") or time.monotonic() > deadline:
+        complete = record.get("complete") and name != "costs"  # of these cells
+        if complete or time.monotonic() > deadline:
             continue
         record, complete = {**bench.identity, "run": dict(note), **record}, True
         if name == "attention":
             record |= measure_attention(bench, cell, tiny)
         elif name == "order":
             record |= measure_order(bench, cell)
+        elif name == "costs":
+            complete = measure_costs(bench, cells, path, record, deadline, 1 if tiny else 4)
         else:
             small = ((256, 512), 1) if tiny else ()
             complete = measure_speed(bench, cell, path, record, deadline, *small)

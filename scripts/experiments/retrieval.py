@@ -15,14 +15,25 @@ import numpy as np
 from flax import nnx
 
 from experiments.answering import answer, select_alone
+from experiments.benchmarks import generated
 from experiments.calibrating import calibration_folder
-from experiments.flops import Sizes, answer_flops
-from experiments.grids import DENSE, GIVEN, Cell
+from experiments.flops import RowCounter, Sizes, answer_flops
+from experiments.grids import GIVEN, MULTI, Cell
 from experiments.records import Key, Records
 from experiments.runner import Work
 from pallas_kernels import Implementation
-from pdllm_jax import Engine, MaskPredictor, Request, SelectionConfig, Tokenizer
-from pdllm_jax.method.chunking import chunks_of_span, needle_chunks, split_context
+from pdllm_jax import (
+    ChunkConfig,
+    Engine,
+    MaskPredictor,
+    MemoryLimitError,
+    Request,
+    SelectionConfig,
+    Tokenizer,
+)
+from pdllm_jax.engine.memory import require_memory
+from pdllm_jax.engine.programs import Shapes
+from pdllm_jax.method.chunking import bucket, chunks_of_span, needle_chunks, split_context
 from small_model import tasks
 from small_model.corpus import Corpora, Text, fingerprint
 
@@ -107,11 +118,24 @@ class Retrieval:
         return {"model": model, "dtype": dtype, "corpora": texts, "first_seed": self.first_seed}
 
     def batch_size(self, cell: Cell) -> int:
-        """Returns the examples of a batch: a power of two, at most 32."""
+        """Returns the examples of a batch: a power of two, at most 32, that fits the device."""
         if cell.streamed:
             return 1
         fits = max(1, min(32, self.batch_tokens // cell.length))
-        return 1 << (fits.bit_length() - 1)
+        size = 1 << (fits.bit_length() - 1)
+        while size > 1 and not cell.method.uses_chunks and not self._fits(cell, size):
+            size //= 2
+        return size
+
+    def _fits(self, cell: Cell, batch: int) -> bool:
+        """Tells whether the caches of a batch of whole prompts fit the device, by the plan."""
+        decode = cell.method.decode_config(cell.decode_config(cell.response_length))
+        shapes = Shapes(batch, 0, bucket(cell.length - cell.response_length, 8), 0, 1)
+        try:
+            require_memory(self.model, shapes, decode=decode)
+        except MemoryLimitError:
+            return False
+        return True
 
     def example(self, cell: Cell, index: int) -> tasks.Example:
         """Returns example `index` of all cells with this length, these tasks and depths."""
@@ -120,6 +144,9 @@ class Retrieval:
             texts = {"all": joined(self.corpora.texts.values())}
             if (tokens := len(texts["all"].tokens)) < cell.length:
                 raise ValueError(f"all texts have {tokens} tokens, not {cell.length}")
+        if MULTI in cell.tasks:
+            corpora, place = dataclasses.replace(self.corpora, texts=texts), self.first_seed + index
+            return generated.multi_needle(cell.length, place, corpora, self.encode)
         return tasks.make_example(
             cell.tasks[index % len(cell.tasks)],
             cell.length,
@@ -154,8 +181,8 @@ class Retrieval:
             self.model_of(cell),
             chunking=cell.chunk_config(),
             selection=self.selection(cell),
-            decoding=cell.decode_config(tasks.RESPONSE_LENGTH),
-            method=DENSE.get(cell.selection, "prefilling"),
+            decoding=cell.decode_config(cell.response_length),
+            method=cell.method,
             bos_id=self.tokenizer.bos_id,
             implementation=self.implementation,
         )
@@ -171,9 +198,9 @@ class Retrieval:
         run = select_alone if cell.selects_only else partial(answer, together=together)
         rows = zip(examples.items(), run(engine, requests), strict=False)
         chosen = engine.selection
-        return [self._record(cell, *item, answered, chosen) for item, answered in rows]
+        return [self.record(cell, *item, answered, chosen) for item, answered in rows]
 
-    def _record(
+    def record(
         self,
         cell: Cell,
         index: int,
@@ -181,33 +208,56 @@ class Retrieval:
         answered: Mapping[str, Any],
         selection: SelectionConfig,
     ) -> dict[str, Any]:
-        span, chunking, context = example["needle_span"], cell.chunk_config(), example["context"]
+        """Returns the record of an answer. selection: that it was made with."""
+        chunking, context = cell.chunk_config(), example["context"]
+        response, answers = self.encode.decode(answered["tokens"]), answers_of(example)
+        right = [tasks.is_right(answers[0], response)]
+        if len(answers) > 1:
+            right = [answer in response for answer in answers]
         record = {
-            "score": float(tasks.score(self.encode, example["answer"], answered["tokens"])),
-            "response": self.encode.decode(answered["tokens"]),
-            "answers": [example["answer"]],
+            "score": float(np.mean(right)),
+            "response": response,
+            "answers": answers,
             **answered,
             "example": index,
-            "depth": round(span[0] / len(context), 4),
+            "depth": round(example["needle_span"][0] / len(context), 4),
             "asked_depth": cell.depth(index),
         }
         lengths: list[int] = []
-        if cell.selection not in DENSE:
+        if cell.method.uses_chunks:
             lengths = split_context(context, chunking, example["prefix"][0])[1].tolist()
-            record |= {"needle": sorted(needle_chunks(span, chunking)), "n_chunks": len(lengths)}
+            held = chunks_with(example, chunking, needle_chunks)
+            record |= {"needle": sorted(held), "n_chunks": len(lengths)}
         if cell.selects_only:
             record["score"] = float(holds_needle(record))
         parts = (example["prefix"], example["query"], answered["tokens"], context)
         sizes = Sizes(*map(len, parts), chunks=lengths, kept=answered["chunks"] or ())
-        flops = answer_flops(self.model.config, cell, sizes, answered["evaluations"], selection)
-        return {**record, "flops": flops}
+        counted = self.model.config, cell, sizes, answered["evaluations"], selection
+        flops = answer_flops(*counted, rows=answered["rows"])
+        rows = answer_flops(*counted, rows=answered["rows"], counter=RowCounter)
+        return {**record, "rows": rows and sum(rows.values()), "flops": flops}
 
 
 def request(cell: Cell, index: int, example: tasks.Example) -> Request:
     """Returns the request that asks an example's question under the cell's settings."""
     given = given_chunks(cell, index, example) if cell.selection in GIVEN else None
-    seed = index if cell.selection in DENSE else cell.seed * 1_000_003 + index
+    seed = cell.seed * 1_000_003 + index if cell.method.uses_chunks else index
     return Request(example["context"], example["query"], example["prefix"], given, seed)
+
+
+def answers_of(example: tasks.Example) -> list[str]:
+    """Returns the numbers that an example asks for."""
+    return [example["answer"], *(answer for answer, _ in example.get("others", ()))]
+
+
+def chunks_with(
+    example: tasks.Example,
+    chunking: ChunkConfig,
+    of_span: Callable[[tuple[int, int], ChunkConfig], Iterable[int]],
+) -> set[int]:
+    """Returns the chunks of all facts that an example asks for, by their spans."""
+    spans = [example["needle_span"], *(span for _, span in example.get("others", ()))]
+    return {chunk for span in spans for chunk in of_span(span, chunking)}
 
 
 def holds_needle(record: Mapping[str, Any]) -> bool:
@@ -236,9 +286,8 @@ def weights_fingerprint(model: MaskPredictor) -> str:
 
 def given_chunks(cell: Cell, index: int, example: tasks.Example) -> list[int]:
     """Returns the chunks that the selections of GIVEN keep, at most K of them."""
-    span, chunking = example["needle_span"], cell.chunk_config()
-    without = cell.selection == "without"
-    avoid = set(chunks_of_span(span, chunking)) if without else needle_chunks(span, chunking)
+    chunking, without = cell.chunk_config(), cell.selection == "without"
+    avoid = chunks_with(example, chunking, chunks_of_span if without else needle_chunks)
     kept = [] if without else sorted(avoid)[: cell.top_k]
     if cell.selection != "needle":
         n = len(split_context(example["context"], chunking, 0)[1])

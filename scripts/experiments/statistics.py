@@ -26,7 +26,8 @@ class Pairing(NamedTuple):
     """The same examples under two methods, b against a.
 
     difference: mean of b minus mean of a, with its bootstrap interval. b_only, a_only: examples
-    that only one of them answers right. p: McNemar's exact test, two-sided.
+    that only one of them answers right, or scores higher. p: McNemar's exact test, two-sided; of
+    scores that are shares it is the sign test.
     """
 
     examples: int
@@ -74,12 +75,12 @@ def bootstrap(
 
 
 def paired(a: Column, b: Column) -> Pairing:
-    """Compares method b with method a, each right (1) or wrong (0) on the same examples."""
-    a, b = np.asarray(a, bool), np.asarray(b, bool)
+    """Compares method b with method a by their scores, 0 to 1, of the same examples."""
+    a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape:
         raise ValueError(f"both methods need the same examples, got {a.size} and {b.size}")
-    b_only, a_only = int((b & ~a).sum()), int((a & ~b).sum())
-    difference = bootstrap(np.mean, b.astype(float) - a)
+    b_only, a_only = int((b > a).sum()), int((a > b).sum())
+    difference = bootstrap(np.mean, b - a)
     return Pairing(a.size, difference, b_only, a_only, mcnemar(b_only, a_only))
 
 

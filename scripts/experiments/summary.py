@@ -12,7 +12,7 @@ import numpy as np
 from experiments import statistics
 from experiments.calibrating import read_calibrations
 from experiments.checks import check_all
-from experiments.grids import DENSE, GRIDS, MEASUREMENTS, Cell, Grid, all_cells
+from experiments.grids import GRIDS, MEASUREMENTS, Cell, Grid, all_cells
 from experiments.records import read_folder, read_json
 from experiments.retrieval import holds_needle, records_of
 
@@ -48,6 +48,10 @@ def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([row.get(name, 0.0) for row in rows])) for name in rows[0]}
 
 
+def _mean(rows: Sequence[Row], name: str) -> float:
+    return float(np.mean([row[name] for row in rows]))
+
+
 def describe(cell: Cell, records: Rows) -> dict[str, Any]:
     """Returns a cell's numbers, shares and means with their 95% intervals."""
     rows = list(records.values())
@@ -65,6 +69,7 @@ def describe(cell: Cell, records: Rows) -> dict[str, Any]:
         "accuracy": None if cell.selects_only else share([row["score"] for row in rows]),
         "by_task": {task: share(values) for task, values in by_task.items()},
         "by_depth": [[depth, share(values)] for depth, values in sorted(by_depth.items())],
+        "rows": None if any(row.get("rows") is None for row in rows) else _mean(rows, "rows"),
         "evaluations": statistics.bootstrap(np.mean, [row["evaluations"] for row in rows]),
         "seconds": _means([row["seconds"] for row in rows]),
         "flops": flops and {**flops, "total": sum(flops.values())},
@@ -73,7 +78,7 @@ def describe(cell: Cell, records: Rows) -> dict[str, Any]:
     }
     if by_depth:
         result["middle_less_ends"] = middle_less_ends(rows, [row["score"] for row in rows])
-    if cell.selection not in DENSE:
+    if cell.method.uses_chunks:
         uncut = [row for row in rows if len(row["needle"]) == 1]
         result |= {
             "recall": share([holds_needle(row) for row in rows]),
@@ -97,9 +102,11 @@ def describe(cell: Cell, records: Rows) -> dict[str, Any]:
 
 
 def share(values: Sequence[float]) -> list[float]:
-    """Returns [proportion, low, high, hits, n]."""
-    hits = sum(map(bool, values))
-    return [*statistics.wilson(hits, len(values)), hits, len(values)]
+    """Returns [mean, low, high, sum, n] of scores: proportions with Wilson's interval."""
+    hits = sum(values)
+    if any(value not in (0, 1) for value in values):
+        return [*statistics.bootstrap(np.mean, values), hits, len(values)]
+    return [*statistics.wilson(int(hits), len(values)), int(hits), len(values)]
 
 
 def middle_less_ends(rows: Sequence[Row], values: Sequence[float]) -> statistics.Estimate:

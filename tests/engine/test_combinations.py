@@ -189,7 +189,7 @@ def check(row: Row) -> None:
             assert handed[i] == right.tokens[: 4 * right.text_blocks]
 
 
-QUICK = [pytest.param(row, marks=[pytest.mark.slow] * (i >= 9)) for i, row in enumerate(ARRAY)]
+QUICK = [pytest.param(row, marks=[pytest.mark.slow] * (i >= 7)) for i, row in enumerate(ARRAY)]
 
 
 @pytest.mark.parametrize("row", QUICK, ids=lambda row: "-".join(map(str, row.values())))

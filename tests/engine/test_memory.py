@@ -31,6 +31,8 @@ from pdllm_jax.engine import answer, engine, memory
 from pdllm_jax.engine import request as prefilled
 from pdllm_jax.engine.memory import require_memory
 from pdllm_jax.engine.programs import Shapes
+from pdllm_jax.method.caches import cache_method
+from pdllm_jax.method.caches.published import Plain
 from pdllm_jax.method.chunking import chunk_prompt
 
 LLADA = ModelConfig.llada_8b()
@@ -198,6 +200,41 @@ def test_results_are_as_large_as_the_arrays_of_an_answer(model, monkeypatch, nam
     assert plan["encode"].made["KV of the chosen chunks"] == tree_bytes(state.pool)
 
 
+@pytest.mark.parametrize(
+    "method", ["dllm-cache", "mask-kv:budget=5", "elastic-cache:window=2", "sparse-dllm"]
+)
+def test_the_memory_of_a_method_is_as_large_as_its_arrays(model, method):
+    """Where a layer keeps other arrays than the next, and nothing before the request."""
+    plan = tiny_plan(method=method)
+    settings = cache_method(method).decode_config(DECODE)
+    inputs = model, None, None, jnp.zeros((1, plan.shapes.query), int), settings
+    state = jax.eval_shape(lambda: prefilled.init_denoise(*inputs, jax.random.key(0)))
+    assert plan["encode"].made["memory of the method"] == tree_bytes(state.memory) > 0
+    assert plan["decode"].held["memory of the method"] == tree_bytes(state.memory)
+
+
+@dataclasses.dataclass(frozen=True)
+class Short(Plain):
+    """Holds few rows, and takes much beside them."""
+
+    name = "short"
+    longest = 64
+
+    def scratch(self, model, config, rows, itemsize):
+        return rows * 10**6 * itemsize
+
+
+def test_a_method_says_what_it_takes_and_what_it_cannot_hold(model):
+    plans = [tiny_plan(document=32, method=method) for method in (Short(), "plain")]
+    rows = plans[0].shapes.query + 8
+    assert plans[0].peak - plans[1].peak == rows * 4 * 10**6
+    refusal = "method 'short' holds at most 64 rows of prompt and response, got 112"
+    with pytest.raises(ConfigError, match=refusal):
+        Engine(model, method=Short(), decoding=DECODE).check([request_of()])
+    with pytest.raises(ConfigError, match="method 'short' holds at most 64"):
+        tiny_plan(method=Short())
+
+
 def test_a_batch_and_questions_hold_what_their_arrays_do(model):
     plan = tiny_plan(8 * 15, questions=3)
     assert plan.shapes.requests == 4
@@ -308,8 +345,7 @@ def test_an_answer_that_does_not_fit_is_refused_before_anything_runs(model, monk
     cache = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), cache)
     for name in ("draft_response", "prefill", "prefill_top_k", "score_chunks", "init_denoise"):
         monkeypatch.setattr(prefilled, name, never)
-    for name in ("init_denoise", "encode_document"):
-        monkeypatch.setattr(engine, name, never)
+    monkeypatch.setattr(engine, "encode_document", never)
     plan = tiny_plan()
     message = refused(engine_of(model, memory_limit=plan.peak - 1).answer_batch, [request])
     assert f"phase {plan.largest.name!r} needs {plan.peak / 1e9:.2f} GB" in message

@@ -13,8 +13,9 @@ import pytest
 
 from pdllm_jax import ChunkConfig, DecodeConfig, Engine, Request, SelectionConfig
 from pdllm_jax.engine import answer
-from pdllm_jax.method.denoise import _Step
+from pdllm_jax.method.caches import Evaluation
 from pdllm_jax.method.encoding import init_denoise
+from pdllm_jax.method.step import Step
 from tests.support.method import BOS, MASK, copy, sharp_model
 
 EOS, STOP = 254, 7
@@ -75,7 +76,7 @@ def collect(pieces: list, *piece) -> None:
         pytest.param("prefilling", "suffix", marks=pytest.mark.slow),
         pytest.param("prefilling", "response", marks=pytest.mark.slow),
         ("baseline", "block"),
-        ("baseline", "suffix"),
+        pytest.param("baseline", "suffix", marks=pytest.mark.slow),
         ("baseline", "response"),
     ],
 )
@@ -131,8 +132,8 @@ def test_only_a_stop_id_of_the_block_under_way_ends_a_request():
 
     @jax.jit
     def advance(state):
-        step, zeros = _Step(sharp_model(), None, state, config, None), jnp.zeros(before.shape)
-        return step.advance(jnp.array(predicted), zeros, zeros, state.live)
+        step, zeros = Step(sharp_model(), None, state, config, None), jnp.zeros(before.shape)
+        return step.advance(Evaluation(jnp.array(predicted), zeros, zeros, 0, state.live))
 
     after = advance(state)
     assert [x.tolist() for x in (after.tokens, after.block, after.text_blocks)] == want

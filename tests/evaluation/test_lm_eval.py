@@ -15,7 +15,7 @@ import pytest
 from pdllm_jax import load_model
 from pdllm_jax.engine.engine import Engine
 from pdllm_jax.evaluation.prompts import dense_prompt
-from pdllm_jax.method.cache_methods import cache_method
+from pdllm_jax.method.caches import cache_method
 from pdllm_jax.method.likelihood import answer_log_likelihood
 from tests.conftest import ROOT
 from tests.evaluation.conftest import ROWS, TEMPLATE, instance

@@ -9,7 +9,7 @@ import pytest
 from pdllm_jax import DecodeConfig
 from pdllm_jax.engine.engine import Engine
 from pdllm_jax.evaluation.arguments import DECODING
-from pdllm_jax.method.cache_methods import cache_method
+from pdllm_jax.method.caches import cache_method
 from pdllm_jax.method.likelihood import answer_log_likelihood
 from pdllm_jax.storage.checkpoint import load_config
 from tests.evaluation.conftest import ROWS, instance
@@ -160,6 +160,7 @@ def test_generation_kwargs_are_refused_by_name(model, kwargs):
         model.generate_until([instance("Q", kwargs)], disable_tqdm=True)
 
 
+@pytest.mark.slow
 def test_samples_of_one_prompt_differ(folder):
     model = PrefillingLM(str(folder), method="dual-cache", gen_length=8)
     kwargs = {"do_sample": True, "temperature": 1.0}
@@ -187,6 +188,7 @@ def test_log_likelihood_of_an_empty_context(folder, bos):
     ("changes", "message"),
     [
         ({"method": "fast"}, "method 'fast'"),
+        ({"method": "dllm-cache:rho=0.1"}, "method 'dllm-cache' has no setting 'rho'"),
         ({"top_k": 0}, "top_k"),
         ({"top_kk": 2}, "model_args not known: top_kk; allowed: add_bos_token, .*top_k"),
         ({"revision": "v2"}, "revision='v2' is not implemented, only None or 'main'"),

@@ -147,6 +147,17 @@ def test_the_interpreter_finds_no_race(rows, activation, bits, cut):
 
 
 @OLD_JAX
+def test_rows_in_float16():
+    """One is out of its range, and saturates."""
+    x, weights = operands((8,), 256, (64,), bits="fp8")
+    x = x.at[0, 0].set(1e5)
+    (got,) = matmul(x, *weights, implementation="interpret", recast=True)
+    (want,) = by_hand(jnp.clip(x.astype(jnp.float32), -65504, 65504), weights)
+    assert got.dtype == x.dtype
+    assert relative_error(got, want) < 4e-3
+
+
+@OLD_JAX
 def test_columns_that_do_not_divide_the_results():
     """The last CTA of a result begins earlier; two make some columns."""
     outs = (112, 72)

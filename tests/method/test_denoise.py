@@ -120,13 +120,14 @@ def test_the_loop_on_the_device_equals_single_steps(model, encoding):
     assert state.evaluations.tolist() == [8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoding", "rule"),
     [
         ("joint", {}),
-        pytest.param("independent", {"threshold": 0.02}, marks=pytest.mark.slow),
-        pytest.param("independent", {}, marks=pytest.mark.slow),
-        pytest.param("joint", {"threshold": 0.02}, marks=pytest.mark.slow),
+        ("independent", {"threshold": 0.02}),
+        ("independent", {}),
+        ("joint", {"threshold": 0.02}),
     ],
     ids=lambda value: value if isinstance(value, str) else "threshold" if value else "schedule",
 )

@@ -11,7 +11,9 @@ from pdllm_jax.config import DecodeConfig
 from pdllm_jax.method import sampling
 from pdllm_jax.method.denoise import denoise
 from pdllm_jax.method.encoding import init_denoise
-from pdllm_jax.method.sampling import filtered, float32_linspace, log_probability
+from pdllm_jax.method.sampling import filtered, log_probability
+from pdllm_jax.method.unmasking import transfer
+from pdllm_jax.method.unmasking.published import float32_linspace
 from pdllm_jax.randomness import random_key
 from tests.support.method import MASK
 
@@ -20,7 +22,7 @@ torch = pytest.importorskip("torch")
 
 def predict(logits, config, key=None, **more):
     key = random_key(0) if key is None else key
-    return sampling.predict(logits, key=key, **config.prediction, **more)
+    return sampling.predict(logits, key=key, **config.prediction, **more)[:2]
 
 
 @pytest.mark.parametrize("eps", [1e-3, 0.0, 0.37])
@@ -39,7 +41,7 @@ def test_a_step_by_time_takes_its_share_of_the_masks_that_are_left(masks, steps,
     config = DecodeConfig.dream(max_new_tokens=masks, steps=steps, alg="entropy", eps=eps)
     times, left = torch.linspace(1, eps, steps + 1), masks
     confidence = jax.random.normal(jax.random.key(0), (masks,))
-    rule = jax.jit(lambda c, step: sampling.transfer(c, step, config.unmasking))
+    rule = jax.jit(lambda c, step: transfer(c, step, config.unmasking))
     for i in range(steps):
         share = 1 - times[i + 1] / times[i]
         due = int(torch.tensor(left) * share) if i < steps - 1 else left
@@ -147,7 +149,7 @@ def test_origin_takes_each_mask_with_the_share_of_the_step(count):
     def pairs(step):
         def run(key):
             confidence = jnp.where(masked, predict(logits, config, key)[1], -jnp.inf)
-            take = sampling.transfer(confidence, step, config.unmasking)
+            take = transfer(confidence, step, config.unmasking)
             return take[:, None] & take
 
         return run

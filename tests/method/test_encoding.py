@@ -108,6 +108,7 @@ def test_a_bridge_by_attention_recomputes_what_the_query_looks_at(model, parts):
     assert tokens == logits.argmax(-1).tolist()
 
 
+@pytest.mark.slow
 def test_a_bridge_of_all_tokens_without_prefix_is_joint_encoding(model, parts):
     (_, joint, a), (_, bridged, b) = (
         encoded(model, ([], *parts[1:]), CACHED, encoding=encoding, bridge_share=1.0)
@@ -162,8 +163,16 @@ def given_attention(model, parts, chunks, rows=8, window=7) -> np.ndarray:
     return result
 
 
-BY = [(count, anchors, "query-to-chunk") for count in (3, 8) for anchors in (True, False)]
-BY += [(3, True, "chunk-to-query"), (8, False, "both")]
+BY = [(3, True, "query-to-chunk"), (8, False, "both")]
+BY += [
+    pytest.param(*more, marks=pytest.mark.slow)
+    for more in (
+        (3, False, "query-to-chunk"),
+        (8, True, "query-to-chunk"),
+        (8, False, "query-to-chunk"),
+        (3, True, "chunk-to-query"),
+    )
+]
 
 
 @pytest.mark.parametrize(("count", "anchors", "by"), BY)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from convert import convert, reverse
 from pdllm_jax.config import DecodeConfig
 from pdllm_jax.method.cache import init_live, init_pool, write_chunks
-from pdllm_jax.method.sampling import log_probability, transfer
+from pdllm_jax.method.sampling import log_probability
+from pdllm_jax.method.unmasking import transfer
 from pdllm_jax.network.config import ModelConfig
 from tests.support import convert_sources as sources
 

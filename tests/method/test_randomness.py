@@ -91,7 +91,8 @@ def test_a_slot_draws_the_same_in_any_rows(remasking):
     logits, key = jax.random.normal(jax.random.key(0), (10, 50)), random_key(1)
     rule = CONFIDENCES[remasking]()
     whole = predict(logits, rule, 1.0, key)
-    for part, rows in zip(whole, predict(logits[3:7], rule, 1.0, key, 3), strict=True):
+    some = predict(logits[3:7], rule, 1.0, key, jnp.arange(3, 7))
+    for part, rows in zip(whole, some, strict=True):
         np.testing.assert_array_equal(part[3:7], rows)
 
 

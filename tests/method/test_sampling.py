@@ -10,18 +10,19 @@ import pytest
 from pdllm_jax.config import DecodeConfig
 from pdllm_jax.method import sampling
 from pdllm_jax.method.sampling import log_probability
+from pdllm_jax.method.unmasking import transfer as transfer_by
 
 
 def predict(logits, key=0, **settings):
     config = DecodeConfig(**settings)
     key = jax.random.key(key) if isinstance(key, int) else key
-    return sampling.predict(logits, key=key, **config.prediction)
+    return sampling.predict(logits, key=key, **config.prediction)[:2]
 
 
 def transfer(confidence, step=0, **settings):
     """Of one block, as long as the confidences."""
     config = DecodeConfig(len(confidence), len(confidence), **settings)
-    return sampling.transfer(confidence, jnp.int32(step), config.unmasking).tolist()
+    return transfer_by(confidence, jnp.int32(step), config.unmasking).tolist()
 
 
 def test_log_probability_keeps_the_order_of_confident_slots():

@@ -33,6 +33,11 @@ def test_every_way_to_ask_gives_the_tokens_of_one_device(mesh, tmp_path):
     workers.run(mesh_workers.ways, *mesh, tmp_path, timeout=1500)
 
 
+@pytest.mark.slow
+def test_every_cache_method_gives_the_tokens_of_one_device():
+    workers.run(mesh_workers.cache_methods, 2, 4, timeout=1500)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return make(tmp_path_factory.mktemp("checkpoint"), **DIVISIBLE)

@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 pytest.importorskip("tokenizers")
-from experiments import calibrating, measurements, retrieval, summary
+from bench.memory import tree_bytes
+from experiments import calibrating, costs, measurements, retrieval, summary
 from experiments.flops import Sizes, answer_flops
 from experiments.grids import Cell, Grid
 from experiments.records import Records
@@ -324,6 +325,20 @@ def test_measurements_on_a_tiny_model(tiny_bench, tmp_path):
     assert rows[-1]["least"] <= rows[-1]["seconds"] <= rows[-1]["most"]
     assert len(rows) == 5
     assert not measurements.measure_speed(tiny_bench, CELL, path, {}, lengths=(320,), deadline=0.0)
+
+
+@pytest.mark.slow
+def test_costs_are_of_requests_alone(tiny_bench, tmp_path):
+    """Of plain generation by hand; a second call measures nothing again."""
+    cells = [dataclasses.replace(CELL, selection=x).canonical() for x in ("dense", "sparse-dllm")]
+    record, path = {}, tmp_path / "costs.json"
+    assert costs.measure_costs(tiny_bench, cells, path, record, float("inf"), repeats=1)
+    plain, sparse = record["rows"]
+    assert plain["rows"] == plain["evaluations"] * CELL.length
+    assert plain["bytes"] > tree_bytes(tiny_bench.model)
+    assert 0 < plain["least"] <= plain["seconds"] <= plain["most"]
+    assert costs.measure_costs(tiny_bench, cells, path, record, 0.0)
+    assert json.loads(path.read_text())["rows"] == [plain, sparse]
 
 
 @pytest.mark.slow

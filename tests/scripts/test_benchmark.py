@@ -118,6 +118,7 @@ def test_report_makes_the_committed_pages(tmp_path):
         report.main(args)
 
 
+@pytest.mark.slow
 def test_method_times_phases_and_compares_them(tmp_path):
     out = tmp_path / "method.json"
     words = "--tiny --chunk-size 16 --document 2 --stream 1 2 --repeats 1 --sections stream ask"

@@ -88,12 +88,13 @@ class Answers:
         (request,) = requests
         ids = [*request.prefix, *request.context, *request.question]
         text = self.tokenizer.backend.decode(ids, skip_special_tokens=False)
-        self.asked.append((engine.method, text))
+        self.asked.append((str(engine.method), text))
         length = engine.decoding.gen_length
         tokens = self.tokenizer.encode(self.says)[:length]
         tokens += [self.tokenizer.eos_id] * (length - len(tokens))
-        chunks = [0] if engine.method == "prefilling" else None
-        return [{"tokens": tokens, "evaluations": 1, "seconds": {"total": 1.0}, "chunks": chunks}]
+        chunks = [0] if engine.method.uses_chunks else None
+        counts = {"evaluations": 1, "rows": 40.0, "seconds": {"total": 1.0}}
+        return [{"tokens": tokens, **counts, "chunks": chunks}]
 
 
 @pytest.fixture

@@ -106,7 +106,19 @@ def test_what_does_not_fit_is_refused_in_one_line(ask, method):
     assert re.match(r"error: phase '\w+' needs \d+\.\d\d GB, the device gives 0\.00 GB; ", line)
 
 
-@pytest.mark.parametrize("method", ["prefilling", "plain", "prefix-cache", "dual-cache"])
+def test_a_wrong_method_is_refused_in_one_line(ask, capsys):
+    with pytest.raises(SystemExit):
+        ask("--method", "dllm-cache:ratio=2", *SMALL)
+    assert "dllm-cache:ratio=2" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("prefilling", "plain", "prefix-cache", "dual-cache"),
+        pytest.param("dllm-cache:prompt_interval=3", marks=pytest.mark.slow),
+    ],
+)
 def test_json_of_every_method(ask, method):
     status, out, err = ask("--method", method, "--json", *SMALL)
     assert status == 0, err
@@ -162,6 +174,7 @@ def test_scorers_and_encodings(ask):
     assert seen["oracle"] == {"chunks": [0, 2], "scores": None}
 
 
+@pytest.mark.slow
 def test_choices_of_the_method_together(ask):
     settings = (
         "--encoding bridge --bridge-share 0.3 --bridge-tokens attention --positions absolute "

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from experiments import runner
-from experiments.grids import DENSE, Cell
+from experiments.grids import Cell
 from experiments.records import Records
 from experiments.retrieval import missing_work
 
@@ -58,7 +58,7 @@ def fake_record(cell: Cell, index: int, n: int = 8) -> dict:
     }
     if cell.selects_only:
         record |= {"response": "", "tokens": [], "evaluations": 0}
-    if cell.selection in DENSE:
+    if not cell.method.uses_chunks:
         return record
     scores = (-1 - rng.random(n)).tolist()
     scores[needle] = -9.0 if index % 4 == 3 else -0.5

@@ -139,6 +139,19 @@ def ways(data: int, tensor: int, folder: Path) -> None:
     snapshots(one, many, folder)
 
 
+def cache_methods(data: int, tensor: int) -> None:
+    """Every cache method on a whole prompt."""
+    from tests.method.caches.test_methods import METHODS, decoding, method_of
+
+    setup()
+    one = model()
+    many = shard_model(one, make_mesh(data, tensor))
+    for name in METHODS:
+        settings: Any = {"method": method_of(name), "decode": decoding(name)}
+        got, want = (generate_ids(m, PREFIX, DOCUMENT, QUERY, **settings) for m in (many, one))
+        same(got, want, name)
+
+
 def _ways(model: MaskPredictor) -> list[Any]:
     decode = DecodeConfig(**DECODE)
     results: list[Any] = []

@@ -44,7 +44,7 @@ def make(
         for length in lengths:
             for name in names:
                 multi, title = name == "multi_needle", f"{name}_{length}"
-                call = _multi_needle if multi else _single
+                call = _multi if multi else _single
                 examples = tuple(call(name, length, seed, texts, encode) for seed in seeds)
                 gen_length = _MULTI_LENGTH if multi else tasks.RESPONSE_LENGTH
                 metric = METRICS["match_all"] if multi else on_answers(_is_right)
@@ -65,7 +65,17 @@ def _single(name: str, length: int, seed: int, corpora: Corpora, encode: Encoder
     return Example(str(seed), (source["answer"],), ids=ids, details=details)
 
 
-def _multi_needle(name: str, length: int, seed: int, corpora: Corpora, encode: Encoder) -> Example:
+def _multi(name: str, length: int, seed: int, corpora: Corpora, encode: Encoder) -> Example:
+    source = multi_needle(length, seed, corpora, encode)
+    others = source["others"]
+    spans = [source["needle_span"], *(span for _, span in others)]
+    details = {"length": length, "needles": [list(span) for span in spans]}
+    answers = (source["answer"], *(answer for answer, _ in others))
+    ids = source["prefix"], source["context"], source["query"]
+    return Example(str(seed), answers, ids=ids, details=details)
+
+
+def multi_needle(length: int, seed: int, corpora: Corpora, encode: Encoder) -> tasks.Example:
     """Makes a question for ASKED magic numbers among distractors, as RULER's multi-query needles.
 
     The small model was trained on one question at a time.
@@ -86,6 +96,12 @@ def _multi_needle(name: str, length: int, seed: int, corpora: Corpora, encode: E
     text = texts[rng.choice(len(texts), p=sizes / sizes.sum())]
     room = length - _MULTI_LENGTH - len(prefix) - len(query)
     document, spans = tasks.bury(rng, text, needles, room)
-    details = {"length": length, "needles": [list(spans[i]) for i in asked]}
-    ids = prefix.tolist(), document.tolist(), query.tolist()
-    return Example(str(seed), tuple(named[i][1] for i in asked), ids=ids, details=details)
+    (answer, span), *others = [(named[i][1], spans[i]) for i in asked]
+    return tasks.Example(
+        prefix=prefix.tolist(),
+        context=document.tolist(),
+        query=query.tolist(),
+        answer=answer,
+        needle_span=span,
+        others=others,
+    )

@@ -17,7 +17,7 @@ from experiments.records import Key, Records
 from experiments.statistics import bootstrap
 from experiments.tables import interval, table
 from pdllm_jax import ChunkConfig, ModelConfig, SelectionConfig
-from pdllm_jax.method.cache_methods import Method
+from pdllm_jax.method.caches import Method
 from pdllm_jax.rules import ConfigError
 
 TASK = "multifieldqa_en"

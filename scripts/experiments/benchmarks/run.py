@@ -20,7 +20,8 @@ from experiments.tables import table
 from pdllm_jax import DecodeConfig, Engine, Request
 from pdllm_jax.engine.request import Timer
 from pdllm_jax.evaluation.prompts import dense_prompt, fitting_block, split_request, truncate_middle
-from pdllm_jax.method.cache_methods import Method
+from pdllm_jax.method.caches import Method, cache_method
+from pdllm_jax.method.unmasking import Unmasking
 from pdllm_jax.storage.manifest import MANIFEST
 
 Ask = Callable[[Task, Example], Sequence[Mapping[str, Any]]]  # returns an example's one record
@@ -44,6 +45,7 @@ class Asker:
     """An engine with the settings that all examples share.
 
     engine: with tokenizer; each example sets method and decoding.
+    unmask: a rule instead of the threshold, as in `DecodeConfig`.
     max_length: tokens of a baseline's prompt, without chat template and response; None: what the
       model's max_sequence_length leaves beside these two.
     block_length: of a response, at most; the largest divisor of its length is taken.
@@ -52,6 +54,7 @@ class Asker:
 
     engine: Engine
     threshold: float | None = 0.9
+    unmask: Unmasking | None = None
     block_length: int = 32
     gen_length: int | None = None
     max_length: int | None = None
@@ -61,7 +64,7 @@ class Asker:
     def decoding(self, task: Task) -> DecodeConfig:
         """Returns greedy decoding that ends with the block in which the text ends.
 
-        It is Fast-dLLM's rule: for a model with a logit shift, that for Dream.
+        Without `unmask` it is Fast-dLLM's rule: for a model with a logit shift, that for Dream.
         """
         decode: Callable[..., DecodeConfig] = DecodeConfig
         if self.engine.model.config.logit_shift:
@@ -69,7 +72,8 @@ class Asker:
         length = self.gen_length or task.gen_length
         lengths = {"gen_length": length, "block_length": fitting_block(length, self.block_length)}
         stop_ids = self.engine.tokenizer.stop_ids
-        return decode(**lengths, threshold=self.threshold, stop_ids=stop_ids)
+        threshold = self.threshold if self.unmask is None else None
+        return decode(**lengths, threshold=threshold, unmask=self.unmask, stop_ids=stop_ids)
 
     def request(self, task: Task, example: Example, method: Method) -> tuple[Request, bool]:
         """Returns the request, and whether the middle was dropped.
@@ -77,18 +81,19 @@ class Asker:
         A baseline's prompt is all question and tokenised as one text, the method's in three parts.
         """
         tokenizer, max_length = self.engine.tokenizer, self.max_length
+        cuts = cache_method(method).uses_chunks
         shape: dict[str, Any] = {"chat": self.chat and task.chat, "response": example.response}
         positions = self.engine.model.config.max_sequence_length
         room = positions - (self.gen_length or task.gen_length)
         if example.ids is not None:
             prefix, context, query = example.ids
-            if method == "prefilling":
+            if cuts:
                 return Request(context, query, prefix, seed=self.seed), False
             # The same tokens as the method gets; the chat template is among them.
             ids = prefix + context + query
             kept = truncate_middle(ids, max_length or room)
             return Request([], kept, [], seed=self.seed), len(kept) < len(ids)
-        if method == "prefilling":
+        if cuts:
             return split_request(tokenizer, example.prompt, **shape)._replace(seed=self.seed), False
         template, _ = dense_prompt(tokenizer, "", 2, **shape)
         text, length = "".join(example.prompt), max_length or room - len(template)
@@ -109,9 +114,10 @@ class Asker:
         folder: of the converted checkpoint.
         """
         engine = self.engine
-        own = {name: x for name, x in vars(self).items() if name != "engine"}
+        own = {name: x for name, x in vars(self).items() if name not in ("engine", "unmask")}
         return {
             **own,
+            **({} if self.unmask is None else {"unmask": str(self.unmask)}),
             "implementation": engine.implementation,
             "chunking": dataclasses.asdict(engine.chunking),
             "selection": engine.selection.to_flat(),
@@ -138,6 +144,7 @@ class Asker:
             "response": response,
             "answers": example.answers,
             "evaluations": answered["evaluations"],
+            "rows": answered["rows"],
             "seconds": {**phases, "host": round(host, 6), "total": round(total, 6)},
             "compile_seconds": round(timer.seconds["compile"], 6),
             "chunks": answered["chunks"],
@@ -200,6 +207,7 @@ def _row(task: Task, method: str, name: str, records: Sequence[dict[str, Any]]) 
         "interval_kind": "Wilson" if task.binary else "bootstrap",
         "truncated": sum(record["truncated"] for record in records),
         "evaluations": float(np.mean([record["evaluations"] for record in records])),
+        "rows": float(np.mean([record.get("rows", 0) for record in records])),
         "seconds_median": float(np.median([record["seconds"]["total"] for record in records])),
         "seconds_in_all": sum(record["seconds"]["total"] for record in records),
     }

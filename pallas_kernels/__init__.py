@@ -21,7 +21,7 @@ from pallas_kernels.chunk_attention.api import (
     resolve_implementation,
 )
 from pallas_kernels.chunk_attention.dense import attention
-from pallas_kernels.common import EMPTY_LSE, OwnKV, Partial, merge, merge_slots
+from pallas_kernels.common import EMPTY_LSE, OwnKV, Partial, merge
 from pallas_kernels.matmul.api import add_product, matmul, matmul_xla, resolve_matmul
 from pallas_kernels.scaled import EightBits, Scaled, quantise, restored
 
@@ -45,7 +45,6 @@ __all__ = [
     "matmul",
     "matmul_xla",
     "merge",
-    "merge_slots",
     "peer_problem",
     "peer_table",
     "quantise",

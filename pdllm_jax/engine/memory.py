@@ -11,8 +11,6 @@ XLA's temporaries follow from one formula for every program, of the forward pass
 - Of weights in 8 bits, the rows in fp8, or one weight in the model's dtype (`_Case.eight_bits`).
 - Of the portable attention, float32 scores and weights of one block of rows.
 - Of attention over chunks, the rotated query rows of each slot, and what its implementation copies.
-- The residual stream of a document that goes through the network layer by layer, and the query's
-  attention to each of its chunks.
 - KV that a program holds while it writes its results (`_Case.in_flight`).
 - What the cache method says that its widest evaluation takes (`CacheMethod.scratch`).
 

@@ -147,10 +147,6 @@ class RecordedModel(MaskPredictor):
         self.recorder.forwards.append([*stream.shape[:2], 0])
         return super().advance(layer, stream, attend, carry)
 
-    def keys(self, layer: int, stream: Array) -> Array:
-        self.recorder.forwards.append([*stream.shape[:2], 0])
-        return super().keys(layer, stream)
-
     def parts(self, layer: int, stream: Array) -> tuple[LayerParts, Array]:
         self.recorder.forwards.append([*stream.shape[:2], 0])
         return super().parts(layer, stream)

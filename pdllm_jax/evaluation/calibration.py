@@ -2,8 +2,8 @@
 
 For each example the share of the query's attention that each head pays to each chunk is measured,
 in one pass over the document. A head recalls an example if the needle's chunk gets the greatest
-share. A set of heads is judged by the mean of their shares, as the scorer "heads" uses it. Among few
-chunks most heads are right; in a document of many chunks only those whose lead is large. So the
+share. A set of heads is judged by the mean of their shares, as the scorer "heads" uses it. Among
+few chunks most heads are right; in a document of many chunks only those whose lead is large. So the
 clarity of a set is the mean, over 1, 2 and 4, of the share of examples in which the needle's chunk
 gets more than that many times the share of any other chunk.
 

@@ -27,7 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
-from pallas_kernels import ChunkMass, Implementation, Norm, OwnKV, Partial, Scaled
+from pallas_kernels import Implementation, Norm, OwnKV, Partial, Scaled
 from pallas_kernels.chunk_attention.api import Rows
 from pallas_kernels.matmul.api import Weight, matmul_xla
 from pdllm_jax.network.config import ModelConfig
@@ -241,25 +241,6 @@ def chunk_attention(
 
     given: Any = (q, k, v, chunk_ids, chunk_lengths, *([] if own_kv is None else [own_kv]))
     return _over_chunks(mesh, run, _partial_specs(mesh, len(q)), *given)
-
-
-def chunk_attention_mass(
-    mesh: Mesh | None,
-    q: Rows,
-    k: Float[Array, "L N G C D"] | Scaled,
-    v: Float[Array, "L N G C D"] | Scaled,
-    chunk_ids: Int[Array, "B K"],
-    chunk_lengths: Int[Array, "N"],
-    *,
-    layer: int | Int[Array, ""],
-    implementation: Implementation | None = None,
-) -> ChunkMass:
-    """Returns `pallas_kernels.chunk_attention_mass`; arguments as of `chunk_attention`."""
-    run = functools.partial(
-        pallas_kernels.chunk_attention_mass, layer=layer, implementation=implementation
-    )
-    outputs = ChunkMass._make([_partial_specs(mesh, len(q)), heads_spec(mesh, len(q), 1)])
-    return _over_chunks(mesh, run, outputs, q, k, v, chunk_ids, chunk_lengths)
 
 
 def project_columns(

@@ -169,11 +169,6 @@ class Block(nnx.Module):
         (hidden,) = _project(residual.mesh, normed, *matrices, activation="swiglu", narrow=True)
         return residual._replace(stream=x, pending=(hidden, self.down_proj)), carry
 
-    def keys(self, residual: Residual) -> Float[Array, "B T G D"]:
-        """Returns the layer's keys alone, unrotated."""
-        _, normed = residual.add(self.attn_norm)
-        return self._heads(residual.mesh, normed, self.k_proj)[0]
-
     def _heads(self, mesh: Mesh | None, x: Array, *matrices: Matrix) -> list[Array]:
         projected = _project(mesh, x, *matrices)
         return [rows.reshape(*x.shape[:-1], -1, self.head_dim) for rows in projected]
@@ -292,21 +287,12 @@ class MaskPredictor(nnx.Module):
         residual, carry = self.blocks[layer](layer, self._residual(stream), attend, carry)
         return residual.add()[0], carry
 
-    def keys(self, layer: int, stream: Float[Array, "B T M"]) -> Float[Array, "B T G D"]:
-        """Returns the keys that `advance` would give to attention, and computes nothing else."""
-        return self.blocks[layer].keys(self._residual(stream))
-
     def parts(
         self, layer: int, stream: Float[Array, "B T M"]
     ) -> tuple[LayerParts, Float[Array, "B T M"]]:
         """Returns a layer in parts, and the norm of the stream in front of it."""
         block, links = self.blocks[layer], None if self.links is None else self.links[...]
         return LayerParts(block, self.mesh, links), block.attn_norm(stream)
-
-    def streams(self, *rows: int) -> Float[Array, "*rows M"]:
-        """Returns room for residual streams, zeros; the leading axis is divided as `embed`'s."""
-        zeros = jnp.zeros((*rows, self.config.d_model), self.dtype)
-        return divide_rows(self.mesh, zeros)
 
     def _residual(self, stream: Array) -> Residual:
         return Residual(stream, self.mesh, None if self.links is None else self.links[...])

@@ -31,7 +31,7 @@ class Sizes:
 class Counter:
     """Counts the operations of rows of a network, or of its first layers.
 
-    word: of a row's logits. keys: of a row's keys in one layer.
+    word: of a row's logits. keys_values: of a row's keys and values in one layer. layers: that run.
     """
 
     def __init__(self, model: ModelConfig, layers: int | None = None):
@@ -40,7 +40,7 @@ class Counter:
         self.row = 2 * layers * (2 * d * d + 2 * d * kv + 3 * d * model.mlp_hidden_size)
         self.pair = 4 * layers * d
         self.word = 2 * d * model.embedding_size
-        self.keys = 2 * d * kv
+        self.keys_values = 4 * d * kv
 
     def __call__(self, rows: float, keys: float, words: float = 0) -> float:
         """Counts rows that attend to `keys` keys each, with logits of `words` of them."""
@@ -51,8 +51,9 @@ class RowCounter(Counter):
     """Counts the rows themselves; one that runs a share of the layers counts as this share."""
 
     def __init__(self, model: ModelConfig, layers: int | None = None):
-        self.row = (model.n_layers if layers is None else layers) / model.n_layers
-        self.pair = self.word = self.keys = 0
+        self.layers = model.n_layers if layers is None else layers
+        self.row = self.layers / model.n_layers
+        self.pair = self.word = self.keys_values = 0
 
 
 def answer_flops(
@@ -115,9 +116,10 @@ def answer_flops(
         first, short = counter(model, layers), counter(model, layers - 1)
         score += sum(short(chunk, sizes.prefix + chunk) for chunk in sizes.chunks)
         behind = [sizes.prefix + chunk + sizes.query for chunk in sizes.chunks]
-        score += sum(first(sizes.query, seen) for seen in behind) + sum(sizes.chunks) * count.keys
+        score += sum(first(sizes.query, seen) for seen in behind)
+        score += sum(sizes.chunks) * count.keys_values
         sharpened = int(heads.any(axis=1).sum()) * counter(model, 1).pair
-        score += sharpened * sizes.query * sum(sizes.chunks)
+        score += sharpened * sizes.query * sum(sizes.prefix + chunk for chunk in sizes.chunks)
         if not config.encoding.keeps_prefix:
             score += first(sizes.prefix, sizes.prefix)
     return {"draft": draft, "score": score, "encode": encode, "decode": decode}
@@ -140,9 +142,9 @@ def _pass(count: Counter, cell: Cell, scorer: str, sizes: Sizes) -> float:
     cost = count(sizes.prefix, sizes.prefix)
     cost += sum(count(chunk, sizes.prefix + chunk) for chunk in encoded)
     if in_pass:
-        # In the last layer chunks have keys and values alone.
-        cost -= sum(count(chunk, sizes.prefix + chunk) / count.layers for chunk in encoded)
-        cost += 2 * count.keys * sum(encoded)
+        # In the last layer the chunks' rows are keys and values alone.
+        queries = sum(count(chunk, sizes.prefix + chunk) for chunk in encoded) / count.layers
+        cost -= queries - sum(encoded) * count.keys_values
         drafted = dict.fromkeys(("draft", "causal"), sizes.query + cell.draft_steps)
         scored = {**drafted, "confidence": cell.draft_length}.get(scorer, sizes.query)
         alone = scorer in ("causal", "confidence")

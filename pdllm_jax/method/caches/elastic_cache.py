@@ -88,7 +88,7 @@ class ElasticCache(CacheMethod):
         (batch, rows), layers = state.query.shape, range(model.config.n_layers)
         rows, window = rows + config.gen_length, min(self.window, config.gen_length)
         return _Memory(
-            tuple(model.streams(batch, rows) for _ in layers[1:]),
+            tuple(jnp.zeros((batch, rows, model.config.d_model), model.dtype) for _ in layers[1:]),
             jnp.full((batch, window), rows, jnp.int32),
             jnp.zeros(state.tokens.shape, bool),
             tuple(jnp.zeros((batch,), jnp.int32) for _ in layers),

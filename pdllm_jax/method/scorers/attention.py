@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,9 +18,14 @@ from pdllm_jax.method.cache import ChunkCache, dynamic_updates
 from pdllm_jax.method.scorers.base import Scorer, ScoreRequest, Scores
 from pdllm_jax.method.scorers.calibration import read_heads
 from pdllm_jax.method.scorers.copies import for_groups
-from pdllm_jax.method.scorers.prefix import encode_prefix, prefix_attention
+from pdllm_jax.method.scorers.prefix import (
+    encode_prefix,
+    prefix_attention,
+    prefix_keys,
+    rotated_keys,
+)
 from pdllm_jax.network.config import ModelConfig
-from pdllm_jax.network.rope import rotate, rotation
+from pdllm_jax.network.rope import rotate, rotation, rows_of
 from pdllm_jax.network.sharding import (
     attention,
     chunk_attention,
@@ -34,7 +38,6 @@ from pdllm_jax.rules import Heads, heads_of, require
 # Factor of a head's scores where its attention to the chunks is compared. A needle is a few tokens:
 # at 1, hundreds of others that get little each outweigh it.
 SHARPNESS = 2.0
-ToChunk = Callable[[Array], Partial]
 Sums = tuple[Float[Array, "P H T"], ...]  # of exp(score) over a chunk's keys, as logarithms
 
 
@@ -123,7 +126,7 @@ def attention_shares(
     Returns:
       The shares of each layer with such a head, of all its heads.
     """
-    question, response, last = request.question, request.response, len(heads) - 1
+    question, response = request.question, request.response
     if response is None:
         counted = jnp.arange(question.query.shape[1]) < question.query_length[:, None]
     else:
@@ -131,7 +134,7 @@ def attention_shares(
         question, counted = question.with_tail(response)
         counted = dynamic_updates(counted, query_length, response.confirmed)
     if cache.prefix_k is None:
-        prefix = encode_prefix(model, cache.prefix_ids, cache.prefix_length, last + 1)
+        prefix = encode_prefix(model, cache.prefix_ids, cache.prefix_length, len(heads))
         cache = prefix.placed_in(model, cache)
     (batch, n), size, rows = request.wanted.shape, cache.tokens.shape[-1], counted.shape[1]
     wanted, document, mesh = request.wanted.reshape(-1), cache.document_of(batch), model.mesh
@@ -142,55 +145,50 @@ def attention_shares(
     group = whole_groups(mesh, min(group, batch * n))
     inside, behind = jnp.arange(size), size + jnp.arange(rows)
     chunk_by, by = rotation(model.config, inside), rotation(model.config, behind)
+    all_by = rotation(model.config, jnp.arange(size + rows))
 
     def score_group(pair: Array, valid: Array, found: Sums) -> Sums:
         asked, exists = pair // n, valid & wanted[pair]
         at = document[asked], pair % n
         ids, own_length = question.query[asked], question.query_length[asked]
         lengths = jnp.where(exists, cache.lengths[at], 0)
-        to_prefix = prefix_attention(model, cache, at[0], behind)
-        chunk_to_prefix = prefix_attention(model, cache, at[0], inside)
 
-        def see(q: Array, k: Array, v: Array, lengths: Array = lengths) -> Partial:
-            return attention(mesh, q, k, v, lengths, need_lse=True)
-
-        def attend(
-            layer: int, q: Array, k: Array, v: Array, sums: Sums, to_chunk: ToChunk
-        ) -> tuple[Array, Sums]:
-            """Attention of the query's rows; to_chunk: what rotated queries see of the chunk."""
-            turned = rotate(q, by)
-            seen = to_chunk(turned)
-            rest = merge(see(turned, rotate(k, by), v, own_length), *to_prefix(layer, q))
-            if heads[layer].any():
-                sums = (*sums, to_chunk(SHARPNESS * turned).lse)
-            return merge(seen, rest).out, sums
-
-        def attend_all(layer: int, q: Array, k: Array, v: Array, sums: Sums):
-            (chunk_q, q), (chunk_k, k), (chunk_v, v) = (
-                jnp.split(x, [size], axis=1) for x in (q, k, v)
-            )
-            kv = rotate(chunk_k, chunk_by), chunk_v
-            seen = merge(see(rotate(chunk_q, chunk_by), *kv), *chunk_to_prefix(layer, chunk_q))
-            out, sums = attend(layer, q, k, v, sums, lambda turned: see(turned, *kv))
-            return jnp.concatenate([seen.out, out], axis=1), sums
-
-        def attend_last(layer: int, q: Array, k: Array, v: Array, sums: Sums):
-            return attend(layer, q, k, k, sums, lambda turned: see(turned, keys, keys))
-
-        def attend_kept(layer: int, q: Array, k: Array, v: Array, sums: Sums):
-            assert pool is not None
-            place = jnp.where(exists, places[pair], -1)[:, None]
-            kept = pool.k, pool.v, place, pool.lengths
-            to_chunk = functools.partial(chunk_attention, mesh, layer=layer, implementation=path)
-            return attend(layer, q, k, v, sums, lambda turned: to_chunk(turned, *kept))
+        def see(q: Array, k: Array, v: Array, lengths: Array) -> Partial:
+            return attention(mesh, q, k, v, lengths, need_lse=True, finite=True)
 
         if pool is None:
-            everything = jnp.concatenate([cache.tokens[at], ids], axis=1)
-            x, sums = model.run(everything, attend_all, (), layers=last)
-            keys = rotate(model.keys(last, x[:, :size]), chunk_by)  # a chunk's last layer is keys
-            _, sums = model.advance(last, x[:, size:], attend_last, sums)
+            far = prefix_keys(model, cache, at[0])
+
+            def attend_all(layer: int, q: Array, k: Array, v: Array, sums: Sums):
+                # In the last layer the query's rows alone have queries.
+                q, ahead = rotate(q, rows_of(all_by, slice(-q.shape[1], None))), q.shape[1] - rows
+                (k, own_k), (v, own_v) = (jnp.split(x, [size], axis=1) for x in (k, v))
+                keys = rotated_keys(k, v, lengths, chunk_by, far and far(layer))
+                seen, own_q = see(q, *keys), q[:, ahead:]
+                if heads[layer].any():
+                    sums = (*sums, see(SHARPNESS * own_q, keys.k, keys.v, lengths).lse)
+                itself = see(own_q, rotate(own_k, by), own_v, own_length)
+                out = merge(Partial(seen.out[:, ahead:], seen.lse[..., ahead:]), itself).out
+                return jnp.concatenate([seen.out[:, :ahead], out], axis=1), sums
+
+            together, read = jnp.concatenate([cache.tokens[at], ids], axis=1), slice(size, None)
+            _, sums = model.run(together, attend_all, (), layers=len(heads), read=read)
         else:
-            _, sums = model.run(ids, attend_kept, (), layers=last + 1)
+            to_prefix = prefix_attention(model, cache, at[0], behind)
+            place = jnp.where(exists, places[pair], -1)[:, None]
+            kept = pool.k, pool.v, place, pool.lengths
+
+            def attend_kept(layer: int, q: Array, k: Array, v: Array, sums: Sums):
+                to_chunk = functools.partial(
+                    chunk_attention, mesh, layer=layer, implementation=path
+                )
+                turned = rotate(q, by)
+                if heads[layer].any():
+                    sums = (*sums, to_chunk(SHARPNESS * turned, *kept).lse)
+                itself = see(turned, rotate(k, by), v, own_length)
+                return merge(to_chunk(turned, *kept), itself, *to_prefix(layer, q)).out, sums
+
+            _, sums = model.run(ids, attend_kept, (), layers=len(heads))
         target = jnp.where(exists, pair, batch * n)
         return jax.tree.map(lambda x, new: x.at[target].set(new, mode="drop"), found, sums)
 

@@ -14,15 +14,13 @@ What the paper leaves open and is settled here: the mean of the heads; which row
 equal sums the first token; layers that compute all rows watch by the window's rows too.
 
 An evaluation first runs the active rows through all layers. If a layer calls for more, a second
-pass runs the layers behind it (in quarters of the network), and replaces what the first one wrote
-there.
+pass runs the layers behind it, and replaces what the first one wrote there.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
@@ -44,7 +42,6 @@ if TYPE_CHECKING:
     from pdllm_jax.method.step import Step
 
 _ACTIVE, _EVERYTHING = 0, 1
-_GROUPS = 4  # of layers, see `_Work`
 
 
 class _Memory(NamedTuple):
@@ -119,13 +116,15 @@ class ElasticCache(CacheMethod):
             hidden = jnp.take_along_axis(x, work.predicting[..., None], axis=1)
         else:
             hidden, refresh, carry = work.active_rows(x)
-            carry, hidden = work.refresh(refresh, carry, hidden)
+            carry, hidden = _once(
+                (refresh < layers - 1).any(),
+                lambda inputs: work.refresh(refresh, *inputs),
+                (carry, hidden),
+            )
         live, memory = carry
         model = step.model
         logits = model.logits(model.final_norm(hidden))
-        behind = jnp.where(refresh < 0, layers, 0)
-        for group in work.groups:
-            behind += jnp.where((refresh >= 0) & (refresh < group[-1]), len(group), 0)
+        behind = layers - 1 - refresh
         rows = (work.count * (layers - behind) + work.total * behind) / layers
         predicted = step.predict_at(logits, work.slots)
         memory = memory._replace(window=work.window)
@@ -145,8 +144,6 @@ class _Work:
       predicts it; G and R where there is no mask, a valid row in `predicting`.
     active [B, R], rows [B, A]: the active rows, and their numbers, `none` behind the last.
     count: active rows. total: all valid ones. watchable [B, R]: known tokens.
-    groups: of layers behind the first; all of a group run where one of them computes all rows, as
-      a loop for each layer takes XLA minutes to compile.
     """
 
     def __init__(self, step: Step, method: ElasticCache):
@@ -158,9 +155,6 @@ class _Work:
         batch = jnp.arange(len(self.ids))[:, None]
         slot, row = jnp.arange(slots), jnp.arange(size)
         window = self.memory.window.shape[1]
-        layers = range(1, model.config.n_layers)
-        size = -(-len(layers) // _GROUPS)
-        self.groups = [layers[i : i + size] for i in range(0, len(layers), size)]
         self.slots = true_numbers(step.masked, window, slots)
         there = self.slots < slots
         query = state.query_length[:, None]
@@ -258,7 +252,8 @@ class _Work:
             now = jnp.take_along_axis(weights[:, :window], token, axis=2)[..., 0]
             now = jnp.where(compared, now, 0)
             low = step.active & (_cosine(last.weights[layer], now) < self.method.gamma)
-            refresh = jnp.where(low, jnp.minimum(refresh, layer), refresh)
+            # One use of the last value: with two, XLA's time doubles with every layer.
+            refresh = jnp.minimum(refresh, jnp.where(low, layer, layers - 1))
             memory = self.watch(layer, weights[:, window:], everyone, memory)
             if layer < len(memory.inputs):
                 new = memory.inputs[layer].at[batch, self.rows].set(x, mode="drop")
@@ -271,21 +266,19 @@ class _Work:
 
         Returns live KV and memory, and the stream of the predicting rows, replaced where due.
         """
-        last = self.model.config.n_layers - 1
+        layers = self.model.config.n_layers
+        for layer in range(1, layers):
+            who = refresh < layer
 
-        def run(inputs: Any, group: Sequence[int]) -> Any:
-            carry, hidden = inputs
-            for layer in group:
-                who = refresh < layer
+            def run(inputs: Any, layer: int = layer, who: Array = who) -> Any:
+                carry, hidden = inputs
                 x, carry = self.all_rows(layer, carry[1].inputs[layer - 1], who, carry)
-                if layer == last:
+                if layer == layers - 1:
                     new = jnp.take_along_axis(x, self.predicting[..., None], axis=1)
                     hidden = jnp.where(who[:, None, None], new, hidden)
-            return carry, hidden
+                return carry, hidden
 
-        for group in self.groups:
-            due = (refresh < group[-1]).any()
-            carry, hidden = _once(due, functools.partial(run, group=group), (carry, hidden))
+            carry, hidden = _once(who.any(), run, (carry, hidden))
         return carry, hidden
 
 

@@ -47,7 +47,8 @@ def test_a_layer_of_rows_in_fp8(device, model, hidden):
     total, normed = add_product(stream, hidden_rows, down, norm)
     want = stream + matmul(plain, down, implementation="xla_fp8")[0]
     assert total.dtype == stream.dtype
-    assert relative_error(total, want) < 1e-2
+    product = hidden_rows.restore(jnp.float32) @ down.restore(jnp.float32).T
+    assert relative_error(total, stream.astype(jnp.float32) + product) < 8e-3
     assert isinstance(normed, Scaled)
     exact = rms_norm(total.astype(jnp.float32), norm.weight.astype(jnp.float32), norm.eps)
     assert relative_error(normed.restore(jnp.float32), exact) < 3e-2

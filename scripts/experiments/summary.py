@@ -163,6 +163,7 @@ def _compare_arm(reference: Cell, arm: Cell, cells: Mapping[Cell, Rows]) -> dict
     if both := sorted({*base} & {*other}):
         a, b = (np.array([rows[i]["score"] for i in both]) for rows in (base, other))
         row |= statistics.paired(a, b)._asdict()
+        row["same_tokens"] = sum(base[i]["tokens"] == other[i]["tokens"] for i in both)
         if reference.depths is not None:
             row["middle_less_ends"] = middle_less_ends([base[i] for i in both], b - a)
     return row

@@ -202,7 +202,12 @@ def _claim(record: Record, runs: Sequence[Record]) -> list[str]:
         times = [fewer for _, fewer in found if fewer]
         rows.append(
             [
-                *(name, str(len(found)), str(verdicts.count("lower")), str(verdicts.count("higher"))),
+                *(
+                    name,
+                    str(len(found)),
+                    str(verdicts.count("lower")),
+                    str(verdicts.count("higher")),
+                ),
                 f"{min(points):+.1f} to {max(points):+.1f}",
                 f"{min(times):.1f} to {max(times):.1f}" if times else "-",
             ]
@@ -244,6 +249,8 @@ def pareto(runs: Sequence[Record]) -> Figure | None:
     ]
     if not groups:
         return None
+    from matplotlib.ticker import LogLocator
+
     columns = min(3, len(groups))
     lines = -(-len(groups) // columns)
     picture, axes = figure(4.2 * columns, 3.4 * lines + 0.8, lines, columns)
@@ -260,6 +267,8 @@ def pareto(runs: Sequence[Record]) -> Figure | None:
         axis.plot(*zip(*[(x, 100 * y) for x, y in line], strict=True), color="black", linewidth=0.6)
         axis.set_title(title, fontsize=9)
         axis.set(xscale="log", xlabel="seconds of a request" if timed else "TFLOP of a request")
+        axis.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+        axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("accuracy, %")
     marks = [

@@ -387,7 +387,9 @@ def test_the_page_of_cache_methods(tmp_path, monkeypatch):
     assert (places[1] / f"{rivals.PICTURE}.png").exists()
     assert "### 2,048 tokens, two numbers" in page
     lines = {
-        line.split(" | ")[0][2:]: line.split(" | ") for line in page.splitlines() if " | " in line
+        line.split(" | ")[0][2:]: line.split(" | ")
+        for line in page.partition("## What the tables say")[0].splitlines()
+        if " | " in line
     }
     assert lines["plain"][-4:-2] == ["2.000 [2.000, 2.000]", "1.0"]
     assert lines["dual-cache"][-3:-1] == ["1.1", "1.00"]
@@ -395,6 +397,17 @@ def test_the_page_of_cache_methods(tmp_path, monkeypatch):
     assert lines["mask-kv"][-4:-1] == ["-"] * 3, "not timed"
     assert lines["`sparse-d`"][1:] == ["8", "1.25", "20.0 |"]
     assert "- plain, 32 chunks: too large" in page
+    call = "scripts/ablate.py run CHECKPOINT --out DIR --examples 4 --grid methods-multi"
+    assert f"| seconds and GB of grid methods-multi | `{call} costs` |" in page
+    del record["costs"], record["cells"][cells[-1].key], record["cells"][cells[1].key]
+    write_json(tmp_path / "rivals.json", record | {"reading": ["Read with care."]})
+    rivals.write_page(tmp_path / "rivals.json", *places)
+    page = places[0].read_text()
+    assert "| dual-cache | 100.0" in page
+    assert "| 4 | 1.5 | - | 0.00 | 1.0 | yes |" in page, "by TFLOP"
+    assert f"`{call} --where selection=prefix-cache`" in page
+    assert "- Read with care." in page
+    assert "at LLaDA-8B's shapes | `scripts/benchmark.py speed" in page
     assert {name for one in rivals.TEXTS["method"] for name in one["names"]} == {*CACHE_METHODS}
     rivals.write_page(tmp_path / "none.json", *places)
     assert "no record yet" in places[0].read_text()

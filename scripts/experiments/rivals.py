@@ -81,7 +81,7 @@ def write_page(
     lines += _claim(record, runs) if runs else []
     if missing := [*_missing(runs, large)]:
         lines += ["## Not measured yet", "", table(("what", "command"), missing), ""]
-    lines += ["## Limits", TEXTS["notes"]["limits"]]
+    lines += ["## Limits", "", TEXTS["notes"]["limits"]]
     write_text(page, "\n".join(lines).rstrip() + "\n")
     print(f"{page}")
 
@@ -200,18 +200,9 @@ def _claim(record: Record, runs: Sequence[Record]) -> list[str]:
         verdicts = [verdict(arm) for arm, _ in found]
         points = [100 * arm["difference"][0] for arm, _ in found]
         times = [fewer for _, fewer in found if fewer]
-        rows.append(
-            [
-                *(
-                    name,
-                    str(len(found)),
-                    str(verdicts.count("lower")),
-                    str(verdicts.count("higher")),
-                ),
-                f"{min(points):+.1f} to {max(points):+.1f}",
-                f"{min(times):.1f} to {max(times):.1f}" if times else "-",
-            ]
-        )
+        row = [name, str(len(found)), *(str(verdicts.count(word)) for word in ("lower", "higher"))]
+        row += [f"{min(points):+.1f} to {max(points):+.1f}"]
+        rows.append([*row, f"{min(times):.1f} to {max(times):.1f}" if times else "-"])
     head = ("method", "tests against plain", "lower", "higher", "differences, points")
     head += ("times fewer TFLOP than plain",)
     page = ["## What the tables say about the paper's claim", "", TEXTS["notes"]["claim"]]

@@ -246,9 +246,6 @@ def test_flops_are_the_products_of_the_traced_programs(model, change):
         draft = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), draft)
     run = prefill_top_k if config.streams() else prefill
     counted["score"] = traced(lambda m, p: run(m, p, config, draft=draft), model, prompt)
-    if cell.scorer == "attention":  # the question's product with the masked prefix of each chunk
-        layers = model.config.n_layers - 1
-        counted["score"] -= 4 * model.config.d_model * layers * QUERY * PREFIX * COUNT
     cache, *chosen, scores = jax.eval_shape(lambda: run(model, prompt, config, draft=draft))
     chosen = chosen or [jax.eval_shape(lambda s: select_top_k(s, config.top_k), scores)]
 

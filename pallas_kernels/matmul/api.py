@@ -73,7 +73,10 @@ def _problem(
     if (problem := compat.dtype_problem(dtype)) is not None:
         return problem
     if choose(rows, inner, outs, activation, sms=compat.sm_count(), itemsize=itemsize) is None:
-        return f"the kernel does not take {rows} rows of {inner} for results of {outs} columns"
+        given = f"{rows} rows of {inner} for results of {outs} columns"
+        allowed = f"at most {FEW_ROWS} rows of a multiple of {128 // itemsize}"
+        allowed += "; results of a multiple of 64 columns"
+        return f"the kernel does not take {given}: {allowed}"
     return None
 
 
@@ -103,8 +106,8 @@ def matmul(
         rounded to x's dtype first.
       implementation: the code to run. A named one runs or the call fails.
         "mosaic_gpu"  the Hopper kernel: x in bfloat16 or float16, at most 128 rows, sizes that are
-                      multiples of 64 (in; 128 if scaled) and of 8, 64 or more (out); jax 0.11
-                      or newer. Scaled weights are read in 8 bits and multiplied in x's dtype.
+                      multiples of 64 (in, 128 if scaled; and out); jax 0.11 or newer. Scaled
+                      weights are read in 8 bits and multiplied in x's dtype (but see `recast`).
         "interpret"   the same kernel, interpreted on the CPU; very slow, for tests.
         "xla_fp8"     weights scaled in fp8: x is quantised to fp8, a scale for each row, and XLA
                       multiplies in fp8. For many rows: the reading of weights is a small part then.

@@ -113,7 +113,8 @@ class Geometry:
         for problem, found in (
             ("rows", self.rows > FEW_ROWS),
             ("columns", cut.columns % ROWS or cut.columns > min(_MOST_TILES * ROWS, *self.outs)),
-            ("outs", any(n % 8 for n in self.results)),
+            # Columns are stored in tiles of 64, the last CTA's too.
+            ("outs", any(n % ROWS for n in self.results)),
             ("inner", self.inner % (cut.splits * cut.block) or cut.block % (depth * cut.parts)),
             ("consumers", self.consumers > _MOST_CONSUMERS),
             ("registers", self.registers_used > self.registers),

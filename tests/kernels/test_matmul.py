@@ -47,12 +47,12 @@ def some_biases(outs, dtype):
 @pytest.mark.parametrize(
     ("rows", "inner", "outs", "dtype", "bits"),
     [
-        ((2, 5), 128, (64, 72), jnp.bfloat16, None),
-        ((64,), 192, (96,), jnp.float16, None),
-        ((3, 33), 256, (80,), jnp.bfloat16, None),
-        ((1,), 256, (96, 64, 64), jnp.float16, None),
+        ((2, 5), 128, (64, 192), jnp.bfloat16, None),
+        ((64,), 192, (128,), jnp.float16, None),
+        ((3, 33), 256, (128,), jnp.bfloat16, None),
+        ((1,), 256, (128, 64, 64), jnp.float16, None),
         ((33,), 256, (64,), jnp.bfloat16, "fp8"),
-        ((2, 5), 256, (80, 64), jnp.bfloat16, "int8"),
+        ((2, 5), 256, (128, 64), jnp.bfloat16, "int8"),
         pytest.param((8,), 256, (64,), jnp.float16, "fp8", marks=pytest.mark.slow),
         pytest.param((8,), 256, (64,), jnp.float16, "int8", marks=pytest.mark.slow),
     ],
@@ -160,11 +160,12 @@ def test_rows_in_float16():
 @OLD_JAX
 def test_columns_that_do_not_divide_the_results():
     """The last CTA of a result begins earlier; two make some columns."""
-    outs = (112, 72)
+    outs = (192, 128)
     x, weights = operands((33,), 256, outs, bits="fp8")
     biases = some_biases(outs, x.dtype)
-    geo = Geometry(40, 256, outs, Tuning(64, 1, 128, 2), biases=True, itemsize=1)
-    assert geo.firsts == (0, 2, 4)
+    geo = Geometry(40, 256, outs, Tuning(128, 1, 128, 2), biases=True, itemsize=1)
+    assert geo.problem is None
+    assert geo.firsts == (0, 2, 3)
     got = launch(geo, x, weights, biases, interpret=compat.interpreter())
     for one, other in zip(got, by_hand(x, weights, biases), strict=True):
         assert relative_error(one, other) < 4e-3
@@ -221,7 +222,7 @@ def test_lowers_for_hopper(rows, dtype, inner, outs, activation):
 @pytest.mark.parametrize("itemsize", [1, 2])
 def test_geometry_covers_every_column_once(inner, outs, rows, itemsize):
     geo = choose(rows, inner, outs, "none", sms=132, itemsize=itemsize)
-    if rows > 128 or any(n % 8 for n in outs) or inner * itemsize % 128:
+    if rows > 128 or any(n % 64 for n in outs) or inner * itemsize % 128:
         assert geo is None
         return
     assert rows <= geo.rows < rows + 8
@@ -249,6 +250,8 @@ def test_which_path_is_taken(monkeypatch):
         resolve_matmul("xla_fp8", 129, (big,))
     with pytest.raises(ValueError, match="129 rows"):
         resolve_matmul("mosaic_gpu", 129, (big,))
+    with pytest.raises(ValueError, match=r"results of \(72,\) columns: .*a multiple of 64"):
+        resolve_matmul("mosaic_gpu", 32, (spec(72, 4096),))
     with pytest.raises(ValueError, match="got float32"):
         resolve_matmul("mosaic_gpu", 32, (wide,))
     with pytest.raises(ValueError, match="'triton' is not known"):

@@ -133,7 +133,8 @@ def test_only_a_stop_id_of_the_block_under_way_ends_a_request():
     @jax.jit
     def advance(state):
         step, zeros = Step(sharp_model(), None, state, config, None), jnp.zeros(before.shape)
-        return step.advance(Evaluation(jnp.array(predicted), zeros, zeros, 0, state.live))
+        evaluation = Evaluation(jnp.array(predicted), zeros, zeros, (None, None), 0, state.live)
+        return step.advance(evaluation)
 
     after = advance(state)
     assert [x.tolist() for x in (after.tokens, after.block, after.text_blocks)] == want

@@ -126,7 +126,7 @@ class DecodeConfig:
         rules |= dict.fromkeys(("logits_eos_inf", "confidence_eos_eot_inf"), SWITCH)
         rules |= dict.fromkeys(("scaled_confidence", "first_slot_alone"), SWITCH)
         rules |= {"eot_token_id": TOKEN}
-        if not isinstance(self.recompute, CacheMethod):
+        if not isinstance(self.recompute, CacheMethod) or self.recompute.uses_chunks:
             rules |= {"recompute": one_of(RECOMPUTE)}
         for name, method in RECOMPUTE.items():
             if self.recompute == method:
@@ -318,13 +318,19 @@ class DecodeConfig:
 
     @classmethod
     def from_flat(cls, **settings: Any) -> DecodeConfig:
-        """Returns the settings that `to_flat` gave, also after JSON made lists of tuples."""
+        """Returns the settings that `to_flat` gave, also after JSON made lists of tuples.
+
+        Raises:
+          ConfigError: a rule, method or value that is not known.
+        """
         settings["stop_ids"] = tuple(settings.get("stop_ids", ()))
         tables = ("recompute", "method", CACHE_METHODS), ("unmask", "rule", UNMASKING)
         for field, key, table in tables:
             if isinstance(given := settings.get(field), dict):
-                options = {name: value for name, value in given.items() if name != key}
-                settings[field] = table[given[key]](**options)
+                options = dict(given)
+                name = options.pop(key, None)
+                require(name in table, f"{key} {name!r} is not known ({', '.join(table)})")
+                settings[field] = table[name](**options)
         return cls(**settings)
 
 

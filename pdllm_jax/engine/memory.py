@@ -276,7 +276,7 @@ def plan_memory(
     if batch is not None and questions is not None:
         raise ValueError("batch and questions exclude each other")
     if not chunked and questions is not None:
-        raise ValueError(f"method {method!r} encodes no document that questions could share")
+        raise ValueError(f"method '{method}' encodes no document that questions could share")
     requests, encoded = batch or questions or 1, questions is not None
     rows, size = bucket(prefix + document + query, 8), chunking.chunk_size
     decode = cache_method(method).decode_config(decode)

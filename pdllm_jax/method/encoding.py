@@ -126,7 +126,8 @@ def init_denoise(
 
     Raises:
       ValueError: the encoding needs a pool and the cache has none; cache without selection;
-        guidance with a cache; no EOT for confidence_eos_eot_inf; both encoding and settings.
+        guidance, or a method for whole prompts, with a cache; no EOT for confidence_eos_eot_inf;
+        both encoding and settings.
     """
     query_ids = jnp.asarray(query_ids, jnp.int32)
     batch, q_rows = query_ids.shape
@@ -138,6 +139,8 @@ def init_denoise(
         raise ValueError("settings names an encoding already: give one of the two")
     if cache is not None and config.guidance > 0:
         raise ConfigError("guidance is implemented for generation without a document's cache")
+    if cache is not None and not isinstance(config.recompute, str):
+        raise ConfigError(f"method {config.cache_method.name!r} takes no document's cache")
     if config.confidence_eos_eot_inf:
         words, eot = model.config.vocab_size, config.eot_token_id
         message = f"confidence_eos_eot_inf needs eot_token_id, inside the vocabulary of {words}"

@@ -12,6 +12,7 @@ from pdllm_jax.method.caches.published import DualCache, Plain, Prefilling, Pref
 from pdllm_jax.method.caches.sparse_d import SparseD
 from pdllm_jax.method.caches.sparse_dllm import SparseDLLM
 from pdllm_jax.naming import read_named
+from pdllm_jax.rules import ConfigError
 
 _ALL: tuple[type[CacheMethod], ...] = (
     Prefilling,
@@ -41,9 +42,13 @@ def cache_method(method: str | CacheMethod) -> CacheMethod:
     """Returns a method, which may be given as text: a name, or a name with settings.
 
     Raises:
-      ConfigError: see `naming.read_named`.
+      ConfigError: neither text nor a method; or see `naming.read_named`.
     """
-    return read_named("method", method, CACHE_METHODS) if isinstance(method, str) else method
+    if isinstance(method, str):
+        return read_named("method", method, CACHE_METHODS)
+    if not isinstance(method, CacheMethod):
+        raise ConfigError(f"method must be a name or a CacheMethod, got {method!r}")
+    return method
 
 
 __all__ = [

@@ -98,7 +98,7 @@ class CacheMethod:
         """
         if config.guidance > 0 and not self.guides:
             raise ConfigError(f"guidance is implemented for method 'plain', not for {self.name!r}")
-        return dataclasses.replace(config, recompute=self)
+        return config if self.uses_chunks else dataclasses.replace(config, recompute=self)
 
     def check(self, model: ModelConfig, config: DecodeConfig, rows: int) -> None:
         """Raises ConfigError where the method cannot serve this model, these settings or length.

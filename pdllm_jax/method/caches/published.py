@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pdllm_jax.method.cache import DenoiseState, dynamic_slices
 from pdllm_jax.method.caches.base import CacheMethod, Evaluation, Prediction
 from pdllm_jax.method.live_forward import live_forward, predicting_rows
+from pdllm_jax.rules import require
 
 if TYPE_CHECKING:
     from pdllm_jax.decoding import DecodeConfig
@@ -136,8 +137,10 @@ class Prefilling(CacheMethod):
     verifies: ClassVar[bool] = True
 
     def decode_config(self, config: DecodeConfig) -> DecodeConfig:
-        replaced = super().decode_config(config)  # checks
-        return dataclasses.replace(replaced, recompute=config.recompute)
+        named = isinstance(config.recompute, str)
+        message = f"method {self.name!r} takes recompute by name, got {config.cache_method.name!r}"
+        require(named, f"{message}, which is for whole prompts")
+        return super().decode_config(config)
 
 
 def _everything(

@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pdllm_jax import DecodeConfig, Engine
+from pdllm_jax import (
+    ChunkConfig,
+    DecodeConfig,
+    Engine,
+    chunk_prompt,
+    encode_document,
+    select_top_k,
+)
 from pdllm_jax.method.caches import CACHE_METHODS, CacheMethod, cache_method
 from pdllm_jax.method.denoise import denoise, denoise_step
 from pdllm_jax.method.encoding import init_denoise
@@ -95,3 +102,20 @@ def test_guidance_is_refused_by_name(name):
     guided = DecodeConfig(guidance=1.0, recompute="response")
     with pytest.raises(ConfigError, match=f"guidance .*{name}"):
         method_of(name).decode_config(guided)
+
+
+def test_methods_in_the_wrong_place_are_refused_by_name():
+    """A method for whole prompts would count the rows of a prefix wrong."""
+    model, whole = sharp_model(), dataclasses.replace(DECODE, recompute=method_of("d2-cache"))
+    with pytest.raises(ConfigError, match="'prefilling' takes recompute by name, got 'd2-cache'"):
+        Engine(model, decoding=whole)
+    cache = encode_document(model, chunk_prompt([3], [*range(9)], [5], ChunkConfig(chunk_size=8)))
+    selection = select_top_k(np.zeros((1, 2), np.float32), 1)
+    with pytest.raises(ConfigError, match="'d2-cache' takes no document's cache"):
+        init_denoise(model, cache, selection, np.array([[5]]), whole, random_key(0))
+    with pytest.raises(ConfigError, match=r"recompute Prefilling.* is not known"):
+        dataclasses.replace(DECODE, recompute=cache_method("prefilling"))
+    with pytest.raises(ConfigError, match="must be a name or a CacheMethod, got 3"):
+        Engine(model, method=3)
+    with pytest.raises(ConfigError, match="method 'none' is not known"):
+        DecodeConfig.from_flat(recompute={"method": "none"})

@@ -172,7 +172,7 @@ def _requests(record: Record) -> Iterator[Row]:
         for row in ours:
             weights, by = row.get("weights", "full"), row.get("scorer", DEFAULT_SCORER)
             if by == "heads":
-                by += f", {record['head_layers']} of {record['model']['n_layers']} layers"
+                by += f", {row['head_layers']} of {record['model']['n_layers']} layers"
             result = {**row, **row["phases"], "weights": WEIGHTS[weights], "scored by": by}
             for mark, kind in (("", weights), ("16-bit ", "full")):
                 same = {f"{mark}{name}": x for (of, name), x in baselines.items() if of == kind}

@@ -53,7 +53,6 @@ def main(args: argparse.Namespace) -> None:
     run.record |= {"profile": []} if args.profile else {}
     if "heads" in selections(run):
         given = f"the first {args.head_layers} of {run.model.config.n_layers} layers"
-        run.record["head_layers"] = args.head_layers
         run.record["notes"] = f"Scorer heads: {given} run. The number is given, not calibrated."
     for _ in run.formats():
         one_device = run.model
@@ -358,6 +357,8 @@ def end_to_end(run: Run) -> None:
             row |= spread([spent for spent, _ in answers], ("seconds", "least", "most"))
             row |= {"phases": result.timings, "paths": result.paths}
             row |= {"rows": result.rows * case.tokens / case.steps}
+            if case.scorer == "heads":
+                row["head_layers"] = run.args.head_layers
             if run.programs is not None:
                 programs, of_case = run.programs
                 row["bytes"] = programs.peak(of_case[case])

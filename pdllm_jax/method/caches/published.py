@@ -166,7 +166,8 @@ def _verified(step: Step, predicted: Prediction, x: Array) -> tuple[Prediction, 
     return step.verify(predicted, model.logits(model.final_norm(x[:, -count:]))), count
 
 
-def row_count(step: Step) -> Array:
+def row_count(step: Step) -> Int[Array, "B"]:
+    """Returns the rows of query and response of each request."""
     return step.state.query_length + step.state.tokens.shape[1]
 
 

@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return status(lambda: write_report(args.record, args.results, args.pictures, args.add))
     if args.command == "rivals":
-        from experiments.rivals import write_page
+        from experiments.cache_methods.page import write_page
 
         paths = args.record, args.page, args.pictures, args.add, args.speed
         return status(lambda: write_page(*paths))

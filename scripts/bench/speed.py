@@ -52,8 +52,7 @@ def main(args: argparse.Namespace) -> None:
     run.record |= {"copy_bandwidth": copied, "step": [], "end_to_end": [], "stream": []}
     run.record |= {"profile": []} if args.profile else {}
     if "heads" in selections(run):
-        given = f"the first {args.head_layers} of {run.model.config.n_layers} layers"
-        run.record["notes"] = f"Scorer heads: {given} run. The number is given, not calibrated."
+        run.record["notes"] = "Scorer heads: the number of layers is given, not calibrated."
     for _ in run.formats():
         one_device = run.model
         for mesh, sums in meshes(args):
@@ -357,11 +356,9 @@ def end_to_end(run: Run) -> None:
             row |= spread([spent for spent, _ in answers], ("seconds", "least", "most"))
             row |= {"phases": result.timings, "paths": result.paths}
             row |= {"rows": result.rows * case.tokens / case.steps}
-            if case.scorer == "heads":
-                row["head_layers"] = run.args.head_layers
+            row |= {"head_layers": run.args.head_layers} if case.scorer == "heads" else {}
             if run.programs is not None:
-                programs, of_case = run.programs
-                row["bytes"] = programs.peak(of_case[case])
+                row["bytes"] = run.programs[0].peak(run.programs[1][case])
             run.record["end_to_end"].append({**row, "evaluations_timed": result.evaluations})
             run.say(f"{case.name:24} {length}{run.on} {row['seconds']:8.3f} s")
             if case.scorer:

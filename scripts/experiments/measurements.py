@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from experiments.costs import measure_costs
+from experiments.cache_methods.costs import measure_costs
 from experiments.grids import Cell
 from experiments.records import RecordError, read_json, write_json
 from experiments.retrieval import Retrieval

@@ -62,7 +62,13 @@ class PrefixCache(CacheMethod):
         if self.only_block:
             rewritten &= response_row < step.first[:, None] + step.config.block_length
         # Requests with fresh live KV go through this pass beside stale ones, and keep theirs.
-        return _everything(step, wide, keep=~(rewritten | wide[:, None]))
+        evaluation = _everything(step, wide, keep=~(rewritten | wide[:, None]))
+        beside = row_count(step) - self._narrow_rows(step)  # not a request's own
+        return evaluation._replace(rows=evaluation.rows - jnp.where(wide, 0, beside))
+
+    def _narrow_rows(self, step: Step) -> int:
+        slots = step.config.block_length if self.only_block else step.state.tokens.shape[1]
+        return min(slots + step.model.lookback, step.rows.shape[1])
 
     def _narrow(self, step: Step) -> Evaluation:
         """Recomputes the block, or it and all behind it; see `MaskPredictor.lookback`."""
@@ -70,8 +76,7 @@ class PrefixCache(CacheMethod):
         rows, only_block = step.rows, self.only_block
         first = state.query_length + step.first
         start = model.predicting_row(first if only_block else state.query_length)
-        count = (length if only_block else state.tokens.shape[1]) + model.lookback
-        count = min(count, rows.shape[1])
+        count = self._narrow_rows(step)
         row = start[:, None] + jnp.arange(count)
         keep = None
         if not only_block or model.lookback:

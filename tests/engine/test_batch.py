@@ -132,6 +132,7 @@ def test_padding_and_buckets_change_no_bit(model):
         np.testing.assert_array_equal(draft[row], alone[0])
 
 
+@pytest.mark.slow
 def test_documents_of_a_batch_can_be_asked_again(model):
     """Scores of later questions, one for each document, from the batch's one pool."""
     prompts = [prompt_of(request) for request in RAGGED[:3]]

@@ -132,7 +132,7 @@ def test_scores_of_later_questions_are_those_on_the_device(model, document, cach
     assert got.shape == want.shape
 
 
-@pytest.mark.parametrize("encoding", ["independent", "joint"])
+@pytest.mark.parametrize("encoding", [pytest.param("independent", marks=pytest.mark.slow), "joint"])
 def test_answers_are_those_of_the_device(model, document, cache, encoding):
     selecting = dataclasses.replace(SELECT, encoding=encoding)
     engine = Engine(model, selection=selecting, decoding=DECODE)

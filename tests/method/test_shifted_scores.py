@@ -109,11 +109,9 @@ def expected(model, parts, prompt, name, copies) -> list[float]:
     return [dense.copies(scored, copies or len(scored)) for dense in passes]
 
 
-SCORERS = [("draft", 3), ("causal", None), ("chunk-draft", None)]
-SCORERS += [
-    pytest.param(*case, marks=pytest.mark.slow)
-    for case in (("draft", 1), ("draft", None), ("query", 3), ("confidence", None))
-]
+COVERED = [("draft", 1), ("draft", None), ("causal", None), ("query", 3), ("confidence", None)]
+SCORERS = [("draft", 3), ("chunk-draft", None)]
+SCORERS += [pytest.param(*case, marks=pytest.mark.slow) for case in COVERED]
 
 
 @pytest.mark.parametrize(("scorer", "copies"), SCORERS)
@@ -142,7 +140,8 @@ def test_scores_are_the_defined_ones(model, parts, prompt, scorer, copies):
     assert np.abs(later[1] - later[0])[:n].min() > 1e-3
 
 
-@pytest.mark.parametrize("scorer", [pytest.param("causal", marks=pytest.mark.slow), "chunk-draft"])
+@pytest.mark.slow
+@pytest.mark.parametrize("scorer", ["causal", "chunk-draft"])
 def test_a_prompt_in_a_batch_scores_as_alone(model, parts, scorer):
     """Other prefix, document, query and lengths; without a prefix in front of the first chunk."""
     prefix, context, query = parts

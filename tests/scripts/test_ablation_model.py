@@ -13,7 +13,8 @@ from flax import nnx
 
 pytest.importorskip("tokenizers")
 from bench.memory import tree_bytes
-from experiments import calibrating, costs, measurements, retrieval, summary
+from experiments import calibrating, measurements, retrieval, summary
+from experiments.cache_methods import costs
 from experiments.flops import Sizes, answer_flops
 from experiments.grids import Cell, Grid
 from experiments.records import Records

@@ -38,9 +38,9 @@ from pdllm_jax.method.scoring import draft_response
 from pdllm_jax.network.sharding import TENSOR, parse_mesh, place
 
 BASELINES = ("dual-cache", "plain")
-# Evaluations that are timed, at least one a block. All of "plain" are the same work, and a fixed
-# share of sparse-d's is: the others count as much as these.
-EVALUATIONS = {"plain": 2, "sparse-d": 8}
+# Evaluations of "plain" that are timed, at least one a block. All are the same work: the others
+# count as much as these.
+PLAIN_EVALUATIONS = 2
 SLOW = 3.0  # seconds; of a request that was compiled ahead the first call then counts
 
 
@@ -259,8 +259,8 @@ class Case(NamedTuple):
     @property
     def steps(self) -> int:
         """Evaluations that are timed."""
-        few = EVALUATIONS.get(self.method.partition(":")[0])
-        return self.tokens if few is None else max(few, self.tokens // BLOCK)
+        fewest = max(PLAIN_EVALUATIONS, self.tokens // BLOCK)
+        return fewest if self.method == "plain" else self.tokens
 
 
 def cases(run: Run) -> list[Case]:
@@ -313,7 +313,7 @@ class Requests:
     ) -> tuple[pdllm.Engine, pdllm.Request]:
         """Returns what answers the case, and the request.
 
-        One token a step; for methods of EVALUATIONS fewer steps. context: instead of the case's.
+        One token a step; for "plain" the fewest steps. context: instead of the case's.
         select: changes of the settings.
         """
         context, tokens = self.contexts[case.chunks] if context is None else context, case.tokens
